@@ -1,0 +1,52 @@
+"""Aligned arrays and the hashes of named arrays: the two things that every part needs of an array.
+
+Alignment is for speed alone (an addition of two float32 vectors takes half the time on 64-byte boundaries);
+the hashes are what receipts and replica checks are made of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+ALIGNMENT_BYTES = 64
+
+
+def aligned_empty(shape: int | Sequence[int], dtype: DTypeLike = np.float32) -> NDArray[Any]:
+    """Return an uninitialized C-ordered array whose first byte lies on a 64-byte boundary."""
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    dtype = np.dtype(dtype)
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(nbytes + ALIGNMENT_BYTES, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT_BYTES
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def aligned_zeros(shape: int | Sequence[int], dtype: DTypeLike = np.float32) -> NDArray[Any]:
+    """Return an array of zeros whose first byte lies on a 64-byte boundary."""
+    array = aligned_empty(shape, dtype)
+    array[...] = 0
+    return array
+
+
+def sha256_of_arrays(named: Iterable[tuple[str, NDArray[Any]]]) -> str:
+    """Return the sha256, in hexadecimal, of arrays with their names, in the order given.
+
+    For each array the digest takes, in UTF-8, ``name``, a zero byte, the dtype as NumPy spells its
+    little-endian form (``<f4``), a zero byte, the shape as decimal numbers joined by commas, a zero byte,
+    and then the elements' bytes, little-endian, in C order.
+
+    >>> sha256_of_arrays([("w", np.zeros((2, 3), np.float32))])[:16]
+    '596b188a90764a2c'
+    """
+    digest = hashlib.sha256()
+    for name, array in named:
+        little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        shape = ",".join(str(n) for n in array.shape)
+        digest.update(f"{name}\0{little.dtype.str}\0{shape}\0".encode())
+        digest.update(little.data if little.size else b"")
+    return digest.hexdigest()

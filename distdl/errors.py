@@ -1,0 +1,56 @@
+"""What can go wrong, and the exit code of each.
+
+| exit code | class              | meaning                                                        |
+|-----------|--------------------|----------------------------------------------------------------|
+| 1         | any other          | a defect of ours: shown with its traceback                     |
+| 2         | `UserError`        | what the user gave is wrong: one line, no traceback            |
+| 3         | `DamagedFileError` | a file is damaged: one line that names it                      |
+| 75        | (a signal)         | stopped by a scheduler after a checkpoint (EX_TEMPFAIL)        |
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_DEFECT = 1
+EXIT_USER = 2
+EXIT_DAMAGED = 3
+
+
+class DistdlError(Exception):
+    """An error with a message for a person, in one line, and an exit code.
+
+    `agreed` is set once every rank is known to raise the same error; such an error needs no abort.
+    """
+
+    exit_code = EXIT_DEFECT
+    agreed = False
+
+
+class UserError(DistdlError):
+    """What the user gave is wrong. The message says what was given, what was expected, what to do."""
+
+    exit_code = EXIT_USER
+
+
+class DamagedFileError(UserError):
+    """A file that we read is damaged: torn, truncated, altered, or not what its header says."""
+
+    exit_code = EXIT_DAMAGED
+
+
+class PeerLost(DistdlError):  # noqa: N818  the event has this name in the design
+    """A rank of the world has died or the world was revoked by one that saw it die."""
+
+
+def unknown_name(kind: str, given: str, known: Iterable[str]) -> UserError:
+    """Return the error for a name that is not known, with the nearest known one suggested.
+
+    >>> str(unknown_name("optimizer", "adma", ["adam", "sgd"]))
+    "unknown optimizer 'adma': expected one of adam, sgd; did you mean 'adam'?"
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(given, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return UserError(f"unknown {kind} {given!r}: expected one of {', '.join(known)}{hint}")
