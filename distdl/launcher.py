@@ -1,0 +1,53 @@
+"""What the launcher's environment variables tell a process about itself, before MPI is started.
+
+`mpirun` and `srun` hand every process its rank and the number of ranks. That is enough to let rank 0 alone
+speak about a wrong flag, to start MPI only when there is something to start it for (MPI_Init takes up to a
+second), and to notice when a launcher and the MPI library do not belong together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+RANK_AND_SIZE = (
+    ("Open MPI's mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("MPICH's mpirun", "PMI_RANK", "PMI_SIZE"),
+    ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ("Slurm", "SLURM_PROCID", "SLURM_NTASKS"),
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How this process was started: by what, as which rank of how many."""
+
+    by: str | None
+    rank: int
+    size: int
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process is the one that tells a person what is wrong before MPI is up."""
+        return self.rank == 0
+
+
+def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
+    """Return how this process was started; `by` is None where no launcher is known to have done it.
+
+    >>> read_launch({"PMI_RANK": "1", "PMI_SIZE": "4"})
+    Launch(by="MPICH's mpirun", rank=1, size=4)
+    """
+    for by, rank, size in RANK_AND_SIZE:
+        if environment.get(rank, "").isdecimal() and environment.get(size, "").isdecimal():
+            return Launch(by, int(environment[rank]), int(environment[size]))
+    return Launch(None, 0, 1)
+
+
+def survives_failures(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether the launcher turned on fault tolerance (`mpirun --with-ft ulfm`).
+
+    The MPI library answers its fault-tolerance calls even where it is off, so only the launcher is asked.
+    """
+    return environment.get("OMPI_MCA_mpi_ft_enable", "").lower() in {"1", "true", "yes"}

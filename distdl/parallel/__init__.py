@@ -1,0 +1,84 @@
+"""What ranks do together: communicators, the canonical tree, the reduction, node-shared arrays."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+from distdl.errors import UserError
+from distdl.launcher import read_launch
+from distdl.parallel.agreement import exit_code_of, guard, report, together
+from distdl.parallel.communicator import Communicator, OneProcess, hosts
+from distdl.parallel.reduce import REDUCTIONS, Field, Layout, Record, Reduction
+from distdl.parallel.shared import share_arrays
+from distdl.parallel.tree import contiguous_shards
+
+__all__ = [
+    "REDUCTIONS",
+    "Communicator",
+    "Field",
+    "Layout",
+    "OneProcess",
+    "Record",
+    "Reduction",
+    "contiguous_shards",
+    "exit_code_of",
+    "guard",
+    "hosts",
+    "report",
+    "share_arrays",
+    "together",
+    "world",
+]
+
+INSTALL = "pip install 'distdl-mpi[mpich]'"
+
+
+def world() -> Communicator:
+    """Return the communicator of all ranks of this job: MPI under a launcher, else one process.
+
+    From then on an exception that nobody catches on any rank ends the whole job. Raises `UserError` where the
+    launcher started several processes that MPI does not see as one job: the wrong ``srun --mpi=``, the
+    `mpirun` of another MPI, or no mpi4py at all.
+    """
+    launch = read_launch()
+    if launch.by is None:
+        missing = importlib.util.find_spec("mpi4py") is None
+        return OneProcess("one process" + (f"; mpi4py is not installed: {INSTALL} for more" if missing else ""))
+    try:
+        from distdl.parallel.mpi import MpiCommunicator, MPI  # noqa: PLC0415  MPI_Init takes up to a second
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if launch.size == 1:
+            return OneProcess(f"one process, without MPI ({reason})")
+        raise _not_one_job(
+            launch.by, launch.size, f"mpi4py finds no MPI library here ({reason}): {INSTALL} in this environment"
+        ) from error
+    communicator = MpiCommunicator(MPI.COMM_WORLD)
+    if communicator.size == 1 and launch.size > 1:
+        raise _not_one_job(
+            launch.by,
+            launch.size,
+            f"each sees {communicator.description} with 1 rank: use the mpirun of that library, "
+            "or srun with --mpi=pmi2 for MPICH and --mpi=pmix for Open MPI",
+        )
+    _end_the_job_on_uncaught_exceptions(communicator)
+    return communicator
+
+
+def _not_one_job(by: str, size: int, why: str) -> UserError:
+    error = UserError(f"{by} started {size} separate processes instead of {size} ranks of one job: {why}")
+    error.agreed = True
+    return error
+
+
+def _end_the_job_on_uncaught_exceptions(communicator: Communicator) -> None:
+    if communicator.size == 1:
+        return
+
+    def end_the_job(_kind: object, error: BaseException, _trace: object) -> None:
+        report(error, communicator.rank)
+        if not getattr(error, "agreed", False):
+            communicator.abort(exit_code_of(error))
+
+    sys.excepthook = end_the_job

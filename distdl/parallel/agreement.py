@@ -1,0 +1,72 @@
+"""Errors that all ranks share: either all raise, or none does.
+
+A rank that raises alone leaves the others waiting for ever in their next collective call. So work that can
+fail on one rank only is done `together`, and whatever else is raised ends the job: that is what `guard` does.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from distdl import errors
+from distdl.parallel.communicator import Communicator
+
+T = TypeVar("T")
+
+
+def together(communicator: Communicator, work: Callable[[], T]) -> T:
+    """Do `work` on every rank; if it raises a `UserError` on any, raise that of the lowest such rank on all.
+
+    What only rank 0 has to do is written ``together(c, lambda: work() if c.rank == 0 else None)``. Collective.
+    """
+    failure: list[str] | None = None
+    try:
+        result = work()
+    except errors.UserError as error:
+        failure = [type(error).__name__, str(error)]
+    for reported in communicator.allgather_json(failure):
+        if reported is not None:
+            raised: errors.UserError = getattr(errors, reported[0], errors.UserError)(reported[1])
+            raised.agreed = True
+            raise raised
+    return result
+
+
+@contextmanager
+def guard(communicator: Communicator) -> Iterator[None]:
+    """End the whole job at once if the code inside raises on this rank what the others do not raise too.
+
+    In a world of one rank, and for errors that were agreed, the exception passes as it is.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if communicator.size == 1 or getattr(error, "agreed", False):
+            raise
+        report(error, communicator.rank)
+        communicator.abort(exit_code_of(error))
+
+
+def report(error: BaseException, rank: int) -> None:
+    """Print what was raised to the error stream, each line with the rank in front, in one piece."""
+    if isinstance(error, errors.UserError | KeyboardInterrupt | SystemExit):
+        lines = [f"{type(error).__name__}: {error}" if str(error) else type(error).__name__]
+    else:
+        lines = "".join(traceback.format_exception(error)).splitlines()
+    sys.stderr.write("".join(f"[rank {rank}] {line}\n" for line in lines))
+    sys.stderr.flush()
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Return the exit code that an exception stands for; never 0, since the job did not end as it should."""
+    if isinstance(error, errors.DistdlError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code:
+        return error.code
+    return errors.EXIT_DEFECT

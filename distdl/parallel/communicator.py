@@ -1,0 +1,137 @@
+"""The communicator: what ranks can do together, and the one-process world that needs no MPI.
+
+Methods are named as in MPI and work on arrays in place; those that end in ``_json`` carry small plain values
+(numbers, text, lists, dictionaries), as JSON and never as pickles. Every method but `abort` is collective:
+all ranks of the communicator call it, in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+
+
+class Communicator(ABC):
+    """A group of ranks 0 .. `size` - 1 that work together."""
+
+    rank: int
+    size: int
+    description: str
+    #: Seconds this rank has spent waiting in collective calls since it was made.
+    seconds_waiting: float = 0.0
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+
+    @abstractmethod
+    def bcast(self, array: NDArray[Any], root: int = 0) -> None:
+        """Overwrite `array` on every rank with that of `root`; shapes and dtypes must agree."""
+
+    @abstractmethod
+    def allreduce(self, array: NDArray[Any]) -> None:
+        """Overwrite `array` with its sum over the ranks, in an order that MPI chooses."""
+
+    @abstractmethod
+    def alltoallv(
+        self, send: Bytes, send_counts: Sequence[int], receive: Bytes, receive_counts: Sequence[int]
+    ) -> None:
+        """Send ``send_counts[r]`` bytes to every rank r; what came from r lies in `receive` in rank order.
+
+        The pieces of `send` and of `receive` lie one behind the other.
+        """
+
+    @abstractmethod
+    def allgatherv(self, send: Bytes, receive: Bytes, counts: Sequence[int]) -> None:
+        """Put the ``counts[r]`` bytes that rank r sends into `receive` on every rank, in rank order."""
+
+    @abstractmethod
+    def allgather_json(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, in rank order, on every rank."""
+
+    @abstractmethod
+    def bcast_json(self, value: Any, root: int = 0) -> Any:
+        """Return the value of `root` on every rank."""
+
+    @abstractmethod
+    def split(self, color: int | None) -> Communicator | None:
+        """Return the communicator of the ranks that gave the same color; None for those that gave None."""
+
+    @abstractmethod
+    def node(self) -> Communicator:
+        """Return the communicator of the ranks that share this rank's memory."""
+
+    @abstractmethod
+    def abort(self, exit_code: int) -> NoReturn:
+        """End every process of the job now, whatever it is doing."""
+
+
+class OneProcess(Communicator):
+    """The world of a single rank: every collective is complete as soon as it is called."""
+
+    def __init__(self, description: str = "one process") -> None:
+        self.rank = 0
+        self.size = 1
+        self.description = description
+
+    def barrier(self) -> None:
+        """Return at once."""
+
+    def bcast(self, array: NDArray[Any], root: int = 0) -> None:
+        """Leave `array` as it is."""
+
+    def allreduce(self, array: NDArray[Any]) -> None:
+        """Leave `array` as it is."""
+
+    def alltoallv(
+        self,
+        send: Bytes,
+        send_counts: Sequence[int],
+        receive: Bytes,
+        receive_counts: Sequence[int],  # noqa: ARG002
+    ) -> None:
+        """Copy `send` to `receive`."""
+        receive[: send_counts[0]] = send[: send_counts[0]]
+
+    def allgatherv(self, send: Bytes, receive: Bytes, counts: Sequence[int]) -> None:
+        """Copy `send` to `receive`."""
+        receive[: counts[0]] = send[: counts[0]]
+
+    def allgather_json(self, value: Any) -> list[Any]:
+        """Return the one value."""
+        return [value]
+
+    def bcast_json(self, value: Any, root: int = 0) -> Any:  # noqa: ARG002
+        """Return the value itself."""
+        return value
+
+    def split(self, color: int | None) -> Communicator | None:
+        """Return this world, or None."""
+        return None if color is None else self
+
+    def node(self) -> Communicator:
+        """Return this world."""
+        return self
+
+    def abort(self, exit_code: int) -> NoReturn:
+        """End this process."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+
+
+def hosts(communicator: Communicator) -> dict[str, int]:
+    """Return the name of each host with the number of ranks on it, in rank order. Collective."""
+    count: dict[str, int] = {}
+    for name in communicator.allgather_json(socket.gethostname()):
+        count[name] = count.get(name, 0) + 1
+    return count
