@@ -1,0 +1,285 @@
+"""What a run is: one frozen dataclass, filled from a TOML file and flags, checked once.
+
+This module imports neither NumPy nor MPI, so that the number of BLAS threads can be set first, a wrong flag is
+reported at once, and `--help` is quick. The names of models, optimizers and datasets are therefore listed here
+too; a test holds them against the registries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from distdl.errors import UserError, unknown_name
+
+DATASETS = ("digits", "mnist")
+MODELS = ("mlp", "simple_convnet", "deep_convnet")
+OPTIMIZERS = ("adam", "momentum", "sgd")
+
+#: A resumed run may differ in these: they change neither the weights at a step nor their meaning.
+FREE_TO_CHANGE_ON_RESUME = frozenset(
+    {
+        "config",
+        "run_dir",
+        "resume",
+        "data_dir",
+        "epochs",
+        "max_steps",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+        "record_hashes",
+        "threads_per_rank",
+    }
+)
+#: Where a run lives and how it was started; not part of what it is.
+NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a NumPy CNN data-parallel: the same bits on any number of ranks."""
+
+    config: Path | None = None
+    """TOML file with any of the settings below, named as the flags with underscores; flags win over it."""
+    dataset: str = "digits"
+    """What to learn: digits (1,797 real 8x8 images inside the package) or mnist."""
+    data_dir: Path | None = None
+    """Folder with the dataset's files; without it mnist is downloaded into the user's cache."""
+    model: str = "simple_convnet"
+    """Network to train: mlp, simple_convnet or deep_convnet."""
+    epochs: int = 10
+    """Passes over the training part."""
+    batch_size: int = 128
+    """Samples of one optimizer step, over all ranks together."""
+    micro_batch_size: int = 16
+    """Samples of one forward and backward pass, the unit dealt to ranks; never depends on their number."""
+    optimizer: Literal["adam", "momentum", "sgd"] = "adam"
+    """Rule of the update."""
+    lr: float | None = None
+    """Learning rate; without it 0.001 for adam and 0.01 for momentum and sgd."""
+    weight_decay: float = 0.0
+    """Lambda of the L2 penalty on weights (not on biases)."""
+    schedule: Literal["constant", "step"] = "constant"
+    """How the learning rate goes on: constant, or multiplied by lr-step-factor each lr-step-epochs."""
+    lr_step_epochs: int = 5
+    """Epochs between two steps of the step schedule."""
+    lr_step_factor: float = 0.1
+    """What the step schedule multiplies the learning rate by."""
+    seed: int = 0
+    """Seed of the split, the order, the initial weights and dropout."""
+    run_dir: Path | None = None
+    """Folder of the run; without it a new one is made under runs/."""
+    max_steps: int | None = None
+    """Stop after this step of the whole run with a checkpoint; a resume without it goes on."""
+    resume: str | None = None
+    """Checkpoint or run folder to go on from, or auto: the newest intact checkpoint in run-dir, if any."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints, besides the one at each epoch's end; 0 for none."""
+    keep_checkpoints: int = 3
+    """How many of the newest checkpoints to keep, besides the best."""
+    log_every: int = 10
+    """Steps between the records of metrics.jsonl, besides those of each epoch; 0 for none."""
+    record_hashes: bool = False
+    """Write the hash of every tensor after every step into hashes.jsonl (see distdl.verify)."""
+    reduction: Literal["tree", "allreduce"] = "tree"
+    """How gradients are summed: the canonical tree, or MPI's Allreduce, whose bits depend on the ranks."""
+    threads_per_rank: int = 1
+    """BLAS threads of each rank; another number than 1 may change bits."""
+
+    def checked(self) -> TrainConfig:
+        """Return the config with every default filled in; raise `UserError` for a setting out of range."""
+        _at_least(1, self, "epochs", "batch_size", "micro_batch_size", "lr_step_epochs", "keep_checkpoints")
+        _at_least(1, self, "threads_per_rank")
+        _at_least(0, self, "seed", "checkpoint_every", "log_every", "weight_decay")
+        if self.max_steps is not None:
+            _at_least(1, self, "max_steps")
+        lr = self.lr if self.lr is not None else {"adam": 0.001}.get(self.optimizer, 0.01)
+        config = dataclasses.replace(self, lr=lr)
+        _above_zero(config, "lr", "lr_step_factor")
+        for name in ("lr", "weight_decay", "lr_step_factor"):
+            if not math.isfinite(getattr(config, name)):
+                raise UserError(f"{_flag(name)} must be a finite number, not {getattr(config, name)}")
+        if self.micro_batch_size > self.batch_size:
+            raise UserError(
+                f"--micro-batch-size {self.micro_batch_size} is larger than --batch-size {self.batch_size}: "
+                "a batch consists of whole micro-batches, so give a smaller one or a larger batch"
+            )
+        if self.resume == "auto" and self.run_dir is None:
+            raise UserError("--resume auto looks for checkpoints in --run-dir: give that folder too")
+        return config
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of a checked config."""
+        assert self.lr is not None
+        return self.lr
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a full batch: the most ranks that can share the work."""
+        return -(-self.batch_size // self.micro_batch_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as plain values."""
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> TrainConfig:
+        """Return the config that `to_json` gave these values."""
+        paths = {name: Path(values[name]) for name in ("config", "data_dir", "run_dir") if values[name] is not None}
+        return TrainConfig(**{**values, **paths})
+
+    def to_toml(self) -> str:
+        """Return the text of a file for `--config` that runs the same again."""
+        lines = ["# python -m distdl.train --config FILE runs this again.\n"]
+        for name, value in self.to_json().items():
+            if value is not None and name not in NOT_IN_CONFIG_FILE:
+                lines.append(f"{name} = {json.dumps(value)}\n")
+        return "".join(lines)
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _at_least(least: int, config: TrainConfig, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise UserError(f"{_flag(name)} must be at least {least}, not {getattr(config, name)}")
+
+
+def _above_zero(config: TrainConfig, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise UserError(f"{_flag(name)} must be above 0, not {getattr(config, name)}")
+
+
+def parse(arguments: Sequence[str], program: str) -> TrainConfig:
+    """Return the checked config of a command line.
+
+    Settings come from, each over the one before: the defaults, the ``config.toml`` of the run that is resumed,
+    the file of `--config`, the flags. Raises `UserError` in one line, and `SystemExit(0)` after `--help`.
+    """
+    import tyro  # noqa: PLC0415  a tenth of a second that importing the library from a script need not take
+
+    _check_flag_names(arguments)
+    from_files: list[str] = []
+    resumed = _config_of_resumed_run(arguments)
+    if resumed is not None:
+        from_files += _flags_of_file(resumed)
+    given = _value_of("config", arguments)
+    if given is not None:
+        from_files += _flags_of_file(Path(given))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config = tyro.cli(
+                TrainConfig, args=[*from_files, *arguments], prog=program, config=(tyro.conf.FlagCreatePairsOff,)
+            )
+    except SystemExit as stop:
+        if stop.code:
+            raise UserError(_one_line(said.getvalue())) from None
+        raise
+    for kind, name, known in (("dataset", config.dataset, DATASETS), ("model", config.model, MODELS)):
+        if name not in known:
+            raise unknown_name(kind, name, known)
+    return config.checked()
+
+
+def _check_flag_names(arguments: Sequence[str]) -> None:
+    """Raise `UserError` for a flag that is none of ours, with the nearest one."""
+    known = [_flag(name) for name in FIELDS] + ["--help"]
+    for argument in arguments:
+        name = argument.split("=")[0].replace("_", "-")
+        if argument.startswith("--") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists them all"
+            raise UserError(f"unknown flag {argument.split('=')[0]}: {hint}")
+
+
+def _value_of(name: str, arguments: Sequence[str]) -> str | None:
+    """Return the value of the last ``--name value`` or ``--name=value``, before the flags are parsed."""
+    value = None
+    for position, argument in enumerate(arguments):
+        if argument == _flag(name) and position + 1 < len(arguments):
+            value = arguments[position + 1]
+        elif argument.startswith(_flag(name) + "="):
+            value = argument.partition("=")[2]
+    return value
+
+
+def _config_of_resumed_run(arguments: Sequence[str]) -> Path | None:
+    resume = _value_of("resume", arguments)
+    folder = _value_of("run_dir", arguments) if resume == "auto" else resume
+    if folder is None:
+        return None
+    path = run_folder_of(Path(folder)) / "config.toml"
+    return path if path.is_file() else None
+
+
+def run_folder_of(path: Path) -> Path:
+    """Return the run folder that a checkpoint lies in, or the path itself if it is no file."""
+    return path.parent.parent if path.is_file() else path
+
+
+def _flags_of_file(path: Path) -> list[str]:
+    """Return the settings of a TOML file as flags."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"the config file {path} is no valid TOML: {error}") from None
+    flags = []
+    for name, value in values.items():
+        if name not in FIELDS or name in NOT_IN_CONFIG_FILE:
+            raise UserError(
+                f"in the config file {path}: "
+                + str(unknown_name("setting", name, [known for known in FIELDS if known not in NOT_IN_CONFIG_FILE]))
+            )
+        if isinstance(value, bool) and FIELDS[name].default in (True, False):
+            flags += [_flag(name)] if value else []
+        elif isinstance(value, str | int | float) and not isinstance(value, bool):
+            flags += [f"{_flag(name)}={value}"]
+        else:
+            raise UserError(f"in the config file {path}: {name} = {value!r} is not a value for {_flag(name)}")
+    return flags
+
+
+def _one_line(box: str) -> str:
+    """Return the message inside tyro's report: below the title, above the rule in front of its advice."""
+    lines = [line.strip(" │╭╮╰╯|") for line in box.splitlines()]
+    message: list[str] = []
+    for line in lines[1:]:
+        is_rule = bool(line) and set(line) <= set("-─")
+        if is_rule and message:
+            break
+        if not is_rule:
+            message.append(line)
+    return f"{' '.join(line for line in message if line).rstrip('.')}; --help lists all flags"
+
+
+def differences(ours: TrainConfig, theirs: Mapping[str, Any]) -> list[str]:
+    """Return one clause for each setting that differs from a checkpoint's and may not change on resume."""
+    mine = ours.to_json()
+    return [
+        f"{_flag(name)} is {mine[name]!r} here and {theirs.get(name)!r} in the checkpoint"
+        for name in mine
+        if name not in FREE_TO_CHANGE_ON_RESUME and mine[name] != theirs.get(name)
+    ]

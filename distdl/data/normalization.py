@@ -1,0 +1,103 @@
+"""Mean and deviation of each channel, measured on the training part alone, and their use.
+
+The measure must not depend on who takes it: of bytes it is exact, from integer sums alone. Applying it is one
+subtraction and one division per pixel, so that a row gets the same bits whatever rows stand beside it.
+
+Dimensions: N samples, H height, W width, C channels; n rows of a block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distdl.errors import UserError
+
+BLOCK_ELEMENTS = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class Normalization:
+    """``y = (x - mean) / deviation``, per channel; both are (C,) float32."""
+
+    mean: NDArray[np.float32]
+    deviation: NDArray[np.float32]
+
+    def apply(self, images: NDArray[Any], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Return the normalized images (n, H, W, C) float32, in `out` where it is given.
+
+        `images` are (n, H, W, C), uint8 or float32, and stay as they are.
+
+        >>> ones = np.ones(1, np.float32)
+        >>> Normalization(mean=ones, deviation=2 * ones).apply(np.full((1, 1, 2, 1), 7, np.uint8)).ravel()
+        array([3., 3.], dtype=float32)
+        """
+        if out is None:
+            out = np.empty(images.shape, np.float32)
+        np.subtract(images, self.mean, out=out, dtype=np.float32)
+        return np.divide(out, self.deviation, out=out)
+
+
+def measure(images: NDArray[Any], rows: NDArray[np.int64]) -> Normalization:
+    """Return mean and deviation of each channel over the given rows of `images` (N, H, W, C).
+
+    ``mean = Σx / m`` and ``deviation = √(Σ(x - mean)² / m)`` over the m pixels of a channel. `images` are
+    uint8 or float32; of uint8 both sums are exact. A constant channel gets deviation 1, so it becomes zero.
+    Images are read block by block, so memory stays small whatever the size of the set.
+
+    Raises `UserError` where a pixel is not a finite number.
+    """
+    moments = _moments_of_bytes if images.dtype == np.uint8 else _moments_of_floats
+    with np.errstate(invalid="ignore"):  # of infinite pixels, which are refused below
+        mean, variance = moments(images, rows)
+    if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
+        raise UserError("the images hold NaN or infinite pixels: expected finite numbers; mend the data set")
+    deviation = np.sqrt(variance).astype(np.float32)
+    deviation[deviation == 0] = 1
+    return Normalization(mean.astype(np.float32), deviation)
+
+
+def _blocks(images: NDArray[Any], rows: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+    """Yield the given rows as blocks (n·H·W, C), of some million elements at most or of one image."""
+    channels = images.shape[-1]
+    size = max(1, BLOCK_ELEMENTS // math.prod(images.shape[1:]))
+    for start in range(0, len(rows), size):
+        yield images[rows[start : start + size]].reshape(-1, channels)
+
+
+def _moments_of_bytes(
+    images: NDArray[np.uint8], rows: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return mean and variance, each rounded once, from the histogram of each channel."""
+    histograms = np.zeros((images.shape[-1], 256), np.int64)
+    for block in _blocks(images, rows):
+        histograms += [np.bincount(pixels, minlength=256) for pixels in block.T]
+    mean, variance = [], []
+    for occurrences in histograms.tolist():
+        # Python's integers do not overflow, and its division of two of them rounds once.
+        count = sum(occurrences)
+        total = sum(value * n for value, n in enumerate(occurrences))
+        squares = sum(value * value * n for value, n in enumerate(occurrences))
+        mean.append(total / count)
+        variance.append((count * squares - total * total) / (count * count))
+    return np.array(mean, np.float64), np.array(variance, np.float64)
+
+
+def _moments_of_floats(
+    images: NDArray[np.float32], rows: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return mean and variance from two passes in float64.
+
+    The first pass sums differences from the first pixel: of a constant channel they are all exactly zero, and
+    so is its variance; a sum of the pixels themselves would leave rounding, which the division would blow up.
+    """
+    count = len(rows) * math.prod(images.shape[1:-1])
+    first = images[rows[0], 0, 0].astype(np.float64)
+    mean = first + sum((block - first).sum(axis=0) for block in _blocks(images, rows)) / count
+    variance = sum(np.square(block - mean).sum(axis=0) for block in _blocks(images, rows)) / count
+    return mean, np.asarray(variance, np.float64)

@@ -1,0 +1,198 @@
+"""The data sets by name: `load` turns bytes from files or the network into one `Dataset`.
+
+A further data set is one more function in `SOURCES`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distdl.data.idx import quoted, read_idx
+from distdl.errors import DamagedFileError, UserError, unknown_name
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images and their labels, and where the set's own test part starts."""
+
+    name: str
+    images: NDArray[Any]
+    """(N, H, W, C), uint8 or float32."""
+    labels: NDArray[np.int64]
+    """(N,), in 0 .. classes-1."""
+    classes: int
+    test_start: int | None
+    """Rows from here on are the set's own test part; None: it has none."""
+
+
+def load(name: str, data_dir: Path | None) -> Dataset:
+    """Return the data set of that name, read from `data_dir` where it comes in files.
+
+    Raises `UserError` where the name is unknown or a file is not to be had, `DamagedFileError` if damaged.
+
+    >>> load("digits", None).images.shape
+    (1797, 8, 8, 1)
+    """
+    if name not in SOURCES:
+        raise unknown_name("dataset", name, SOURCES)
+    return SOURCES[name](data_dir)
+
+
+# ---------------------------------------------------------------------------------------------------- digits
+
+DIGITS_SHA256 = "516461765719e9f81b246f52d21473a2e9006efb68053ba7c60c53a89fe9dcb6"
+
+
+def digits(_data_dir: Path | None) -> Dataset:
+    """Return the 1,797 handwritten digits of 8x8 pixels, 0 .. 16, that are part of this package.
+
+    They are the test part of E. Alpaydin and C. Kaynak, *Optical Recognition of Handwritten Digits*, UCI
+    Machine Learning Repository, 1998, https://doi.org/10.24432/C50P49, in the copy that scikit-learn
+    distributes; licensed under CC BY 4.0 (see DIGITS-LICENSE.txt beside this file). No folder is needed.
+    """
+    file = resources.files("distdl.data") / "digits.npz"
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DamagedFileError(
+            f"{str(file)!r} cannot be read: {error.strerror or error}; install distdl-mpi again"
+        ) from error
+    # Compared before anything is decoded, so nothing in the file has to be trusted.
+    found = hashlib.sha256(content).hexdigest()
+    if found != DIGITS_SHA256:
+        raise DamagedFileError(
+            f"{str(file)!r} is damaged: its sha256 is {found}, expected {DIGITS_SHA256}; "
+            "install distdl-mpi again"
+        )
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return Dataset(
+            name="digits",
+            images=arrays["images"],
+            labels=arrays["labels"].astype(np.int64),
+            classes=10,
+            test_start=None,
+        )
+
+
+# ----------------------------------------------------------------------------------------------------- MNIST
+
+MNIST_MIRRORS = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+)
+MNIST_SHA256 = {
+    "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+}
+"""The files as they were first published; the order is that in which they are read."""
+
+
+def mnist(data_dir: Path | None) -> Dataset:
+    """Return MNIST: 60,000 handwritten digits of 28x28 pixels, 0 .. 255, and 10,000 more, its test part.
+
+    With `data_dir`, the four IDX files are read from there, each as it is or gzipped (with ``.gz`` behind its
+    name); whatever valid IDX files bear those names are taken. Without, the gzipped files are downloaded once
+    into the user's cache folder, and their sha256 compared at every start.
+
+    Source: Y. LeCun, C. Cortes, C. J. C. Burges, *The MNIST database of handwritten digits*, 1998.
+    """
+    paths = _downloaded() if data_dir is None else _found_in(data_dir)
+    train_images, train_labels = _pair(paths[0], paths[1])
+    test_images, test_labels = _pair(paths[2], paths[3])
+    if train_images.shape[1:] != test_images.shape[1:]:
+        raise UserError(
+            f"{quoted(paths[2])} has images of shape {test_images.shape[1:]}, "
+            f"expected {train_images.shape[1:]} as in {quoted(paths[0])}; give files of one data set"
+        )
+    return Dataset(
+        name="mnist",
+        images=np.concatenate([train_images, test_images])[..., np.newaxis],
+        labels=np.concatenate([train_labels, test_labels]).astype(np.int64),
+        classes=10,
+        test_start=len(train_labels),
+    )
+
+
+def _pair(images_path: Path, labels_path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return the images (N, H, W) and labels (N,) of two files that belong together."""
+    images = read_idx(images_path, kind="images")
+    labels = read_idx(labels_path, kind="labels")
+    if len(images) != len(labels):
+        raise UserError(
+            f"{quoted(labels_path)} has {len(labels)} labels, expected {len(images)}, one for each image of "
+            f"{quoted(images_path)}; give files of one data set"
+        )
+    if labels.max() > 9:
+        raise DamagedFileError(
+            f"{quoted(labels_path)} is damaged: sample {labels.argmax()} has label {labels.max()}, "
+            "expected 0 to 9; fetch the file again"
+        )
+    return images, labels
+
+
+def _found_in(data_dir: Path) -> list[Path]:
+    """Return the paths of the four files in a folder."""
+    try:
+        present = {path.name for path in data_dir.iterdir()}
+    except OSError as error:
+        raise UserError(
+            f"the data folder {quoted(data_dir)} cannot be read ({error.strerror or error}): "
+            "expected a folder with the four MNIST files; give another --data-dir"
+        ) from error
+    paths, missing = [], []
+    for compressed in MNIST_SHA256:
+        plain = compressed.removesuffix(".gz")
+        name = next((name for name in (plain, compressed) if name in present), None)
+        if name is None:
+            missing.append(plain)
+        else:
+            paths.append(data_dir / name)
+    if missing:
+        raise UserError(
+            f"the data folder {quoted(data_dir)} lacks {', '.join(missing)}: expected the four MNIST files, "
+            "each as it is or with .gz behind its name; give another --data-dir, or none to download them"
+        )
+    return paths
+
+
+def _downloaded() -> list[Path]:
+    """Return the paths of the four files in the user's cache folder, downloading those not there yet."""
+    try:
+        pooch = importlib.import_module("pooch")
+    except ImportError as error:
+        raise UserError(
+            "downloading MNIST needs pooch, which is not installed: pip install 'distdl-mpi[data]', "
+            "or give the folder with the four files by --data-dir"
+        ) from error
+    return [_download(pooch, name, sha256) for name, sha256 in MNIST_SHA256.items()]
+
+
+def _download(pooch: Any, name: str, sha256: str) -> Path:
+    """Return the path of one file, from the cache or from the first mirror that has it intact."""
+    cache = pooch.os_cache("distdl") / "mnist"
+    failures = []
+    for mirror in MNIST_MIRRORS:
+        try:
+            return Path(pooch.retrieve(mirror + name, known_hash=f"sha256:{sha256}", fname=name, path=cache))
+        except (OSError, ValueError) as error:  # the network or the disk; another sha256
+            failures.append(f"{mirror}: {textwrap.shorten(str(error), 160)}")
+    raise UserError(
+        f"{name} could not be downloaded to {quoted(cache)} ({'; '.join(failures)}): expected network access "
+        "and room there; or fetch the four MNIST files elsewhere and give their folder by --data-dir"
+    )
+
+
+SOURCES: dict[str, Callable[[Path | None], Dataset]] = {"digits": digits, "mnist": mnist}

@@ -1,0 +1,109 @@
+"""Which rows train, validate and test, and in which order: pure index arithmetic, no pixel is touched.
+
+Every function gives the same answer to whoever asks, on any rank, so that nothing has to be sent.
+A row is an index into the whole data set; an order is a permutation of 0 .. count-1, that is of *positions*
+in a part: ``parts.training[order]`` are the rows of an epoch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distdl.errors import UserError
+from distdl.rng import Key
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The rows of each part, ascending. Every row of the data set is in exactly one part."""
+
+    training: Rows
+    validation: Rows
+    test: Rows
+
+
+def split(labels: NDArray[Any], test_start: int | None, key: Key) -> Split:
+    """Split the rows of a data set; `labels` are theirs, (N,).
+
+    Where the set has its own test part, rows `test_start` and on are the test part, and a tenth of the others
+    (rounded down), drawn by the seed, is the validation part. Otherwise each class is split by itself: 15 %
+    are validation, 15 % test (both rounded to the nearest, halves up), drawn by the seed, the rest training.
+
+    Raises `UserError` where a part would be empty.
+
+    >>> parts = split(np.zeros(20, np.int64), None, Key(0))
+    >>> len(parts.training), len(parts.validation), len(parts.test)
+    (14, 3, 3)
+    """
+    parts = _stratified(labels, key) if test_start is None else _with_own_test(len(labels), test_start, key)
+    for name, rows in (("training", parts.training), ("validation", parts.validation), ("test", parts.test)):
+        if not rows.size:
+            whole = f"{len(labels)} samples" + (
+                "" if test_start is None else f", the test part from {test_start} on"
+            )
+            raise UserError(
+                f"the {name} part would be empty: the data set has {whole}; "
+                "expected enough for training, validation and test; give a larger data set"
+            )
+    return parts
+
+
+def _with_own_test(count: int, test_start: int, key: Key) -> Split:
+    shuffled = key.of("split").permutation(test_start)
+    validation_count = test_start // 10
+    return Split(
+        training=np.sort(shuffled[validation_count:]),
+        validation=np.sort(shuffled[:validation_count]),
+        test=np.arange(test_start, count, dtype=np.int64),
+    )
+
+
+def _stratified(labels: NDArray[Any], key: Key) -> Split:
+    training, validation, test = [], [], []
+    for label in np.unique(labels).tolist():
+        rows = np.flatnonzero(labels == label).astype(np.int64, copy=False)
+        shuffled = rows[key.of("split", label).permutation(rows.size)]
+        share = (15 * rows.size + 50) // 100
+        validation.append(shuffled[:share])
+        test.append(shuffled[share : 2 * share])
+        training.append(shuffled[2 * share :])
+    return Split(_ascending(training), _ascending(validation), _ascending(test))
+
+
+def _ascending(of_each_class: list[Rows]) -> Rows:
+    return np.sort(np.concatenate([np.empty(0, np.int64), *of_each_class]))
+
+
+def epoch_order(key: Key, epoch: int, count: int) -> Rows:
+    """Return an epoch's order of `count` samples: a permutation, and a pure function of (seed, epoch)."""
+    return key.of("order", epoch).permutation(count)
+
+
+def steps_per_epoch(count: int, batch_size: int) -> int:
+    """Return how many batches `count` samples make, the ragged last one included."""
+    return -(-count // batch_size)
+
+
+def batch_rows(order: Rows, step_in_epoch: int, batch_size: int) -> Rows:
+    """Return the piece of the epoch's order that a step takes; the last may be ragged.
+
+    >>> batch_rows(np.arange(10), 2, 4)
+    array([8, 9])
+    """
+    return order[step_in_epoch * batch_size : (step_in_epoch + 1) * batch_size]
+
+
+def micro_batch_count(count: int, micro_batch_size: int) -> int:
+    """Return how many micro-batches a batch of `count` samples makes, the ragged last one included."""
+    return -(-count // micro_batch_size)
+
+
+def micro_batch(rows: Rows, index: int, micro_batch_size: int) -> Rows:
+    """Return the rows of one micro-batch of a batch; the last may be ragged."""
+    return rows[index * micro_batch_size : (index + 1) * micro_batch_size]

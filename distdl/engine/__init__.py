@@ -1,0 +1,5 @@
+"""Training: the trainer on every rank, the coordinator on rank 0, checkpoints, metrics, progress."""
+
+from distdl.engine.trainer import Summary, train
+
+__all__ = ["Summary", "train"]

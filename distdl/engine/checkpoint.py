@@ -1,0 +1,151 @@
+"""Checkpoints: all that survives a step, in one safetensors file that proves itself intact.
+
+A safetensors file is eight bytes of header length, a JSON header and the tensors' bytes. The format has no
+checksum, and a flipped bit in the data loads silently; so the header's metadata carries, besides what a run
+needs to go on, the sha256 of the whole file, taken with the sixty-four digits of the digest itself set to
+zero. A file that is torn, truncated or altered anywhere is named as such and never loaded.
+
+The metadata has one key, ``distdl``, whose value is a JSON object with ``format``, ``sha256`` and ``header``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from distdl.engine.files import write_durably
+from distdl.errors import DamagedFileError, UserError
+
+FORMAT = "distdl checkpoint 1"
+NO_DIGEST = "0" * 64
+#: No header of ours comes near this; a damaged length must not make us read or allocate anything.
+LARGEST_HEADER_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What one file holds: the tensors by name, and the header (config, step, versions, progress)."""
+
+    tensors: dict[str, NDArray[Any]]
+    header: dict[str, Any]
+
+
+def encode(checkpoint: Checkpoint) -> bytes:
+    """Return the bytes of the file."""
+    metadata = {"format": FORMAT, "sha256": NO_DIGEST, "header": checkpoint.header}
+    data = safetensors.numpy.save(checkpoint.tensors, {"distdl": json.dumps(metadata)})
+    place = data.index(NO_DIGEST.encode())
+    digest = hashlib.sha256(data).hexdigest().encode()
+    return data[:place] + digest + data[place + len(digest) :]
+
+
+def decode(data: bytes, name: str) -> Checkpoint:
+    """Return what the bytes of a file hold; raise `DamagedFileError` naming `name` if they are not whole."""
+    metadata, place = _metadata(data, name)
+    digest = hashlib.sha256()
+    digest.update(data[:place])
+    digest.update(NO_DIGEST.encode())
+    digest.update(memoryview(data)[place + len(NO_DIGEST) :])
+    if digest.hexdigest() != metadata["sha256"]:
+        raise DamagedFileError(f"{name} is damaged: its checksum does not match its content")
+    if metadata["format"] != FORMAT:
+        raise UserError(f"{name} has the format {metadata['format']!r}: this version reads {FORMAT!r}")
+    return Checkpoint(safetensors.numpy.load(data), metadata["header"])
+
+
+def _metadata(data: bytes, name: str) -> tuple[dict[str, Any], int]:
+    """Return our metadata, and where in the file the digest's digits stand; trusts nothing it reads."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(len(data) - 8, LARGEST_HEADER_BYTES):
+        raise DamagedFileError(f"{name} is damaged: {len(data)} bytes are too few for the header it announces")
+    try:
+        metadata = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["distdl"])
+        given = metadata["sha256"].encode()
+        complete = len(given) == len(NO_DIGEST) and {"format", "header"} <= metadata.keys()
+        places = data.count(given, 8, 8 + length)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise DamagedFileError(f"{name} is damaged, or no checkpoint of distdl: its header cannot be read") from None
+    if not complete or places != 1:
+        raise DamagedFileError(f"{name} is damaged: its header has no checksum")
+    return metadata, data.index(given, 8, 8 + length)
+
+
+def write(path: Path, checkpoint: Checkpoint) -> None:
+    """Write the file so that `path` holds the old content or the new, then read it back and compare.
+
+    Raises `OSError` where the disk refuses or does not return what was written.
+    """
+    data = encode(checkpoint)
+    write_durably(path, data)
+    if path.read_bytes() != data:
+        raise OSError(f"{path} does not read back as it was written")
+
+
+def read(path: Path) -> Checkpoint:
+    """Return the checkpoint at `path`; raise `UserError` if it cannot be read, `DamagedFileError` if damaged."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
+    return decode(data, str(path))
+
+
+def path_of_step(folder: Path, step: int) -> Path:
+    """Return where the checkpoint after `step` steps lies."""
+    return folder / f"step-{step:09d}.safetensors"
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints in `folder`, ascending."""
+    return sorted(
+        int(path.stem.removeprefix("step-"))
+        for path in folder.glob("step-*.safetensors")
+        if path.stem.removeprefix("step-").isdecimal()
+    )
+
+
+def newest_intact(folder: Path) -> tuple[Path, Checkpoint, list[str]] | None:
+    """Return the newest checkpoint in `folder` that is whole, and what was wrong with those after it."""
+    complaints: list[str] = []
+    for step in reversed(steps_in(folder)):
+        path = path_of_step(folder, step)
+        try:
+            return path, read(path), complaints
+        except DamagedFileError as error:
+            complaints.append(str(error))
+    if complaints:
+        raise DamagedFileError(f"no checkpoint in {folder} is intact: {complaints[0]}")
+    return None
+
+
+def remove_old(folder: Path, keep: int, best_step: int | None) -> None:
+    """Remove all checkpoints but the newest `keep` and the best."""
+    for step in steps_in(folder)[:-keep]:
+        if step != best_step:
+            path_of_step(folder, step).unlink(missing_ok=True)
+
+
+def restore(checkpoint: Checkpoint, into: list[tuple[str, NDArray[Any]]], name: str) -> None:
+    """Copy the tensors into arrays of the same names; raise `UserError` where names, shapes or dtypes differ."""
+    wanted = {key: (array.shape, array.dtype) for key, array in into}
+    found = {key: (array.shape, array.dtype) for key, array in checkpoint.tensors.items()}
+    if wanted != found:
+        differing = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+        raise UserError(
+            f"{name} is a checkpoint of another model: {differing[0]} is {_described(found.get(differing[0]))} "
+            f"there and {_described(wanted.get(differing[0]))} here"
+        )
+    for key, array in into:
+        np.copyto(array, checkpoint.tensors[key])
+
+
+def _described(kind: tuple[tuple[int, ...], np.dtype[Any]] | None) -> str:
+    return "absent" if kind is None else f"{kind[1]} {kind[0]}"

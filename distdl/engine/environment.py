@@ -1,0 +1,70 @@
+"""What the bits of a run may depend on besides its config: library versions, CPU kernel family, BLAS threads."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import threadpoolctl
+
+import distdl
+from distdl.errors import UserError
+from distdl.parallel import Communicator, hosts
+
+
+@contextmanager
+def blas_threads(count: int) -> Iterator[None]:
+    """Limit BLAS to `count` threads inside, and check that it obeys; raise `UserError` where it does not."""
+    with threadpoolctl.threadpool_limits(count, user_api="blas"):
+        for library in _blas_libraries():
+            if library["num_threads"] != count:
+                raise UserError(
+                    f"{library['internal_api']} runs {library['num_threads']} threads where --threads-per-rank asks "
+                    f"for {count}: set {library['internal_api'].upper()}_NUM_THREADS={count} before the start"
+                )
+        yield
+
+
+def _blas_libraries() -> list[dict[str, Any]]:
+    return [library for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"]
+
+
+def kernel_family() -> str:
+    """Return what decides which machine code computes products and functions, such as ``SkylakeX; AVX512_SKX``.
+
+    That is the core type OpenBLAS chose, and the instruction sets NumPy found for its own loops.
+    """
+    blas = [f"{library.get('architecture', library['internal_api'])}" for library in _blas_libraries()]
+    simd = np.show_config(mode="dicts")["SIMD Extensions"]  # type: ignore[call-overload]
+    return f"{', '.join(blas) or 'no known BLAS'}; {' '.join(simd.get('found', [])) or 'baseline'}"
+
+
+def describe(communicator: Communicator) -> dict[str, Any]:
+    """Return the content of ``env.json``. Collective."""
+    return {
+        "ranks": communicator.size,
+        "hosts": hosts(communicator),
+        "communicator": communicator.description,
+        "kernel_families": sorted(set(communicator.allgather_json(kernel_family()))),
+        "versions": {"distdl": distdl.__version__, "python": platform.python_version(), **_package_versions()},
+        "blas": [
+            {key: library.get(key) for key in ("internal_api", "version", "architecture", "num_threads")}
+            for library in _blas_libraries()
+        ],
+        "machine": platform.machine(),
+        "system": platform.platform(),
+    }
+
+
+def _package_versions() -> dict[str, str]:
+    found = {}
+    for name in ("numpy", "mpi4py", "safetensors", "tyro", "threadpoolctl"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found

@@ -1,0 +1,83 @@
+"""Metrics: sums over micro-batches that travel in the canonical tree, and the file they end in.
+
+``metrics.jsonl`` holds nothing that depends on time, on the number of ranks or on interruptions, and so is the
+same file, byte for byte, however the run went; what is timed goes to ``timing.jsonl``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distdl.parallel import Field
+
+#: The fields that metrics add to a record of the reduction.
+METRIC_FIELDS = (Field("loss_sum", "f8", 1), Field("counts", "i8", 2))
+
+
+@dataclass
+class Sums:
+    """Summed loss (float64), right answers and samples (int64), as arrays so that they reduce and save alike."""
+
+    loss_sum: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2, np.int64))
+
+    def set(self, loss_sum: float, correct: int, samples: int) -> None:
+        """Overwrite the sums."""
+        self.loss_sum[0] = loss_sum
+        self.counts[:] = correct, samples
+
+    def add(self, record: Mapping[str, NDArray[Any]]) -> None:
+        """Add the sums of a reduced record."""
+        self.loss_sum += record["loss_sum"]
+        self.counts += record["counts"]
+
+    @property
+    def samples(self) -> int:
+        """The number of samples summed over."""
+        return int(self.counts[1])
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of a sample."""
+        return float(self.loss_sum[0]) / self.samples
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right answers."""
+        return int(self.counts[0]) / self.samples
+
+
+class JsonLines:
+    """A file of one JSON object a line, cut to a given length first."""
+
+    def __init__(self, path: Path, keep_bytes: int = 0) -> None:
+        self._file = path.open("ab")
+        if self.length > keep_bytes:
+            self._file.truncate(keep_bytes)
+            self._file.seek(0, os.SEEK_END)
+
+    @property
+    def length(self) -> int:
+        """The file's length in bytes."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append a record."""
+        self._file.write((json.dumps(record) + "\n").encode())
+        self._file.flush()
+
+    def flush_to_disk(self) -> None:
+        """Return when all records are on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

@@ -1,0 +1,85 @@
+"""What a person sees of a run: banner, progress, warnings, receipt. Only the coordinator prints.
+
+Plain lines by default; on a terminal, and only in one process, a line that rewrites itself as well: under a
+launcher nobody can tell whether a terminal is behind the pipe (Open MPI always says yes, MPICH always no).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+SECONDS_BETWEEN_UPDATES = 0.1
+CLEAR_LINE = "\r\x1b[K"
+
+
+class Progress:
+    """Prints lines, and keeps a live line below them where that is wanted."""
+
+    def __init__(self, *, live: bool) -> None:
+        self._live = live and sys.stdout.isatty()
+        self._live_shown = False
+        self._next_update = 0.0
+
+    def line(self, text: str = "") -> None:
+        """Print a line."""
+        sys.stdout.write((CLEAR_LINE if self._live_shown else "") + text + "\n")
+        sys.stdout.flush()
+        self._live_shown = False
+
+    def warning(self, text: str) -> None:
+        """Print a warning to the error stream."""
+        if self._live_shown:
+            sys.stdout.write(CLEAR_LINE)
+            sys.stdout.flush()
+        sys.stderr.write(f"distdl: warning: {text}\n")
+        sys.stderr.flush()
+        self._live_shown = False
+
+    def live(self, epoch: int, epochs: int, step: int, steps: int, loss: float) -> None:
+        """Rewrite the live line: where in the epoch we are, and the loss of the last step."""
+        if not self._live or time.monotonic() < self._next_update:
+            return
+        self._next_update = time.monotonic() + SECONDS_BETWEEN_UPDATES
+        done = 24 * step // steps
+        bar = "#" * done + "-" * (24 - done)
+        sys.stdout.write(f"{CLEAR_LINE}epoch {epoch}/{epochs} [{bar}] step {step}/{steps} loss {loss:.4f}")
+        sys.stdout.flush()
+        self._live_shown = True
+
+
+def banner(
+    environment: Mapping[str, Any], described: str, threads: int, batch: str, shares: str, survives: str
+) -> list[str]:
+    """Return the lines that open a run."""
+    ranks = environment["ranks"]
+    hosts = ", ".join(f"{name} ({count})" for name, count in environment["hosts"].items())
+    return [
+        f"distdl {environment['versions']['distdl']} · {described}",
+        f"{ranks} rank{'s' if ranks > 1 else ''} × {threads} thread{'s' if threads > 1 else ''}"
+        f" · {environment['communicator']} · host{'s' if len(environment['hosts']) > 1 else ''} {hosts}",
+        f"{batch} · {shares}",
+        f"survives failures: {survives}",
+    ]
+
+
+def shares_of(micro_batches: int, ranks: int) -> str:
+    """Return how many micro-batches each rank computes in a step, and a better number of ranks if there is one.
+
+    >>> shares_of(8, 4)
+    '2 micro-batches a rank'
+    >>> shares_of(8, 5)
+    '1 to 2 micro-batches a rank: as slow as 4 ranks, use 4 or 8'
+    """
+    least, most = micro_batches // ranks, -(-micro_batches // ranks)
+    plural = "es" if most > 1 else ""
+    if least == most:
+        return f"{most} micro-batch{plural} a rank"
+    text = f"{least} to {most} micro-batch{plural} a rank"
+    as_fast = -(-micro_batches // most)
+    if as_fast == ranks:
+        return text
+    better = next(n for n in range(ranks + 1, micro_batches + 1) if -(-micro_batches // n) < most)
+    return f"{text}: as slow as {as_fast} rank{'s' if as_fast > 1 else ''}, use {as_fast} or {better}"

@@ -1,0 +1,138 @@
+"""Is a `backward` right? Compare its gradients with central differences (sections 4.3 and 5.7).
+
+``df/dx[i]`` is about ``(f(x + h e[i]) - f(x - h e[i])) / 2h``. In float64 with h = 1e-5 both agree to some
+1e-9 where `backward` is right, and not at all where it is wrong. An error is relative to the largest entry
+of its array.
+
+To check a layer of your own::
+
+    assert check_layer(MyLayer(), (4, 4, 2)) < 1e-6
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distdl.errors import UserError
+from distdl.nn.layers import Array, Layer, Shape
+from distdl.nn.losses import SoftmaxCrossEntropy
+from distdl.nn.network import Sequential
+from distdl.rng import Key
+
+STEP = 1e-5
+NOISE = 1e-6
+"""Arrays whose gradients all stay below this are compared absolutely, in units of it."""
+
+
+def numerical_gradient(
+    f: Callable[[], float], x: Array, indices: NDArray[np.int64] | None = None, h: float = STEP
+) -> Array:
+    """Return the gradient of `f`, which reads the contiguous float64 array `x`, by central differences.
+
+    With `indices` (into the flattened array) only those elements are done, and the result is as long as
+    `indices`; without, it has the shape of `x`. `x` is changed on the way and restored.
+
+    >>> x = np.array([3.0, 4.0])
+    >>> numerical_gradient(lambda: float((x**2).sum()), x).round(6).tolist()
+    [6.0, 8.0]
+    """
+    if x.dtype != np.float64 or not x.flags.c_contiguous:
+        raise UserError(f"numerical gradients need a contiguous float64 array; given {x.dtype}")
+    flat = x.reshape(-1)
+    chosen = np.arange(x.size) if indices is None else indices
+    gradient = np.empty(len(chosen))
+    for n, i in enumerate(chosen):
+        kept = flat[i]
+        flat[i] = kept + h
+        above = f()
+        flat[i] = kept - h
+        below = f()
+        flat[i] = kept
+        gradient[n] = (above - below) / (2 * h)
+    return gradient.reshape(x.shape) if indices is None else gradient
+
+
+def check_network(
+    network: Sequential,
+    x: Array,
+    labels: Array,
+    loss: SoftmaxCrossEntropy | None = None,
+    *,
+    elements: int = 20,
+    training: bool = False,
+    key: Key | None = None,
+) -> float:
+    """Return the largest relative error among the gradients of all parameters of a float64 network.
+
+    At most `elements` elements of each parameter are compared, the same ones each time. With
+    ``training=True`` a network with dropout needs a `key`; masks are then the same in every evaluation.
+    """
+    loss = loss or SoftmaxCrossEntropy()
+
+    def value() -> float:
+        return loss.forward(network.forward(x, training=training, key=key), labels)
+
+    value()
+    network.backward(loss.backward())
+    checked = [
+        (parameter, gradient.copy())
+        for (_, parameter), (_, gradient) in zip(
+            network.named_parameters(), network.named_gradients(), strict=True
+        )
+    ]
+    return max(_error(value, parameter, gradient, elements) for parameter, gradient in checked)
+
+
+def check_layer(
+    layer: Layer,
+    input_shape: Shape,
+    *,
+    samples: int = 3,
+    elements: int = 100,
+    training: bool = False,
+    key: Key | None = None,
+) -> float:
+    """Return the largest relative error among the gradients of a layer by its input and its parameters.
+
+    The layer is built for inputs (samples, *input_shape) of normal numbers, in float64; a random projection
+    makes its output one number. Parameters start at their initial values plus some noise. At most
+    `elements` elements of each array are compared.
+
+    >>> from distdl.nn.layers import Sigmoid
+    >>> check_layer(Sigmoid(), (4, 4, 2)) < 1e-6
+    True
+    """
+    key = key or Key(0).of("check_layer")
+    network = Sequential([layer], input_shape, dtype=np.float64)
+    layer.needs_input_gradient = True
+    network.initialize(key)
+    network.parameters += 0.1 * key.of("noise").normal(network.parameters.size)
+    x = _normal(key.of("x"), (samples, *input_shape))
+    dy = _normal(key.of("dy"), (samples, *network.output_shape))
+
+    def value() -> float:
+        return float((network.forward(x, training=training, key=key) * dy).sum())
+
+    value()
+    dx = layer.backward(dy)
+    if dx is None or dx.shape != x.shape:
+        raise UserError(f"{layer}: backward returned no array of the input's shape {x.shape}")
+    checked = [(x, dx.copy())]
+    checked += [(layer.parameters[name], gradient.copy()) for name, gradient in layer.gradients.items()]
+    return max(_error(value, array, gradient, elements) for array, gradient in checked)
+
+
+def _normal(key: Key, shape: Shape) -> Array:
+    return key.normal(math.prod(shape)).reshape(shape)
+
+
+def _error(value: Callable[[], float], array: Array, gradient: Array, elements: int) -> float:
+    """Return the largest error of `gradient` at some of its elements, relative to its largest entry."""
+    indices = Key(0).of("elements").permutation(array.size)[:elements]
+    expected = numerical_gradient(value, array, indices)
+    largest = max(np.abs(gradient).max(), np.abs(expected).max(), NOISE)
+    return float(np.abs(gradient.reshape(-1)[indices] - expected).max() / largest)

@@ -1,0 +1,64 @@
+"""What parameters are before training: each initializer is called as ``initializer(key, shape, fan_in)``.
+
+`fan_in` is the number of values that one output of the layer is summed from (inputs of an affine layer, FH
+* FW * C of a convolution). Results are float64; the network rounds them to its own dtype. A key always
+gives the same numbers, so every rank draws the same network and nothing has to be sent.
+
+Source: *Deep Learning from Scratch*, section 6.2; Glorot and Bengio 2010 (Xavier); He et al. 2015 (He).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distdl.rng import Key
+
+Initializer: TypeAlias = Callable[[Key, tuple[int, ...], int], NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """All zeros: for biases (weights that start equal stay equal)."""
+
+    def __call__(self, key: Key, shape: tuple[int, ...], fan_in: int) -> NDArray[Any]:  # noqa: ARG002
+        """Return zeros of the given shape."""
+        return np.zeros(shape)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Normal numbers of mean 0 and standard deviation `std`, whatever the fan-in.
+
+    >>> Normal(std=0.01)(Key(0), (2, 3), 2).shape
+    (2, 3)
+    """
+
+    std: float = 0.01
+
+    def __call__(self, key: Key, shape: tuple[int, ...], fan_in: int) -> NDArray[Any]:  # noqa: ARG002
+        """Return normal numbers of the given shape."""
+        return self.std * key.normal(math.prod(shape)).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Xavier:
+    """Normal numbers with standard deviation ``1 / sqrt(fan_in)``: keeps the scale through tanh."""
+
+    def __call__(self, key: Key, shape: tuple[int, ...], fan_in: int) -> NDArray[Any]:
+        """Return normal numbers of the given shape."""
+        return Normal(math.sqrt(1.0 / fan_in))(key, shape, fan_in)
+
+
+@dataclass(frozen=True)
+class He:
+    """Normal numbers with standard deviation ``sqrt(2 / fan_in)``: keeps the scale through ReLU."""
+
+    def __call__(self, key: Key, shape: tuple[int, ...], fan_in: int) -> NDArray[Any]:
+        """Return normal numbers of the given shape."""
+        return Normal(math.sqrt(2.0 / fan_in))(key, shape, fan_in)

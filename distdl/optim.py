@@ -1,0 +1,143 @@
+"""Optimizers over flat vectors: from the parameters, the reduced gradient and the step to new parameters.
+
+The base class owns the update: it walks over the vectors in blocks that stay in the cache, adds the weight
+decay, and hands each block to the rule of the subclass. Everything is elementwise and in place, so every rank
+computes the same bits from the same gradient.
+
+Legend: w parameters, g gradient (mean over the batch), λ weight decay, η learning rate, t = 1, 2, … the step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distdl.arrays import aligned_empty, aligned_zeros
+from distdl.errors import unknown_name
+
+Vector = NDArray[Any]
+
+BLOCK = 32768  # elements; four float32 vectors of this length fit the second-level cache
+
+
+class Optimizer(ABC):
+    """Updates a flat parameter vector in place.
+
+    `weight_decay` λ adds λw to the gradient where `decay_slices` say so (weights, not biases). `state` holds
+    the vectors that must survive a step, by name, each as long as the parameters; `default_lr` is the learning
+    rate taken where the user gives none.
+    """
+
+    default_lr: ClassVar[float] = 0.01
+    state_names: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self, size: int, *, weight_decay: float = 0.0, decay_slices: Sequence[slice] = (), dtype: Any = np.float32
+    ) -> None:
+        self.weight_decay = weight_decay
+        self.decay_slices = tuple(decay_slices)
+        self.state: dict[str, Vector] = {name: aligned_zeros(size, dtype) for name in self.state_names}
+        self._scratch = aligned_empty(min(size, BLOCK), dtype)
+
+    def update(self, parameters: Vector, gradients: Vector, learning_rate: float, step: int) -> None:
+        """Take step number `step` = 1, 2, …; both vectors are overwritten (the gradient serves as scratch)."""
+        if self.weight_decay:
+            for where in self.decay_slices:
+                for start in range(where.start, where.stop, BLOCK):
+                    block = slice(start, min(start + BLOCK, where.stop))
+                    decay = self._scratch[: block.stop - block.start]
+                    np.multiply(parameters[block], self.weight_decay, out=decay)
+                    gradients[block] += decay
+        for start in range(0, parameters.size, BLOCK):
+            block = slice(start, min(start + BLOCK, parameters.size))
+            scratch = self._scratch[: block.stop - block.start]
+            state = {name: vector[block] for name, vector in self.state.items()}
+            self._rule(parameters[block], gradients[block], state, learning_rate, step, scratch)
+
+    @abstractmethod
+    def _rule(
+        self, w: Vector, g: Vector, state: dict[str, Vector], learning_rate: float, step: int, scratch: Vector
+    ) -> None:
+        """Update the block `w` and its `state` in place; `g` and `scratch` may be overwritten."""
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent: w ← w - ηg (book 6.1.2)."""
+
+    def _rule(
+        self,
+        w: Vector,
+        g: Vector,
+        state: dict[str, Vector],  # noqa: ARG002
+        learning_rate: float,
+        step: int,  # noqa: ARG002
+        scratch: Vector,  # noqa: ARG002
+    ) -> None:
+        g *= learning_rate
+        w -= g
+
+
+class Momentum(Optimizer):
+    """SGD with momentum: v ← αv - ηg, w ← w + v with α = 0.9 (book 6.1.4)."""
+
+    state_names = ("velocity",)
+    momentum = 0.9
+
+    def _rule(
+        self,
+        w: Vector,
+        g: Vector,
+        state: dict[str, Vector],
+        learning_rate: float,
+        step: int,  # noqa: ARG002
+        scratch: Vector,  # noqa: ARG002
+    ) -> None:
+        velocity = state["velocity"]
+        velocity *= self.momentum
+        g *= learning_rate
+        velocity -= g
+        w += velocity
+
+
+class Adam(Optimizer):
+    """Adam (Kingma and Ba 2015, algorithm 1; book 6.1.6).
+
+    m ← β₁m + (1-β₁)g,  v ← β₂v + (1-β₂)g²,  w ← w - η·m̂ / (√v̂ + ε)  with m̂ = m/(1-β₁ᵗ), v̂ = v/(1-β₂ᵗ),
+    β₁ = 0.9, β₂ = 0.999, ε = 1e-8 outside the root (the book folds the corrections into η and takes 1e-7).
+    """
+
+    default_lr = 0.001
+    state_names = ("first_moment", "second_moment")
+    beta1, beta2, epsilon = 0.9, 0.999, 1e-8
+
+    def _rule(
+        self, w: Vector, g: Vector, state: dict[str, Vector], learning_rate: float, step: int, scratch: Vector
+    ) -> None:
+        m, v = state["first_moment"], state["second_moment"]
+        np.multiply(g, 1 - self.beta1, out=scratch)
+        m *= self.beta1
+        m += scratch
+        g *= g
+        g *= 1 - self.beta2
+        v *= self.beta2
+        v += g
+        np.sqrt(v, out=scratch)
+        scratch /= (1 - self.beta2**step) ** 0.5
+        scratch += self.epsilon
+        np.divide(m, scratch, out=scratch)
+        scratch *= learning_rate / (1 - self.beta1**step)
+        w -= scratch
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "momentum": Momentum, "adam": Adam}
+
+
+def optimizer_class(name: str) -> type[Optimizer]:
+    """Return the optimizer of that name; raise `UserError` listing the known ones otherwise."""
+    if name not in OPTIMIZERS:
+        raise unknown_name("optimizer", name, OPTIMIZERS)
+    return OPTIMIZERS[name]

@@ -1,0 +1,51 @@
+"""What every command does around its work: BLAS threads, one voice, exit codes.
+
+Neither NumPy nor MPI is imported here, since the number of BLAS threads is read when NumPy is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from distdl.errors import DistdlError, UserError
+from distdl.launcher import read_launch
+
+#: How long ranks that stay silent about an error wait for rank 0 to speak and the launcher to end them.
+SILENT_SECONDS = 3.0
+
+
+def set_blas_threads(count: int) -> None:
+    """Tell every BLAS that NumPy may be linked with how many threads to start; must come before NumPy."""
+    for name in ("OPENBLAS", "OMP", "MKL", "BLIS", "VECLIB_MAXIMUM"):
+        os.environ[f"{name}_NUM_THREADS"] = str(count)
+
+
+def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> int:
+    """Run a command with the process's arguments and return its exit code; `UserError` becomes one line.
+
+    Under a launcher every rank meets the same wrong flag; rank 0 alone says so, and the others wait a little,
+    so that it has spoken before the launcher sees one of them end.
+    """
+    speaks = read_launch().speaks
+    try:
+        if not speaks and _asks_for_help(arguments):
+            return 0
+        return command(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        if speaks:
+            sys.stdout.flush()
+            sys.stderr.write(f"distdl: error: {' '.join(str(error).split())}\n")
+            sys.stderr.flush()
+        elif not error.agreed:
+            time.sleep(SILENT_SECONDS)
+        return error.exit_code
+    except DistdlError as error:
+        sys.stderr.write(f"distdl: {error}\n")
+        return error.exit_code
+
+
+def _asks_for_help(arguments: Sequence[str] | None) -> bool:
+    return bool({"-h", "--help"} & set(sys.argv[1:] if arguments is None else arguments))
