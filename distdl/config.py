@@ -25,6 +25,12 @@ DATASETS = ("digits", "mnist")
 MODELS = ("mlp", "simple_convnet", "deep_convnet")
 OPTIMIZERS = ("adam", "momentum", "sgd")
 
+#: Where the user gives none. The digits are few, so an epoch of them is only ten steps.
+DEFAULT_EPOCHS = {"digits": 60}
+OTHER_EPOCHS = 20
+DEFAULT_LR = {"adam": 0.001}
+OTHER_LR = 0.01
+
 #: A resumed run may differ in these: they change neither the weights at a step nor their meaning.
 FREE_TO_CHANGE_ON_RESUME = frozenset(
     {
@@ -57,8 +63,8 @@ class TrainConfig:
     """Folder with the dataset's files; without it mnist is downloaded into the user's cache."""
     model: str = "simple_convnet"
     """Network to train: mlp, simple_convnet or deep_convnet."""
-    epochs: int = 10
-    """Passes over the training part."""
+    epochs: int | None = None
+    """Passes over the training part; without it 60 for digits and 20 for mnist."""
     batch_size: int = 128
     """Samples of one optimizer step, over all ranks together."""
     micro_batch_size: int = 16
@@ -98,13 +104,16 @@ class TrainConfig:
 
     def checked(self) -> TrainConfig:
         """Return the config with every default filled in; raise `UserError` for a setting out of range."""
-        _at_least(1, self, "epochs", "batch_size", "micro_batch_size", "lr_step_epochs", "keep_checkpoints")
-        _at_least(1, self, "threads_per_rank")
-        _at_least(0, self, "seed", "checkpoint_every", "log_every", "weight_decay")
-        if self.max_steps is not None:
-            _at_least(1, self, "max_steps")
-        lr = self.lr if self.lr is not None else {"adam": 0.001}.get(self.optimizer, 0.01)
-        config = dataclasses.replace(self, lr=lr)
+        config = dataclasses.replace(
+            self,
+            epochs=DEFAULT_EPOCHS.get(self.dataset, OTHER_EPOCHS) if self.epochs is None else self.epochs,
+            lr=DEFAULT_LR.get(self.optimizer, OTHER_LR) if self.lr is None else self.lr,
+        )
+        _at_least(1, config, "epochs", "batch_size", "micro_batch_size", "lr_step_epochs", "keep_checkpoints")
+        _at_least(1, config, "threads_per_rank")
+        _at_least(0, config, "seed", "checkpoint_every", "log_every", "weight_decay")
+        if config.max_steps is not None:
+            _at_least(1, config, "max_steps")
         _above_zero(config, "lr", "lr_step_factor")
         for name in ("lr", "weight_decay", "lr_step_factor"):
             if not math.isfinite(getattr(config, name)):
@@ -117,6 +126,12 @@ class TrainConfig:
         if self.resume == "auto" and self.run_dir is None:
             raise UserError("--resume auto looks for checkpoints in --run-dir: give that folder too")
         return config
+
+    @property
+    def epoch_count(self) -> int:
+        """The number of epochs of a checked config."""
+        assert self.epochs is not None
+        return self.epochs
 
     @property
     def learning_rate(self) -> float:
@@ -132,8 +147,7 @@ class TrainConfig:
     def to_json(self) -> dict[str, Any]:
         """Return the settings as plain values."""
         return {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in dataclasses.asdict(self).items()
+            name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(self).items()
         }
 
     @staticmethod
@@ -190,7 +204,10 @@ def parse(arguments: Sequence[str], program: str) -> TrainConfig:
     try:
         with contextlib.redirect_stderr(said):
             config = tyro.cli(
-                TrainConfig, args=[*from_files, *arguments], prog=program, config=(tyro.conf.FlagCreatePairsOff,)
+                TrainConfig,
+                args=[*from_files, *arguments],
+                prog=program,
+                config=(tyro.conf.FlagCreatePairsOff,),
             )
     except SystemExit as stop:
         if stop.code:

@@ -36,7 +36,12 @@ class Optimizer(ABC):
     state_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
-        self, size: int, *, weight_decay: float = 0.0, decay_slices: Sequence[slice] = (), dtype: Any = np.float32
+        self,
+        size: int,
+        *,
+        weight_decay: float = 0.0,
+        decay_slices: Sequence[slice] = (),
+        dtype: Any = np.float32,
     ) -> None:
         self.weight_decay = weight_decay
         self.decay_slices = tuple(decay_slices)

@@ -47,7 +47,7 @@ class Key:
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """Return `count` numbers uniform in [0, 1), with 53 random bits each, as float64."""
-        return (self.words(count) >> np.uint64(11)) * 2.0**-53
+        return (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def normal(self, count: int) -> NDArray[np.float64]:
         """Return `count` standard normal numbers (Box-Muller) as float64."""

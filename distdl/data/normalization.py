@@ -93,11 +93,10 @@ def _moments_of_floats(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return mean and variance from two passes in float64.
 
-    The first pass sums differences from the first pixel: of a constant channel they are all exactly zero, and
-    so is its variance; a sum of the pixels themselves would leave rounding, which the division would blow up.
+    Its 53 bits hold the sum of half a billion equal float32 numbers of 24 bits without rounding, so that the
+    variance of a constant channel is exactly zero.
     """
     count = len(rows) * math.prod(images.shape[1:-1])
-    first = images[rows[0], 0, 0].astype(np.float64)
-    mean = first + sum((block - first).sum(axis=0) for block in _blocks(images, rows)) / count
+    mean = sum(block.sum(axis=0, dtype=np.float64) for block in _blocks(images, rows)) / count
     variance = sum(np.square(block - mean).sum(axis=0) for block in _blocks(images, rows)) / count
-    return mean, np.asarray(variance, np.float64)
+    return np.asarray(mean), np.asarray(variance)

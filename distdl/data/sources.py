@@ -72,8 +72,7 @@ def digits(_data_dir: Path | None) -> Dataset:
     found = hashlib.sha256(content).hexdigest()
     if found != DIGITS_SHA256:
         raise DamagedFileError(
-            f"{str(file)!r} is damaged: its sha256 is {found}, expected {DIGITS_SHA256}; "
-            "install distdl-mpi again"
+            f"{str(file)!r} is damaged: its sha256 is {found}, expected {DIGITS_SHA256}; install distdl-mpi again"
         )
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return Dataset(

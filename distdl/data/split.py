@@ -44,9 +44,7 @@ def split(labels: NDArray[Any], test_start: int | None, key: Key) -> Split:
     parts = _stratified(labels, key) if test_start is None else _with_own_test(len(labels), test_start, key)
     for name, rows in (("training", parts.training), ("validation", parts.validation), ("test", parts.test)):
         if not rows.size:
-            whole = f"{len(labels)} samples" + (
-                "" if test_start is None else f", the test part from {test_start} on"
-            )
+            whole = f"{len(labels)} samples" + ("" if test_start is None else f", the test part from {test_start} on")
             raise UserError(
                 f"the {name} part would be empty: the data set has {whole}; "
                 "expected enough for training, validation and test; give a larger data set"

@@ -1,5 +1,6 @@
 """Training: the trainer on every rank, the coordinator on rank 0, checkpoints, metrics, progress."""
 
-from distdl.engine.trainer import Summary, train
+from distdl.engine.run import train
+from distdl.engine.trainer import Summary
 
 __all__ = ["Summary", "train"]

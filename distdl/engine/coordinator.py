@@ -51,7 +51,7 @@ def find_start(config: TrainConfig) -> Start:
     if config.resume != "auto" and not source.exists():
         raise UserError(f"--resume {source}: there is no such checkpoint or run folder")
     if source.is_file():
-        path, checkpoint, complaints = source, checkpoints.read(source), []
+        path, checkpoint, complaints = source, checkpoints.read(source), list[str]()
     else:
         found = checkpoints.newest_intact(source / "checkpoints")
         if found is None:
@@ -180,12 +180,18 @@ class Coordinator(Follower):
         epoch, position = divmod(state.step - 1, self._steps_per_epoch)
         if self.config.log_every and state.step % self.config.log_every == 0:
             self._metrics.write(
-                {"step": state.step, "epoch": epoch + 1, "loss": batch.loss, "accuracy": batch.accuracy, "lr": learning_rate}
+                {
+                    "step": state.step,
+                    "epoch": epoch + 1,
+                    "loss": batch.loss,
+                    "accuracy": batch.accuracy,
+                    "lr": learning_rate,
+                }
             )
         if self._hashes is not None:
             hashes = {name: sha256_of_arrays([(name, array)])[:16] for name, array in state.named_arrays()}
             self._hashes.write({"step": state.step, "loss": batch.loss, "hashes": hashes})
-        self.progress.live(epoch + 1, self.config.epochs, position + 1, self._steps_per_epoch, batch.loss)
+        self.progress.live(epoch + 1, self.config.epoch_count, position + 1, self._steps_per_epoch, batch.loss)
 
     def epoch_ended(self, state: TrainingState, validation: Sums, seconds: Mapping[str, float]) -> None:
         """Log the epoch and print its line."""
@@ -204,7 +210,7 @@ class Coordinator(Follower):
         speed = training.samples / seconds["train_seconds"] if seconds["train_seconds"] else 0.0
         self._timing.write({"step": state.step, "epoch": epoch, **seconds, "time": time.time()})
         self.progress.line(
-            f"epoch {epoch:3d}/{self.config.epochs}  loss {training.loss:.4f}  train {training.accuracy:7.2%}  "
+            f"epoch {epoch:3d}/{self.config.epoch_count}  loss {training.loss:.4f}  train {training.accuracy:7.2%}  "
             f"validation {validation.accuracy:7.2%}  {seconds['train_seconds']:6.1f} s  {speed:,.0f} samples/s"
         )
 
@@ -233,7 +239,9 @@ class Coordinator(Follower):
             self._misses = 0
         except OSError as error:
             self._misses += 1
-            reason = f"cannot write the checkpoint after step {state.step} to {self._checkpoints}: {error.strerror or error}"
+            reason = (
+                f"cannot write the checkpoint after step {state.step} to {self._checkpoints}: {error.strerror or error}"
+            )
             if last or self._misses >= MISSES_ALLOWED:
                 raise UserError(f"{reason}; the checkpoints before it are intact: make room and use --resume") from None
             self.progress.warning(f"{reason}; the checkpoints before it are intact, training goes on")
@@ -263,7 +271,9 @@ def _locked(folder: Path) -> IO[bytes]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"the run folder {folder} is in use by another run: wait for it, or give another --run-dir") from None
+        raise UserError(
+            f"the run folder {folder} is in use by another run: wait for it, or give another --run-dir"
+        ) from None
     return lock
 
 

@@ -39,7 +39,7 @@ def kernel_family() -> str:
     That is the core type OpenBLAS chose, and the instruction sets NumPy found for its own loops.
     """
     blas = [f"{library.get('architecture', library['internal_api'])}" for library in _blas_libraries()]
-    simd = np.show_config(mode="dicts")["SIMD Extensions"]  # type: ignore[call-overload]
+    simd = np.show_config(mode="dicts")["SIMD Extensions"]
     return f"{', '.join(blas) or 'no known BLAS'}; {' '.join(simd.get('found', [])) or 'baseline'}"
 
 
@@ -50,7 +50,11 @@ def describe(communicator: Communicator) -> dict[str, Any]:
         "hosts": hosts(communicator),
         "communicator": communicator.description,
         "kernel_families": sorted(set(communicator.allgather_json(kernel_family()))),
-        "versions": {"distdl": distdl.__version__, "python": platform.python_version(), **_package_versions()},
+        "versions": {
+            "distdl": distdl.__version__,
+            "python": platform.python_version(),
+            **_package_versions(),
+        },
         "blas": [
             {key: library.get(key) for key in ("internal_api", "version", "architecture", "num_threads")}
             for library in _blas_libraries()

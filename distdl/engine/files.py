@@ -28,7 +28,7 @@ def write_durably(path: Path, data: bytes) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-        os.rename(temporary, path)
+        os.rename(temporary, path)  # noqa: PTH104  a system call, like those around it
     except OSError:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -45,17 +45,14 @@ class Window:
         (2, 4)
         """
         OH, OW = (
-            (n + 2 * p - f) // s + 1
-            for n, f, s, p in zip(size, self.kernel, self.stride, self.padding, strict=True)
+            (n + 2 * p - f) // s + 1 for n, f, s, p in zip(size, self.kernel, self.stride, self.padding, strict=True)
         )
         return OH, OW
 
     def fitted_size(self, input_shape: Shape, kind: str) -> Pair:
         """Return (OH, OW) for an input (H, W, C); raise `UserError` if it is no image, or one too small."""
         if len(input_shape) != 3:
-            raise UserError(
-                f"input {show_shape(input_shape)} is not an image; expected height x width x channels"
-            )
+            raise UserError(f"input {show_shape(input_shape)} is not an image; expected height x width x channels")
         output_size = self.output_size((input_shape[0], input_shape[1]))
         if min(output_size) < 1:
             padding = self.padding[0] if self.padding[0] == self.padding[1] else show_shape(self.padding)
@@ -298,8 +295,6 @@ def _window(kind: str, kernel: int | Pair, stride: int | Pair, padding: int | Pa
     for name, given, least in (("size", kernel, 1), ("stride", stride, 1), ("padding", padding, 0)):
         pair = (given, given) if isinstance(given, int) else tuple(given)
         if len(pair) != 2 or not all(isinstance(n, int) and n >= least for n in pair):
-            raise UserError(
-                f"{kind}: {name} {given!r} given, expected one or two whole numbers from {least} on"
-            )
+            raise UserError(f"{kind}: {name} {given!r} given, expected one or two whole numbers from {least} on")
         pairs.append((pair[0], pair[1]))
     return Window(*pairs)

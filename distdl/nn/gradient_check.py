@@ -80,9 +80,7 @@ def check_network(
     network.backward(loss.backward())
     checked = [
         (parameter, gradient.copy())
-        for (_, parameter), (_, gradient) in zip(
-            network.named_parameters(), network.named_gradients(), strict=True
-        )
+        for (_, parameter), (_, gradient) in zip(network.named_parameters(), network.named_gradients(), strict=True)
     ]
     return max(_error(value, parameter, gradient, elements) for parameter, gradient in checked)
 

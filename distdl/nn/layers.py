@@ -141,9 +141,7 @@ class Affine(Layer):
         """The input must be flat: (D,)."""
         super().build(input_shape, dtype)
         if len(input_shape) != 1:
-            raise UserError(
-                f"input {show_shape(input_shape)} is not flat; put Flatten() in front of this layer"
-            )
+            raise UserError(f"input {show_shape(input_shape)} is not flat; put Flatten() in front of this layer")
         self.inputs = input_shape[0]
         return (self.outputs,)
 
@@ -233,9 +231,7 @@ class Dropout(Layer):
         if not training:
             return x
         if key is None:
-            raise ValueError(
-                "Dropout draws random numbers in training: pass key=Key(seed).of(...) to forward"
-            )
+            raise ValueError("Dropout draws random numbers in training: pass key=Key(seed).of(...) to forward")
         self.mask = key.mask(x.size, 1 - self.ratio).reshape(x.shape)
         return self._thin(x, "y")
 

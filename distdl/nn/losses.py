@@ -12,8 +12,9 @@ from distdl.nn.layers import Array
 
 
 class SoftmaxCrossEntropy:
-    """Softmax and cross-entropy in one: ``loss = sum over n of log(sum over k of exp(z[n, k])) - z[n,
-    labels[n]]``.
+    """Softmax and cross-entropy in one.
+
+    ``loss = sum over n of (log(sum over k of exp(z[n, k])) - z[n, labels[n]])`` for the logits z.
 
     Both value and gradient are *sums* over the samples, so that those of several micro-batches can be
     added; the division by the batch size comes after. The row maximum is subtracted first, so nothing
@@ -30,13 +31,9 @@ class SoftmaxCrossEntropy:
         """Return the summed loss of logits (N, K) and labels (N,), which are integers in 0 .. K-1."""
         N, K = logits.shape
         if labels.shape != (N,) or labels.dtype.kind not in "iu":
-            raise UserError(
-                f"labels are {labels.dtype} {labels.shape}; expected {N} integers, one per sample"
-            )
+            raise UserError(f"labels are {labels.dtype} {labels.shape}; expected {N} integers, one per sample")
         if N and not 0 <= labels.min() <= labels.max() < K:
-            raise UserError(
-                f"labels lie in {labels.min()} .. {labels.max()}; expected 0 .. {K - 1}, one per class"
-            )
+            raise UserError(f"labels lie in {labels.min()} .. {labels.max()}; expected 0 .. {K - 1}, one per class")
         rows = np.arange(N)
         shifted = logits.astype(np.float64)
         shifted -= shifted.max(axis=1, keepdims=True)

@@ -56,9 +56,7 @@ class Sequential:
         self.input_shape = tuple(input_shape)
         self.dtype = np.dtype(dtype)
         if not self.layers or len(set(map(id, self.layers))) < len(self.layers):
-            raise UserError(
-                "a network needs at least one layer, and each layer only once; make a new one instead"
-            )
+            raise UserError("a network needs at least one layer, and each layer only once; make a new one instead")
         if not all(n >= 1 for n in self.input_shape):
             raise UserError(f"input shape {self.input_shape} given, expected sizes of at least 1")
         self._shapes = self._build()
@@ -137,9 +135,7 @@ class Sequential:
             x = np.ascontiguousarray(x)
             x = layer.forward(x, training=training, key=None if key is None else key.of(name))
             if x.shape[1:] != shape:
-                raise UserError(
-                    f"{name} ({layer}): forward returned {x.shape}; build announced {shape} without N"
-                )
+                raise UserError(f"{name} ({layer}): forward returned {x.shape}; build announced {shape} without N")
         return x
 
     def backward(self, d_logits: Array) -> None:

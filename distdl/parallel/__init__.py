@@ -46,15 +46,17 @@ def world() -> Communicator:
         missing = importlib.util.find_spec("mpi4py") is None
         return OneProcess("one process" + (f"; mpi4py is not installed: {INSTALL} for more" if missing else ""))
     try:
-        from distdl.parallel.mpi import MpiCommunicator, MPI  # noqa: PLC0415  MPI_Init takes up to a second
+        from distdl.parallel.mpi import world_of_mpi  # noqa: PLC0415  MPI_Init takes up to a second
     except (ImportError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if launch.size == 1:
             return OneProcess(f"one process, without MPI ({reason})")
         raise _not_one_job(
-            launch.by, launch.size, f"mpi4py finds no MPI library here ({reason}): {INSTALL} in this environment"
+            launch.by,
+            launch.size,
+            f"mpi4py finds no MPI library here ({reason}): {INSTALL} in this environment",
         ) from error
-    communicator = MpiCommunicator(MPI.COMM_WORLD)
+    communicator = world_of_mpi()
     if communicator.size == 1 and launch.size > 1:
         raise _not_one_job(
             launch.by,

@@ -42,9 +42,7 @@ class Communicator(ABC):
         """Overwrite `array` with its sum over the ranks, in an order that MPI chooses."""
 
     @abstractmethod
-    def alltoallv(
-        self, send: Bytes, send_counts: Sequence[int], receive: Bytes, receive_counts: Sequence[int]
-    ) -> None:
+    def alltoallv(self, send: Bytes, send_counts: Sequence[int], receive: Bytes, receive_counts: Sequence[int]) -> None:
         """Send ``send_counts[r]`` bytes to every rank r; what came from r lies in `receive` in rank order.
 
         The pieces of `send` and of `receive` lie one behind the other.

@@ -33,9 +33,7 @@ LONGEST_PAUSE_SECONDS = 1e-3
 LARGEST_MESSAGE_BYTES = 2**30
 
 _PEER_LOST_CLASSES = {
-    getattr(MPI, name)
-    for name in ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED")
-    if hasattr(MPI, name)
+    getattr(MPI, name) for name in ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED") if hasattr(MPI, name)
 }
 
 
@@ -72,9 +70,7 @@ class MpiCommunicator(Communicator):
         """Overwrite `array` with its sum over the ranks, in an order that MPI chooses."""
         self._complete(self._comm.Iallreduce, MPI.IN_PLACE, array, MPI.SUM)
 
-    def alltoallv(
-        self, send: Bytes, send_counts: Sequence[int], receive: Bytes, receive_counts: Sequence[int]
-    ) -> None:
+    def alltoallv(self, send: Bytes, send_counts: Sequence[int], receive: Bytes, receive_counts: Sequence[int]) -> None:
         """Send ``send_counts[r]`` bytes to every rank r; what came from r lies in `receive` in rank order."""
         self._complete(
             self._comm.Ialltoallv,
@@ -148,6 +144,11 @@ class MpiCommunicator(Communicator):
             raise
         finally:
             self.seconds_waiting += time.perf_counter() - started
+
+
+def world_of_mpi() -> MpiCommunicator:
+    """Return the communicator of all ranks that the launcher started."""
+    return MpiCommunicator(MPI.COMM_WORLD)
 
 
 def library_name() -> str:

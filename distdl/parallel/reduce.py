@@ -106,7 +106,7 @@ class Reduction:
         if self._nodes and are_siblings(self._nodes[-1], node, self._leaves):
             slot = len(self._nodes) - 1
             for name, field in self._records[slot].items():
-                field += values[name]
+                np.add(field, values[name], out=field)
             self._nodes[slot] = Node(self._nodes[slot].lo, node.hi)
             self._merge()
         else:
@@ -124,7 +124,7 @@ class Reduction:
             left = self._records[len(nodes) - 2]
             right = self._records[len(nodes) - 1]
             for name, field in left.items():
-                field += right[name]
+                np.add(field, right[name], out=field)
             nodes[-2:] = [Node(nodes[-2].lo, nodes[-1].hi)]
 
     def total(self) -> Record:
@@ -200,7 +200,7 @@ class AllreduceReduction(Reduction):
             self._slots[0][...] = 0
         for record in self._records[1 : len(self._nodes)]:
             for name, field in total.items():
-                field += record[name]
+                np.add(field, record[name], out=field)
         for field in total.values():
             self.communicator.allreduce(field)
         return total

@@ -79,9 +79,7 @@ def test_what_was_written_is_read_back(folder, kind, compress, data):
 @pytest.mark.parametrize("compress", [bytes, gzip.compress], ids=["plain", "gzip"])
 def test_a_file_of_many_blocks_is_read_back(tmp_path, monkeypatch, compress):
     monkeypatch.setattr(idx, "BLOCK_BYTES", 7)
-    np.testing.assert_array_equal(
-        read_idx(written(tmp_path, compress(idx_bytes(IMAGES))), kind="images"), IMAGES
-    )
+    np.testing.assert_array_equal(read_idx(written(tmp_path, compress(idx_bytes(IMAGES))), kind="images"), IMAGES)
 
 
 @pytest.mark.parametrize("compress", [bytes, gzip.compress], ids=["plain", "gzip"])
@@ -182,9 +180,7 @@ def gzip_of(path, head, block, blocks):
 def test_a_gzip_bomb_costs_one_block(tmp_path):
     path = tmp_path / "bomb.gz"
     gzip_of(path, idx_bytes(IMAGES), bytes(2**20), 256)
-    assert (
-        peak_bytes(lambda: assert_names_the_damage(path, "images", "goes on after its last element")) < SMALL
-    )
+    assert peak_bytes(lambda: assert_names_the_damage(path, "images", "goes on after its last element")) < SMALL
 
 
 def test_a_header_that_declares_a_gigabyte_costs_what_the_file_holds(tmp_path):

@@ -85,7 +85,7 @@ def test_a_constant_channel_of_bytes_becomes_zero(value):
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -1e30, 1e-40])
 def test_a_constant_channel_of_floats_becomes_zero(value):
-    """The sum of many 0.1 is not a multiple of 0.1: what rounding leaves must not pass for a deviation."""
+    """A sum of many 0.1 in float32 is no multiple of 0.1: what rounding leaves must not pass for a deviation."""
     images = random_images((1000, 6, 5, 3), np.float32)
     images[..., 1] = value
     measured = measure(images, some_rows(1000))
@@ -147,7 +147,5 @@ def test_a_row_gets_the_same_bits_whatever_rows_stand_beside_it(data):
 
 def test_apply_takes_a_measure_that_was_stored():
     stored = measure(random_images(), some_rows())
-    again = Normalization(
-        np.array(stored.mean.tolist(), np.float32), np.array(stored.deviation.tolist(), np.float32)
-    )
+    again = Normalization(np.array(stored.mean.tolist(), np.float32), np.array(stored.deviation.tolist(), np.float32))
     assert same_bits(again.apply(random_images()), stored.apply(random_images()))

@@ -123,9 +123,7 @@ def test_missing_digits_are_named(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------- MNIST from a folder
 
 
-@pytest.mark.parametrize(
-    "compressed", [(), ALL, ("train_images", "test_labels")], ids=["plain", "gzip", "mixed"]
-)
+@pytest.mark.parametrize("compressed", [(), ALL, ("train_images", "test_labels")], ids=["plain", "gzip", "mixed"])
 def test_training_rows_come_first_then_the_test_part(tmp_path, compressed):
     assert_is_the_small_mnist(load("mnist", write_mnist(tmp_path, compressed)))
 
@@ -317,9 +315,7 @@ def test_the_true_mnist_is_read_whole(true_mnist):
     # The sha256 of the four published files once decompressed; any compressor leaves these as they are.
     training, test = np.split(true_mnist.images[..., 0], [60000])
     training_labels, test_labels = np.split(true_mnist.labels.astype(np.uint8), [60000])
-    assert [
-        hashlib.sha256(idx_bytes(part)).hexdigest() for part in (training, training_labels, test, test_labels)
-    ] == [
+    assert [hashlib.sha256(idx_bytes(part)).hexdigest() for part in (training, training_labels, test, test_labels)] == [
         "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
         "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
         "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",

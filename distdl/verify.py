@@ -1,0 +1,139 @@
+"""Prove that a training gives the same bits on any number of ranks.
+
+    python -m distdl.verify --ranks 1,2,4 -- --model deep_convnet --epochs 2
+
+runs ``distdl.train`` with the flags behind ``--`` once for each number of ranks, and compares the receipts and
+the bytes of ``metrics.jsonl``. If they differ it names the first step and tensor that do, and exits with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from distdl import startup
+from distdl.errors import EXIT_DEFECT, UserError
+from distdl.mpirun import mpirun_command
+
+OURS = ("--run-dir", "--resume", "--record-hashes", "--log-every")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run left behind."""
+
+    ranks: int
+    folder: Path
+    seconds: float
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The content of ``summary.json``."""
+        summary: dict[str, Any] = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+        return summary
+
+    @property
+    def proof(self) -> tuple[str, str, bytes]:
+        """What must be equal: both hashes, and the bytes of ``metrics.jsonl``."""
+        return (
+            self.summary["weights_sha256"],
+            self.summary["state_sha256"],
+            (self.folder / "metrics.jsonl").read_bytes(),
+        )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; usage: python -m distdl.verify --ranks 1,2,4 -- <flags of distdl.train>")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run and compare; return 0 where all agree, 1 where they differ."""
+    arguments = list(arguments)
+    separator = arguments.index("--") if "--" in arguments else len(arguments)
+    flags = arguments[separator + 1 :]
+    parser = _Parser(prog="python -m distdl.verify", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks to compare, with commas (default: 1,2,4)")
+    given = parser.parse_args(arguments[:separator])
+    ranks = _numbers(given.ranks)
+    for flag in flags:
+        if flag.split("=")[0].replace("_", "-") in OURS:
+            raise UserError(f"{flag.split('=')[0]} is set by distdl.verify itself: leave it out")
+
+    folder = Path(tempfile.mkdtemp(prefix="distdl-verify-"))
+    outcomes = []
+    for count in ranks:
+        outcomes.append(_trained(count, flags, folder / f"{count}-ranks"))
+        weights, state, _ = outcomes[-1].proof
+        print(f"{count:3d} ranks  weights {weights[:16]}  state {state[:16]}  {outcomes[-1].seconds:.1f} s", flush=True)
+    first = outcomes[0]
+    for other in outcomes[1:]:
+        if other.proof != first.proof:
+            print(f"DIFFERENT: {first_difference(first, other)}; the runs are kept in {folder}")
+            return EXIT_DEFECT
+    shutil.rmtree(folder)
+    steps = first.summary["steps"]
+    print(f"same bits on {given.ranks} ranks: weights, state and metrics.jsonl agree after {steps} steps")
+    print(f"weights sha256: {first.proof[0]}")
+    return 0
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        ranks = [int(number) for number in text.split(",")]
+    except ValueError:
+        ranks = []
+    if len(set(ranks)) < 2 or min(ranks) < 1:
+        raise UserError(f"--ranks {text}: expected at least two different numbers from 1 up, such as 1,2,4")
+    return ranks
+
+
+def _trained(ranks: int, flags: Sequence[str], folder: Path) -> Outcome:
+    """Train in a process of its own, or in as many as there are ranks."""
+    program = ["-m", "distdl.train", *flags, "--record-hashes", "--log-every=1", f"--run-dir={folder}"]
+    launch = mpirun_command(ranks, [sys.executable, *program])
+    command = [sys.executable, *program] if ranks == 1 else launch.argv
+    started = time.perf_counter()
+    done = subprocess.run(
+        command,
+        env={**os.environ, **launch.environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        told = [line for line in done.stderr.splitlines() if line.startswith("distdl: error: ")]
+        if told:
+            raise UserError(f"with {ranks} ranks: {told[0].removeprefix('distdl: error: ')}")
+        raise RuntimeError(f"training with {ranks} ranks ended with exit code {done.returncode}:\n{done.stderr}")
+    return Outcome(ranks, folder, time.perf_counter() - started)
+
+
+def first_difference(one: Outcome, other: Outcome) -> str:
+    """Name the first step and tensor whose hashes differ, or else what does."""
+    with (one.folder / "hashes.jsonl").open() as ones, (other.folder / "hashes.jsonl").open() as others:
+        for left, right in zip(map(json.loads, ones), map(json.loads, others), strict=False):
+            for name, hash_of_one in left["hashes"].items():
+                if right["hashes"].get(name) != hash_of_one:
+                    return (
+                        f"first at step {left['step']}, tensor {name}: {hash_of_one} with {one.ranks} ranks, "
+                        f"{right['hashes'].get(name)} with {other.ranks}"
+                    )
+    if one.proof[:2] == other.proof[:2]:
+        return f"the weights agree, metrics.jsonl does not, with {one.ranks} and {other.ranks} ranks"
+    return f"every recorded step agrees, the ends do not, with {one.ranks} and {other.ranks} ranks"
+
+
+if __name__ == "__main__":
+    sys.exit(startup.run(main))

@@ -1,0 +1,53 @@
+"""One BLAS thread for every test, set before NumPy is loaded; and a failure on one rank ends all of them."""
+
+import os
+import sys
+from pathlib import Path
+
+for name in ("OPENBLAS", "OMP", "MKL"):
+    os.environ[f"{name}_NUM_THREADS"] = "1"
+
+import pytest  # noqa: E402
+
+from distdl.launcher import read_launch  # noqa: E402
+
+MNIST_FOLDERS = (os.environ.get("DISTDL_MNIST_DIR", ""), Path(__file__).parents[2] / "shared" / "data" / "mnist")
+
+
+@pytest.fixture(scope="session")
+def mnist_dir():
+    for folder in MNIST_FOLDERS:
+        if folder and Path(folder).is_dir():
+            return Path(folder)
+    pytest.skip("the real MNIST is not here: set DISTDL_MNIST_DIR to the folder of its four files")
+
+
+@pytest.fixture(scope="session")
+def communicator():
+    """All ranks of this test run; one process where pytest was not started by mpirun."""
+    from distdl.parallel import world
+
+    hook = sys.excepthook
+    everyone = world()
+    sys.excepthook = hook
+    return everyone
+
+
+@pytest.fixture
+def shared_tmp_path(communicator, tmp_path):
+    """One temporary folder that all ranks see."""
+    return Path(communicator.bcast_json(str(tmp_path)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """A test that fails on one rank would leave the others waiting for ever in their next collective call."""
+    report = yield
+    launch = read_launch()
+    if launch.size > 1 and report.failed:
+        sys.__stderr__.write(f"[rank {launch.rank}] {item.nodeid}\n{report.longreprtext}\n")
+        sys.__stderr__.flush()
+        from mpi4py import MPI
+
+        MPI.COMM_WORLD.Abort(1)
+    return report

@@ -1,0 +1,1 @@
+"""Tests of distdl.nn, named after the promise they keep."""

@@ -1,0 +1,239 @@
+"""A network is one flat vector, and a pure function: same input, same bits."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from distdl.errors import UserError
+from distdl.nn import (
+    Affine,
+    Conv2d,
+    Flatten,
+    Layer,
+    MaxPool2d,
+    ReLU,
+    Sequential,
+    Sigmoid,
+    SoftmaxCrossEntropy,
+    build_model,
+)
+from distdl.rng import Key
+
+from .oracles import normal
+
+MODELS = ("mlp", "simple_convnet", "deep_convnet")
+
+
+def small(name, dtype=np.float32):
+    network = build_model(name, (12, 12, 1), 10, dtype=dtype)
+    network.initialize(Key(0))
+    return network
+
+
+def one_step(network, x, labels, key):
+    """Return the bytes of logits, loss and gradients of a training step."""
+    logits = network.forward(x, training=True, key=key).tobytes()
+    loss = SoftmaxCrossEntropy()
+    value = loss.forward(network.forward(x, training=True, key=key), labels)
+    network.backward(loss.backward())
+    return logits, value, network.gradients.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_parameters_and_gradients_are_aligned_views_of_one_flat_vector(dtype):
+    network = small("deep_convnet", dtype)
+    network.gradients[...] = 1
+    for flat, named in (
+        (network.parameters, network.named_parameters()),
+        (network.gradients, network.named_gradients()),
+    ):
+        assert flat.dtype == dtype
+        assert sum(view.size for _, view in named) == network.parameter_count
+        for _, view in named:
+            assert np.shares_memory(view, flat)
+            assert view.ctypes.data % 64 == 0
+    assert network.gradients.size >= network.parameter_count
+    layer = network.layers[0]
+    network.parameters[0] = 42
+    assert layer.parameters["weight"].flat[0] == 42
+    layer.gradients["weight"].flat[0] = 43
+    assert network.gradients[0] == 43
+
+
+def test_padding_between_parameters_stays_zero():
+    network = small("mlp")
+    is_parameter = np.zeros(network.parameters.shape, bool)
+    for _, view in network.views(is_parameter):
+        view[...] = True
+    assert not is_parameter.all(), "the last bias of 10 leaves a gap"
+    one_step(network, normal((4, 12, 12, 1), dtype=np.float32), np.arange(4), Key(1))
+    assert (network.parameters[~is_parameter] == 0).all()
+    assert (network.gradients[~is_parameter] == 0).all()
+
+
+def test_any_vector_of_the_layout_can_be_read_by_name():
+    network = small("simple_convnet")
+    velocity = np.arange(network.parameters.size, dtype=np.float64)
+    views = dict(network.views(velocity))
+    assert list(views) == [name for name, _ in network.named_parameters()]
+    assert views["affine_2.bias"].shape == (10,)
+    assert np.shares_memory(views["affine_2.bias"], velocity)
+    with pytest.raises(ValueError, match="expected"):
+        network.views(velocity[1:])
+
+
+def test_names_are_kind_and_number():
+    network = small("simple_convnet")
+    assert network.layer_names == [
+        "conv2d_1", "relu_1", "maxpool2d_1", "flatten_1", "affine_1", "relu_2", "affine_2",
+    ]  # fmt: skip
+    assert [(name, view.shape) for name, view in network.named_parameters()] == [
+        ("conv2d_1.weight", (5, 5, 1, 30)),
+        ("conv2d_1.bias", (30,)),
+        ("affine_1.weight", (480, 100)),
+        ("affine_1.bias", (100,)),
+        ("affine_2.weight", (100, 10)),
+        ("affine_2.bias", (10,)),
+    ]
+
+
+def test_weight_decay_applies_to_weights_and_not_to_biases():
+    network = small("simple_convnet")
+    decayed = np.zeros(network.parameters.shape)
+    for where in network.decay_slices:
+        decayed[where] += 1
+    for name, view in network.views(decayed):
+        assert (view == (1 if name.endswith("weight") else 0)).all(), name
+    assert decayed.sum() == 750 + 48000 + 1000
+
+
+def test_each_parameter_begins_by_its_own_key():
+    network = small("simple_convnet")
+    parameters = dict(network.named_parameters())
+    expected = 0.01 * Key(0).of("affine_2.weight").normal(1000).reshape(100, 10)
+    assert (parameters["affine_2.weight"] == expected.astype(np.float32)).all()
+    assert not parameters["affine_2.bias"].any()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_step_done_again_gives_the_same_bits(model):
+    network, fresh = small(model), small(model)
+    x, labels, key = normal((5, 12, 12, 1), dtype=np.float32), np.arange(5), Key(2).of("step", 1)
+    first = one_step(network, x, labels, key)
+    for N in (1, 16, 3):  # other batch sizes in between, and evaluation
+        other = normal((N, 12, 12, 1), "other", np.float32)
+        one_step(network, other, np.zeros(N, int), Key(9))
+        network.forward(other[:1])
+    network.forward(normal((5, 12, 12, 1), "same size", np.float32))
+    assert one_step(network, x, labels, key) == first
+    assert one_step(fresh, x.copy(), labels, key) == first, "another replica"
+
+
+def test_the_bits_do_not_depend_on_the_memory_layout_of_the_input():
+    network = small("deep_convnet")
+    x, key = normal((4, 12, 12, 1), dtype=np.float32), Key(1)
+    first = one_step(network, x, np.arange(4), key)
+    turned = np.asfortranarray(x)
+    shifted = np.zeros(x.size + 1, np.float32)[1:].reshape(x.shape)
+    shifted[...] = x
+    assert one_step(network, turned, np.arange(4), key) == first
+    assert one_step(network, shifted, np.arange(4), key) == first
+
+
+def test_backward_overwrites_the_gradients():
+    network = small("mlp")
+    x, labels = normal((4, 12, 12, 1), dtype=np.float32), np.arange(4)
+    first = one_step(network, x, labels, None)
+    for _, view in network.named_gradients():
+        view[...] = np.nan
+    assert one_step(network, x, labels, None) == first
+
+
+def test_a_step_leaves_input_and_logit_gradient_unchanged():
+    network = small("deep_convnet")
+    x, d = normal((2, 12, 12, 1), dtype=np.float32), normal((2, 10), "d", np.float32)
+    network.forward(x, training=True, key=Key(0))
+    network.backward(d)
+    assert (x == normal(x.shape, dtype=np.float32)).all()
+    assert (d == normal(d.shape, "d", np.float32)).all()
+
+
+def test_no_input_gradient_is_computed_where_nothing_in_front_has_parameters():
+    layers = [Sigmoid(), Conv2d(2, 3), ReLU(), Flatten(), Affine(3)]
+    network = Sequential(layers, (6, 6, 1))
+    assert [layer.needs_input_gradient for layer in layers] == [False, False, True, True, True]
+    network.initialize(Key(0))
+
+    def never(_):
+        pytest.fail("backward went on in front of the first parameters")
+
+    layers[0].backward = never
+    layers[1]._turned_convolution = never
+    network.forward(normal((2, 6, 6, 1), dtype=np.float32))
+    network.backward(normal((2, 3), "d", np.float32))
+    assert network.gradients.any()
+
+
+def test_a_layer_draws_from_the_key_of_its_name():
+    class Recorder(Layer):
+        def forward(self, x, *, training, key):
+            self.seen = (training, key)
+            return x
+
+    layers = [Recorder(), Recorder()]
+    network = Sequential(layers, (2,))
+    network.forward(normal((1, 2), dtype=np.float32), training=True, key=Key(5).of("m", 3))
+    assert layers[1].seen == (True, Key(5).of("m", 3, "recorder_2"))
+    network.forward(normal((1, 2), dtype=np.float32))
+    assert layers[1].seen == (False, None)
+
+
+IMPOSSIBLE = [
+    (
+        [Conv2d(30, 5)],
+        (3, 3, 1),
+        "conv2d_1 (Conv2d 30@5x5): input 3x3x1 is smaller than the 5x5 kernel (padding 0); use a larger",
+    ),
+    (
+        [Conv2d(4, (3, 5), stride=2, padding=(1, 0))],
+        (3, 3, 1),
+        "conv2d_1 (Conv2d 4@3x5 stride 2 padding 1x0): input 3x3x1 is smaller than the 3x5 kernel (pad",
+    ),
+    (
+        [MaxPool2d(2), ReLU(), MaxPool2d(2)],
+        (3, 3, 1),
+        "maxpool2d_2 (MaxPool2d 2x2 stride 2): input 1x1x1 is smaller than the 2x2 window",
+    ),
+    ([ReLU(), Affine(2)], (4, 4, 2), "affine_1 (Affine 2): input 4x4x2 is not flat; put Flatten()"),
+    ([Flatten(), Conv2d(2, 3)], (4, 4, 2), "conv2d_1 (Conv2d 2@3x3): input 32 is not an image"),
+    ([], (4,), "at least one layer"),
+    ([Affine(2)], (0,), "expected sizes of at least 1"),
+    ([ReLU()] * 2, (4,), "each layer only once"),
+]
+
+
+@pytest.mark.parametrize(("layers", "input_shape", "message"), IMPOSSIBLE)
+def test_an_impossible_network_is_an_error_that_names_the_layer(layers, input_shape, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        Sequential(layers, input_shape)
+
+
+def test_an_input_of_another_shape_or_type_is_refused():
+    network = small("mlp")
+    with pytest.raises(UserError, match=r"float32 \(2, 12, 12\); expected float32 \(N, 12, 12, 1\)"):
+        network.forward(np.zeros((2, 12, 12), np.float32))
+    with pytest.raises(UserError, match="input is uint8"):
+        network.forward(np.zeros((2, 12, 12, 1), np.uint8))
+
+
+def test_a_layer_that_breaks_its_word_on_the_shape_is_named():
+    class Wrong(Layer):
+        def forward(self, x, *, training, key):
+            return x[:, :1]
+
+    message = r"wrong_1 \(Wrong\): forward returned \(2, 1\); build announced \(3,\)"
+    with pytest.raises(UserError, match=message):
+        Sequential([Wrong()], (3,)).forward(np.zeros((2, 3), np.float32))
