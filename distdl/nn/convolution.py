@@ -87,7 +87,7 @@ def pad(x: Array, padding: Pair, workspace: Workspace, *, fill: float = 0) -> Ar
         return x
     N, H, W, C = x.shape
     PH, PW = padding
-    padded = workspace.array("padded", (N, H + 2 * PH, W + 2 * PW, C), fill=fill)
+    padded = workspace.array(f"padded {padding}", (N, H + 2 * PH, W + 2 * PW, C), fill=fill)
     padded[:, _inside(H + 2 * PH, PH), _inside(W + 2 * PW, PW)] = x[:, _inside(H, -PH), _inside(W, -PW)]
     return padded
 

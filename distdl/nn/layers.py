@@ -7,7 +7,8 @@ What every layer keeps to:
 - It is a pure function of its input, its parameters and its key: same shapes, same bits.
 - It never writes into its arguments.
 - What `forward` and `backward` return may be a buffer of the layer, made once per N and overwritten by its
-  next call with the same N. Who wants to keep it copies it.
+  next call with the same N. Who wants to keep it copies it. Buffers of each N are kept for good, so evaluate
+  in blocks of few different N, and no larger than need be.
 - `backward` belongs to the latest `forward`, whose input and output must be unchanged until then. It
   overwrites `gradients`, never adds to them.
 """
@@ -83,6 +84,7 @@ class Layer:
     def build(self, input_shape: Shape, dtype: DTypeLike) -> Shape:
         """Prepare for inputs of this shape, without N; return the shape of the output, without N.
 
+        A subclass that overrides it begins with ``super().build(input_shape, dtype)``, which makes the workspace.
         Raises `UserError` if such an input does not fit; the network puts the layer's name in front.
         """
         self.workspace = Workspace(dtype)

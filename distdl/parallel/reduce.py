@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -141,7 +142,7 @@ class TreeReduction(Reduction):
         lo, hi = self._cuts[communicator.rank : communicator.rank + 2]
         self._own = slice(lo, hi)
         self._pieces = layout.pieces(lo, hi)
-        self._lengths = [b - a for a, b in zip(self._cuts, self._cuts[1:], strict=False)]
+        self._lengths = [b - a for a, b in pairwise(self._cuts)]
         self._total = layout.new_buffer()
         self._send = aligned_empty(0, np.uint8)
         self._receive = aligned_empty(0, np.uint8)
@@ -173,7 +174,7 @@ class TreeReduction(Reduction):
             return self._slots[0]
         send = self._at_least("_send", len(self._nodes) * self.layout.nbytes)
         end = 0
-        for lo, hi in zip(self._cuts, self._cuts[1:], strict=False):
+        for lo, hi in pairwise(self._cuts):
             for slot in self._slots[: len(self._nodes)]:
                 send[end : end + hi - lo] = slot[lo:hi]
                 end += hi - lo

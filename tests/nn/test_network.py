@@ -11,6 +11,7 @@ from distdl.errors import UserError
 from distdl.nn import (
     Affine,
     Conv2d,
+    Dropout,
     Flatten,
     Layer,
     MaxPool2d,
@@ -22,7 +23,7 @@ from distdl.nn import (
 )
 from distdl.rng import Key
 
-from .oracles import normal
+from .oracles import built, normal
 
 MODELS = ("mlp", "simple_convnet", "deep_convnet")
 
@@ -132,6 +133,37 @@ def test_a_step_done_again_gives_the_same_bits(model):
     assert one_step(fresh, x.copy(), labels, key) == first, "another replica"
 
 
+LAYERS = {
+    "affine": (lambda: Affine(3), (5,)),
+    "relu": (ReLU, (4, 4, 2)),
+    "sigmoid": (Sigmoid, (4, 4, 2)),
+    "dropout": (Dropout, (20,)),
+    "convolution": (lambda: Conv2d(2, 3, padding=1), (5, 5, 2)),
+    "convolution, padding 2": (lambda: Conv2d(2, 3, padding=2), (5, 5, 2)),
+    "convolution, stride 2": (lambda: Conv2d(3, 3, stride=2, padding=1), (6, 5, 2)),
+    "pooling": (lambda: MaxPool2d(2), (5, 6, 2)),
+    "pooling, overlapping": (lambda: MaxPool2d(3, 2, padding=1), (6, 6, 2)),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_layer_keeps_nothing_of_what_it_did_before(case):
+    make, input_shape = LAYERS[case]
+    used, fresh = built(make(), input_shape), built(make(), input_shape)
+
+    def results(layer, N, name, backward_calls=1):
+        y = layer.forward(normal((N, *input_shape), name), training=True, key=Key(0).of(name)).copy()
+        for _ in range(backward_calls):
+            dx = layer.backward(normal(y.shape, f"d {name}")).copy()
+        return [array.tobytes() for array in (y, dx, *layer.gradients.values())]
+
+    for N, name in ((3, "a"), (1, "b"), (3, "c"), (16, "d")):
+        results(used, N, name)
+    expected = results(fresh, 3, "x")
+    assert results(used, 3, "x") == expected
+    assert results(used, 3, "x", backward_calls=2) == expected
+
+
 def test_the_bits_do_not_depend_on_the_memory_layout_of_the_input():
     network = small("deep_convnet")
     x, key = normal((4, 12, 12, 1), dtype=np.float32), Key(1)
@@ -141,6 +173,24 @@ def test_the_bits_do_not_depend_on_the_memory_layout_of_the_input():
     shifted[...] = x
     assert one_step(network, turned, np.arange(4), key) == first
     assert one_step(network, shifted, np.arange(4), key) == first
+
+
+def test_layers_are_given_contiguous_arrays():
+    class Turned(Layer):
+        def forward(self, x, *, training, key):
+            self.was_contiguous = x.flags.c_contiguous
+            return np.asfortranarray(x)
+
+        def backward(self, dy):
+            self.was_contiguous &= dy.flags.c_contiguous
+            return np.asfortranarray(dy)
+
+    layers = [Affine(4), Turned(), Turned()]
+    network = Sequential(layers, (4,))
+    network.forward(normal((3, 4), dtype=np.float32))
+    network.backward(np.asfortranarray(normal((3, 4), "d", np.float32)))
+    assert layers[1].was_contiguous
+    assert layers[2].was_contiguous
 
 
 def test_backward_overwrites_the_gradients():

@@ -1,0 +1,162 @@
+"""Start N ranks on this machine with the MPI of this environment: `python -m distdl.mpirun -n 4 -- --epochs 3`.
+
+This is the one place that knows the habits of each MPI's `mpirun`. MPICH, Intel MPI and their kin want nothing but
+`-n`. Open MPI as it comes refuses root, refuses more ranks than cores, and binds every job it starts to the same
+first cores, even out of a `taskset`; here all three are lifted, by variables that yield to those a person has set.
+From version 5 on it is also asked to let the survivors of a killed rank go on (ULFM).
+
+Neither NumPy nor MPI is imported: this process turns into `mpirun`, so its signals and its exit code are `mpirun`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from distdl.errors import UserError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What starts a job: a command, and the variables that it needs besides those already set.
+
+    >>> Launch(["mpirun", "-n", "2", "python", "my job.py"], {"A": "1"}).shell_line()
+    "env A=1 mpirun -n 2 python 'my job.py'"
+    """
+
+    argv: list[str]
+    environment: dict[str, str]
+
+    def shell_line(self) -> str:
+        """Return the line that does the same when pasted into a shell."""
+        variables = [f"{name}={value}" for name, value in self.environment.items()]
+        return shlex.join(["env", *variables, *self.argv] if variables else self.argv)
+
+
+def find_mpirun() -> Path:
+    """Return this environment's own `mpirun`, beside its Python, else the first on PATH.
+
+    Raises `UserError` when there is none.
+    """
+    beside = str(Path(sys.executable).parent)
+    found = shutil.which("mpirun", path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)]))
+    if found is None:
+        raise UserError(
+            f"no mpirun in {beside} and none on PATH: install an MPI into this environment with "
+            "pip install 'distdl-mpi[mpich]', or train in one process with python -m distdl.train"
+        )
+    return Path(found)
+
+
+def mpirun_command(ranks: int, program: Sequence[str]) -> Launch:
+    """Return what starts `program` (a whole command line) as `ranks` ranks on this machine.
+
+    Raises `UserError` when there are no ranks to start, or no `mpirun` that works.
+    """
+    if ranks < 1:
+        raise UserError(f"cannot start {ranks} ranks: expected 1 or more")
+    mpirun = find_mpirun()
+    version = _open_mpi_version(mpirun)
+    # ULFM, the survival of failures, is built into every Open MPI from 5 on, and off unless the launcher asks for it.
+    fault_tolerance = ["--with-ft", "ulfm"] if version is not None and version >= 5 else []
+    return Launch(
+        argv=[str(mpirun), *fault_tolerance, "-n", str(ranks), *program],
+        environment={} if version is None else _open_mpi_environment(version),
+    )
+
+
+def environment_for(launch: Launch) -> dict[str, str]:
+    """Return the whole environment of a job: this process's own and what the launch adds."""
+    return {**os.environ, **launch.environment}
+
+
+def _open_mpi_version(mpirun: Path) -> int | None:
+    """Return the major version of an Open MPI launcher, None for one of another MPI."""
+    try:
+        answer = subprocess.run([mpirun, "--version"], capture_output=True, text=True, errors="replace", check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"{mpirun} does not work ({error}): reinstall the MPI it belongs to") from error
+    # Debian's launcher calls itself OpenRTE when started by its full name.
+    found = re.search(r"\(Open ?(?:MPI|RTE)\) (\d+)", answer.stdout)
+    return int(found[1]) if found else None
+
+
+def _open_mpi_environment(version: int) -> dict[str, str]:
+    """Return the variables that lift Open MPI's refusals, less those that a person has set already."""
+    variables: dict[str, str] = {}
+    if os.geteuid() == 0:  # as in a container
+        variables |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    # Not only for more ranks than cores: Open MPI counts a core's two hardware threads as one place for a rank, and
+    # two jobs at once, or the BLAS threads of one rank, would share one core while others idle.
+    if version >= 5:
+        variables |= {
+            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+            "PRTE_MCA_hwloc_default_binding_policy": "none",
+        }
+    else:
+        variables |= {
+            "OMPI_MCA_rmaps_base_oversubscribe": "1",
+            "OMPI_MCA_hwloc_base_binding_policy": "none",
+        }
+    return {name: value for name, value in variables.items() if name not in os.environ}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, where argparse would print its usage as well."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help, and put the flags of the program after --")
+
+
+def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Split the command line into this launcher's options and, after the first `--`, the program's flags."""
+    parser = _Parser(
+        prog="python -m distdl.mpirun",
+        usage="%(prog)s -n RANKS [--module MODULE] [--dry-run] [-- FLAGS OF THE PROGRAM]",
+        description="Train with several ranks on this machine, with the MPI of this environment.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("-n", dest="ranks", metavar="RANKS", type=int, required=True, help="how many to start")
+    parser.add_argument("--module", default="distdl.train", help="the Python module that every rank runs (%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="print the command line instead of running it")
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return parser.parse_args(arguments[:end]), list(arguments[end + 1 :])
+
+
+def _launch_of(options: argparse.Namespace, flags: list[str]) -> Launch:
+    """Return what starts the module that the options name; raise `UserError` once here, not once a rank."""
+    try:
+        found = importlib.util.find_spec(options.module)
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        raise UserError(f"no Python module {options.module!r}: expected a name like distdl.train")
+    return mpirun_command(options.ranks, [sys.executable, "-m", options.module, *flags])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Become `mpirun`; return an exit code only when there is nothing to run."""
+    try:
+        options, flags = _parse(sys.argv[1:] if arguments is None else arguments)
+        launch = _launch_of(options, flags)
+    except UserError as error:
+        sys.stderr.write(f"distdl.mpirun: {error}\n")
+        return error.exit_code
+    if not options.dry_run:
+        os.execve(launch.argv[0], launch.argv, environment_for(launch))  # noqa: S606  no shell is wanted
+    sys.stdout.write(f"{launch.shell_line()}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""One process and MPI keep the same contract; errors are shared by all ranks; waiting ranks leave the core."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distdl.errors import DamagedFileError, UserError
+from distdl.parallel import OneProcess, guard, hosts, share_arrays, together
+from distdl.parallel import shared as shared_module
+
+
+def assert_contract(communicator):
+    size, rank = communicator.size, communicator.rank
+    assert communicator.allgather_json({"rank": rank}) == [{"rank": r} for r in range(size)]
+    assert communicator.bcast_json(["from", rank, None, "äß"], root=size - 1) == ["from", size - 1, None, "äß"]
+    array = np.full(5, rank, np.float64)
+    communicator.bcast(array, root=size - 1)
+    assert (array == size - 1).all()
+    counts = np.array([rank, 1], np.int64)
+    communicator.allreduce(counts)
+    assert counts.tolist() == [size * (size - 1) // 2, size]
+    # rank r sends r + 1 bytes of value r to everyone
+    send = np.full(size * (rank + 1), rank, np.uint8)
+    receive = np.empty(sum(r + 1 for r in range(size)), np.uint8)
+    communicator.alltoallv(send, [rank + 1] * size, receive, [r + 1 for r in range(size)])
+    everything = [r for r in range(size) for _ in range(r + 1)]
+    assert receive.tolist() == everything
+    receive[:] = 99
+    communicator.allgatherv(send[: rank + 1], receive, [r + 1 for r in range(size)])
+    assert receive.tolist() == everything
+    assert sum(hosts(communicator).values()) == size
+    assert communicator.node().size == size  # the tests run on one machine
+    assert communicator.split(None) is None
+    parity = communicator.split(rank % 2)
+    assert parity.size == len(range(rank % 2, size, 2))
+    assert parity.rank == rank // 2
+    communicator.barrier()
+
+
+def test_one_process_keeps_the_contract():
+    assert_contract(OneProcess())
+
+
+@pytest.mark.mpi(min_size=2)
+def test_mpi_keeps_the_contract(communicator):
+    assert communicator.size > 1
+    assert_contract(communicator)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_what_one_rank_may_not_do_is_an_error_on_every_rank(communicator):
+    for culprit in range(communicator.size):
+
+        def work(culprit=culprit):
+            if communicator.rank == culprit:
+                raise DamagedFileError(f"only rank {culprit} sees this")
+            return communicator.rank
+
+        with pytest.raises(DamagedFileError, match=f"only rank {culprit} sees this") as caught:
+            together(communicator, work)
+        assert caught.value.agreed
+        assert caught.value.exit_code == 3
+    assert together(communicator, lambda: communicator.rank) == communicator.rank
+
+
+def test_the_guard_passes_on_what_every_rank_raises():
+    with pytest.raises(UserError, match="mine"), guard(OneProcess()):
+        raise UserError("mine")
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_waiting_rank_leaves_its_core_to_others(communicator):
+    communicator.barrier()
+    before, waited = time.process_time(), communicator.seconds_waiting
+    if communicator.rank == 0:
+        time.sleep(1.0)
+    communicator.barrier()
+    if communicator.rank > 0:
+        assert communicator.seconds_waiting - waited > 0.5
+        assert time.process_time() - before < 0.5  # a rank that spins would burn the whole second
+
+
+ARRAYS = {
+    "images": np.arange(2 * 3 * 5, dtype=np.uint8).reshape(2, 3, 5),
+    "labels": np.arange(7, dtype=np.int64),
+    "mean": np.array([0.5], np.float32),
+    "none": np.empty((0, 4), np.float32),
+}
+
+
+def leftovers():
+    return sorted(path.name for path in Path("/dev/shm").glob("distdl-*"))
+
+
+def assert_shared(communicator, **keywords):
+    before = leftovers()
+    shared = share_arrays(communicator, ARRAYS if communicator.rank == 0 else {}, **keywords)
+    assert list(shared) == list(ARRAYS)
+    for name, array in ARRAYS.items():
+        assert shared[name].dtype == array.dtype
+        assert shared[name].shape == array.shape
+        assert (shared[name] == array).all()
+        with pytest.raises(ValueError, match="read-only"):
+            shared[name][...] = 0
+    communicator.barrier()
+    assert leftovers() == before
+
+
+def test_one_process_shares_arrays_with_itself():
+    assert_shared(OneProcess())
+
+
+@pytest.mark.mpi(min_size=2)
+def test_all_ranks_of_a_node_see_the_arrays_of_the_coordinator(communicator):
+    assert_shared(communicator)
+
+
+@pytest.mark.mpi(min_size=3)
+def test_each_node_gets_a_copy(communicator):
+    """Two nodes, pretended: ranks 0 and 1 on the first, the others on the second."""
+    assert_shared(communicator, node=communicator.split(min(communicator.rank // 2, 1)))
+
+
+@pytest.mark.mpi(min_size=2)
+def test_one_copy_serves_all_ranks_of_a_node(communicator):
+    """The mapped file of every rank is one and the same."""
+    megabytes = np.zeros(2**22, np.uint8)
+    shared = share_arrays(communicator, {"a": megabytes} if communicator.rank == 0 else {})
+    address = shared["a"].ctypes.data
+    mapped = next(
+        line.split()
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if int(line.split("-")[0], 16) <= address < int(line.split()[0].split("-")[1], 16)
+    )
+    inodes = communicator.allgather_json(mapped[4])
+    assert len(set(inodes)) == 1
+    assert inodes[0] != "0"
+
+
+def test_a_full_shared_memory_falls_back_to_the_temporary_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(shared_module.tempfile, "tempdir", None)
+    monkeypatch.setattr(shared_module, "SHARED_MEMORY", tmp_path / "absent")
+    assert_shared(OneProcess())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.mpi(min_size=2)
+def test_no_room_anywhere_is_an_error_on_every_rank(communicator, monkeypatch):
+    def full(handle, start, length):
+        raise OSError(28, "No space left on device")
+
+    before = leftovers()
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"no room for the dataset.*No space left on device"):
+        share_arrays(communicator, ARRAYS if communicator.rank == 0 else {})
+    assert leftovers() == before
