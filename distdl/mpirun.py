@@ -67,7 +67,7 @@ def mpirun_command(ranks: int, program: Sequence[str]) -> Launch:
         raise UserError(f"cannot start {ranks} ranks: expected 1 or more")
     mpirun = find_mpirun()
     version = _open_mpi_version(mpirun)
-    # ULFM, the survival of failures, is built into every Open MPI from 5 on, and off unless the launcher asks for it.
+    # ULFM, the survival of failures, is built into Open MPI from 5 on, and off unless the launcher asks for it.
     fault_tolerance = ["--with-ft", "ulfm"] if version is not None and version >= 5 else []
     return Launch(
         argv=[str(mpirun), *fault_tolerance, "-n", str(ranks), *program],

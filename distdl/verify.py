@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from typing import Any, NoReturn
 
 from distdl import startup
 from distdl.errors import EXIT_DEFECT, UserError
-from distdl.mpirun import mpirun_command
+from distdl.mpirun import environment_for, mpirun_command
 
 OURS = ("--run-dir", "--resume", "--record-hashes", "--log-every")
 
@@ -106,7 +105,7 @@ def _trained(ranks: int, flags: Sequence[str], folder: Path) -> Outcome:
     started = time.perf_counter()
     done = subprocess.run(
         command,
-        env={**os.environ, **launch.environment},
+        env=environment_for(launch),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -1,7 +1,10 @@
 """One BLAS thread for every test, set before NumPy is loaded; and a failure on one rank ends all of them."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 for name in ("OPENBLAS", "OMP", "MKL"):
@@ -10,6 +13,11 @@ for name in ("OPENBLAS", "OMP", "MKL"):
 import pytest  # noqa: E402
 
 from distdl.launcher import read_launch  # noqa: E402
+
+if read_launch().size > 1:  # pytest's own temporary folder would be tidied by all ranks at once
+    ranks_own = tempfile.mkdtemp(prefix="distdl-tests-")
+    os.environ["PYTEST_DEBUG_TEMPROOT"] = ranks_own
+    atexit.register(shutil.rmtree, ranks_own, ignore_errors=True)
 
 MNIST_FOLDERS = (os.environ.get("DISTDL_MNIST_DIR", ""), Path(__file__).parents[2] / "shared" / "data" / "mnist")
 

@@ -6,7 +6,6 @@ import gzip
 import os
 import struct
 import tracemalloc
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -110,8 +109,8 @@ def test_a_mutated_file_is_read_right_or_named(folder, compress, data):
         assert "\n" not in message
         assert str(path) in message
     else:
-        held = zlib.decompress(content, wbits=47) if content[:2] == b"\x1f\x8b" else bytes(content)
-        assert idx_bytes(array) == held
+        # gzip's checksum leaves only changes that do not reach the elements, as of the time in its header.
+        assert idx_bytes(array) == (idx_bytes(IMAGES) if compress is gzip.compress else content)
 
 
 @pytest.mark.parametrize("compress", [bytes, gzip.compress], ids=["plain", "gzip"])

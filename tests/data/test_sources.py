@@ -274,6 +274,17 @@ def test_a_download_that_fails_everywhere_says_what_to_do(tmp_path, monkeypatch)
         assert url in message
 
 
+@pytest.mark.usefixtures("mirror")
+def test_a_long_reason_of_a_failed_download_is_cut_to_one_line(monkeypatch):
+    def fail(*_args, **_settings):
+        raise ConnectionError("Max retries exceeded\n" * 100)
+
+    monkeypatch.setattr("pooch.retrieve", fail)
+    with pytest.raises(UserError, match="Max retries exceeded") as caught:
+        load("mnist", None)
+    assert len(one_line(caught)) < 1000
+
+
 def test_a_cache_that_cannot_be_written_says_what_to_do(mirror, tmp_path, monkeypatch):
     (tmp_path / "cache").touch()  # a file where the folder should be
     with served(mirror) as url:

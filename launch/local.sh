@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Train with several ranks on this machine, from whatever folder: launch/local.sh -n 4 -- --epochs 3
+set -eu
+
+usage() {
+    cat <<'EOF'
+usage: launch/local.sh -n RANKS [--dry-run] [--module MODULE] [-- FLAGS OF THE TRAINER]
+
+Train with RANKS ranks on this machine, with the MPI of the Python environment.
+
+  -n RANKS         how many ranks to start
+  --dry-run        print the command line instead of running it
+  --module MODULE  run another module on every rank than distdl.train
+  -h, --help       print this
+
+The Python is $PYTHON if set, else that of the activated virtual environment, else that of
+.venv in the repository, else python3. Relative paths mean the folder you are in.
+
+  launch/local.sh -n 4 -- --dataset mnist --epochs 3
+EOF
+}
+
+fail() {
+    echo "launch/local.sh: $1" >&2
+    exit 2
+}
+
+case ${1-} in
+-h | --help)
+    usage
+    exit 0
+    ;;
+esac
+
+repository=$(dirname -- "$(dirname -- "$(readlink -f -- "$0")")")
+if [ -n "${PYTHON-}" ]; then
+    python=$PYTHON
+elif [ -n "${VIRTUAL_ENV-}" ]; then
+    python=$VIRTUAL_ENV/bin/python
+elif [ -x "$repository/.venv/bin/python" ]; then
+    python=$repository/.venv/bin/python
+else
+    python=python3
+fi
+
+command -v "$python" >/dev/null ||
+    fail "no Python called $python: install Python 3.11 or newer, or set PYTHON to one"
+"$python" -c 'import distdl.mpirun' 2>/dev/null ||
+    fail "$python cannot import distdl: run $python -m pip install '${repository}[mpich]', or set PYTHON to a Python that has it"
+
+exec "$python" -m distdl.mpirun "$@"

@@ -1,0 +1,56 @@
+"""Short trainings on a piece of the digits, for tests that hold many of them against each other."""
+
+import dataclasses
+import shutil
+from functools import cache
+
+from distdl.config import TrainConfig
+from distdl.data import sources
+from distdl.engine import train
+
+#: 72 rows before the test part leave 65 for training: two batches of 32, and a last batch of a single sample.
+LAST_BATCH_OF_ONE = 72
+#: 88 leave 80: two batches of 32, and a last batch of 16, which is 4 micro-batches.
+RAGGED = 88
+#: 94 leave 85: the last batch of 21 has 6 micro-batches, the last of them a single sample.
+VERY_RAGGED = 94
+
+
+@cache
+def piece_of_digits(test_start):
+    digits = sources.load("digits", None)
+    rows = test_start + 37  # the test part is ragged too
+    return dataclasses.replace(
+        digits, images=digits.images[:rows].copy(), labels=digits.labels[:rows].copy(), test_start=test_start
+    )
+
+
+def small_config(run_dir, **settings):
+    return TrainConfig(
+        **{"batch_size": 32, "micro_batch_size": 4, "epochs": 2, "log_every": 1, "run_dir": run_dir, **settings}
+    )
+
+
+def proof(folder, summary):
+    """What must be equal: both hashes, and the bytes of the metrics."""
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    return summary.weights_sha256, summary.state_sha256, metrics
+
+
+def small_run(communicator, folder, *, rows=VERY_RAGGED, **settings):
+    """Train in `folder`, and return what must be equal."""
+    summary = train(small_config(folder, **settings), communicator, dataset=piece_of_digits(rows))
+    communicator.barrier()
+    return proof(folder, summary)
+
+
+def sub_world(communicator, size):
+    """The first `size` ranks as a world of their own; None on the others."""
+    return communicator.split(0 if communicator.rank < size else None)
+
+
+def remove(communicator, folder):
+    communicator.barrier()
+    if communicator.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    communicator.barrier()

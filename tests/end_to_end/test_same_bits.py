@@ -1,0 +1,148 @@
+"""Promise 1: the same bits on any number of ranks, whatever is interrupted or resumed."""
+
+import itertools
+import json
+
+import pytest
+from small_runs import LAST_BATCH_OF_ONE, RAGGED, VERY_RAGGED, remove, small_config, small_run, sub_world
+
+from distdl.config import MODELS, OPTIMIZERS
+from distdl.engine import train
+from distdl.parallel import OneProcess
+
+RANKS = (1, 2, 3, 4, 5, 8)
+
+
+def assert_every_number_of_ranks_agrees(communicator, folder, **settings):
+    """Rank 0 trains in one process, without MPI; then the first n ranks do, for each n."""
+    expected = small_run(OneProcess(), folder / "one", **settings) if communicator.rank == 0 else None
+    for size in RANKS:
+        part = sub_world(communicator, size) if size <= communicator.size else None
+        if part is not None:
+            found = small_run(part, folder / f"{size}", **settings)
+            if part.rank == 0:
+                assert found == expected, f"{size} ranks differ from one process"
+    remove(communicator, folder)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_number_of_ranks_gives_the_bits_of_one_process(communicator, shared_tmp_path, model, optimizer):
+    """Dropout is on in deep_convnet; the last batch is ragged, and its last micro-batch has one sample."""
+    assert_every_number_of_ranks_agrees(
+        communicator, shared_tmp_path, model=model, optimizer=optimizer, rows=VERY_RAGGED, weight_decay=0.01
+    )
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("rows", [LAST_BATCH_OF_ONE, RAGGED])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_last_batch_smaller_than_the_world_changes_nothing(communicator, shared_tmp_path, model, rows):
+    assert_every_number_of_ranks_agrees(communicator, shared_tmp_path, model=model, rows=rows, epochs=1)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_micro_batches_that_no_rank_count_divides_change_nothing(communicator, shared_tmp_path):
+    assert_every_number_of_ranks_agrees(
+        communicator, shared_tmp_path, batch_size=34, micro_batch_size=3, schedule="step", lr_step_epochs=1
+    )
+
+
+@pytest.mark.mpi(min_size=2)
+def test_other_settings_give_other_bits(communicator, shared_tmp_path):
+    """The receipts can differ: a seed, a micro-batch size or an optimizer changes them."""
+    settings = [{}, {"seed": 1}, {"micro_batch_size": 2}, {"optimizer": "sgd"}, {"weight_decay": 0.1}]
+    found = [small_run(communicator, shared_tmp_path / str(i), **chosen)[0] for i, chosen in enumerate(settings)]
+    assert len(set(found)) == len(settings)
+    remove(communicator, shared_tmp_path)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("model", ["simple_convnet", "deep_convnet"])
+def test_stopped_after_any_step_and_resumed_on_any_ranks_gives_the_same_bits(communicator, shared_tmp_path, model):
+    """Every step of two epochs of three steps; every pair of rank counts from 1 to 4 (with dropout, a cycle of them)."""
+    sizes = range(1, min(communicator.size, 4) + 1)
+    worlds = {size: sub_world(communicator, size) for size in sizes}
+    pairs = list(itertools.product(sizes, sizes))
+    if model == "deep_convnet":
+        pairs = [(before, before % len(sizes) + 1) for before in sizes]
+    expected = small_run(OneProcess(), shared_tmp_path / "one", model=model) if communicator.rank == 0 else None
+    for (before, after), step in itertools.product(pairs, range(1, 6)):
+        folder = shared_tmp_path / f"{before}-{after}-{step}"
+        if worlds[before] is not None:
+            small_run(worlds[before], folder, model=model, max_steps=step)
+        communicator.barrier()
+        if worlds[after] is not None:
+            found = small_run(worlds[after], folder, model=model, resume="auto")
+            if communicator.rank == 0:
+                assert found == expected, f"stopped after step {step} on {before} ranks, resumed on {after}"
+        communicator.barrier()
+    remove(communicator, shared_tmp_path)
+
+
+def test_stopped_at_every_step_in_turn_gives_the_same_bits(tmp_path):
+    expected = small_run(OneProcess(), tmp_path / "straight")
+    for step in range(1, 6):
+        small_run(OneProcess(), tmp_path / "pieces", max_steps=step, resume="auto")
+    assert small_run(OneProcess(), tmp_path / "pieces", resume="auto") == expected
+
+
+def test_resuming_a_finished_run_prints_its_receipt_again(tmp_path, capsys):
+    expected = small_run(OneProcess(), tmp_path / "run")
+    capsys.readouterr()
+    assert small_run(OneProcess(), tmp_path / "run", resume="auto") == expected
+    assert f"weights sha256: {expected[0]}" in capsys.readouterr().out
+
+
+def test_more_epochs_go_on_where_a_finished_run_ended(tmp_path):
+    expected = small_run(OneProcess(), tmp_path / "three", epochs=3)
+    small_run(OneProcess(), tmp_path / "two", epochs=2)
+    assert small_run(OneProcess(), tmp_path / "two", epochs=3, resume="auto") == expected
+
+
+def test_checkpoints_and_hashes_do_not_act_on_the_bits(tmp_path):
+    expected = small_run(OneProcess(), tmp_path / "plain")
+    found = small_run(OneProcess(), tmp_path / "busy", checkpoint_every=1, keep_checkpoints=1, record_hashes=True)
+    assert found == expected
+
+
+def test_a_run_resumed_into_another_folder_brings_its_metrics_along(tmp_path):
+    expected = small_run(OneProcess(), tmp_path / "straight")
+    small_run(OneProcess(), tmp_path / "first", max_steps=2)
+    found = small_run(OneProcess(), tmp_path / "second", resume=str(tmp_path / "first"))
+    assert found == expected
+
+
+def test_records_later_than_the_checkpoint_are_cut(tmp_path):
+    """As after a kill: metrics were written beyond the newest checkpoint."""
+    expected = small_run(OneProcess(), tmp_path / "straight")
+    folder = tmp_path / "killed"
+    small_run(OneProcess(), folder, max_steps=4)
+    with (folder / "metrics.jsonl").open("ab") as metrics:
+        metrics.write(b'{"step": 5, "epoch": 2, "loss"')
+    assert small_run(OneProcess(), folder, resume="auto") == expected
+
+
+def test_metrics_hold_every_step_and_epoch_and_one_test_score(tmp_path):
+    small_run(OneProcess(), tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4, 5, 6]
+    assert [record["epoch"] for record in records if "validation_accuracy" in record] == [1, 2]
+    assert [record["step"] for record in records if "test_accuracy" in record] == [6]
+
+
+def test_global_random_state_is_neither_used_nor_changed(tmp_path):
+    import numpy as np
+
+    np.random.seed(1)  # noqa: NPY002
+    first = small_run(OneProcess(), tmp_path / "a", model="deep_convnet")
+    drawn = np.random.random()  # noqa: NPY002
+    np.random.seed(1)  # noqa: NPY002
+    assert drawn == np.random.random()  # noqa: NPY002
+    assert small_run(OneProcess(), tmp_path / "b", model="deep_convnet") == first
+
+
+def test_the_default_run_learns_the_digits(tmp_path):
+    summary = train(small_config(tmp_path / "run", batch_size=128, micro_batch_size=16, epochs=None), OneProcess())
+    assert summary.test_accuracy >= 0.96

@@ -1,0 +1,45 @@
+"""Plain `pytest` runs the MPI tests too: it starts itself under mpirun, at several numbers of ranks."""
+
+import subprocess
+import sys
+
+import pytest
+
+from distdl.errors import UserError
+from distdl.launcher import read_launch
+from distdl.mpirun import environment_for, find_mpirun, mpirun_command
+
+SECONDS = 400
+
+
+@pytest.mark.parametrize(
+    ("ranks", "where"),
+    [
+        (2, ["tests/parallel"]),
+        (3, ["tests/parallel"]),
+        (4, ["tests/parallel"]),
+        (8, ["tests/end_to_end"]),
+    ],
+)
+def test_all_mpi_tests_pass_with(ranks, where, pytestconfig):
+    if read_launch().by is not None:
+        pytest.skip("already under a launcher")
+    try:
+        find_mpirun()
+    except UserError as error:
+        pytest.skip(str(error))
+    launch = mpirun_command(
+        ranks, [sys.executable, "-m", "mpi4py", "-m", "pytest", "--only-mpi", "-p", "no:cacheprovider", *where]
+    )
+    done = subprocess.run(
+        launch.argv,
+        env=environment_for(launch),
+        cwd=pytestconfig.rootpath,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    passed = [line for line in done.stdout.splitlines() if " passed" in line]
+    assert len(passed) == ranks, done.stdout[-3000:]
