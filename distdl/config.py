@@ -49,6 +49,10 @@ FREE_TO_CHANGE_ON_RESUME = frozenset(
 )
 #: Where a run lives and how it was started; not part of what it is.
 NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume"})
+#: A config file longer than this is none, and is not read.
+LARGEST_CONFIG_BYTES = 2**14
+#: No BLAS starts more threads than this.
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +115,8 @@ class TrainConfig:
         )
         _at_least(1, config, "epochs", "batch_size", "micro_batch_size", "lr_step_epochs", "keep_checkpoints")
         _at_least(1, config, "threads_per_rank")
+        if config.threads_per_rank > MOST_THREADS:
+            raise UserError(f"--threads-per-rank must be at most {MOST_THREADS}, not {config.threads_per_rank}")
         _at_least(0, config, "seed", "checkpoint_every", "log_every", "weight_decay")
         if config.max_steps is not None:
             _at_least(1, config, "max_steps")
@@ -118,6 +124,8 @@ class TrainConfig:
         for name in ("lr", "weight_decay", "lr_step_factor"):
             if not math.isfinite(getattr(config, name)):
                 raise UserError(f"{_flag(name)} must be a finite number, not {getattr(config, name)}")
+        for name in ("data_dir", "run_dir", "resume"):
+            _possible_path(config, name)
         if self.micro_batch_size > self.batch_size:
             raise UserError(
                 f"--micro-batch-size {self.micro_batch_size} is larger than --batch-size {self.batch_size}: "
@@ -161,7 +169,9 @@ class TrainConfig:
         lines = ["# python -m distdl.train --config FILE runs this again.\n"]
         for name, value in self.to_json().items():
             if value is not None and name not in NOT_IN_CONFIG_FILE:
-                lines.append(f"{name} = {json.dumps(value)}\n")
+                # JSON spells a text as TOML does, but for surrogate pairs, which we avoid, and the DEL character.
+                text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+                lines.append(f"{name} = {text}\n")
         return "".join(lines)
 
 
@@ -184,6 +194,17 @@ def _above_zero(config: TrainConfig, *names: str) -> None:
             raise UserError(f"{_flag(name)} must be above 0, not {getattr(config, name)}")
 
 
+def _possible_path(config: TrainConfig, name: str) -> None:
+    """Raise `UserError` for a path that no file can have, or that neither a config file nor a message can show."""
+    path = str(getattr(config, name))
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{_flag(name)} {path!r} is not valid UTF-8: rename the folder") from None
+    if "\0" in path:
+        raise UserError(f"{_flag(name)} {path!r} holds a NUL character: no file can have this name")
+
+
 def parse(arguments: Sequence[str], program: str) -> TrainConfig:
     """Return the checked config of a command line.
 
@@ -196,7 +217,7 @@ def parse(arguments: Sequence[str], program: str) -> TrainConfig:
     from_files: list[str] = []
     resumed = _config_of_resumed_run(arguments)
     if resumed is not None:
-        from_files += _flags_of_file(resumed)
+        from_files += _flags_of_file(resumed, without=frozenset({"max_steps"}))
     given = _value_of("config", arguments)
     if given is not None:
         from_files += _flags_of_file(Path(given))
@@ -234,10 +255,13 @@ def _value_of(name: str, arguments: Sequence[str]) -> str | None:
     """Return the value of the last ``--name value`` or ``--name=value``, before the flags are parsed."""
     value = None
     for position, argument in enumerate(arguments):
-        if argument == _flag(name) and position + 1 < len(arguments):
+        flag, equals, after = argument.partition("=")
+        if flag.replace("_", "-") != _flag(name):
+            continue
+        if equals:
+            value = after
+        elif position + 1 < len(arguments):
             value = arguments[position + 1]
-        elif argument.startswith(_flag(name) + "="):
-            value = argument.partition("=")[2]
     return value
 
 
@@ -246,8 +270,11 @@ def _config_of_resumed_run(arguments: Sequence[str]) -> Path | None:
     folder = _value_of("run_dir", arguments) if resume == "auto" else resume
     if folder is None:
         return None
-    path = run_folder_of(Path(folder)) / "config.toml"
-    return path if path.is_file() else None
+    try:
+        path = run_folder_of(Path(folder)) / "config.toml"
+        return path if path.is_file() else None
+    except OSError:
+        return None  # the search for the checkpoint says what is wrong with the folder
 
 
 def run_folder_of(path: Path) -> Path:
@@ -255,24 +282,43 @@ def run_folder_of(path: Path) -> Path:
     return path.parent.parent if path.is_file() else path
 
 
-def _flags_of_file(path: Path) -> list[str]:
-    """Return the settings of a TOML file as flags."""
+def _text_of(path: Path) -> str:
+    """Return the text of a config file; a device or pipe, which may never end, is not opened."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"the config file {path} is not a regular file: give a TOML file")
+        with path.open("rb") as file:
+            content = file.read(LARGEST_CONFIG_BYTES + 1)
     except OSError as error:
         raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"cannot read the config file {str(path)!r}: no file can have this name") from None
+    if len(content) > LARGEST_CONFIG_BYTES:
+        raise UserError(f"the config file {path} is larger than {LARGEST_CONFIG_BYTES} bytes: give a TOML file of ours")
+    return content.decode()
+
+
+def _flags_of_file(path: Path, without: frozenset[str] = frozenset()) -> list[str]:
+    """Return the settings of a TOML file as flags, but for those named in `without`."""
+    try:
+        values = tomllib.loads(_text_of(path))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"the config file {path} is no valid TOML: {error}") from None
+    except RecursionError:
+        raise UserError(f"the config file {path} is no valid TOML of ours: it nests too deeply") from None
     flags = []
     for name, value in values.items():
+        if name in without:
+            continue
         if name not in FIELDS or name in NOT_IN_CONFIG_FILE:
             raise UserError(
                 f"in the config file {path}: "
                 + str(unknown_name("setting", name, [known for known in FIELDS if known not in NOT_IN_CONFIG_FILE]))
             )
-        if isinstance(value, bool) and FIELDS[name].default in (True, False):
+        is_switch = isinstance(FIELDS[name].default, bool)
+        if is_switch and isinstance(value, bool):
             flags += [_flag(name)] if value else []
-        elif isinstance(value, str | int | float) and not isinstance(value, bool):
+        elif not is_switch and isinstance(value, str | int | float) and not isinstance(value, bool):
             flags += [f"{_flag(name)}={value}"]
         else:
             raise UserError(f"in the config file {path}: {name} = {value!r} is not a value for {_flag(name)}")

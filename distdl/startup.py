@@ -5,6 +5,7 @@ Neither NumPy nor MPI is imported here, since the number of BLAS threads is read
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -14,7 +15,7 @@ from distdl.errors import DistdlError, UserError
 from distdl.launcher import read_launch
 
 #: How long ranks that stay silent about an error wait for rank 0 to speak and the launcher to end them.
-SILENT_SECONDS = 3.0
+SILENT_SECONDS = 1.0
 
 
 def set_blas_threads(count: int) -> None:
@@ -26,10 +27,15 @@ def set_blas_threads(count: int) -> None:
 def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> int:
     """Run a command with the process's arguments and return its exit code; `UserError` becomes one line.
 
-    Under a launcher every rank meets the same wrong flag; rank 0 alone says so, and the others wait a little,
-    so that it has spoken before the launcher sees one of them end.
+    Under a launcher every rank meets the same wrong flag; rank 0 alone says so. The others wait a little, so
+    that it has spoken before the launcher sees one of them end, and then end by themselves: not every launcher
+    ends them.
     """
     speaks = read_launch().speaks
+    for stream in (sys.stdout, sys.stderr):
+        # What the terminal's encoding lacks is shown as an escape; a dot in the banner must not end a training.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     try:
         if not speaks and _asks_for_help(arguments):
             return 0

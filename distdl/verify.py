@@ -74,16 +74,19 @@ def main(arguments: Sequence[str]) -> int:
     for count in ranks:
         outcomes.append(_trained(count, flags, folder / f"{count}-ranks"))
         weights, state, _ = outcomes[-1].proof
-        print(f"{count:3d} ranks  weights {weights[:16]}  state {state[:16]}  {outcomes[-1].seconds:.1f} s", flush=True)
+        print(
+            f"{count:3d} rank{'s' if count > 1 else ' '}  weights {weights[:16]}  state {state[:16]}  {outcomes[-1].seconds:.1f} s",
+            flush=True,
+        )
     first = outcomes[0]
     for other in outcomes[1:]:
         if other.proof != first.proof:
             print(f"DIFFERENT: {first_difference(first, other)}; the runs are kept in {folder}")
             return EXIT_DEFECT
-    shutil.rmtree(folder)
     steps = first.summary["steps"]
     print(f"same bits on {given.ranks} ranks: weights, state and metrics.jsonl agree after {steps} steps")
     print(f"weights sha256: {first.proof[0]}")
+    shutil.rmtree(folder)
     return 0
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from distdl.errors import DamagedFileError, UserError
 FORMAT = "distdl checkpoint 1"
 NO_DIGEST = "0" * 64
 #: No header of ours comes near this; a damaged length must not make us read or allocate anything.
-LARGEST_HEADER_BYTES = 16 * 2**20
+LARGEST_HEADER_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def encode(checkpoint: Checkpoint) -> bytes:
     """Return the bytes of the file."""
     metadata = {"format": FORMAT, "sha256": NO_DIGEST, "header": checkpoint.header}
     data = safetensors.numpy.save(checkpoint.tensors, {"distdl": json.dumps(metadata)})
+    assert int.from_bytes(data[:8], "little") <= LARGEST_HEADER_BYTES, "we would not read this file again"
     place = data.index(NO_DIGEST.encode())
     digest = hashlib.sha256(data).hexdigest().encode()
     return data[:place] + digest + data[place + len(digest) :]
@@ -49,7 +51,7 @@ def encode(checkpoint: Checkpoint) -> bytes:
 
 def decode(data: bytes, name: str) -> Checkpoint:
     """Return what the bytes of a file hold; raise `DamagedFileError` naming `name` if they are not whole."""
-    metadata, place = _metadata(data, name)
+    metadata, place = _metadata(data, len(data), name)
     digest = hashlib.sha256()
     digest.update(data[:place])
     digest.update(NO_DIGEST.encode())
@@ -58,23 +60,35 @@ def decode(data: bytes, name: str) -> Checkpoint:
         raise DamagedFileError(f"{name} is damaged: its checksum does not match its content")
     if metadata["format"] != FORMAT:
         raise UserError(f"{name} has the format {metadata['format']!r}: this version reads {FORMAT!r}")
-    return Checkpoint(safetensors.numpy.load(data), metadata["header"])
-
-
-def _metadata(data: bytes, name: str) -> tuple[dict[str, Any], int]:
-    """Return our metadata, and where in the file the digest's digits stand; trusts nothing it reads."""
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > min(len(data) - 8, LARGEST_HEADER_BYTES):
-        raise DamagedFileError(f"{name} is damaged: {len(data)} bytes are too few for the header it announces")
     try:
-        metadata = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["distdl"])
+        return Checkpoint(safetensors.numpy.load(data), metadata["header"])
+    except safetensors.SafetensorError as error:
+        raise DamagedFileError(f"{name} is damaged: {error}") from None
+
+
+def _metadata(data: bytes, size: int, name: str) -> tuple[dict[str, Any], int]:
+    """Return our metadata, and where in the file the digest's digits stand; trusts nothing it reads.
+
+    `data` are the file's first bytes, the whole header among them; `size` is that of the whole file.
+    """
+    length = int.from_bytes(data[:8], "little")
+    if size < 8:
+        raise DamagedFileError(f"{name} is damaged: it has {size} bytes, too few for a checkpoint")
+    if length > min(size - 8, LARGEST_HEADER_BYTES):
+        raise DamagedFileError(f"{name} is damaged: its {size} bytes announce a header of {length} bytes")
+    try:
+        header = json.loads(data[8 : 8 + length])
+        metadata = json.loads(header.pop("__metadata__")["distdl"])
+        announced = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         given = metadata["sha256"].encode()
         complete = len(given) == len(NO_DIGEST) and {"format", "header"} <= metadata.keys()
         places = data.count(given, 8, 8 + length)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise DamagedFileError(f"{name} is damaged, or no checkpoint of distdl: its header cannot be read") from None
     if not complete or places != 1:
         raise DamagedFileError(f"{name} is damaged: its header has no checksum")
+    if size != announced:
+        raise DamagedFileError(f"{name} is damaged: it has {size} bytes, its header announces {announced}")
     return metadata, data.index(given, 8, 8 + length)
 
 
@@ -90,9 +104,15 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def read(path: Path) -> Checkpoint:
-    """Return the checkpoint at `path`; raise `UserError` if it cannot be read, `DamagedFileError` if damaged."""
+    """Return the checkpoint at `path`; raise `UserError` if it cannot be read, `DamagedFileError` if damaged.
+
+    The header is judged first, so that of a file of another kind no more than that is read.
+    """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            _metadata(file.read(8 + LARGEST_HEADER_BYTES), os.fstat(file.fileno()).st_size, str(path))
+            file.seek(0)
+            data = file.read()
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     return decode(data, str(path))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import fcntl
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -24,7 +25,7 @@ from distdl.engine.files import remove_temporaries, write_durably
 from distdl.engine.metrics import JsonLines, Sums
 from distdl.engine.progress import Progress
 from distdl.engine.state import TrainingState
-from distdl.errors import UserError
+from distdl.errors import DamagedFileError, UserError
 
 #: Checkpoints in a row that may fail to be written before the run gives up.
 MISSES_ALLOWED = 3
@@ -40,8 +41,21 @@ class Start:
     complaints: tuple[str, ...] = ()
 
 
+#: What the header of a checkpoint must hold for a run to go on from it.
+HEADER_FIELDS = {"step": int, "config": dict, "progress": dict, "log_bytes": dict, "kernel_family": str}
+
+
 def find_start(config: TrainConfig) -> Start:
     """Decide where the run begins; nothing is written. Raises `UserError` for a folder or resume that cannot be."""
+    try:
+        return _find_start(config)
+    except OSError as error:
+        raise UserError(
+            f"cannot look into {error.filename}: {error.strerror}; give another --run-dir or --resume"
+        ) from None
+
+
+def _find_start(config: TrainConfig) -> Start:
     if config.resume is None:
         folder = config.run_dir or _new_folder(config)
         _refuse_used(folder)
@@ -50,6 +64,8 @@ def find_start(config: TrainConfig) -> Start:
     assert source is not None, "config.checked() has seen to it"
     if config.resume != "auto" and not source.exists():
         raise UserError(f"--resume {source}: there is no such checkpoint or run folder")
+    if config.resume == "auto":
+        _refuse_no_folder(source)
     if source.is_file():
         path, checkpoint, complaints = source, checkpoints.read(source), list[str]()
     else:
@@ -59,14 +75,21 @@ def find_start(config: TrainConfig) -> Start:
                 return Start(source)
             raise UserError(f"--resume {source}: there is no checkpoint in {source / 'checkpoints'}")
         path, checkpoint, complaints = found
-    different = differences(config, checkpoint.header["config"])
-    if different:
-        raise UserError(f"cannot resume from {path}: {'; '.join(different)}; give the same, or start a new run")
+    _refuse_another_run(config, path, checkpoint.header)
     origin = run_folder_of(path)
     folder = config.run_dir or origin
     if folder.resolve() != origin.resolve():
         _refuse_used(folder)
     return Start(folder, path, checkpoint, tuple(complaints))
+
+
+def _refuse_another_run(config: TrainConfig, path: Path, header: Any) -> None:
+    for name, kind in HEADER_FIELDS.items():
+        if not (isinstance(header, dict) and isinstance(header.get(name), kind)):
+            raise DamagedFileError(f"{path} is damaged: its header has no {name!r} that a run could go on from")
+    different = differences(config, header["config"])
+    if different:
+        raise UserError(f"cannot resume from {path}: {'; '.join(different)}; give the same, or start a new run")
 
 
 def _new_folder(config: TrainConfig) -> Path:
@@ -78,7 +101,13 @@ def _new_folder(config: TrainConfig) -> Path:
     return folder
 
 
+def _refuse_no_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise UserError(f"the run folder {path} is not a folder: give another --run-dir")
+
+
 def _refuse_used(folder: Path) -> None:
+    _refuse_no_folder(folder)
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if folder.exists():
@@ -89,6 +118,9 @@ def _refuse_used(folder: Path) -> None:
 
 class Follower:
     """What ranks other than 0 do at the points where the coordinator acts: nothing."""
+
+    def started(self) -> None:
+        """Say where the run goes on from, below the banner."""
 
     def stepped(self, state: TrainingState, batch: Sums, learning_rate: float) -> None:
         """React to a step that has just been taken; `batch` holds the sums of its samples."""
@@ -101,6 +133,9 @@ class Follower:
 
     def finished(self, state: TrainingState, test: Sums | None, summary: dict[str, Any]) -> None:
         """Write the summary and print the receipt."""
+
+    def close(self) -> None:
+        """Let go of the run folder."""
 
 
 class Coordinator(Follower):
@@ -125,9 +160,8 @@ class Coordinator(Follower):
         self._misses = 0
         self._kernel_family = kernel_family()
         self._versions = environment["versions"]
-        try:
-            self._checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(start.folder)
+        self._start = start
+        with _run_folder(start.folder, self._checkpoints) as self._lock:
             for folder in (start.folder, self._checkpoints):
                 remove_temporaries(folder)
             write_durably(start.folder / "config.toml", config.to_toml().encode())
@@ -138,9 +172,6 @@ class Coordinator(Follower):
             self._hashes = None
             if config.record_hashes:
                 self._hashes = JsonLines(start.folder / "hashes.jsonl", keep.get("hashes", 0))
-        except OSError as error:
-            raise UserError(f"cannot use the run folder {start.folder}: {error.strerror or error}") from None
-        self._warn_about(start)
 
     def _kept_lengths(self, start: Start) -> dict[str, int]:
         """Return how many bytes of each log belong to the checkpoint; bring them along into a new folder."""
@@ -156,7 +187,9 @@ class Coordinator(Follower):
                 self.progress.warning(f"{target} lacks records from before step {start.checkpoint.header['step']}")
         return lengths
 
-    def _warn_about(self, start: Start) -> None:
+    def started(self) -> None:
+        """Say where the run goes on from, and whatever a person should know about that."""
+        start = self._start
         for complaint in start.complaints:
             self.progress.warning(f"{complaint}; the one before it is used")
         if start.checkpoint is None:
@@ -168,7 +201,7 @@ class Coordinator(Follower):
                 f"the checkpoint was made with the kernels {before['kernel_family']}, this machine runs "
                 f"{self._kernel_family}: bits may differ from here on"
             )
-        threads = before["config"]["threads_per_rank"]
+        threads = before["config"].get("threads_per_rank")
         if threads != self.config.threads_per_rank:
             self.progress.warning(
                 f"the checkpoint was made with --threads-per-rank {threads}, this run has "
@@ -253,16 +286,48 @@ class Coordinator(Follower):
             self.progress.line(f"test accuracy: {test.accuracy:.2%}")
         else:
             self.progress.line(f"stopped after step {state.step}; --resume {self.folder} goes on")
-        for log in (self._metrics, self._timing, self._hashes):
-            if log is not None:
-                log.close()
         try:
             write_durably(self.folder / "summary.json", _pretty(summary))
         except OSError as error:
             self.progress.warning(f"cannot write {self.folder / 'summary.json'}: {error.strerror}")
         self.progress.line(f"run folder: {self.folder}")
         self.progress.line(f"weights sha256: {summary['weights_sha256']}")
-        self._lock.close()
+
+    def close(self) -> None:
+        """Close the logs and unlock the run folder."""
+        for file in (self._metrics, self._timing, self._hashes, self._lock):
+            if file is not None:
+                file.close()
+
+
+@contextmanager
+def _run_folder(folder: Path, checkpoints: Path) -> Iterator[IO[bytes]]:
+    """Make the folders and lock the run; if that or the code inside fails, take away again what was made.
+
+    Raises `UserError` where the folder is in use, or the disk refuses. What another run may have written in the
+    meantime stays: files are removed under the lock alone, and folders only when they are empty.
+    """
+    made: list[Path] = []
+    present: set[Path] = set()
+    lock = None
+    try:
+        made = [path for path in (checkpoints, *checkpoints.parents) if not path.exists()]
+        present = set(folder.iterdir()) if folder not in made else set()
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        lock = _locked(folder)
+        yield lock
+    except (OSError, UserError) as error:
+        if lock is not None:
+            for path in set(folder.iterdir()) - present:
+                if path.is_file():
+                    path.unlink(missing_ok=True)
+            lock.close()
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"cannot use the run folder {folder}: {error.strerror or error}") from None
 
 
 def _locked(folder: Path) -> IO[bytes]:
@@ -271,6 +336,7 @@ def _locked(folder: Path) -> IO[bytes]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        lock.close()
         raise UserError(
             f"the run folder {folder} is in use by another run: wait for it, or give another --run-dir"
         ) from None

@@ -6,6 +6,7 @@ What can fail because of what the user gave happens here, agreed by all ranks, b
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,8 @@ def train(
         config = together(communicator, config.checked)
         with blas_threads(config.threads_per_rank), np.errstate(over="ignore", invalid="ignore"):
             trainer = _prepared(config, communicator, build_network, dataset)
-            return trainer.run()
+            with closing(trainer.coordinator):
+                return trainer.run()
 
 
 def _prepared(
@@ -68,32 +70,30 @@ def _prepared(
     del arrays
     height, width, channels = data.images.shape[1:]
 
-    def build() -> Sequential:
+    def build() -> TrainingState:
         build = build_network or (lambda shape, classes: build_model(config.model, shape, classes))
-        network = build((height, width, channels), data.classes)
+        try:
+            network = build((height, width, channels), data.classes)
+            network.initialize(Key(config.seed).of("initialization"))
+            optimizer = optimizer_class(config.optimizer)(
+                network.parameters.size, weight_decay=config.weight_decay, decay_slices=network.decay_slices
+            )
+        except MemoryError:
+            raise UserError(
+                f"there is not enough memory for --model {config.model} on images of {height}x{width}x{channels}: "
+                "use smaller images, or fewer ranks on this machine"
+            ) from None
         if network.output_shape != (data.classes,):
             raise UserError(f"the network puts out {network.output_shape}, the dataset has {data.classes} classes")
-        return network
+        return TrainingState(network, optimizer)
 
-    network = together(communicator, build)
-    network.initialize(Key(config.seed).of("initialization"))
-    optimizer = optimizer_class(config.optimizer)(
-        network.parameters.size, weight_decay=config.weight_decay, decay_slices=network.decay_slices
-    )
-    state = TrainingState(network, optimizer)
+    state = together(communicator, build)
     together(communicator, lambda: _restore(state, start))
     _hand_out(communicator, state)
 
     environment = describe(communicator)
     steps_per_epoch = split.steps_per_epoch(len(data.parts.training), config.batch_size)
     progress = Progress(live=communicator.size == 1)
-    if coordinates:
-        described = (
-            f"{config.dataset} ({len(data.parts.training)} training, {len(data.parts.validation)} validation, "
-            f"{len(data.parts.test)} test) · {config.model} ({network.parameter_count:,} parameters) · "
-            f"{config.optimizer} lr {config.lr:g} · seed {config.seed}"
-        )
-        _print_banner(progress, config, communicator.size, environment, described)
 
     def open_run() -> Follower:
         if start is None:
@@ -101,6 +101,14 @@ def _prepared(
         return Coordinator(config, start, environment, steps_per_epoch, progress)
 
     coordinator = together(communicator, open_run)
+    if coordinates:
+        described = (
+            f"{config.dataset} ({len(data.parts.training)} training, {len(data.parts.validation)} validation, "
+            f"{len(data.parts.test)} test) · {config.model} ({state.network.parameter_count:,} parameters) · "
+            f"{config.optimizer} lr {config.lr:g} · seed {config.seed}"
+        )
+        _print_banner(progress, config, communicator.size, environment, described)
+    coordinator.started()
     return Trainer(config, communicator, data, state, coordinator)
 
 

@@ -53,7 +53,7 @@ def guard(communicator: Communicator) -> Iterator[None]:
 
 def report(error: BaseException, rank: int) -> None:
     """Print what was raised to the error stream, each line with the rank in front, in one piece."""
-    if isinstance(error, errors.UserError | KeyboardInterrupt | SystemExit):
+    if isinstance(error, errors.DistdlError | KeyboardInterrupt | SystemExit):
         lines = [f"{type(error).__name__}: {error}" if str(error) else type(error).__name__]
     else:
         lines = "".join(traceback.format_exception(error)).splitlines()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from distdl.errors import PeerLost
+from distdl.launcher import survives_failures
 from distdl.parallel.communicator import Bytes, Communicator
 
 SPIN_SECONDS = 1e-3
@@ -121,11 +123,21 @@ class MpiCommunicator(Communicator):
         return MpiCommunicator(part, oversubscribed=self._oversubscribed)
 
     def abort(self, exit_code: int) -> NoReturn:
-        """End every process of the job now, whatever it is doing."""
+        """End every process of the job now, whatever it is doing.
+
+        Where the launcher lets survivors of a failure go on, it lets them go on after MPI_Abort too, and would
+        wait for ever for ranks that wait for us. There the ranks in a collective call are woken by revoking the
+        communicator, and the launcher's daemon, our parent, is told to end the job.
+        """
         sys.stdout.flush()
         sys.stderr.flush()
-        MPI.COMM_WORLD.Abort(exit_code)
-        os._exit(exit_code)  # where the launcher lets us live after Abort
+        if survives_failures():
+            self._comm.Revoke()
+            MPI.COMM_WORLD.Revoke()
+            os.kill(os.getppid(), signal.SIGTERM)
+        else:
+            MPI.COMM_WORLD.Abort(exit_code)
+        os._exit(exit_code)
 
     def _complete(self, start: Callable[..., MPI.Request], *arguments: Any) -> None:
         started = time.perf_counter()

@@ -61,7 +61,7 @@ def test_other_settings_give_other_bits(communicator, shared_tmp_path):
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("model", ["simple_convnet", "deep_convnet"])
 def test_stopped_after_any_step_and_resumed_on_any_ranks_gives_the_same_bits(communicator, shared_tmp_path, model):
-    """Every step of two epochs of three steps; every pair of rank counts from 1 to 4 (with dropout, a cycle of them)."""
+    """Every step of two epochs of three steps; every pair of rank counts from 1 to 4 (with dropout, a cycle)."""
     sizes = range(1, min(communicator.size, 4) + 1)
     worlds = {size: sub_world(communicator, size) for size in sizes}
     pairs = list(itertools.product(sizes, sizes))

@@ -1,0 +1,93 @@
+"""Write a layer of your own, prove its gradients, build a network from it, and train that on any number of ranks.
+
+    python examples/own_network.py
+    mpirun -n 3 python examples/own_network.py
+
+The layer knows nothing of ranks. It has to be a pure function of its input and its parameters, and the sums
+that it makes must not depend on anything else; then both lines print the same receipt.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from distdl import nn, startup
+from distdl.config import TrainConfig
+from distdl.engine import train
+from distdl.errors import UserError
+from distdl.parallel import world
+from distdl.rng import Key
+
+
+class PReLU(nn.Layer):
+    """``y = x`` where x > 0, elsewhere ``y = slope x``, with a slope to be learned for each channel.
+
+    x, y (N, ..., C); slope (C,). Source: He et al. 2015, where every slope starts at a quarter.
+    """
+
+    def build(self, input_shape, dtype):
+        """Any input will do; the output has its shape. Neither of them counts the N samples."""
+        self.channels = input_shape[-1]
+        return super().build(input_shape, dtype)
+
+    def parameter_specs(self):
+        """Ask for one parameter: its name, its shape, how it starts; weight decay is not for slopes."""
+        return [nn.ParameterSpec("slope", (self.channels,), a_quarter, fan_in=1, decay=False)]
+
+    def forward(self, x, *, training, key):
+        self.x = x
+        return np.where(x > 0, x, self.parameters["slope"] * x)
+
+    def backward(self, dy):
+        """``dslope = Σ dy x`` over all x < 0 of a channel; it is written into `gradients`. Return dx."""
+        d_slope = (dy * np.minimum(self.x, 0)).reshape(-1, self.channels)
+        np.sum(d_slope, axis=0, out=self.gradients["slope"])
+        return np.where(self.x > 0, dy, self.parameters["slope"] * dy)
+
+
+def a_quarter(key, shape, fan_in):
+    """Initialize a parameter; one with random numbers would draw them from `key`."""
+    return np.full(shape, 0.25)
+
+
+def own_network(input_shape, classes, dtype=np.float32):
+    """Return a network for images (H, W, C): its output is one logit a class, the softmax is in the loss."""
+    layers = [
+        nn.Conv2d(16, 3, padding=1),
+        PReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 3, padding=1),
+        PReLU(),
+        nn.Flatten(),
+        nn.Affine(classes),
+    ]
+    return nn.Sequential(layers, input_shape, dtype=dtype)
+
+
+def largest_gradient_error():
+    """Hold every `backward` against central differences, which takes float64: the layer, then the network."""
+    network = own_network((8, 8, 1), 10, dtype=np.float64)
+    network.initialize(Key(0))
+    images, labels = Key(1).normal(5 * 8 * 8).reshape(5, 8, 8, 1), np.arange(5)
+    return max(nn.check_layer(PReLU(), (4, 4, 3)), nn.check_network(network, images, labels))
+
+
+def main(_arguments: Sequence[str]) -> int:
+    communicator = world()
+    error = largest_gradient_error()
+    if communicator.rank == 0:
+        print(f"gradient check: the largest relative error is {error:.1e}", flush=True)
+    if error > 1e-6:
+        raise UserError(f"the gradients are wrong by {error:.1e} of the largest: mend the layer's backward")
+
+    config = TrainConfig(model="own_network", epochs=15, batch_size=64)  # the model's name is for the log
+    summary = train(config, communicator, build_network=own_network)
+    if communicator.rank == 0:
+        print(f"{summary.test_accuracy:.1%} of the test images are named right")
+        print(f"the receipt of {summary.ranks} rank(s) is {summary.weights_sha256}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(startup.run(main))

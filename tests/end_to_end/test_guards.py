@@ -1,0 +1,109 @@
+"""No rank waits for ever: what one rank raises, or dies of, ends the whole job at once, with a message."""
+
+import subprocess
+import sys
+
+import pytest
+
+from distdl.errors import UserError
+from distdl.mpirun import environment_for, find_mpirun, mpirun_command
+
+#: Trains the digits; rank 1 does something in the middle of the first epoch, in its third step.
+PROGRAM = """
+import os, signal, sys
+from distdl import startup
+
+def main(arguments):
+    from distdl import nn
+    from distdl.config import TrainConfig
+    from distdl.engine import train
+    from distdl.parallel import world
+    communicator = world()
+
+    class Trap(nn.Flatten):
+        calls = 0
+        def forward(self, x, *, training, key):
+            Trap.calls += training
+            if communicator.rank == 1 and Trap.calls == 3 * (8 // communicator.size):
+                {trap}
+            return super().forward(x, training=training, key=key)
+
+    def build(shape, classes):
+        return nn.Sequential([Trap(), nn.Affine(classes)], shape)
+
+    train(TrainConfig(run_dir=arguments[0]), communicator, build_network=build)
+    print("the end was reached")
+    return 0
+
+sys.exit(startup.run(main))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _needs_mpirun():
+    try:
+        find_mpirun()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def run_with_trap(tmp_path, trap, *, ranks=2):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(trap=trap))
+    launch = mpirun_command(ranks, [sys.executable, str(program), str(tmp_path / "run")])
+    done = subprocess.run(
+        launch.argv,
+        env=environment_for(launch),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,  # against hanging
+        check=False,
+    )
+    assert "the end was reached" not in done.stdout
+    assert done.returncode != 0
+    return done
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_that_raises_in_an_epoch_ends_the_job_with_its_traceback(tmp_path, ranks):
+    done = run_with_trap(tmp_path, "raise RuntimeError('a defect in rank 1')", ranks=ranks)
+    lines = done.stderr.splitlines()
+    assert any(line.startswith("[rank 1] Traceback") for line in lines), done.stderr
+    assert "[rank 1] RuntimeError: a defect in rank 1" in lines
+
+
+@pytest.mark.parametrize(
+    ("trap", "message"),
+    [
+        ("sys.exit(7)", "[rank 1] SystemExit: 7"),
+        ("raise MemoryError('no memory')", "[rank 1] MemoryError: no memory"),
+        ("raise KeyboardInterrupt", "[rank 1] KeyboardInterrupt"),
+    ],
+)
+def test_a_rank_that_leaves_in_an_epoch_ends_the_job(tmp_path, trap, message):
+    assert message in run_with_trap(tmp_path, trap).stderr.splitlines()
+
+
+@pytest.mark.parametrize("trap", ["os.kill(os.getpid(), signal.SIGKILL)", "os.abort()"])
+def test_a_rank_that_dies_in_an_epoch_ends_the_job(tmp_path, trap):
+    run_with_trap(tmp_path, trap)
+
+
+def test_an_exception_outside_the_training_ends_the_job_too(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from distdl.parallel import world\n"
+        "everyone = world()\n"
+        "if everyone.rank == 1:\n"
+        "    raise RuntimeError('outside')\n"
+        "everyone.barrier()\n"
+        "print('the end was reached')\n"
+    )
+    launch = mpirun_command(2, [sys.executable, str(program)])
+    done = subprocess.run(
+        launch.argv, env=environment_for(launch), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode != 0
+    assert "the end was reached" not in done.stdout
+    assert "[rank 1] RuntimeError: outside" in done.stderr.splitlines()
