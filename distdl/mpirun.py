@@ -21,8 +21,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
+from distdl import startup
 from distdl.errors import UserError
 
 
@@ -111,26 +111,19 @@ def _open_mpi_environment(version: int) -> dict[str, str]:
     return {name: value for name, value in variables.items() if name not in os.environ}
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, where argparse would print its usage as well."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help, and put the flags of the program after --")
-
-
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Split the command line into this launcher's options and, after the first `--`, the program's flags."""
-    parser = _Parser(
+    parser = startup.OneLineParser(
         prog="python -m distdl.mpirun",
         usage="%(prog)s -n RANKS [--module MODULE] [--dry-run] [-- FLAGS OF THE PROGRAM]",
         description="Train with several ranks on this machine, with the MPI of this environment.",
-        allow_abbrev=False,
+        advice="see --help, and put the flags of the program after --",
     )
     parser.add_argument("-n", dest="ranks", metavar="RANKS", type=int, required=True, help="how many to start")
     parser.add_argument("--module", default="distdl.train", help="the Python module that every rank runs (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="print the command line instead of running it")
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    return parser.parse_args(arguments[:end]), list(arguments[end + 1 :])
+    own, flags = startup.split_at_dashes(arguments)
+    return parser.parse_args(own), flags
 
 
 def _launch_of(options: argparse.Namespace, flags: list[str]) -> Launch:
@@ -144,14 +137,10 @@ def _launch_of(options: argparse.Namespace, flags: list[str]) -> Launch:
     return mpirun_command(options.ranks, [sys.executable, "-m", options.module, *flags])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Become `mpirun`; return an exit code only when there is nothing to run."""
-    try:
-        options, flags = _parse(sys.argv[1:] if arguments is None else arguments)
-        launch = _launch_of(options, flags)
-    except UserError as error:
-        sys.stderr.write(f"distdl.mpirun: {error}\n")
-        return error.exit_code
+    options, flags = _parse(arguments)
+    launch = _launch_of(options, flags)
     if not options.dry_run:
         os.execve(launch.argv[0], launch.argv, environment_for(launch))  # noqa: S606  no shell is wanted
     sys.stdout.write(f"{launch.shell_line()}\n")
@@ -159,4 +148,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(startup.run(main))

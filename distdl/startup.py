@@ -5,17 +5,37 @@ Neither NumPy nor MPI is imported here, since the number of BLAS threads is read
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from distdl.errors import DistdlError, UserError
 from distdl.launcher import read_launch
 
 #: How long ranks that stay silent about an error wait for rank 0 to speak and the launcher to end them.
 SILENT_SECONDS = 1.0
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Raises `UserError` where argparse would print its usage as well; `advice` ends the message."""
+
+    def __init__(self, *, advice: str, **keywords: Any) -> None:
+        super().__init__(allow_abbrev=False, **keywords)
+        self._advice = advice
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the error."""
+        raise UserError(f"{message}; {self._advice}")
+
+
+def split_at_dashes(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into a command's own flags and those, after the first ``--``, that it hands on."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return list(arguments[:end]), list(arguments[end + 1 :])
 
 
 def set_blas_threads(count: int) -> None:

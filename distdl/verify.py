@@ -8,7 +8,6 @@ the bytes of ``metrics.jsonl``. If they differ it names the first step and tenso
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from distdl import startup
 from distdl.errors import EXIT_DEFECT, UserError
@@ -51,19 +50,16 @@ class Outcome:
         )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; usage: python -m distdl.verify --ranks 1,2,4 -- <flags of distdl.train>")
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run and compare; return 0 where all agree, 1 where they differ."""
-    arguments = list(arguments)
-    separator = arguments.index("--") if "--" in arguments else len(arguments)
-    flags = arguments[separator + 1 :]
-    parser = _Parser(prog="python -m distdl.verify", description=(__doc__ or "").splitlines()[0])
+    own, flags = startup.split_at_dashes(arguments)
+    parser = startup.OneLineParser(
+        prog="python -m distdl.verify",
+        description=(__doc__ or "").splitlines()[0],
+        advice="usage: python -m distdl.verify --ranks 1,2,4 -- <flags of distdl.train>",
+    )
     parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks to compare, with commas (default: 1,2,4)")
-    given = parser.parse_args(arguments[:separator])
+    given = parser.parse_args(own)
     ranks = _numbers(given.ranks)
     for flag in flags:
         if flag.split("=")[0].replace("_", "-") in OURS:
@@ -73,9 +69,9 @@ def main(arguments: Sequence[str]) -> int:
     outcomes = []
     for count in ranks:
         outcomes.append(_trained(count, flags, folder / f"{count}-ranks"))
-        weights, state, _ = outcomes[-1].proof
+        weights, state = (digest[:16] for digest in outcomes[-1].proof[:2])
         print(
-            f"{count:3d} rank{'s' if count > 1 else ' '}  weights {weights[:16]}  state {state[:16]}  {outcomes[-1].seconds:.1f} s",
+            f"{count:3d} rank{'s' if count > 1 else ' '}  weights {weights}  state {state}  {outcomes[-1].seconds:.1f} s",
             flush=True,
         )
     first = outcomes[0]

@@ -3,12 +3,12 @@
     python examples/own_network.py
     mpirun -n 3 python examples/own_network.py
 
-The layer knows nothing of ranks. It has to be a pure function of its input and its parameters, and the sums
-that it makes must not depend on anything else; then both lines print the same receipt.
+The layer knows nothing of ranks. All it takes to get the same receipt from any number of them is that `forward`
+and `backward` are pure functions of their arguments and the parameters.
 """
+# ruff: noqa: ARG001, ARG002  every forward and every initializer take the same arguments, needed or not
 
 import sys
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -36,6 +36,7 @@ class PReLU(nn.Layer):
         return [nn.ParameterSpec("slope", (self.channels,), a_quarter, fan_in=1, decay=False)]
 
     def forward(self, x, *, training, key):
+        """Return y, and keep what `backward` will need."""
         self.x = x
         return np.where(x > 0, x, self.parameters["slope"] * x)
 
@@ -73,15 +74,17 @@ def largest_gradient_error():
     return max(nn.check_layer(PReLU(), (4, 4, 3)), nn.check_network(network, images, labels))
 
 
-def main(_arguments: Sequence[str]) -> int:
+def main(_arguments):
+    """Check the gradients, train, say what came out, and return the exit code."""
     communicator = world()
     error = largest_gradient_error()
     if communicator.rank == 0:
-        print(f"gradient check: the largest relative error is {error:.1e}", flush=True)
+        print(f"gradient check: the largest relative error is {error:.1e}")
     if error > 1e-6:
         raise UserError(f"the gradients are wrong by {error:.1e} of the largest: mend the layer's backward")
 
-    config = TrainConfig(model="own_network", epochs=15, batch_size=64)  # the model's name is for the log
+    # With `build_network`, the model's name is only what the run is called in its log and its folder.
+    config = TrainConfig(model="own_network", epochs=15, batch_size=64)
     summary = train(config, communicator, build_network=own_network)
     if communicator.rank == 0:
         print(f"{summary.test_accuracy:.1%} of the test images are named right")

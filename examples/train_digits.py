@@ -4,13 +4,12 @@
     mpirun -n 2 python examples/train_digits.py
 
 Every rank runs this whole file. Each computes its share of every batch, and together they make the same
-weights as one process does: both lines above print the same receipt, and so does
+weights as one process does, to the last bit: both lines print the same receipt, and so does
 
     python -m distdl.train --epochs 30 --lr 0.002
 """
 
 import sys
-from collections.abc import Sequence
 
 from distdl import startup
 from distdl.config import TrainConfig
@@ -18,9 +17,9 @@ from distdl.engine import train
 from distdl.parallel import world
 
 
-def main(_arguments: Sequence[str]) -> int:
+def main(_arguments):
     """Train, say what came out, and return the exit code."""
-    # What is not given here is as `python -m distdl.train --help` says; the names are those of its flags.
+    # The names are those of the flags that `python -m distdl.train --help` lists, and so are the defaults.
     config = TrainConfig(dataset="digits", model="simple_convnet", epochs=30, lr=0.002)
 
     communicator = world()  # all ranks that mpirun started, or this one process

@@ -88,7 +88,7 @@ def test_a_wrong_flag_is_one_line_and_exit_2(tmp_path: Path) -> None:
     for arguments in ([], ["-n", "many"], ["--epochs", "3"]):
         answer = run_script(*arguments, folder=tmp_path)
         assert answer.returncode == 2
-        assert answer.stderr.startswith("distdl.mpirun: ")
+        assert answer.stderr.startswith("distdl: error: ")
         assert answer.stderr.count("\n") == 1
 
 

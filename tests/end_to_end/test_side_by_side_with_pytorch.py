@@ -1,0 +1,164 @@
+"""Trained side by side with PyTorch, from the same weights, on the same batches: the same curve and accuracy.
+
+The PyTorch side is what its users write: `nn.Sequential`, images (N, C, H, W), the mean of the cross-entropy,
+`torch.optim.Adam`. It shares with ours the initial weights (turned into its layouts), the normalized pixels,
+and which samples make each batch; everything computed from these is its own.
+
+Both compute in float32 and round differently, and training amplifies that. So the first steps are compared
+tightly, and the whole by its course: the mean loss of each epoch and of each stretch of ten steps, and the
+accuracy on the test part.
+
+By default MNIST is cut to its first 6,000 training images, and takes seconds. The whole of it, three epochs of
+54,000 samples, takes minutes:
+
+    DISTDL_FULL=1 pytest -s tests/end_to_end/test_side_by_side_with_pytorch.py
+"""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import pytest
+
+from distdl.config import TrainConfig
+from distdl.data import normalization, sources, split
+from distdl.engine import train
+from distdl.nn import simple_convnet
+from distdl.parallel import OneProcess
+from distdl.rng import Key
+
+torch = pytest.importorskip("torch")
+
+SEED = 0
+BATCH_SIZE = 128
+LEARNING_RATE = 0.001
+TIGHT_STEPS = 10
+FULL = os.environ.get("DISTDL_FULL") == "1"
+
+
+def mnist(folder):
+    whole = sources.load("mnist", folder)
+    if FULL:
+        return whole
+    rows = np.r_[:6000, whole.test_start : len(whole.labels)]
+    return dataclasses.replace(whole, images=whole.images[rows], labels=whole.labels[rows], test_start=6000)
+
+
+def trained_here(dataset, epochs, folder):
+    """Return the loss of each step, of each epoch, and the test accuracy, all as this trainer reports them."""
+    config = TrainConfig(
+        dataset=dataset.name,
+        epochs=epochs,
+        batch_size=BATCH_SIZE,
+        lr=LEARNING_RATE,
+        seed=SEED,
+        log_every=1,
+        run_dir=folder,
+    )
+    summary = train(config, OneProcess(), dataset=dataset)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = np.array([record["loss"] for record in records if "loss" in record])
+    epoch_losses = np.array([record["train_loss"] for record in records if "train_loss" in record])
+    return steps, epoch_losses, summary.test_accuracy
+
+
+def pytorch_model(network, classes):
+    """Return SimpleConvNet in PyTorch's own layers, with the weights of `network`."""
+    weights = {name: torch.tensor(view) for name, view in network.named_parameters()}
+    FH, FW, C, FN = weights["conv2d_1.weight"].shape
+    D, hidden = weights["affine_1.weight"].shape
+    size = round((D / FN) ** 0.5)  # of the pooled image, height and width
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(C, FN, (FH, FW)),
+        torch.nn.ReLU(),
+        torch.nn.MaxPool2d(2),
+        torch.nn.Flatten(),
+        torch.nn.Linear(D, hidden),
+        torch.nn.ReLU(),
+        torch.nn.Linear(hidden, classes),
+    )
+    in_rows = weights["affine_1.weight"].reshape(size, size, FN, hidden)
+    copies = {
+        "0.weight": weights["conv2d_1.weight"].permute(3, 2, 0, 1),  # FN, C, FH, FW
+        "0.bias": weights["conv2d_1.bias"],
+        "4.weight": in_rows.permute(3, 2, 0, 1).reshape(hidden, D),  # inputs ordered as FN, H, W
+        "4.bias": weights["affine_1.bias"],
+        "6.weight": weights["affine_2.weight"].T,
+        "6.bias": weights["affine_2.bias"],
+    }
+    model.load_state_dict(copies)
+    return model
+
+
+def trained_by_pytorch(dataset, epochs):
+    """Return the same as `trained_here`."""
+    key = Key(SEED)
+    parts = split.split(dataset.labels, dataset.test_start, key)
+    pixels = normalization.measure(dataset.images, parts.training)
+    network = simple_convnet(dataset.images.shape[1:], dataset.classes)
+    network.initialize(key.of("initialization"))
+    model = pytorch_model(network, dataset.classes)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8)
+    mean_cross_entropy = torch.nn.CrossEntropyLoss()
+
+    def batch(rows):
+        images = np.ascontiguousarray(pixels.apply(dataset.images[rows]).transpose(0, 3, 1, 2))
+        return torch.from_numpy(images), torch.from_numpy(dataset.labels[rows])
+
+    steps, epoch_losses = [], []
+    for epoch in range(epochs):
+        summed = 0.0
+        rows = parts.training[split.epoch_order(key, epoch, len(parts.training))]
+        for start in range(0, len(rows), BATCH_SIZE):
+            images, labels = batch(rows[start : start + BATCH_SIZE])
+            optimizer.zero_grad()
+            loss = mean_cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            steps.append(loss.item())
+            summed += loss.item() * len(labels)
+        epoch_losses.append(summed / len(rows))
+
+    right = 0
+    with torch.no_grad():
+        for start in range(0, len(parts.test), 1000):
+            images, labels = batch(parts.test[start : start + 1000])
+            right += int((model(images).argmax(dim=1) == labels).sum())
+    return np.array(steps), np.array(epoch_losses), right / len(parts.test)
+
+
+def stretches(losses, length=10):
+    """Return the mean loss of each stretch of so many steps; steps that make no whole stretch are left out."""
+    whole = len(losses) // length * length
+    return losses[:whole].reshape(-1, length).mean(axis=1)
+
+
+def relative(ours, theirs):
+    return np.abs(ours - theirs) / theirs
+
+
+def assert_same_course(dataset, epochs, folder):
+    steps, epoch_losses, accuracy = trained_here(dataset, epochs, folder)
+    their_steps, their_epoch_losses, their_accuracy = trained_by_pytorch(dataset, epochs)
+    assert len(steps) == len(their_steps)
+    first = relative(steps[:TIGHT_STEPS], their_steps[:TIGHT_STEPS]).max()
+    curve = relative(stretches(steps), stretches(their_steps)).max()
+    print(f"\n{dataset.name}: {len(steps)} steps, {epochs} epochs")
+    print(f"epoch losses   here {epoch_losses.round(5)}, PyTorch {their_epoch_losses.round(5)}")
+    print(f"               apart by {relative(epoch_losses, their_epoch_losses).max():.3%} at most")
+    print(f"test accuracy  here {accuracy:.2%}, PyTorch {their_accuracy:.2%}")
+    print(f"first {TIGHT_STEPS} steps apart by {first:.1e} at most, stretches of 10 steps by {curve:.3%}")
+    assert first < 1e-5
+    assert curve < 0.01
+    assert relative(epoch_losses, their_epoch_losses).max() < 0.01
+    assert abs(accuracy - their_accuracy) <= 0.002
+
+
+def test_on_mnist_both_have_the_same_loss_curve_and_test_accuracy(mnist_dir, tmp_path):
+    assert_same_course(mnist(mnist_dir), 3, tmp_path / "run")
+
+
+def test_on_the_digits_both_have_the_same_loss_curve_and_test_accuracy(tmp_path):
+    """Needs no files: the digits are part of the package."""
+    assert_same_course(sources.load("digits", None), 10, tmp_path / "run")

@@ -1,0 +1,99 @@
+"""`distdl.verify` proves equal bits, and finds the first step and tensor where they are not."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distdl import verify
+from distdl.errors import UserError
+from distdl.mpirun import find_mpirun
+from distdl.verify import Outcome, first_difference
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def _needs_mpirun():
+    try:
+        find_mpirun()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def verified(tmp_path, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "distdl.verify", *arguments],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(tmp_path)},
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.usefixtures("_needs_mpirun")
+def test_equal_bits_are_proved_and_nothing_is_left(tmp_path):
+    done = verified(tmp_path, "--ranks", "1,2,3", "--", "--max-steps", "12", "--model", "deep_convnet")
+    assert done.returncode == 0, done.stderr
+    assert "same bits on 1,2,3 ranks: weights, state and metrics.jsonl agree after 12 steps" in done.stdout
+    assert not list(tmp_path.glob("distdl-verify-*"))
+
+
+@pytest.mark.usefixtures("_needs_mpirun")
+def test_a_reduction_whose_bits_depend_on_the_ranks_is_caught_at_its_first_step(tmp_path):
+    done = verified(tmp_path, "--ranks", "1,3", "--", "--max-steps", "3", "--reduction", "allreduce")
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"DIFFERENT: first at step 1, tensor \w+\.\w+: [0-9a-f]{16} with 1 ranks", done.stdout)
+
+
+@pytest.mark.usefixtures("_needs_mpirun")
+def test_a_training_that_fails_is_reported_in_one_line(tmp_path):
+    done = verified(tmp_path, "--ranks", "1,2", "--", "--model", "simple_convet")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "distdl: error: with 1 ranks: unknown model 'simple_convet': expected one of deep_convnet, mlp, "
+        "simple_convnet; did you mean 'simple_convnet'?"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "2"], "at least two different numbers"),
+        (["--ranks", "0,1"], "at least two different numbers"),
+        (["--ranks", "one,2"], "at least two different numbers"),
+        (["--rank", "x"], "usage: python -m distdl.verify"),
+        (["--ranks", "1,2", "--", "--run-dir", "x"], "--run-dir is set by distdl.verify itself"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(arguments, message):
+    with pytest.raises(UserError, match=message):
+        verify.main(arguments)
+
+
+def outcome(folder, ranks, hashes, *, metrics=b"", weights="w"):
+    folder.mkdir()
+    (folder / "hashes.jsonl").write_text(
+        "".join(json.dumps({"step": step, "hashes": each}) + "\n" for step, each in enumerate(hashes, 1))
+    )
+    (folder / "metrics.jsonl").write_bytes(metrics)
+    (folder / "summary.json").write_text(json.dumps({"weights_sha256": weights, "state_sha256": "s"}))
+    return Outcome(ranks, folder, 0.0)
+
+
+def test_the_first_difference_is_named(tmp_path):
+    one = outcome(tmp_path / "a", 1, [{"w": "1", "b": "1"}, {"w": "2", "b": "2"}, {"w": "3", "b": "3"}])
+    two = outcome(tmp_path / "b", 2, [{"w": "1", "b": "1"}, {"w": "2", "b": "x"}, {"w": "y", "b": "3"}])
+    assert first_difference(one, two) == "first at step 2, tensor b: 2 with 1 ranks, x with 2"
+
+
+def test_a_difference_in_the_metrics_alone_is_named(tmp_path):
+    one, two = outcome(tmp_path / "a", 1, [{"w": "1"}]), outcome(tmp_path / "b", 2, [{"w": "1"}], metrics=b"x")
+    assert first_difference(one, two) == "the weights agree, metrics.jsonl does not, with 1 and 2 ranks"
