@@ -5,7 +5,7 @@
 | 1         | any other          | a defect of ours: shown with its traceback                     |
 | 2         | `UserError`        | what the user gave is wrong: one line, no traceback            |
 | 3         | `DamagedFileError` | a file is damaged: one line that names it                      |
-| 75        | (a signal)         | stopped by a scheduler after a checkpoint (EX_TEMPFAIL)        |
+| 130       | KeyboardInterrupt  | Ctrl-C                                                         |
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterable
 EXIT_DEFECT = 1
 EXIT_USER = 2
 EXIT_DAMAGED = 3
+EXIT_INTERRUPTED = 130  # as a shell says it of Ctrl-C
 
 
 class DistdlError(Exception):

@@ -31,7 +31,9 @@ class Key:
     path: tuple[str | int, ...] = ()
 
     def of(self, *names: str | int) -> Key:
-        """Return the key of a stream below this one."""
+        """Return the key of a stream below this one, named by plain integers and by words without a slash."""
+        for name in names:  # a NumPy integer, or a word like "a/str:b", would name another stream than it seems to
+            assert type(name) is int or (type(name) is str and "/" not in name), f"no name of a stream: {name!r}"
         return Key(self.seed, self.path + names)
 
     def words(self, count: int) -> NDArray[np.uint64]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from distdl.errors import DistdlError, UserError
+from distdl.errors import EXIT_INTERRUPTED, DistdlError, UserError
 from distdl.launcher import read_launch
 
 #: How long ranks that stay silent about an error wait for rank 0 to speak and the launcher to end them.
@@ -71,6 +71,9 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str] | None
     except DistdlError as error:
         sys.stderr.write(f"distdl: {error}\n")
         return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("distdl: interrupted; --resume goes on from the last checkpoint\n")
+        return EXIT_INTERRUPTED
 
 
 def _asks_for_help(arguments: Sequence[str] | None) -> bool:

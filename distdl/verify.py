@@ -70,8 +70,9 @@ def main(arguments: Sequence[str]) -> int:
     for count in ranks:
         outcomes.append(_trained(count, flags, folder / f"{count}-ranks"))
         weights, state = (digest[:16] for digest in outcomes[-1].proof[:2])
+        seconds = outcomes[-1].seconds
         print(
-            f"{count:3d} rank{'s' if count > 1 else ' '}  weights {weights}  state {state}  {outcomes[-1].seconds:.1f} s",
+            f"{count:3d} rank{'s' if count > 1 else ' '}  weights {weights}  state {state}  {seconds:.1f} s",
             flush=True,
         )
     first = outcomes[0]

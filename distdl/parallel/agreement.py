@@ -66,7 +66,7 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, errors.DistdlError):
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return 130
+        return errors.EXIT_INTERRUPTED
     if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code:
         return error.code
     return errors.EXIT_DEFECT

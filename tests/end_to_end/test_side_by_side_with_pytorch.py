@@ -145,10 +145,10 @@ def assert_same_course(dataset, epochs, folder):
     first = relative(steps[:TIGHT_STEPS], their_steps[:TIGHT_STEPS]).max()
     curve = relative(stretches(steps), stretches(their_steps)).max()
     print(f"\n{dataset.name}: {len(steps)} steps, {epochs} epochs")
-    print(f"epoch losses   here {epoch_losses.round(5)}, PyTorch {their_epoch_losses.round(5)}")
-    print(f"               apart by {relative(epoch_losses, their_epoch_losses).max():.3%} at most")
+    print(f"epoch losses   here {np.round(epoch_losses, 6)}, PyTorch {np.round(their_epoch_losses, 6)}")
     print(f"test accuracy  here {accuracy:.2%}, PyTorch {their_accuracy:.2%}")
-    print(f"first {TIGHT_STEPS} steps apart by {first:.1e} at most, stretches of 10 steps by {curve:.3%}")
+    print(f"relative distance of the first {TIGHT_STEPS} steps {first:.1e}, stretches of 10 steps {curve:.1e},", end=" ")
+    print(f"epochs {relative(epoch_losses, their_epoch_losses).max():.1e}")
     assert first < 1e-5
     assert curve < 0.01
     assert relative(epoch_losses, their_epoch_losses).max() < 0.01

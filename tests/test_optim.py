@@ -1,0 +1,230 @@
+"""Every optimizer is its textbook formula, elementwise, in place, and the same bits in any blocks."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from distdl import optim
+from distdl.errors import UserError
+from distdl.optim import BLOCK, OPTIMIZERS, optimizer_class
+
+SIZES = (1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7)
+STEPS = 50
+
+
+def textbook_sgd(w, gradients, lr):
+    for g in gradients:
+        w = w - lr * g(w)
+    return w
+
+
+def textbook_momentum(w, gradients, lr):
+    v = np.zeros_like(w)
+    for g in gradients:
+        v = 0.9 * v - lr * g(w)
+        w = w + v
+    return w
+
+
+def textbook_adam(w, gradients, lr):
+    m, v = np.zeros_like(w), np.zeros_like(w)
+    for t, g in enumerate(gradients, start=1):
+        gradient = g(w)
+        m = 0.9 * m + (1 - 0.9) * gradient
+        v = 0.999 * v + (1 - 0.999) * gradient**2
+        m_hat = m / (1 - 0.9**t)
+        v_hat = v / (1 - 0.999**t)
+        w = w - lr * m_hat / (np.sqrt(v_hat) + 1e-8)
+    return w
+
+
+TEXTBOOK = {"sgd": textbook_sgd, "momentum": textbook_momentum, "adam": textbook_adam}
+STATE = {"sgd": [], "momentum": ["velocity"], "adam": ["first_moment", "second_moment"]}
+DEFAULT_RATE = {"sgd": 0.01, "momentum": 0.01, "adam": 0.001}
+
+#: Learning rate and steps: for the valley x²/20 + y² of the book, from (-7, 2), and for Rosenbrock's.
+PARABOLA = {"sgd": (0.9, 200), "momentum": (0.1, 300), "adam": (0.3, 500)}
+ROSENBROCK = {"sgd": (1e-3, 20_000), "momentum": (1e-3, 4000), "adam": (0.02, 4000)}
+
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def test_every_optimizer_is_in_the_tables_of_these_tests():
+    for table in (TEXTBOOK, STATE, DEFAULT_RATE, PARABOLA, ROSENBROCK):
+        assert set(table) == set(OPTIMIZERS)
+
+
+def gradients_of(size, dtype=np.float32):
+    """A start and one gradient a step, over many orders of magnitude."""
+    rng = np.random.default_rng(size)
+    start = rng.standard_normal(size).astype(dtype)
+    scale = 10.0 ** rng.integers(-4, 2, size)
+    base = (scale * rng.standard_normal(size)).astype(dtype)
+    return start, [(base * dtype(np.cos(step + 1))).astype(dtype) for step in range(STEPS)]
+
+
+def run(name, start, gradients, lr, **settings):
+    w = start.copy()
+    optimizer = OPTIMIZERS[name](w.size, dtype=w.dtype, **settings)
+    for step, gradient in enumerate(gradients, start=1):
+        optimizer.update(w, gradient.copy(), lr, step)
+    return w, optimizer
+
+
+@every_optimizer
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1], ids=["no decay", "decay"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 2e-5), (np.float64, 1e-12)], ids=["f4", "f8"])
+def test_fifty_steps_are_those_of_the_textbook(name, size, weight_decay, dtype, tolerance):
+    start, gradients = gradients_of(size, dtype)
+    decay_slices = (slice(0, size // 3), slice(size // 2, size))
+    got, _ = run(name, start, gradients, 0.01, weight_decay=weight_decay, decay_slices=decay_slices)
+
+    decay = np.zeros(size)
+    for where in decay_slices:
+        decay[where] = weight_decay
+    oracle = TEXTBOOK[name](
+        start.astype(np.float64), [lambda w, g=g: g.astype(np.float64) + decay * w for g in gradients], 0.01
+    )
+    moved = np.abs(oracle - start).max()
+    assert moved > 1e-3 or size == 1
+    np.testing.assert_allclose(got, oracle, rtol=tolerance, atol=tolerance * max(1.0, moved) / 10)
+
+
+@every_optimizer
+@pytest.mark.parametrize("size", SIZES)
+def test_blocks_give_the_bits_of_one_block(name, size, monkeypatch):
+    start, gradients = gradients_of(size)
+    settings = {"weight_decay": 0.1, "decay_slices": (slice(0, size // 3), slice(size // 2, size))}
+    in_blocks, state_in_blocks = run(name, start, gradients, 0.01, **settings)
+    monkeypatch.setattr(optim, "BLOCK", 10 * max(SIZES))
+    at_once, state_at_once = run(name, start, gradients, 0.01, **settings)
+    assert in_blocks.tobytes() == at_once.tobytes()
+    for vector in state_at_once.state:
+        assert state_in_blocks.state[vector].tobytes() == state_at_once.state[vector].tobytes()
+
+
+@every_optimizer
+def test_weight_decay_pulls_on_its_slices_alone(name):
+    size = BLOCK + 100
+    decayed = np.zeros(size, bool)
+    for where in (slice(10, 20), slice(BLOCK - 5, BLOCK + 5)):
+        decayed[where] = True
+    start = np.full(size, 2.0, np.float32)
+    still = [np.zeros(size, np.float32)] * 3
+    slices = (slice(10, 20), slice(BLOCK - 5, BLOCK + 5))
+    w, _ = run(name, start, still, 0.1, weight_decay=0.5, decay_slices=slices)
+    assert (w[decayed] < 2.0).all()
+    assert (w[~decayed] == 2.0).all()
+    for nothing in ({"weight_decay": 0.5}, {"decay_slices": slices}):
+        w, _ = run(name, start, still, 0.1, **nothing)
+        assert (w == 2.0).all()
+
+
+@every_optimizer
+def test_every_optimizer_finds_the_bottom_of_a_long_valley(name):
+    lr, steps = PARABOLA[name]
+    assert minimized(name, [-7.0, 2.0], lambda x, y: (x / 10, 2 * y), lr, steps) == pytest.approx([0, 0], abs=1e-4)
+
+
+@every_optimizer
+def test_every_optimizer_finds_the_bottom_of_rosenbrocks_valley(name):
+    def gradient(x, y):
+        return -2 * (1 - x) - 400 * x * (y - x * x), 200 * (y - x * x)
+
+    lr, steps = ROSENBROCK[name]
+    assert minimized(name, [-1.2, 1.0], gradient, lr, steps) == pytest.approx([1, 1], abs=1e-2)
+
+
+def minimized(name, start, gradient, lr, steps):
+    w = np.array(start)
+    optimizer = OPTIMIZERS[name](2, dtype=np.float64)
+    for step in range(1, steps + 1):
+        optimizer.update(w, np.array(gradient(*w.tolist())), lr, step)
+    return w.tolist()
+
+
+@every_optimizer
+def test_state_vectors_have_their_names_start_at_zero_and_are_as_long_as_the_parameters(name):
+    optimizer = OPTIMIZERS[name](1001)
+    assert list(optimizer.state) == STATE[name]
+    for vector in optimizer.state.values():
+        assert vector.shape == (1001,)
+        assert vector.dtype == np.float32
+        assert vector.ctypes.data % 64 == 0
+        assert not vector.any()
+
+
+@every_optimizer
+def test_the_state_is_all_that_a_later_step_needs(name):
+    start, gradients = gradients_of(1001)
+    straight, _ = run(name, start, gradients, 0.01)
+    w, first = run(name, start, gradients[:20], 0.01)
+    second = OPTIMIZERS[name](w.size)
+    for vector in second.state:
+        second.state[vector][...] = first.state[vector]
+    for step, gradient in enumerate(gradients[20:], start=21):
+        second.update(w, gradient.copy(), 0.01, step)
+    assert w.tobytes() == straight.tobytes()
+
+
+@every_optimizer
+def test_an_update_works_in_place_and_allocates_next_to_nothing(name):
+    size = 3 * BLOCK + 7
+    start, gradients = gradients_of(size)
+    optimizer = OPTIMIZERS[name](size, weight_decay=0.1, decay_slices=(slice(0, size - 5),))
+    vectors = list(optimizer.state.values())
+    w = start.copy()
+    gradient = gradients[0].copy()
+    optimizer.update(w, gradient, 0.01, 1)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        optimizer.update(w, gradient, 0.01, 2)
+        assert tracemalloc.get_traced_memory()[1] - before < 16 * 1024
+    finally:
+        tracemalloc.stop()
+    assert (w != start).any()
+    assert all(now is then for now, then in zip(optimizer.state.values(), vectors, strict=True))
+
+
+@every_optimizer
+def test_default_learning_rates(name):
+    assert OPTIMIZERS[name].default_lr == DEFAULT_RATE[name]
+
+
+def test_an_unknown_optimizer_is_an_error_that_lists_the_known():
+    assert optimizer_class("adam") is OPTIMIZERS["adam"]
+    with pytest.raises(UserError, match=r"'adma': expected one of adam, momentum, sgd; did you mean 'adam'\?"):
+        optimizer_class("adma")
+
+
+@every_optimizer
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05], ids=["no decay", "decay"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-6), ("float32", 1e-4)])
+def test_a_hundred_steps_are_those_of_pytorch(name, weight_decay, dtype, tolerance):
+    torch = pytest.importorskip("torch")
+    made = {
+        "sgd": lambda w: torch.optim.SGD([w], lr=0.02, weight_decay=weight_decay),
+        "momentum": lambda w: torch.optim.SGD([w], lr=0.02, momentum=0.9, weight_decay=weight_decay),
+        "adam": lambda w: torch.optim.Adam([w], lr=0.02, weight_decay=weight_decay),
+    }
+    size = 200
+    rng = np.random.default_rng(0)
+    curvature = rng.uniform(0.1, 3.0, size).astype(dtype)
+    centre = rng.standard_normal(size).astype(dtype)
+    start = (3 + rng.standard_normal(size)).astype(dtype)
+
+    theirs = torch.tensor(start, requires_grad=True)
+    optimizer = made[name](theirs)
+    for _ in range(100):
+        theirs.grad = torch.tensor(curvature) * (theirs.detach() - torch.tensor(centre))
+        optimizer.step()
+
+    ours = start.copy()
+    mine = OPTIMIZERS[name](size, weight_decay=weight_decay, decay_slices=(slice(0, size),), dtype=dtype)
+    for step in range(1, 101):
+        mine.update(ours, curvature * (ours - centre), 0.02, step)
+    assert np.abs(ours - start).max() > 1
+    np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=tolerance, atol=tolerance / 10)

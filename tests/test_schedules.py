@@ -1,0 +1,36 @@
+"""A schedule is a pure function of the step."""
+
+import pytest
+
+from distdl.errors import UserError
+from distdl.schedules import SCHEDULES, constant, make_schedule, step_decay
+
+STEPS = [0, 1, 6, 7, 8, 13, 14, 21, 10_000]
+EXPECTED = {
+    "constant": [0.5] * len(STEPS),
+    "step": [0.5 * 0.1 ** (step // 7) for step in STEPS],
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_gives_the_rate_of_its_formula_in_any_order(name):
+    schedule = make_schedule(name, 0.5, every_steps=7, factor=0.1)
+    assert [schedule(step) for step in STEPS] == EXPECTED[name]
+    assert [schedule(step) for step in reversed(STEPS)] == EXPECTED[name][::-1]
+
+
+def test_the_rate_changes_at_the_first_step_after_each_stretch():
+    assert [step_decay(8.0, every_steps=3, factor=0.5)(step) for step in range(7)] == [8, 8, 8, 4, 4, 4, 2]
+    assert [step_decay(1.0, every_steps=1, factor=2.0)(step) for step in range(4)] == [1, 2, 4, 8]
+    assert constant(0.01)(0) == constant(0.01)(10**9) == 0.01
+
+
+def test_an_unknown_schedule_is_an_error_that_lists_the_known():
+    with pytest.raises(UserError, match=r"unknown schedule 'stpe': .* constant, step; did you mean 'step'\?"):
+        make_schedule("stpe", 0.1, every_steps=1, factor=0.1)
+
+
+@pytest.mark.parametrize("length", [0, -1])
+def test_a_stretch_shorter_than_a_step_is_an_error(length):
+    with pytest.raises(UserError, match=f"at least 1 step, not {length}"):
+        step_decay(0.1, every_steps=length, factor=0.1)
