@@ -13,8 +13,10 @@ import difflib
 import io
 import json
 import math
+import os
+import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -214,25 +216,28 @@ def parse(arguments: Sequence[str], program: str) -> TrainConfig:
     import tyro  # noqa: PLC0415  a tenth of a second that importing the library from a script need not take
 
     _check_flag_names(arguments)
-    from_files: list[str] = []
+    from_files: dict[str, Any] = {}
     resumed = _config_of_resumed_run(arguments)
     if resumed is not None:
-        from_files += _flags_of_file(resumed, without=frozenset({"max_steps"}))
+        from_files |= _settings_of_file(resumed, without=frozenset({"max_steps"}))
     given = _value_of("config", arguments)
     if given is not None:
-        from_files += _flags_of_file(Path(given))
+        from_files |= _settings_of_file(Path(given))
+    flags = [*_as_flags(from_files), *arguments]
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), contextlib.ExitStack() as stack:
+            if not {"-h", "--help"} & set(arguments):
+                stack.enter_context(_wide_terminal())
             config = tyro.cli(
                 TrainConfig,
-                args=[*from_files, *arguments],
+                args=flags,
                 prog=program,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
     except SystemExit as stop:
         if stop.code:
-            raise UserError(_one_line(said.getvalue())) from None
+            raise UserError(_one_line(said.getvalue(), flags)) from None
         raise
     for kind, name, known in (("dataset", config.dataset, DATASETS), ("model", config.model, MODELS)):
         if name not in known:
@@ -298,15 +303,15 @@ def _text_of(path: Path) -> str:
     return content.decode()
 
 
-def _flags_of_file(path: Path, without: frozenset[str] = frozenset()) -> list[str]:
-    """Return the settings of a TOML file as flags, but for those named in `without`."""
+def _settings_of_file(path: Path, without: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Return the settings of a TOML file, but for those named in `without`."""
     try:
         values = tomllib.loads(_text_of(path))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # no TOML, no UTF-8, or a number of thousands of digits
         raise UserError(f"the config file {path} is no valid TOML: {error}") from None
     except RecursionError:
         raise UserError(f"the config file {path} is no valid TOML of ours: it nests too deeply") from None
-    flags = []
+    settings = {}
     for name, value in values.items():
         if name in without:
             continue
@@ -316,18 +321,38 @@ def _flags_of_file(path: Path, without: frozenset[str] = frozenset()) -> list[st
                 + str(unknown_name("setting", name, [known for known in FIELDS if known not in NOT_IN_CONFIG_FILE]))
             )
         is_switch = isinstance(FIELDS[name].default, bool)
-        if is_switch and isinstance(value, bool):
-            flags += [_flag(name)] if value else []
-        elif not is_switch and isinstance(value, str | int | float) and not isinstance(value, bool):
-            flags += [f"{_flag(name)}={value}"]
-        else:
+        if isinstance(value, bool) != is_switch or not isinstance(value, str | int | float):
             raise UserError(f"in the config file {path}: {name} = {value!r} is not a value for {_flag(name)}")
-    return flags
+        settings[name] = value
+    return settings
 
 
-def _one_line(box: str) -> str:
+def _as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """Return settings as flags; a switch that is off is no flag."""
+    return [
+        _flag(name) if value is True else f"{_flag(name)}={value}"
+        for name, value in settings.items()
+        if value is not False
+    ]
+
+
+@contextlib.contextmanager
+def _wide_terminal() -> Iterator[None]:
+    """Let tyro write a report as wide as it likes, since its line breaks would tear words apart."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "100000"
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def _one_line(box: str, arguments: Sequence[str]) -> str:
     """Return the message inside tyro's report: below the title, above the rule in front of its advice."""
-    lines = [line.strip(" │╭╮╰╯|") for line in box.splitlines()]
+    # On a terminal, which Open MPI's mpirun pretends to be, the report is in colors.
+    lines = [line.strip(" │╭╮╰╯|") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
     message: list[str] = []
     for line in lines[1:]:
         is_rule = bool(line) and set(line) <= set("-─")
@@ -335,7 +360,14 @@ def _one_line(box: str) -> str:
             break
         if not is_rule:
             message.append(line)
-    return f"{' '.join(line for line in message if line).rstrip('.')}; --help lists all flags"
+    text = " ".join(line for line in message if line).rstrip(".")
+    unparsed = re.match(r"Error parsing --([a-z-]+):", text)
+    if unparsed:
+        name = unparsed[1].replace("-", "_")
+        kind = "a whole number" if "int" in str(FIELDS[name].type) else "a number"
+        value = repr(_value_of(name, arguments))
+        text = f"{_flag(name)} must be {kind}, not {value if len(value) < 80 else value[:80] + '...'}"
+    return f"{text}; --help lists all flags"
 
 
 def differences(ours: TrainConfig, theirs: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@
 Every rank runs this whole file. Each computes its share of every batch, and together they make the same
 weights as one process does, to the last bit: both lines print the same receipt, and so does
 
-    python -m distdl.train --epochs 20 --lr 0.002
+    python -m distdl.train --epochs 20 --lr 0.005
 """
 
 import sys
@@ -20,7 +20,7 @@ from distdl.parallel import world
 def main(_arguments):
     """Train, say what came out, and return the exit code."""
     # The names are those of the flags that `python -m distdl.train --help` lists, and so are the defaults.
-    config = TrainConfig(dataset="digits", model="simple_convnet", epochs=20, lr=0.002)
+    config = TrainConfig(dataset="digits", model="simple_convnet", epochs=20, lr=0.005)
 
     communicator = world()  # all ranks that mpirun started, or this one process
     summary = train(config, communicator)

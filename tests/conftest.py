@@ -10,6 +10,10 @@ from pathlib import Path
 for name in ("OPENBLAS", "OMP", "MKL"):
     os.environ[f"{name}_NUM_THREADS"] = "1"
 
+# Commands that tests start find the package from any folder, whether or not it is installed.
+REPOSITORY = Path(__file__).parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+
 import pytest  # noqa: E402
 
 from distdl.launcher import read_launch  # noqa: E402
@@ -19,7 +23,7 @@ if read_launch().size > 1:  # pytest's own temporary folder would be tidied by a
     os.environ["PYTEST_DEBUG_TEMPROOT"] = ranks_own
     atexit.register(shutil.rmtree, ranks_own, ignore_errors=True)
 
-MNIST_FOLDERS = (os.environ.get("DISTDL_MNIST_DIR", ""), Path(__file__).parents[2] / "shared" / "data" / "mnist")
+MNIST_FOLDERS = (os.environ.get("DISTDL_MNIST_DIR", ""), REPOSITORY.parent / "shared" / "data" / "mnist")
 
 
 @pytest.fixture(scope="session")

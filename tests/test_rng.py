@@ -1,5 +1,6 @@
 """Random numbers are a fixed function of their key: nothing is stored, and nothing else has a say in them."""
 
+import hashlib
 import itertools
 import math
 from collections import Counter
@@ -40,12 +41,13 @@ def test_the_words_are_those_of_philox_as_published_under_the_digest_of_the_path
     known_answer = [0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B]
     assert philox_block([0, 0, 0, 0], [0, 0]) == known_answer, "the vector that the authors of Philox published"
 
-    import hashlib
-
     digest = hashlib.blake2b(b"7/str:dropout/int:3", digest_size=16).digest()
     key = [int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")]
-    blocks = [philox_block([counter, 0, 0, 0], key) for counter in (1, 2, 3)]  # NumPy counts from 1
-    assert Key(7).of("dropout", 3).words(12).tolist() == sum(blocks, [])
+    assert Key(7).of("dropout", 3).words(12).tolist() == [
+        word
+        for counter in (1, 2, 3)  # NumPy counts from 1
+        for word in philox_block([counter, 0, 0, 0], key)
+    ]
 
     numpys = np.random.Philox(key=int.from_bytes(digest, "little"))
     assert Key(7).of("dropout", 3).words(1001).tolist() == numpys.random_raw(1001).tolist()
@@ -134,6 +136,16 @@ def test_uniforms_fill_zero_to_one_evenly():
     counts = np.histogram(u, bins=100, range=(0, 1))[0]
     assert chi_square(counts, n / 100) < upper_bound(99)
     assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 5 / math.sqrt(n)
+
+
+def test_normals_are_those_of_box_and_muller_from_the_first_and_second_half_of_the_uniforms():
+    key = Key(2).of("normal")
+    u = key.uniform(10).tolist()
+    radius, angle = [math.sqrt(-2 * math.log(1 - x)) for x in u[:5]], [2 * math.pi * x for x in u[5:]]
+    expected = [r * math.cos(a) for r, a in zip(radius, angle, strict=True)]
+    expected += [r * math.sin(a) for r, a in zip(radius, angle, strict=True)]
+    assert key.normal(10).tolist() == pytest.approx(expected, rel=1e-12)
+    assert key.normal(9).tolist() == key.normal(10).tolist()[:9]
 
 
 def test_the_largest_word_still_gives_a_uniform_below_one(monkeypatch):

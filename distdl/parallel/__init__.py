@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 
 from distdl.errors import UserError
 from distdl.launcher import read_launch
@@ -46,7 +47,10 @@ def world() -> Communicator:
         missing = importlib.util.find_spec("mpi4py") is None
         return OneProcess("one process" + (f"; mpi4py is not installed: {INSTALL} for more" if missing else ""))
     try:
-        from distdl.parallel.mpi import world_of_mpi  # noqa: PLC0415  MPI_Init takes up to a second
+        with warnings.catch_warnings():
+            # The mpirun of another MPI: we say so below, once and not once a rank, and only where it matters.
+            warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
+            from distdl.parallel.mpi import world_of_mpi  # noqa: PLC0415  MPI_Init takes up to a second
     except (ImportError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if launch.size == 1:

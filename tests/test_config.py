@@ -1,0 +1,391 @@
+"""A run is what its flags and files say, and the file it leaves behind says the same again."""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import json
+import re
+import string
+import subprocess
+import sys
+import tomllib
+import typing
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+
+from distdl import config as config_module
+from distdl.config import FIELDS, FREE_TO_CHANGE_ON_RESUME, NOT_IN_CONFIG_FILE, TrainConfig, differences, parse
+from distdl.data.sources import SOURCES
+from distdl.errors import UserError
+from distdl.nn import MODELS
+from distdl.optim import OPTIMIZERS
+from distdl.parallel import REDUCTIONS
+from distdl.schedules import SCHEDULES
+
+PROGRAM = "python -m distdl.train"
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def parsed(*arguments):
+    return parse([str(argument) for argument in arguments], PROGRAM)
+
+
+def written(folder, text, name="given.toml"):
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refused(*arguments):
+    """The message, in one line, of the error that the arguments cause."""
+    with pytest.raises(UserError) as caught:
+        parsed(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------- registries
+
+
+def test_the_names_listed_here_are_those_of_the_registries():
+    choices = {name: set(typing.get_args(kind)) for name, kind in typing.get_type_hints(TrainConfig).items()}
+    assert set(config_module.MODELS) == set(MODELS)
+    assert set(config_module.DATASETS) == set(SOURCES)
+    assert set(config_module.OPTIMIZERS) == set(OPTIMIZERS) == choices["optimizer"]
+    assert set(SCHEDULES) == choices["schedule"]
+    assert set(REDUCTIONS) == choices["reduction"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_each_optimizer_starts_at_its_own_default_rate(optimizer):
+    expected = {"adam": 0.001, "momentum": 0.01, "sgd": 0.01}[optimizer]
+    assert parsed("--optimizer", optimizer).learning_rate == expected == OPTIMIZERS[optimizer].default_lr
+    assert parsed("--optimizer", optimizer, "--lr", "0.5").learning_rate == 0.5
+
+
+@pytest.mark.parametrize(("dataset", "epochs"), [("digits", 60), ("mnist", 20)])
+def test_each_dataset_has_its_own_number_of_epochs(dataset, epochs):
+    assert parsed("--dataset", dataset).epoch_count == epochs
+    assert parsed("--dataset", dataset, "--epochs", "3").epoch_count == 3
+
+
+def test_without_a_flag_the_defaults_are_those_of_the_design():
+    config = parsed()
+    assert (config.dataset, config.model, config.optimizer) == ("digits", "simple_convnet", "adam")
+    assert (config.batch_size, config.micro_batch_size, config.micro_batches) == (128, 16, 8)
+    assert (config.weight_decay, config.seed, config.threads_per_rank) == (0, 0, 1)
+    assert (config.schedule, config.reduction) == ("constant", "tree")
+    assert (config.run_dir, config.resume, config.max_steps) == (None, None, None)
+
+
+def test_a_ragged_batch_counts_its_last_micro_batch():
+    assert parsed("--batch-size", 100).micro_batches == 7
+    assert parsed("--batch-size", 16).micro_batches == 1
+
+
+# -------------------------------------------------------------------------------------------- imports and help
+
+
+def run_python(code, folder):
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+
+
+HEAVY = "print(sorted({'numpy', 'mpi4py', 'safetensors'} & set(sys.modules)))"
+
+
+def test_flags_are_read_before_numpy_and_mpi_are_imported(pytestconfig):
+    code = f"""
+import sys
+import distdl, distdl.config, distdl.errors, distdl.launcher, distdl.startup, distdl.train, distdl.mpirun
+{HEAVY}
+distdl.config.parse(["--lr", "0.1", "--data-dir", "here"], "program")
+try:
+    distdl.config.parse(["--lr", "much"], "program")
+except distdl.errors.UserError:
+    pass
+{HEAVY}
+"""
+    assert run_python(code, pytestconfig.rootpath) == "[]\n[]\n"
+
+
+@pytest.fixture(scope="module")
+def help_text(pytestconfig):
+    code = f"""
+import os, sys
+for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
+    os.environ.pop(name, None)
+os.environ["COLUMNS"] = "100"
+from distdl import startup, train
+try:
+    startup.run(train.main, ["--help"])
+except SystemExit as stop:
+    print("exit code", stop.code)
+{HEAVY}
+"""
+    return run_python(code, pytestconfig.rootpath)
+
+
+def test_help_needs_neither_numpy_nor_mpi(help_text):
+    assert help_text.endswith("exit code 0\n[]\n")
+
+
+def test_help_has_a_line_for_every_flag(help_text):
+    plain = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", help_text).replace("│", " ").split())
+    assert list(docstrings()) == list(FIELDS)
+    for name, said in docstrings().items():
+        assert flag(name) in plain, name
+        assert len(said) > 10, name
+        assert " ".join(said.split()) in plain, name
+
+
+def docstrings():
+    """The text below each setting in the source."""
+    body = ast.parse(inspect.getsource(TrainConfig)).body[0].body
+    return {
+        setting.target.id: text.value.value
+        for setting, text in itertools.pairwise(body)
+        if isinstance(setting, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+# --------------------------------------------------------------------------------------- flags, file, defaults
+
+
+def test_flags_win_over_the_file_which_wins_over_the_defaults(tmp_path):
+    file = written(tmp_path, 'lr = 0.5\nepochs = 7\noptimizer = "sgd"\nrecord_hashes = true\ndata_dir = "there"\n')
+    from_file = parsed("--config", file)
+    assert (from_file.lr, from_file.epochs, from_file.optimizer) == (0.5, 7, "sgd")
+    assert (from_file.record_hashes, from_file.data_dir) == (True, Path("there"))
+    assert from_file.batch_size == 128
+    for arguments in (["--lr", "2", "--config", file], [f"--config={file}", "--lr=2"], ["--lr=2", "--config", file]):
+        over = parsed(*arguments)
+        assert (over.lr, over.epochs, over.optimizer) == (2.0, 7, "sgd")
+
+
+def test_a_resumed_run_supplies_the_flags_below_those_of_a_file(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    checkpoint = run / "checkpoints" / "step-00000010.safetensors"
+    checkpoint.write_bytes(b"")
+    first = parsed("--model", "mlp", "--lr", "0.5", "--seed", "3", "--epochs", "9", "--max-steps", "10")
+    written(run, first.to_toml(), "config.toml")
+
+    for arguments in (
+        ["--resume", run],
+        ["--resume", checkpoint],
+        ["--resume", "auto", "--run-dir", run],
+        [f"--run-dir={run}", "--resume=auto"],
+        ["--run_dir", run, "--resume", "auto"],
+    ):
+        config = parsed(*arguments)
+        assert (config.model, config.lr, config.seed, config.epochs) == ("mlp", 0.5, 3, 9), arguments
+        assert config.max_steps is None, "a resume without --max-steps goes on"
+    assert parsed("--resume", run, "--max-steps", "20").max_steps == 20
+
+    file = written(tmp_path, "seed = 4\nlr = 0.6\n")
+    config = parsed("--resume", run, "--config", file, "--lr", "0.7")
+    assert (config.model, config.seed, config.lr) == ("mlp", 4, 0.7)
+
+
+def test_switches_of_a_file_win_over_those_of_the_resumed_run(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    written(run, parsed("--record-hashes").to_toml(), "config.toml")
+    assert parsed("--resume", run).record_hashes is True
+    assert parsed("--resume", run, "--config", written(tmp_path, "record_hashes = false\n")).record_hashes is False
+
+
+def test_auto_with_nothing_there_starts_from_the_defaults(tmp_path):
+    config = parsed("--resume", "auto", "--run-dir", tmp_path / "new")
+    assert config == dataclasses.replace(parsed(), resume="auto", run_dir=tmp_path / "new")
+
+
+# -------------------------------------------------------------------------------------------------- round trips
+
+positive = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
+paths = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30),
+    st.text(string.printable, max_size=12),
+    st.sampled_from(
+        ["", "-x", "--help", "--lr=3", "a b", 'quo"te', "C:\\u0041", "new\nline", "\r\n", "\x1f", "'''", "~"]
+    ),
+).map(Path)
+configs = st.builds(
+    TrainConfig,
+    dataset=st.sampled_from(config_module.DATASETS),
+    data_dir=st.none() | paths,
+    model=st.sampled_from(config_module.MODELS),
+    epochs=st.none() | st.integers(1, 10**12),
+    batch_size=st.integers(64, 10**9),
+    micro_batch_size=st.integers(1, 64),
+    optimizer=st.sampled_from(config_module.OPTIMIZERS),
+    lr=st.none() | positive,
+    weight_decay=st.just(0.0) | positive,
+    schedule=st.sampled_from(SCHEDULES),
+    lr_step_epochs=st.integers(1, 10**6),
+    lr_step_factor=positive,
+    seed=st.integers(0, 2**80),
+    run_dir=st.none() | paths,
+    max_steps=st.none() | st.integers(1, 10**15),
+    resume=st.none() | paths.map(str),
+    checkpoint_every=st.integers(0, 10**6),
+    keep_checkpoints=st.integers(1, 10**6),
+    log_every=st.integers(0, 10**6),
+    record_hashes=st.booleans(),
+    reduction=st.sampled_from(sorted(REDUCTIONS)),
+    threads_per_rank=st.integers(1, 1024),
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(configs)
+@example(TrainConfig(data_dir=Path("emoji 😀, DEL \x7f, naïve, \u2028"), lr=5e-324, lr_step_factor=1e22))
+def test_the_config_file_of_a_run_runs_the_same_again(tmp_path, config):
+    assume(config.data_dir != Path("None"))  # on the command line this word stands for no folder
+    assume(config.resume != "auto")
+    config = config.checked()
+    text = config.to_toml()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text), "TOML allows no control character but the line's end"
+    values = tomllib.loads(text)
+    for name, value in config.to_json().items():
+        assert values.get(name) == (None if name in NOT_IN_CONFIG_FILE else value), name
+    file = tmp_path / "config.toml"
+    file.write_bytes(text.encode())
+    again = parsed("--config", file)
+    assert again == dataclasses.replace(config, config=file, run_dir=None, resume=None)
+    assert again.to_toml() == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(configs)
+def test_a_config_travels_as_json(config):
+    assume(config.resume != "auto")
+    config = config.checked()
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_a_checked_config_stays_as_it_is():
+    config = parsed("--lr", "0.3", "--dataset", "mnist")
+    assert config.checked() == config
+
+
+# --------------------------------------------------------------------------------------------------- differences
+
+OTHER = {
+    "config": Path("other.toml"),
+    "dataset": "mnist",
+    "data_dir": Path("there"),
+    "model": "mlp",
+    "epochs": 61,
+    "batch_size": 64,
+    "micro_batch_size": 8,
+    "optimizer": "sgd",
+    "lr": 0.5,
+    "weight_decay": 0.1,
+    "schedule": "step",
+    "lr_step_epochs": 7,
+    "lr_step_factor": 0.3,
+    "seed": 1,
+    "run_dir": Path("run"),
+    "max_steps": 5,
+    "resume": "run",
+    "checkpoint_every": 7,
+    "keep_checkpoints": 9,
+    "log_every": 3,
+    "record_hashes": True,
+    "reduction": "allreduce",
+    "threads_per_rank": 2,
+}
+FREE = {"config", "run_dir", "resume", "data_dir", "epochs", "max_steps", "checkpoint_every", "keep_checkpoints"} | {
+    "log_every",
+    "record_hashes",
+    "threads_per_rank",
+}
+
+
+def test_every_setting_is_either_free_to_change_on_resume_or_kept():
+    assert set(OTHER) == set(FIELDS)
+    assert FREE == FREE_TO_CHANGE_ON_RESUME
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_difference_is_named_unless_it_is_free_to_change(name):
+    ours = parsed()
+    theirs = json.loads(json.dumps(dataclasses.replace(ours, **{name: OTHER[name]}).to_json()))
+    expected = (
+        [] if name in FREE else [f"{flag(name)} is {getattr(ours, name)!r} here and {theirs[name]!r} in the checkpoint"]
+    )
+    assert differences(ours, theirs) == expected
+    assert differences(ours, json.loads(json.dumps(ours.to_json()))) == []
+
+
+def test_all_differences_are_named_at_once_and_a_missing_setting_is_one():
+    ours = parsed()
+    theirs = ours.to_json() | {"seed": 1, "lr": 0.5}
+    del theirs["model"]
+    assert [said.split()[0] for said in differences(ours, theirs)] == ["--model", "--lr", "--seed"]
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--epohcs", "3"], "unknown flag --epohcs: did you mean --epochs?"),
+        (["--batch_sise=3"], "unknown flag --batch_sise: did you mean --batch-size?"),
+        (["--zzzzzz"], "unknown flag --zzzzzz: --help lists them all"),
+        (["--model", "simple_convent"], "did you mean 'simple_convnet'?"),
+        (["--dataset", "mnits"], "unknown dataset 'mnits': expected one of digits, mnist; did you mean 'mnist'?"),
+        (["--optimizer", "rmsprop"], "rmsprop"),
+        (["--epochs", "many"], "many"),
+        (["--epochs"], "--epochs"),
+        (["--epochs", "0"], "--epochs must be at least 1, not 0"),
+        (["--batch-size=-1"], "--batch-size must be at least 1, not -1"),
+        (["--seed=-1"], "--seed must be at least 0, not -1"),
+        (["--max-steps", "0"], "--max-steps must be at least 1, not 0"),
+        (["--threads-per-rank", "0"], "--threads-per-rank must be at least 1, not 0"),
+        (["--weight-decay=-0.1"], "--weight-decay must be at least 0, not -0.1"),
+        (["--lr", "0"], "--lr must be above 0, not 0.0"),
+        (["--lr", "nan"], "--lr must be above 0, not nan"),
+        (["--lr", "inf"], "--lr must be a finite number, not inf"),
+        (["--weight-decay", "nan"], "--weight-decay must be a finite number, not nan"),
+        (["--lr-step-factor", "inf"], "--lr-step-factor must be a finite number, not inf"),
+        (["--batch-size", "8"], "--micro-batch-size 16 is larger than --batch-size 8"),
+        (["--resume", "auto"], "--resume auto looks for checkpoints in --run-dir"),
+        (["--config", "/nowhere/c.toml"], "cannot read the config file /nowhere/c.toml: No such file or directory"),
+        (["--data-dir", "a\udcff"], "is not valid UTF-8"),
+    ],
+    ids=lambda value: " ".join(value).encode("ascii", "backslashreplace").decode() if isinstance(value, list) else "",
+)
+def test_what_is_wrong_is_said_in_one_line(arguments, said):
+    assert said in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lr = ", "is no valid TOML"),
+        ("learning_rate = 0.1", "unknown setting 'learning_rate': expected one of "),
+        ("epoch = 3", "did you mean 'epochs'?"),
+        ('run_dir = "x"', "unknown setting 'run_dir'"),
+        ('config = "x"', "unknown setting 'config'"),
+        ("lr = [0.1]", "lr = [0.1] is not a value for --lr"),
+        ("lr = true", "lr = True is not a value for --lr"),
+        ("[optimizer]\nname = 'adam'", "is not a value for --optimizer"),
+        ("batch_size = 1.5", "1.5"),
+        ("epochs = 0", "--epochs must be at least 1, not 0"),
+    ],
+    ids=lambda text: text.replace("\n", " "),
+)
+def test_what_is_wrong_in_a_file_is_said_in_one_line(text, said, tmp_path):
+    assert said in refused("--config", written(tmp_path, text))

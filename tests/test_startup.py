@@ -1,0 +1,188 @@
+"""What a person sees of an error: one line, once, and the exit code that the design gives it."""
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from distdl import startup
+from distdl.errors import DamagedFileError, DistdlError, PeerLost, UserError
+from distdl.launcher import RANK_AND_SIZE
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Makes this process look like a rank that a launcher started; by default it is none."""
+    for _, rank, size in RANK_AND_SIZE:
+        monkeypatch.delenv(rank, raising=False)
+        monkeypatch.delenv(size, raising=False)
+
+    def as_rank(rank, size=4):
+        monkeypatch.setenv("PMI_RANK", str(rank))
+        monkeypatch.setenv("PMI_SIZE", str(size))
+
+    return as_rank
+
+
+@pytest.fixture(autouse=True)
+def slept(monkeypatch, launched):
+    """The pauses that were asked for; none is made."""
+    pauses = []
+    monkeypatch.setattr(startup.time, "sleep", pauses.append)
+    return pauses
+
+
+def raising(error):
+    def command(_arguments):
+        raise error
+
+    return command
+
+
+def agreed(error):
+    error.agreed = True
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("--lr is 0"), 2, "distdl: error: --lr is 0\n"),
+        (agreed(UserError("--lr is 0")), 2, "distdl: error: --lr is 0\n"),
+        (DamagedFileError("a.safetensors is torn"), 3, "distdl: error: a.safetensors is torn\n"),
+        (UserError("one\n  two\tthree\r\n\nfour "), 2, "distdl: error: one two three four\n"),
+        (PeerLost("rank 1 is gone"), 1, "distdl: rank 1 is gone\n"),
+        (DistdlError("odd"), 1, "distdl: odd\n"),
+    ],
+    ids=["user", "agreed", "damaged", "newlines", "peer lost", "other"],
+)
+@pytest.mark.parametrize("rank", [None, 0])
+def test_an_error_is_one_line_and_an_exit_code(error, code, said, rank, launched, slept, capsys):
+    if rank is not None:
+        launched(rank)
+    assert startup.run(raising(error), []) == code
+    assert capsys.readouterr() == ("", said)
+    assert slept == []
+
+
+def test_the_other_ranks_say_nothing_and_wait_for_rank_0_to_speak(launched, slept, capsys):
+    for rank in (1, 3):
+        launched(rank)
+        assert startup.run(raising(UserError("--lr is 0")), []) == 2
+        assert startup.run(raising(DamagedFileError("torn")), []) == 3
+    assert capsys.readouterr() == ("", "")
+    assert slept == [startup.SILENT_SECONDS] * 4
+    assert startup.SILENT_SECONDS > 0
+
+
+def test_an_error_that_all_ranks_agreed_on_needs_no_waiting(launched, slept, capsys):
+    launched(1)
+    assert startup.run(raising(agreed(UserError("--lr is 0"))), []) == 2
+    assert capsys.readouterr() == ("", "")
+    assert slept == []
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("ours"), SystemExit(0)], ids=repr)
+def test_what_is_no_error_of_the_users_passes_as_it_is(error, capsys):
+    with pytest.raises(type(error)) as caught:
+        startup.run(raising(error), [])
+    assert caught.value is error
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_interrupted_command_says_how_to_go_on(capsys):
+    assert startup.run(raising(KeyboardInterrupt()), []) == 130
+    out, said = capsys.readouterr()
+    assert (out, said.count("\n")) == ("", 1)
+    assert said.startswith("distdl: interrupted; --resume")
+
+
+@pytest.mark.parametrize("code", [0, 1, 75])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_command_returns_its_own_exit_code_on_every_rank(code, rank, launched):
+    launched(rank)
+    assert startup.run(lambda arguments: code, []) == code
+
+
+def test_a_command_gets_the_arguments_of_the_process(monkeypatch):
+    given = []
+    monkeypatch.setattr(sys, "argv", ["program", "--lr", "0.1"])
+    startup.run(lambda arguments: given.append(list(arguments)) or 0)
+    startup.run(lambda arguments: given.append(list(arguments)) or 0, ["--seed", "1"])
+    assert given == [["--lr", "0.1"], ["--seed", "1"]]
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_is_shown_by_rank_0_alone(flag, launched, slept, monkeypatch, capsys):
+    def command(_arguments):
+        print("usage")
+        return 0
+
+    for rank in range(3):
+        launched(rank)
+        assert startup.run(command, ["--lr", "1", flag]) == 0
+    assert capsys.readouterr() == ("usage\n", "")
+    monkeypatch.setattr(sys, "argv", ["program", flag])
+    assert startup.run(command) == 0
+    assert capsys.readouterr() == ("", "")
+    assert slept == []
+
+
+def test_what_was_printed_comes_before_the_error(monkeypatch):
+    both = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", both)
+    monkeypatch.setattr(sys, "stderr", both)
+
+    def command(_arguments):
+        print("banner")
+        raise UserError("wrong")
+
+    startup.run(command, [])
+    assert both.getvalue() == "banner\ndistdl: error: wrong\n"
+
+
+def test_a_character_that_the_terminal_lacks_does_not_end_the_command(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert startup.run(lambda arguments: print("4 ranks · λ") or 0, []) == 0
+    sys.stdout.flush()
+    assert raw.getvalue() == b"4 ranks \\xb7 \\u03bb\n"
+
+
+def test_the_number_of_threads_is_told_to_every_blas(monkeypatch):
+    names = [f"{name}_NUM_THREADS" for name in ("OPENBLAS", "OMP", "MKL", "BLIS", "VECLIB_MAXIMUM")]
+    for name in names:
+        monkeypatch.setenv(name, "9")
+    startup.set_blas_threads(3)
+    assert {name: os.environ[name] for name in names} == dict.fromkeys(names, "3")
+
+
+def test_a_command_hands_on_what_stands_behind_the_first_dashes():
+    assert startup.split_at_dashes(["-n", "4"]) == (["-n", "4"], [])
+    assert startup.split_at_dashes(["-n", "4", "--"]) == (["-n", "4"], [])
+    assert startup.split_at_dashes(["-n", "4", "--", "--lr", "--", "x"]) == (["-n", "4"], ["--lr", "--", "x"])
+
+
+def test_a_parser_raises_one_line_and_takes_no_abbreviation():
+    parser = startup.OneLineParser(prog="program", advice="see --help")
+    parser.add_argument("--ranks", type=int)
+    assert parser.parse_args(["--ranks", "2"]).ranks == 2
+    for wrong in (["--ranks", "two"], ["--rank", "2"], ["2"]):
+        with pytest.raises(UserError, match=r"^[^\n]*; see --help$"):
+            parser.parse_args(wrong)
+
+
+def test_a_wrong_flag_ends_the_real_command_with_one_line_and_code_2(pytestconfig, launched):
+    done = subprocess.run(
+        [sys.executable, "-m", "distdl.train", "--epohcs", "3"],
+        cwd=pytestconfig.rootpath,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "distdl: error: unknown flag --epohcs: did you mean --epochs?\n"
