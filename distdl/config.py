@@ -16,6 +16,7 @@ import math
 import os
 import re
 import tomllib
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,9 @@ class TrainConfig:
     """BLAS threads of each rank; another number than 1 may change bits."""
 
     def checked(self) -> TrainConfig:
-        """Return the config with every default filled in; raise `UserError` for a setting out of range."""
+        """Return the config with every default filled in; raise `UserError` for a setting that cannot be."""
+        for name, kind in typing.get_type_hints(TrainConfig).items():
+            _of_its_kind(name, getattr(self, name), kind)
         config = dataclasses.replace(
             self,
             epochs=DEFAULT_EPOCHS.get(self.dataset, OTHER_EPOCHS) if self.epochs is None else self.epochs,
@@ -182,6 +185,21 @@ FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _of_its_kind(name: str, value: object, kind: Any) -> None:
+    """Raise `UserError` for a value that is not of the kind that the setting is declared with."""
+    choices = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        if value not in choices:
+            raise unknown_name(name.replace("_", " "), str(value), choices)
+        return
+    kinds = set(choices or (kind,))
+    allowed = kinds | ({int} if float in kinds else set()) | ({str} if Path in kinds else set())
+    if isinstance(value, bool) != (bool in kinds) or not isinstance(value, tuple(allowed)):
+        names = {int: "a whole number", float: "a number", str: "a text", Path: "a path", bool: "true or false"}
+        expected = " or ".join(sorted(names[one] for one in kinds - {type(None)}))
+        raise UserError(f"{_flag(name)} must be {expected}, not {value!r}")
 
 
 def _at_least(least: int, config: TrainConfig, *names: str) -> None:

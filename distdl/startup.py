@@ -60,20 +60,23 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str] | None
         if not speaks and _asks_for_help(arguments):
             return 0
         return command(sys.argv[1:] if arguments is None else arguments)
-    except UserError as error:
+    except DistdlError as error:
         if speaks:
-            sys.stdout.flush()
-            sys.stderr.write(f"distdl: error: {' '.join(str(error).split())}\n")
-            sys.stderr.flush()
+            _say(f"error: {error}")
         elif not error.agreed:
             time.sleep(SILENT_SECONDS)
         return error.exit_code
-    except DistdlError as error:
-        sys.stderr.write(f"distdl: {error}\n")
-        return error.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("distdl: interrupted; --resume goes on from the last checkpoint\n")
+        if speaks:
+            _say("interrupted; --resume goes on from the last checkpoint")
         return EXIT_INTERRUPTED
+
+
+def _say(text: str) -> None:
+    """Print one line to the error stream, whatever line breaks the text has."""
+    sys.stdout.flush()
+    sys.stderr.write(f"distdl: {' '.join(text.split())}\n")
+    sys.stderr.flush()
 
 
 def _asks_for_help(arguments: Sequence[str] | None) -> bool:

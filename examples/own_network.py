@@ -83,8 +83,7 @@ def main(_arguments):
     if error > 1e-6:
         raise UserError(f"the gradients are wrong by {error:.1e} of the largest: mend the layer's backward")
 
-    # With `build_network`, the model's name is only what the run is called in its log and its folder.
-    config = TrainConfig(model="own_network", epochs=10, batch_size=64, lr=0.002)
+    config = TrainConfig(epochs=10, batch_size=64, lr=0.002)
     summary = train(config, communicator, build_network=own_network)
     if communicator.rank == 0:
         print(f"{summary.test_accuracy:.1%} of the test images are named right")

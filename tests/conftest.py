@@ -18,7 +18,9 @@ import pytest  # noqa: E402
 
 from distdl.launcher import read_launch  # noqa: E402
 
-if read_launch().size > 1:  # pytest's own temporary folder would be tidied by all ranks at once
+LAUNCH = read_launch()  # before a test pretends another
+
+if LAUNCH.size > 1:  # pytest's own temporary folder would be tidied by all ranks at once
     ranks_own = tempfile.mkdtemp(prefix="distdl-tests-")
     os.environ["PYTEST_DEBUG_TEMPROOT"] = ranks_own
     atexit.register(shutil.rmtree, ranks_own, ignore_errors=True)
@@ -55,9 +57,8 @@ def shared_tmp_path(communicator, tmp_path):
 def pytest_runtest_makereport(item):
     """A test that fails on one rank would leave the others waiting for ever in their next collective call."""
     report = yield
-    launch = read_launch()
-    if launch.size > 1 and report.failed:
-        sys.__stderr__.write(f"[rank {launch.rank}] {item.nodeid}\n{report.longreprtext}\n")
+    if LAUNCH.size > 1 and report.failed:
+        sys.__stderr__.write(f"[rank {LAUNCH.rank}] {item.nodeid}\n{report.longreprtext}\n")
         sys.__stderr__.flush()
         from mpi4py import MPI
 

@@ -389,3 +389,27 @@ def test_what_is_wrong_is_said_in_one_line(arguments, said):
 )
 def test_what_is_wrong_in_a_file_is_said_in_one_line(text, said, tmp_path):
     assert said in refused("--config", written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"schedule": "cosine"}, r"unknown schedule 'cosine': expected one of constant, step"),
+        ({"reduction": "tee"}, r"unknown reduction 'tee': .*did you mean 'tree'\?"),
+        ({"optimizer": 3}, r"unknown optimizer '3'"),
+        ({"epochs": "3"}, r"--epochs must be a whole number, not '3'"),
+        ({"batch_size": 64.0}, r"--batch-size must be a whole number, not 64\.0"),
+        ({"seed": True}, r"--seed must be a whole number, not True"),
+        ({"lr": "0.1"}, r"--lr must be a number, not '0\.1'"),
+        ({"run_dir": 3}, r"--run-dir must be a path, not 3"),
+        ({"record_hashes": 1}, r"--record-hashes must be true or false, not 1"),
+    ],
+)
+def test_a_script_that_gives_a_setting_of_another_kind_is_told(settings, message):
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**settings).checked()
+
+
+def test_a_script_may_give_whole_learning_rates_and_paths_as_text():
+    config = TrainConfig(lr=1, run_dir="somewhere", max_steps=None).checked()
+    assert (config.lr, config.run_dir) == (1, "somewhere")

@@ -53,8 +53,8 @@ def agreed(error):
         (agreed(UserError("--lr is 0")), 2, "distdl: error: --lr is 0\n"),
         (DamagedFileError("a.safetensors is torn"), 3, "distdl: error: a.safetensors is torn\n"),
         (UserError("one\n  two\tthree\r\n\nfour "), 2, "distdl: error: one two three four\n"),
-        (PeerLost("rank 1 is gone"), 1, "distdl: rank 1 is gone\n"),
-        (DistdlError("odd"), 1, "distdl: odd\n"),
+        (PeerLost("rank 1 is gone"), 1, "distdl: error: rank 1 is gone\n"),
+        (DistdlError("odd"), 1, "distdl: error: odd\n"),
     ],
     ids=["user", "agreed", "damaged", "newlines", "peer lost", "other"],
 )

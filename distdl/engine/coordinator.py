@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -93,7 +94,8 @@ def _refuse_another_run(config: TrainConfig, path: Path, header: Any) -> None:
 
 
 def _new_folder(config: TrainConfig) -> Path:
-    name = f"{datetime.now():%Y-%m-%d-%H%M%S}-{config.dataset}-{config.model}"  # local time, for a person
+    what = re.sub(r"[^\w.-]+", "-", f"{config.dataset}-{config.model}")
+    name = f"{datetime.now():%Y-%m-%d-%H%M%S}-{what}"  # local time, for a person
     folder, number = Path("runs") / name, 1
     while folder.exists():
         number += 1

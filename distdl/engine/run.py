@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,8 @@ def train(
     """
     communicator = world() if communicator is None else communicator
     with guard(communicator):
+        config = together(communicator, _labelled(config, build_network, dataset).checked)
         config = TrainConfig.from_json(communicator.bcast_json(config.to_json()))
-        config = together(communicator, config.checked)
         with blas_threads(config.threads_per_rank), np.errstate(over="ignore", invalid="ignore"):
             trainer = _prepared(config, communicator, build_network, dataset)
             with closing(trainer.coordinator):
@@ -110,6 +111,14 @@ def _prepared(
         _print_banner(progress, config, communicator.size, environment, described)
     coordinator.started()
     return Trainer(config, communicator, data, state, coordinator)
+
+
+def _labelled(config: TrainConfig, build_network: BuildNetwork | None, dataset: sources.Dataset | None) -> TrainConfig:
+    """Return the config that names what a script has given in place of the config's own model and dataset."""
+    if build_network is not None:
+        name = getattr(build_network, "__qualname__", type(build_network).__qualname__)
+        config = replace(config, model=f"{build_network.__module__}:{name}")
+    return config if dataset is None else replace(config, dataset=dataset.name)
 
 
 def _check_ranks(config: TrainConfig, ranks: int) -> None:
