@@ -6,116 +6,25 @@ who it is. What can fail because of what the user gave happens before training, 
 
 from __future__ import annotations
 
-import fcntl
 import json
-import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Mapping
+from typing import Any
 
 from distdl.arrays import sha256_of_arrays
-from distdl.config import TrainConfig, differences, run_folder_of
+from distdl.config import TrainConfig, run_folder_of
 from distdl.engine import checkpoint as checkpoints
 from distdl.engine.checkpoint import Checkpoint
 from distdl.engine.environment import kernel_family
 from distdl.engine.files import remove_temporaries, write_durably
 from distdl.engine.metrics import JsonLines, Sums
 from distdl.engine.progress import Progress
+from distdl.engine.run_folder import Start, claim
 from distdl.engine.state import TrainingState
-from distdl.errors import DamagedFileError, UserError
+from distdl.errors import UserError
 
 #: Checkpoints in a row that may fail to be written before the run gives up.
 MISSES_ALLOWED = 3
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins: its folder, and the checkpoint it goes on from, if any."""
-
-    folder: Path
-    path: Path | None = None
-    checkpoint: Checkpoint | None = None
-    complaints: tuple[str, ...] = ()
-
-
-#: What the header of a checkpoint must hold for a run to go on from it.
-HEADER_FIELDS = {"step": int, "config": dict, "progress": dict, "log_bytes": dict, "kernel_family": str}
-
-
-def find_start(config: TrainConfig) -> Start:
-    """Decide where the run begins; nothing is written. Raises `UserError` for a folder or resume that cannot be."""
-    try:
-        return _find_start(config)
-    except OSError as error:
-        raise UserError(
-            f"cannot look into {error.filename}: {error.strerror}; give another --run-dir or --resume"
-        ) from None
-
-
-def _find_start(config: TrainConfig) -> Start:
-    if config.resume is None:
-        folder = config.run_dir or _new_folder(config)
-        _refuse_used(folder)
-        return Start(folder)
-    source = config.run_dir if config.resume == "auto" else Path(config.resume)
-    assert source is not None, "config.checked() has seen to it"
-    if config.resume != "auto" and not source.exists():
-        raise UserError(f"--resume {source}: there is no such checkpoint or run folder")
-    if config.resume == "auto":
-        _refuse_no_folder(source)
-    if source.is_file():
-        path, checkpoint, complaints = source, checkpoints.read(source), list[str]()
-    else:
-        found = checkpoints.newest_intact(source / "checkpoints")
-        if found is None:
-            if config.resume == "auto":
-                return Start(source)
-            raise UserError(f"--resume {source}: there is no checkpoint in {source / 'checkpoints'}")
-        path, checkpoint, complaints = found
-    _refuse_another_run(config, path, checkpoint.header)
-    origin = run_folder_of(path)
-    folder = config.run_dir or origin
-    if folder.resolve() != origin.resolve():
-        _refuse_used(folder)
-    return Start(folder, path, checkpoint, tuple(complaints))
-
-
-def _refuse_another_run(config: TrainConfig, path: Path, header: Any) -> None:
-    for name, kind in HEADER_FIELDS.items():
-        if not (isinstance(header, dict) and isinstance(header.get(name), kind)):
-            raise DamagedFileError(f"{path} is damaged: its header has no {name!r} that a run could go on from")
-    different = differences(config, header["config"])
-    if different:
-        raise UserError(f"cannot resume from {path}: {'; '.join(different)}; give the same, or start a new run")
-
-
-def _new_folder(config: TrainConfig) -> Path:
-    what = re.sub(r"[^\w.-]+", "-", f"{config.dataset}-{config.model}")
-    name = f"{datetime.now():%Y-%m-%d-%H%M%S}-{what}"  # local time, for a person
-    folder, number = Path("runs") / name, 1
-    while folder.exists():
-        number += 1
-        folder = Path("runs") / f"{name}-{number}"
-    return folder
-
-
-def _refuse_no_folder(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise UserError(f"the run folder {path} is not a folder: give another --run-dir")
-
-
-def _refuse_used(folder: Path) -> None:
-    _refuse_no_folder(folder)
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if folder.exists():
-        raise UserError(
-            f"the run folder {folder} exists and is not empty: give another --run-dir, or --resume {folder} to go on"
-        )
 
 
 class Follower:
@@ -163,7 +72,7 @@ class Coordinator(Follower):
         self._kernel_family = kernel_family()
         self._versions = environment["versions"]
         self._start = start
-        with _run_folder(start.folder, self._checkpoints) as self._lock:
+        with claim(start.folder, self._checkpoints) as self._lock:
             for folder in (start.folder, self._checkpoints):
                 remove_temporaries(folder)
             write_durably(start.folder / "config.toml", config.to_toml().encode())
@@ -300,49 +209,6 @@ class Coordinator(Follower):
         for file in (self._metrics, self._timing, self._hashes, self._lock):
             if file is not None:
                 file.close()
-
-
-@contextmanager
-def _run_folder(folder: Path, checkpoints: Path) -> Iterator[IO[bytes]]:
-    """Make the folders and lock the run; if that or the code inside fails, take away again what was made.
-
-    Raises `UserError` where the folder is in use, or the disk refuses. What another run may have written in the
-    meantime stays: files are removed under the lock alone, and folders only when they are empty.
-    """
-    made: list[Path] = []
-    present: set[Path] = set()
-    lock = None
-    try:
-        made = [path for path in (checkpoints, *checkpoints.parents) if not path.exists()]
-        present = set(folder.iterdir()) if folder not in made else set()
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        lock = _locked(folder)
-        yield lock
-    except (OSError, UserError) as error:
-        if lock is not None:
-            for path in set(folder.iterdir()) - present:
-                if path.is_file():
-                    path.unlink(missing_ok=True)
-            lock.close()
-        for path in made:
-            with suppress(OSError):
-                path.rmdir()
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"cannot use the run folder {folder}: {error.strerror or error}") from None
-
-
-def _locked(folder: Path) -> IO[bytes]:
-    """Return a file that locks the run folder as long as it is open, that is as long as this process lives."""
-    lock = (folder / "lock").open("wb")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise UserError(
-            f"the run folder {folder} is in use by another run: wait for it, or give another --run-dir"
-        ) from None
-    return lock
 
 
 def _pretty(value: Mapping[str, Any]) -> bytes:

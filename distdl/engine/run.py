@@ -17,9 +17,10 @@ from distdl.config import TrainConfig
 from distdl.data import sources, split
 from distdl.data.normalization import Normalization, measure
 from distdl.engine import checkpoint as checkpoints
-from distdl.engine.coordinator import Coordinator, Follower, Start, find_start
+from distdl.engine.coordinator import Coordinator, Follower
 from distdl.engine.environment import blas_threads, describe
 from distdl.engine.progress import Progress, banner, shares_of
+from distdl.engine.run_folder import Start, find_start
 from distdl.engine.state import TrainingState
 from distdl.engine.trainer import Data, Summary, Trainer
 from distdl.errors import UserError

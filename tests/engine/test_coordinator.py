@@ -128,3 +128,10 @@ def test_a_run_killed_before_its_first_checkpoint_starts_afresh(tmp_path):
 def test_a_training_that_diverges_stops_with_one_line(tmp_path):
     with pytest.raises(UserError, match="training has diverged; give a smaller --lr"):
         small_run(OneProcess(), tmp_path / "run", optimizer="sgd", lr=1e30)
+
+
+def test_auto_refuses_a_folder_that_is_no_run_folder(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists and is not empty"):
+        small_run(OneProcess(), tmp_path, resume="auto")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
