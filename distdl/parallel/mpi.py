@@ -31,6 +31,8 @@ from distdl.parallel.communicator import Bytes, Communicator
 SPIN_SECONDS = 1e-3
 SHORTEST_PAUSE_SECONDS = 50e-6
 LONGEST_PAUSE_SECONDS = 1e-3
+#: A launcher that is told to end the job may do so before it has passed on what we printed last.
+SECONDS_TO_BE_HEARD = 0.5
 #: MPI counts are 32-bit integers in the calls we use.
 LARGEST_MESSAGE_BYTES = 2**30
 
@@ -131,6 +133,7 @@ class MpiCommunicator(Communicator):
         """
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(SECONDS_TO_BE_HEARD)
         if survives_failures():
             self._comm.Revoke()
             MPI.COMM_WORLD.Revoke()
