@@ -129,6 +129,8 @@ class TrainConfig:
         for name in ("lr", "weight_decay", "lr_step_factor"):
             if not math.isfinite(getattr(config, name)):
                 raise UserError(f"{_flag(name)} must be a finite number, not {getattr(config, name)}")
+        if config.schedule == "step":
+            _finite_to_the_end(config)
         for name in ("data_dir", "run_dir", "resume"):
             _possible_path(config, name)
         if self.micro_batch_size > self.batch_size:
@@ -214,6 +216,20 @@ def _above_zero(config: TrainConfig, *names: str) -> None:
             raise UserError(f"{_flag(name)} must be above 0, not {getattr(config, name)}")
 
 
+def _finite_to_the_end(config: TrainConfig) -> None:
+    """Raise `UserError` where the step schedule leaves the range of numbers before the last epoch."""
+    changes = (config.epoch_count - 1) // config.lr_step_epochs
+    try:
+        last = config.learning_rate * float(config.lr_step_factor) ** changes
+    except OverflowError:
+        last = math.inf
+    if not math.isfinite(last):
+        raise UserError(
+            f"--lr-step-factor {config.lr_step_factor} makes the learning rate infinite before epoch "
+            f"{config.epochs}: give a factor below 1"
+        )
+
+
 def _possible_path(config: TrainConfig, name: str) -> None:
     """Raise `UserError` for a path that no file can have, or that neither a config file nor a message can show."""
     path = str(getattr(config, name))
@@ -294,15 +310,20 @@ def _config_of_resumed_run(arguments: Sequence[str]) -> Path | None:
     if folder is None:
         return None
     try:
-        path = run_folder_of(Path(folder)) / "config.toml"
-        return path if path.is_file() else None
+        found = run_folder_of(Path(folder))
+        return found / "config.toml" if found is not None and (found / "config.toml").is_file() else None
     except OSError:
         return None  # the search for the checkpoint says what is wrong with the folder
 
 
-def run_folder_of(path: Path) -> Path:
-    """Return the run folder that a checkpoint lies in, or the path itself if it is no file."""
-    return path.parent.parent if path.is_file() else path
+def run_folder_of(path: Path) -> Path | None:
+    """Return the run folder that a checkpoint lies in, None if it lies in none; a path that is no file itself."""
+    if not path.is_file():
+        return path
+    for name in (path, path.absolute(), path.resolve()):
+        if name.parent.name == "checkpoints" and (name.parent.parent / "config.toml").is_file():
+            return name.parent.parent
+    return None
 
 
 def _text_of(path: Path) -> str:

@@ -11,12 +11,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+OPEN_MPI = "Open MPI's mpirun"
+MPICH = "MPICH's mpirun"
+# Not SLURM_NTASKS: the one process of a batch script has that too. Only `srun` says how many tasks a step has.
 RANK_AND_SIZE = (
-    ("Open MPI's mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("MPICH's mpirun", "PMI_RANK", "PMI_SIZE"),
+    (OPEN_MPI, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    (MPICH, "PMI_RANK", "PMI_SIZE"),
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-    ("Slurm", "SLURM_PROCID", "SLURM_NTASKS"),
 )
+
+#: As mpi4py names those whose processes only a launcher like MPICH's can start.
+KIN_OF_MPICH = {"MPICH", "MVAPICH", "MVAPICH2", "Intel MPI", "Cray MPICH"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,22 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
         if environment.get(rank, "").isdecimal() and environment.get(size, "").isdecimal():
             return Launch(by, int(environment[rank]), int(environment[size]))
     return Launch(None, 0, 1)
+
+
+def belong_together(launch: Launch, library: str, environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether the MPI library (its vendor, as mpi4py names it) can be one job under this launcher.
+
+    Where it cannot, MPI_Init would abort the process or make it a job of its own. An `srun` that speaks PMI sets
+    the variables of MPICH's mpirun for every MPI.
+
+    >>> belong_together(Launch("MPICH's mpirun", 0, 4), "Open MPI", {})
+    False
+    """
+    if launch.by == OPEN_MPI:
+        return library not in KIN_OF_MPICH
+    if launch.by == MPICH and "SLURM_STEP_NUM_TASKS" not in environment:
+        return library != "Open MPI"
+    return True
 
 
 def survives_failures(environment: Mapping[str, str] = os.environ) -> bool:

@@ -27,10 +27,10 @@ from distdl.errors import UserError
 
 
 @dataclass(frozen=True)
-class Launch:
+class Command:
     """What starts a job: a command, and the variables that it needs besides those already set.
 
-    >>> Launch(["mpirun", "-n", "2", "python", "my job.py"], {"A": "1"}).shell_line()
+    >>> Command(["mpirun", "-n", "2", "python", "my job.py"], {"A": "1"}).shell_line()
     "env A=1 mpirun -n 2 python 'my job.py'"
     """
 
@@ -58,7 +58,7 @@ def find_mpirun() -> Path:
     return Path(found)
 
 
-def mpirun_command(ranks: int, program: Sequence[str]) -> Launch:
+def mpirun_command(ranks: int, program: Sequence[str]) -> Command:
     """Return what starts `program` (a whole command line) as `ranks` ranks on this machine.
 
     Raises `UserError` when there are no ranks to start, or no `mpirun` that works.
@@ -69,15 +69,15 @@ def mpirun_command(ranks: int, program: Sequence[str]) -> Launch:
     version = _open_mpi_version(mpirun)
     # ULFM, the survival of failures, is built into Open MPI from 5 on, and off unless the launcher asks for it.
     fault_tolerance = ["--with-ft", "ulfm"] if version is not None and version >= 5 else []
-    return Launch(
+    return Command(
         argv=[str(mpirun), *fault_tolerance, "-n", str(ranks), *program],
         environment={} if version is None else _open_mpi_environment(version),
     )
 
 
-def environment_for(launch: Launch) -> dict[str, str]:
-    """Return the whole environment of a job: this process's own and what the launch adds."""
-    return {**os.environ, **launch.environment}
+def environment_for(command: Command) -> dict[str, str]:
+    """Return the whole environment of a job: this process's own and what the command adds."""
+    return {**os.environ, **command.environment}
 
 
 def _open_mpi_version(mpirun: Path) -> int | None:
@@ -126,7 +126,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_args(own), flags
 
 
-def _launch_of(options: argparse.Namespace, flags: list[str]) -> Launch:
+def _command_of(options: argparse.Namespace, flags: list[str]) -> Command:
     """Return what starts the module that the options name; raise `UserError` once here, not once a rank."""
     try:
         found = importlib.util.find_spec(options.module)
@@ -140,10 +140,10 @@ def _launch_of(options: argparse.Namespace, flags: list[str]) -> Launch:
 def main(arguments: Sequence[str]) -> int:
     """Become `mpirun`; return an exit code only when there is nothing to run."""
     options, flags = _parse(arguments)
-    launch = _launch_of(options, flags)
+    command = _command_of(options, flags)
     if not options.dry_run:
-        os.execve(launch.argv[0], launch.argv, environment_for(launch))  # noqa: S606  no shell is wanted
-    sys.stdout.write(f"{launch.shell_line()}\n")
+        os.execve(command.argv[0], command.argv, environment_for(command))  # noqa: S606  no shell is wanted
+    sys.stdout.write(f"{command.shell_line()}\n")
     return 0
 
 

@@ -28,11 +28,9 @@ class Optimizer(ABC):
     """Updates a flat parameter vector in place.
 
     `weight_decay` λ adds λw to the gradient where `decay_slices` say so (weights, not biases). `state` holds
-    the vectors that must survive a step, by name, each as long as the parameters; `default_lr` is the learning
-    rate taken where the user gives none.
+    the vectors that must survive a step, by name, each as long as the parameters.
     """
 
-    default_lr: ClassVar[float] = 0.01
     state_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
@@ -115,7 +113,6 @@ class Adam(Optimizer):
     β₁ = 0.9, β₂ = 0.999, ε = 1e-8 outside the root (the book folds the corrections into η and takes 1e-7).
     """
 
-    default_lr = 0.001
     state_names = ("first_moment", "second_moment")
     beta1, beta2, epsilon = 0.9, 0.999, 1e-8
 

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from distdl.errors import EXIT_INTERRUPTED, DistdlError, UserError
@@ -74,9 +75,11 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str] | None
 
 def _say(text: str) -> None:
     """Print one line to the error stream, whatever line breaks the text has."""
-    sys.stdout.flush()
-    sys.stderr.write(f"distdl: {' '.join(text.split())}\n")
-    sys.stderr.flush()
+    for stream, line in ((sys.stdout, ""), (sys.stderr, f"distdl: {' '.join(text.split())}\n")):
+        if stream is not None:
+            with suppress(OSError):  # nobody is there to be told; the exit code still tells
+                stream.write(line)
+                stream.flush()
 
 
 def _asks_for_help(arguments: Sequence[str] | None) -> bool:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from distdl import startup
-from distdl.errors import EXIT_DEFECT, UserError
+from distdl.errors import EXIT_DAMAGED, EXIT_DEFECT, DamagedFileError, UserError
 from distdl.mpirun import environment_for, mpirun_command
 
 OURS = ("--run-dir", "--resume", "--record-hashes", "--log-every")
@@ -66,6 +66,17 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError(f"{flag.split('=')[0]} is set by distdl.verify itself: leave it out")
 
     folder = Path(tempfile.mkdtemp(prefix="distdl-verify-"))
+    different = False
+    try:
+        different = _are_different(ranks, flags, folder)
+    finally:
+        if not different:
+            shutil.rmtree(folder)
+    return EXIT_DEFECT if different else 0
+
+
+def _are_different(ranks: Sequence[int], flags: Sequence[str], folder: Path) -> bool:
+    """Run on each number of ranks, in folders below `folder`, and say whether the runs differ."""
     outcomes = []
     for count in ranks:
         outcomes.append(_trained(count, flags, folder / f"{count}-ranks"))
@@ -79,12 +90,12 @@ def main(arguments: Sequence[str]) -> int:
     for other in outcomes[1:]:
         if other.proof != first.proof:
             print(f"DIFFERENT: {first_difference(first, other)}; the runs are kept in {folder}")
-            return EXIT_DEFECT
+            return True
     steps = first.summary["steps"]
-    print(f"same bits on {given.ranks} ranks: weights, state and metrics.jsonl agree after {steps} steps")
+    numbers = ",".join(map(str, ranks))
+    print(f"same bits on {numbers} ranks: weights, state and metrics.jsonl agree after {steps} steps")
     print(f"weights sha256: {first.proof[0]}")
-    shutil.rmtree(folder)
-    return 0
+    return False
 
 
 def _numbers(text: str) -> list[int]:
@@ -114,7 +125,8 @@ def _trained(ranks: int, flags: Sequence[str], folder: Path) -> Outcome:
     if done.returncode:
         told = [line for line in done.stderr.splitlines() if line.startswith("distdl: error: ")]
         if told:
-            raise UserError(f"with {ranks} ranks: {told[0].removeprefix('distdl: error: ')}")
+            kind = DamagedFileError if done.returncode == EXIT_DAMAGED else UserError
+            raise kind(f"with {ranks} ranks: {told[0].removeprefix('distdl: error: ')}")
         raise RuntimeError(f"training with {ranks} ranks ended with exit code {done.returncode}:\n{done.stderr}")
     return Outcome(ranks, folder, time.perf_counter() - started)
 

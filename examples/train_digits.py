@@ -25,7 +25,7 @@ def main(_arguments):
     communicator = world()  # all ranks that mpirun started, or this one process
     summary = train(config, communicator)
 
-    # Every rank has the same summary. One of them is enough to print it.
+    # Every rank has this summary, the same but for the seconds each has counted. One of them is enough to print it.
     if communicator.rank == 0:
         print(f"{summary.test_accuracy:.1%} of the test images are named right after {summary.steps} steps")
         print(f"the receipt of {summary.ranks} rank(s) is {summary.weights_sha256}")

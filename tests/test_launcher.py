@@ -2,7 +2,7 @@
 
 import pytest
 
-from distdl.launcher import Launch, read_launch, survives_failures
+from distdl.launcher import Launch, belong_together, read_launch, survives_failures
 
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4"}
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "3"}
@@ -18,16 +18,36 @@ SRUN = {**SALLOC, "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6"}
         (OPEN_MPI, Launch("Open MPI's mpirun", 2, 4)),
         (MPICH, Launch("MPICH's mpirun", 1, 3)),
         (SRUN, Launch("srun", 5, 6)),
-        (SBATCH, Launch("Slurm", 0, 8)),
     ],
-    ids=["none", "Open MPI", "MPICH", "srun", "sbatch"],
+    ids=["none", "Open MPI", "MPICH", "srun"],
 )
 def test_each_launcher_is_recognized_by_its_variables(environment, launch):
     assert read_launch(environment) == launch
 
 
-def test_the_shell_of_salloc_is_no_rank():
-    assert read_launch(SALLOC) == Launch(None, 0, 1)
+@pytest.mark.parametrize("job", [SALLOC, SBATCH], ids=["salloc", "sbatch"])
+def test_the_one_process_of_a_shell_or_batch_script_is_no_rank(job):
+    assert read_launch(job) == Launch(None, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "library", "together"),
+    [
+        (OPEN_MPI, "Open MPI", True),
+        (OPEN_MPI, "Fujitsu MPI", True),  # made from Open MPI
+        (OPEN_MPI, "MPICH", False),
+        (OPEN_MPI, "Intel MPI", False),
+        (MPICH, "MPICH", True),
+        (MPICH, "Intel MPI", True),
+        (MPICH, "Open MPI", False),
+        (SRUN, "MPICH", True),  # whether srun was told the right --mpi shows only once MPI is started
+        (SRUN, "Open MPI", True),
+        ({**SRUN, **MPICH}, "Open MPI", True),  # srun --mpi=pmi2, which Open MPI up to 4 can be built for
+        ({}, "Open MPI", True),
+    ],
+)
+def test_a_library_and_the_launcher_of_another_do_not_belong_together(environment, library, together):
+    assert belong_together(read_launch(environment), library, environment) is together
 
 
 @pytest.mark.parametrize("job", [SALLOC, SBATCH, SRUN], ids=["salloc", "sbatch", "srun"])

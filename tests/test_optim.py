@@ -41,7 +41,6 @@ def textbook_adam(w, gradients, lr):
 
 TEXTBOOK = {"sgd": textbook_sgd, "momentum": textbook_momentum, "adam": textbook_adam}
 STATE = {"sgd": [], "momentum": ["velocity"], "adam": ["first_moment", "second_moment"]}
-DEFAULT_RATE = {"sgd": 0.01, "momentum": 0.01, "adam": 0.001}
 
 #: Learning rate and steps: for the valley x²/20 + y² of the book, from (-7, 2), and for Rosenbrock's.
 PARABOLA = {"sgd": (0.9, 200), "momentum": (0.1, 300), "adam": (0.3, 500)}
@@ -51,7 +50,7 @@ every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
 def test_every_optimizer_is_in_the_tables_of_these_tests():
-    for table in (TEXTBOOK, STATE, DEFAULT_RATE, PARABOLA, ROSENBROCK):
+    for table in (TEXTBOOK, STATE, PARABOLA, ROSENBROCK):
         assert set(table) == set(OPTIMIZERS)
 
 
@@ -187,11 +186,6 @@ def test_an_update_works_in_place_and_allocates_next_to_nothing(name):
         tracemalloc.stop()
     assert (w != start).any()
     assert all(now is then for now, then in zip(optimizer.state.values(), vectors, strict=True))
-
-
-@every_optimizer
-def test_default_learning_rates(name):
-    assert OPTIMIZERS[name].default_lr == DEFAULT_RATE[name]
 
 
 def test_an_unknown_optimizer_is_an_error_that_lists_the_known():

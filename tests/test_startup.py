@@ -77,6 +77,20 @@ def test_the_other_ranks_say_nothing_and_wait_for_rank_0_to_speak(launched, slep
     assert startup.SILENT_SECONDS > 0
 
 
+class Unread(io.StringIO):
+    """A stream whose reader is gone."""
+
+    def flush(self):
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+@pytest.mark.parametrize("stream", [None, Unread()], ids=["closed", "unread"])
+def test_an_error_that_nobody_can_read_still_has_its_exit_code(name, stream, monkeypatch):
+    monkeypatch.setattr(sys, name, stream)
+    assert startup.run(raising(UserError("--lr is 0")), []) == 2
+
+
 def test_an_error_that_all_ranks_agreed_on_needs_no_waiting(launched, slept, capsys):
     launched(1)
     assert startup.run(raising(agreed(UserError("--lr is 0"))), []) == 2

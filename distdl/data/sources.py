@@ -10,7 +10,7 @@ import importlib
 import io
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,41 @@ class Dataset:
     classes: int
     test_start: int | None
     """Rows from here on are the set's own test part; None: it has none."""
+
+    def checked(self) -> Dataset:
+        """Return it as the rest of the trainer takes it (labels of int64); for one that a script has made.
+
+        Raises `UserError` where a field is not what is said of it above.
+        """
+        images, labels, classes, test_start = self.images, self.labels, self.classes, self.test_start
+        for kind, array in (("images", images), ("labels", labels)):
+            if not isinstance(array, np.ndarray):
+                raise self._wrong(f"{kind} of type {type(array).__name__}", "a NumPy array")
+        if images.ndim != 4 or not images.size or images.dtype not in (np.uint8, np.float32):
+            raise self._wrong(
+                f"images {images.dtype} {images.shape}",
+                "uint8 or float32 (N, H, W, C): images[..., None] adds an axis for channels, "
+                "images.astype(np.float32) converts other numbers",
+            )
+        count = len(images)
+        if images.dtype == np.float32 and not np.isfinite(images).all():
+            sample = int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))
+            raise self._wrong(f"NaN or infinity in images, first in sample {sample}", "finite pixels")
+        if labels.shape != (count,) or labels.dtype.kind not in "iu":
+            raise self._wrong(f"labels {labels.dtype} {labels.shape}", f"{count} integers, one for each image")
+        if not isinstance(classes, int | np.integer) or classes < 1:
+            raise self._wrong(f"classes {classes!r}", "an int, how many classes there are")
+        if not 0 <= labels.min() <= labels.max() < classes:
+            raise self._wrong(f"labels {labels.min()} to {labels.max()}", f"0 to {classes - 1} for {classes} classes")
+        if test_start is not None and not (isinstance(test_start, int | np.integer) and 0 < test_start < count):
+            raise self._wrong(
+                f"test_start {test_start!r}", f"None, or the first row of the test part, 1 to {count - 1}"
+            )
+        test_start = None if test_start is None else int(test_start)
+        return replace(self, labels=labels.astype(np.int64), classes=int(classes), test_start=test_start)
+
+    def _wrong(self, given: str, expected: str) -> UserError:
+        return UserError(f"the data set {self.name!r} has {given}; expected {expected}")
 
 
 def load(name: str, data_dir: Path | None) -> Dataset:

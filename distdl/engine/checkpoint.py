@@ -42,7 +42,7 @@ class Checkpoint:
 def encode(checkpoint: Checkpoint) -> bytes:
     """Return the bytes of the file."""
     metadata = {"format": FORMAT, "sha256": NO_DIGEST, "header": checkpoint.header}
-    data = safetensors.numpy.save(checkpoint.tensors, {"distdl": json.dumps(metadata)})
+    data = safetensors.numpy.save(checkpoint.tensors, {"distdl": json.dumps(metadata, allow_nan=False)})
     assert int.from_bytes(data[:8], "little") <= LARGEST_HEADER_BYTES, "we would not read this file again"
     place = data.index(NO_DIGEST.encode())
     digest = hashlib.sha256(data).hexdigest().encode()
@@ -146,10 +146,17 @@ def newest_intact(folder: Path) -> tuple[Path, Checkpoint, list[str]] | None:
     return None
 
 
-def remove_old(folder: Path, keep: int, best_step: int | None) -> None:
-    """Remove all checkpoints but the newest `keep` and the best."""
-    for step in steps_in(folder)[:-keep]:
+def remove_old(folder: Path, newest: int, keep: int, best_step: int | None) -> None:
+    """Remove all checkpoints up to step `newest` but the last `keep` of them and the best."""
+    for step in [step for step in steps_in(folder) if step <= newest][:-keep]:
         if step != best_step:
+            path_of_step(folder, step).unlink(missing_ok=True)
+
+
+def remove_later(folder: Path, newest: int) -> None:
+    """Remove the checkpoints after step `newest`, intact or not: the run goes on from there another time."""
+    for step in steps_in(folder):
+        if step > newest:
             path_of_step(folder, step).unlink(missing_ok=True)
 
 

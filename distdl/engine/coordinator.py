@@ -9,19 +9,19 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from distdl.arrays import sha256_of_arrays
-from distdl.config import TrainConfig, run_folder_of
+from distdl.config import TrainConfig
 from distdl.engine import checkpoint as checkpoints
 from distdl.engine.checkpoint import Checkpoint
-from distdl.engine.environment import kernel_family
 from distdl.engine.files import remove_temporaries, write_durably
 from distdl.engine.metrics import JsonLines, Sums
 from distdl.engine.progress import Progress
 from distdl.engine.run_folder import Start, claim
 from distdl.engine.state import TrainingState
-from distdl.errors import UserError
+from distdl.errors import DamagedFileError, UserError
 
 #: Checkpoints in a row that may fail to be written before the run gives up.
 MISSES_ALLOWED = 3
@@ -36,8 +36,11 @@ class Follower:
     def stepped(self, state: TrainingState, batch: Sums, learning_rate: float) -> None:
         """React to a step that has just been taken; `batch` holds the sums of its samples."""
 
-    def epoch_ended(self, state: TrainingState, validation: Sums, seconds: Mapping[str, float]) -> None:
-        """React to the end of an epoch, after validation and before the epoch's sums are cleared."""
+    def epoch_ended(self, state: TrainingState, validation: Sums, timing: Mapping[str, float]) -> None:
+        """React to the end of an epoch, after validation and before the epoch's sums are cleared.
+
+        `timing` holds the seconds since the last such point, or the start, and the samples trained on in them.
+        """
 
     def checkpoint(self, state: TrainingState, *, last: bool = False) -> None:
         """Save the state; where it is the last chance to, a failure is an error."""
@@ -60,57 +63,77 @@ class Coordinator(Follower):
         config: TrainConfig,
         start: Start,
         environment: Mapping[str, Any],
+        data_sha256: str,
         steps_per_epoch: int,
         progress: Progress,
     ) -> None:
         self.config = config
-        self.folder = start.folder
         self.progress = progress
         self._steps_per_epoch = steps_per_epoch
-        self._checkpoints = start.folder / "checkpoints"
         self._misses = 0
-        self._kernel_family = kernel_family()
+        self._log_is_refused = False
+        self._data_sha256 = data_sha256
+        self._kernel_families = environment["kernel_families"]
         self._versions = environment["versions"]
         self._start = start
-        with claim(start.folder, self._checkpoints) as self._lock:
-            for folder in (start.folder, self._checkpoints):
+        with claim(start) as (self.folder, self._lock):
+            self._checkpoints = self.folder / "checkpoints"
+            for folder in (self.folder, self._checkpoints):
                 remove_temporaries(folder)
-            write_durably(start.folder / "config.toml", config.to_toml().encode())
-            write_durably(start.folder / "env.json", _pretty(environment))
-            keep = self._kept_lengths(start)
-            self._metrics = JsonLines(start.folder / "metrics.jsonl", keep.get("metrics", 0))
-            self._timing = JsonLines(start.folder / "timing.jsonl", keep.get("timing", 0))
-            self._hashes = None
-            if config.record_hashes:
-                self._hashes = JsonLines(start.folder / "hashes.jsonl", keep.get("hashes", 0))
+            if start.checkpoint is not None and start.path is not None:
+                self._bring_along(start.checkpoint, start.path, start.origin)
+            write_durably(self.folder / "config.toml", config.to_toml().encode())
+            write_durably(self.folder / "env.json", _pretty(environment))
+            lengths = {}
+            if start.checkpoint is not None:
+                # Before the logs are cut: no checkpoint may ever be later than they are.
+                checkpoints.remove_later(self._checkpoints, start.checkpoint.header["step"])
+                lengths = start.checkpoint.header["log_bytes"]
+            names = ["metrics", "timing", *(["hashes"] if config.record_hashes else [])]
+            self._logs = {name: JsonLines(self.folder / f"{name}.jsonl", lengths.get(name, 0)) for name in names}
 
-    def _kept_lengths(self, start: Start) -> dict[str, int]:
-        """Return how many bytes of each log belong to the checkpoint; bring them along into a new folder."""
-        if start.checkpoint is None or start.path is None:
-            return {}
-        lengths: dict[str, int] = start.checkpoint.header["log_bytes"]
-        origin = run_folder_of(start.path)
-        for name, length in lengths.items():
-            source, target = origin / f"{name}.jsonl", start.folder / f"{name}.jsonl"
+    def _bring_along(self, checkpoint: Checkpoint, path: Path, origin: Path | None) -> None:
+        """Let the folder hold all that the checkpoint builds on; without it, the run could not be resumed here."""
+        step, best_step = checkpoint.header["step"], checkpoint.header["progress"].get("best_step")
+        for name, length in checkpoint.header["log_bytes"].items():
+            target = self.folder / f"{name}.jsonl"
+            source = target if origin is None else origin / target.name
             if source.resolve() != target.resolve() and source.is_file():
                 write_durably(target, source.read_bytes()[:length])
             if not target.is_file() or target.stat().st_size < length:
-                self.progress.warning(f"{target} lacks records from before step {start.checkpoint.header['step']}")
-        return lengths
+                self.progress.warning(f"{target} lacks records from before step {step}")
+        if best_step not in {None, step}:
+            target = checkpoints.path_of_step(self._checkpoints, best_step)
+            best = path.with_name(target.name)
+            if best.is_file() and not target.exists():
+                try:
+                    checkpoints.write(target, checkpoints.read(best))
+                except DamagedFileError as error:
+                    self.progress.warning(f"{error}; this best checkpoint is not brought along")
+        target = checkpoints.path_of_step(self._checkpoints, step)
+        if not target.exists():
+            checkpoints.write(target, checkpoint)
 
     def started(self) -> None:
         """Say where the run goes on from, and whatever a person should know about that."""
         start = self._start
         for complaint in start.complaints:
             self.progress.warning(f"{complaint}; the one before it is used")
+        if len(self._kernel_families) > 1:
+            self.progress.warning(f"the ranks run different kernels ({self._kernel_family}): bits depend on the ranks")
         if start.checkpoint is None:
             return
         before = start.checkpoint.header
         self.progress.line(f"resumed from {start.path} after step {before['step']}")
         if before["kernel_family"] != self._kernel_family:
             self.progress.warning(
-                f"the checkpoint was made with the kernels {before['kernel_family']}, this machine runs "
+                f"the checkpoint was made with the kernels {before['kernel_family']}, this run has "
                 f"{self._kernel_family}: bits may differ from here on"
+            )
+        if before["versions"].get("numpy") != self._versions["numpy"]:
+            self.progress.warning(
+                f"the checkpoint was made with NumPy {before['versions'].get('numpy')}, this run has "
+                f"{self._versions['numpy']}: bits may differ from here on"
             )
         threads = before["config"].get("threads_per_rank")
         if threads != self.config.threads_per_rank:
@@ -123,25 +146,27 @@ class Coordinator(Follower):
         """Log the step where it is due, and move the progress on."""
         epoch, position = divmod(state.step - 1, self._steps_per_epoch)
         if self.config.log_every and state.step % self.config.log_every == 0:
-            self._metrics.write(
+            self._log(
+                "metrics",
                 {
                     "step": state.step,
                     "epoch": epoch + 1,
                     "loss": batch.loss,
                     "accuracy": batch.accuracy,
                     "lr": learning_rate,
-                }
+                },
             )
-        if self._hashes is not None:
+        if self.config.record_hashes:
             hashes = {name: sha256_of_arrays([(name, array)])[:16] for name, array in state.named_arrays()}
-            self._hashes.write({"step": state.step, "loss": batch.loss, "hashes": hashes})
+            self._log("hashes", {"step": state.step, "loss": batch.loss, "hashes": hashes})
         self.progress.live(epoch + 1, self.config.epoch_count, position + 1, self._steps_per_epoch, batch.loss)
 
-    def epoch_ended(self, state: TrainingState, validation: Sums, seconds: Mapping[str, float]) -> None:
+    def epoch_ended(self, state: TrainingState, validation: Sums, timing: Mapping[str, float]) -> None:
         """Log the epoch and print its line."""
         epoch = state.step // self._steps_per_epoch
         training = state.epoch_sums
-        self._metrics.write(
+        self._log(
+            "metrics",
             {
                 "step": state.step,
                 "epoch": epoch,
@@ -149,13 +174,14 @@ class Coordinator(Follower):
                 "train_accuracy": training.accuracy,
                 "validation_loss": validation.loss,
                 "validation_accuracy": validation.accuracy,
-            }
+            },
         )
-        speed = training.samples / seconds["train_seconds"] if seconds["train_seconds"] else 0.0
-        self._timing.write({"step": state.step, "epoch": epoch, **seconds, "time": time.time()})
+        seconds = timing["train_seconds"]
+        speed = timing["samples"] / seconds if seconds else 0.0
+        self._log("timing", {"step": state.step, "epoch": epoch, **timing, "time": time.time()})
         self.progress.line(
             f"epoch {epoch:3d}/{self.config.epoch_count}  loss {training.loss:.4f}  train {training.accuracy:7.2%}  "
-            f"validation {validation.accuracy:7.2%}  {seconds['train_seconds']:6.1f} s  {speed:,.0f} samples/s"
+            f"validation {validation.accuracy:7.2%}  {seconds:6.1f} s  {speed:,.0f} samples/s"
         )
 
     def checkpoint(self, state: TrainingState, *, last: bool = False) -> None:
@@ -164,22 +190,22 @@ class Coordinator(Follower):
         A disk that refuses is warned about and the last good checkpoint stays; after several misses in a row,
         or where it is the last chance, `UserError` is raised.
         """
-        logs = {"metrics": self._metrics, "timing": self._timing, "hashes": self._hashes}
-        header = {
-            "step": state.step,
-            "config": self.config.to_json(),
-            "progress": state.progress,
-            "log_bytes": {name: log.length for name, log in logs.items() if log is not None},
-            "versions": self._versions,
-            "kernel_family": self._kernel_family,
-        }
         try:
-            for log in logs.values():
-                if log is not None:
-                    log.flush_to_disk()
+            for log in self._logs.values():
+                log.flush_to_disk()
+            header = {
+                "step": state.step,
+                "config": self.config.to_json(),
+                "progress": state.progress,
+                "log_bytes": {name: log.length for name, log in self._logs.items()},
+                "data_sha256": self._data_sha256,
+                "versions": self._versions,
+                "kernel_family": self._kernel_family,
+            }
             path = checkpoints.path_of_step(self._checkpoints, state.step)
             checkpoints.write(path, Checkpoint(dict(state.named_arrays()), header))
-            checkpoints.remove_old(self._checkpoints, self.config.keep_checkpoints, state.progress["best_step"])
+            keep, best_step = self.config.keep_checkpoints, state.progress["best_step"]
+            checkpoints.remove_old(self._checkpoints, state.step, keep, best_step)
             self._misses = 0
         except OSError as error:
             self._misses += 1
@@ -193,7 +219,7 @@ class Coordinator(Follower):
     def finished(self, state: TrainingState, test: Sums | None, summary: dict[str, Any]) -> None:
         """Log the test score, write the summary and print the receipt."""
         if test is not None:
-            self._metrics.write({"step": state.step, "test_loss": test.loss, "test_accuracy": test.accuracy})
+            self._log("metrics", {"step": state.step, "test_loss": test.loss, "test_accuracy": test.accuracy})
             self.progress.line(f"test accuracy: {test.accuracy:.2%}")
         else:
             self.progress.line(f"stopped after step {state.step}; --resume {self.folder} goes on")
@@ -206,10 +232,30 @@ class Coordinator(Follower):
 
     def close(self) -> None:
         """Close the logs and unlock the run folder."""
-        for file in (self._metrics, self._timing, self._hashes, self._lock):
-            if file is not None:
-                file.close()
+        with self._lock:
+            for log in self._logs.values():
+                try:
+                    log.close()
+                except OSError as error:
+                    self.progress.warning(f"the last records of {log.path} are not written: {error.strerror}")
+
+    @property
+    def _kernel_family(self) -> str:
+        """The kernels of all ranks, in one text."""
+        return " and ".join(self._kernel_families)
+
+    def _log(self, name: str, record: Mapping[str, Any]) -> None:
+        """Append a record to a log; while the disk refuses, which is warned about once, it waits in memory."""
+        try:
+            self._logs[name].write(record)
+            self._log_is_refused = False
+        except OSError as error:
+            if not self._log_is_refused:
+                self.progress.warning(
+                    f"cannot write to {self._logs[name].path}: {error.strerror}; its records wait until there is room"
+                )
+            self._log_is_refused = True
 
 
 def _pretty(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,18 @@ class Sums:
 
 
 class JsonLines:
-    """A file of one JSON object a line, cut to a given length first."""
+    """A file of one JSON object a line, cut to a given length first.
+
+    What a full disk refuses waits in memory, from the very byte on at which the disk was full, and is written
+    before anything else as soon as there is room: no record is lost or torn.
+    """
 
     def __init__(self, path: Path, keep_bytes: int = 0) -> None:
-        self._file = path.open("ab")
+        self.path = path
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
         if self.length > keep_bytes:
             self._file.truncate(keep_bytes)
-            self._file.seek(0, os.SEEK_END)
 
     @property
     def length(self) -> int:
@@ -70,14 +76,20 @@ class JsonLines:
         return os.fstat(self._file.fileno()).st_size
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a record."""
-        self._file.write((json.dumps(record) + "\n").encode())
-        self._file.flush()
+        """Append a record; if `OSError` is raised, it waits in memory and need not be written again."""
+        self._waiting += (json.dumps(record, allow_nan=False) + "\n").encode()
+        self._write_waiting()
 
     def flush_to_disk(self) -> None:
-        """Return when all records are on the disk."""
+        """Return when all records are on the disk; raise `OSError` where it refuses."""
+        self._write_waiting()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; raise `OSError` if records are still waiting and the disk still refuses them."""
+        with closing(self._file):
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]

@@ -2,14 +2,17 @@
 
 Plain lines by default; on a terminal, and only in one process, a line that rewrites itself as well: under a
 launcher nobody can tell whether a terminal is behind the pipe (Open MPI always says yes, MPICH always no).
+Where nobody reads any more (a closed pipe, a lost terminal) the training goes on unseen.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from contextlib import suppress
+from typing import Any, TextIO
 
 SECONDS_BETWEEN_UPDATES = 0.1
 CLEAR_LINE = "\r\x1b[K"
@@ -19,23 +22,20 @@ class Progress:
     """Prints lines, and keeps a live line below them where that is wanted."""
 
     def __init__(self, *, live: bool) -> None:
-        self._live = live and sys.stdout.isatty()
+        self._live = live and sys.stdout is not None and sys.stdout.isatty()
         self._live_shown = False
         self._next_update = 0.0
 
     def line(self, text: str = "") -> None:
         """Print a line."""
-        sys.stdout.write((CLEAR_LINE if self._live_shown else "") + text + "\n")
-        sys.stdout.flush()
+        _write(sys.stdout, (CLEAR_LINE if self._live_shown else "") + text + "\n")
         self._live_shown = False
 
     def warning(self, text: str) -> None:
         """Print a warning to the error stream."""
         if self._live_shown:
-            sys.stdout.write(CLEAR_LINE)
-            sys.stdout.flush()
-        sys.stderr.write(f"distdl: warning: {text}\n")
-        sys.stderr.flush()
+            _write(sys.stdout, CLEAR_LINE)
+        _write(sys.stderr, f"distdl: warning: {text}\n")
         self._live_shown = False
 
     def live(self, epoch: int, epochs: int, step: int, steps: int, loss: float) -> None:
@@ -45,9 +45,22 @@ class Progress:
         self._next_update = time.monotonic() + SECONDS_BETWEEN_UPDATES
         done = 24 * step // steps
         bar = "#" * done + "-" * (24 - done)
-        sys.stdout.write(f"{CLEAR_LINE}epoch {epoch}/{epochs} [{bar}] step {step}/{steps} loss {loss:.4f}")
-        sys.stdout.flush()
+        _write(sys.stdout, f"{CLEAR_LINE}epoch {epoch}/{epochs} [{bar}] step {step}/{steps} loss {loss:.4f}")
         self._live_shown = True
+
+
+def _write(stream: TextIO | None, text: str) -> None:
+    """Write at once. A stream that fails once leads nowhere from then on, so that nothing fails at exit either."""
+    if stream is None:  # closed before Python was started
+        return
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError:
+        with suppress(OSError):  # a stream that a script has put in place may have no file behind it
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 def banner(

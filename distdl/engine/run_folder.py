@@ -5,11 +5,14 @@ Deciding (`find_start`) writes nothing; `claim` makes the folder and locks it as
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import itertools
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -20,26 +23,41 @@ from distdl.engine.checkpoint import Checkpoint
 from distdl.errors import DamagedFileError, UserError
 
 #: What the header of a checkpoint must hold for a run to go on from it.
-HEADER_FIELDS = {"step": int, "config": dict, "progress": dict, "log_bytes": dict, "kernel_family": str}
+HEADER_FIELDS = {
+    "step": int,
+    "config": dict,
+    "progress": dict,
+    "log_bytes": dict,
+    "data_sha256": str,
+    "versions": dict,
+    "kernel_family": str,
+}
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: its folder, and the checkpoint it goes on from, if any."""
+    """Where a run begins: its folder, and the checkpoint it goes on from, if any.
+
+    `origin` is the run folder that the checkpoint lies in, if it lies in one. A `numbered` folder gets a number
+    behind its name where another run has the name already.
+    """
 
     folder: Path
     path: Path | None = None
     checkpoint: Checkpoint | None = None
     complaints: tuple[str, ...] = ()
+    origin: Path | None = None
+    numbered: bool = False
 
 
 def find_start(config: TrainConfig) -> Start:
     """Decide where the run begins; nothing is written. Raises `UserError` for a folder or resume that cannot be."""
     try:
         if config.resume is None:
-            folder = config.run_dir or _new_folder(config)
-            _refuse_used(folder)
-            return Start(folder)
+            if config.run_dir is None:
+                return Start(_new_folder(config), numbered=True)
+            _refuse_used(config.run_dir)
+            return Start(config.run_dir)
         return _resumed(config, config.resume)
     except OSError as error:
         raise UserError(
@@ -48,14 +66,14 @@ def find_start(config: TrainConfig) -> Start:
 
 
 def _resumed(config: TrainConfig, resume: str) -> Start:
-    start = _newest_in_own_folder(config) if resume == "auto" else _given_checkpoint(Path(resume))
+    start = _newest_in_own_folder(config) if resume == "auto" else _given_checkpoint(config, Path(resume))
     if start.path is None or start.checkpoint is None:
         return start
     _refuse_another_run(config, start.path, start.checkpoint.header)
-    folder = config.run_dir or start.folder
-    if folder.resolve() != start.folder.resolve():
-        _refuse_used(folder)
-    return Start(folder, start.path, start.checkpoint, start.complaints)
+    start = replace(start, folder=config.run_dir or start.folder)
+    if start.origin is None or start.folder.resolve() != start.origin.resolve():
+        _refuse_used(start.folder)
+    return start
 
 
 def _newest_in_own_folder(config: TrainConfig) -> Start:
@@ -65,21 +83,25 @@ def _newest_in_own_folder(config: TrainConfig) -> Start:
     _refuse_no_folder(folder)
     found = checkpoints.newest_intact(folder / "checkpoints")
     if found is not None:
-        return Start(folder, found[0], found[1], tuple(found[2]))
+        return Start(folder, found[0], found[1], tuple(found[2]), origin=folder)
     if not (folder / "config.toml").is_file():
         _refuse_used(folder)  # no run was ever here
     return Start(folder)
 
 
-def _given_checkpoint(source: Path) -> Start:
+def _given_checkpoint(config: TrainConfig, source: Path) -> Start:
     if source.is_file():
-        return Start(run_folder_of(source), source, checkpoints.read(source))
+        checkpoint, origin = checkpoints.read(source), run_folder_of(source)
+        folder = config.run_dir or origin
+        if folder is None:
+            raise UserError(f"--resume {source} lies in no run folder: give a new --run-dir for what comes after it")
+        return Start(folder, source, checkpoint, origin=origin)
     if not source.exists():
         raise UserError(f"--resume {source}: there is no such checkpoint or run folder")
     found = checkpoints.newest_intact(source / "checkpoints")
     if found is None:
         raise UserError(f"--resume {source}: there is no checkpoint in {source / 'checkpoints'}")
-    return Start(source, found[0], found[1], tuple(found[2]))
+    return Start(source, found[0], found[1], tuple(found[2]), origin=source)
 
 
 def _refuse_another_run(config: TrainConfig, path: Path, header: Any) -> None:
@@ -93,12 +115,7 @@ def _refuse_another_run(config: TrainConfig, path: Path, header: Any) -> None:
 
 def _new_folder(config: TrainConfig) -> Path:
     what = re.sub(r"[^\w.-]+", "-", f"{config.dataset}-{config.model}")
-    name = f"{datetime.now():%Y-%m-%d-%H%M%S}-{what}"  # local time, for a person
-    folder, number = Path("runs") / name, 1
-    while folder.exists():
-        number += 1
-        folder = Path("runs") / f"{name}-{number}"
-    return folder
+    return Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{what}"  # local time, for a person
 
 
 def _refuse_no_folder(path: Path) -> None:
@@ -117,43 +134,77 @@ def _refuse_used(folder: Path) -> None:
 
 
 @contextmanager
-def claim(folder: Path, subfolder: Path) -> Iterator[IO[bytes]]:
-    """Make the folders and lock the run; if that or the code inside fails, take away again what was made.
+def claim(start: Start) -> Iterator[tuple[Path, IO[bytes]]]:
+    """Make the run folder and lock it; if that or the code inside fails, take away again what was made.
 
     Raises `UserError` where the folder is in use, or the disk refuses. What another run may have written in the
-    meantime stays: files are removed under the lock alone, and folders only when they are empty.
+    meantime stays: ``checkpoints/`` is made, and files are removed, under the lock alone; the folders around them
+    only while they are empty.
     """
-    made: list[Path] = []
-    present: set[Path] = set()
+    folder, made, present = start.folder, list[Path](), set[Path]()
     lock = None
     try:
-        made = [path for path in (subfolder, *subfolder.parents) if not path.exists()]
-        present = set(folder.iterdir()) if folder not in made else set()
-        subfolder.mkdir(parents=True, exist_ok=True)
+        _make_folders(folder.parent, made)
+        folder = _make_numbered(folder, made) if start.numbered else _make_folders(folder, made)
+        lock_is_old = (folder / "lock").exists()
         lock = _locked(folder)
-        yield lock
+        present = set(folder.rglob("*")) - (set() if lock_is_old else {folder / "lock"})
+        _make_folders(folder / "checkpoints", made)
+        yield folder, lock
     except (OSError, UserError) as error:
         if lock is not None:
-            for path in set(folder.iterdir()) - present:
+            for path in set(folder.rglob("*")) - present:
                 if path.is_file():
                     path.unlink(missing_ok=True)
-            lock.close()
-        for path in made:
+        for path in reversed(made):
             with suppress(OSError):
                 path.rmdir()
+        if lock is not None:
+            lock.close()
         if isinstance(error, UserError):
             raise
         raise UserError(f"cannot use the run folder {folder}: {error.strerror or error}") from None
 
 
+def _make_folders(folder: Path, made: list[Path]) -> Path:
+    """Make the folder and those above it where they are missing, and note which ones were."""
+    for path in reversed((folder, *folder.parents)):
+        if not path.is_dir():
+            with suppress(FileExistsError):  # what is no folder after all fails below
+                path.mkdir()
+                made.append(path)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "there is a file of that name", str(folder))
+    return folder
+
+
+def _make_numbered(folder: Path, made: list[Path]) -> Path:
+    """Make a folder of that name which no other process has made, with a number behind the name if need be."""
+    for number in itertools.count(1):
+        path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        with suppress(FileExistsError):
+            path.mkdir()
+            made.append(path)
+            break
+    return path
+
+
 def _locked(folder: Path) -> IO[bytes]:
     """Return a file that locks the run folder as long as it is open, that is as long as this process lives."""
-    lock = (folder / "lock").open("wb")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise UserError(
-            f"the run folder {folder} is in use by another run: wait for it, or give another --run-dir"
-        ) from None
-    return lock
+    while True:
+        lock = (folder / "lock").open("wb")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), (folder / "lock").stat()):
+                return lock
+        except BlockingIOError:
+            lock.close()
+            raise UserError(
+                f"the run folder {folder} is in use by another run: wait for it, or give another --run-dir"
+            ) from None
+        except FileNotFoundError:
+            pass
+        except OSError:
+            lock.close()
+            raise
+        lock.close()  # a run that failed has taken the file away before we had it: lock the next one

@@ -24,7 +24,7 @@ from distdl.engine.metrics import METRIC_FIELDS, Sums
 from distdl.engine.state import TrainingState
 from distdl.errors import UserError
 from distdl.nn import SoftmaxCrossEntropy, count_correct
-from distdl.parallel import REDUCTIONS, Communicator, Field, Layout, contiguous_shards
+from distdl.parallel import REDUCTIONS, Communicator, Field, Layout, contiguous_shards, together
 from distdl.rng import Key
 from distdl.schedules import make_schedule
 
@@ -89,7 +89,7 @@ class Trainer:
         self._batch = Sums()
         self._images: dict[int, NDArray[np.float32]] = {}
         self._order = (-1, np.empty(0, np.int64))
-        self._seconds = {"train_seconds": 0.0, "wait_seconds": 0.0}
+        self._timing = {"train_seconds": 0.0, "wait_seconds": 0.0, "samples": 0}
 
     def run(self) -> Summary:
         """Train to the last step, score the test part where training is complete, and return the summary."""
@@ -104,9 +104,9 @@ class Trainer:
                 self._end_epoch()
             every = config.checkpoint_every
             if epoch_ended or state.step == last_step or (every and state.step % every == 0):
-                self.coordinator.checkpoint(state, last=state.step == last_step)
+                self._checkpoint(last=state.step == last_step)
         complete = state.step >= config.epoch_count * self.steps_per_epoch
-        test = self.evaluate(self.data.parts.test) if complete else None
+        test = self._judged(self.data.parts.test, "test") if complete else None
         summary = self._summary(test)
         self.coordinator.finished(state, test, asdict(summary))
         return summary
@@ -129,8 +129,11 @@ class Trainer:
             self._gradients.add(index, {"gradient": network.gradients, **vars(self._leaf)})
         total = self._gradients.total()
 
-        self._check_finite(float(total["loss_sum"][0]))
-        gradient = total["gradient"]
+        loss_sum, gradient = float(total["loss_sum"][0]), total["gradient"]
+        if not math.isfinite(loss_sum):
+            raise self._diverged(f"the loss is {loss_sum} at step {state.step + 1}")
+        if not _is_finite(gradient):
+            raise self._diverged(f"the gradient is not finite at step {state.step + 1}")
         gradient /= len(rows)
         learning_rate = self.schedule(state.step)
         state.optimizer.update(network.parameters, gradient, learning_rate, state.step + 1)
@@ -138,9 +141,10 @@ class Trainer:
         state.epoch_sums.add(total)
         seconds = time.perf_counter() - started
         state.progress["train_seconds"] += seconds
-        self._seconds["train_seconds"] += seconds
-        self._seconds["wait_seconds"] += self.communicator.seconds_waiting - waited
-        self._batch.set(float(total["loss_sum"][0]), int(total["counts"][0]), len(rows))
+        self._timing["train_seconds"] += seconds
+        self._timing["wait_seconds"] += self.communicator.seconds_waiting - waited
+        self._timing["samples"] += len(rows)
+        self._batch.set(loss_sum, int(total["counts"][0]), len(rows))
         self.coordinator.stepped(state, self._batch, learning_rate)
 
     def evaluate(self, rows: NDArray[np.int64]) -> Sums:
@@ -158,15 +162,32 @@ class Trainer:
 
     def _end_epoch(self) -> None:
         state = self.state
-        validation = self.evaluate(self.data.parts.validation)
+        validation = self._judged(self.data.parts.validation, "validation")
         progress = state.progress
         if progress["best_step"] is None or validation.accuracy > progress["best_accuracy"]:
             progress["best_step"], progress["best_accuracy"] = state.step, validation.accuracy
         progress["train_loss"] = state.epoch_sums.loss
         progress["validation_accuracy"] = validation.accuracy
-        self.coordinator.epoch_ended(state, validation, self._seconds)
-        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        self.coordinator.epoch_ended(state, validation, self._timing)
+        self._timing = dict.fromkeys(self._timing, 0)
         state.epoch_sums.set(0.0, 0, 0)
+
+    def _judged(self, rows: NDArray[np.int64], part: str) -> Sums:
+        """Return the sums over a part of the dataset, whose loss must be a number. Collective."""
+        sums = self.evaluate(rows)
+        if not math.isfinite(sums.loss):
+            raise self._diverged(f"the {part} loss is {sums.loss} after step {self.state.step}")
+        return sums
+
+    def _checkpoint(self, *, last: bool) -> None:
+        """Save the state, or raise `UserError` on every rank alike. Collective."""
+
+        def save() -> None:
+            if not all(_is_finite(array) for _, array in self.state.named_arrays()):
+                raise self._diverged(f"the weights are not finite after step {self.state.step}")
+            self.coordinator.checkpoint(self.state, last=last)
+
+        together(self.communicator, save)
 
     def _summary(self, test: Sums | None) -> Summary:
         state = self.state
@@ -208,11 +229,13 @@ class Trainer:
         images = self.data.normalization.apply(self.data.images[rows], out=self._images[len(rows)])
         return images, self.data.labels[rows]
 
-    def _check_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            error = UserError(
-                f"the loss is {loss} at step {self.state.step + 1}: training has diverged; give a smaller --lr than "
-                f"{self.config.lr:g}, and --resume from the last checkpoint or start again"
-            )
-            error.agreed = True  # computed from the same sum on every rank
-            raise error
+    def _diverged(self, what: str) -> UserError:
+        """Return the error for sums that are no numbers; every rank has the same sums."""
+        error = UserError(f"{what}: training has diverged; start a new run with a smaller --lr than {self.config.lr:g}")
+        error.agreed = True
+        return error
+
+
+def _is_finite(array: NDArray[Any]) -> bool:
+    """Whether every element is finite: if not, neither is the sum of squares, which may overflow besides."""
+    return math.isfinite(np.vdot(array, array)) or bool(np.isfinite(array).all())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from distdl.arrays import aligned_empty
 from distdl.errors import UserError
 from distdl.nn.layers import Array
 
@@ -41,7 +42,8 @@ class SoftmaxCrossEntropy:
         sums = exponentials.sum(axis=1, keepdims=True)
         gradient = exponentials / sums
         gradient[rows, labels] -= 1
-        self.d_logits: Array = gradient.astype(logits.dtype)
+        self.d_logits: Array = aligned_empty((N, K), logits.dtype)
+        self.d_logits[...] = gradient
         return float((np.log(sums[:, 0]) - shifted[rows, labels]).sum())
 
     def backward(self) -> Array:

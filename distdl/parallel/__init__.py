@@ -7,9 +7,9 @@ import sys
 import warnings
 
 from distdl.errors import UserError
-from distdl.launcher import read_launch
+from distdl.launcher import belong_together, read_launch
 from distdl.parallel.agreement import exit_code_of, guard, report, together
-from distdl.parallel.communicator import Communicator, OneProcess, hosts
+from distdl.parallel.communicator import Communicator, OneProcess, hosts, say
 from distdl.parallel.reduce import REDUCTIONS, Field, Layout, Record, Reduction
 from distdl.parallel.shared import share_arrays
 from distdl.parallel.tree import contiguous_shards
@@ -47,10 +47,7 @@ def world() -> Communicator:
         missing = importlib.util.find_spec("mpi4py") is None
         return OneProcess("one process" + (f"; mpi4py is not installed: {INSTALL} for more" if missing else ""))
     try:
-        with warnings.catch_warnings():
-            # The mpirun of another MPI: we say so below, once and not once a rank, and only where it matters.
-            warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
-            from distdl.parallel.mpi import world_of_mpi  # noqa: PLC0415  MPI_Init takes up to a second
+        from distdl.parallel import mpi  # noqa: PLC0415  not every machine has an MPI library
     except (ImportError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if launch.size == 1:
@@ -60,7 +57,18 @@ def world() -> Communicator:
             launch.size,
             f"mpi4py finds no MPI library here ({reason}): {INSTALL} in this environment",
         ) from error
-    communicator = world_of_mpi()
+    if not belong_together(launch, mpi.vendor()):
+        if launch.size == 1:
+            return OneProcess(f"one process, without MPI ({mpi.vendor()} cannot start under {launch.by})")
+        raise _not_one_job(
+            launch.by,
+            launch.size,
+            f"this Python has {mpi.library_name()}: use the mpirun of that library, as python -m distdl.mpirun does",
+        )
+    with warnings.catch_warnings():
+        # The mpirun of another MPI: we say so below, once and not once a rank, and only where it matters.
+        warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
+        communicator = mpi.world_of_mpi()
     if communicator.size == 1 and launch.size > 1:
         raise _not_one_job(
             launch.by,
@@ -73,9 +81,7 @@ def world() -> Communicator:
 
 
 def _not_one_job(by: str, size: int, why: str) -> UserError:
-    error = UserError(f"{by} started {size} separate processes instead of {size} ranks of one job: {why}")
-    error.agreed = True
-    return error
+    return UserError(f"{by} started {size} separate processes instead of {size} ranks of one job: {why}")
 
 
 def _end_the_job_on_uncaught_exceptions(communicator: Communicator) -> None:
@@ -83,8 +89,11 @@ def _end_the_job_on_uncaught_exceptions(communicator: Communicator) -> None:
         return
 
     def end_the_job(_kind: object, error: BaseException, _trace: object) -> None:
-        report(error, communicator.rank)
         if not getattr(error, "agreed", False):
+            report(error, communicator.rank)
             communicator.abort(exit_code_of(error))
+        if communicator.rank == 0:
+            say(f"distdl: error: {' '.join(str(error).split())}\n")
+        raise SystemExit(exit_code_of(error))  # all ranks are leaving: an ordinary exit, with a code of our choice
 
     sys.excepthook = end_the_job

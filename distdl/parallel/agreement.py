@@ -6,14 +6,13 @@ fail on one rank only is done `together`, and whatever else is raised ends the j
 
 from __future__ import annotations
 
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 from distdl import errors
-from distdl.parallel.communicator import Communicator
+from distdl.parallel.communicator import Communicator, say
 
 T = TypeVar("T")
 
@@ -57,8 +56,7 @@ def report(error: BaseException, rank: int) -> None:
         lines = [f"{type(error).__name__}: {error}" if str(error) else type(error).__name__]
     else:
         lines = "".join(traceback.format_exception(error)).splitlines()
-    sys.stderr.write("".join(f"[rank {rank}] {line}\n" for line in lines))
-    sys.stderr.flush()
+    say("".join(f"[rank {rank}] {line}\n" for line in lines))
 
 
 def exit_code_of(error: BaseException) -> int:

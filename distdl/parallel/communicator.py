@@ -12,7 +12,8 @@ import socket
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from contextlib import suppress
+from typing import Any, NoReturn, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +70,18 @@ class Communicator(ABC):
         """Return the communicator of the ranks that share this rank's memory."""
 
     @abstractmethod
+    def free(self) -> None:
+        """Give back what MPI keeps for a group made by `split` or `node`; the group is of no use after."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Free the group, unless this rank alone may be leaving: the others would not be there to free it with."""
+        if error is None or getattr(error, "agreed", False):
+            self.free()
+
+    @abstractmethod
     def abort(self, exit_code: int) -> NoReturn:
         """End every process of the job now, whatever it is doing."""
 
@@ -120,11 +133,22 @@ class OneProcess(Communicator):
         """Return this world."""
         return self
 
+    def free(self) -> None:
+        """Keep the one world there is."""
+
     def abort(self, exit_code: int) -> NoReturn:
         """End this process."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        say()
         os._exit(exit_code)
+
+
+def say(text: str = "") -> None:
+    """Hand on what was printed, and `text` to the error stream, where there is anybody to read it."""
+    for stream, more in ((sys.stdout, ""), (sys.stderr, text)):
+        if stream is not None:
+            with suppress(OSError):
+                stream.write(more)
+                stream.flush()
 
 
 def hosts(communicator: Communicator) -> dict[str, int]:

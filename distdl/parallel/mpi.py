@@ -14,19 +14,25 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, NoReturn
 
+import mpi4py
 import numpy as np
-from mpi4py import MPI
 from numpy.typing import NDArray
 
-from distdl.errors import PeerLost
-from distdl.launcher import survives_failures
-from distdl.parallel.communicator import Bytes, Communicator
+# The import tells which library there is; MPI is started in `world_of_mpi`, where that library and the launcher
+# belong together. A script that has imported MPI before us has started it already.
+mpi4py.rc.initialize = False
+mpi4py.rc.finalize = True  # at exit, as it would be had the import started it
+
+from mpi4py import MPI  # noqa: E402
+
+from distdl.errors import PeerLost  # noqa: E402
+from distdl.launcher import survives_failures  # noqa: E402
+from distdl.parallel.communicator import Bytes, Communicator, say  # noqa: E402
 
 SPIN_SECONDS = 1e-3
 SHORTEST_PAUSE_SECONDS = 50e-6
@@ -55,9 +61,9 @@ class MpiCommunicator(Communicator):
         self._oversubscribed = self._more_ranks_than_cores() if oversubscribed is None else oversubscribed
 
     def _more_ranks_than_cores(self) -> bool:
-        node = self.node()
-        cores = {core for rank in node.allgather_json(sorted(os.sched_getaffinity(0))) for core in rank}
-        return node.size > len(cores)
+        with self.node() as node:
+            cores = {core for rank in node.allgather_json(sorted(os.sched_getaffinity(0))) for core in rank}
+            return node.size > len(cores)
 
     def barrier(self) -> None:
         """Return when every rank has called it."""
@@ -124,6 +130,10 @@ class MpiCommunicator(Communicator):
         part = self._comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank)
         return MpiCommunicator(part, oversubscribed=self._oversubscribed)
 
+    def free(self) -> None:
+        """Give back what MPI keeps for this group, of which it has about two thousand; the group is of no use after."""
+        self._comm.Free()
+
     def abort(self, exit_code: int) -> NoReturn:
         """End every process of the job now, whatever it is doing.
 
@@ -131,8 +141,7 @@ class MpiCommunicator(Communicator):
         wait for ever for ranks that wait for us. There the ranks in a collective call are woken by revoking the
         communicator, and the launcher's daemon, our parent, is told to end the job.
         """
-        sys.stdout.flush()
-        sys.stderr.flush()
+        say()
         time.sleep(SECONDS_TO_BE_HEARD)
         if survives_failures():
             self._comm.Revoke()
@@ -162,8 +171,15 @@ class MpiCommunicator(Communicator):
 
 
 def world_of_mpi() -> MpiCommunicator:
-    """Return the communicator of all ranks that the launcher started."""
+    """Start MPI, unless it has been, and return the communicator of all ranks that the launcher started."""
+    if not MPI.Is_initialized():
+        MPI.Init_thread()
     return MpiCommunicator(MPI.COMM_WORLD)
+
+
+def vendor() -> str:
+    """Return whose MPI library this is, such as ``Open MPI``; MPI need not be started."""
+    return MPI.get_vendor()[0]
 
 
 def library_name() -> str:

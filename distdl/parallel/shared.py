@@ -12,6 +12,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,25 +38,21 @@ def share_arrays(
     described = [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()]
     specification = communicator.bcast_json(described)
     places = _places(specification)
-    node = communicator.node() if node is None else node
-    leaders = communicator.split(0 if node.rank == 0 else None)
-    total = places[-1][1] if places else 0
-
-    path = together(communicator, lambda: _reserve(total) if node.rank == 0 else None)
-    path = node.bcast_json(path)
-    buffer = together(communicator, lambda: _map(path, total))
-    shared: dict[str, NDArray[Any]] = {}
-    for (name, dtype, shape), (start, end) in zip(specification, places, strict=True):
-        view = np.frombuffer(buffer, np.uint8)[start:end].view(dtype).reshape(shape)
+    with communicator.node() if node is None else nullcontext(node) as own_node:
+        buffer = _mapped(communicator, own_node, places[-1][1] if places else 0)
+        leaders = communicator.split(0 if own_node.rank == 0 else None)
+        shared: dict[str, NDArray[Any]] = {}
+        for (name, dtype, shape), (start, end) in zip(specification, places, strict=True):
+            view = np.frombuffer(buffer, np.uint8)[start:end].view(dtype).reshape(shape)
+            if leaders is not None:
+                if communicator.rank == 0:
+                    view[...] = arrays[name]
+                leaders.bcast(view)
+            view.flags.writeable = False
+            shared[name] = view
         if leaders is not None:
-            if communicator.rank == 0:
-                view[...] = arrays[name]
-            leaders.bcast(view)
-        view.flags.writeable = False
-        shared[name] = view
-    node.barrier()
-    if node.rank == 0:
-        Path(path).unlink()
+            leaders.free()
+        own_node.barrier()
     return shared
 
 
@@ -66,6 +63,23 @@ def _places(specification: list[tuple[str, str, list[int]]]) -> list[tuple[int, 
         end = start + int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         places.append((start, end))
     return places
+
+
+def _mapped(communicator: Communicator, node: Communicator, nbytes: int) -> mmap.mmap:
+    """Return `nbytes` of memory that the ranks of a node share. Collective; its file is gone, whatever happened."""
+    reserved: list[str] = []
+
+    def reserve() -> None:
+        if node.rank == 0:
+            reserved.append(_reserve(nbytes))
+
+    try:
+        together(communicator, reserve)  # which raises for another node's leader too
+        path = node.bcast_json(reserved[0] if reserved else None)
+        return together(communicator, lambda: _map(path, nbytes))
+    finally:
+        for path in reserved:
+            Path(path).unlink()
 
 
 def _reserve(nbytes: int) -> str:
@@ -90,5 +104,11 @@ def _reserve(nbytes: int) -> str:
 
 
 def _map(path: str, nbytes: int) -> mmap.mmap:
-    with Path(path).open("r+b") as file:
-        return mmap.mmap(file.fileno(), max(nbytes, 1))
+    try:
+        with Path(path).open("r+b") as file:
+            return mmap.mmap(file.fileno(), max(nbytes, 1))
+    except OSError as error:
+        raise UserError(
+            f"the dataset's {nbytes / 1e6:.1f} MB in {path} cannot be mapped into memory: {error.strerror or error}; "
+            "expected every rank of this machine to be allowed to: raise its limits (ulimit -v), or start fewer ranks"
+        ) from None

@@ -16,15 +16,19 @@ import struct
 import sys
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from distdl.config import TrainConfig
 from distdl.data import sources
-from distdl.data.sources import SOURCES, load
+from distdl.data.sources import SOURCES, Dataset, load
+from distdl.engine import train
 from distdl.errors import DamagedFileError, UserError
+from distdl.parallel import OneProcess
 
 
 def one_line(error):
@@ -347,3 +351,54 @@ def test_the_true_mnist_has_the_known_number_of_each_digit(true_mnist):
     assert np.bincount(test).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert training[:5].tolist() == [5, 0, 4, 1, 9]
     assert test[:5].tolist() == [7, 2, 1, 0, 4]
+
+
+# ------------------------------------------------------------------------------------------------ given by a script
+
+IMAGES = np.zeros((6, 4, 3, 1), np.float32)
+LABELS = np.array([0, 1, 2, 0, 1, 2], np.uint8)
+GIVEN = Dataset("mine", IMAGES, LABELS, classes=3, test_start=4)
+NAN = IMAGES.copy()
+NAN[2, 1, 1] = np.nan
+
+
+def test_a_right_data_set_is_taken_with_labels_of_int64():
+    for given in (GIVEN, replace(GIVEN, images=IMAGES.astype(np.uint8), classes=LABELS.max() + 1, test_start=None)):
+        checked = given.checked()
+        assert checked.images is given.images
+        assert checked.labels.dtype == np.int64
+        assert checked.labels.tolist() == LABELS.tolist()
+        assert (checked.classes, type(checked.classes)) == (3, int)
+        assert checked.test_start == given.test_start
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"images": IMAGES.tolist()}, "images of type list; expected a NumPy array"),
+        ({"labels": [0, 1]}, "labels of type list; expected a NumPy array"),
+        ({"images": IMAGES[..., 0]}, "images float32 (6, 4, 3); expected uint8 or float32 (N, H, W, C)"),
+        ({"images": IMAGES.astype(np.float64)}, "images float64 (6, 4, 3, 1); expected uint8 or float32"),
+        ({"images": IMAGES[:0], "labels": LABELS[:0]}, "images float32 (0, 4, 3, 1); expected"),
+        ({"images": NAN}, "NaN or infinity in images, first in sample 2; expected finite"),
+        ({"labels": LABELS[:5]}, "labels uint8 (5,); expected 6 integers"),
+        ({"labels": LABELS[:, None]}, "labels uint8 (6, 1); expected 6 integers"),
+        ({"labels": LABELS.astype(np.float32)}, "labels float32 (6,); expected 6 integers"),
+        ({"labels": LABELS + 1}, "labels 1 to 3; expected 0 to 2 for 3 classes"),
+        ({"labels": LABELS.astype(np.int64) - 1}, "labels -1 to 1; expected 0 to 2"),
+        ({"classes": 2}, "labels 0 to 2; expected 0 to 1"),
+        ({"classes": 3.0}, "classes 3.0; expected an int"),
+        ({"classes": 0}, "classes 0; expected an int"),
+        ({"test_start": 6}, "test_start 6; expected None, or the first row of the test part, 1 to 5"),
+        ({"test_start": 0}, "test_start 0; expected None"),
+        ({"test_start": -1}, "test_start -1; expected None"),
+        ({"test_start": 4.0}, "test_start 4.0; expected None"),
+    ],
+    ids=str,
+)
+def test_a_wrong_data_set_is_one_line_before_anything_is_written(wrong, said, tmp_path):
+    config = TrainConfig(run_dir=tmp_path / "run")
+    with pytest.raises(UserError) as error:
+        train(config, OneProcess(), dataset=replace(GIVEN, **wrong))
+    assert one_line(error).startswith(f"the data set 'mine' has {said}")
+    assert list(tmp_path.iterdir()) == []

@@ -218,6 +218,12 @@ CHOICES = {
 }
 
 
+def endless_schedules(_workshop) -> Iterator[Case]:
+    for factor, epochs, length in (("1e200", 3, 1), ("10", 400, 1), ("1.5", 10**30, 1), ("1e308", 21, 10)):
+        flags = [f"--lr-step-factor={factor}", f"--epochs={epochs}", f"--lr-step-epochs={length}", "--lr=10"]
+        yield Case(f"factor {factor}", ["--schedule=step", *flags], USER, ["--lr-step-factor", "infinite"])
+
+
 def unknown_choices(_workshop) -> Iterator[Case]:
     for name, known in CHOICES.items():
         for choice in known:
@@ -614,7 +620,7 @@ def foreign_checkpoints(workshop) -> Iterator[Case]:
     yield shop.case("a later format", sealed({"format": "distdl checkpoint 2", "header": header}), USER, "format")
     for broken in (None, [], {}, "x", 1):
         yield shop.case(f"sealed header {broken}", sealed({"header": broken}), DAMAGED, "damaged")
-    for name in ("step", "config", "progress", "log_bytes", "kernel_family"):
+    for name in ("step", "config", "progress", "log_bytes", "data_sha256", "versions", "kernel_family"):
         for value in (None, []):
             content = sealed({"header": {**header, name: value}}, tensors)
             yield shop.case(f"sealed header with {name} {value}", content, DAMAGED, name)
@@ -649,6 +655,11 @@ def other_runs(workshop) -> Iterator[Case]:
     shop = RunShop(workshop)
     for flag, value in OTHER_SETTINGS.items():
         yield shop.resume(f"{flag} {value}", USER, [f"{flag} is", value, "in the checkpoint"], flag, value)
+    yield shop.resume("fewer epochs", USER, ["--epochs 1 ", "--epochs 2 or more"], "--epochs=1")
+    changed = mnist_files()
+    changed[TRAIN_IMAGES] = changed[TRAIN_IMAGES][:-1] + bytes([changed[TRAIN_IMAGES][-1] ^ 1])
+    write_files("other", changed)
+    yield shop.resume("another pixel", USER, ["trained on other images"], "--data-dir=other")
     yield shop.resume("two differ", USER, ["--seed is 1", "--lr is 0.5"], "--seed=1", "--lr=0.5")
     for height, width in ((4, 5), (28, 28), (1, 1)):
         write_files("other", mnist_files(height=height, width=width))
@@ -727,6 +738,16 @@ def unusable_run_folders(workshop) -> Iterator[Case]:
     ):
         yield Case(f"--resume {path}", [*shop.settings, "--resume", path], USER, [f"--resume {path}"])
     yield Case("--resume of no run", [*shop.settings, "--resume=full"], USER, ["full/config.toml", "title"])
+    strays = [shutil.copy(shop.newest, workshop / "stray.safetensors")]
+    (workshop / "thesis" / "checkpoints").mkdir(parents=True)
+    strays.append(shutil.copy(shop.newest, workshop / "thesis" / "checkpoints" / shop.newest.name))
+    for name, content in (("notes.partial", "unsaved"), ("checkpoints/notes.partial", "unsaved")):
+        (workshop / "thesis" / name).write_text(content)
+    for stray in strays:
+        path = str(stray.relative_to(workshop))
+        yield Case(f"a checkpoint in no run, {path}", [*shop.settings, "--resume", path], USER, [path, "--run-dir"])
+        arguments = [*shop.settings, "--resume", path, "--run-dir=thesis"]
+        yield Case(f"into an unrelated folder, {path}", arguments, USER, ["thesis", "not empty"])
     yield Case("--resume of a text", [*shop.settings, "--resume=full/thesis.txt"], DAMAGED, ["thesis.txt"])
     yield Case("resume into a used folder", ["--resume=run", "--run-dir=full"], USER, ["full", "not empty"])
     (workshop / "odd" / "checkpoints" / "step-000000004.safetensors").mkdir(parents=True)
@@ -779,6 +800,7 @@ def refusing_disks(workshop) -> Iterator[Case]:
 FAMILIES = [
     misspelt_flags,
     wrong_values,
+    endless_schedules,
     unknown_choices,
     impossible_paths,
     config_files,

@@ -198,6 +198,33 @@ def test_a_terminal_without_our_characters_ends_no_training(used_folder, tmp_pat
     assert "weights sha256: " in done.stdout
 
 
+PRINTS_MORE = (
+    "import sys; from distdl import startup, train; code = startup.run(train.main); print(code); sys.exit(code)"
+)
+
+
+@pytest.mark.parametrize("output", ["a closed pipe", "a lost terminal", "closed from the start"])
+def test_when_nobody_reads_any_more_the_training_goes_on(output, tmp_path):
+    ours, theirs = os.openpty() if output == "a lost terminal" else os.pipe()
+    without_output = ["sh", "-c", 'exec "$@" >&-', "sh"] if output == "closed from the start" else []
+    with subprocess.Popen(
+        [*without_output, sys.executable, "-c", PRINTS_MORE, *TINY, "--epochs=2", "--run-dir=new"],
+        cwd=tmp_path,
+        env=environment_with(),
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        os.close(theirs)
+        if not without_output:
+            assert os.read(ours, 7) == b"distdl "
+        os.close(ours)
+        said = process.communicate(timeout=TIMEOUT_SECONDS)[1]
+    assert (process.returncode, said) == (0, "")
+    assert (tmp_path / "new" / "summary.json").is_file()
+
+
 # ----------------------------------------------------------------------------------------------------- under mpirun
 
 UNDER_MPIRUN = {
@@ -239,6 +266,22 @@ def test_the_mpirun_of_another_mpi_is_named_with_what_to_do(used_folder, library
     assert_refused_once([*TRAIN, *TINY], used_folder, USER, words, environment)
 
 
+def test_the_real_mpirun_of_another_mpi_is_named_too(used_folder, library, monkeypatch):
+    other = os.environ.get("DISTDL_OTHER_MPIRUN")
+    if not other:
+        pytest.skip("one MPI is here: set DISTDL_OTHER_MPIRUN to the mpirun of another MPI")
+    monkeypatch.setattr("distdl.mpirun.find_mpirun", lambda: Path(other))
+    argv, variables = launched(2, TINY)
+    words = ["2 separate processes", library, "use the mpirun of that library"]
+    assert_refused_once(argv, used_folder, USER, words, environment_with(**variables))
+
+
+def test_one_process_in_a_batch_script_of_slurm_trains(tmp_path):
+    variables = environment_with(SLURM_JOB_ID="17", SLURM_NTASKS="4", SLURM_PROCID="0")
+    done = run([*TRAIN, *TINY, "--max-steps=1", "--run-dir=new"], tmp_path, variables)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_srun_without_the_right_mpi_is_named_with_what_to_do(used_folder, library):
     words = ["srun", "4 separate processes", "--mpi=pmi2", "--mpi=pmix"]
     environment = environment_with(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="4")
@@ -270,7 +313,8 @@ def without_mpi4py(tmp_path):
 def without_library(tmp_path):
     """A folder that, first on the path, holds an mpi4py which finds no MPI library."""
     error = 'raise RuntimeError("cannot load MPI library\\nlibmpi.so.12: cannot open shared object file")\n'
-    return write_files(tmp_path / "first" / "mpi4py", {"__init__.py": b"", "MPI.py": error.encode()}).parent
+    files = {"__init__.py": b"class rc: ...\n", "MPI.py": error.encode()}
+    return write_files(tmp_path / "first" / "mpi4py", files).parent
 
 
 def test_without_mpi4py_one_process_trains_and_says_so_once(tmp_path, without_mpi4py):

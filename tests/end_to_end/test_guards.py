@@ -47,12 +47,17 @@ def _needs_mpirun():
         pytest.skip(str(error))
 
 
-def run_with_trap(tmp_path, trap, *, ranks=2):
+def run_with_trap(tmp_path, trap, *, ranks=2, fault_tolerance=True):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(trap=trap))
     launch = mpirun_command(ranks, [sys.executable, str(program), str(tmp_path / "run")])
+    argv = launch.argv
+    if not fault_tolerance:
+        if "--with-ft" not in argv:
+            pytest.skip("this mpirun knows no fault tolerance")
+        argv = [word for word in argv if word not in {"--with-ft", "ulfm"}]
     done = subprocess.run(
-        launch.argv,
+        argv,
         env=environment_for(launch),
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -65,9 +70,10 @@ def run_with_trap(tmp_path, trap, *, ranks=2):
     return done
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_a_rank_that_raises_in_an_epoch_ends_the_job_with_its_traceback(tmp_path, ranks):
-    done = run_with_trap(tmp_path, "raise RuntimeError('a defect in rank 1')", ranks=ranks)
+@pytest.mark.parametrize(("ranks", "fault_tolerance"), [(2, True), (4, True), (2, False)])
+def test_a_rank_that_raises_in_an_epoch_ends_the_job_with_its_traceback(tmp_path, ranks, fault_tolerance):
+    trap = "raise RuntimeError('a defect in rank 1')"
+    done = run_with_trap(tmp_path, trap, ranks=ranks, fault_tolerance=fault_tolerance)
     lines = done.stderr.splitlines()
     assert any(line.startswith("[rank 1] Traceback") for line in lines), done.stderr
     assert "[rank 1] RuntimeError: a defect in rank 1" in lines
@@ -90,20 +96,48 @@ def test_a_rank_that_dies_in_an_epoch_ends_the_job(tmp_path, trap):
     run_with_trap(tmp_path, trap)
 
 
-def test_an_exception_outside_the_training_ends_the_job_too(tmp_path):
+def run_script(tmp_path, text):
     program = tmp_path / "program.py"
-    program.write_text(
+    program.write_text(text)
+    launch = mpirun_command(2, [sys.executable, str(program)])
+    return subprocess.run(
+        launch.argv,
+        cwd=tmp_path,
+        env=environment_for(launch),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_an_exception_outside_the_training_ends_the_job_too(tmp_path):
+    done = run_script(
+        tmp_path,
         "from distdl.parallel import world\n"
         "everyone = world()\n"
         "if everyone.rank == 1:\n"
         "    raise RuntimeError('outside')\n"
         "everyone.barrier()\n"
-        "print('the end was reached')\n"
-    )
-    launch = mpirun_command(2, [sys.executable, str(program)])
-    done = subprocess.run(
-        launch.argv, env=environment_for(launch), capture_output=True, text=True, timeout=60, check=False
+        "print('the end was reached')\n",
     )
     assert done.returncode != 0
     assert "the end was reached" not in done.stdout
     assert "[rank 1] RuntimeError: outside" in done.stderr.splitlines()
+
+
+def test_a_plain_script_says_once_what_every_rank_raises_and_ends_with_its_code(tmp_path):
+    done = run_script(
+        tmp_path,
+        "from distdl.config import TrainConfig\n"
+        "from distdl.engine import train\n"
+        "train(TrainConfig(batch_size=16, micro_batch_size=16))\n"
+        "print('the end was reached')\n",
+    )
+    assert done.returncode == 2, done.stderr
+    assert "the end was reached" not in done.stdout
+    (line,) = [line for line in done.stderr.splitlines() if "micro-batches" in line]
+    assert line.startswith("distdl: error: 2 ranks cannot share a batch of 1 micro-batches")
+    assert "Traceback" not in done.stderr
+    assert "[rank" not in done.stderr

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bad_inputs import TRAIN_IMAGES, mnist_files, write_files
 
 from distdl import verify
 from distdl.errors import UserError
@@ -61,6 +62,18 @@ def test_a_training_that_fails_is_reported_in_one_line(tmp_path):
         "distdl: error: with 1 ranks: unknown model 'simple_convet': expected one of deep_convnet, mlp, "
         "simple_convnet; did you mean 'simple_convnet'?"
     ]
+
+    assert not list(tmp_path.glob("distdl-verify-*"))
+
+
+@pytest.mark.usefixtures("_needs_mpirun")
+def test_a_damaged_file_keeps_its_exit_code_and_nothing_is_left(tmp_path):
+    files = mnist_files()
+    write_files(tmp_path / "data", {**files, TRAIN_IMAGES: files[TRAIN_IMAGES][:-1]})
+    done = verified(tmp_path, "--ranks", "1,2", "--", "--dataset", "mnist", "--data-dir", "data")
+    assert done.returncode == 3
+    assert TRAIN_IMAGES in done.stderr
+    assert not list(tmp_path.glob("distdl-verify-*"))
 
 
 @pytest.mark.parametrize(

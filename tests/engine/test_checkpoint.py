@@ -202,8 +202,22 @@ def test_where_none_is_intact_the_error_says_so(folder):
 def test_the_last_and_the_best_are_kept(tmp_path):
     for step in range(1, 8):
         checkpoints.write(checkpoints.path_of_step(tmp_path, step), small(step))
-        checkpoints.remove_old(tmp_path, keep=3, best_step=2)
+        checkpoints.remove_old(tmp_path, step, keep=3, best_step=2)
     assert checkpoints.steps_in(tmp_path) == [2, 5, 6, 7]
+
+
+def test_checkpoints_later_than_the_run_do_not_displace_its_own(tmp_path):
+    for step in (1, 2, 3, 8, 9):
+        checkpoints.write(checkpoints.path_of_step(tmp_path, step), small(step))
+    checkpoints.remove_old(tmp_path, 3, keep=2, best_step=None)
+    assert checkpoints.steps_in(tmp_path) == [2, 3, 8, 9]
+    checkpoints.remove_later(tmp_path, 3)
+    assert checkpoints.steps_in(tmp_path) == [2, 3]
+
+
+def test_a_header_that_is_no_json_is_never_written(tmp_path):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        checkpoints.write(tmp_path / "x", Checkpoint({"w": np.zeros(1)}, {"loss": float("nan")}))
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,29 @@
 """The coordinator keeps the run folder whole: full disks, used folders, what is kept and what is resumed."""
 
+import dataclasses
 import fcntl
 import json
+import shutil
 import sys
 import tomllib
+from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "end_to_end"))
 from small_runs import piece_of_digits, small_config, small_run
 
 from distdl.engine import checkpoint as checkpoints
-from distdl.engine import train
+from distdl.engine import run as engine_run
+from distdl.engine import run_folder, train
+from distdl.engine.coordinator import Coordinator
+from distdl.engine.environment import describe
+from distdl.engine.metrics import JsonLines
+from distdl.engine.trainer import Trainer, _is_finite
 from distdl.errors import UserError
+from distdl.nn import Sequential
 from distdl.parallel import OneProcess
 
 
@@ -125,9 +135,264 @@ def test_a_run_killed_before_its_first_checkpoint_starts_afresh(tmp_path):
     assert small_run(OneProcess(), tmp_path / "run", resume="auto") == expected
 
 
-def test_a_training_that_diverges_stops_with_one_line(tmp_path):
-    with pytest.raises(UserError, match="training has diverged; give a smaller --lr"):
-        small_run(OneProcess(), tmp_path / "run", optimizer="sgd", lr=1e30)
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({}, "the loss is nan at step 2"),
+        ({"max_steps": 1}, "the weights are not finite after step 1"),
+        ({"checkpoint_every": 1}, "the weights are not finite after step 1"),
+    ],
+)
+def test_a_training_that_diverges_stops_with_one_line_and_saves_nothing(tmp_path, settings, what):
+    with pytest.raises(UserError) as caught:
+        small_run(OneProcess(), tmp_path / "run", optimizer="sgd", lr=1e39, **settings)
+    assert str(caught.value) == f"{what}: training has diverged; start a new run with a smaller --lr than 1e+39"
+    assert not checkpoints.steps_in(tmp_path / "run" / "checkpoints")
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch):
+    """The loss of the step is a number; the gradient's last element is none."""
+    backward = Sequential.backward
+
+    def overflowing(self, gradient):
+        backward(self, gradient)
+        self.gradients[-1] = np.inf
+
+    monkeypatch.setattr(Sequential, "backward", overflowing)
+    with pytest.raises(UserError, match="the gradient is not finite at step 1: training has diverged"):
+        small_run(OneProcess(), tmp_path / "run", optimizer="momentum")
+
+
+def test_a_large_gradient_whose_squares_overflow_is_finite():
+    assert _is_finite(np.full(1000, 1e38, np.float32))
+    for bad in (np.nan, np.inf, -np.inf):
+        array = np.full(1000, 1e38, np.float32)
+        array[-1] = bad
+        with np.errstate(over="ignore", invalid="ignore"):
+            assert not _is_finite(array)
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run_before_the_checkpoint(tmp_path, monkeypatch):
+    evaluate = Trainer.evaluate
+
+    def overflowing(self, rows):
+        sums = evaluate(self, rows)
+        sums.loss_sum[0] = np.inf
+        return sums
+
+    monkeypatch.setattr(Trainer, "evaluate", overflowing)
+    with pytest.raises(UserError, match="the validation loss is inf after step 3: training has diverged"):
+        small_run(OneProcess(), tmp_path / "run")
+    assert not checkpoints.steps_in(tmp_path / "run" / "checkpoints")
+    assert "Infinity" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+class FullDisk:
+    """A log file on a disk with room for so many bytes more, all told."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        if not self.room["bytes"]:
+            raise OSError(28, "No space left on device")
+        written = self.file.write(data[: self.room["bytes"]])
+        self.room["bytes"] -= written
+        return written
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """The bytes that all logs together may still write."""
+    room = {"bytes": 10**9}
+    make = JsonLines.__init__
+
+    def on_a_small_disk(self, *arguments):
+        make(self, *arguments)
+        self._file = FullDisk(self._file, room)
+
+    monkeypatch.setattr(JsonLines, "__init__", on_a_small_disk)
+    return room
+
+
+def test_a_log_record_that_a_full_disk_tore_is_completed_when_there_is_room(tmp_path, room):
+    log = JsonLines(tmp_path / "log")
+    room["bytes"] = 5
+    for number in range(3):
+        with pytest.raises(OSError, match="No space left"):
+            log.write({"number": number})
+    assert (tmp_path / "log").read_bytes() == b'{"num'
+    with pytest.raises(OSError, match="No space left"):
+        log.flush_to_disk()
+    room["bytes"] = 1000
+    log.flush_to_disk()
+    log.close()
+    assert (tmp_path / "log").read_text() == "".join(f'{{"number": {number}}}\n' for number in range(3))
+
+
+@pytest.mark.parametrize("at", [0, 1, 50, 200])
+def test_a_disk_that_is_full_for_a_while_costs_no_record_and_no_run(tmp_path, room, monkeypatch, capsys, at):
+    expected = small_run(OneProcess(), tmp_path / "plain")
+    capsys.readouterr()
+    room["bytes"] = at
+    stepped = Coordinator.stepped
+
+    def freed_at_step_five(self, state, *others):
+        if state.step == 5:
+            room["bytes"] = 10**9
+        stepped(self, state, *others)
+
+    monkeypatch.setattr(Coordinator, "stepped", freed_at_step_five)
+    assert small_run(OneProcess(), tmp_path / "run") == expected
+    warnings = capsys.readouterr().err.splitlines()
+    assert [("metrics.jsonl" in line, "checkpoint after step 3" in line) for line in warnings] == [
+        (True, False),
+        (False, True),
+    ]
+    assert checkpoints.steps_in(tmp_path / "run" / "checkpoints") == [6]
+
+
+def test_a_run_whose_logs_stay_refused_ends_in_one_line_and_lets_go_of_the_folder(tmp_path, room):
+    room["bytes"] = 0
+    with pytest.raises(UserError, match=r"cannot write the checkpoint after step 3 .* No space left"):
+        small_run(OneProcess(), tmp_path / "run", checkpoint_every=1)
+    room["bytes"] = 10**9
+    small_run(OneProcess(), tmp_path / "run", resume="auto")
+
+
+def test_two_default_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_folder, "datetime", type("Noon", (), {"now": lambda: datetime(2026, 1, 1, 12)}))
+    one, two = (run_folder.find_start(small_config(None).checked()) for _ in range(2))
+    with run_folder.claim(one) as (first, lock), run_folder.claim(two) as (second, other_lock), lock, other_lock:
+        assert first != second
+        assert (first / "checkpoints").is_dir()
+        assert (second / "checkpoints").is_dir()
+
+
+def test_a_run_that_loses_a_folder_to_another_takes_nothing_from_it(tmp_path, monkeypatch):
+    """The other run locks the folder just before us, when its checkpoints/ is still empty."""
+    folder = tmp_path / "run"
+
+    def lost(*_):
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        raise BlockingIOError
+
+    monkeypatch.setattr(fcntl, "flock", lost)
+    with pytest.raises(UserError, match="in use by another run"):
+        small_run(OneProcess(), folder)
+    assert (folder / "checkpoints").is_dir()
+
+
+def test_a_lock_that_its_owner_takes_away_is_not_ours(tmp_path, monkeypatch):
+    flock, taken = fcntl.flock, []
+
+    def after_its_removal(lock, how):
+        if not taken:
+            (tmp_path / "lock").unlink()
+            taken.append(lock)
+        flock(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", after_its_removal)
+    with run_folder.claim(run_folder.Start(tmp_path)) as (_, lock), lock, (tmp_path / "lock").open("rb") as other:
+        assert len(taken) == 1
+        with pytest.raises(BlockingIOError):
+            flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_checkpoint_is_resumed_from_inside_its_folder(tmp_path, monkeypatch):
+    expected = small_run(OneProcess(), tmp_path / "straight")
+    small_run(OneProcess(), tmp_path / "run", max_steps=2)
+    monkeypatch.chdir(tmp_path / "run" / "checkpoints")
+    train(small_config(None, resume="step-000000002.safetensors"), OneProcess(), dataset=piece_of_digits(94))
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == expected[2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "straight"]
+
+
+def test_checkpoints_later_than_the_one_resumed_from_go(tmp_path):
+    expected = small_run(OneProcess(), tmp_path / "straight")
+    folder = tmp_path / "run"
+    small_run(OneProcess(), folder, checkpoint_every=1, keep_checkpoints=9)
+    start = str(checkpoints.path_of_step(folder / "checkpoints", 2))
+    small_run(OneProcess(), folder, resume=start, max_steps=3)
+    assert checkpoints.steps_in(folder / "checkpoints") == [1, 2, 3]
+    assert small_run(OneProcess(), folder, resume="auto") == expected
+
+
+def test_a_run_resumed_into_another_folder_and_killed_at_once_can_be_resumed_there(tmp_path, monkeypatch):
+    expected = small_run(OneProcess(), tmp_path / "straight")
+    first, second = tmp_path / "first", tmp_path / "second"
+    small_run(OneProcess(), first, max_steps=4, checkpoint_every=1, keep_checkpoints=9)
+    best = checkpoints.newest_intact(first / "checkpoints")[1].header["progress"]["best_step"]
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            small_run(OneProcess(), second, resume=str(first))
+    assert checkpoints.steps_in(second / "checkpoints") == [best, 4] == [3, 4]
+    shutil.rmtree(first)
+    assert small_run(OneProcess(), second, resume="auto") == expected
+
+
+def test_other_data_of_the_same_shape_is_refused_on_resume(tmp_path):
+    small_run(OneProcess(), tmp_path / "run", max_steps=2)
+    other = piece_of_digits(94)
+    labels = other.labels.copy()
+    labels[0] = (labels[0] + 1) % 10
+    with pytest.raises(UserError, match="trained on other images, labels or split"):
+        train(
+            small_config(tmp_path / "run", resume="auto"),
+            OneProcess(),
+            dataset=dataclasses.replace(other, labels=labels),
+        )
+
+
+def test_fewer_epochs_than_already_trained_are_refused(tmp_path):
+    small_run(OneProcess(), tmp_path / "run", max_steps=4)
+    with pytest.raises(UserError, match=r"taken 4 steps, and --epochs 1 are 3; give --epochs 2 or more"):
+        small_run(OneProcess(), tmp_path / "run", resume="auto", epochs=1)
+
+
+def test_another_numpy_and_other_kernels_are_warned_about(tmp_path, monkeypatch, capsys):
+    described = describe(OneProcess())
+    small_run(OneProcess(), tmp_path / "run", max_steps=2)
+    assert capsys.readouterr().err == ""
+    described["versions"]["numpy"] = "9.9"
+    described["kernel_families"] = ["Haswell", "Zen"]
+    monkeypatch.setattr(engine_run, "describe", lambda _: described)
+    small_run(OneProcess(), tmp_path / "run", resume="auto", max_steps=3)
+    warnings = capsys.readouterr().err
+    assert "the ranks run different kernels (Haswell and Zen)" in warnings
+    assert "this run has Haswell and Zen: bits may differ" in warnings
+    assert f"made with NumPy {np.__version__}, this run has 9.9: bits may differ" in warnings
+    assert len(warnings.splitlines()) == 3
+    found = checkpoints.newest_intact(tmp_path / "run" / "checkpoints")[1].header
+    assert found["kernel_family"] == "Haswell and Zen"
+
+
+def test_the_speed_after_a_resume_counts_the_samples_since(tmp_path):
+    """Two batches of 32 before the stop; 21 samples of the first epoch after it."""
+    small_run(OneProcess(), tmp_path / "run", max_steps=2)
+    small_run(OneProcess(), tmp_path / "run", resume="auto")
+    timing = [json.loads(line) for line in (tmp_path / "run" / "timing.jsonl").read_text().splitlines()]
+    assert [record["samples"] for record in timing] == [21, 85]
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_checkpoint_that_only_the_coordinator_misses_ends_every_rank_alike(
+    communicator, shared_tmp_path, monkeypatch
+):
+    failing_writes(monkeypatch, lambda count: True)
+    with pytest.raises(UserError, match="cannot write the checkpoint after step 3") as caught:
+        small_run(communicator, shared_tmp_path / "run", checkpoint_every=1)
+    assert caught.value.agreed
+    communicator.barrier()
 
 
 def test_auto_refuses_a_folder_that_is_no_run_folder(tmp_path):

@@ -1,6 +1,7 @@
 """One process and MPI keep the same contract; errors are shared by all ranks; waiting ranks leave the core."""
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from distdl.errors import DamagedFileError, UserError
-from distdl.parallel import OneProcess, guard, hosts, share_arrays, together
+from distdl.parallel import OneProcess, guard, hosts, share_arrays, together, world
 from distdl.parallel import shared as shared_module
 
 
@@ -92,11 +93,20 @@ ARRAYS = {
 
 
 def leftovers():
-    return sorted(path.name for path in Path("/dev/shm").glob("distdl-*"))
+    return {path.name for path in Path("/dev/shm").glob("distdl-*")}
+
+
+def nothing_new_but(before):
+    """Return whether what has come since is gone again; another job's file lives for some milliseconds."""
+    deadline = time.monotonic() + 5
+    while (new := leftovers() - before) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not new
 
 
 def assert_shared(communicator, **keywords):
     before = leftovers()
+    communicator.barrier()
     shared = share_arrays(communicator, ARRAYS if communicator.rank == 0 else {}, **keywords)
     assert list(shared) == list(ARRAYS)
     for name, array in ARRAYS.items():
@@ -106,7 +116,7 @@ def assert_shared(communicator, **keywords):
         with pytest.raises(ValueError, match="read-only"):
             shared[name][...] = 0
     communicator.barrier()
-    assert leftovers() == before
+    assert nothing_new_but(before)
 
 
 def test_one_process_shares_arrays_with_itself():
@@ -154,7 +164,57 @@ def test_no_room_anywhere_is_an_error_on_every_rank(communicator, monkeypatch):
         raise OSError(28, "No space left on device")
 
     before = leftovers()
+    communicator.barrier()
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UserError, match=r"no room for the dataset.*No space left on device"):
         share_arrays(communicator, ARRAYS if communicator.rank == 0 else {})
-    assert leftovers() == before
+    assert nothing_new_but(before)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("what", ["reserve", "map"])
+def test_a_node_that_fails_leaves_no_file_on_any_node(what, communicator, monkeypatch):
+    """As many nodes as ranks, pretended; the last one has no room, or may not map its file."""
+
+    def refused(*_arguments):
+        raise OSError(12, "Cannot allocate memory")
+
+    before = leftovers()
+    with communicator.split(communicator.rank) as node:
+        communicator.barrier()
+        if communicator.rank == communicator.size - 1:
+            owner, name = {"reserve": (os, "posix_fallocate"), "map": (shared_module.mmap, "mmap")}[what]
+            monkeypatch.setattr(owner, name, refused)
+        with pytest.raises(UserError, match=r"dataset's .* MB.*Cannot allocate memory"):
+            share_arrays(communicator, ARRAYS if communicator.rank == 0 else {}, node=node)
+    communicator.barrier()
+    assert nothing_new_but(before)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_no_number_of_trainings_uses_up_the_communicators_of_mpi(communicator, monkeypatch):
+    from distdl.parallel.mpi import MpiCommunicator
+
+    made, freed = [], []
+    make, free = MpiCommunicator.__init__, MpiCommunicator.free
+    monkeypatch.setattr(MpiCommunicator, "__init__", lambda self, *a, **k: (made.append(self), make(self, *a, **k))[1])
+    monkeypatch.setattr(MpiCommunicator, "free", lambda self: (freed.append(self), free(self))[1])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which world() replaces
+    for _ in range(3):
+        share_arrays(world(), ARRAYS if communicator.rank == 0 else {})
+    leaders = communicator.rank == 0
+    assert len(made) == 3 * (1 + 1 + 1 + leaders)  # the world, the node of its probe, that of the arrays, the leaders
+    assert len(made) - len(freed) == 3  # the world itself, which MPI has once
+    world().barrier()
+
+
+def test_an_error_that_each_rank_finds_alone_is_not_taken_for_agreed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distdl.parallel.mpi", None)
+    monkeypatch.delattr("distdl.parallel.mpi", raising=False)
+    for name in ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PMI_RANK", "1")
+    monkeypatch.setenv("PMI_SIZE", "4")
+    with pytest.raises(UserError, match="4 separate processes") as caught:
+        world()
+    assert not caught.value.agreed  # so a silent rank waits for rank 0 to speak

@@ -1,0 +1,103 @@
+"""What README shows is what a person gets: the main job as it is advertised, and the commands for training."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distdl.engine.environment import kernel_family
+from distdl.errors import UserError
+from distdl.launcher import read_launch
+from distdl.mpirun import find_mpirun
+
+pytestmark = pytest.mark.skipif(read_launch().by is not None, reason="starts its own mpirun")
+
+REPOSITORY = Path(__file__).parents[2]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+TIMEOUT_SECONDS = 120
+
+
+def section(title):
+    """The commands of a section of README, without their comments."""
+    text = re.search(rf"^## {title}$(.*?)^## ", README, re.MULTILINE | re.DOTALL)[1]
+    return [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("    ")]
+
+
+def run(words, folder):
+    here = {".venv/bin/python": [sys.executable], "launch/local.sh": ["env", f"PYTHON={sys.executable}"]}
+    if words[0] == "launch/local.sh":
+        here["launch/local.sh"].append(str(REPOSITORY / "launch" / "local.sh"))
+    if "-n" in words or "--ranks" in words:
+        try:
+            find_mpirun()
+        except UserError as error:
+            pytest.skip(str(error))
+    return subprocess.run(
+        [*here[words[0]], *words[1:]],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def last_lines(tmp_path_factory):
+    """How the main job ends in one process, and on four ranks."""
+    commands = {1: ["-m", "distdl.train"], 4: ["-m", "distdl.mpirun", "-n", "4"]}
+    ends = {}
+    for ranks, words in commands.items():
+        done = run([".venv/bin/python", *words], tmp_path_factory.mktemp(f"{ranks}-ranks"))
+        assert done.returncode == 0, done.stderr
+        ends[ranks] = done.stdout.splitlines()[-4:]
+    return ends
+
+
+@pytest.fixture(scope="module")
+def promised():
+    """The lines that README says a first run ends with."""
+    return [line.strip() for line in re.search(r"ends like this:\n\n((?: {4}.*\n)+)", README)[1].splitlines()]
+
+
+def form(lines):
+    """Lines without their figures."""
+    return [re.sub(r"\d[\d.,]*", "#", re.sub(r"[0-9a-f]{64}", "#", re.sub(r"\s+", " ", line))) for line in lines]
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_the_main_job_names_nearly_all_test_images_right(ranks, last_lines):
+    found = re.fullmatch(r"test accuracy: (\d+\.\d\d)%", last_lines[ranks][1])
+    assert float(found[1]) >= 96
+
+
+def test_the_main_job_has_the_same_receipt_in_one_process_and_on_four_ranks(last_lines):
+    assert re.fullmatch("weights sha256: [0-9a-f]{64}", last_lines[1][-1])
+    assert last_lines[4][-1] == last_lines[1][-1]
+
+
+def test_a_first_run_ends_as_readme_shows_it(last_lines, promised):
+    assert form(last_lines[4]) == form(promised)
+
+
+def test_the_receipt_in_readme_is_that_of_the_kernels_it_names(last_lines, promised):
+    numpy, kernels = re.search(r"NumPy ([0-9.]+) with\s+the kernels `([^`]*)`", README).groups()
+    if (numpy, kernels) != (np.__version__, kernel_family()):
+        pytest.skip(f"README's receipt is that of NumPy {numpy} with the kernels {kernels}")
+    assert (last_lines[1][1], last_lines[1][-1]) == (promised[1], promised[-1])
+
+
+@pytest.mark.parametrize("words", section("Training"), ids=" ".join)
+def test_the_commands_for_training_work(words, tmp_path):
+    if "--epochs" in words:
+        words[words.index("--epochs") + 1] = "1"
+    elif "--" in words:
+        words = [*words, "--epochs", "1"]
+    done = run(words, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert ("weights sha256: " in done.stdout) != ("--help" in words)
