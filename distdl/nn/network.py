@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -37,6 +37,9 @@ class Sequential:
     `input_shape` and `output_shape` are those of one sample, without N. A layer is named after its class
     and its number among its kind: ``conv2d_1``, ``affine_2``; a parameter after its layer:
     ``conv2d_1.weight``.
+
+    In the fast form, which is the default, convolutions with the ReLU and 2x2 max-pooling behind them are run as chains
+    of fused blocks (see `distdl.nn.fused`); in the plain form every layer runs as it is written, which is the oracle.
 
     `parameters` and `gradients` are the flat vectors, `decay_slices` the parts of them where weight decay
     applies, `parameter_count` the number of parameters without padding.
