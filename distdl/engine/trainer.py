@@ -121,9 +121,11 @@ class Trainer:
 
         shards = self._shards(len(rows))
         self._gradients.begin(shards)
-        for index in shards[self.communicator.rank]:
+        own = shards[self.communicator.rank]
+        for index in own:
             images, labels = self._micro_batch(rows, index)
-            logits = network.forward(images, training=True, key=key.of(index))
+            changed = index == own[0]  # by the update at the end of the step before
+            logits = network.forward(images, training=True, key=key.of(index), parameters_changed=changed)
             self._leaf.set(self.objective.forward(logits, labels), count_correct(logits, labels), len(labels))
             network.backward(self.objective.backward())
             self._gradients.add(index, {"gradient": network.gradients, **vars(self._leaf)})
@@ -151,9 +153,10 @@ class Trainer:
         """Return the sums of loss and right answers over the given rows, each counted once. Collective."""
         shards = self._shards(len(rows))
         self._metrics.begin(shards)
-        for index in shards[self.communicator.rank]:
+        own = shards[self.communicator.rank]
+        for index in own:
             images, labels = self._micro_batch(rows, index)
-            logits = self.state.network.forward(images)
+            logits = self.state.network.forward(images, parameters_changed=index == own[0])
             self._leaf.set(self.objective.forward(logits, labels), count_correct(logits, labels), len(labels))
             self._metrics.add(index, vars(self._leaf))
         sums = Sums()

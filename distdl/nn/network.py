@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from distdl.arrays import ALIGNMENT_BYTES, aligned_zeros
 from distdl.errors import UserError
+from distdl.nn.fused import Chain, chain_at
 from distdl.nn.layers import Array, Layer, ParameterSpec, Shape
 from distdl.rng import Key
 
@@ -37,6 +38,9 @@ class Sequential:
     and its number among its kind: ``conv2d_1``, ``affine_2``; a parameter after its layer:
     ``conv2d_1.weight``.
 
+    In the fast form, which is the default, convolutions with the ReLU and 2x2 max-pooling behind them are run as chains
+    of fused blocks (see `distdl.nn.fused`); in the plain form every layer runs as it is written, which is the oracle.
+
     `parameters` and `gradients` are the flat vectors, `decay_slices` the parts of them where weight decay
     applies, `parameter_count` the number of parameters without padding.
 
@@ -50,7 +54,14 @@ class Sequential:
     (23, (2,))
     """
 
-    def __init__(self, layers: Sequence[Layer], input_shape: Shape, *, dtype: DTypeLike = np.float32) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        input_shape: Shape,
+        *,
+        dtype: DTypeLike = np.float32,
+        form: Literal["fast", "plain"] = "fast",
+    ) -> None:
         self.layers = list(layers)
         self.layer_names = _names(self.layers)
         self.input_shape = tuple(input_shape)
@@ -68,6 +79,7 @@ class Sequential:
         self.parameter_count = sum(place.where.stop - place.where.start for place in self._places)
         self.decay_slices = [place.where for place in self._places if place.spec.decay]
         self._hand_out()
+        self._stages = self._staged(form)
 
     def _build(self) -> list[Shape]:
         """Build each layer for the output of the one in front; return the shapes of all outputs."""
@@ -103,6 +115,16 @@ class Sequential:
             layer.needs_input_gradient = parameters_in_front
             parameters_in_front = parameters_in_front or bool(layer.parameters)
 
+    def _staged(self, form: str) -> list[_Stage]:
+        """Return what is run one after the other: in the fast form, chains of fused layers where there are some."""
+        stages = []
+        start = 0
+        while start < len(self.layers):
+            chain, taken = chain_at(self.layers[start:]) if form == "fast" else (None, 0)
+            stages.append(_Stage(slice(start, start + max(taken, 1)), chain))
+            start += max(taken, 1)
+        return stages
+
     def views(self, flat: Array) -> list[tuple[str, Array]]:
         """Return each parameter's name with its view of `flat`, any vector laid out as `parameters` is."""
         if flat.shape != self.parameters.shape:
@@ -122,7 +144,9 @@ class Sequential:
         for (name, view), place in zip(self.named_parameters(), self._places, strict=True):
             view[...] = place.spec.initializer(key.of(name), place.spec.shape, place.spec.fan_in)
 
-    def forward(self, x: Array, *, training: bool = False, key: Key | None = None) -> Array:
+    def forward(
+        self, x: Array, *, training: bool = False, key: Key | None = None, parameters_changed: bool = True
+    ) -> Array:
         """Return the logits (N, ...) for `x` (N, ...), which has the network's dtype.
 
         The layer called ``dropout_1`` draws from ``key.of("dropout_1")``. The result may be a buffer that
@@ -131,21 +155,37 @@ class Sequential:
         if x.shape[1:] != self.input_shape or x.dtype != self.dtype:
             expected = ", ".join(str(n) for n in ("N", *self.input_shape))
             raise UserError(f"input is {x.dtype} {x.shape}; expected {self.dtype} ({expected})")
-        for layer, name, shape in zip(self.layers, self.layer_names, self._shapes, strict=True):
+        for stage in self._stages:
             x = np.ascontiguousarray(x)
+            if stage.chain is not None:
+                x = stage.chain.forward(x, prepare=parameters_changed)
+                continue
+            place = stage.layers.start
+            layer, name = self.layers[place], self.layer_names[place]
             x = layer.forward(x, training=training, key=None if key is None else key.of(name))
-            if x.shape[1:] != shape:
-                raise UserError(f"{name} ({layer}): forward returned {x.shape}; build announced {shape} without N")
+            if x.shape[1:] != self._shapes[place]:
+                raise UserError(
+                    f"{name} ({layer}): forward returned {x.shape}; build announced {self._shapes[place]} without N"
+                )
         return x
 
     def backward(self, d_logits: Array) -> None:
         """Overwrite `gradients`, given the gradient of the loss by the logits of the latest `forward`."""
         d: Array | None = d_logits
-        for layer in reversed(self.layers):
+        for stage in reversed(self._stages):
             assert d is not None, "only a layer without need of an input gradient may return None"
-            d = layer.backward(np.ascontiguousarray(d))
-            if not layer.needs_input_gradient:
+            first = self.layers[stage.layers.start]
+            d = np.ascontiguousarray(d)
+            d = first.backward(d) if stage.chain is None else stage.chain.backward(d)
+            if not first.needs_input_gradient:
                 break  # nothing in front has parameters
+
+
+class _Stage(NamedTuple):
+    """Layers that are run as one: a chain of fused ones, or a single layer as it is."""
+
+    layers: slice
+    chain: Chain | None
 
 
 def _names(layers: Sequence[Layer]) -> list[str]:

@@ -1,0 +1,537 @@
+"""The fast form of convolutional parts: convolution, ReLU and 2x2 max-pooling as one block, blocks in chains.
+
+The plain layers copy every patch and walk over every activation several times. A block computes the same with
+less work and long contiguous runs, and hands its output to the next block in the layout that it wants.
+
+Layout. Inside a chain an image is kept as four *parity planes*: pixel (2i + a, 2j + b) of the padded image lies in
+``planes[a, b, i, j]``, an array (2, 2, TH, TW, N, C). So every second row or column is a contiguous run, and a 2x2
+window is one element of each plane. The four views of an image by parity are its *quarters*; blocks read and write
+each other's quarters, and NHWC arrays have them too, so layout changes happen where data moves anyway.
+
+Two algorithms, chosen by shape alone:
+
+- `WinogradBlock`, 3x3 with stride 1: F(2x2, 3x3) of Lavin and Gray, *Fast algorithms for convolutional neural
+  networks*, 2016. Each 2x2 tile of the output comes from a 4x4 tile of the input by 16 products instead of 36.
+- `PatchBlock`, the first layer, any kernel with stride 1: patches element by element (K, M) instead of patch by patch
+  (M, K), which with few channels is what makes long runs; no gradient by the input is ever needed.
+
+N samples of a tile, C channels, F filters, FH and FW the kernel, OH and OW the convolution's output, T the 2x2 tiles of
+the output along an axis, K = FH FW C.
+"""
+
+# ruff: noqa: ARG002  blocks have one interface; what lies a tile in one is of one tile at a time in another
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+
+from distdl.nn.convolution import Conv2d, MaxPool2d, Window
+from distdl.nn.layers import Array, Layer, ReLU, Workspace
+
+Quarters = list[list[Array]]
+"""Four views of an image by the parity of row and column: ``quarters[a][b]``, (rows, columns, N, C)."""
+
+#: Rows of the transforms: of the kernel (G), and the products of both axes at once.
+_G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+_GG = np.einsum("ia,jb->ijab", _G, _G).reshape(16, 9)
+
+#: A tile's working set should stay in the caches of one core.
+TILE_BYTES = 2**22
+LARGEST_TILE = 16
+#: From this many channels on, a first layer of 3x3 is better transformed than copied patch by patch.
+FEW_CHANNELS = 8
+
+
+def quarters_of(image: Array) -> Quarters:
+    """Return the quarters of an image whose first two axes are rows and columns."""
+    return [[image[a::2, b::2] for b in (0, 1)] for a in (0, 1)]
+
+
+def rows_first(nhwc: Array) -> Array:
+    """Return (N, H, W, C) as a view (H, W, N, C)."""
+    return nhwc.transpose(1, 2, 0, 3)
+
+
+class Block(ABC):
+    """A convolution, and the ReLU and the 2x2 max-pooling behind it where they are there.
+
+    One block serves all tiles of a micro-batch: what it keeps from `forward` to `backward` lies in a workspace a tile.
+    Weight gradients are summed over the tiles; `finish` writes them to the layer.
+    """
+
+    bias_after_pooling = False
+    """Whether `_products` leaves the bias out where there is pooling: added after it, it is a quarter of the work."""
+
+    def __init__(self, conv: Conv2d, *, relu: bool, pool: bool) -> None:
+        self.conv, self.relu, self.pool = conv, relu, pool
+        (self.H, self.W), (self.OH, self.OW) = conv.size, conv.output_size
+        self.C, self.F = conv.channels, conv.filters
+        self.TH, self.TW = -(-self.OH // 2), -(-self.OW // 2)
+        self.output_size = (self.OH // 2, self.OW // 2) if pool else (self.OH, self.OW)
+        self.dtype = conv.parameters["weight"].dtype
+        self._own = Workspace(self.dtype)
+        self._tiles_summed = 0
+
+    @property
+    @abstractmethod
+    def bytes_per_sample(self) -> int:
+        """The working set of one sample."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Derive from the weights what all tiles use."""
+
+    @abstractmethod
+    def input_quarters(self, tile: Workspace, N: int) -> Quarters:
+        """Return where the input image goes."""
+
+    @abstractmethod
+    def gradient_quarters(self, tile: Workspace, N: int) -> Quarters:
+        """Return where `backward` leaves the gradient by the input image."""
+
+    @abstractmethod
+    def _products(self, tile: Workspace, N: int, y: Array) -> None:
+        """Compute the convolution's output with its bias, as parity planes `y` (2, 2, TH, TW, N, F)."""
+
+    @abstractmethod
+    def _gradients(self, tile: Workspace, N: int) -> None:
+        """Compute the gradients from that by the output, which lies in `_dy`."""
+
+    @abstractmethod
+    def _dy(self, tile: Workspace, N: int) -> Array:
+        """Return where the gradient by the convolution's output goes, (2, 2, TH, TW, N, F)."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Write the gradients of weight and bias, summed over the tiles."""
+
+    def forward(self, tile: Workspace, N: int, output: Quarters) -> None:
+        """Compute the block's output from what lies in `input_quarters`."""
+        y = self._y(tile, N)
+        self._products(tile, N, y)
+        if not self.pool:
+            for a in (0, 1):
+                for b in (0, 1):
+                    self._activate(self._valid(y, a, b), output[a][b])
+            return
+        h, p = self._maxima(tile, N)
+        valid = self._pooled(y)
+        np.maximum(valid[:, 0], valid[:, 1], out=h)
+        np.maximum(h[0], h[1], out=p)
+        if self.bias_after_pooling:
+            p += self._bias(N)
+        self._activate(p, p)
+        for a in (0, 1):
+            for b in (0, 1):
+                np.copyto(output[a][b], p[a::2, b::2])
+
+    def backward(self, tile: Workspace, N: int, d_output: Quarters) -> None:
+        """Add to the weights' gradients, and leave that by the input in `gradient_quarters`."""
+        y, dy = self._y(tile, N), self._dy(tile, N)
+        if self.pool:
+            self._unpool(tile, N, d_output, y, dy)
+        else:
+            for a in (0, 1):
+                for b in (0, 1):
+                    self._pass_on(self._valid(y, a, b), d_output[a][b], self._valid(dy, a, b))
+        self._gradients(tile, N)
+        self._tiles_summed += 1
+
+    def _unpool(self, tile: Workspace, N: int, d_output: Quarters, y: Array, dy: Array) -> None:
+        """Give the gradient of each window to its first maximum: the first row that has it, and there the first."""
+        h, p = self._maxima(tile, N)
+        d = self._own.array("d", p.shape)
+        for a in (0, 1):
+            for b in (0, 1):
+                self._pass_on(p[a::2, b::2], d_output[a][b], d[a::2, b::2])
+        dh = self._own.array("dh", h.shape)
+        wins = self._own.array("wins", p.shape, dtype=np.bool_)
+        np.greater_equal(h[0], h[1], out=wins)
+        np.multiply(d, wins, out=dh[0])
+        np.subtract(d, dh[0], out=dh[1])
+        valid, d_valid = self._pooled(y), self._pooled(dy)
+        both_win = self._own.array("both_win", h.shape, dtype=np.bool_)
+        np.greater_equal(valid[:, 0], valid[:, 1], out=both_win)
+        np.multiply(dh, both_win, out=d_valid[:, 0])
+        np.subtract(dh, d_valid[:, 0], out=d_valid[:, 1])
+
+    def _activate(self, y: Array, output: Array) -> None:
+        if self.relu:
+            np.maximum(y, self._own.array("zeros", y.shape), out=output)  # five times as fast as with the number 0
+        elif output is not y:
+            np.copyto(output, y)
+
+    def _pass_on(self, y: Array, d_output: Array, dy: Array) -> None:
+        """Write the gradient before the ReLU, whose sign is that of `y`."""
+        if not self.relu:
+            np.copyto(dy, d_output)
+            return
+        positive = self._own.array("positive", y.shape, dtype=np.bool_)
+        np.greater(y, 0, out=positive)
+        np.multiply(d_output, positive, out=dy)
+
+    def _bias(self, N: int) -> Array:
+        """Return the bias once a sample, (N, F): longer runs to add than F alone."""
+        bias = self._own.array("bias", (N, self.F))
+        np.copyto(bias, self.conv.parameters["bias"])
+        return bias
+
+    def _y(self, tile: Workspace, N: int) -> Array:
+        return tile.array(f"y {id(self)}", (2, 2, self.TH, self.TW, N, self.F))
+
+    def _maxima(self, tile: Workspace, N: int) -> tuple[Array, Array]:
+        """Return the maxima of each row of a window, (2, PH, PW, N, F), and of the window, (PH, PW, N, F)."""
+        PH, PW = self.output_size
+        return (
+            tile.array(f"h {id(self)}", (2, PH, PW, N, self.F)),
+            tile.array(f"p {id(self)}", (PH, PW, N, self.F)),
+        )
+
+    def _valid(self, planes: Array, a: int, b: int) -> Array:
+        """Return what of a plane is inside the image; of an odd size the last tile is only half used."""
+        return planes[a, b, : (self.OH + 1 - a) // 2, : (self.OW + 1 - b) // 2]
+
+    def _pooled(self, planes: Array) -> Array:
+        """Return what of the planes belongs to whole windows."""
+        return planes[:, :, : self.OH // 2, : self.OW // 2]
+
+
+def padded_quarters(planes: Array, size: tuple[int, int], padding: tuple[int, int]) -> Quarters:
+    """Return the quarters of the image (H, W) inside the planes of that image with its margin.
+
+    `planes` are (2, 2, TH, TW, ...): pixel (r, c) of the image is pixel (r + PH, c + PW) with its margin.
+    """
+    (H, W), (PH, PW) = size, padding
+    return [
+        [
+            planes[
+                (a + PH) % 2,
+                (b + PW) % 2,
+                (a + PH) // 2 : (a + PH) // 2 + (H + 1 - a) // 2,
+                (b + PW) // 2 : (b + PW) // 2 + (W + 1 - b) // 2,
+            ]
+            for b in (0, 1)
+        ]
+        for a in (0, 1)
+    ]
+
+
+class PatchBlock(Block):
+    """The first convolution: one product of patches (K + 1, M) with weights, M = 4 TH TW N outputs.
+
+    The last row of the patches is all ones, so that the bias is one more weight, in both directions.
+    """
+
+    @property
+    def bytes_per_sample(self) -> int:
+        """The patches and the outputs of one sample."""
+        K = self.conv.parameters["weight"].size // self.F
+        return 4 * self.TH * self.TW * (K + 1 + self.F) * self.dtype.itemsize
+
+    def prepare(self) -> None:
+        """Put weight and bias into one matrix."""
+        weights = self._weights("weights")
+        weights[:-1] = self.conv.parameters["weight"].reshape(-1, self.F)
+        weights[-1] = self.conv.parameters["bias"]
+
+    def _weights(self, name: str) -> Array:
+        return self._own.array(name, (self.conv.parameters["weight"].size // self.F + 1, self.F))
+
+    def _planes(self, tile: Workspace, N: int) -> Array:
+        """Return the planes of the padded input, channel by channel: (C, 2, 2, TH + FH / 2, TW + FW / 2, N)."""
+        FH, FW = self.conv.window.kernel
+        return tile.array(f"x {id(self)}", (self.C, 2, 2, self.TH + FH // 2, self.TW + FW // 2, N))
+
+    def input_quarters(self, tile: Workspace, N: int) -> Quarters:
+        """Return where the input image goes."""
+        planes = self._planes(tile, N).transpose(1, 2, 3, 4, 5, 0)
+        return padded_quarters(planes, (self.H, self.W), self.conv.window.padding)
+
+    def gradient_quarters(self, tile: Workspace, N: int) -> Quarters:
+        """There is none: nothing in front has parameters."""
+        raise AssertionError("the first layer needs no gradient by its input")
+
+    def _patches(self, tile: Workspace, N: int) -> Array:
+        K = self.conv.parameters["weight"].size // self.F
+        return tile.array(f"patches {id(self)}", (K + 1, 2, 2, self.TH, self.TW, N), fill=1)
+
+    def _products(self, tile: Workspace, N: int, y: Array) -> None:
+        planes, patches = self._planes(tile, N), self._patches(tile, N)
+        FH, FW = self.conv.window.kernel
+        k = 0
+        for i in range(FH):
+            for j in range(FW):
+                for c in range(self.C):
+                    for a in (0, 1):
+                        for b in (0, 1):
+                            up, left = (a + i) // 2, (b + j) // 2
+                            seen = planes[c, (a + i) % 2, (b + j) % 2, up : up + self.TH, left : left + self.TW]
+                            np.copyto(patches[k, a, b], seen)
+                    k += 1
+        np.matmul(patches.reshape(k + 1, -1).T, self._weights("weights"), out=y.reshape(-1, self.F))
+
+    def _dy(self, tile: Workspace, N: int) -> Array:
+        # Where the image is odd, the other half of the last tiles must stay zero.
+        return self._own.array("dy", (2, 2, self.TH, self.TW, N, self.F))
+
+    def _gradients(self, tile: Workspace, N: int) -> None:
+        patches, dy = self._patches(tile, N), self._dy(tile, N)
+        total, part = self._weights("d_weights"), self._weights("d_weights of a tile")
+        out = part if self._tiles_summed else total
+        np.matmul(patches.reshape(len(patches), -1), dy.reshape(-1, self.F), out=out)
+        if self._tiles_summed:
+            np.add(total, part, out=total)
+
+    def finish(self) -> None:
+        """Write the gradients of weight and bias."""
+        total = self._weights("d_weights")
+        np.copyto(self.conv.gradients["weight"].reshape(-1, self.F), total[:-1])
+        np.copyto(self.conv.gradients["bias"], total[-1])
+        self._tiles_summed = 0
+
+
+class WinogradBlock(Block):
+    """A 3x3 convolution with stride 1: transform input tiles, 16 products, transform back.
+
+    For one axis, with an input tile r0 .. r3, the transformed tile is v = (r0 - r2, r1 + r2, r2 - r1, r1 - r3);
+    from the products m the outputs are (m0 + m1 + m2, m1 - m2 - m3). Backwards the gradient by m is
+    (d0, d0 + d1, d0 - d1, -d1); we keep d1 in place of -d1 and turn the sign of what it is multiplied with, the
+    weights' transform.
+
+    The input is transformed one row frequency at a time, so that its working set stays in the cache.
+    """
+
+    bias_after_pooling = True
+
+    @property
+    def bytes_per_sample(self) -> int:
+        """One row frequency of transformed inputs and products, and the outputs."""
+        return self.TH * self.TW * (4 * self.C + 8 * self.F) * self.dtype.itemsize
+
+    def prepare(self) -> None:
+        """Transform the weights: U = G w G', and its transpose with turned signs for the way back."""
+        C, F = self.C, self.F
+        U, UT = self._own.array("U", (4, 4, C, F)), self._own.array("UT", (4, 4, F, C))
+        weight = self.conv.parameters["weight"].reshape(9, C * F)
+        np.matmul(_GG.astype(self.dtype), weight, out=U.reshape(16, C * F))
+        np.copyto(UT, U.swapaxes(2, 3))
+        _turn_signs(UT)
+
+    def _planes(self, tile: Workspace, N: int, name: str) -> Array:
+        return tile.array(name, (2, 2, self.TH + 1, self.TW + 1, N, self.C))
+
+    def input_quarters(self, tile: Workspace, N: int) -> Quarters:
+        """Return where the input image goes."""
+        planes = self._planes(tile, N, f"x {id(self)}")
+        return padded_quarters(planes, (self.H, self.W), self.conv.window.padding)
+
+    def gradient_quarters(self, tile: Workspace, N: int) -> Quarters:
+        """Return where `backward` leaves the gradient by the input image."""
+        planes = self._planes(self._own, N, "dx")
+        return padded_quarters(planes, (self.H, self.W), self.conv.window.padding)
+
+    def _transformed(self, tile: Workspace, N: int) -> Array:
+        return tile.array(f"V {id(self)}", (4, 4, self.TH, self.TW, N, self.C))
+
+    def _products(self, tile: Workspace, N: int, y: Array) -> None:
+        TH, TW, C, F = self.TH, self.TW, self.C, self.F
+        x = self._planes(tile, N, f"x {id(self)}")
+        V, U = self._transformed(tile, N), self._own.array("U", (4, 4, C, F))
+        rows = self._own.array("rows", (2, TH, TW + 1, N, C))
+        M = self._own.array("M", (4, TH, TW, N, F))
+        z, z2 = self._own.array("z", (2, TH, TW, N, F)), self._own.array("z2", (2, TH, TW, N, F))
+        r0, r1, r2, r3 = x[0, :, :TH], x[1, :, :TH], x[0, :, 1:], x[1, :, 1:]
+        c0, c1, c2, c3 = rows[0, :, :TW], rows[1, :, :TW], rows[0, :, 1:], rows[1, :, 1:]
+        steps = ((np.subtract, r0, r2), (np.add, r1, r2), (np.subtract, r2, r1), (np.subtract, r1, r3))
+        for i, (operation, one, other) in enumerate(steps):
+            operation(one, other, out=rows)
+            v = V[i]
+            np.subtract(c0, c2, out=v[0])
+            np.add(c1, c2, out=v[1])
+            np.subtract(c2, c1, out=v[2])
+            np.subtract(c1, c3, out=v[3])
+            np.matmul(v.reshape(4, -1, C), U[i], out=M.reshape(4, -1, F))
+            if i == 1 and not self.pool:
+                M[1] += self._bias(N)  # this frequency is in each of the four outputs, once
+            t = (y[0], z, z2, z)[i]
+            np.add(M[1], M[2], out=t[0])
+            t[0] += M[0]
+            np.subtract(M[1], M[2], out=t[1])
+            t[1] -= M[3]
+            if i == 1:
+                y[0] += z
+            elif i == 2:
+                y[0] += z2
+                np.subtract(z, z2, out=y[1])
+            elif i == 3:
+                y[1] -= z
+
+    def _frequencies(self, N: int) -> Array:
+        return self._own.array("D", (4, 4, self.TH, self.TW, N, self.F))
+
+    def _dy(self, tile: Workspace, N: int) -> Array:
+        return self._frequencies(N)[::3, ::3]
+
+    def _gradients(self, tile: Workspace, N: int) -> None:
+        C, F = self.C, self.F
+        D = self._frequencies(N)
+        axes = ((D[0, ::3], D[3, ::3], D[1, ::3], D[2, ::3]), (D[:, 0], D[:, 3], D[:, 1], D[:, 2]))
+        for one, other, total, difference in axes:
+            np.add(one, other, out=total)
+            np.subtract(one, other, out=difference)
+        V, D = self._transformed(tile, N).reshape(16, -1, C), D.reshape(16, -1, F)
+        d_U, d_bias = self._own.array("d_U", (16, C, F)), self._own.array("d_bias", (F,))
+        ones = self._own.array("ones", (D.shape[1],), fill=1)
+        if self._tiles_summed:
+            part, bias_part = self._own.array("d_U of a tile", (16, C, F)), self._own.array("d_bias of a tile", (F,))
+            np.matmul(V.swapaxes(1, 2), D, out=part)
+            np.add(d_U, part, out=d_U)
+            np.matmul(ones, D[5], out=bias_part)
+            np.add(d_bias, bias_part, out=d_bias)
+        else:
+            np.matmul(V.swapaxes(1, 2), D, out=d_U)
+            np.matmul(ones, D[5], out=d_bias)  # frequency (1, 1) is the sum of the four outputs' gradients
+        if self.conv.needs_input_gradient:
+            np.matmul(D, self._own.array("UT", (4, 4, F, C)).reshape(16, F, C), out=V)
+            self._transform_back(self._transformed(tile, N), self._planes(self._own, N, "dx"), N)
+
+    def _transform_back(self, V: Array, dx: Array, N: int) -> None:
+        """Add up what each pixel of the input gets from the tiles it is in: along rows, then along columns."""
+        rows = self._own.array("d_rows", (4, 2, self.TH, self.TW + 1, N, self.C))
+        _overlap([V[:, k] for k in range(4)], even=rows[:, 0], odd=rows[:, 1], axis=2)
+        _overlap(list(rows), even=dx[0], odd=dx[1], axis=1)
+
+    def finish(self) -> None:
+        """Transform the weights' gradient back, G' dU G, and write it and the bias's."""
+        C, F = self.C, self.F
+        d_U = self._own.array("d_U", (16, C, F))
+        _turn_signs(d_U.reshape(4, 4, C, F))
+        np.matmul(_GG.T.astype(self.dtype), d_U.reshape(16, C * F), out=self.conv.gradients["weight"].reshape(9, C * F))
+        np.copyto(self.conv.gradients["bias"], self._own.array("d_bias", (F,)))
+        self._tiles_summed = 0
+
+
+def _turn_signs(transform: Array) -> None:
+    """Turn the sign where just one of the two frequencies is the last."""
+    np.negative(transform[3, :3], out=transform[3, :3])
+    np.negative(transform[:3, 3], out=transform[:3, 3])
+
+
+def _overlap(v: Sequence[Array], *, even: Array, odd: Array, axis: int) -> None:
+    """Add the gradients by neighbouring input tiles, which share two pixels, along one axis.
+
+    A tile's pixels get (v0, v1 - v2 + v3, v1 + v2 - v0, -v3); its third and fourth are the next one's first and second.
+    """
+    T = v[0].shape[axis]
+
+    def at(array: Array, lo: int, hi: int) -> Array:
+        return array[(slice(None),) * axis + (slice(lo, hi),)]
+
+    first = at(odd, 0, T)
+    np.subtract(v[1], v[2], out=first)
+    first += v[3]
+    np.negative(at(v[3], T - 1, T), out=at(odd, T, T + 1))
+    shared = at(odd, 1, T)
+    shared -= at(v[3], 0, T - 1)
+
+    third = at(even, 1, T + 1)
+    np.add(v[1], v[2], out=third)
+    third -= v[0]
+    np.copyto(at(even, 0, 1), at(v[0], 0, 1))
+    shared = at(even, 1, T)
+    shared += at(v[0], 1, T)
+
+
+class Chain:
+    """Blocks in a row, run over tiles of a few samples so that what they work on stays in the cache.
+
+    The tile's size follows from the shapes alone. Images come in and go out as (N, H, W, C).
+    """
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.blocks = list(blocks)
+        self._tiles: list[Workspace] = []
+        self._own = Workspace(blocks[0].dtype)
+        largest = max(block.bytes_per_sample for block in blocks)
+        self.tile_size = min(max(TILE_BYTES // largest, 4), LARGEST_TILE)
+
+    def forward(self, x: Array, *, prepare: bool) -> Array:
+        """Return the last block's output; `prepare` says that the parameters may have changed since the last call."""
+        if prepare:
+            for block in self.blocks:
+                block.prepare()
+        y = self._own.array("y", (len(x), *self.blocks[-1].output_size, self.blocks[-1].F))
+        for tile, rows in self._tiles_of(len(x)):
+            N = rows.stop - rows.start
+            _copy(quarters_of(rows_first(x[rows])), self.blocks[0].input_quarters(tile, N))
+            for block, behind in zip(self.blocks, self.blocks[1:], strict=False):
+                block.forward(tile, N, behind.input_quarters(tile, N))
+            self.blocks[-1].forward(tile, N, quarters_of(rows_first(y[rows])))
+        return y
+
+    def backward(self, dy: Array) -> Array | None:
+        """Set the gradients of all blocks; return that of the input where anything in front needs it."""
+        first = self.blocks[0]
+        wanted = first.conv.needs_input_gradient
+        dx = self._own.array("dx", (len(dy), first.H, first.W, first.C)) if wanted else None
+        for tile, rows in self._tiles_of(len(dy)):
+            N = rows.stop - rows.start
+            d = quarters_of(rows_first(dy[rows]))
+            for block in reversed(self.blocks):
+                block.backward(tile, N, d)
+                if block is not first or wanted:
+                    d = block.gradient_quarters(tile, N)
+            if dx is not None:
+                _copy(d, quarters_of(rows_first(dx[rows])))
+        for block in self.blocks:
+            block.finish()
+        return dx
+
+    def _tiles_of(self, N: int) -> list[tuple[Workspace, slice]]:
+        """Return the tiles of a micro-batch, as equal as can be, and the workspace of each."""
+        count = -(-N // self.tile_size)
+        while len(self._tiles) < count:
+            self._tiles.append(Workspace(self._own.dtype))
+        return [(self._tiles[t], slice(N * t // count, N * (t + 1) // count)) for t in range(count)]
+
+
+def _copy(source: Quarters, target: Quarters) -> None:
+    for a in (0, 1):
+        for b in (0, 1):
+            np.copyto(target[a][b], source[a][b])
+
+
+def chain_at(layers: Sequence[Layer]) -> tuple[Chain | None, int]:
+    """Return the chain that begins at the first of these layers and how many it takes; None and 0 without one.
+
+    Classes are compared exactly: a layer that someone has derived from ours may compute something else.
+    """
+    blocks: list[Block] = []
+    taken = 0
+    while taken < len(layers):
+        conv = layers[taken]
+        algorithm = _algorithm_for(conv)
+        if algorithm is None:
+            break
+        assert isinstance(conv, Conv2d)
+        following = [*layers[taken + 1 : taken + 3], Layer(), Layer()]
+        relu = type(following[0]) is ReLU
+        pool = _is_two_by_two(following[1] if relu else following[0]) and min(conv.output_size) >= 2
+        blocks.append(algorithm(conv, relu=relu, pool=pool))
+        taken += 1 + relu + pool
+    return (Chain(blocks), taken) if blocks else (None, 0)
+
+
+def _algorithm_for(layer: Layer) -> type[Block] | None:
+    if type(layer) is not Conv2d or layer.window.stride != (1, 1):
+        return None
+    if layer.window.kernel == (3, 3) and (layer.needs_input_gradient or layer.channels >= FEW_CHANNELS):
+        return WinogradBlock
+    return None if layer.needs_input_gradient else PatchBlock
+
+
+def _is_two_by_two(layer: Layer) -> bool:
+    return type(layer) is MaxPool2d and layer.window == Window((2, 2), stride=(2, 2))

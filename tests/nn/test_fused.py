@@ -1,0 +1,226 @@
+"""The fast form gives what the plain layers give, for every shape that it takes on."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distdl.errors import UserError
+from distdl.nn import (
+    MODELS,
+    Affine,
+    Conv2d,
+    Dropout,
+    Flatten,
+    Layer,
+    MaxPool2d,
+    ReLU,
+    Sequential,
+    Sigmoid,
+    SoftmaxCrossEntropy,
+    build_model,
+)
+from distdl.nn.fused import PatchBlock, WinogradBlock
+from distdl.rng import Key
+
+NETWORKS = {
+    "first and inner, pooled": lambda p: [
+        Conv2d(4, 3, padding=p),
+        ReLU(),
+        Conv2d(5, 3, padding=1),
+        ReLU(),
+        MaxPool2d(2),
+    ],
+    "pooled without ReLU": lambda p: [Conv2d(4, 3, padding=p), MaxPool2d(2), Conv2d(3, 3, padding=2)],
+    "ReLU after pooling": lambda p: [Conv2d(4, 3, padding=p), MaxPool2d(2), ReLU(), Conv2d(3, 3, padding=1), ReLU()],
+    "rectangular first kernel": lambda p: [Conv2d(4, (2, 3), padding=(1, p)), ReLU(), MaxPool2d(2)],
+    "large first kernel": lambda p: [Conv2d(4, 5, padding=p), ReLU(), MaxPool2d(2), Conv2d(3, 3, padding=1), ReLU()],
+    "broken by another layer": lambda p: [
+        Conv2d(4, 3, padding=p),
+        ReLU(),
+        Sigmoid(),
+        Conv2d(3, 3, padding=1),
+        ReLU(),
+        Conv2d(2, 3, padding=(2, 0)),
+    ],
+    "three pooled in a row": lambda p: [
+        layer for _ in range(3) for layer in (Conv2d(3, 3, padding=max(p, 1)), ReLU(), MaxPool2d(2))
+    ],
+    "other strides and windows": lambda p: [
+        Conv2d(4, 3, stride=2, padding=p),
+        ReLU(),
+        Conv2d(4, 3, padding=1),
+        ReLU(),
+        MaxPool2d(2, stride=1),
+        Conv2d(3, 1),
+    ],
+}
+
+
+def random(key, *shape):
+    return Key(1).of(key).normal(int(np.prod(shape))).reshape(shape)
+
+
+def outcome(network, x, dy=None, **keywords):
+    """The output, and all gradients for a random gradient of it."""
+    y = network.forward(x, **keywords).copy()
+    network.backward(random("dy", *y.shape).astype(y.dtype) if dy is None else dy)
+    return [y, *(gradient.copy() for _, gradient in network.named_gradients())]
+
+
+def both_forms(layers, shape, dtype=np.float64):
+    fast = Sequential(layers(), shape, dtype=dtype)
+    plain = Sequential(layers(), shape, dtype=dtype, form="plain")
+    fast.initialize(Key(2))
+    fast.parameters += 0.1 * Key(3).normal(fast.parameters.size)
+    plain.parameters[:] = fast.parameters
+    return fast, plain
+
+
+def assert_close(found, expected, tolerance):
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert np.abs(one - other).max(initial=0) <= tolerance * max(np.abs(other).max(initial=0), 1e-3)
+
+
+def assert_agree(layers, shape, N, *, blank=True):
+    try:
+        fast, plain = both_forms(layers, shape)
+    except UserError:
+        return False  # the image is too small for these layers, in both forms alike
+    x = random("x", N, *shape)
+    if blank:
+        x[:, : shape[0] // 2] = 0  # ties in every window
+    assert_close(outcome(fast, x), outcome(plain, x), 1e-11)
+    return True
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_shape_gives_what_the_plain_layers_give(name, padding):
+    agreed = 0
+    for height in (3, 4, 5, 7, 8, 9, 16):
+        for width in (3, 6, 7, 13):
+            for channels, N in ((1, 1), (1, 5), (3, 2), (8, 3), (9, 1)):
+                agreed += assert_agree(lambda: NETWORKS[name](padding), (height, width, channels), N)
+    assert agreed >= 5
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(st.integers(3, 14), st.integers(3, 14), st.integers(1, 10)),
+    st.integers(1, 40),
+    st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    st.integers(1, 9),
+    st.booleans(),
+    st.booleans(),
+)
+def test_any_first_and_second_convolution_give_what_the_plain_layers_give(
+    shape, N, kernel, padding, filters, relu, pool
+):
+    def layers():
+        behind = ([ReLU()] if relu else []) + ([MaxPool2d(2)] if pool else [])
+        return [Conv2d(filters, kernel, padding=padding), *behind, Conv2d(3, 3, padding=padding), ReLU(), Flatten()]
+
+    assert_agree(layers, shape, N, blank=False)
+
+
+@pytest.mark.parametrize("N", [1, 15, 16, 17, 40])
+@pytest.mark.parametrize("model", ["simple_convnet", "deep_convnet"])
+@pytest.mark.parametrize("shape", [(28, 28, 1), (15, 18, 3), (32, 32, 3)])
+def test_the_convnets_agree_with_their_plain_form_in_float32(model, shape, N):
+    network = build_model(model, shape, 10)
+    network.initialize(Key(5))
+    plain = Sequential(MODELS[model](shape, 10).layers, shape, dtype=np.float64, form="plain")
+    for (_, target), (_, source) in zip(plain.named_parameters(), network.named_parameters(), strict=True):
+        target[...] = source
+    x = random("x", N, *shape).astype(np.float32)
+    x[:, :, : shape[1] // 2] = -0.5
+    dy = random("dy", N, 10)
+    keywords = {"training": True, "key": Key(6)}
+    found = outcome(network, x, dy.astype(np.float32), **keywords)
+    assert_close(
+        found, outcome(plain, x.astype(np.float64), dy.astype(np.float32).astype(np.float64), **keywords), 1e-5
+    )
+
+
+def algorithms(network):
+    return [[type(block) for block in stage.chain.blocks] if stage.chain else None for stage in network._stages]
+
+
+def test_the_models_run_their_convolutions_as_one_chain():
+    assert algorithms(build_model("deep_convnet", (28, 28, 1), 10))[0] == [PatchBlock] + 5 * [WinogradBlock]
+    assert algorithms(build_model("simple_convnet", (28, 28, 1), 10))[0] == [PatchBlock]
+
+
+def test_other_strides_kernels_and_derived_layers_run_as_they_are_written():
+    class OwnConvolution(Conv2d):
+        pass
+
+    class OwnReLU(ReLU):
+        pass
+
+    layers = [OwnConvolution(2, 3), Conv2d(2, 3, stride=2), Conv2d(2, 5, padding=2), Conv2d(2, 3, padding=1), OwnReLU()]
+    assert algorithms(Sequential(layers, (16, 16, 2))) == [None, None, None, [WinogradBlock], None]
+
+
+def test_the_same_call_gives_the_same_bits_whatever_came_in_between():
+    network = build_model("deep_convnet", (14, 14, 1), 10)
+    network.initialize(Key(1))
+    x = random("x", 21, 14, 14, 1).astype(np.float32)
+    first = outcome(network, x[:16])
+    for N in (1, 21, 7):
+        outcome(network, x[:N])
+    for one, other in zip(outcome(network, x[:16]), first, strict=True):
+        assert one.tobytes() == other.tobytes()
+
+
+def test_unchanged_parameters_give_the_same_bits_as_looking_at_them_again():
+    network = build_model("deep_convnet", (14, 14, 1), 10)
+    network.initialize(Key(1))
+    x = random("x", 16, 14, 14, 1).astype(np.float32)
+    first = outcome(network, x)
+    for one, other in zip(outcome(network, x, parameters_changed=False), first, strict=True):
+        assert one.tobytes() == other.tobytes()
+    network.parameters *= 2
+    assert outcome(network, x)[0].tobytes() != first[0].tobytes()
+
+
+def test_the_input_is_left_as_it_is():
+    network = build_model("deep_convnet", (14, 14, 1), 10)
+    network.initialize(Key(1))
+    x, dy = random("x", 5, 14, 14, 1).astype(np.float32), random("dy", 5, 10).astype(np.float32)
+    kept = x.copy(), dy.copy()
+    outcome(network, x, dy)
+    assert (x == kept[0]).all()
+    assert (dy == kept[1]).all()
+
+
+def test_a_network_that_begins_with_another_layer_gets_its_gradient_through_the_chain():
+    class Scale(Layer):
+        def parameter_specs(self):
+            from distdl.nn import ParameterSpec
+
+            return [ParameterSpec("scale", (1,), lambda key, shape, fan_in: np.ones(shape), fan_in=1)]
+
+        def forward(self, x, *, training, key):
+            self.x = x
+            return x * self.parameters["scale"]
+
+        def backward(self, dy):
+            self.gradients["scale"][0] = (dy * self.x).sum()
+            return dy * self.parameters["scale"]
+
+    layers = lambda: [Scale(), Conv2d(4, 3, padding=1), ReLU(), MaxPool2d(2), Dropout(0.0), Flatten(), Affine(3)]  # noqa: E731
+    fast, plain = both_forms(layers, (7, 6, 2))
+    assert algorithms(fast)[1] == [WinogradBlock]
+    x = random("x", 19, 7, 6, 2)
+    labels = np.arange(19) % 3
+    gradients = []
+    for network in (fast, plain):
+        loss = SoftmaxCrossEntropy()
+        loss.forward(network.forward(x), labels)
+        network.backward(loss.backward())
+        gradients.append([gradient.copy() for _, gradient in network.named_gradients()])
+    assert_close(*gradients, 1e-11)
