@@ -31,6 +31,9 @@ from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, guard, share_arrays, together, world
 from distdl.rng import Key
 
+#: Elements that NumPy converts at a time where operands differ in dtype: few enough to stay in the first-level cache.
+CAST_ELEMENTS = 1024
+
 #: Builds a network for inputs (H, W, C) and a number of classes.
 BuildNetwork = Callable[[tuple[int, int, int], int], Sequential]
 
@@ -53,6 +56,7 @@ def train(
         config = together(communicator, _labelled(config, build_network, dataset).checked)
         config = TrainConfig.from_json(communicator.bcast_json(config.to_json()))
         with blas_threads(config.threads_per_rank), np.errstate(over="ignore", invalid="ignore"):
+            np.setbufsize(CAST_ELEMENTS)  # until errstate ends
             trainer = _prepared(config, communicator, build_network, dataset)
             with closing(trainer.coordinator):
                 return trainer.run()
