@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distdl.arrays import sha256_of_arrays
@@ -18,13 +18,15 @@ from distdl.engine.checkpoint import Checkpoint
 from distdl.engine.environment import kernel_family
 from distdl.engine.files import remove_temporaries, write_durably
 from distdl.engine.metrics import JsonLines, Sums
-from distdl.engine.progress import Progress
+from distdl.engine.progress import Progress, describe_shares
 from distdl.engine.run_folder import Start, claim
 from distdl.engine.state import TrainingState
 from distdl.errors import UserError
 
 #: Checkpoints in a row that may fail to be written before the run gives up.
 MISSES_ALLOWED = 3
+#: Between two lines that say how micro-batches are dealt now.
+SECONDS_BETWEEN_SHARES = 5.0
 
 
 class Follower:
@@ -36,7 +38,10 @@ class Follower:
     def stepped(self, state: TrainingState, batch: Sums, learning_rate: float) -> None:
         """React to a step that has just been taken; `batch` holds the sums of its samples."""
 
-    def epoch_ended(self, state: TrainingState, validation: Sums, seconds: Mapping[str, float]) -> None:
+    def redealt(self, shares: Sequence[int]) -> None:
+        """Say that from the next step on each rank computes so many micro-batches of a full batch."""
+
+    def epoch_ended(self, state: TrainingState, validation: Sums, timing: Mapping[str, Any]) -> None:
         """React to the end of an epoch, after validation and before the epoch's sums are cleared."""
 
     def checkpoint(self, state: TrainingState, *, last: bool = False) -> None:
@@ -72,6 +77,8 @@ class Coordinator(Follower):
         self._kernel_family = kernel_family()
         self._versions = environment["versions"]
         self._start = start
+        self._shares_to_say: Sequence[int] | None = None
+        self._say_shares_after = 0.0
         with claim(start.folder, self._checkpoints) as self._lock:
             for folder in (start.folder, self._checkpoints):
                 remove_temporaries(folder)
@@ -135,9 +142,17 @@ class Coordinator(Follower):
         if self._hashes is not None:
             hashes = {name: sha256_of_arrays([(name, array)])[:16] for name, array in state.named_arrays()}
             self._hashes.write({"step": state.step, "loss": batch.loss, "hashes": hashes})
+        if self._shares_to_say is not None and time.monotonic() >= self._say_shares_after:
+            self.progress.line(f"balance: {describe_shares(self._shares_to_say)} from step {state.step + 1} on")
+            self._shares_to_say = None
+            self._say_shares_after = time.monotonic() + SECONDS_BETWEEN_SHARES
         self.progress.live(epoch + 1, self.config.epoch_count, position + 1, self._steps_per_epoch, batch.loss)
 
-    def epoch_ended(self, state: TrainingState, validation: Sums, seconds: Mapping[str, float]) -> None:
+    def redealt(self, shares: Sequence[int]) -> None:
+        """Say so below the step, or a few seconds later where shares change often."""
+        self._shares_to_say = shares
+
+    def epoch_ended(self, state: TrainingState, validation: Sums, timing: Mapping[str, Any]) -> None:
         """Log the epoch and print its line."""
         epoch = state.step // self._steps_per_epoch
         training = state.epoch_sums
@@ -151,11 +166,11 @@ class Coordinator(Follower):
                 "validation_accuracy": validation.accuracy,
             }
         )
-        speed = training.samples / seconds["train_seconds"] if seconds["train_seconds"] else 0.0
-        self._timing.write({"step": state.step, "epoch": epoch, **seconds, "time": time.time()})
+        speed = training.samples / timing["train_seconds"] if timing["train_seconds"] else 0.0
+        self._timing.write({"step": state.step, "epoch": epoch, **timing, "time": time.time()})
         self.progress.line(
             f"epoch {epoch:3d}/{self.config.epoch_count}  loss {training.loss:.4f}  train {training.accuracy:7.2%}  "
-            f"validation {validation.accuracy:7.2%}  {seconds['train_seconds']:6.1f} s  {speed:,.0f} samples/s"
+            f"validation {validation.accuracy:7.2%}  {timing['train_seconds']:6.1f} s  {speed:,.0f} samples/s"
         )
 
     def checkpoint(self, state: TrainingState, *, last: bool = False) -> None:

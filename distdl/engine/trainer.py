@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,12 +20,13 @@ from distdl.arrays import aligned_empty
 from distdl.config import TrainConfig
 from distdl.data import split
 from distdl.data.normalization import Normalization
+from distdl.engine.balance import BalancedDealer, Dealer
 from distdl.engine.coordinator import Follower
 from distdl.engine.metrics import METRIC_FIELDS, Sums
 from distdl.engine.state import TrainingState
 from distdl.errors import UserError
 from distdl.nn import SoftmaxCrossEntropy, count_correct
-from distdl.parallel import REDUCTIONS, Communicator, Field, Layout, contiguous_shards
+from distdl.parallel import REDUCTIONS, Communicator, Field, Layout, Shard
 from distdl.rng import Key
 from distdl.schedules import make_schedule
 
@@ -82,8 +84,10 @@ class Trainer:
             every_steps=config.lr_step_epochs * self.steps_per_epoch,
             factor=config.lr_step_factor,
         )
-        gradient = Field("gradient", "f4", state.network.gradients.size)
-        self._gradients = REDUCTIONS[config.reduction](communicator, Layout([gradient, *METRIC_FIELDS]))
+        rank, ranks = communicator.rank, communicator.size
+        self._dealer = BalancedDealer(rank, ranks, config.micro_batches) if config.balance else Dealer(rank, ranks)
+        fields = [Field("gradient", "f4", state.network.gradients.size), *METRIC_FIELDS, *self._dealer.fields]
+        self._gradients = REDUCTIONS[config.reduction](communicator, Layout(fields))
         self._metrics = REDUCTIONS[config.reduction](communicator, Layout(METRIC_FIELDS))
         self._leaf = Sums()
         self._batch = Sums()
@@ -121,12 +125,14 @@ class Trainer:
 
         shards = self._shards(len(rows))
         self._gradients.begin(shards)
+        self._dealer.begin()
         for index in shards[self.communicator.rank]:
             images, labels = self._micro_batch(rows, index)
             logits = network.forward(images, training=True, key=key.of(index))
             self._leaf.set(self.objective.forward(logits, labels), count_correct(logits, labels), len(labels))
             network.backward(self.objective.backward())
-            self._gradients.add(index, {"gradient": network.gradients, **vars(self._leaf)})
+            timed = self._dealer.values(whole=len(labels) == self.config.micro_batch_size)
+            self._gradients.add(index, {"gradient": network.gradients, **vars(self._leaf), **timed})
         total = self._gradients.total()
 
         self._check_finite(float(total["loss_sum"][0]))
@@ -140,6 +146,9 @@ class Trainer:
         state.progress["train_seconds"] += seconds
         self._seconds["train_seconds"] += seconds
         self._seconds["wait_seconds"] += self.communicator.seconds_waiting - waited
+        shares = self._dealer.stepped(shards, total)
+        if shares is not None:
+            self.coordinator.redealt(shares)
         self._batch.set(float(total["loss_sum"][0]), int(total["counts"][0]), len(rows))
         self.coordinator.stepped(state, self._batch, learning_rate)
 
@@ -164,7 +173,7 @@ class Trainer:
             progress["best_step"], progress["best_accuracy"] = state.step, validation.accuracy
         progress["train_loss"] = state.epoch_sums.loss
         progress["validation_accuracy"] = validation.accuracy
-        self.coordinator.epoch_ended(state, validation, self._seconds)
+        self.coordinator.epoch_ended(state, validation, {**self._seconds, **self._dealer.epoch_record()})
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         state.epoch_sums.set(0.0, 0, 0)
 
@@ -196,9 +205,8 @@ class Trainer:
             self._order = (epoch, training[split.epoch_order(self.key, epoch, len(training))])
         return self._order[1]
 
-    def _shards(self, samples: int) -> list[range]:
-        count = split.micro_batch_count(samples, self.config.micro_batch_size)
-        return contiguous_shards(count, self.communicator.size)
+    def _shards(self, samples: int) -> Sequence[Shard]:
+        return self._dealer.shards(split.micro_batch_count(samples, self.config.micro_batch_size))
 
     def _micro_batch(self, rows: NDArray[np.int64], index: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return the normalized images (N, H, W, C) and the labels (N,) of one micro-batch."""
