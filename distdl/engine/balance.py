@@ -17,17 +17,17 @@ from numpy.typing import NDArray
 from distdl.parallel import Field, Shard, contiguous_shards, deal, share
 
 #: The weight of a new measurement in the smoothed seconds of a micro-batch.
-SMOOTHING = 0.2
-#: A measurement counts as at most so many times what was expected: one hiccup of a machine is not its speed.
+SMOOTHING = 0.1
+#: A measurement and what was expected may differ by this factor and count no more beyond it: one hiccup of a
+#: machine is not its speed.
 LARGEST_SURPRISE = 4.0
 #: Shares change if the step's computation is expected to become shorter by more than this part of it,
 LEAST_GAIN = 0.05
 #: and not again within so many steps.
 LEAST_STEPS = 5
-#: A rank whose share is nothing is tried with one micro-batch after so many steps, or after more,
+#: A rank whose share is nothing is tried with one micro-batch after so many steps, since it may have recovered,
 STEPS_BETWEEN_TRIALS = 50
-MOST_STEPS_BETWEEN_TRIALS = 1000
-#: where a trial would otherwise cost more than this part of the time.
+#: or after as many as it takes for trials to cost no more than this part of the time.
 COST_OF_TRIALS = 0.02
 
 
@@ -76,9 +76,11 @@ class Balance:
     def _smooth(self, rank: int, measured: float) -> None:
         """Weigh in a measurement: the more, the longer the rank has not been measured; at first the plain mean."""
         self._times_measured[rank] += 1
-        before = self._seconds[rank] if self._times_measured[rank] > 1 else measured
+        expected = self._seconds[rank] if self._times_measured[rank] > 1 else measured
+        expected = min(expected, LARGEST_SURPRISE * measured)
+        measured = min(measured, LARGEST_SURPRISE * expected)
         weight = max(1 - (1 - SMOOTHING) ** self._steps_unmeasured[rank], 1 / self._times_measured[rank])
-        self._seconds[rank] += weight * (min(measured, LARGEST_SURPRISE * before) - self._seconds[rank])
+        self._seconds[rank] = expected + weight * (measured - expected)
         self._steps_unmeasured[rank] = 0
 
     def _expected(self) -> list[float]:
@@ -91,7 +93,7 @@ class Balance:
 
     def _is_due(self, rank: int) -> bool:
         wait = self._expected()[rank] / (COST_OF_TRIALS * self._seconds_of(self.loads))
-        return self._steps_unmeasured[rank] >= max(STEPS_BETWEEN_TRIALS, min(wait, MOST_STEPS_BETWEEN_TRIALS))
+        return self._steps_unmeasured[rank] >= max(STEPS_BETWEEN_TRIALS, wait)
 
 
 class Dealer:
