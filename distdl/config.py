@@ -48,6 +48,7 @@ FREE_TO_CHANGE_ON_RESUME = frozenset(
         "log_every",
         "record_hashes",
         "threads_per_rank",
+        "balance",
     }
 )
 #: Where a run lives and how it was started; not part of what it is.
@@ -106,6 +107,8 @@ class TrainConfig:
     """Write the hash of every tensor after every step into hashes.jsonl (see distdl.verify)."""
     reduction: Literal["tree", "allreduce"] = "tree"
     """How gradients are summed: the canonical tree, or MPI's Allreduce, whose bits depend on the ranks."""
+    balance: bool = False
+    """Deal micro-batches by each rank's measured speed, and anew as speeds change; the bits stay the same."""
     threads_per_rank: int = 1
     """BLAS threads of each rank; another number than 1 may change bits."""
 

@@ -14,6 +14,7 @@ for name in ("OPENBLAS", "OMP", "MKL"):
 REPOSITORY = Path(__file__).parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 from distdl.launcher import read_launch  # noqa: E402
@@ -24,6 +25,9 @@ if LAUNCH.size > 1:  # pytest's own temporary folder would be tidied by all rank
     ranks_own = tempfile.mkdtemp(prefix="distdl-tests-")
     os.environ["PYTEST_DEBUG_TEMPROOT"] = ranks_own
     atexit.register(shutil.rmtree, ranks_own, ignore_errors=True)
+
+hypothesis.settings.register_profile("without clocks", deadline=None)
+hypothesis.settings.load_profile("without clocks")
 
 MNIST_FOLDERS = (os.environ.get("DISTDL_MNIST_DIR", ""), REPOSITORY.parent / "shared" / "data" / "mnist")
 

@@ -241,6 +241,7 @@ configs = st.builds(
     keep_checkpoints=st.integers(1, 10**6),
     log_every=st.integers(0, 10**6),
     record_hashes=st.booleans(),
+    balance=st.booleans(),
     reduction=st.sampled_from(sorted(REDUCTIONS)),
     threads_per_rank=st.integers(1, 1024),
 )
@@ -302,12 +303,14 @@ OTHER = {
     "keep_checkpoints": 9,
     "log_every": 3,
     "record_hashes": True,
+    "balance": True,
     "reduction": "allreduce",
     "threads_per_rank": 2,
 }
 FREE = {"config", "run_dir", "resume", "data_dir", "epochs", "max_steps", "checkpoint_every", "keep_checkpoints"} | {
     "log_every",
     "record_hashes",
+    "balance",
     "threads_per_rank",
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,15 @@ from distdl.engine import checkpoint as checkpoints
 from distdl.engine.checkpoint import Checkpoint
 from distdl.engine.files import remove_temporaries, write_durably
 from distdl.engine.metrics import JsonLines, Sums
-from distdl.engine.progress import Progress
+from distdl.engine.progress import Progress, describe_shares
 from distdl.engine.run_folder import Start, claim
 from distdl.engine.state import TrainingState
 from distdl.errors import DamagedFileError, UserError
 
 #: Checkpoints in a row that may fail to be written before the run gives up.
 MISSES_ALLOWED = 3
+#: Between two lines that say how micro-batches are dealt now.
+SECONDS_BETWEEN_SHARES = 5.0
 
 
 class Follower:
@@ -36,7 +38,10 @@ class Follower:
     def stepped(self, state: TrainingState, batch: Sums, learning_rate: float) -> None:
         """React to a step that has just been taken; `batch` holds the sums of its samples."""
 
-    def epoch_ended(self, state: TrainingState, validation: Sums, timing: Mapping[str, float]) -> None:
+    def redealt(self, shares: Sequence[int]) -> None:
+        """Say that from the next step on each rank computes so many micro-batches of a full batch."""
+
+    def epoch_ended(self, state: TrainingState, validation: Sums, timing: Mapping[str, Any]) -> None:
         """React to the end of an epoch, after validation and before the epoch's sums are cleared.
 
         `timing` holds the seconds since the last such point, or the start, and the samples trained on in them.
@@ -76,6 +81,8 @@ class Coordinator(Follower):
         self._kernel_families = environment["kernel_families"]
         self._versions = environment["versions"]
         self._start = start
+        self._shares_to_say: Sequence[int] | None = None
+        self._say_shares_after = 0.0
         with claim(start) as (self.folder, self._lock):
             self._checkpoints = self.folder / "checkpoints"
             for folder in (self.folder, self._checkpoints):
@@ -159,9 +166,17 @@ class Coordinator(Follower):
         if self.config.record_hashes:
             hashes = {name: sha256_of_arrays([(name, array)])[:16] for name, array in state.named_arrays()}
             self._log("hashes", {"step": state.step, "loss": batch.loss, "hashes": hashes})
+        if self._shares_to_say is not None and time.monotonic() >= self._say_shares_after:
+            self.progress.line(f"balance: {describe_shares(self._shares_to_say)} from step {state.step + 1} on")
+            self._shares_to_say = None
+            self._say_shares_after = time.monotonic() + SECONDS_BETWEEN_SHARES
         self.progress.live(epoch + 1, self.config.epoch_count, position + 1, self._steps_per_epoch, batch.loss)
 
-    def epoch_ended(self, state: TrainingState, validation: Sums, timing: Mapping[str, float]) -> None:
+    def redealt(self, shares: Sequence[int]) -> None:
+        """Say so below the step, or a few seconds later where shares change often."""
+        self._shares_to_say = shares
+
+    def epoch_ended(self, state: TrainingState, validation: Sums, timing: Mapping[str, Any]) -> None:
         """Log the epoch and print its line."""
         epoch = state.step // self._steps_per_epoch
         training = state.epoch_sums

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
@@ -76,6 +76,24 @@ def banner(
         f"{batch} · {shares}",
         f"survives failures: {survives}",
     ]
+
+
+#: With more ranks than this their shares are summed up.
+MOST_RANKS_LISTED = 16
+
+
+def describe_shares(shares: Sequence[int]) -> str:
+    """Return how many micro-batches each rank computes in a step.
+
+    >>> describe_shares([5, 3])
+    '5, 3 micro-batches on ranks 0, 1'
+    >>> describe_shares([4] * 20 + [1])
+    '1 to 4 micro-batches a rank, fewest on rank 20'
+    """
+    if len(shares) > MOST_RANKS_LISTED:
+        return f"{min(shares)} to {max(shares)} micro-batches a rank, fewest on rank {shares.index(min(shares))}"
+    ranks = range(len(shares))
+    return f"{', '.join(map(str, shares))} micro-batches on ranks {', '.join(map(str, ranks))}"
 
 
 def shares_of(micro_batches: int, ranks: int) -> str:

@@ -204,9 +204,10 @@ def _print_banner(
         described,
         config.threads_per_rank,
         batch,
-        shares_of(config.micro_batches, ranks),
+        shares_of(config.micro_batches, ranks) + (" at first (--balance)" if config.balance else ""),
         survives,
     ):
         progress.line(line)
     if config.reduction != "tree":
-        progress.line(f"--reduction {config.reduction}: bits may differ from those of another number of ranks")
+        moves = ", and with --balance from run to run" if config.balance else ""
+        progress.line(f"--reduction {config.reduction}: bits may differ from those of another number of ranks{moves}")

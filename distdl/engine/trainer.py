@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,12 +20,13 @@ from distdl.arrays import aligned_empty
 from distdl.config import TrainConfig
 from distdl.data import split
 from distdl.data.normalization import Normalization
+from distdl.engine.balance import BalancedDealer, Dealer
 from distdl.engine.coordinator import Follower
 from distdl.engine.metrics import METRIC_FIELDS, Sums
 from distdl.engine.state import TrainingState
 from distdl.errors import UserError
 from distdl.nn import SoftmaxCrossEntropy, count_correct
-from distdl.parallel import REDUCTIONS, Communicator, Field, Layout, contiguous_shards, together
+from distdl.parallel import REDUCTIONS, Communicator, Field, Layout, Shard, together
 from distdl.rng import Key
 from distdl.schedules import make_schedule
 
@@ -82,8 +84,10 @@ class Trainer:
             every_steps=config.lr_step_epochs * self.steps_per_epoch,
             factor=config.lr_step_factor,
         )
-        gradient = Field("gradient", "f4", state.network.gradients.size)
-        self._gradients = REDUCTIONS[config.reduction](communicator, Layout([gradient, *METRIC_FIELDS]))
+        rank, ranks = communicator.rank, communicator.size
+        self._dealer = BalancedDealer(rank, ranks, config.micro_batches) if config.balance else Dealer(rank, ranks)
+        fields = [Field("gradient", "f4", state.network.gradients.size), *METRIC_FIELDS, *self._dealer.fields]
+        self._gradients = REDUCTIONS[config.reduction](communicator, Layout(fields))
         self._metrics = REDUCTIONS[config.reduction](communicator, Layout(METRIC_FIELDS))
         self._leaf = Sums()
         self._batch = Sums()
@@ -121,14 +125,15 @@ class Trainer:
 
         shards = self._shards(len(rows))
         self._gradients.begin(shards)
-        own = shards[self.communicator.rank]
-        for index in own:
+        self._dealer.begin()
+        for place, index in enumerate(shards[self.communicator.rank]):
             images, labels = self._micro_batch(rows, index)
-            changed = index == own[0]  # by the update at the end of the step before
+            changed = place == 0  # by the update at the end of the step before
             logits = network.forward(images, training=True, key=key.of(index), parameters_changed=changed)
             self._leaf.set(self.objective.forward(logits, labels), count_correct(logits, labels), len(labels))
             network.backward(self.objective.backward())
-            self._gradients.add(index, {"gradient": network.gradients, **vars(self._leaf)})
+            timed = self._dealer.values(whole=len(labels) == self.config.micro_batch_size)
+            self._gradients.add(index, {"gradient": network.gradients, **vars(self._leaf), **timed})
         total = self._gradients.total()
 
         loss_sum, gradient = float(total["loss_sum"][0]), total["gradient"]
@@ -146,6 +151,9 @@ class Trainer:
         self._timing["train_seconds"] += seconds
         self._timing["wait_seconds"] += self.communicator.seconds_waiting - waited
         self._timing["samples"] += len(rows)
+        shares = self._dealer.stepped(shards, total)
+        if shares is not None:
+            self.coordinator.redealt(shares)
         self._batch.set(loss_sum, int(total["counts"][0]), len(rows))
         self.coordinator.stepped(state, self._batch, learning_rate)
 
@@ -153,10 +161,9 @@ class Trainer:
         """Return the sums of loss and right answers over the given rows, each counted once. Collective."""
         shards = self._shards(len(rows))
         self._metrics.begin(shards)
-        own = shards[self.communicator.rank]
-        for index in own:
+        for place, index in enumerate(shards[self.communicator.rank]):
             images, labels = self._micro_batch(rows, index)
-            logits = self.state.network.forward(images, parameters_changed=index == own[0])
+            logits = self.state.network.forward(images, parameters_changed=place == 0)
             self._leaf.set(self.objective.forward(logits, labels), count_correct(logits, labels), len(labels))
             self._metrics.add(index, vars(self._leaf))
         sums = Sums()
@@ -171,7 +178,7 @@ class Trainer:
             progress["best_step"], progress["best_accuracy"] = state.step, validation.accuracy
         progress["train_loss"] = state.epoch_sums.loss
         progress["validation_accuracy"] = validation.accuracy
-        self.coordinator.epoch_ended(state, validation, self._timing)
+        self.coordinator.epoch_ended(state, validation, {**self._timing, **self._dealer.epoch_record()})
         self._timing = dict.fromkeys(self._timing, 0)
         state.epoch_sums.set(0.0, 0, 0)
 
@@ -220,9 +227,8 @@ class Trainer:
             self._order = (epoch, training[split.epoch_order(self.key, epoch, len(training))])
         return self._order[1]
 
-    def _shards(self, samples: int) -> list[range]:
-        count = split.micro_batch_count(samples, self.config.micro_batch_size)
-        return contiguous_shards(count, self.communicator.size)
+    def _shards(self, samples: int) -> Sequence[Shard]:
+        return self._dealer.shards(split.micro_batch_count(samples, self.config.micro_batch_size))
 
     def _micro_batch(self, rows: NDArray[np.int64], index: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return the normalized images (N, H, W, C) and the labels (N,) of one micro-batch."""

@@ -1,4 +1,4 @@
-"""What ranks do together: communicators, the canonical tree, the reduction, node-shared arrays."""
+"""What ranks do together: communicators, the canonical tree, dealing, the reduction, node-shared arrays."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from distdl.errors import UserError
 from distdl.launcher import belong_together, read_launch
 from distdl.parallel.agreement import exit_code_of, guard, report, together
 from distdl.parallel.communicator import Communicator, OneProcess, hosts, say
+from distdl.parallel.dealing import deal, share
 from distdl.parallel.reduce import REDUCTIONS, Field, Layout, Record, Reduction
 from distdl.parallel.shared import share_arrays
-from distdl.parallel.tree import contiguous_shards
+from distdl.parallel.tree import Shard, contiguous_shards
 
 __all__ = [
     "REDUCTIONS",
@@ -22,11 +23,14 @@ __all__ = [
     "OneProcess",
     "Record",
     "Reduction",
+    "Shard",
     "contiguous_shards",
+    "deal",
     "exit_code_of",
     "guard",
     "hosts",
     "report",
+    "share",
     "share_arrays",
     "together",
     "world",

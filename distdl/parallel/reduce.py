@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from distdl.arrays import ALIGNMENT_BYTES, aligned_empty, aligned_zeros
 from distdl.parallel.communicator import Bytes, Communicator
-from distdl.parallel.tree import Node, are_siblings, fold, maximal_nodes
+from distdl.parallel.tree import Node, Shard, are_siblings, fold, maximal_nodes
 
 Record = dict[str, NDArray[Any]]
 
@@ -92,11 +92,14 @@ class Reduction:
         self._slots: list[Bytes] = []
         self._records: list[Record] = []
         self._nodes: list[Node] = []
-        self._shards: tuple[range, ...] = ()
+        self._shards: tuple[Shard, ...] = ()
         self._leaves = 0
 
-    def begin(self, shards: Sequence[range]) -> None:
-        """Start a step in which rank r computes the micro-batches ``shards[r]``; all leaves 0..V-1 are dealt."""
+    def begin(self, shards: Sequence[Shard]) -> None:
+        """Start a step in which rank r computes the micro-batches ``shards[r]``; all leaves 0..V-1 are dealt.
+
+        A shard may hold any leaves; the fewer nodes of the tree they make up, the fewer partial sums are sent.
+        """
         self._shards = tuple(shards)
         self._leaves = sum(len(shard) for shard in shards)
         self._nodes = []
@@ -220,7 +223,7 @@ class _Plan:
 
 
 @lru_cache(maxsize=64)
-def _plan(shards: tuple[range, ...], leaves: int) -> _Plan:
+def _plan(shards: tuple[Shard, ...], leaves: int) -> _Plan:
     nodes = [maximal_nodes(shard, leaves) for shard in shards]
     held = [node for rank in nodes for node in rank]
     in_order = sorted(range(len(held)), key=lambda place: held[place].lo)

@@ -15,7 +15,10 @@ Pure integer arithmetic; no array is touched here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
+
+#: The micro-batches that one rank computes in a step, in increasing order.
+Shard: TypeAlias = range | tuple[int, ...]
 
 
 class Node(NamedTuple):
@@ -61,11 +64,13 @@ def fold(nodes: Sequence[Node], leaves: int) -> tuple[list[Node], list[tuple[int
     return [node for node, _ in stack], merges
 
 
-def maximal_nodes(shard: range, leaves: int) -> list[Node]:
+def maximal_nodes(shard: Shard, leaves: int) -> list[Node]:
     """Return the fewest nodes of the tree over `leaves` that together hold just the leaves of `shard`.
 
     >>> maximal_nodes(range(3, 8), leaves=8)
     [Node(lo=3, hi=4), Node(lo=4, hi=8)]
+    >>> maximal_nodes((0, 1, 5), leaves=8)
+    [Node(lo=0, hi=2), Node(lo=5, hi=6)]
     """
     return fold([Node(leaf, leaf + 1) for leaf in shard], leaves)[0]
 

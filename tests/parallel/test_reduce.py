@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from distdl.parallel import REDUCTIONS, Field, Layout, OneProcess, contiguous_shards
+from distdl.parallel import REDUCTIONS, Field, Layout, OneProcess, contiguous_shards, deal, share
 
 LENGTHS = (1, 5, 16, 17, 1000)
 LAYOUTS = [Layout([Field("gradient", "f4", n), Field("loss_sum", "f8", 1), Field("counts", "i8", 3)]) for n in LENGTHS]
@@ -86,6 +86,27 @@ def test_uneven_shards_and_empty_ones_give_the_same_bits(communicator):
         cuts = sorted(chance.randrange(leaves + 1) for _ in range(communicator.size - 1))
         shards = [range(a, b) for a, b in zip([0, *cuts], [*cuts, leaves], strict=True)]
         chance.shuffle(shards)  # who computes what does not matter either
+        assert_sums_are_exact(communicator, LAYOUTS[-1], shards, reduction=reduction, steps=1)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_shards_dealt_by_speed_give_the_same_bits(communicator):
+    reduction = REDUCTIONS["tree"](communicator, LAYOUTS[-1])
+    for leaves, seed in itertools.product((1, 2, 5, 8, 13, 31, 64), range(3)):
+        chance = random.Random(seed)
+        speeds = tuple(10 ** chance.uniform(-1, 1) for _ in range(communicator.size))
+        shards = deal(share(leaves, speeds))
+        assert_sums_are_exact(communicator, LAYOUTS[-1], shards, reduction=reduction, steps=1)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_leaves_dealt_by_chance_give_the_same_bits(communicator):
+    """Any sets will do; and one reduction may be given other shards in each step."""
+    chance = random.Random(3)
+    reduction = REDUCTIONS["tree"](communicator, LAYOUTS[-1])
+    for _ in range(20):
+        owners = [chance.randrange(communicator.size) for _ in range(chance.randrange(1, 20))]
+        shards = [tuple(i for i, owner in enumerate(owners) if owner == r) for r in range(communicator.size)]
         assert_sums_are_exact(communicator, LAYOUTS[-1], shards, reduction=reduction, steps=1)
 
 
