@@ -21,6 +21,8 @@ from distdl.engine.metrics import JsonLines, Sums
 from distdl.engine.progress import Progress
 from distdl.engine.run_folder import Start, claim
 from distdl.engine.state import TrainingState
+from distdl.engine.timeline import Spent
+from distdl.engine.trace import write as write_trace
 from distdl.errors import UserError
 
 #: Checkpoints in a row that may fail to be written before the run gives up.
@@ -36,11 +38,14 @@ class Follower:
     def stepped(self, state: TrainingState, batch: Sums, learning_rate: float) -> None:
         """React to a step that has just been taken; `batch` holds the sums of its samples."""
 
-    def epoch_ended(self, state: TrainingState, validation: Sums, seconds: Mapping[str, float]) -> None:
+    def epoch_ended(self, state: TrainingState, validation: Sums, spent: Spent) -> None:
         """React to the end of an epoch, after validation and before the epoch's sums are cleared."""
 
     def checkpoint(self, state: TrainingState, *, last: bool = False) -> None:
         """Save the state; where it is the last chance to, a failure is an error."""
+
+    def traced(self, trace: Mapping[str, Any] | None) -> None:
+        """Write the trace of all ranks, which rank 0 alone has."""
 
     def finished(self, state: TrainingState, test: Sums | None, summary: dict[str, Any]) -> None:
         """Write the summary and print the receipt."""
@@ -137,7 +142,7 @@ class Coordinator(Follower):
             self._hashes.write({"step": state.step, "loss": batch.loss, "hashes": hashes})
         self.progress.live(epoch + 1, self.config.epoch_count, position + 1, self._steps_per_epoch, batch.loss)
 
-    def epoch_ended(self, state: TrainingState, validation: Sums, seconds: Mapping[str, float]) -> None:
+    def epoch_ended(self, state: TrainingState, validation: Sums, spent: Spent) -> None:
         """Log the epoch and print its line."""
         epoch = state.step // self._steps_per_epoch
         training = state.epoch_sums
@@ -151,11 +156,28 @@ class Coordinator(Follower):
                 "validation_accuracy": validation.accuracy,
             }
         )
-        speed = training.samples / seconds["train_seconds"] if seconds["train_seconds"] else 0.0
-        self._timing.write({"step": state.step, "epoch": epoch, **seconds, "time": time.time()})
+        seconds = spent.seconds
+        speed = training.samples / seconds if seconds else 0.0
+        compute, reduction, wait = spent.shares()
+        self._timing.write(
+            {
+                "step": state.step,
+                "epoch": epoch,
+                "train_seconds": seconds,
+                "compute_share": compute,
+                "reduction_share": reduction,
+                "wait_share": wait,
+                "slowest_rank": spent.slowest,
+                "compute_seconds": spent.compute,
+                "reduction_seconds": spent.reduction,
+                "wait_seconds": spent.waiting,
+                "time": time.time(),
+            }
+        )
+        where_it_went = f"  {spent}" if len(spent.compute) > 1 else ""
         self.progress.line(
             f"epoch {epoch:3d}/{self.config.epoch_count}  loss {training.loss:.4f}  train {training.accuracy:7.2%}  "
-            f"validation {validation.accuracy:7.2%}  {seconds['train_seconds']:6.1f} s  {speed:,.0f} samples/s"
+            f"validation {validation.accuracy:7.2%}  {seconds:6.1f} s  {speed:,.0f} samples/s{where_it_went}"
         )
 
     def checkpoint(self, state: TrainingState, *, last: bool = False) -> None:
@@ -189,6 +211,16 @@ class Coordinator(Follower):
             if last or self._misses >= MISSES_ALLOWED:
                 raise UserError(f"{reason}; the checkpoints before it are intact: make room and use --resume") from None
             self.progress.warning(f"{reason}; the checkpoints before it are intact, training goes on")
+
+    def traced(self, trace: Mapping[str, Any] | None) -> None:
+        """Write the trace of all ranks; a disk that refuses is warned about."""
+        assert trace is not None
+        assert self.config.trace is not None
+        try:
+            write_trace(self.config.trace, trace)
+            self.progress.line(f"trace: {self.config.trace} (for ui.perfetto.dev)")
+        except OSError as error:
+            self.progress.warning(f"cannot write the trace {self.config.trace}: {error.strerror or error}")
 
     def finished(self, state: TrainingState, test: Sums | None, summary: dict[str, Any]) -> None:
         """Log the test score, write the summary and print the receipt."""

@@ -8,7 +8,6 @@ numbers are pure functions of config and step, so a step can be done by any numb
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +21,8 @@ from distdl.data.normalization import Normalization
 from distdl.engine.coordinator import Follower
 from distdl.engine.metrics import METRIC_FIELDS, Sums
 from distdl.engine.state import TrainingState
+from distdl.engine.timeline import Timeline
+from distdl.engine.trace import Trace
 from distdl.errors import UserError
 from distdl.nn import SoftmaxCrossEntropy, count_correct
 from distdl.parallel import REDUCTIONS, Communicator, Field, Layout, contiguous_shards
@@ -89,11 +90,12 @@ class Trainer:
         self._batch = Sums()
         self._images: dict[int, NDArray[np.float32]] = {}
         self._order = (-1, np.empty(0, np.int64))
-        self._seconds = {"train_seconds": 0.0, "wait_seconds": 0.0}
+        self.timeline = Timeline(communicator)
 
     def run(self) -> Summary:
         """Train to the last step, score the test part where training is complete, and return the summary."""
         state, config = self.state, self.config
+        trace = None if config.trace is None else Trace(self.timeline)
         last_step = config.epoch_count * self.steps_per_epoch
         if config.max_steps is not None:
             last_step = min(last_step, config.max_steps)
@@ -107,13 +109,16 @@ class Trainer:
                 self.coordinator.checkpoint(state, last=state.step == last_step)
         complete = state.step >= config.epoch_count * self.steps_per_epoch
         test = self.evaluate(self.data.parts.test) if complete else None
+        if trace is not None:
+            self.timeline.spent()
+            self.coordinator.traced(trace.gather(state.step))
         summary = self._summary(test)
         self.coordinator.finished(state, test, asdict(summary))
         return summary
 
     def step(self) -> None:
         """Take one optimizer step."""
-        started, waited = time.perf_counter(), self.communicator.seconds_waiting
+        self.timeline.begin()
         state, network = self.state, self.state.network
         epoch, position = divmod(state.step, self.steps_per_epoch)
         rows = split.batch_rows(self._epoch_rows(epoch), position, self.config.batch_size)
@@ -127,7 +132,9 @@ class Trainer:
             self._leaf.set(self.objective.forward(logits, labels), count_correct(logits, labels), len(labels))
             network.backward(self.objective.backward())
             self._gradients.add(index, {"gradient": network.gradients, **vars(self._leaf)})
+        self.timeline.enter_reduction()
         total = self._gradients.total()
+        self.timeline.leave_reduction()
 
         self._check_finite(float(total["loss_sum"][0]))
         gradient = total["gradient"]
@@ -136,10 +143,7 @@ class Trainer:
         state.optimizer.update(network.parameters, gradient, learning_rate, state.step + 1)
         state.step_array += 1
         state.epoch_sums.add(total)
-        seconds = time.perf_counter() - started
-        state.progress["train_seconds"] += seconds
-        self._seconds["train_seconds"] += seconds
-        self._seconds["wait_seconds"] += self.communicator.seconds_waiting - waited
+        state.progress["train_seconds"] += self.timeline.end()
         self._batch.set(float(total["loss_sum"][0]), int(total["counts"][0]), len(rows))
         self.coordinator.stepped(state, self._batch, learning_rate)
 
@@ -164,8 +168,7 @@ class Trainer:
             progress["best_step"], progress["best_accuracy"] = state.step, validation.accuracy
         progress["train_loss"] = state.epoch_sums.loss
         progress["validation_accuracy"] = validation.accuracy
-        self.coordinator.epoch_ended(state, validation, self._seconds)
-        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        self.coordinator.epoch_ended(state, validation, self.timeline.spent())
         state.epoch_sums.set(0.0, 0, 0)
 
     def _summary(self, test: Sums | None) -> Summary:
