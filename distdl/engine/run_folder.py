@@ -37,7 +37,7 @@ def find_start(config: TrainConfig) -> Start:
     """Decide where the run begins; nothing is written. Raises `UserError` for a folder or resume that cannot be."""
     try:
         if config.resume is None:
-            folder = config.run_dir or _new_folder(config)
+            folder = config.run_dir or new_folder(f"{config.dataset}-{config.model}")
             _refuse_used(folder)
             return Start(folder)
         return _resumed(config, config.resume)
@@ -91,8 +91,9 @@ def _refuse_another_run(config: TrainConfig, path: Path, header: Any) -> None:
         raise UserError(f"cannot resume from {path}: {'; '.join(different)}; give the same, or start a new run")
 
 
-def _new_folder(config: TrainConfig) -> Path:
-    what = re.sub(r"[^\w.-]+", "-", f"{config.dataset}-{config.model}")
+def new_folder(what: str) -> Path:
+    """Return the name of a folder under ``runs`` that does not exist yet, after the time and `what` it is for."""
+    what = re.sub(r"[^\w.-]+", "-", what)
     name = f"{datetime.now():%Y-%m-%d-%H%M%S}-{what}"  # local time, for a person
     folder, number = Path("runs") / name, 1
     while folder.exists():

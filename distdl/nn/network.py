@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike
 
 from distdl.arrays import ALIGNMENT_BYTES, aligned_zeros
 from distdl.errors import UserError
-from distdl.nn.layers import Array, Layer, ParameterSpec, Shape
+from distdl.nn.layers import Array, Layer, ParameterSpec, Products, Shape
 from distdl.rng import Key
 
 
@@ -59,6 +59,9 @@ class Sequential:
             raise UserError("a network needs at least one layer, and each layer only once; make a new one instead")
         if not all(n >= 1 for n in self.input_shape):
             raise UserError(f"input shape {self.input_shape} given, expected sizes of at least 1")
+        #: If set, it is called with "forward" or "backward" and the name of each part that has just been done,
+        #: and with None for a name when a pass begins. A network that fuses layers names the part as a whole.
+        self.watch: Callable[[str, str | None], None] | None = None
         self._shapes = self._build()
         self.output_shape = self._shapes[-1]
         self._places = self._lay_out()
@@ -117,6 +120,13 @@ class Sequential:
         """Return each parameter's name and the view of its gradient, in the order of the layers."""
         return self.views(self.gradients)
 
+    def parts(self, samples: int) -> list[tuple[str, str, Products]]:
+        """Return the parts that `watch` hears of: name, description, and the products for so many samples."""
+        return [
+            (name, str(layer), layer.products(samples))
+            for layer, name in zip(self.layers, self.layer_names, strict=True)
+        ]
+
     def initialize(self, key: Key) -> None:
         """Set each parameter by its initializer, from the key ``key.of(name)``."""
         for (name, view), place in zip(self.named_parameters(), self._places, strict=True):
@@ -131,19 +141,27 @@ class Sequential:
         if x.shape[1:] != self.input_shape or x.dtype != self.dtype:
             expected = ", ".join(str(n) for n in ("N", *self.input_shape))
             raise UserError(f"input is {x.dtype} {x.shape}; expected {self.dtype} ({expected})")
+        if self.watch:
+            self.watch("forward", None)
         for layer, name, shape in zip(self.layers, self.layer_names, self._shapes, strict=True):
             x = np.ascontiguousarray(x)
             x = layer.forward(x, training=training, key=None if key is None else key.of(name))
             if x.shape[1:] != shape:
                 raise UserError(f"{name} ({layer}): forward returned {x.shape}; build announced {shape} without N")
+            if self.watch:
+                self.watch("forward", name)
         return x
 
     def backward(self, d_logits: Array) -> None:
         """Overwrite `gradients`, given the gradient of the loss by the logits of the latest `forward`."""
         d: Array | None = d_logits
-        for layer in reversed(self.layers):
+        if self.watch:
+            self.watch("backward", None)
+        for layer, name in zip(reversed(self.layers), reversed(self.layer_names), strict=True):
             assert d is not None, "only a layer without need of an input gradient may return None"
             d = layer.backward(np.ascontiguousarray(d))
+            if self.watch:
+                self.watch("backward", name)
             if not layer.needs_input_gradient:
                 break  # nothing in front has parameters
 
