@@ -48,7 +48,7 @@ def parse(arguments: Sequence[str]) -> Settings:
         raise UserError("--dataset and --input exclude each other: a data set has a shape of its own")
     for name, parsed in PARSERS.items():
         if given[name] is not None:
-            given[name] = parsed(given[name])  # type: ignore[operator]
+            given[name] = parsed(given[name])
     return Settings(**{name: value for name, value in given.items() if value is not None}).checked()
 
 

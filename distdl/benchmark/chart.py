@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape, quoteattr
 
 WIDTH, HEIGHT = 760, 500
-LEFT, RIGHT, TOP, BOTTOM = 70, 30, 76, 84
+LEFT, RIGHT, TOP, BOTTOM = 70, 30, 80, 100
 #: Told apart by people who see few colors too (Okabe and Ito, 2008).
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 INK, FAINT, SHADE = "#222222", "#cfcfcf", "#f1e9d8"
@@ -39,7 +39,7 @@ class Line:
 
 
 def scaling_svg(
-    lines: Sequence[Line], title: str, subtitle: str, footnote: str, oversubscribed: Sequence[int] = ()
+    lines: Sequence[Line], title: str, subtitle: str, footnotes: Sequence[str], oversubscribed: Sequence[int] = ()
 ) -> str:
     """Return the chart as a whole SVG document; `oversubscribed` are the numbers of ranks that shared cores."""
     ranks = [point.ranks for line in lines for point in line.measured]
@@ -70,19 +70,24 @@ def scaling_svg(
             f'<rect class="oversubscribed" x="{start:.1f}" y="{TOP}" width="{end - start:.1f}" '
             f'height="{HEIGHT - TOP - BOTTOM}" fill="{SHADE}"/>'
         )
-        parts.append(_text((start + end) / 2, HEIGHT - BOTTOM - 8, "shared cores", anchor="middle", color="#8a7440"))
+        middle = (start + end) / 2 + 4
+        parts.append(
+            f'<text x="{middle:.1f}" y="{HEIGHT - BOTTOM - 8}" fill="#8a7440" '
+            f'transform="rotate(-90 {middle:.1f} {HEIGHT - BOTTOM - 8})">more ranks than cores</text>'
+        )
     parts += _grid(x, y, last, low, high)
     top = min(last, high)
     parts.append(_path("ideal", [(x(1), y(1)), (x(top), y(top))], "#777777", "2 3"))
     for line, color in zip(lines, _cycle(len(lines)), strict=True):
         parts += _line(line, color, x, y)
     parts += _legend(lines)
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 42, "ranks", anchor="middle"))
+    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - BOTTOM + 38, "ranks", anchor="middle"))
     parts.append(
         f'<text x="20" y="{(TOP + HEIGHT - BOTTOM) / 2}" text-anchor="middle" fill="{INK}" '
         f'transform="rotate(-90 20 {(TOP + HEIGHT - BOTTOM) / 2})">speed-up over 1 rank</text>'
     )
-    parts.append(_text(LEFT, HEIGHT - 14, footnote, size=11, color="#555555"))
+    for number, footnote in enumerate(footnotes):
+        parts.append(_text(LEFT, HEIGHT - 32 + 16 * number, footnote, size=11, color="#555555"))
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -111,8 +116,8 @@ def _line(line: Line, color: str, x: Callable[[float], float], y: Callable[[floa
     for point in line.measured:
         at, low, high = x(point.ranks), y(point.least), y(point.greatest)
         parts.append('<g class="whisker">')
-        for ends in ((at, low, at, high), (at - 4, low, at + 4, low), (at - 4, high, at + 4, high)):
-            parts.append(_segment(*ends, color, 1.4))
+        ends = ((at, low, at, high), (at - 4, low, at + 4, low), (at - 4, high, at + 4, high))
+        parts += [_segment(*corners, color, 1.4) for corners in ends]
         parts.append("</g>")
         parts.append(
             f'<circle class="point" cx="{at:.1f}" cy="{y(point.speedup):.1f}" r="4" fill="{color}">'
@@ -131,7 +136,7 @@ def _legend(lines: Sequence[Line]) -> list[str]:
     for name, color, dashes in entries:
         parts.append(_path("legend", [(at, 61), (at + 24, 61)], color, dashes))
         parts.append(_text(at + 30, 65, name))
-        at += 46 + 6.2 * len(name)
+        at += 50 + 6.4 * len(name)
     return parts
 
 

@@ -22,6 +22,10 @@ SIZES = tuple(2**power for power in range(10, 26, 2))
 #: What the projection needs where no table was asked for.
 FEW_SIZES = (2**12, 2**18, 2**21)
 
+#: Each is called so often, and less often where that takes long.
+MOST_CALLS, LEAST_CALLS = 20, 3
+SECONDS_PER_SIZE = 0.5
+
 
 @dataclass(frozen=True)
 class Timed:
@@ -37,11 +41,6 @@ class Timed:
         return statistics.median(self.seconds[name])
 
 
-def calls_of(nbytes: int) -> int:
-    """Return how often a vector of this size is reduced."""
-    return 20 if nbytes <= 2**20 else 8
-
-
 def measure_communication(bench: Bench, sizes: Sequence[int]) -> list[Timed]:
     """Time the reductions in every world of more than one rank. Whole on rank 0. Collective."""
     found = []
@@ -51,24 +50,30 @@ def measure_communication(bench: Bench, sizes: Sequence[int]) -> list[Timed]:
                 assert world is not None
                 seconds = time_reductions(world, nbytes)
                 found.append(Timed(count, nbytes, oversubscribed(bench.places, count), seconds))
-            bench.communicator.barrier()
+            bench.idle()
     return found
 
 
 def time_reductions(world: Communicator, nbytes: int) -> dict[str, list[float]]:
-    """Return the seconds of each call, by the name of the reduction. Collective."""
+    """Return the seconds of each call, by the name of the reduction; the first makes buffers and is left out.
+
+    Collective.
+    """
     layout = Layout([Field("gradient", "f4", nbytes // 4)])
     values = {"gradient": np.ones(nbytes // 4, np.float32)}
     reductions = {name: kind(world, layout) for name, kind in REDUCTIONS.items()}
     own: dict[str, list[float]] = {name: [] for name in reductions}
-    for call in range(calls_of(nbytes) + 1):
+    begun = time.perf_counter()
+    for call in range(MOST_CALLS + 1):
+        if call > LEAST_CALLS and world.bcast_json(time.perf_counter() - begun > SECONDS_PER_SIZE):
+            break
         for name, reduction in reductions.items():
             reduction.begin([range(rank, rank + 1) for rank in range(world.size)])
             reduction.add(world.rank, values)
             world.barrier()
             started = time.perf_counter()
             reduction.total()
-            if call:  # the first makes buffers
+            if call:
                 own[name].append(time.perf_counter() - started)
     everyone = world.allgather_json(own)
     return {name: [min(call) for call in zip(*(of[name] for of in everyone), strict=True)] for name in own}

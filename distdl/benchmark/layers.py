@@ -117,7 +117,7 @@ def measure_layers(bench: Bench) -> LayerTimes | None:
                 for name, description, products in bench.network.parts(size)
             ],
         )
-    bench.communicator.barrier()
+    bench.idle()
     return found
 
 

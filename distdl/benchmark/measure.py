@@ -41,7 +41,8 @@ WARM_UP_STEPS = 3
 CLASSES = 10
 RANDOM_PICTURES = 1024
 MOST_RANDOM_BYTES = 2**26
-#: Numbers of micro-batches that one rank is measured with besides those of the sweep: halves, down to 1.
+#: How long ranks sleep that have no part in a measurement, before they look again.
+IDLE_PAUSE_SECONDS = 0.02
 KEY = Key(0).of("bench")
 
 
@@ -219,8 +220,12 @@ class Bench:
         """Measure a setup once; None on ranks that have no part in it, which sleep meanwhile."""
         world = self.worlds[setup.ranks]
         found = None if world is None else self._sample(setup, world)
-        self.communicator.barrier()
+        self.idle()
         return found
+
+    def idle(self) -> None:
+        """Sleep until every rank has come here, leaving the cores to those that measure."""
+        self.communicator.barrier(longest_pause_seconds=IDLE_PAUSE_SECONDS)
 
     def _sample(self, setup: Setup, world: Communicator) -> Sample:
         trainer, steps = self.trainer(setup, world), self.settings.steps

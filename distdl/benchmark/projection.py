@@ -144,7 +144,7 @@ def expected_largest(count: int) -> float:
     """Return z(N), the expected largest of `count` standard normal numbers, by Blom's formula.
 
     >>> [round(expected_largest(n), 2) for n in (1, 2, 1024)]
-    [0.0, 0.59, 3.22]
+    [0.0, 0.59, 3.23]
     """
     return NormalDist().inv_cdf((count - 0.375) / (count + 0.25)) if count > 1 else 0.0
 
@@ -158,7 +158,7 @@ def fit_two(rows: Sequence[tuple[float, float]], observed: Sequence[float]) -> t
     uu, uv, vv = (sum(row[i] * row[j] for row in scaled) for i, j in ((0, 0), (0, 1), (1, 1)))
     u1, v1 = sum(row[0] for row in scaled), sum(row[1] for row in scaled)
     determinant = uu * vv - uv * uv
-    if determinant <= 1e-9 * uu * vv:
+    if determinant <= 1e-9 * uu * vv:  # also where there are no rows
         return None
     p, q = (u1 * vv - v1 * uv) / determinant, (v1 * uu - u1 * uv) / determinant
     if p >= 0 and q >= 0:
@@ -185,9 +185,10 @@ def fit(
     )
     if compute is None:
         return None
+    wire: tuple[float, float] | None
     if network is not None:
-        wire: tuple[float, float] | None = (network.latency_seconds, 1 / network.bytes_per_second)
-    elif any(one.ranks > 1 for one in [*points, *reduced]):
+        wire = (network.latency_seconds, 1 / network.bytes_per_second)
+    else:
         shared = [point for point in points if point.ranks > 1]
         wire = fit_two(
             [
@@ -205,8 +206,6 @@ def fit(
             ],
             [*(one.seconds for one in reduced), *(one.reduction_seconds for one in shared)],
         )
-    else:
-        wire = None
     if wire is None:
         return None
     deviation = statistics.median(point.deviation for point in points)

@@ -171,17 +171,18 @@ def fit_lines(model: Model, checks: Sequence[Check]) -> list[str]:
     return lines
 
 
-def projection_table(measured: Sequence[Measured], model: Model, kind: str, where: str) -> list[str]:
+def projection_table(batch: tuple[int, int], model: Model, kind: str, where: str) -> list[str]:
     """Return what the model predicts of one kind of scaling; it says so in its heading."""
-    first = next(one.setup for one in measured if one.setup.kind == kind)
+    samples, micro_batches = batch
     rows = []
-    for ranks, speedup in predicted_speedups(measured, model, kind):
-        step = model.step(ranks, first.micro_batches * (ranks if kind == "weak" else 1))
+    for ranks, speedup in predicted_speedups(batch, model, kind):
+        factor = ranks if kind == "weak" else 1
+        step = model.step(ranks, micro_batches * factor)
         rows.append(
             [
-                str(ranks),
-                f"{speedup * base_rate(measured, kind):,.0f}",
-                f"{speedup:.2f}",
+                f"{ranks:,}",
+                f"{samples * factor / step.seconds:,.0f}",
+                f"{speedup:,.2f}",
                 f"{speedup / ranks:.0%}",
                 *(f"{part / step.seconds:.1%}" for part in (step.compute, step.reduction, step.waiting)),
             ]
@@ -190,19 +191,20 @@ def projection_table(measured: Sequence[Measured], model: Model, kind: str, wher
     return [f"{kind} scaling, PREDICTED for one rank a core, {where}; not measured", *table(head, rows)]
 
 
-def predicted_speedups(measured: Sequence[Measured], model: Model, kind: str) -> list[tuple[int, float]]:
-    """Return (ranks, speed-up over the measured single rank) as the model predicts it."""
-    first = next(one.setup for one in measured if one.setup.kind == kind)
-    base = base_rate(measured, kind)
+def predicted_speedups(batch: tuple[int, int], model: Model, kind: str) -> list[tuple[int, float]]:
+    """Return (ranks, speed-up over one rank), both as the model has it; `batch` is (samples, micro-batches)."""
+    micro_batches = batch[1]
+    one = model.step(1, micro_batches).seconds
     found = []
-    for ranks in projected_ranks(kind, first.micro_batches):
+    for ranks in projected_ranks(kind, micro_batches):
         factor = ranks if kind == "weak" else 1
-        rate = first.batch_size * factor / model.step(ranks, first.micro_batches * factor).seconds
-        found.append((ranks, rate / base))
+        found.append((ranks, factor * one / model.step(ranks, micro_batches * factor).seconds))
     return found
 
 
-def chart_lines(measured: Sequence[Measured], kinds: Sequence[str], model: Model | None) -> list[Line]:
+def chart_lines(
+    measured: Sequence[Measured], kinds: Sequence[str], batch: tuple[int, int], model: Model | None
+) -> list[Line]:
     """Return the lines of the chart."""
     lines = []
     for kind in kinds:
@@ -212,5 +214,5 @@ def chart_lines(measured: Sequence[Measured], kinds: Sequence[str], model: Model
             if one.setup.kind == kind:
                 speedups = [rate / base for rate in one.rates()]
                 points.append(ChartPoint(one.setup.ranks, statistics.median(speedups), min(speedups), max(speedups)))
-        lines.append(Line(kind, points, () if model is None else predicted_speedups(measured, model, kind)))
+        lines.append(Line(kind, points, () if model is None else predicted_speedups(batch, model, kind)))
     return lines

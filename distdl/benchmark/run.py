@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -46,8 +47,11 @@ class Report:
     measured: list[Measured]
     communication: list[Timed]
     layers: LayerTimes | None
-    model: Model | None
+    fitted: Model | None
+    """Of the network that was measured."""
     checks: list[Check]
+    projected: Model | None
+    """The same with the network that predictions are for."""
 
 
 def benchmark(settings: Settings, communicator: Communicator | None = None) -> Path | None:
@@ -86,7 +90,11 @@ def _output_folder(settings: Settings) -> Path:
 
 def _measured(bench: Bench, environment: dict[str, Any], ranks: Sequence[int], say: Callable[[str], None]) -> Report:
     settings = bench.settings
-    environment = {**environment, "cpu": _cpu(), "cores": sorted({len(cores) for _, cores in bench.places})}
+    environment |= {
+        "cpu": _cpu(),
+        "cores": sorted({len(cores) for _, cores in bench.places}),
+        "load_before": round(os.getloadavg()[0], 2),
+    }
     setups = setups_of(settings, ranks)
     for line in _banner(settings, bench, environment, ranks):
         say(line)
@@ -94,16 +102,16 @@ def _measured(bench: Bench, environment: dict[str, Any], ranks: Sequence[int], s
     sizes = SIZES if settings.communication else FEW_SIZES
     communication = measure_communication(bench, sizes) if settings.communication or setups else []
     measured = measure_scaling(bench, setups, say)
-    model, checks = None, []
+    fitted = projected = None
+    checks: list[Check] = []
     if bench.communicator.rank == 0 and setups:
         gradient_bytes = bench.network.gradients.nbytes
         points, reduced = points_of(measured), reduced_of(communication, settings.reduction)
-        local = fit(points, reduced, settings.reduction, gradient_bytes)
-        checks = [] if local is None else check(points, reduced, local)
-        model = local
+        fitted = projected = fit(points, reduced, settings.reduction, gradient_bytes)
+        checks = [] if fitted is None else check(points, reduced, fitted)
         if settings.network is not None:
-            model = fit(points, reduced, settings.reduction, gradient_bytes, settings.network)
-    report = Report(settings, environment, measured, communication, layers, model, checks)
+            projected = fit(points, reduced, settings.reduction, gradient_bytes, settings.network)
+    report = Report(settings, environment, measured, communication, layers, fitted, checks, projected)
     if bench.communicator.rank == 0:
         for line in report_lines(report):
             say(line)
@@ -117,7 +125,8 @@ def _banner(settings: Settings, bench: Bench, environment: dict[str, Any], ranks
         f"distdl {environment['versions']['distdl']} benchmark · {settings.model} "
         f"({bench.network.parameter_count:,} parameters) · {what} {height}x{width}x{channels} · {settings.optimizer} · "
         f"reduction {settings.reduction}",
-        f"{environment['cpu']}, {'/'.join(map(str, environment['cores']))} cores · {environment['communicator']} · "
+        f"{environment['cpu']}, {'/'.join(map(str, environment['cores']))} cores (load {environment['load_before']}) · "
+        f"{environment['communicator']} · "
         f"NumPy {environment['versions']['numpy']}, {environment['kernel_families'][0].split(';')[0]} · "
         f"ranks {', '.join(map(str, ranks))}",
     ]
@@ -173,12 +182,11 @@ def report_lines(report: Report) -> list[str]:
         lines += ["", *layers_table(report.layers)]
     if settings.communication:
         lines += ["", *communication_table(report.communication)]
-    if report.checks and report.model is not None:
-        local = [one for one in report.checks]
-        lines += ["", *fit_lines(report.model, local)]
-    if report.model is not None:
+    if report.fitted is not None:
+        lines += ["", *fit_lines(report.fitted, report.checks)]
+    if report.projected is not None:
         for kind in SCALINGS[settings.scaling]:
-            lines += ["", *projection_table(measured, report.model, kind, projected_where(settings))]
+            lines += ["", *projection_table(batch_of(settings), report.projected, kind, projected_where(settings))]
     elif measured:
         lines += [
             "",
@@ -186,6 +194,11 @@ def report_lines(report: Report) -> list[str]:
             "and at least two micro-batches in --batch-size",
         ]
     return lines
+
+
+def batch_of(settings: Settings) -> tuple[int, int]:
+    """Return samples and micro-batches of the batch of one rank."""
+    return settings.batch_size, settings.micro_batches
 
 
 def projected_where(settings: Settings) -> str:
@@ -212,32 +225,36 @@ def _write(folder: Path, report: Report, say: Callable[[str], None]) -> None:
 def svg_of(report: Report) -> str:
     """Return the chart."""
     settings, environment = report.settings, report.environment
-    footnote = "Dots: medians; whiskers: all repetitions."
-    if report.model is not None:
-        footnote += f" Dashed: predicted, not measured, for one rank a core {projected_where(settings)}."
+    footnotes = ["Dots: medians; whiskers: all repetitions."]
+    if report.projected is not None:
+        footnotes.append(f"Dashed: predicted, not measured, for one rank a core, {projected_where(settings)}.")
     return scaling_svg(
-        chart_lines(report.measured, SCALINGS[settings.scaling], report.model),
+        chart_lines(report.measured, SCALINGS[settings.scaling], batch_of(settings), report.projected),
         f"distdl: {settings.model}, batch {settings.batch_size}, micro-batch {settings.micro_batch_size}",
         f"{environment['cpu']} · {environment['communicator']} · NumPy {environment['versions']['numpy']}",
-        footnote,
+        footnotes,
         sorted({one.setup.ranks for one in report.measured if one.oversubscribed}),
     )
 
 
 def to_json(report: Report) -> dict[str, Any]:
     """Return the content of ``bench.json``: the machine, the settings, raw samples, and what was made of them."""
-    settings, model = report.settings, report.model
+    settings = report.settings
     projection = None
-    if model is not None:
+    if report.projected is not None:
         projection = {
             "note": "predicted, not measured",
             "network": projected_where(settings),
-            "model": asdict(model),
+            "model": asdict(report.projected),
+            "model_of_what_was_measured": None if report.fitted is None else asdict(report.fitted),
             "checks": [
                 {**asdict(one), "fitted_error": one.fitted_error, "left_out_error": one.left_out_error}
                 for one in report.checks
             ],
-            "speedups": {kind: predicted_speedups(report.measured, model, kind) for kind in SCALINGS[settings.scaling]},
+            "speedups": {
+                kind: predicted_speedups(batch_of(settings), report.projected, kind)
+                for kind in SCALINGS[settings.scaling]
+            },
         }
     return {
         "format": BENCH_FORMAT,
