@@ -25,7 +25,7 @@ PRODUCT_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
-class PassTime:
+class TimedPass:
     """What one part takes in one direction, for one micro-batch."""
 
     seconds: float
@@ -50,8 +50,8 @@ class PartTime:
 
     name: str
     description: str
-    forward: PassTime
-    backward: PassTime
+    forward: TimedPass
+    backward: TimedPass
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,15 @@ class LayerTimes:
 
     samples: int
     seconds: float
+    update_seconds: float
+    """The optimizer's, for this one micro-batch of the step."""
     parts: list[PartTime]
 
     @property
     def rest(self) -> float:
-        """Seconds of a micro-batch outside of the network: pictures, loss, partial sums, update."""
-        return self.seconds - sum(part.forward.seconds + part.backward.seconds for part in self.parts)
+        """Seconds of a micro-batch outside of the network and the update: pictures, loss, partial sums."""
+        network = sum(part.forward.seconds + part.backward.seconds for part in self.parts)
+        return self.seconds - network - self.update_seconds
 
 
 class Stopwatch:
@@ -103,16 +106,24 @@ def measure_layers(bench: Bench) -> LayerTimes | None:
             trainer.step()
             step_seconds.append(time.perf_counter() - started)
         bench.network.watch = None
+        state, update_seconds = trainer.state, []
+        gradient = aligned_empty(bench.network.gradients.shape)
+        for step in range(settings.steps):
+            gradient[...] = bench.network.gradients
+            started = time.perf_counter()
+            state.optimizer.update(bench.network.parameters, gradient, 0.0, state.step + step + 1)
+            update_seconds.append(time.perf_counter() - started)
         size = settings.micro_batch_size
         found = LayerTimes(
             size,
             statistics.median(step_seconds) / settings.micro_batches,
+            statistics.median(update_seconds) / settings.micro_batches,
             [
                 PartTime(
                     name,
                     description,
-                    _pass_time(watch.median("forward", name), products.forward),
-                    _pass_time(watch.median("backward", name), products.backward),
+                    _timed_pass(watch.median("forward", name), products.forward),
+                    _timed_pass(watch.median("backward", name), products.backward),
                 )
                 for name, description, products in bench.network.parts(size)
             ],
@@ -121,9 +132,9 @@ def measure_layers(bench: Bench) -> LayerTimes | None:
     return found
 
 
-def _pass_time(seconds: float, products: Sequence[Product]) -> PassTime:
+def _timed_pass(seconds: float, products: Sequence[Product]) -> TimedPass:
     operations = sum(product.operations for product in products)
-    return PassTime(seconds, operations, sum(product_seconds(product) for product in products))
+    return TimedPass(seconds, operations, sum(product_seconds(product) for product in products))
 
 
 @lru_cache(maxsize=256)

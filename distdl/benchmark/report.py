@@ -8,7 +8,7 @@ from itertools import groupby
 
 from distdl.benchmark.chart import ChartPoint, Line
 from distdl.benchmark.communication import Timed
-from distdl.benchmark.layers import LayerTimes, PassTime
+from distdl.benchmark.layers import LayerTimes, TimedPass
 from distdl.benchmark.measure import Measured
 from distdl.benchmark.projection import Check, Model, projected_ranks
 
@@ -104,8 +104,9 @@ def layers_table(times: LayerTimes) -> list[str]:
         f"layers: one micro-batch of {times.samples} on one rank, {_milliseconds(times.seconds)} ms in all; "
         "forward, then backward",
         *table(["part", "", *columns, *columns], rows, left=2),
-        f"  the rest (pictures, loss, partial sums, update): {_milliseconds(times.rest)} ms, "
-        f"{times.rest / times.seconds:.1%}; sgemm: the same products alone, in GFLOP/s",
+        f"  update: {_milliseconds(times.update_seconds)} ms, {times.update_seconds / times.seconds:.1%}; "
+        f"pictures, loss and partial sums: {_milliseconds(times.rest)} ms, {times.rest / times.seconds:.1%}",
+        "  sgemm: the same matrix products alone, in GFLOP/s; update: this micro-batch's part of the step's",
     ]
 
 
@@ -113,7 +114,7 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3f}"
 
 
-def _rates(one: PassTime) -> list[str]:
+def _rates(one: TimedPass) -> list[str]:
     rates = (one.rate, one.product_rate) if one.seconds else (None, None)
     return ["" if rate is None else f"{rate / 1e9:.1f}" for rate in rates]
 

@@ -59,9 +59,7 @@ class Spent:
 
     def __str__(self) -> str:
         compute, reduction, waiting = self.shares()
-        return (
-            f"compute {compute:.1%} · reduction {reduction:.1%} · wait {waiting:.1%} (slowest: rank {self.slowest})"
-        ).replace("%", " %")
+        return f"compute {compute:.1%} · reduction {reduction:.1%} · wait {waiting:.1%} (slowest: rank {self.slowest})"
 
 
 class Timeline:

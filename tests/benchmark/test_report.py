@@ -3,7 +3,7 @@
 import re
 
 from distdl.benchmark.communication import Timed
-from distdl.benchmark.layers import LayerTimes, PartTime, PassTime
+from distdl.benchmark.layers import LayerTimes, PartTime, TimedPass
 from distdl.benchmark.measure import Measured, Sample, Setup, oversubscribed, setups_of
 from distdl.benchmark.projection import Check, Model, Point
 from distdl.benchmark.report import (
@@ -109,13 +109,13 @@ def test_the_fit_sees_no_point_of_shared_cores():
 
 
 def test_layers_are_shown_with_their_rates_and_what_is_left():
-    part = PartTime("affine_1", "Affine 10", PassTime(1e-3, 10**8, 5e-4), PassTime(2e-3, 2 * 10**8, 1e-3))
-    flat = PartTime("flatten_1", "Flatten", PassTime(0.0, 0, 0.0), PassTime(0.0, 0, 0.0))
-    text = "\n".join(layers_table(LayerTimes(16, 5e-3, [part, flat])))
+    part = PartTime("affine_1", "Affine 10", TimedPass(1e-3, 10**8, 5e-4), TimedPass(2e-3, 2 * 10**8, 1e-3))
+    flat = PartTime("flatten_1", "Flatten", TimedPass(0.0, 0, 0.0), TimedPass(0.0, 0, 0.0))
+    text = "\n".join(layers_table(LayerTimes(16, 5e-3, 5e-4, [part, flat])))
     assert "one micro-batch of 16 on one rank, 5.000 ms in all" in text
     forward, backward = ["1.000", "20.0%", "100.0", "200.0"], ["2.000", "40.0%", "100.0", "200.0"]
     assert cells(text.splitlines()[2])[1:] == ["Affine 10", *forward, *backward]
-    assert "update): 2.000 ms, 40.0%" in text
+    assert "update: 0.500 ms, 10.0%; pictures, loss and partial sums: 1.500 ms, 30.0%" in text
 
 
 def test_the_reduction_is_shown_by_size_beside_allreduce():

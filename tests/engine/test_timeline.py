@@ -81,7 +81,7 @@ def test_more_steps_than_there_is_room_for_are_counted_too(monkeypatch):
 def test_shares_of_no_steps_are_nothing():
     assert Timeline(OneProcess()).spent().shares() == (0, 0, 0)
     assert str(Spent((1.0, 2.0), (0.5, 0.5), (1.0, 0.0))) == (
-        "compute 60.0 % · reduction 20.0 % · wait 20.0 % (slowest: rank 1)"
+        "compute 60.0% · reduction 20.0% · wait 20.0% (slowest: rank 1)"
     )
 
 
