@@ -17,6 +17,7 @@ import numpy as np
 
 from distdl.arrays import aligned_empty
 from distdl.benchmark.measure import WARM_UP_STEPS, Bench, Setup
+from distdl.engine.trainer import Trainer
 from distdl.nn.layers import Product
 
 #: A product is timed this often, and until so many seconds have gone.
@@ -56,35 +57,44 @@ class PartTime:
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """All parts, and what a micro-batch takes as a whole, its share of the update included, on one rank."""
+    """All parts, and what else a micro-batch takes, on one rank; medians each, so that hiccups do not show."""
 
     samples: int
-    seconds: float
+    loss_seconds: float
+    outside_seconds: float
+    """Between two micro-batches: adding to the partial sum, getting the next pictures."""
     update_seconds: float
     """The optimizer's, for this one micro-batch of the step."""
     parts: list[PartTime]
 
     @property
-    def rest(self) -> float:
-        """Seconds of a micro-batch outside of the network and the update: pictures, loss, partial sums."""
+    def seconds(self) -> float:
+        """The whole micro-batch."""
         network = sum(part.forward.seconds + part.backward.seconds for part in self.parts)
-        return self.seconds - network - self.update_seconds
+        return network + self.loss_seconds + self.outside_seconds + self.update_seconds
 
 
 class Stopwatch:
-    """The `watch` of a network: notes the seconds since the mark before, by direction and part."""
+    """The `watch` of a network: notes the seconds since the mark before, by direction and part.
+
+    The part None of a direction is what came before that pass.
+    """
 
     def __init__(self) -> None:
-        self.seconds: dict[tuple[str, str], list[float]] = {}
-        self._last = 0.0
+        self.seconds: dict[tuple[str, str | None], list[float]] = {}
+        self._last: float | None = None
+
+    def new_step(self) -> None:
+        """Forget the mark before: what lies between two steps belongs to no part."""
+        self._last = None
 
     def __call__(self, direction: str, name: str | None) -> None:
         """Note that a part is done, or, without a name, that a pass begins."""
-        if name is not None:
+        if self._last is not None:
             self.seconds.setdefault((direction, name), []).append(time.perf_counter() - self._last)
         self._last = time.perf_counter()
 
-    def median(self, direction: str, name: str) -> float:
+    def median(self, direction: str, name: str | None) -> float:
         """Return the median seconds of a part; 0 if it never ran."""
         return statistics.median(self.seconds.get((direction, name), [0.0]))
 
@@ -94,30 +104,21 @@ def measure_layers(bench: Bench) -> LayerTimes | None:
     world, settings = bench.worlds[1], bench.settings
     found = None
     if world is not None:
-        trainer = bench.trainer(Setup("share", 1, settings.batch_size, settings.micro_batches), world)
+        size, micro_batches = settings.micro_batch_size, max(2, settings.micro_batches)
+        trainer = bench.trainer(Setup("share", 1, size * micro_batches, micro_batches), world)
         bench.start_again(trainer)
         for _ in range(WARM_UP_STEPS):
             trainer.step()
-        watch = Stopwatch()
-        step_seconds = []
-        bench.network.watch = watch
+        bench.network.watch = watch = Stopwatch()
         for _ in range(settings.steps):
-            started = time.perf_counter()
+            watch.new_step()
             trainer.step()
-            step_seconds.append(time.perf_counter() - started)
         bench.network.watch = None
-        state, update_seconds = trainer.state, []
-        gradient = aligned_empty(bench.network.gradients.shape)
-        for step in range(settings.steps):
-            gradient[...] = bench.network.gradients
-            started = time.perf_counter()
-            state.optimizer.update(bench.network.parameters, gradient, 0.0, state.step + step + 1)
-            update_seconds.append(time.perf_counter() - started)
-        size = settings.micro_batch_size
         found = LayerTimes(
             size,
-            statistics.median(step_seconds) / settings.micro_batches,
-            statistics.median(update_seconds) / settings.micro_batches,
+            watch.median("backward", None),
+            watch.median("forward", None),
+            _update_seconds(trainer, settings.steps) / micro_batches,
             [
                 PartTime(
                     name,
@@ -130,6 +131,19 @@ def measure_layers(bench: Bench) -> LayerTimes | None:
         )
     bench.idle()
     return found
+
+
+def _update_seconds(trainer: Trainer, calls: int) -> float:
+    """Return the median seconds of the optimizer's update."""
+    state, network = trainer.state, trainer.state.network
+    gradient = aligned_empty(network.gradients.shape)
+    seconds = []
+    for call in range(calls):
+        gradient[...] = network.gradients
+        started = time.perf_counter()
+        state.optimizer.update(network.parameters, gradient, 0.0, state.step + call + 1)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
 
 
 def _timed_pass(seconds: float, products: Sequence[Product]) -> TimedPass:

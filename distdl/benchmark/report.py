@@ -104,9 +104,16 @@ def layers_table(times: LayerTimes) -> list[str]:
         f"layers: one micro-batch of {times.samples} on one rank, {_milliseconds(times.seconds)} ms in all; "
         "forward, then backward",
         *table(["part", "", *columns, *columns], rows, left=2),
-        f"  update: {_milliseconds(times.update_seconds)} ms, {times.update_seconds / times.seconds:.1%}; "
-        f"pictures, loss and partial sums: {_milliseconds(times.rest)} ms, {times.rest / times.seconds:.1%}",
-        "  sgemm: the same matrix products alone, in GFLOP/s; update: this micro-batch's part of the step's",
+        "  besides: "
+        + " · ".join(
+            f"{what} {_milliseconds(seconds)} ms ({seconds / times.seconds:.1%})"
+            for what, seconds in (
+                ("loss", times.loss_seconds),
+                ("partial sums and pictures", times.outside_seconds),
+                ("its part of the update", times.update_seconds),
+            )
+        ),
+        "  sgemm: the same matrix products alone, in GFLOP/s",
     ]
 
 

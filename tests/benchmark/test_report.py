@@ -111,11 +111,14 @@ def test_the_fit_sees_no_point_of_shared_cores():
 def test_layers_are_shown_with_their_rates_and_what_is_left():
     part = PartTime("affine_1", "Affine 10", TimedPass(1e-3, 10**8, 5e-4), TimedPass(2e-3, 2 * 10**8, 1e-3))
     flat = PartTime("flatten_1", "Flatten", TimedPass(0.0, 0, 0.0), TimedPass(0.0, 0, 0.0))
-    text = "\n".join(layers_table(LayerTimes(16, 5e-3, 5e-4, [part, flat])))
+    text = "\n".join(layers_table(LayerTimes(16, 4e-4, 1.1e-3, 5e-4, [part, flat])))
     assert "one micro-batch of 16 on one rank, 5.000 ms in all" in text
     forward, backward = ["1.000", "20.0%", "100.0", "200.0"], ["2.000", "40.0%", "100.0", "200.0"]
     assert cells(text.splitlines()[2])[1:] == ["Affine 10", *forward, *backward]
-    assert "update: 0.500 ms, 10.0%; pictures, loss and partial sums: 1.500 ms, 30.0%" in text
+    assert (
+        "besides: loss 0.400 ms (8.0%) · partial sums and pictures 1.100 ms (22.0%) · "
+        "its part of the update 0.500 ms (10.0%)" in text
+    )
 
 
 def test_the_reduction_is_shown_by_size_beside_allreduce():
