@@ -47,7 +47,8 @@ def scaling_svg(
     heights = [value for line in lines for point in line.measured for value in (point.least, point.greatest)]
     heights += [value for line in lines for _, value in line.predicted]
     last = _ceil2(max([2, *ranks]))
-    low, high = _floor2(min([1.0, *heights])), _ceil2(max([2.0, *heights]))
+    # The ideal reaches the corner; below, half a step of room is enough.
+    low, high = 2.0 ** (math.floor(2 * math.log2(min([1.0, *heights]))) / 2), _ceil2(max([last, *heights]))
 
     def x(count: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * math.log2(count) / math.log2(last)
@@ -72,12 +73,11 @@ def scaling_svg(
         )
         middle = (start + end) / 2 + 4
         parts.append(
-            f'<text x="{middle:.1f}" y="{HEIGHT - BOTTOM - 8}" fill="#8a7440" '
-            f'transform="rotate(-90 {middle:.1f} {HEIGHT - BOTTOM - 8})">more ranks than cores</text>'
+            f'<text x="{middle:.1f}" y="{TOP + 8}" text-anchor="end" fill="#8a7440" '
+            f'transform="rotate(-90 {middle:.1f} {TOP + 8})">more ranks than cores</text>'
         )
     parts += _grid(x, y, last, low, high)
-    top = min(last, high)
-    parts.append(_path("ideal", [(x(1), y(1)), (x(top), y(top))], "#777777", "2 3"))
+    parts.append(_path("ideal", [(x(1), y(1)), (x(last), y(last))], "#777777", "2 3"))
     for line, color in zip(lines, _cycle(len(lines)), strict=True):
         parts += _line(line, color, x, y)
     parts += _legend(lines)
@@ -98,7 +98,7 @@ def _grid(x: Callable[[float], float], y: Callable[[float], float], last: float,
         parts.append(_segment(x(count), TOP, x(count), HEIGHT - BOTTOM, FAINT, 0.6))
         parts.append(_text(x(count), HEIGHT - BOTTOM + 18, f"{count:,}", anchor="middle"))
         count *= 2
-    level = low
+    level = _ceil2(low)
     while level <= high:
         parts.append(_segment(LEFT, y(level), WIDTH - RIGHT, y(level), FAINT, 0.6))
         parts.append(_text(LEFT - 8, y(level) + 4, f"{level:,g}", anchor="end"))
@@ -165,7 +165,3 @@ def _cycle(count: int) -> list[str]:
 
 def _ceil2(value: float) -> float:
     return 2.0 ** math.ceil(math.log2(value))
-
-
-def _floor2(value: float) -> float:
-    return 2.0 ** math.floor(math.log2(value))
