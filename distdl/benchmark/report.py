@@ -13,6 +13,8 @@ from distdl.benchmark.measure import Measured
 from distdl.benchmark.projection import Check, Model, projected_ranks
 
 MARK = "*"
+#: A model that is off by more than this is of little use.
+POOR_FIT = 0.25
 FOOTNOTE = f"{MARK} more ranks than cores: they share cores, so this shows what that costs and not how it scales"
 
 
@@ -176,6 +178,8 @@ def fit_lines(model: Model, checks: Sequence[Check]) -> list[str]:
     for what, found in (("the fit", errors), ("a fit that has not seen the point", left_out)):
         if found:
             lines.append(f"  {what} is off by {statistics.median(found):.1%} (median), {max(found):.1%} at worst")
+    if max([*errors, *left_out], default=0.0) > POOR_FIT:
+        lines.append("  THE FIT IS POOR: rely on no prediction below; other work on the cores is the usual reason")
     return lines
 
 
@@ -196,7 +200,7 @@ def projection_table(batch: tuple[int, int], model: Model, kind: str, where: str
             ]
         )
     head = ["ranks", "samples/s", "speed-up", "efficiency", "compute", "reduction", "wait"]
-    return [f"{kind} scaling, PREDICTED for one rank a core, {where}; not measured", *table(head, rows)]
+    return [f"{kind} scaling, PREDICTED, not measured: one rank a core, {where}", *table(head, rows)]
 
 
 def predicted_speedups(batch: tuple[int, int], model: Model, kind: str) -> list[tuple[int, float]]:

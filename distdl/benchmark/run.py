@@ -204,8 +204,8 @@ def batch_of(settings: Settings) -> tuple[int, int]:
 def projected_where(settings: Settings) -> str:
     """Return whose network a prediction is for."""
     if settings.network is None:
-        return "on the network that was measured"
-    return f"on a network of {settings.network}"
+        return "over the network that was measured"
+    return f"over a network of {settings.network}"
 
 
 def _write(folder: Path, report: Report, say: Callable[[str], None]) -> None:

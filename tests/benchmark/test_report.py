@@ -135,8 +135,8 @@ def test_the_reduction_is_shown_by_size_beside_allreduce():
 
 def test_predictions_say_that_they_are_predictions():
     model = Model("tree", 1000, 0.0, 1e-3, 0.0, 0.0, 0.0)
-    lines = projection_table((128, 8), model, "strong", "on a network")
-    assert lines[0] == "strong scaling, PREDICTED for one rank a core, on a network; not measured"
+    lines = projection_table((128, 8), model, "strong", "over a network")
+    assert lines[0] == "strong scaling, PREDICTED, not measured: one rank a core, over a network"
     assert [cells(line)[:4] for line in lines[2:]] == [
         ["1", "16,000", "1.00", "100%"],
         ["2", "32,000", "2.00", "100%"],
@@ -153,3 +153,4 @@ def test_the_fit_says_how_far_off_it_is():
     assert "-20.0%" in lines[2]
     assert lines[-2].strip() == "the fit is off by 5.5% (median), 10.0% at worst"
     assert lines[-1].strip() == "a fit that has not seen the point is off by 20.0% (median), 20.0% at worst"
+    assert fit_lines(model, [Check(point, 0.014, None)])[-1].strip().startswith("THE FIT IS POOR")
