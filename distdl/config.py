@@ -49,10 +49,11 @@ FREE_TO_CHANGE_ON_RESUME = frozenset(
         "record_hashes",
         "threads_per_rank",
         "balance",
+        "trace",
     }
 )
 #: Where a run lives and how it was started; not part of what it is.
-NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume"})
+NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace"})
 #: A config file longer than this is none, and is not read.
 LARGEST_CONFIG_BYTES = 2**14
 #: No BLAS starts more threads than this.
@@ -111,6 +112,8 @@ class TrainConfig:
     """Deal micro-batches by each rank's measured speed, and anew as speeds change; the bits stay the same."""
     threads_per_rank: int = 1
     """BLAS threads of each rank; another number than 1 may change bits."""
+    trace: Path | None = None
+    """JSON file to write when and how long each rank computed, reduced and waited, for ui.perfetto.dev."""
 
     def checked(self) -> TrainConfig:
         """Return the config with every default filled in; raise `UserError` for a setting that cannot be."""
@@ -134,7 +137,7 @@ class TrainConfig:
                 raise UserError(f"{_flag(name)} must be a finite number, not {getattr(config, name)}")
         if config.schedule == "step":
             _finite_to_the_end(config)
-        for name in ("data_dir", "run_dir", "resume"):
+        for name in ("data_dir", "run_dir", "resume", "trace"):
             _possible_path(config, name)
         if self.micro_batch_size > self.batch_size:
             raise UserError(
@@ -171,7 +174,9 @@ class TrainConfig:
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> TrainConfig:
         """Return the config that `to_json` gave these values."""
-        paths = {name: Path(values[name]) for name in ("config", "data_dir", "run_dir") if values[name] is not None}
+        paths = {
+            name: Path(values[name]) for name in ("config", "data_dir", "run_dir", "trace") if values[name] is not None
+        }
         return TrainConfig(**{**values, **paths})
 
     def to_toml(self) -> str:

@@ -244,6 +244,7 @@ configs = st.builds(
     balance=st.booleans(),
     reduction=st.sampled_from(sorted(REDUCTIONS)),
     threads_per_rank=st.integers(1, 1024),
+    trace=st.none() | paths,
 )
 
 
@@ -262,7 +263,7 @@ def test_the_config_file_of_a_run_runs_the_same_again(tmp_path, config):
     file = tmp_path / "config.toml"
     file.write_bytes(text.encode())
     again = parsed("--config", file)
-    assert again == dataclasses.replace(config, config=file, run_dir=None, resume=None)
+    assert again == dataclasses.replace(config, config=file, run_dir=None, resume=None, trace=None)
     assert again.to_toml() == text
 
 
@@ -306,12 +307,14 @@ OTHER = {
     "balance": True,
     "reduction": "allreduce",
     "threads_per_rank": 2,
+    "trace": Path("trace.json"),
 }
 FREE = {"config", "run_dir", "resume", "data_dir", "epochs", "max_steps", "checkpoint_every", "keep_checkpoints"} | {
     "log_every",
     "record_hashes",
     "balance",
     "threads_per_rank",
+    "trace",
 }
 
 

@@ -1,4 +1,4 @@
-"""Imports point one way: bottom <- {nn, optim, schedules, data, parallel} <- engine <- the commands.
+"""Imports point one way: bottom <- {nn, optim, schedules, data, parallel} <- engine <- benchmark <- the commands.
 
 The checker below reads sources without running them; the last tests feed it sources that break each rule.
 """
@@ -17,7 +17,7 @@ ROOT = "distdl"  # distdl/__init__.py itself
 BOTTOM = {"errors", "rng", "arrays", "launcher"}
 MIDDLE = {"nn", "optim", "schedules", "data", "parallel"}
 #: Whatever is in none of these is a command, and stands on top.
-BELOW_THE_COMMANDS = {ROOT, "config", "engine"} | BOTTOM | MIDDLE
+BELOW_THE_COMMANDS = {ROOT, "config", "engine", "benchmark"} | BOTTOM | MIDDLE
 
 #: Modules that turn bytes from a file or a peer into running code.
 PICKLES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
@@ -36,6 +36,8 @@ def may_import(unit, other):
     if unit in MIDDLE:
         return other in BOTTOM | {ROOT, unit}
     if unit == "engine":
+        return other in BELOW_THE_COMMANDS - {"benchmark"}
+    if unit == "benchmark":
         return other in BELOW_THE_COMMANDS
     return True
 
@@ -127,6 +129,8 @@ def test_all_parts_of_the_package_are_looked_at():
         ("distdl/parallel/tree.py", "import distdl.engine.run as run", "parallel may not import engine"),
         ("distdl/engine/run.py", "from distdl import train", "engine may not import train"),
         ("distdl/engine/run.py", "from distdl.startup import run", "engine may not import startup"),
+        ("distdl/engine/trace.py", "from distdl.benchmark import chart", "engine may not import benchmark"),
+        ("distdl/benchmark/run.py", "from distdl import startup", "benchmark may not import startup"),
         (
             "distdl/data/sources.py",
             "import importlib\nimportlib.import_module('distdl.engine')",

@@ -21,6 +21,8 @@ from distdl.engine.metrics import JsonLines, Sums
 from distdl.engine.progress import Progress, describe_shares
 from distdl.engine.run_folder import Start, claim
 from distdl.engine.state import TrainingState
+from distdl.engine.timeline import Spent
+from distdl.engine.trace import write as write_trace
 from distdl.errors import DamagedFileError, UserError
 
 #: Checkpoints in a row that may fail to be written before the run gives up.
@@ -41,14 +43,17 @@ class Follower:
     def redealt(self, shares: Sequence[int]) -> None:
         """Say that from the next step on each rank computes so many micro-batches of a full batch."""
 
-    def epoch_ended(self, state: TrainingState, validation: Sums, timing: Mapping[str, Any]) -> None:
+    def epoch_ended(self, state: TrainingState, validation: Sums, spent: Spent, counted: Mapping[str, Any]) -> None:
         """React to the end of an epoch, after validation and before the epoch's sums are cleared.
 
-        `timing` holds the seconds since the last such point, or the start, and the samples trained on in them.
+        `spent` and `counted`, the samples and shares, tell of the steps since the last such point, or the start.
         """
 
     def checkpoint(self, state: TrainingState, *, last: bool = False) -> None:
         """Save the state; where it is the last chance to, a failure is an error."""
+
+    def traced(self, trace: Mapping[str, Any] | None) -> None:
+        """Write the trace of all ranks, which rank 0 alone has."""
 
     def finished(self, state: TrainingState, test: Sums | None, summary: dict[str, Any]) -> None:
         """Write the summary and print the receipt."""
@@ -176,7 +181,7 @@ class Coordinator(Follower):
         """Say so below the step, or a few seconds later where shares change often."""
         self._shares_to_say = shares
 
-    def epoch_ended(self, state: TrainingState, validation: Sums, timing: Mapping[str, Any]) -> None:
+    def epoch_ended(self, state: TrainingState, validation: Sums, spent: Spent, counted: Mapping[str, Any]) -> None:
         """Log the epoch and print its line."""
         epoch = state.step // self._steps_per_epoch
         training = state.epoch_sums
@@ -191,12 +196,30 @@ class Coordinator(Follower):
                 "validation_accuracy": validation.accuracy,
             },
         )
-        seconds = timing["train_seconds"]
-        speed = timing["samples"] / seconds if seconds else 0.0
-        self._log("timing", {"step": state.step, "epoch": epoch, **timing, "time": time.time()})
+        seconds = spent.seconds
+        speed = counted["samples"] / seconds if seconds else 0.0
+        compute, reduction, wait = spent.shares()
+        self._log(
+            "timing",
+            {
+                "step": state.step,
+                "epoch": epoch,
+                "train_seconds": seconds,
+                "compute_share": compute,
+                "reduction_share": reduction,
+                "wait_share": wait,
+                "slowest_rank": spent.slowest,
+                "compute_seconds": spent.compute,
+                "reduction_seconds": spent.reduction,
+                "wait_seconds": spent.waiting,
+                **counted,
+                "time": time.time(),
+            },
+        )
+        where_it_went = f"  {spent}" if len(spent.compute) > 1 else ""
         self.progress.line(
             f"epoch {epoch:3d}/{self.config.epoch_count}  loss {training.loss:.4f}  train {training.accuracy:7.2%}  "
-            f"validation {validation.accuracy:7.2%}  {seconds:6.1f} s  {speed:,.0f} samples/s"
+            f"validation {validation.accuracy:7.2%}  {seconds:6.1f} s  {speed:,.0f} samples/s{where_it_went}"
         )
 
     def checkpoint(self, state: TrainingState, *, last: bool = False) -> None:
@@ -230,6 +253,16 @@ class Coordinator(Follower):
             if last or self._misses >= MISSES_ALLOWED:
                 raise UserError(f"{reason}; the checkpoints before it are intact: make room and use --resume") from None
             self.progress.warning(f"{reason}; the checkpoints before it are intact, training goes on")
+
+    def traced(self, trace: Mapping[str, Any] | None) -> None:
+        """Write the trace of all ranks; a disk that refuses is warned about."""
+        assert trace is not None
+        assert self.config.trace is not None
+        try:
+            write_trace(self.config.trace, trace)
+            self.progress.line(f"trace: {self.config.trace} (for ui.perfetto.dev)")
+        except OSError as error:
+            self.progress.warning(f"cannot write the trace {self.config.trace}: {error.strerror or error}")
 
     def finished(self, state: TrainingState, test: Sums | None, summary: dict[str, Any]) -> None:
         """Log the test score, write the summary and print the receipt."""

@@ -7,6 +7,7 @@ by one, so that a test can end the process in the middle of any of them.
 from __future__ import annotations
 
 import os
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,6 +35,17 @@ def write_durably(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
+
+
+def try_folder(folder: Path) -> None:
+    """Make a nameless file in `folder`, or in the nearest above it that exists; nothing is left behind.
+
+    Raises `OSError` where that cannot be, so that a person knows before the work and not after it.
+    """
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def flush_folder(folder: Path) -> None:

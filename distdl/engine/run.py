@@ -23,6 +23,7 @@ from distdl.engine.environment import blas_threads, describe
 from distdl.engine.progress import Progress, banner, shares_of
 from distdl.engine.run_folder import Start, find_start
 from distdl.engine.state import TrainingState
+from distdl.engine.trace import check_writable
 from distdl.engine.trainer import Data, Summary, Trainer
 from distdl.errors import UserError
 from distdl.launcher import survives_failures
@@ -71,6 +72,7 @@ def _prepared(
     """Do all that can fail because of what the user gave, and leave nothing behind where it does."""
     coordinates = communicator.rank == 0
     together(communicator, lambda: _check_ranks(config, communicator.size))
+    together(communicator, lambda: check_writable(config.trace) if coordinates and config.trace is not None else None)
     start = together(communicator, lambda: find_start(config) if coordinates else None)
     arrays = together(communicator, lambda: _read(config, dataset) if coordinates else {})
     data = _shared(communicator, arrays)

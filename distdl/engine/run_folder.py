@@ -55,7 +55,7 @@ def find_start(config: TrainConfig) -> Start:
     try:
         if config.resume is None:
             if config.run_dir is None:
-                return Start(_new_folder(config), numbered=True)
+                return Start(timestamped(f"{config.dataset}-{config.model}"), numbered=True)
             _refuse_used(config.run_dir)
             return Start(config.run_dir)
         return _resumed(config, config.resume)
@@ -113,9 +113,9 @@ def _refuse_another_run(config: TrainConfig, path: Path, header: Any) -> None:
         raise UserError(f"cannot resume from {path}: {'; '.join(different)}; give the same, or start a new run")
 
 
-def _new_folder(config: TrainConfig) -> Path:
-    what = re.sub(r"[^\w.-]+", "-", f"{config.dataset}-{config.model}")
-    return Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{what}"  # local time, for a person
+def timestamped(what: str) -> Path:
+    """Return the name of a folder under ``runs``, after the local time and `what` it is for."""
+    return Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{re.sub(r'[^a-zA-Z0-9_.-]+', '-', what)}"
 
 
 def _refuse_no_folder(path: Path) -> None:

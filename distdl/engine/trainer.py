@@ -8,7 +8,6 @@ numbers are pure functions of config and step, so a step can be done by any numb
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,6 +23,8 @@ from distdl.engine.balance import BalancedDealer, Dealer
 from distdl.engine.coordinator import Follower
 from distdl.engine.metrics import METRIC_FIELDS, Sums
 from distdl.engine.state import TrainingState
+from distdl.engine.timeline import Timeline
+from distdl.engine.trace import Trace
 from distdl.errors import UserError
 from distdl.nn import SoftmaxCrossEntropy, count_correct
 from distdl.parallel import REDUCTIONS, Communicator, Field, Layout, Shard, together
@@ -93,11 +94,13 @@ class Trainer:
         self._batch = Sums()
         self._images: dict[int, NDArray[np.float32]] = {}
         self._order = (-1, np.empty(0, np.int64))
-        self._timing = {"train_seconds": 0.0, "wait_seconds": 0.0, "samples": 0}
+        self.timeline = Timeline(communicator)
+        self._samples = 0
 
     def run(self) -> Summary:
         """Train to the last step, score the test part where training is complete, and return the summary."""
         state, config = self.state, self.config
+        trace = None if config.trace is None else Trace(self.timeline)
         last_step = config.epoch_count * self.steps_per_epoch
         if config.max_steps is not None:
             last_step = min(last_step, config.max_steps)
@@ -111,13 +114,16 @@ class Trainer:
                 self._checkpoint(last=state.step == last_step)
         complete = state.step >= config.epoch_count * self.steps_per_epoch
         test = self._judged(self.data.parts.test, "test") if complete else None
+        if trace is not None:
+            self.timeline.spent()
+            self.coordinator.traced(trace.gather(state.step))
         summary = self._summary(test)
         self.coordinator.finished(state, test, asdict(summary))
         return summary
 
     def step(self) -> None:
         """Take one optimizer step."""
-        started, waited = time.perf_counter(), self.communicator.seconds_waiting
+        self.timeline.begin()
         state, network = self.state, self.state.network
         epoch, position = divmod(state.step, self.steps_per_epoch)
         rows = split.batch_rows(self._epoch_rows(epoch), position, self.config.batch_size)
@@ -134,7 +140,9 @@ class Trainer:
             network.backward(self.objective.backward())
             timed = self._dealer.values(whole=len(labels) == self.config.micro_batch_size)
             self._gradients.add(index, {"gradient": network.gradients, **vars(self._leaf), **timed})
+        self.timeline.enter_reduction()
         total = self._gradients.total()
+        self.timeline.leave_reduction()
 
         loss_sum, gradient = float(total["loss_sum"][0]), total["gradient"]
         if not math.isfinite(loss_sum):
@@ -146,11 +154,8 @@ class Trainer:
         state.optimizer.update(network.parameters, gradient, learning_rate, state.step + 1)
         state.step_array += 1
         state.epoch_sums.add(total)
-        seconds = time.perf_counter() - started
-        state.progress["train_seconds"] += seconds
-        self._timing["train_seconds"] += seconds
-        self._timing["wait_seconds"] += self.communicator.seconds_waiting - waited
-        self._timing["samples"] += len(rows)
+        self._samples += len(rows)
+        state.progress["train_seconds"] += self.timeline.end()
         shares = self._dealer.stepped(shards, total)
         if shares is not None:
             self.coordinator.redealt(shares)
@@ -178,8 +183,9 @@ class Trainer:
             progress["best_step"], progress["best_accuracy"] = state.step, validation.accuracy
         progress["train_loss"] = state.epoch_sums.loss
         progress["validation_accuracy"] = validation.accuracy
-        self.coordinator.epoch_ended(state, validation, {**self._timing, **self._dealer.epoch_record()})
-        self._timing = dict.fromkeys(self._timing, 0)
+        counted = {"samples": self._samples, **self._dealer.epoch_record()}
+        self._samples = 0
+        self.coordinator.epoch_ended(state, validation, self.timeline.spent(), counted)
         state.epoch_sums.set(0.0, 0, 0)
 
     def _judged(self, rows: NDArray[np.int64], part: str) -> Sums:

@@ -24,7 +24,7 @@ from numpy.typing import DTypeLike
 
 from distdl.errors import UserError
 from distdl.nn.initializers import He, Initializer, Zeros
-from distdl.nn.layers import Array, Layer, ParameterSpec, Shape, Workspace, show_shape
+from distdl.nn.layers import Array, Layer, ParameterSpec, Product, Products, Shape, Workspace, show_shape
 from distdl.rng import Key
 
 Pair: TypeAlias = tuple[int, int]
@@ -188,6 +188,13 @@ class Conv2d(Layer):
             ParameterSpec("weight", (FH, FW, C, FN), self.initializer, fan_in=FH * FW * C),
             ParameterSpec("bias", (FN,), Zeros(), fan_in=FH * FW * C, decay=False),
         ]
+
+    def products(self, samples: int) -> Products:
+        """Return those of the plain form: patches times weights; for each gradient as many operations."""
+        (OH, OW), (FH, FW), C, FN = self.output_size, self.window.kernel, self.channels, self.filters
+        rows, patch = samples * OH * OW, FH * FW * C
+        dx = (Product(rows, FN, patch),) if self.needs_input_gradient else ()
+        return Products(forward=(Product(rows, patch, FN),), backward=(Product(patch, rows, FN), *dx))
 
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         """Return the filtered images, (N, OH, OW, FN)."""

@@ -24,12 +24,14 @@ the output along an axis, K = FH FW C.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from distdl.nn.convolution import Conv2d, MaxPool2d, Window
 from distdl.nn.layers import Array, Layer, ReLU, Workspace
+
+Watch = Callable[[str, str | None], None]
 
 Quarters = list[list[Array]]
 """Four views of an image by the parity of row and column: ``quarters[a][b]``, (rows, columns, N, C)."""
@@ -65,8 +67,8 @@ class Block(ABC):
     bias_after_pooling = False
     """Whether `_products` leaves the bias out where there is pooling: added after it, it is a quarter of the work."""
 
-    def __init__(self, conv: Conv2d, *, relu: bool, pool: bool) -> None:
-        self.conv, self.relu, self.pool = conv, relu, pool
+    def __init__(self, conv: Conv2d, name: str, *, relu: bool, pool: bool) -> None:
+        self.conv, self.name, self.relu, self.pool = conv, name, relu, pool
         (self.H, self.W), (self.OH, self.OW) = conv.size, conv.output_size
         self.C, self.F = conv.channels, conv.filters
         self.TH, self.TW = -(-self.OH // 2), -(-self.OW // 2)
@@ -139,6 +141,9 @@ class Block(ABC):
                     self._pass_on(self._valid(y, a, b), d_output[a][b], self._valid(dy, a, b))
         self._gradients(tile, N)
         self._tiles_summed += 1
+
+    def __str__(self) -> str:
+        return f"{self.conv}{' + ReLU' * self.relu}{' + MaxPool2d 2x2' * self.pool} ({type(self).__name__})"
 
     def _unpool(self, tile: Workspace, N: int, d_output: Quarters, y: Array, dy: Array) -> None:
         """Give the gradient of each window to its first maximum: the first row that has it, and there the first."""
@@ -458,8 +463,11 @@ class Chain:
         largest = max(block.bytes_per_sample for block in blocks)
         self.tile_size = min(max(TILE_BYTES // largest, 4), LARGEST_TILE)
 
-    def forward(self, x: Array, *, prepare: bool) -> Array:
-        """Return the last block's output; `prepare` says that the parameters may have changed since the last call."""
+    def forward(self, x: Array, *, prepare: bool, watch: Watch | None = None) -> Array:
+        """Return the last block's output; `prepare` says that the parameters may have changed since the last call.
+
+        `watch` is called with a block's name after each tile.
+        """
         if prepare:
             for block in self.blocks:
                 block.prepare()
@@ -467,12 +475,14 @@ class Chain:
         for tile, rows in self._tiles_of(len(x)):
             N = rows.stop - rows.start
             _copy(quarters_of(rows_first(x[rows])), self.blocks[0].input_quarters(tile, N))
-            for block, behind in zip(self.blocks, self.blocks[1:], strict=False):
-                block.forward(tile, N, behind.input_quarters(tile, N))
-            self.blocks[-1].forward(tile, N, quarters_of(rows_first(y[rows])))
+            for block, behind in zip(self.blocks, [*self.blocks[1:], None], strict=True):
+                output = quarters_of(rows_first(y[rows])) if behind is None else behind.input_quarters(tile, N)
+                block.forward(tile, N, output)
+                if watch:
+                    watch("forward", block.name)
         return y
 
-    def backward(self, dy: Array) -> Array | None:
+    def backward(self, dy: Array, *, watch: Watch | None = None) -> Array | None:
         """Set the gradients of all blocks; return that of the input where anything in front needs it."""
         first = self.blocks[0]
         wanted = first.conv.needs_input_gradient
@@ -482,6 +492,8 @@ class Chain:
             d = quarters_of(rows_first(dy[rows]))
             for block in reversed(self.blocks):
                 block.backward(tile, N, d)
+                if watch:
+                    watch("backward", block.name)
                 if block is not first or wanted:
                     d = block.gradient_quarters(tile, N)
             if dx is not None:
@@ -504,7 +516,7 @@ def _copy(source: Quarters, target: Quarters) -> None:
             np.copyto(target[a][b], source[a][b])
 
 
-def chain_at(layers: Sequence[Layer]) -> tuple[Chain | None, int]:
+def chain_at(layers: Sequence[Layer], names: Sequence[str]) -> tuple[Chain | None, int]:
     """Return the chain that begins at the first of these layers and how many it takes; None and 0 without one.
 
     Classes are compared exactly: a layer that someone has derived from ours may compute something else.
@@ -520,7 +532,7 @@ def chain_at(layers: Sequence[Layer]) -> tuple[Chain | None, int]:
         following = [*layers[taken + 1 : taken + 3], Layer(), Layer()]
         relu = type(following[0]) is ReLU
         pool = _is_two_by_two(following[1] if relu else following[0]) and min(conv.output_size) >= 2
-        blocks.append(algorithm(conv, relu=relu, pool=pool))
+        blocks.append(algorithm(conv, names[taken], relu=relu, pool=pool))
         taken += 1 + relu + pool
     return (Chain(blocks), taken) if blocks else (None, 0)
 

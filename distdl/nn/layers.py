@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -44,6 +44,26 @@ class ParameterSpec:
     initializer: Initializer
     fan_in: int
     decay: bool = True
+
+
+class Product(NamedTuple):
+    """A matrix product (M, K) times (K, N)."""
+
+    M: int
+    K: int
+    N: int
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions."""
+        return 2 * self.M * self.K * self.N
+
+
+class Products(NamedTuple):
+    """The matrix products that a layer stands for; an algorithm may do with fewer operations than these have."""
+
+    forward: tuple[Product, ...] = ()
+    backward: tuple[Product, ...] = ()
 
 
 class Workspace:
@@ -93,6 +113,10 @@ class Layer:
     def parameter_specs(self) -> list[ParameterSpec]:
         """Return the parameters that the layer needs, once it is built."""
         return []
+
+    def products(self, samples: int) -> Products:
+        """Return the matrix products of one forward and one backward of this many samples, once it is built."""
+        return Products()
 
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         """Return the output (N, ...) for the input `x` (N, ...).
@@ -153,6 +177,12 @@ class Affine(Layer):
             ParameterSpec("weight", (self.inputs, self.outputs), self.initializer, fan_in=self.inputs),
             ParameterSpec("bias", (self.outputs,), Zeros(), fan_in=self.inputs, decay=False),
         ]
+
+    def products(self, samples: int) -> Products:
+        """Return ``x W``; ``x' dy`` and ``dy W'``."""
+        N, D, K = samples, self.inputs, self.outputs
+        dx = (Product(N, K, D),) if self.needs_input_gradient else ()
+        return Products(forward=(Product(N, D, K),), backward=(Product(D, N, K), *dx))
 
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         """Return ``x W + b``, (N, K)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike
 from distdl.arrays import ALIGNMENT_BYTES, aligned_zeros
 from distdl.errors import UserError
 from distdl.nn.fused import Chain, chain_at
-from distdl.nn.layers import Array, Layer, ParameterSpec, Shape
+from distdl.nn.layers import Array, Layer, ParameterSpec, Products, Shape
 from distdl.rng import Key
 
 
@@ -70,6 +70,9 @@ class Sequential:
             raise UserError("a network needs at least one layer, and each layer only once; make a new one instead")
         if not all(n >= 1 for n in self.input_shape):
             raise UserError(f"input shape {self.input_shape} given, expected sizes of at least 1")
+        #: If set, it is called with "forward" or "backward" and the name of each part that has just been done,
+        #: and with None for a name when a pass begins. Fused layers are one part, done once for each tile.
+        self.watch: Callable[[str, str | None], None] | None = None
         self._shapes = self._build()
         self.output_shape = self._shapes[-1]
         self._places = self._lay_out()
@@ -120,7 +123,9 @@ class Sequential:
         stages = []
         start = 0
         while start < len(self.layers):
-            chain, taken = chain_at(self.layers[start:]) if form == "fast" else (None, 0)
+            chain, taken = None, 0
+            if form == "fast":
+                chain, taken = chain_at(self.layers[start:], self.layer_names[start:])
             stages.append(_Stage(slice(start, start + max(taken, 1)), chain))
             start += max(taken, 1)
         return stages
@@ -139,6 +144,18 @@ class Sequential:
         """Return each parameter's name and the view of its gradient, in the order of the layers."""
         return self.views(self.gradients)
 
+    def parts(self, samples: int) -> list[tuple[str, str, Products]]:
+        """Return the parts that `watch` hears of: name, description, and the products for so many samples."""
+        found = []
+        for stage in self._stages:
+            if stage.chain is None:
+                place = stage.layers.start
+                layer = self.layers[place]
+                found.append((self.layer_names[place], str(layer), layer.products(samples)))
+            else:
+                found += [(block.name, str(block), block.conv.products(samples)) for block in stage.chain.blocks]
+        return found
+
     def initialize(self, key: Key) -> None:
         """Set each parameter by its initializer, from the key ``key.of(name)``."""
         for (name, view), place in zip(self.named_parameters(), self._places, strict=True):
@@ -155,10 +172,12 @@ class Sequential:
         if x.shape[1:] != self.input_shape or x.dtype != self.dtype:
             expected = ", ".join(str(n) for n in ("N", *self.input_shape))
             raise UserError(f"input is {x.dtype} {x.shape}; expected {self.dtype} ({expected})")
+        if self.watch:
+            self.watch("forward", None)
         for stage in self._stages:
             x = np.ascontiguousarray(x)
             if stage.chain is not None:
-                x = stage.chain.forward(x, prepare=parameters_changed)
+                x = stage.chain.forward(x, prepare=parameters_changed, watch=self.watch)
                 continue
             place = stage.layers.start
             layer, name = self.layers[place], self.layer_names[place]
@@ -167,16 +186,25 @@ class Sequential:
                 raise UserError(
                     f"{name} ({layer}): forward returned {x.shape}; build announced {self._shapes[place]} without N"
                 )
+            if self.watch:
+                self.watch("forward", name)
         return x
 
     def backward(self, d_logits: Array) -> None:
         """Overwrite `gradients`, given the gradient of the loss by the logits of the latest `forward`."""
         d: Array | None = d_logits
+        if self.watch:
+            self.watch("backward", None)
         for stage in reversed(self._stages):
             assert d is not None, "only a layer without need of an input gradient may return None"
             first = self.layers[stage.layers.start]
             d = np.ascontiguousarray(d)
-            d = first.backward(d) if stage.chain is None else stage.chain.backward(d)
+            if stage.chain is not None:
+                d = stage.chain.backward(d, watch=self.watch)
+            else:
+                d = first.backward(d)
+                if self.watch:
+                    self.watch("backward", self.layer_names[stage.layers.start])
             if not first.needs_input_gradient:
                 break  # nothing in front has parameters
 

@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
 
+#: A rank that waits looks at least this often whether it may go on.
+LONGEST_PAUSE_SECONDS = 1e-3
+
 
 class Communicator(ABC):
     """A group of ranks 0 .. `size` - 1 that work together."""
@@ -31,8 +34,8 @@ class Communicator(ABC):
     seconds_waiting: float = 0.0
 
     @abstractmethod
-    def barrier(self) -> None:
-        """Return when every rank has called it."""
+    def barrier(self, longest_pause_seconds: float = LONGEST_PAUSE_SECONDS) -> None:
+        """Return when every rank has called it. Who comes early sleeps, in pauses that grow to the longest."""
 
     @abstractmethod
     def bcast(self, array: NDArray[Any], root: int = 0) -> None:
@@ -94,7 +97,7 @@ class OneProcess(Communicator):
         self.size = 1
         self.description = description
 
-    def barrier(self) -> None:
+    def barrier(self, longest_pause_seconds: float = LONGEST_PAUSE_SECONDS) -> None:
         """Return at once."""
 
     def bcast(self, array: NDArray[Any], root: int = 0) -> None:

@@ -32,11 +32,10 @@ from mpi4py import MPI  # noqa: E402
 
 from distdl.errors import PeerLost  # noqa: E402
 from distdl.launcher import survives_failures  # noqa: E402
-from distdl.parallel.communicator import Bytes, Communicator, say  # noqa: E402
+from distdl.parallel.communicator import LONGEST_PAUSE_SECONDS, Bytes, Communicator, say  # noqa: E402
 
 SPIN_SECONDS = 1e-3
 SHORTEST_PAUSE_SECONDS = 50e-6
-LONGEST_PAUSE_SECONDS = 1e-3
 #: A launcher that is told to end the job may do so before it has passed on what we printed last.
 SECONDS_TO_BE_HEARD = 0.5
 #: MPI counts are 32-bit integers in the calls we use.
@@ -65,9 +64,9 @@ class MpiCommunicator(Communicator):
             cores = {core for rank in node.allgather_json(sorted(os.sched_getaffinity(0))) for core in rank}
             return node.size > len(cores)
 
-    def barrier(self) -> None:
-        """Return when every rank has called it."""
-        self._complete(self._comm.Ibarrier)
+    def barrier(self, longest_pause_seconds: float = LONGEST_PAUSE_SECONDS) -> None:
+        """Return when every rank has called it. Who comes early sleeps, in pauses that grow to the longest."""
+        self._complete(self._comm.Ibarrier, longest_pause=longest_pause_seconds)
 
     def bcast(self, array: NDArray[Any], root: int = 0) -> None:
         """Overwrite `array` on every rank with that of `root`."""
@@ -151,7 +150,9 @@ class MpiCommunicator(Communicator):
             MPI.COMM_WORLD.Abort(exit_code)
         os._exit(exit_code)
 
-    def _complete(self, start: Callable[..., MPI.Request], *arguments: Any) -> None:
+    def _complete(
+        self, start: Callable[..., MPI.Request], *arguments: Any, longest_pause: float = LONGEST_PAUSE_SECONDS
+    ) -> None:
         started = time.perf_counter()
         pause = SHORTEST_PAUSE_SECONDS
         try:
@@ -159,7 +160,7 @@ class MpiCommunicator(Communicator):
             while not request.Test():
                 if time.perf_counter() - started > SPIN_SECONDS:
                     time.sleep(pause)
-                    pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+                    pause = min(2 * pause, longest_pause)
                 elif self._oversubscribed:
                     os.sched_yield()
         except MPI.Exception as error:

@@ -1,0 +1,168 @@
+"""What a benchmark is asked to do, checked once. Neither NumPy nor MPI is imported here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distdl.config import DATASETS, MODELS, OPTIMIZERS
+from distdl.errors import UserError, unknown_name
+
+SCALINGS = {"both": ("strong", "weak"), "strong": ("strong",), "weak": ("weak",), "none": ()}
+REDUCTIONS = ("tree", "allreduce")
+
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+_BYTES_PER_SECOND = {
+    **{f"{prefix}bit": factor / 8 for prefix, factor in (("K", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12))},
+    **{f"{prefix}B": factor for prefix, factor in (("K", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12))},
+}
+_NUMBER = r"(\d+(?:\.\d+)?)"
+#: No picture is larger in any direction, and no benchmark needs more of anything.
+MOST = 2**20
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network between ranks: what a message costs, and how fast its bytes travel."""
+
+    latency_seconds: float
+    bytes_per_second: float
+
+    def __str__(self) -> str:
+        return f"{self.latency_seconds * 1e6:g} us, {self.bytes_per_second * 8 / 1e9:g} Gbit/s"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to measure; the defaults take about a minute on two cores."""
+
+    model: str = "simple_convnet"
+    input_shape: tuple[int, int, int] = (28, 28, 1)
+    """(H, W, C) of the random pixels that stand for a data set."""
+    dataset: str | None = None
+    """A data set to take instead of random pixels."""
+    data_dir: Path | None = None
+    batch_size: int = 128
+    micro_batch_size: int = 16
+    optimizer: str = "adam"
+    reduction: str = "tree"
+    ranks: tuple[int, ...] | None = None
+    """Numbers of ranks to measure; None: 1, 2, 4 … and all."""
+    scaling: str = "both"
+    steps: int = 20
+    repetitions: int = 5
+    layers: bool = False
+    communication: bool = False
+    network: Network | None = None
+    """The network to project to; None: the one that is measured."""
+    out: Path | None = None
+
+    def checked(self) -> Settings:
+        """Return the settings; raise `UserError` for one that cannot be."""
+        for kind, name, known in (
+            ("model", self.model, MODELS),
+            ("dataset", self.dataset or DATASETS[0], DATASETS),
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("reduction", self.reduction, REDUCTIONS),
+            ("scaling", self.scaling, tuple(SCALINGS)),
+        ):
+            if name not in known:
+                raise unknown_name(kind, name, known)
+        for flag, value in (
+            ("--batch-size", self.batch_size),
+            ("--micro-batch-size", self.micro_batch_size),
+            ("--steps", self.steps),
+            ("--repetitions", self.repetitions),
+            *(("--ranks", count) for count in self.ranks or (1,)),
+            *(("--input", size) for size in self.input_shape),
+        ):
+            if not 1 <= value <= MOST:
+                raise UserError(f"{flag} must be at least 1 and at most {MOST}, not {value}")
+        if self.micro_batch_size > self.batch_size:
+            raise UserError(
+                f"--micro-batch-size {self.micro_batch_size} is larger than --batch-size {self.batch_size}: "
+                "give a smaller one or a larger batch"
+            )
+        if self.batch_size % self.micro_batch_size:
+            raise UserError(
+                f"--batch-size {self.batch_size} is not a multiple of --micro-batch-size {self.micro_batch_size}: "
+                "ranks could not be given equal work; give a multiple"
+            )
+        if not (SCALINGS[self.scaling] or self.layers or self.communication):
+            raise UserError("--scaling none leaves nothing to measure: give --layers or --communication too")
+        if "\0" in f"{self.data_dir}{self.out}":
+            raise UserError("a path holds a NUL character: no file can have this name")
+        return self
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of the batch of strong scaling."""
+        return self.batch_size // self.micro_batch_size
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as plain values."""
+        return {
+            **{name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()},
+            "network": None if self.network is None else vars(self.network),
+        }
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """Return (H, W, C) of a text like ``28x28x1``; raise `UserError` otherwise.
+
+    >>> parse_shape("28x28x1")
+    (28, 28, 1)
+    """
+    if not re.fullmatch(r"[0-9]{1,7}x[0-9]{1,7}x[0-9]{1,7}", text):
+        raise UserError(f"--input {text[:80]!r}: expected height x width x channels, such as 28x28x1")
+    height, width, channels = map(int, text.split("x"))
+    return height, width, channels
+
+
+def parse_ranks(text: str) -> tuple[int, ...]:
+    """Return the numbers of ranks of a text like ``1,2,4``, ascending; raise `UserError` otherwise.
+
+    >>> parse_ranks("4,1,2")
+    (1, 2, 4)
+    """
+    if not re.fullmatch(r"[0-9]{1,7}(,[0-9]{1,7})*", text):
+        raise UserError(f"--ranks {text[:80]!r}: expected numbers with commas, such as 1,2,4")
+    return tuple(sorted({int(number) for number in text.split(",")}))
+
+
+def parse_network(text: str) -> Network:
+    """Return the network of a text like ``10us,10Gbit``; raise `UserError` otherwise.
+
+    >>> parse_network("10us,10Gbit")
+    Network(latency_seconds=1e-05, bytes_per_second=1250000000.0)
+    """
+    match = re.fullmatch(rf"{_NUMBER}(s|ms|us|µs|ns),{_NUMBER}([KMGT](?:bit|B))(?:/s)?", text.replace(" ", ""))
+    if match is None or not float(match[3]):
+        raise UserError(
+            f"--network {text[:80]!r}: expected latency and bandwidth, such as 10us,10Gbit; "
+            "units s, ms, us, ns, and Kbit, Mbit, Gbit, Tbit or KB, MB, GB, TB a second"
+        )
+    latency = float(f"{float(match[1]) * _SECONDS[match[2]]:.12g}")
+    return Network(latency, float(match[3]) * _BYTES_PER_SECOND[match[4]])
+
+
+def sweep(given: Sequence[int] | None, world_size: int) -> tuple[int, ...]:
+    """Return the numbers of ranks to measure: those given and 1, or 1, 2, 4 … and all.
+
+    Raises `UserError` where more are asked than there are.
+
+    >>> sweep(None, 6), sweep([3], 4)
+    ((1, 2, 4, 6), (1, 3))
+    """
+    if given is None:
+        powers = [2**k for k in range(world_size.bit_length()) if 2**k <= world_size]
+        return tuple(sorted({*powers, world_size}))
+    if max(given) > world_size:
+        raise UserError(
+            f"--ranks {max(given)} is more than the {world_size} rank{'s' if world_size > 1 else ''} of this job: "
+            f"start it with mpirun -n {max(given)}, or give fewer"
+        )
+    return tuple(sorted({1, *given}))

@@ -1,0 +1,121 @@
+"""Where the time of each step goes, on each rank: compute, reduction, waiting for slower ranks.
+
+A step has four marks on a rank's own clock: it begins, enters the reduction, leaves it, ends. Outside of the
+reduction it computes. Inside, who comes last waits for nobody, so what a rank spends there beyond the rank that
+spends least was spent waiting (the "wait at N x N" of F. Wolf and B. Mohr, *Automatic performance analysis of
+hybrid MPI/OpenMP applications*, 2003, told from durations, so that no clocks have to agree). The rest is the
+reduction itself.
+
+    compute | waiting | reduction | compute
+    begin   enter               leave     end
+
+Marks go into an array made once. Ranks compare them when it is full and at the end of an epoch, never in a step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distdl.parallel import Communicator
+
+#: Steps between two comparisons: 8 KiB a rank travel, and at 1,024 ranks every rank receives 8 MiB.
+STEPS_COMPARED = 1024
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds that each rank spent in some steps: one number a rank, in rank order."""
+
+    compute: tuple[float, ...]
+    reduction: tuple[float, ...]
+    waiting: tuple[float, ...]
+
+    @property
+    def seconds(self) -> float:
+        """What rank 0 spent in all; ranks take their steps together, so the others spent as much."""
+        return self.compute[0] + self.reduction[0] + self.waiting[0]
+
+    @property
+    def slowest(self) -> int:
+        """The rank that computed longest, the first if several did."""
+        return self.compute.index(max(self.compute))
+
+    def shares(self) -> tuple[float, float, float]:
+        """Return the parts of compute, reduction and waiting in the time of all ranks; they add up to 1.
+
+        >>> Spent(compute=(3.0, 2.0), reduction=(1.0, 1.0), waiting=(0.0, 1.0)).shares()
+        (0.625, 0.25, 0.125)
+        """
+        parts = sum(self.compute), sum(self.reduction), sum(self.waiting)
+        whole = sum(parts) or 1.0
+        return parts[0] / whole, parts[1] / whole, parts[2] / whole
+
+    def __str__(self) -> str:
+        compute, reduction, waiting = self.shares()
+        return f"compute {compute:.1%} · reduction {reduction:.1%} · wait {waiting:.1%} (slowest: rank {self.slowest})"
+
+
+class Timeline:
+    """Takes the marks of one rank's steps; `on_steps`, if given, is handed them once waiting is known.
+
+    Use in each step: `begin`, `enter_reduction`, `leave_reduction`, `end`. A step that is begun again overwrites
+    the one that was not ended. `end` and `spent` are collective.
+    """
+
+    def __init__(self, communicator: Communicator, clock: Clock = time.perf_counter) -> None:
+        self.communicator = communicator
+        self.clock = clock
+        self.on_steps: Callable[[NDArray[np.float64]], None] | None = None
+        self._marks = np.zeros((STEPS_COMPARED, 4))
+        self._ended = 0
+        self._sums = np.zeros(3)
+
+    def begin(self) -> None:
+        """Mark that the step begins."""
+        self._marks[self._ended, 0] = self.clock()
+
+    def enter_reduction(self) -> None:
+        """Mark that this rank has computed its shard."""
+        self._marks[self._ended, 1] = self.clock()
+
+    def leave_reduction(self) -> None:
+        """Mark that this rank has the sum over all ranks."""
+        self._marks[self._ended, 2] = self.clock()
+
+    def end(self) -> float:
+        """Mark that the step is done; return its seconds. Collective now and then."""
+        marks = self._marks[self._ended]
+        marks[3] = self.clock()
+        self._ended += 1
+        if self._ended == STEPS_COMPARED:
+            self._compare()
+        return float(marks[3] - marks[0])
+
+    def spent(self) -> Spent:
+        """Return what all ranks have spent since the last call. Collective."""
+        self._compare()
+        everyone = self.communicator.allgather_json(self._sums.tolist())
+        self._sums[:] = 0
+        compute, reduction, waiting = zip(*everyone, strict=True)
+        return Spent(compute, reduction, waiting)
+
+    def _compare(self) -> None:
+        """Find out how long this rank waited in each step, and make room for more."""
+        marks, self._ended = self._marks[: self._ended], 0
+        inside = marks[:, 2] - marks[:, 1]
+        everyone = np.empty((self.communicator.size, len(marks)))
+        counts = [inside.nbytes] * self.communicator.size
+        self.communicator.allgatherv(inside.view(np.uint8), everyone.reshape(-1).view(np.uint8), counts)
+        shortest = everyone.min(axis=0)
+        waiting = inside - shortest
+        self._sums += (marks[:, 3] - marks[:, 0] - inside).sum(), shortest.sum(), waiting.sum()
+        if self.on_steps is not None:
+            begin, enter, leave, end = marks.T
+            self.on_steps(np.stack([begin, enter, enter + waiting, leave, end], axis=1))
