@@ -147,8 +147,9 @@ def main(arguments):
     recorded = dict(filter(None, map(entry_when_played, PLAYED.values())))
     entries, dropped = renewed(known, recorded)
     RECEIPTS.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name in recorded:
-        print(f"{'added' if name not in known else 'as before' if known[name] == recorded[name] else 'CHANGED'}: {name}")
+    for name, receipts in recorded.items():
+        news = "added" if name not in known else "as before" if known[name] == receipts else "CHANGED"
+        print(f"{news}: {name}")
     for name in dropped:
         print(f"dropped, to be recorded again on a CPU that has it: {name}")
 
