@@ -1,0 +1,393 @@
+"""How fast is this trainer beside PyTorch on your machine? Both take turns; the table goes into a README as it is.
+
+    python examples/versus_pytorch.py
+    python examples/versus_pytorch.py --torch-python ~/torch-venv/bin/python --rows mlp-2,simple_convnet-2
+
+A step is: pick the batch's rows from a data set in memory, forward, backward, sum the gradients over the ranks, Adam.
+The data are random pixels in MNIST's shape and random labels. Our side is `Trainer.step`, the training loop's own,
+with one BLAS thread a rank; each micro-batch is turned from bytes into normalized pixels on the way. PyTorch's side is
+`pytorch_ddp.py` beside this file, with one thread a rank and its pixels normalized beforehand.
+
+Both sides are kept alive and take turns of a few seconds, so that whatever else the machine does meets both alike;
+who waits is blocked in a read. PyTorch is tried in all its forms first; the fastest of each layout takes part in the
+rounds, and the better of these is what we are compared with. The ratio is that of samples a second, taken in each
+round; the table has its median, and the least and greatest of the middle half of the rounds.
+"""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from distdl import startup
+from distdl.config import TrainConfig
+from distdl.data.normalization import measure
+from distdl.data.split import Split
+from distdl.engine.coordinator import Follower
+from distdl.engine.environment import blas_threads, kernel_family
+from distdl.engine.state import TrainingState
+from distdl.engine.trainer import Data, Trainer
+from distdl.errors import UserError, unknown_name
+from distdl.mpirun import environment_for, mpirun_command
+from distdl.nn import build_model
+from distdl.optim import optimizer_class
+from distdl.parallel import world
+from distdl.rng import Key
+
+PYTORCH_DDP = Path(__file__).with_name("pytorch_ddp.py")
+PIP = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
+SECONDS_TO_START = 120
+TRIALS = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row of the table: what both sides train."""
+
+    model: str
+    ranks: int
+    batch_size: int
+    micro_batch_size: int
+    samples: int = 0
+
+    @property
+    def title(self):
+        name = {"mlp": "MLP 784-100-10", "simple_convnet": "SimpleConvNet", "deep_convnet": "DeepConvNet"}[self.model]
+        return f"{name}, {self.ranks} rank{'s' if self.ranks > 1 else ''}, batch {self.batch_size}"
+
+
+#: The micro-batch is part of our config, and no business of PyTorch's. Here it is what was fastest on one machine of
+#: those that divide a rank's share evenly, since large ones serve affine layers, and small ones stay in the cache.
+ROWS = {
+    "simple_convnet-2": Job("simple_convnet", ranks=2, batch_size=128, micro_batch_size=32),
+    "deep_convnet-2": Job("deep_convnet", ranks=2, batch_size=128, micro_batch_size=16),
+    "simple_convnet-1": Job("simple_convnet", ranks=1, batch_size=100, micro_batch_size=25),
+    "deep_convnet-1": Job("deep_convnet", ranks=1, batch_size=100, micro_batch_size=25),
+    "mlp-2": Job("mlp", ranks=2, batch_size=128, micro_batch_size=64),
+}
+
+
+# ------------------------------------------------------------------------------------------------- our side
+
+
+def random_data(samples):
+    """Return random pixels and labels, all of them for training."""
+    key = Key(0)
+    pixels = key.of("pixels").words(samples * 28 * 28 // 8).astype("<u8", copy=False)
+    images = pixels.view(np.uint8).reshape(samples, 28, 28, 1)
+    labels = (key.of("labels").words(samples) % np.uint64(10)).astype(np.int64)
+    rows, none = np.arange(samples), np.arange(0)
+    return Data(images, labels, Split(rows, none, none), measure(images, rows), classes=10)
+
+
+def trainer(job, communicator):
+    """Return a trainer that neither logs nor saves."""
+    config = TrainConfig(model=job.model, batch_size=job.batch_size, micro_batch_size=job.micro_batch_size).checked()
+    data = random_data(job.samples)
+    network = build_model(job.model, data.images.shape[1:], data.classes)
+    network.initialize(Key(0).of("initialization"))
+    optimizer = optimizer_class("adam")(network.parameters.size, decay_slices=network.decay_slices)
+    return Trainer(config, communicator, data, TrainingState(network, optimizer), Follower())
+
+
+def our_side(address, job):
+    """Be one rank of our side: connect to the socket, say who we are, and take steps as told until it is closed."""
+    communicator = world()
+    with blas_threads(1), socket.socket(socket.AF_UNIX) as channel:
+        training = trainer(job, communicator)
+        channel.connect(address)
+        with channel.makefile("rw") as lines:
+            about = f"distdl on NumPy {np.__version__} ({kernel_family()}), {communicator.description}"
+            say = {
+                "rank": communicator.rank,
+                "about": about,
+                "forms": ["distdl"],
+                "parameters": training.state.network.parameter_count,
+            }
+            while True:
+                print(json.dumps(say), file=lines, flush=True)
+                command = lines.readline()
+                if not command:
+                    break
+                _, steps = json.loads(command)
+                started = time.perf_counter()
+                for _ in range(steps):
+                    training.step()
+                say = time.perf_counter() - started
+
+
+# ------------------------------------------------------------------------------------------------ both sides
+
+
+class Side:
+    """The processes of one side, ready to take steps.
+
+    Raises `UserError` where one of them ends instead; it has said why by itself.
+    """
+
+    def __init__(self, name, job, command_lines):
+        """Start each of `command_lines`, a function from the socket's address to pairs of argv and environment."""
+        self.name, self.job = name, job
+        self._stack = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="distdl-"))
+            address = f"{folder}/socket"
+            server = stack.enter_context(socket.socket(socket.AF_UNIX))
+            server.bind(address)
+            server.listen(job.ranks)
+            server.settimeout(0.2)
+            self._processes = []
+            stack.callback(self._end)
+            for argv, environment in command_lines(address):
+                self._processes.append(subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL))
+            channels = {}
+            deadline = time.monotonic() + SECONDS_TO_START
+            while len(channels) < job.ranks:
+                with contextlib.suppress(TimeoutError):
+                    channel = stack.enter_context(server.accept()[0])
+                    channel.settimeout(None)
+                    lines = stack.enter_context(channel.makefile("rw"))
+                    hello = self._answer(lines)
+                    channels[hello["rank"]] = lines
+                if time.monotonic() > deadline or any(process.poll() is not None for process in self._processes):
+                    raise self._failed()
+            self.about, self.forms, self.parameters = hello["about"], hello["forms"], hello["parameters"]
+            self._channels = list(channels.values())
+            self._stack = stack.pop_all()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._stack.close()
+
+    def samples_per_second(self, form, steps):
+        """Take steps on all ranks; the slowest one counts."""
+        for lines in self._channels:
+            print(json.dumps([form, steps]), file=lines, flush=True)
+        return steps * self.job.batch_size / max(self._answer(lines) for lines in self._channels)
+
+    def steps_in(self, form, seconds):
+        """Return how many steps the form takes in about that time; it is warm afterwards."""
+        steps = 1
+        while True:
+            took = steps * self.job.batch_size / self.samples_per_second(form, steps)
+            if took >= seconds / 4:
+                return max(1, round(steps * seconds / took))
+            steps *= 2
+
+    def _answer(self, lines):
+        answer = lines.readline()
+        if not answer:
+            raise self._failed()
+        return json.loads(answer)
+
+    def _failed(self):
+        return UserError(f"{self.name}'s side of {self.job.title} did not stay alive: see what it printed above")
+
+    def _end(self):
+        """Wait for processes whose sockets are closed to end; end those that do not."""
+        for process in self._processes:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def distdl_side(job):
+    def command_lines(address):
+        program = [sys.executable, str(Path(__file__).resolve()), "--our-side", address, json.dumps(asdict(job))]
+        if job.ranks == 1:
+            return [(program, None)]
+        launch = mpirun_command(job.ranks, program)
+        return [(launch.argv, environment_for(launch))]
+
+    return Side("distdl", job, command_lines)
+
+
+def pytorch_side(job, python):
+    def command_lines(address):
+        # Its libraries read these when they are loaded; our own path is no business of another interpreter.
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        return [
+            ([python, str(PYTORCH_DDP), address, str(rank), json.dumps(asdict(job))], environment)
+            for rank in range(job.ranks)
+        ]
+
+    return Side("PyTorch", job, command_lines)
+
+
+# --------------------------------------------------------------------------------------------- the comparison
+
+
+@dataclass(frozen=True)
+class Result:
+    """Samples a second of each form in each round."""
+
+    job: Job
+    ours: list[float]
+    theirs: dict[str, list[float]]
+
+    @property
+    def better(self):
+        return max(self.theirs, key=lambda form: statistics.median(self.theirs[form]))
+
+    @property
+    def ratio(self):
+        return middle([ours / theirs for ours, theirs in zip(self.ours, self.theirs[self.better], strict=True)])
+
+    def cells(self):
+        of_layout = {form.split(",")[0]: form for form in self.theirs}
+        theirs = ["–"] * 2
+        for column, layout in enumerate(("default", "channels-last")):
+            if layout in of_layout:
+                adam = of_layout[layout].split(", ")[1].removesuffix(" Adam")
+                theirs[column] = f"{speed(self.theirs[of_layout[layout]])} ({adam})"
+        low, median, high = self.ratio
+        return [self.job.title, speed(self.ours), *theirs, f"**{median:.2f} ×** ({low:.2f} to {high:.2f})"]
+
+
+HEADER = ["", "distdl", "PyTorch", "PyTorch, channels-last", "ratio to the better"]
+
+
+def middle(values):
+    """Return the first quartile, the median, and the third."""
+    if len(values) == 1:
+        return values * 3
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def speed(values):
+    low, median, high = middle(values)
+    return f"{median:,.0f} ±{(high - low) / 2 / median:.0%}"
+
+
+def compare(job, python, rounds, seconds):
+    """Let both sides take turns; return the result and what each side is."""
+    with distdl_side(job) as ours, pytorch_side(job, python) as theirs:
+        assert ours.parameters == theirs.parameters, "both sides train the same network"
+        forms = best_of_each_layout(theirs, seconds / 2)
+        turns = [(ours, "distdl"), *((theirs, form) for form in forms)]
+        steps = {form: side.steps_in(form, seconds) for side, form in turns}
+        measured = {form: [] for _, form in turns}
+        for number in range(rounds):
+            # Every other round goes backwards, so that nobody always follows the same other.
+            for side, form in turns if number % 2 == 0 else reversed(turns):
+                measured[form].append(side.samples_per_second(form, steps[form]))
+        return Result(job, measured.pop("distdl"), measured), (ours.about, theirs.about)
+
+
+def best_of_each_layout(side, seconds):
+    """Try all forms in turn, a few times; return the fastest of each layout."""
+    steps = {form: side.steps_in(form, seconds) for form in side.forms}
+    tried = {form: [] for form in side.forms}
+    for _ in range(TRIALS):
+        for form in side.forms:
+            tried[form].append(side.samples_per_second(form, steps[form]))
+    fastest = {}
+    for form in sorted(side.forms, key=lambda form: statistics.median(tried[form])):
+        fastest[form.split(",")[0]] = form
+    return list(fastest.values())
+
+
+def table(rows):
+    """Return the lines of a Markdown table whose columns are aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    head, *lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [head, f"|{'|'.join('-' * (width + 2) for width in widths)}|", *lines]
+
+
+def cpu():
+    """Return the name of the CPU and how many cores this process may use."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+# ----------------------------------------------------------------------------------------------- command line
+
+
+def parse(arguments):
+    parser = startup.OneLineParser(
+        prog="python examples/versus_pytorch.py", description=__doc__.split("\n")[0], advice="see --help"
+    )
+    parser.add_argument("--torch-python", default=sys.executable, help="interpreter that has PyTorch; else this one")
+    parser.add_argument("--rows", default=",".join(ROWS), help="rows of the table, with commas between (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="turns of each (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of a turn (%(default)s)")
+    parser.add_argument("--micro-batch-size", type=int, help="ours, for all rows; without it that of each row of ROWS")
+    parser.add_argument("--quick", action="store_true", help="two rounds of a blink: does it run at all?")
+    options = parser.parse_args(arguments)
+    options.rows = options.rows.split(",")
+    for name in options.rows:
+        if name not in ROWS:
+            raise unknown_name("row", name, ROWS)
+    if options.rounds < 1 or not 0 < options.seconds < math.inf:
+        raise UserError(f"--rounds {options.rounds} --seconds {options.seconds:g} given: both must be above 0")
+    for name in options.rows:
+        size, row = options.micro_batch_size, ROWS[name]
+        if size is not None and not 1 <= size <= row.batch_size // row.ranks:
+            raise UserError(
+                f"--micro-batch-size {size} does not fit {name}: expected 1 to {row.batch_size // row.ranks}, so that "
+                "each rank has one"
+            )
+    return options
+
+
+def check_torch(python):
+    """Raise `UserError` unless the interpreter has PyTorch."""
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is None)"
+    try:
+        missing = subprocess.run([python, "-c", look], check=False).returncode != 0
+    except OSError as error:
+        raise UserError(f"cannot run {python}: {error.strerror}; give an interpreter by --torch-python") from None
+    if missing:
+        raise UserError(f"{python} has no PyTorch: {PIP}, or name an interpreter that has it by --torch-python")
+
+
+def main(arguments):
+    """Measure row by row, then print the table."""
+    if arguments[:1] == ["--our-side"]:
+        our_side(arguments[1], Job(**json.loads(arguments[2])))
+        return 0
+    options = parse(arguments)
+    check_torch(options.torch_python)
+    rounds, seconds, steps_per_epoch = (2, 0.02, 4) if options.quick else (options.rounds, options.seconds, 400)
+    results, sizes = [], []
+    for name in options.rows:
+        row = ROWS[name]
+        micro_batch_size = options.micro_batch_size or row.micro_batch_size
+        job = Job(row.model, row.ranks, row.batch_size, micro_batch_size, samples=row.batch_size * steps_per_epoch)
+        result, abouts = compare(job, options.torch_python, rounds, seconds)
+        results.append(result)
+        sizes.append(f"{name} {micro_batch_size}")
+        low, median, high = result.ratio
+        print(f"{job.title}: {median:.2f} × PyTorch, {result.better} ({low:.2f} to {high:.2f})", flush=True)
+    print()
+    print("\n".join(table([HEADER, *(result.cells() for result in results)])))
+    print()
+    print(f"Samples a second, medians of {rounds} interleaved rounds of {seconds:g} s, one thread a rank; {cpu()}.")
+    print(f"{'; '.join(abouts)}. Micro-batches: {', '.join(sizes)}.")
+    for variable in ("OPENBLAS_CORETYPE", "NPY_DISABLE_CPU_FEATURES"):
+        if variable in os.environ:
+            print(f"{variable}={os.environ[variable]} is set: our side may run slower kernels than this CPU has.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(startup.run(main))

@@ -1,0 +1,39 @@
+"""A change of bits is seen: short runs end with the receipts that were recorded for this kernel family."""
+
+import pytest
+from record import COMMAND, PLAYED, RUNS, entry_when_played, load, renewed
+
+from distdl.launcher import read_launch
+
+pytestmark = pytest.mark.skipif(read_launch().by is not None, reason="already under a launcher")
+
+
+@pytest.mark.parametrize("play", PLAYED)
+def test_the_receipts_are_those_recorded(play):
+    entry = entry_when_played(PLAYED[play])
+    if entry is None:
+        pytest.skip("this CPU lacks the instructions")
+    family, receipts = entry
+    known = load()
+    if family not in known:
+        pytest.skip(f"no golden receipts for {family}: add them by {COMMAND}")
+    changed = [name for name in RUNS if receipts[name] != known[family].get(name)]
+    assert not changed, f"the bits of these runs are others than before; CONTRIBUTING.md says what to do: {changed}"
+    assert receipts == known[family]
+
+
+def test_at_least_two_families_are_recorded_and_they_differ():
+    entries = list(load().values())
+    assert len(entries) >= 2
+    for name in RUNS:
+        assert len({entry[name]["weights_sha256"] for entry in entries}) >= 2, name
+
+
+def test_a_new_family_joins_those_recorded_elsewhere():
+    assert renewed({"theirs": {"run": 1}}, {"ours": {"run": 2}}) == ({"ours": {"run": 2}, "theirs": {"run": 1}}, [])
+
+
+def test_a_change_of_bits_drops_the_families_that_cannot_be_recorded_here():
+    known = {"theirs": {"run": 1}, "ours": {"run": 2}}
+    assert renewed(known, {"ours": {"run": 3}}) == ({"ours": {"run": 3}}, ["theirs"])
+    assert renewed(known, {"ours": {"run": 2}}) == (known, [])
