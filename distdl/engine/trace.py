@@ -3,10 +3,11 @@
 One process a rank with one track, on which compute, waiting and reduction follow each other without overlap
 (what they mean is defined in `timeline`); between the steps, where validation and checkpoints are, it is empty.
 
-Clocks: hosts do not agree on the time. After a barrier all ranks read their clocks as nearly at once as they
-can; the median difference to rank 0 over some barriers is a rank's offset. It is estimated at the start and at
-the end, and taken as changing evenly in between, since clocks drift apart by some microseconds a second. What
-remains is about the time that a barrier takes to let everyone go.
+Clocks: hosts do not agree on the time. After a barrier all ranks read their clocks; of many barriers that count
+which took least time on the rank that took longest, since there nobody was held up between the barrier and the
+clock (the idea of D. L. Mills, *Network Time Protocol*, RFC 1305: trust the sample with the shortest delay). A
+rank's difference to rank 0 is its offset, wrong by no more than that barrier took. It is estimated at the start
+and at the end, and taken as changing evenly in between, since clocks drift apart by some microseconds a second.
 
 Memory: the newest steps are kept, and `MOST_STEPS` of them over all ranks.
 
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import json
 import socket
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from distdl.parallel import Communicator
 
 #: Steps that are kept over all ranks together; about 30 MB of JSON.
 MOST_STEPS = 2**16
-CLOCK_ROUNDS = 21
+CLOCK_ROUNDS = 40
 #: What lies between the marks of a step: begin, entered the reduction, last rank entered, left it, end.
 TRACK = ("compute", "waiting", "reduction", "update")
 
@@ -50,13 +50,14 @@ class Reading:
 
 def read_clocks(communicator: Communicator, clock: Clock) -> Reading:
     """Return this rank's clock compared with rank 0's. Collective."""
-    own = []
+    communicator.barrier()
+    own = [clock()]
     for _ in range(CLOCK_ROUNDS):
         communicator.barrier()
         own.append(clock())
-    everyone = communicator.allgather_json(own)
-    ahead = statistics.median(mine - of_zero for mine, of_zero in zip(own, everyone[0], strict=True))
-    return Reading(own[-1], ahead)
+    everyone = np.array(communicator.allgather_json(own))  # ranks, rounds + 1
+    shortest = 1 + int(np.diff(everyone, axis=1).max(axis=0).argmin())
+    return Reading(own[shortest], own[shortest] - float(everyone[0, shortest]))
 
 
 def on_rank_zeros_clock(times: Marks, first: Reading, last: Reading) -> Marks:
