@@ -130,8 +130,7 @@ class Trainer:
         total = self._gradients.total()
 
         self._check_finite(float(total["loss_sum"][0]))
-        gradient = total["gradient"]
-        gradient /= len(rows)
+        gradient = np.divide(total["gradient"], len(rows), out=network.gradients)
         learning_rate = self.schedule(state.step)
         state.optimizer.update(network.parameters, gradient, learning_rate, state.step + 1)
         state.step_array += 1

@@ -1,9 +1,9 @@
-"""Node-shared arrays: one copy of the dataset on each host, however many ranks it runs.
+"""Node-shared memory: for the dataset, of which each host holds one copy, and for the sums of its ranks.
 
-The coordinator's arrays go to one leader a node, which writes them into a memory-mapped file: in shared memory
-if they fit, else in the temporary folder. The space is reserved first, so that a full disk is an error here
-and not a bus error later; the file is unlinked as soon as every rank has mapped it, so that nothing is left
-behind whatever ends the job. (An MPI window would not survive the failure of a rank.)
+It is a memory-mapped file: in shared memory if it fits, else in the temporary folder. The space is reserved
+first, so that a full disk is an error here and not a bus error later; the file is unlinked as soon as every rank
+has mapped it, so that nothing is left behind whatever ends the job. (An MPI window would not survive the failure of
+a rank.)
 """
 
 from __future__ import annotations
@@ -21,9 +21,30 @@ from numpy.typing import NDArray
 from distdl.arrays import ALIGNMENT_BYTES
 from distdl.errors import UserError
 from distdl.parallel.agreement import together
-from distdl.parallel.communicator import Communicator
+from distdl.parallel.communicator import Bytes, Communicator
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  not a file name of ours: the kernel's shared memory
+
+
+def shared_bytes(communicator: Communicator, node: Communicator, nbytes: int, purpose: str) -> Bytes:
+    """Return `nbytes` zeros that all ranks of `node`, a part of `communicator`, can write and see. Collective.
+
+    They start on a 64-byte boundary. Raises `UserError` on every rank of `communicator` where a host has no room
+    for them; `purpose` says to a person what they are for.
+    """
+    reserved: list[str] = []
+
+    def reserve() -> None:
+        if node.rank == 0:
+            reserved.append(_reserve(nbytes, purpose))
+
+    try:
+        together(communicator, reserve)
+        path = node.bcast_json(reserved[0] if reserved else None)
+        return together(communicator, lambda: _map(path, nbytes))
+    finally:
+        for mine in reserved:
+            Path(mine).unlink()
 
 
 def share_arrays(
@@ -39,14 +60,10 @@ def share_arrays(
     places = _places(specification)
     node = communicator.node() if node is None else node
     leaders = communicator.split(0 if node.rank == 0 else None)
-    total = places[-1][1] if places else 0
-
-    path = together(communicator, lambda: _reserve(total) if node.rank == 0 else None)
-    path = node.bcast_json(path)
-    buffer = together(communicator, lambda: _map(path, total))
+    buffer = shared_bytes(communicator, node, places[-1][1] if places else 0, "the dataset")
     shared: dict[str, NDArray[Any]] = {}
     for (name, dtype, shape), (start, end) in zip(specification, places, strict=True):
-        view = np.frombuffer(buffer, np.uint8)[start:end].view(dtype).reshape(shape)
+        view = buffer[start:end].view(dtype).reshape(shape)
         if leaders is not None:
             if communicator.rank == 0:
                 view[...] = arrays[name]
@@ -54,8 +71,6 @@ def share_arrays(
         view.flags.writeable = False
         shared[name] = view
     node.barrier()
-    if node.rank == 0:
-        Path(path).unlink()
     return shared
 
 
@@ -68,7 +83,7 @@ def _places(specification: list[tuple[str, str, list[int]]]) -> list[tuple[int, 
     return places
 
 
-def _reserve(nbytes: int) -> str:
+def _reserve(nbytes: int, purpose: str) -> str:
     """Create a file of `nbytes` whose space is really there, and return its path."""
     tried = []
     for folder in (SHARED_MEMORY, Path(tempfile.gettempdir())):
@@ -86,9 +101,16 @@ def _reserve(nbytes: int) -> str:
             return path
         finally:
             os.close(handle)
-    raise UserError(f"no room for the dataset's {nbytes / 1e6:.1f} MB ({'; '.join(tried)}): free some, or set TMPDIR")
+    raise UserError(f"no room for {nbytes / 1e6:.1f} MB of {purpose} ({'; '.join(tried)}): free some, or set TMPDIR")
 
 
-def _map(path: str, nbytes: int) -> mmap.mmap:
-    with Path(path).open("r+b") as file:
-        return mmap.mmap(file.fileno(), max(nbytes, 1))
+def _map(path: str, nbytes: int) -> Bytes:
+    try:
+        with Path(path).open("r+b") as file:
+            mapped = mmap.mmap(file.fileno(), max(nbytes, 1), flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    except OSError as error:
+        raise UserError(
+            f"cannot map {path}, written by another rank of this host ({error.strerror}): "
+            "the ranks of a host must see the same /dev/shm and temporary folder"
+        ) from error
+    return np.frombuffer(mapped, np.uint8)[:nbytes]

@@ -23,13 +23,21 @@ def assert_contract(communicator):
     communicator.allreduce(counts)
     assert counts.tolist() == [size * (size - 1) // 2, size]
     # rank r sends r + 1 bytes of value r to everyone
-    send = np.full(size * (rank + 1), rank, np.uint8)
-    receive = np.empty(sum(r + 1 for r in range(size)), np.uint8)
-    communicator.alltoallv(send, [rank + 1] * size, receive, [r + 1 for r in range(size)])
+    send = np.full(size + 1, rank, np.uint8)
+    receive = np.full(sum(r + 1 for r in range(size)), 99, np.uint8)
+    starts = [r * (r + 1) // 2 for r in range(size)]
+    communicator.alltoallv(send, [(0, rank + 1)] * size, receive, [(starts[r], r + 1) for r in range(size)])
     everything = [r for r in range(size) for _ in range(r + 1)]
     assert receive.tolist() == everything
+    # what a rank sends may lie anywhere in its buffer, and ranks may send nothing, not even to themselves
+    mail = np.arange(size, dtype=np.uint8) + 10 * rank
+    arrived = np.full(size, 99, np.uint8)
+    spans = [(r, int(r != rank)) for r in range(size)]
+    communicator.alltoallv(mail, spans, arrived, spans)
+    assert arrived.tolist() == [99 if r == rank else 10 * r + rank for r in range(size)]
     receive[:] = 99
-    communicator.allgatherv(send[: rank + 1], receive, [r + 1 for r in range(size)])
+    receive[starts[rank] :][: rank + 1] = rank
+    communicator.allgatherv(receive, [r + 1 for r in range(size)])
     assert receive.tolist() == everything
     assert sum(hosts(communicator).values()) == size
     assert communicator.node().size == size  # the tests run on one machine
@@ -155,6 +163,6 @@ def test_no_room_anywhere_is_an_error_on_every_rank(communicator, monkeypatch):
 
     before = leftovers()
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError, match=r"no room for the dataset.*No space left on device"):
+    with pytest.raises(UserError, match=r"no room for .* MB of the dataset.*No space left on device"):
         share_arrays(communicator, ARRAYS if communicator.rank == 0 else {})
     assert leftovers() == before
