@@ -7,7 +7,7 @@ are more ranks than cores it yields the core at once.
 
 Moving: MPI moves data only inside MPI calls, a few pages in each, so a rank that sleeps between them makes a large
 transfer a hundred times slower. Therefore ranks meet in a barrier, asleep if need be, before they move more
-than fits into one message, and then nobody sleeps until it is done.
+than a few pages, and then nobody sleeps until it is done.
 
 Failures: an MPI error that says that a process has died becomes `PeerLost`; nothing above this module knows
 MPI's error classes. Whoever sees one first revokes the communicator and all that were split off it or that it was
@@ -36,8 +36,8 @@ from distdl.parallel.communicator import Bytes, Communicator, Span
 SPIN_SECONDS = 1e-3
 SHORTEST_PAUSE_SECONDS = 50e-6
 LONGEST_PAUSE_SECONDS = 1e-3
-#: What moves in one piece; moving more takes several calls of MPI on every rank.
-LARGEST_SINGLE_MESSAGE_BYTES = 4096
+#: Up to here ranks do not meet first: what moves in a call or two is not held up much by one who sleeps.
+LARGEST_UNMET_BYTES = 2**15
 #: A launcher that is told to end the job may do so before it has passed on what we printed last.
 SECONDS_TO_BE_HEARD = 0.5
 #: MPI counts are 32-bit integers in the calls we use.
@@ -173,7 +173,7 @@ class MpiCommunicator(Communicator):
 
     def _move(self, nbytes: int, start: Callable[..., MPI.Request], *arguments: Any) -> None:
         """Do a collective that moves `nbytes` in all, a number that every rank knows."""
-        large = nbytes > LARGEST_SINGLE_MESSAGE_BYTES
+        large = nbytes > LARGEST_UNMET_BYTES
         if large:
             self.barrier()
         self._complete(start, *arguments, sleeps=not large)

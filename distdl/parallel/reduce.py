@@ -23,11 +23,11 @@ rank has come back for the next one; so one set of buffers is enough.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,8 +39,13 @@ from distdl.parallel.tree import Node, are_siblings, fold, maximal_nodes
 
 Record = dict[str, NDArray[Any]]
 
-#: Up to here, all nodes together, every rank is sent all of them: one message more costs less than one wait more.
-SMALL_BYTES = 32768
+#: Up to here, all nodes together, every rank of several hosts is sent all of them: what counts then is not how much
+#: travels but how often ranks wait for each other.
+SMALL_BYTES = 2**18
+#: What is added of each row before the next: the sums so far stay in the second-level cache.
+BLOCK_BYTES = 2**17
+#: How many ways of dealing shards are remembered; a training has two or three.
+LARGEST_NUMBER_OF_WAYS = 64
 
 
 @dataclass(frozen=True)
@@ -99,14 +104,11 @@ class Reduction:
     Use: `begin` with the step's shards, `add` for each micro-batch of this rank's own shard, in order, then
     `total`. The total is a record, read-only, since other ranks may see it too, that stays valid until the next
     `begin`. All but `add` are collective.
-
-    `node` is the group of ranks that share memory, found out if not given.
     """
 
-    def __init__(self, communicator: Communicator, layout: Layout, *, node: Communicator | None = None) -> None:
+    def __init__(self, communicator: Communicator, layout: Layout) -> None:
         self.communicator = communicator
         self.layout = layout
-        self._node = communicator.node() if node is None else node
         self._slots: list[Bytes] = []
         self._records: list[Record] = []
         self._nodes: list[Node] = []
@@ -133,12 +135,15 @@ class Reduction:
             self._merge()
         else:
             slot = len(self._nodes)
-            if slot == len(self._slots):
-                self._slots.append(self.layout.new_buffer())
-                self._records.append(self.layout.record(self._slots[slot]))
+            self._make_slots(slot + 1)
             for name, field in self._records[slot].items():
                 field[...] = values[name]
             self._nodes.append(node)
+
+    def _make_slots(self, count: int) -> None:
+        while len(self._slots) < count:
+            self._slots.append(self.layout.new_buffer())
+            self._records.append(self.layout.record(self._slots[-1]))
 
     def _merge(self) -> None:
         nodes = self._nodes
@@ -155,19 +160,24 @@ class Reduction:
 
 
 class TreeReduction(Reduction):
-    """The canonical tree over a communicator: same bits on any number of ranks."""
+    """The canonical tree over a communicator: same bits on any number of ranks.
+
+    `node` is the group of ranks that share memory, found out if not given. What there is to do for a total is a
+    list of actions on arrays, made once for each way of dealing the shards.
+    """
 
     def __init__(self, communicator: Communicator, layout: Layout, *, node: Communicator | None = None) -> None:
-        super().__init__(communicator, layout, node=node)
+        super().__init__(communicator, layout)
+        self._node = communicator.node() if node is None else node
         leader_of = communicator.allgather_json(self._node.bcast_json(communicator.rank))
         leaders = sorted(set(leader_of))
         self._hosts = tuple(tuple(r for r in range(communicator.size) if leader_of[r] == leader) for leader in leaders)
         self._host = leaders.index(leader_of[communicator.rank])
         self._leaders = communicator.split(0 if self._node.rank == 0 else None) if len(leaders) > 1 else None
+        self._shared: dict[Place, Bytes] = {}
         self._total = aligned_empty(0, np.uint8)
         self._received = aligned_empty(0, np.uint8)
-        self._shared_slots: dict[Place, Bytes] = {}
-        self._slots_a_rank = 0
+        self._ways: dict[tuple[range, ...], _Way] = {}
 
     def begin(self, shards: Sequence[range]) -> None:
         """Start a step in which rank r computes the micro-batches ``shards[r]``; all leaves 0..V-1 are dealt.
@@ -175,104 +185,113 @@ class TreeReduction(Reduction):
         Raises `UserError` on every rank where a host has no room for the partial sums.
         """
         super().begin(shards)
-        if self.communicator.size > 1 and len(self._hosts) < self.communicator.size and not self._is_small():
-            needed = max(len(nodes) for nodes in self._plan().nodes)
-            if needed > self._slots_a_rank:
-                self._share_slots(needed)
-
-    def _share_slots(self, slots_a_rank: int) -> None:
-        """Move the total and the first slots of every rank to memory that all ranks of the host see."""
-        ranks, nbytes = self._hosts[self._host], self.layout.nbytes
-        shared = shared_bytes(
-            self.communicator, self._node, (1 + len(ranks) * slots_a_rank) * nbytes, "gradients shared by ranks"
-        )
-        self._total, *slots = (shared[start : start + nbytes] for start in range(0, shared.size, nbytes))
-        places = [(rank, slot) for rank in ranks for slot in range(slots_a_rank)]
-        self._shared_slots = dict(zip(places, slots, strict=True))
-        self._slots_a_rank = slots_a_rank
-        self._slots[:slots_a_rank] = [self._shared_slots[self.communicator.rank, i] for i in range(slots_a_rank)]
-        self._records = [self.layout.record(slot) for slot in self._slots]
+        if self.communicator.size > 1 and self._shards not in self._ways:
+            if len(self._ways) == LARGEST_NUMBER_OF_WAYS:
+                self._ways.clear()
+            way = self._new_way()
+            self._ways[self._shards] = way
 
     def total(self) -> Record:
         """Return the sum over all micro-batches of the step, the same bits on every rank. Collective."""
-        plan, rank = self._plan(), self.communicator.rank
-        assert self._nodes == plan.nodes[rank], f"added {self._nodes}, the plan has {plan.nodes[rank]}"
-        if self.communicator.size == 1:
+        alone = self.communicator.size == 1
+        plan = _plan(self._shards, self._leaves, self._hosts) if alone else self._ways[self._shards].plan
+        nodes = plan.nodes[self.communicator.rank]
+        assert self._nodes == nodes, f"added {self._nodes}, the plan has {nodes}"
+        if alone:
             return self.layout.record(_read_only(self._slots[0]))
-        if self._is_small():
-            return self.layout.record(_read_only(self._total_of_all_nodes()))
-        if self._total.size == 0:
-            self._total = self.layout.new_buffer()
+        way = self._ways[self._shards]
+        for act in way.actions:
+            act()
+        return way.total
+
+    def _new_way(self) -> _Way:
+        """Return what to do for shards that were never dealt before. Collective."""
+        plan, several_hosts = _plan(self._shards, self._leaves, self._hosts), len(self._hosts) > 1
+        if several_hosts and self.layout.nbytes * plan.count <= SMALL_BYTES:
+            return self._all_to_everyone()
+        rows = self._rows(plan)
+        actions: list[Action] = []
         if self._node.size > 1:
-            self._node.barrier()
-            self._merge_within_the_host(plan)
-            self._node.barrier()
+            lo, hi = self.layout.cuts(self._node.size)[self._node.rank :][:2]
+            cut, pieces = {place: row[lo:hi] for place, row in rows.items()}, self.layout.pieces(lo, hi)
+            whole = () if several_hosts else (plan.root, self._total[lo:hi])
+            actions = [
+                self._node.barrier,
+                _sums(cut, plan.within[self._host], pieces, *whole),
+                self._node.barrier,
+            ]
         if self._leaders is not None:
-            self._merge_between_hosts(plan, self._leaders)
-        if self._node.size > 1 and len(self._hosts) > 1:
-            self._node.barrier()
-        return self.layout.record(_read_only(self._total))
+            actions += self._exchange(plan, rows, self._leaders)
+        if self._node.size > 1 and several_hosts:
+            actions.append(self._node.barrier)
+        return _Way(plan, actions, self.layout.record(_read_only(self._total)))
 
-    def _total_of_all_nodes(self) -> Bytes:
-        """Send all nodes to all ranks, and finish the tree on each."""
-        plan = _plan(self._shards, self._leaves, (tuple(range(self.communicator.size)),))
-        nbytes = self.layout.nbytes
-        received = self._room_for(nbytes * sum(map(len, plan.nodes)))
-        rows = {place: received[i * nbytes : (i + 1) * nbytes] for i, place in enumerate(_places(plan.nodes))}
-        for slot in range(len(self._nodes)):
-            rows[self.communicator.rank, slot][...] = self._slots[slot]
-        self.communicator.allgatherv(received, [len(nodes) * nbytes for nodes in plan.nodes])
-        _add_up(rows, plan.within[0], self.layout.pieces(0, nbytes))
-        return rows[plan.root]
+    def _rows(self, plan: _Plan) -> dict[Place, Bytes]:
+        """Return the slots of our host that hold the nodes of the plan; make them, and the total, where need be."""
+        slots_a_rank, nbytes = max(map(len, plan.nodes)), self.layout.nbytes
+        ranks, mine = self._hosts[self._host], self.communicator.rank
+        if len(self._hosts) == self.communicator.size:
+            self._make_slots(slots_a_rank)
+            self._total = self._slots[0]  # nobody else sees it, and what was in it has been sent when the sums come in
+            return {(mine, slot): self._slots[slot] for slot in range(slots_a_rank)}
+        if (mine, slots_a_rank - 1) not in self._shared:
+            self._ways.clear()
+            places = [(rank, slot) for rank in ranks for slot in range(slots_a_rank)]
+            memory = shared_bytes(self.communicator, self._node, (len(places) + 1) * nbytes, "partial sums of gradients")
+            self._total, *slots = (memory[start : start + nbytes] for start in range(0, memory.size, nbytes))
+            self._shared = dict(zip(places, slots, strict=True))
+            self._slots[:slots_a_rank] = [self._shared[mine, slot] for slot in range(slots_a_rank)]
+            self._records = [self.layout.record(slot) for slot in self._slots]
+        return self._shared
 
-    def _merge_within_the_host(self, plan: _Plan) -> None:
-        """Merge, for our own slice, what siblings the ranks of our host hold."""
-        lo, hi = self.layout.cuts(self._node.size)[self._node.rank :][:2]
-        rows = {place: slot[lo:hi] for place, slot in self._shared_slots.items()}
-        pieces = self.layout.pieces(lo, hi)
-        if len(self._hosts) == 1:
-            _add_up(rows, plan.within[self._host], pieces, plan.root, self._total[lo:hi])
-        else:
-            _add_up(rows, plan.within[self._host], pieces)
+    def _all_to_everyone(self) -> _Way:
+        """Let every rank send all its nodes to all others, and finish the tree by itself."""
+        everyone = tuple(range(self.communicator.size))
+        plan, nbytes = _plan(self._shards, self._leaves, (everyone,)), self.layout.nbytes
+        received = aligned_empty(plan.count * nbytes, np.uint8)
+        pieces = (received[start : start + nbytes] for start in range(0, received.size, nbytes))
+        rows = {(rank, slot): next(pieces) for rank in everyone for slot in range(len(plan.nodes[rank]))}
+        self._make_slots(len(plan.nodes[self.communicator.rank]))
+        copies = [
+            partial(np.copyto, rows[self.communicator.rank, slot], self._slots[slot])
+            for slot in range(len(plan.nodes[self.communicator.rank]))
+        ]
+        gather = partial(self.communicator.allgatherv, received, [len(nodes) * nbytes for nodes in plan.nodes])
+        actions = [*copies, gather, _sums(rows, plan.within[0], self.layout.pieces(0, nbytes))]
+        return _Way(plan, actions, self.layout.record(_read_only(rows[plan.root])))
 
-    def _merge_between_hosts(self, plan: _Plan, leaders: Communicator) -> None:
+    def _exchange(self, plan: _Plan, rows: Mapping[Place, Bytes], leaders: Communicator) -> list[Action]:
         """Finish the tree for our own slice with what the other leaders send, and send them the sum."""
         cuts = self.layout.cuts(leaders.size)
         lengths = [hi - lo for lo, hi in pairwise(cuts)]
         lo, hi = cuts[leaders.rank :][:2]
-        held = {place: self._shared_slots.get(place, self._slots[place[1]]) for place in plan.left[self._host]}
-        rows = {place: slot[lo:hi] for place, slot in held.items()}
         received = self._room_for((hi - lo) * sum(map(len, plan.left)))
+        cut = {place: rows[place][lo:hi] for place in plan.left[self._host]}
+        actions: list[Action] = []
         end = 0
-        for turn in range(max(map(len, plan.left))):  # the turn-th node of every host
-            send_spans: list[Span] = [(0, 0)] * leaders.size
+        for turn in range(max(map(len, plan.left))):  # in which each host sends its node of that number, if it has one
+            senders = [host for host, places in enumerate(plan.left) if turn < len(places)]
             receive_spans: list[Span] = [(0, 0)] * leaders.size
-            send = received
-            for host, places in enumerate(plan.left):
-                if turn < len(places) and host != self._host:
+            for host in senders:
+                if host != self._host:
                     receive_spans[host] = end, hi - lo
-                    rows[places[turn]] = received[end : end + hi - lo]
+                    cut[plan.left[host][turn]] = received[end : end + hi - lo]
                     end += hi - lo
-            if turn < len(held):
-                send = held[plan.left[self._host][turn]]
-                send_spans = [
-                    (cut, 0 if host == self._host else length)
-                    for host, (cut, length) in enumerate(zip(cuts, lengths, strict=False))
-                ]
-            leaders.alltoallv(send, send_spans, received, receive_spans)
-        _add_up(rows, plan.between, self.layout.pieces(lo, hi), plan.root, self._total[lo:hi])
-        leaders.allgatherv(self._total, lengths)
-
-    def _plan(self) -> _Plan:
-        return _plan(self._shards, self._leaves, self._hosts)
-
-    def _is_small(self) -> bool:
-        return self.layout.nbytes * sum(map(len, self._plan().nodes)) <= SMALL_BYTES
+            send, send_spans = received, [(0, 0)] * leaders.size
+            if self._host in senders:
+                send = rows[plan.left[self._host][turn]]
+                send_spans = list(zip(cuts[:-1], lengths, strict=True))
+                send_spans[self._host] = (0, 0)
+            actions.append(partial(leaders.alltoallv, send, send_spans, received, receive_spans))
+        actions.append(_sums(cut, plan.between, self.layout.pieces(lo, hi), plan.root, self._total[lo:hi]))
+        actions.append(partial(leaders.allgatherv, self._total, lengths))
+        return actions
 
     def _room_for(self, nbytes: int) -> Bytes:
         if self._received.size < nbytes:
+            self._ways.clear()
             self._received = aligned_empty(nbytes, np.uint8)
-        return self._received[:nbytes]
+        return self._received
 
 
 class AllreduceReduction(Reduction):
@@ -280,9 +299,7 @@ class AllreduceReduction(Reduction):
 
     def total(self) -> Record:
         """Return the sum over all micro-batches of the step. Collective."""
-        if not self._slots:
-            self._slots.append(self.layout.new_buffer())
-            self._records.append(self.layout.record(self._slots[0]))
+        self._make_slots(1)
         total = self._records[0]
         if not self._nodes:
             self._slots[0][...] = 0
@@ -299,6 +316,7 @@ REDUCTIONS: dict[str, type[Reduction]] = {"tree": TreeReduction, "allreduce": Al
 
 Place = tuple[int, int]  #: Where a node is held: the rank, and which of its slots.
 Merges = Sequence[tuple[Place, Place]]  #: Whose values are to be added, in order; the sum stays at the first place.
+Action = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -306,13 +324,22 @@ class _Plan:
     """Who holds which nodes after its own additions, and the merges that are left."""
 
     nodes: list[list[Node]]  #: of each rank
+    count: int  #: of all ranks
     within: list[Merges]  #: of each host
     left: list[list[Place]]  #: what each host then holds
     between: Merges
     root: Place
 
 
-@lru_cache(maxsize=64)
+class _Way(NamedTuple):
+    """What one rank does for a total, and where it then lies."""
+
+    plan: _Plan
+    actions: list[Action]
+    total: Record
+
+
+@lru_cache(maxsize=LARGEST_NUMBER_OF_WAYS)
 def _plan(shards: tuple[range, ...], leaves: int, hosts: tuple[tuple[int, ...], ...]) -> _Plan:
     nodes = [maximal_nodes(shard, leaves) for shard in shards]
     held = {(rank, slot): node for rank, of_rank in enumerate(nodes) for slot, node in enumerate(of_rank)}
@@ -323,7 +350,7 @@ def _plan(shards: tuple[range, ...], leaves: int, hosts: tuple[tuple[int, ...], 
         left.append(rest)
     roots, between = _fold_held({place: node for rest in left for place, node in rest.items()}, leaves)
     assert list(roots.values()) == [Node(0, leaves)], f"shards {shards} do not hold the leaves 0..{leaves - 1} once each"
-    return _Plan(nodes, within, [list(rest) for rest in left], between, next(iter(roots)))
+    return _Plan(nodes, len(held), within, [list(rest) for rest in left], between, next(iter(roots)))
 
 
 def _fold_held(held: Mapping[Place, Node], leaves: int) -> tuple[dict[Place, Node], Merges]:
@@ -335,25 +362,29 @@ def _fold_held(held: Mapping[Place, Node], leaves: int) -> tuple[dict[Place, Nod
     return dict(zip(remain, rest, strict=True)), [(places[into], places[from_]) for into, from_ in merges]
 
 
-def _places(nodes: Sequence[Sequence[Node]]) -> Iterable[Place]:
-    return ((rank, slot) for rank, of_rank in enumerate(nodes) for slot in range(len(of_rank)))
-
-
-def _add_up(
+def _sums(
     rows: Mapping[Place, Bytes],
     merges: Merges,
     pieces: Sequence[tuple[int, int, str]],
     root: Place | None = None,
     total: Bytes | None = None,
-) -> None:
-    """Add rows in place as `merges` say; with `total`, the last sum, which is that of all, is written there."""
-    for number, (into, from_) in enumerate(merges, 1):
-        out = rows[into] if total is None or number < len(merges) else total
-        for start, end, dtype in pieces:
-            left, right = rows[into][start:end].view(dtype), rows[from_][start:end].view(dtype)
-            np.add(left, right, out=out[start:end].view(dtype))
+) -> Action:
+    """Return the action that adds rows in place as `merges` say; with a `total`, the sum of all is written there."""
     if total is not None and root is not None and not merges:
-        total[...] = rows[root]
+        return partial(np.copyto, total, rows[root])
+    additions = []
+    for first, end, dtype in pieces:
+        for start in range(first, end, BLOCK_BYTES):
+            block = slice(start, min(start + BLOCK_BYTES, end))
+            for number, (into, from_) in enumerate(merges, 1):
+                out = rows[into] if total is None or number < len(merges) else total
+                additions.append([row[block].view(dtype) for row in (rows[into], rows[from_], out)])
+
+    def add() -> None:
+        for left, right, out in additions:
+            np.add(left, right, out=out)
+
+    return add
 
 
 def _read_only(buffer: Bytes) -> Bytes:
