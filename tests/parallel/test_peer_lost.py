@@ -11,7 +11,7 @@ from distdl.mpirun import environment_for, find_mpirun, mpirun_command
 
 #: Every rank reduces again and again, until the victim kills itself before or after it has filled its slots.
 PROGRAM = """
-import os, signal, sys
+import os, pathlib, signal, sys, time
 import numpy as np
 from distdl.errors import PeerLost
 from distdl.parallel import REDUCTIONS, Field, Layout, contiguous_shards, world
@@ -35,6 +35,14 @@ try:
     outcome = "never noticed"
 except PeerLost as error:
     outcome = f"lost a peer in step {step}"
+# Nobody leaves before all have noticed, since the end of a second rank would wake the others too.
+folder = pathlib.Path(sys.argv[4])
+(folder / f"noticed-{rank}").touch()
+ends = time.monotonic() + 30
+while len(list(folder.glob("noticed-*"))) < size - 1 and time.monotonic() < ends:
+    time.sleep(0.01)
+if len(list(folder.glob("noticed-*"))) < size - 1:
+    outcome += ", but not all did"
 sys.stdout.write(f"rank {rank} {outcome}\\n")
 sys.stdout.flush()
 os._exit(0)  # MPI_Finalize may wait for the dead
@@ -53,7 +61,7 @@ def test_all_survivors_of_a_kill_see_that_a_peer_is_lost(tmp_path, spread, victi
         pytest.skip(str(error))
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    launch = mpirun_command(4, [sys.executable, str(program), str(victim), spread, moment])
+    launch = mpirun_command(4, [sys.executable, str(program), str(victim), spread, moment, str(tmp_path)])
     if "--with-ft" not in launch.argv:
         pytest.skip("survivors go on under Open MPI 5 and later only; other MPIs end the job")
     done = subprocess.run(
