@@ -99,7 +99,8 @@ class Trace:
         mine = on_rank_zeros_clock(newest, self._first, last)
         everyone = np.empty((communicator.size, *mine.shape))
         counts = [mine.nbytes] * communicator.size
-        communicator.allgatherv(mine.reshape(-1).view(np.uint8), everyone.reshape(-1).view(np.uint8), counts)
+        everyone[communicator.rank] = mine
+        communicator.allgatherv(everyone.reshape(-1).view(np.uint8), counts)
         hosts = communicator.allgather_json(socket.gethostname())
         if communicator.rank != 0:
             return None

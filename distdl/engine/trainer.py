@@ -144,12 +144,12 @@ class Trainer:
         total = self._gradients.total()
         self.timeline.leave_reduction()
 
-        loss_sum, gradient = float(total["loss_sum"][0]), total["gradient"]
+        loss_sum = float(total["loss_sum"][0])
         if not math.isfinite(loss_sum):
             raise self._diverged(f"the loss is {loss_sum} at step {state.step + 1}")
-        if not _is_finite(gradient):
+        if not _is_finite(total["gradient"]):
             raise self._diverged(f"the gradient is not finite at step {state.step + 1}")
-        gradient /= len(rows)
+        gradient = np.divide(total["gradient"], len(rows), out=network.gradients)
         learning_rate = self.schedule(state.step)
         state.optimizer.update(network.parameters, gradient, learning_rate, state.step + 1)
         state.step_array += 1

@@ -13,12 +13,14 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
+#: A piece of a buffer: its first byte, and how many bytes.
+Span = tuple[int, int]
 
 #: A rank that waits looks at least this often whether it may go on.
 LONGEST_PAUSE_SECONDS = 1e-3
@@ -30,8 +32,11 @@ class Communicator(ABC):
     rank: int
     size: int
     description: str
-    #: Seconds this rank has spent waiting in collective calls since it was made.
-    seconds_waiting: float = 0.0
+
+    @property
+    def seconds_waiting(self) -> float:
+        """Seconds this rank has waited for others, here or in a part of this group; moving data is not waiting."""
+        return 0.0
 
     @abstractmethod
     def barrier(self, longest_pause_seconds: float = LONGEST_PAUSE_SECONDS) -> None:
@@ -46,15 +51,12 @@ class Communicator(ABC):
         """Overwrite `array` with its sum over the ranks, in an order that MPI chooses."""
 
     @abstractmethod
-    def alltoallv(self, send: Bytes, send_counts: Sequence[int], receive: Bytes, receive_counts: Sequence[int]) -> None:
-        """Send ``send_counts[r]`` bytes to every rank r; what came from r lies in `receive` in rank order.
-
-        The pieces of `send` and of `receive` lie one behind the other.
-        """
+    def alltoallv(self, send: Bytes, send_spans: Sequence[Span], receive: Bytes, receive_spans: Sequence[Span]) -> None:
+        """Send the bytes at ``send_spans[r]`` to every rank r; what comes from r goes to ``receive_spans[r]``."""
 
     @abstractmethod
-    def allgatherv(self, send: Bytes, receive: Bytes, counts: Sequence[int]) -> None:
-        """Put the ``counts[r]`` bytes that rank r sends into `receive` on every rank, in rank order."""
+    def allgatherv(self, array: Bytes, counts: Sequence[int]) -> None:
+        """Complete `array` on every rank: rank r has filled the r-th piece of it, of ``counts[r]`` bytes."""
 
     @abstractmethod
     def allgather_json(self, value: Any) -> list[Any]:
@@ -74,15 +76,7 @@ class Communicator(ABC):
 
     @abstractmethod
     def free(self) -> None:
-        """Give back what MPI keeps for a group made by `split` or `node`; the group is of no use after."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Free the group, unless this rank alone may be leaving: the others would not be there to free it with."""
-        if error is None or getattr(error, "agreed", False):
-            self.free()
+        """Give back what MPI keeps for a group made by `split`, and for its `node`; neither is of use after."""
 
     @abstractmethod
     def abort(self, exit_code: int) -> NoReturn:
@@ -106,19 +100,13 @@ class OneProcess(Communicator):
     def allreduce(self, array: NDArray[Any]) -> None:
         """Leave `array` as it is."""
 
-    def alltoallv(
-        self,
-        send: Bytes,
-        send_counts: Sequence[int],
-        receive: Bytes,
-        receive_counts: Sequence[int],  # noqa: ARG002
-    ) -> None:
-        """Copy `send` to `receive`."""
-        receive[: send_counts[0]] = send[: send_counts[0]]
+    def alltoallv(self, send: Bytes, send_spans: Sequence[Span], receive: Bytes, receive_spans: Sequence[Span]) -> None:
+        """Copy the one piece."""
+        (start, count), (to, _) = send_spans[0], receive_spans[0]
+        receive[to : to + count] = send[start : start + count]
 
-    def allgatherv(self, send: Bytes, receive: Bytes, counts: Sequence[int]) -> None:
-        """Copy `send` to `receive`."""
-        receive[: counts[0]] = send[: counts[0]]
+    def allgatherv(self, array: Bytes, counts: Sequence[int]) -> None:
+        """Leave `array` as it is."""
 
     def allgather_json(self, value: Any) -> list[Any]:
         """Return the one value."""

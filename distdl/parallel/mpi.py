@@ -5,8 +5,13 @@ of a training step are shorter than that and a process put to sleep wakes late; 
 that grow to a millisecond, so that a rank that waits for a slow one leaves the core to others. Where there
 are more ranks than cores it yields the core at once.
 
+Moving: MPI moves data only inside MPI calls, a few pages in each, so a rank that sleeps between them makes a large
+transfer a hundred times slower. Therefore ranks meet in a barrier, asleep if need be, before they move more
+than a few pages, and then nobody sleeps until it is done.
+
 Failures: an MPI error that says that a process has died becomes `PeerLost`; nothing above this module knows
-MPI's error classes.
+MPI's error classes. Whoever sees one first revokes the communicator and all that were split off it or that it was
+split off, since a rank may be waiting in any of them for one that has left.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import accumulate
 from typing import Any, NoReturn
 
@@ -32,10 +38,12 @@ from mpi4py import MPI  # noqa: E402
 
 from distdl.errors import PeerLost  # noqa: E402
 from distdl.launcher import survives_failures  # noqa: E402
-from distdl.parallel.communicator import LONGEST_PAUSE_SECONDS, Bytes, Communicator, say  # noqa: E402
+from distdl.parallel.communicator import LONGEST_PAUSE_SECONDS, Bytes, Communicator, Span, say  # noqa: E402
 
 SPIN_SECONDS = 1e-3
 SHORTEST_PAUSE_SECONDS = 50e-6
+#: Up to here ranks do not meet first: what moves in a call or two is not held up much by one who sleeps.
+LARGEST_UNMET_BYTES = 2**15
 #: A launcher that is told to end the job may do so before it has passed on what we printed last.
 SECONDS_TO_BE_HEARD = 0.5
 #: MPI counts are 32-bit integers in the calls we use.
@@ -46,23 +54,44 @@ _PEER_LOST_CLASSES = {
 }
 
 
+class _Family:
+    """What a communicator shares with those that were split off it: their handles, and the clock of the waiting."""
+
+    def __init__(self) -> None:
+        self.comms: list[MPI.Comm] = []
+        self.seconds_waiting = 0.0
+
+    def revoke(self) -> None:
+        """Wake every rank that waits in one of them, and let nobody wait there again."""
+        if survives_failures():
+            for comm in self.comms:
+                comm.Revoke()
+
+
 class MpiCommunicator(Communicator):
     """The ranks of an MPI communicator."""
 
-    def __init__(self, comm: MPI.Comm, *, oversubscribed: bool | None = None) -> None:
+    def __init__(self, comm: MPI.Comm, *, of: MpiCommunicator | None = None) -> None:
         self._comm = comm
         comm.Set_errhandler(MPI.ERRORS_RETURN)
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
         self.description = library_name()
-        self.seconds_waiting = 0.0
+        self._family: _Family = _Family() if of is None else of._family
+        self._family.comms.append(comm)
+        self._node: MpiCommunicator | None = None
         self._oversubscribed = False
-        self._oversubscribed = self._more_ranks_than_cores() if oversubscribed is None else oversubscribed
+        self._oversubscribed = self._more_ranks_than_cores() if of is None else of._oversubscribed
+
+    @property
+    def seconds_waiting(self) -> float:
+        """Seconds this rank has waited for others, here or in a part of this group; moving data is not waiting."""
+        return self._family.seconds_waiting
 
     def _more_ranks_than_cores(self) -> bool:
-        with self.node() as node:
-            cores = {core for rank in node.allgather_json(sorted(os.sched_getaffinity(0))) for core in rank}
-            return node.size > len(cores)
+        node = self.node()
+        cores = {core for rank in node.allgather_json(sorted(os.sched_getaffinity(0))) for core in rank}
+        return node.size > len(cores)
 
     def barrier(self, longest_pause_seconds: float = LONGEST_PAUSE_SECONDS) -> None:
         """Return when every rank has called it. Who comes early sleeps, in pauses that grow to the longest."""
@@ -73,27 +102,27 @@ class MpiCommunicator(Communicator):
         flat = array.reshape(-1).view(np.uint8)
         for start in range(0, flat.size, LARGEST_MESSAGE_BYTES):
             piece = flat[start : start + LARGEST_MESSAGE_BYTES]
-            self._complete(self._comm.Ibcast, [piece, MPI.BYTE], root)
+            self._move(piece.size, self._comm.Ibcast, [piece, MPI.BYTE], root)
 
     def allreduce(self, array: NDArray[Any]) -> None:
         """Overwrite `array` with its sum over the ranks, in an order that MPI chooses."""
-        self._complete(self._comm.Iallreduce, MPI.IN_PLACE, array, MPI.SUM)
+        self._move(array.nbytes, self._comm.Iallreduce, MPI.IN_PLACE, array, MPI.SUM)
 
-    def alltoallv(self, send: Bytes, send_counts: Sequence[int], receive: Bytes, receive_counts: Sequence[int]) -> None:
-        """Send ``send_counts[r]`` bytes to every rank r; what came from r lies in `receive` in rank order."""
+    def alltoallv(self, send: Bytes, send_spans: Sequence[Span], receive: Bytes, receive_spans: Sequence[Span]) -> None:
+        """Send the bytes at ``send_spans[r]`` to every rank r; what comes from r goes to ``receive_spans[r]``."""
+        self.barrier()  # what one rank moves does not tell how much others do
         self._complete(
             self._comm.Ialltoallv,
-            [send, (list(send_counts), _starts(send_counts)), MPI.BYTE],
-            [receive, (list(receive_counts), _starts(receive_counts)), MPI.BYTE],
+            [send, _counts_and_starts(send_spans), MPI.BYTE],
+            [receive, _counts_and_starts(receive_spans), MPI.BYTE],
+            sleeps=False,
         )
 
-    def allgatherv(self, send: Bytes, receive: Bytes, counts: Sequence[int]) -> None:
-        """Put the ``counts[r]`` bytes that rank r sends into `receive` on every rank, in rank order."""
-        self._complete(
-            self._comm.Iallgatherv,
-            [send, counts[self.rank], MPI.BYTE],
-            [receive, (list(counts), _starts(counts)), MPI.BYTE],
-        )
+    def allgatherv(self, array: Bytes, counts: Sequence[int]) -> None:
+        """Complete `array` on every rank: rank r has filled the r-th piece of it, of ``counts[r]`` bytes."""
+        starts = _starts(counts)
+        total = starts[-1] + counts[-1]
+        self._move(total, self._comm.Iallgatherv, MPI.IN_PLACE, [array, (list(counts), starts), MPI.BYTE])
 
     def allgather_json(self, value: Any) -> list[Any]:
         """Return the values of all ranks, in rank order, on every rank."""
@@ -101,11 +130,12 @@ class MpiCommunicator(Communicator):
         sizes = np.empty(self.size, np.int64)
         self._complete(self._comm.Iallgather, np.array([mine.size], np.int64), sizes)
         counts = [int(size) for size in sizes]
+        starts = _starts(counts)
         everyone = np.empty(sum(counts), np.uint8)
-        self.allgatherv(mine, everyone, counts)
+        everyone[starts[self.rank] :][: mine.size] = mine
+        self.allgatherv(everyone, counts)
         return [
-            json.loads(everyone[start : start + count].tobytes())
-            for start, count in zip(_starts(counts), counts, strict=True)
+            json.loads(everyone[start : start + count].tobytes()) for start, count in zip(starts, counts, strict=True)
         ]
 
     def bcast_json(self, value: Any, root: int = 0) -> Any:
@@ -122,15 +152,19 @@ class MpiCommunicator(Communicator):
         part = self._comm.Split(MPI.UNDEFINED if color is None else color, self.rank)
         if part == MPI.COMM_NULL:
             return None
-        return MpiCommunicator(part, oversubscribed=self._oversubscribed)
+        return MpiCommunicator(part, of=self)
 
     def node(self) -> Communicator:
         """Return the communicator of the ranks that share this rank's memory."""
-        part = self._comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank)
-        return MpiCommunicator(part, oversubscribed=self._oversubscribed)
+        if self._node is None:
+            self._node = MpiCommunicator(self._comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank), of=self)
+        return self._node
 
     def free(self) -> None:
-        """Give back what MPI keeps for this group, of which it has about two thousand; the group is of no use after."""
+        """Give back what MPI keeps for this group and its node, of which it has about two thousand in all."""
+        if self._node is not None:
+            self._node.free()
+        self._family.comms.remove(self._comm)
         self._comm.Free()
 
     def abort(self, exit_code: int) -> NoReturn:
@@ -143,34 +177,47 @@ class MpiCommunicator(Communicator):
         say()
         time.sleep(SECONDS_TO_BE_HEARD)
         if survives_failures():
-            self._comm.Revoke()
-            MPI.COMM_WORLD.Revoke()
+            self._family.revoke()
             os.kill(os.getppid(), signal.SIGTERM)
         else:
             MPI.COMM_WORLD.Abort(exit_code)
         os._exit(exit_code)
 
+    def _move(self, nbytes: int, start: Callable[..., MPI.Request], *arguments: Any) -> None:
+        """Do a collective that moves `nbytes` in all, a number that every rank knows."""
+        large = nbytes > LARGEST_UNMET_BYTES
+        if large:
+            self.barrier()
+        self._complete(start, *arguments, sleeps=not large)
+
     def _complete(
-        self, start: Callable[..., MPI.Request], *arguments: Any, longest_pause: float = LONGEST_PAUSE_SECONDS
+        self,
+        start: Callable[..., MPI.Request],
+        *arguments: Any,
+        sleeps: bool = True,
+        longest_pause: float = LONGEST_PAUSE_SECONDS,
     ) -> None:
         started = time.perf_counter()
         pause = SHORTEST_PAUSE_SECONDS
         try:
             request = start(*arguments)
             while not request.Test():
-                if time.perf_counter() - started > SPIN_SECONDS:
+                if sleeps and time.perf_counter() - started > SPIN_SECONDS:
                     time.sleep(pause)
                     pause = min(2 * pause, longest_pause)
                 elif self._oversubscribed:
                     os.sched_yield()
         except MPI.Exception as error:
             if error.Get_error_class() in _PEER_LOST_CLASSES:
+                self._family.revoke()
                 raise PeerLost(f"a rank was lost: {error.Get_error_string()}") from error
             raise
         finally:
-            self.seconds_waiting += time.perf_counter() - started
+            if sleeps:
+                self._family.seconds_waiting += time.perf_counter() - started
 
 
+@cache
 def world_of_mpi() -> MpiCommunicator:
     """Start MPI, unless it has been, and return the communicator of all ranks that the launcher started."""
     if not MPI.Is_initialized():
@@ -187,6 +234,10 @@ def library_name() -> str:
     """Return the name and version of the MPI library, such as ``MPICH 5.0.2``."""
     name, version = MPI.get_vendor()
     return f"{name} {'.'.join(str(number) for number in version)}"
+
+
+def _counts_and_starts(spans: Sequence[Span]) -> tuple[list[int], list[int]]:
+    return [count for _, count in spans], [start for start, _ in spans]
 
 
 def _starts(counts: Sequence[int]) -> list[int]:

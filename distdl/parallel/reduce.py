@@ -5,28 +5,47 @@ float64, counts as integers) that lie in one buffer and travel together.
 
 1. Each rank adds the micro-batches of its shard into the maximal canonical nodes of that shard as it computes
    them (`add`), so that it holds a few partial sums and never one record a micro-batch.
-2. Every rank owns one slice of the record. `alltoallv` sends each owner that slice of every node; owners
-   finish the tree for their slice; `allgatherv` returns the sum to all (`total`).
+2. Ranks of one host hold their partial sums in slots that all of them see. Each merges, for its own slice of the
+   record, the siblings that met on the host. On a single host that is the whole tree, and `total` is done.
+3. Between hosts one leader each goes on: it owns a slice of the record, is sent that slice of every host's nodes,
+   finishes the tree there, and sends the sum to the other leaders, straight into what their hosts' ranks see.
 
-Each element is added in the same order whatever the number of ranks, and so has the same bits.
+Each element is added in the same order whatever the number of ranks and hosts, and so has the same bits.
+
+Ranks that share memory tell each other through a barrier of MPI that their slots are full and that the total is
+complete. A flag in that memory would be quicker to write and wrong: Python cannot order its writes before the flag's
+on every processor; a rank that died would never raise it, where MPI reports the loss; and whoever waits for it
+would have to burn its core or sleep without knowing how long.
+
+After those barriers no slot is read before the next step fills it, and no slice of the total is written before every
+rank has come back for the next one; so one set of buffers is enough.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distdl.arrays import ALIGNMENT_BYTES, aligned_empty, aligned_zeros
-from distdl.parallel.communicator import Bytes, Communicator
+from distdl.parallel.communicator import Bytes, Communicator, Span
+from distdl.parallel.shared import shared_bytes
 from distdl.parallel.tree import Node, Shard, are_siblings, fold, maximal_nodes
 
 Record = dict[str, NDArray[Any]]
+
+#: Up to here, all nodes together, every rank of several hosts is sent all of them: what counts then is not how much
+#: travels but how often ranks wait for each other.
+SMALL_BYTES = 2**18
+#: What is added of each row before the next: the sums so far stay in the second-level cache.
+BLOCK_BYTES = 2**17
+#: How many ways of dealing shards are remembered; a training has two or three.
+LARGEST_NUMBER_OF_WAYS = 64
 
 
 @dataclass(frozen=True)
@@ -83,7 +102,8 @@ class Reduction:
     """Sums one record a micro-batch over all micro-batches of a step and all ranks.
 
     Use: `begin` with the step's shards, `add` for each micro-batch of this rank's own shard, in order, then
-    `total`. The total is a record that stays valid until the next `begin`.
+    `total`. The total is a record, read-only, since other ranks may see it too, that stays valid until the next
+    `begin`. All but `add` are collective.
     """
 
     def __init__(self, communicator: Communicator, layout: Layout) -> None:
@@ -99,6 +119,7 @@ class Reduction:
         """Start a step in which rank r computes the micro-batches ``shards[r]``; all leaves 0..V-1 are dealt.
 
         A shard may hold any leaves; the fewer nodes of the tree they make up, the fewer partial sums are sent.
+        Raises `UserError` on every rank where a host has no room for the partial sums.
         """
         self._shards = tuple(shards)
         self._leaves = sum(len(shard) for shard in shards)
@@ -115,12 +136,15 @@ class Reduction:
             self._merge()
         else:
             slot = len(self._nodes)
-            if slot == len(self._slots):
-                self._slots.append(self.layout.new_buffer())
-                self._records.append(self.layout.record(self._slots[slot]))
+            self._make_slots(slot + 1)
             for name, field in self._records[slot].items():
                 field[...] = values[name]
             self._nodes.append(node)
+
+    def _make_slots(self, count: int) -> None:
+        while len(self._slots) < count:
+            self._slots.append(self.layout.new_buffer())
+            self._records.append(self.layout.record(self._slots[-1]))
 
     def _merge(self) -> None:
         nodes = self._nodes
@@ -137,58 +161,140 @@ class Reduction:
 
 
 class TreeReduction(Reduction):
-    """The canonical tree over a communicator: same bits on any number of ranks."""
+    """The canonical tree over a communicator: same bits on any number of ranks.
 
-    def __init__(self, communicator: Communicator, layout: Layout) -> None:
+    `node` is the group of ranks that share memory, found out if not given. What there is to do for a total is a
+    list of actions on arrays, made once for each way of dealing the shards.
+    """
+
+    def __init__(self, communicator: Communicator, layout: Layout, *, node: Communicator | None = None) -> None:
         super().__init__(communicator, layout)
-        self._cuts = layout.cuts(communicator.size)
-        lo, hi = self._cuts[communicator.rank : communicator.rank + 2]
-        self._own = slice(lo, hi)
-        self._pieces = layout.pieces(lo, hi)
-        self._lengths = [b - a for a, b in pairwise(self._cuts)]
-        self._total = layout.new_buffer()
-        self._send = aligned_empty(0, np.uint8)
-        self._receive = aligned_empty(0, np.uint8)
+        self._node = communicator.node() if node is None else node
+        leader_of = communicator.allgather_json(self._node.bcast_json(communicator.rank))
+        leaders = sorted(set(leader_of))
+        self._hosts = tuple(tuple(r for r in range(communicator.size) if leader_of[r] == leader) for leader in leaders)
+        self._host = leaders.index(leader_of[communicator.rank])
+        self._leaders = communicator.split(0 if self._node.rank == 0 else None) if len(leaders) > 1 else None
+        self._shared: dict[Place, Bytes] = {}
+        self._total = aligned_empty(0, np.uint8)
+        self._received = aligned_empty(0, np.uint8)
+        self._ways: dict[tuple[Shard, ...], _Way] = {}
+
+    def begin(self, shards: Sequence[Shard]) -> None:
+        """Start a step in which rank r computes the micro-batches ``shards[r]``; all leaves 0..V-1 are dealt.
+
+        Raises `UserError` on every rank where a host has no room for the partial sums.
+        """
+        super().begin(shards)
+        if self.communicator.size > 1 and self._shards not in self._ways:
+            if len(self._ways) == LARGEST_NUMBER_OF_WAYS:
+                self._ways.clear()
+            way = self._new_way()
+            self._ways[self._shards] = way
 
     def total(self) -> Record:
         """Return the sum over all micro-batches of the step, the same bits on every rank. Collective."""
-        rank, size = self.communicator.rank, self.communicator.size
-        plan = _plan(self._shards, self._leaves)
-        assert self._nodes == plan.nodes[rank], f"added {self._nodes}, the plan has {plan.nodes[rank]}"
-        if size == 1:
-            return self._records[0]
-        own = self._lengths[rank]
-        receive_counts = [len(nodes) * own for nodes in plan.nodes]
-        send_counts = [len(self._nodes) * length for length in self._lengths]
-        received = self._at_least("_receive", sum(receive_counts))
-        self.communicator.alltoallv(self._packed(), send_counts, received, receive_counts)
-        rows = [received[i * own : (i + 1) * own] for i in range(len(plan.in_order))]
-        for into, from_ in plan.merges:
-            for start, end, dtype in self._pieces:
-                left = rows[plan.in_order[into]][start:end].view(dtype)
-                left += rows[plan.in_order[from_]][start:end].view(dtype)
-        result = rows[plan.in_order[0]]
-        self.communicator.allgatherv(result, self._total, self._lengths)
-        return self.layout.record(self._total)
+        alone = self.communicator.size == 1
+        plan = _plan(self._shards, self._leaves, self._hosts) if alone else self._ways[self._shards].plan
+        nodes = plan.nodes[self.communicator.rank]
+        assert self._nodes == nodes, f"added {self._nodes}, the plan has {nodes}"
+        if alone:
+            return self.layout.record(_read_only(self._slots[0]))
+        way = self._ways[self._shards]
+        for act in way.actions:
+            act()
+        return way.total
 
-    def _packed(self) -> Bytes:
-        """Return what this rank sends: for each owner, its slice of each of our nodes."""
-        if len(self._nodes) == 1:
-            return self._slots[0]
-        send = self._at_least("_send", len(self._nodes) * self.layout.nbytes)
+    def _new_way(self) -> _Way:
+        """Return what to do for shards that were never dealt before. Collective."""
+        plan, several_hosts = _plan(self._shards, self._leaves, self._hosts), len(self._hosts) > 1
+        if several_hosts and self.layout.nbytes * plan.count <= SMALL_BYTES:
+            return self._all_to_everyone()
+        rows = self._rows(plan)
+        actions: list[Action] = []
+        if self._node.size > 1:
+            lo, hi = self.layout.cuts(self._node.size)[self._node.rank :][:2]
+            cut, pieces = {place: row[lo:hi] for place, row in rows.items()}, self.layout.pieces(lo, hi)
+            whole = () if several_hosts else (plan.root, self._total[lo:hi])
+            actions = [
+                self._node.barrier,
+                _sums(cut, plan.within[self._host], pieces, *whole),
+                self._node.barrier,
+            ]
+        if self._leaders is not None:
+            actions += self._exchange(plan, rows, self._leaders)
+        if self._node.size > 1 and several_hosts:
+            actions.append(self._node.barrier)
+        return _Way(plan, actions, self.layout.record(_read_only(self._total)))
+
+    def _rows(self, plan: _Plan) -> dict[Place, Bytes]:
+        """Return the slots of our host that hold the nodes of the plan; make them, and the total, where need be."""
+        slots_a_rank, nbytes = max(map(len, plan.nodes)), self.layout.nbytes
+        ranks, mine = self._hosts[self._host], self.communicator.rank
+        if len(self._hosts) == self.communicator.size:
+            self._make_slots(slots_a_rank)
+            self._total = self._slots[0]  # nobody else sees it, and what was in it has been sent when the sums come in
+            return {(mine, slot): self._slots[slot] for slot in range(slots_a_rank)}
+        if (mine, slots_a_rank - 1) not in self._shared:
+            self._ways.clear()
+            places = [(rank, slot) for rank in ranks for slot in range(slots_a_rank)]
+            memory = shared_bytes(
+                self.communicator, self._node, (len(places) + 1) * nbytes, "partial sums of gradients"
+            )
+            self._total, *slots = (memory[start : start + nbytes] for start in range(0, memory.size, nbytes))
+            self._shared = dict(zip(places, slots, strict=True))
+            self._slots[:slots_a_rank] = [self._shared[mine, slot] for slot in range(slots_a_rank)]
+            self._records = [self.layout.record(slot) for slot in self._slots]
+        return self._shared
+
+    def _all_to_everyone(self) -> _Way:
+        """Let every rank send all its nodes to all others, and finish the tree by itself."""
+        everyone = tuple(range(self.communicator.size))
+        plan, nbytes = _plan(self._shards, self._leaves, (everyone,)), self.layout.nbytes
+        received = aligned_empty(plan.count * nbytes, np.uint8)
+        pieces = (received[start : start + nbytes] for start in range(0, received.size, nbytes))
+        rows = {(rank, slot): next(pieces) for rank in everyone for slot in range(len(plan.nodes[rank]))}
+        self._make_slots(len(plan.nodes[self.communicator.rank]))
+        copies = [
+            partial(np.copyto, rows[self.communicator.rank, slot], self._slots[slot])
+            for slot in range(len(plan.nodes[self.communicator.rank]))
+        ]
+        gather = partial(self.communicator.allgatherv, received, [len(nodes) * nbytes for nodes in plan.nodes])
+        actions: list[Action] = [*copies, gather, _sums(rows, plan.within[0], self.layout.pieces(0, nbytes))]
+        return _Way(plan, actions, self.layout.record(_read_only(rows[plan.root])))
+
+    def _exchange(self, plan: _Plan, rows: Mapping[Place, Bytes], leaders: Communicator) -> list[Action]:
+        """Finish the tree for our own slice with what the other leaders send, and send them the sum."""
+        cuts = self.layout.cuts(leaders.size)
+        lengths = [hi - lo for lo, hi in pairwise(cuts)]
+        lo, hi = cuts[leaders.rank :][:2]
+        received = self._room_for((hi - lo) * sum(map(len, plan.left)))
+        cut = {place: rows[place][lo:hi] for place in plan.left[self._host]}
+        actions: list[Action] = []
         end = 0
-        for lo, hi in pairwise(self._cuts):
-            for slot in self._slots[: len(self._nodes)]:
-                send[end : end + hi - lo] = slot[lo:hi]
-                end += hi - lo
-        return send
+        for turn in range(max(map(len, plan.left))):  # in which each host sends its node of that number, if it has one
+            senders = [host for host, places in enumerate(plan.left) if turn < len(places)]
+            receive_spans: list[Span] = [(0, 0)] * leaders.size
+            for host in senders:
+                if host != self._host:
+                    receive_spans[host] = end, hi - lo
+                    cut[plan.left[host][turn]] = received[end : end + hi - lo]
+                    end += hi - lo
+            send, send_spans = received, [(0, 0)] * leaders.size
+            if self._host in senders:
+                send = rows[plan.left[self._host][turn]]
+                send_spans = list(zip(cuts[:-1], lengths, strict=True))
+                send_spans[self._host] = (0, 0)
+            actions.append(partial(leaders.alltoallv, send, send_spans, received, receive_spans))
+        actions.append(_sums(cut, plan.between, self.layout.pieces(lo, hi), plan.root, self._total[lo:hi]))
+        actions.append(partial(leaders.allgatherv, self._total, lengths))
+        return actions
 
-    def _at_least(self, name: str, nbytes: int) -> Bytes:
-        buffer: Bytes = getattr(self, name)
-        if buffer.size < nbytes:
-            buffer = aligned_empty(nbytes, np.uint8)
-            setattr(self, name, buffer)
-        return buffer
+    def _room_for(self, nbytes: int) -> Bytes:
+        if self._received.size < nbytes:
+            self._ways.clear()
+            self._received = aligned_empty(nbytes, np.uint8)
+        return self._received
 
 
 class AllreduceReduction(Reduction):
@@ -196,9 +302,7 @@ class AllreduceReduction(Reduction):
 
     def total(self) -> Record:
         """Return the sum over all micro-batches of the step. Collective."""
-        if not self._slots:
-            self._slots.append(self.layout.new_buffer())
-            self._records.append(self.layout.record(self._slots[0]))
+        self._make_slots(1)
         total = self._records[0]
         if not self._nodes:
             self._slots[0][...] = 0
@@ -207,26 +311,88 @@ class AllreduceReduction(Reduction):
                 np.add(field, record[name], out=field)
         for field in total.values():
             self.communicator.allreduce(field)
-        return total
+        return self.layout.record(_read_only(self._slots[0]))
 
 
 REDUCTIONS: dict[str, type[Reduction]] = {"tree": TreeReduction, "allreduce": AllreduceReduction}
 
 
+Place = tuple[int, int]  #: Where a node is held: the rank, and which of its slots.
+Merges = Sequence[tuple[Place, Place]]  #: Whose values are to be added, in order; the sum stays at the first place.
+Action = Callable[[], Any]
+
+
 @dataclass(frozen=True)
 class _Plan:
-    """Who holds which nodes after its own additions, and the merges that are left to the owners."""
+    """Who holds which nodes after its own additions, and the merges that are left."""
 
-    nodes: list[list[Node]]
-    in_order: list[int]  # the place, in rank order, of the first node, the second … in order of their leaves
-    merges: list[tuple[int, int]]
+    nodes: list[list[Node]]  #: of each rank
+    count: int  #: of all ranks
+    within: list[Merges]  #: of each host
+    left: list[list[Place]]  #: what each host then holds
+    between: Merges
+    root: Place
 
 
-@lru_cache(maxsize=64)
-def _plan(shards: tuple[Shard, ...], leaves: int) -> _Plan:
+class _Way(NamedTuple):
+    """What one rank does for a total, and where it then lies."""
+
+    plan: _Plan
+    actions: list[Action]
+    total: Record
+
+
+@lru_cache(maxsize=LARGEST_NUMBER_OF_WAYS)
+def _plan(shards: tuple[Shard, ...], leaves: int, hosts: tuple[tuple[int, ...], ...]) -> _Plan:
     nodes = [maximal_nodes(shard, leaves) for shard in shards]
-    held = [node for rank in nodes for node in rank]
-    in_order = sorted(range(len(held)), key=lambda place: held[place].lo)
-    roots, merges = fold([held[place] for place in in_order], leaves)
-    assert roots == [Node(0, leaves)], f"shards {shards} do not hold the leaves 0..{leaves - 1} once each"
-    return _Plan(nodes, in_order, merges)
+    held = {(rank, slot): node for rank, of_rank in enumerate(nodes) for slot, node in enumerate(of_rank)}
+    within, left = [], []
+    for ranks in hosts:
+        rest, merges = _fold_held({place: node for place, node in held.items() if place[0] in ranks}, leaves)
+        within.append(merges)
+        left.append(rest)
+    roots, between = _fold_held({place: node for rest in left for place, node in rest.items()}, leaves)
+    assert list(roots.values()) == [Node(0, leaves)], (
+        f"shards {shards} do not hold the leaves 0..{leaves - 1} once each"
+    )
+    return _Plan(nodes, len(held), within, [list(rest) for rest in left], between, next(iter(roots)))
+
+
+def _fold_held(held: Mapping[Place, Node], leaves: int) -> tuple[dict[Place, Node], Merges]:
+    """Merge siblings until none are left; return what then lies where, and the merges."""
+    places = sorted(held, key=lambda place: held[place].lo)
+    rest, merges = fold([held[place] for place in places], leaves)
+    merged = {from_ for _, from_ in merges}
+    remain = [place for position, place in enumerate(places) if position not in merged]
+    return dict(zip(remain, rest, strict=True)), [(places[into], places[from_]) for into, from_ in merges]
+
+
+def _sums(
+    rows: Mapping[Place, Bytes],
+    merges: Merges,
+    pieces: Sequence[tuple[int, int, str]],
+    root: Place | None = None,
+    total: Bytes | None = None,
+) -> Action:
+    """Return the action that adds rows in place as `merges` say; with a `total`, the sum of all is written there."""
+    if total is not None and root is not None and not merges:
+        return partial(np.copyto, total, rows[root])
+    additions = []
+    for first, end, dtype in pieces:
+        for start in range(first, end, BLOCK_BYTES):
+            block = slice(start, min(start + BLOCK_BYTES, end))
+            for number, (into, from_) in enumerate(merges, 1):
+                out = rows[into] if total is None or number < len(merges) else total
+                additions.append([row[block].view(dtype) for row in (rows[into], rows[from_], out)])
+
+    def add() -> None:
+        for left, right, out in additions:
+            np.add(left, right, out=out)
+
+    return add
+
+
+def _read_only(buffer: Bytes) -> Bytes:
+    view = buffer.view()
+    view.flags.writeable = False
+    return view

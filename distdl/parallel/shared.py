@@ -1,9 +1,9 @@
-"""Node-shared arrays: one copy of the dataset on each host, however many ranks it runs.
+"""Node-shared memory: for the dataset, of which each host holds one copy, and for the sums of its ranks.
 
-The coordinator's arrays go to one leader a node, which writes them into a memory-mapped file: in shared memory
-if they fit, else in the temporary folder. The space is reserved first, so that a full disk is an error here
-and not a bus error later; the file is unlinked as soon as every rank has mapped it, so that nothing is left
-behind whatever ends the job. (An MPI window would not survive the failure of a rank.)
+It is a memory-mapped file: in shared memory if it fits, else in the temporary folder. The space is reserved
+first, so that a full disk is an error here and not a bus error later; the file is unlinked as soon as every rank
+has mapped it, so that nothing is left behind whatever ends the job. (An MPI window would not survive the failure of
+a rank.)
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import mmap
 import os
 import tempfile
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,30 @@ from numpy.typing import NDArray
 from distdl.arrays import ALIGNMENT_BYTES
 from distdl.errors import UserError
 from distdl.parallel.agreement import together
-from distdl.parallel.communicator import Communicator
+from distdl.parallel.communicator import Bytes, Communicator
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  not a file name of ours: the kernel's shared memory
+
+
+def shared_bytes(communicator: Communicator, node: Communicator, nbytes: int, purpose: str) -> Bytes:
+    """Return `nbytes` zeros that all ranks of `node`, a part of `communicator`, can write and see. Collective.
+
+    They start on a 64-byte boundary. Raises `UserError` on every rank of `communicator` where a host has no room
+    for them; `purpose` says to a person what they are for.
+    """
+    reserved: list[str] = []
+
+    def reserve() -> None:
+        if node.rank == 0:
+            reserved.append(_reserve(nbytes, purpose))
+
+    try:
+        together(communicator, reserve)
+        path = node.bcast_json(reserved[0] if reserved else None)
+        return together(communicator, lambda: _map(path, nbytes))
+    finally:
+        for mine in reserved:
+            Path(mine).unlink()
 
 
 def share_arrays(
@@ -38,21 +58,21 @@ def share_arrays(
     described = [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()]
     specification = communicator.bcast_json(described)
     places = _places(specification)
-    with communicator.node() if node is None else nullcontext(node) as own_node:
-        buffer = _mapped(communicator, own_node, places[-1][1] if places else 0)
-        leaders = communicator.split(0 if own_node.rank == 0 else None)
-        shared: dict[str, NDArray[Any]] = {}
-        for (name, dtype, shape), (start, end) in zip(specification, places, strict=True):
-            view = np.frombuffer(buffer, np.uint8)[start:end].view(dtype).reshape(shape)
-            if leaders is not None:
-                if communicator.rank == 0:
-                    view[...] = arrays[name]
-                leaders.bcast(view)
-            view.flags.writeable = False
-            shared[name] = view
+    node = communicator.node() if node is None else node
+    leaders = communicator.split(0 if node.rank == 0 else None)
+    buffer = shared_bytes(communicator, node, places[-1][1] if places else 0, "the dataset")
+    shared: dict[str, NDArray[Any]] = {}
+    for (name, dtype, shape), (start, end) in zip(specification, places, strict=True):
+        view = buffer[start:end].view(dtype).reshape(shape)
         if leaders is not None:
-            leaders.free()
-        own_node.barrier()
+            if communicator.rank == 0:
+                view[...] = arrays[name]
+            leaders.bcast(view)
+        view.flags.writeable = False
+        shared[name] = view
+    if leaders is not None:
+        leaders.free()
+    node.barrier()
     return shared
 
 
@@ -65,24 +85,7 @@ def _places(specification: list[tuple[str, str, list[int]]]) -> list[tuple[int, 
     return places
 
 
-def _mapped(communicator: Communicator, node: Communicator, nbytes: int) -> mmap.mmap:
-    """Return `nbytes` of memory that the ranks of a node share. Collective; its file is gone, whatever happened."""
-    reserved: list[str] = []
-
-    def reserve() -> None:
-        if node.rank == 0:
-            reserved.append(_reserve(nbytes))
-
-    try:
-        together(communicator, reserve)  # which raises for another node's leader too
-        path = node.bcast_json(reserved[0] if reserved else None)
-        return together(communicator, lambda: _map(path, nbytes))
-    finally:
-        for path in reserved:
-            Path(path).unlink()
-
-
-def _reserve(nbytes: int) -> str:
+def _reserve(nbytes: int, purpose: str) -> str:
     """Create a file of `nbytes` whose space is really there, and return its path."""
     tried = []
     for folder in (SHARED_MEMORY, Path(tempfile.gettempdir())):
@@ -100,15 +103,17 @@ def _reserve(nbytes: int) -> str:
             return path
         finally:
             os.close(handle)
-    raise UserError(f"no room for the dataset's {nbytes / 1e6:.1f} MB ({'; '.join(tried)}): free some, or set TMPDIR")
+    raise UserError(f"no room for {nbytes / 1e6:.1f} MB of {purpose} ({'; '.join(tried)}): free some, or set TMPDIR")
 
 
-def _map(path: str, nbytes: int) -> mmap.mmap:
+def _map(path: str, nbytes: int) -> Bytes:
     try:
         with Path(path).open("r+b") as file:
-            return mmap.mmap(file.fileno(), max(nbytes, 1))
+            mapped = mmap.mmap(file.fileno(), max(nbytes, 1), flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
     except OSError as error:
         raise UserError(
-            f"the dataset's {nbytes / 1e6:.1f} MB in {path} cannot be mapped into memory: {error.strerror or error}; "
-            "expected every rank of this machine to be allowed to: raise its limits (ulimit -v), or start fewer ranks"
+            f"{nbytes / 1e6:.1f} MB in {path} cannot be mapped into memory: {error.strerror or error}; "
+            "expected every rank of this machine to see that folder and to be allowed to: raise its limits "
+            "(ulimit -v), or start fewer ranks"
         ) from None
+    return np.frombuffer(mapped, np.uint8)[:nbytes]

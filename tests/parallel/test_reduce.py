@@ -1,12 +1,18 @@
 """The reduction gives the bits of the plainest sum in the canonical order, on any number of ranks."""
 
 import itertools
+import os
 import random
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from distdl.errors import UserError
 from distdl.parallel import REDUCTIONS, Field, Layout, OneProcess, contiguous_shards, deal, share
+from distdl.parallel import reduce as reduce_module
+from distdl.parallel import shared as shared_module
 
 LENGTHS = (1, 5, 16, 17, 1000)
 LAYOUTS = [Layout([Field("gradient", "f4", n), Field("loss_sum", "f8", 1), Field("counts", "i8", 3)]) for n in LENGTHS]
@@ -61,6 +67,13 @@ def test_the_order_of_additions_shows_in_the_bits():
     assert running.tobytes() != oracle(leaves)["gradient"].tobytes()
 
 
+@pytest.fixture
+def shared_memory(shared_tmp_path, monkeypatch):
+    """A folder that stands for the kernel's shared memory, so that other jobs' files are not taken for ours."""
+    monkeypatch.setattr(shared_module, "SHARED_MEMORY", shared_tmp_path)
+    return shared_tmp_path
+
+
 def sub_worlds(communicator, sizes):
     for size in sizes:
         if size <= communicator.size:
@@ -77,15 +90,50 @@ def test_any_number_of_ranks_gives_the_bits_of_gathering_all_leaves(communicator
                 assert_sums_are_exact(part, layout, contiguous_shards(leaves, part.size))
 
 
+def pretended_hosts(part):
+    """Ways of spreading ranks over hosts: the number of each rank's host."""
+    size = part.size
+    return {
+        "one host": [0] * size,
+        "a host each": list(range(size)),
+        "pairs": [rank // 2 for rank in range(size)],
+        "one alone": [0] + [1] * (size - 1),
+        "round robin": [rank % 2 for rank in range(size)],
+    }
+
+
+def shuffled_shards(chance, leaves, ranks):
+    cuts = sorted(chance.randrange(leaves + 1) for _ in range(ranks - 1))
+    shards = [range(a, b) for a, b in itertools.pairwise([0, *cuts, leaves])]
+    chance.shuffle(shards)  # who computes what does not matter either
+    return shards
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("small_bytes", [0, 2**20], ids=["large", "small"])
+def test_any_spread_over_hosts_gives_the_same_bits(communicator, small_bytes, shared_memory, monkeypatch):
+    """Uneven, shuffled and empty shards, more and fewer partial sums than before, over pretended hosts."""
+    monkeypatch.setattr(reduce_module, "SMALL_BYTES", small_bytes)
+    monkeypatch.setattr(reduce_module, "BLOCK_BYTES", 1024)
+    for part in sub_worlds(communicator, range(2, 9)):
+        chance = random.Random(part.size)
+        for host_of in pretended_hosts(part).values():
+            reduction = REDUCTIONS["tree"](part, LAYOUTS[-1], node=part.split(host_of[part.rank]))
+            for leaves in (1, 5, 13):
+                shards = shuffled_shards(chance, leaves, part.size)
+                assert_sums_are_exact(part, LAYOUTS[-1], shards, reduction=reduction, steps=1)
+            assert_sums_are_exact(part, LAYOUTS[-1], contiguous_shards(8, part.size), reduction=reduction)
+    communicator.barrier()
+    assert not list(shared_memory.iterdir())
+
+
 @pytest.mark.mpi(min_size=2)
 def test_uneven_shards_and_empty_ones_give_the_same_bits(communicator):
     chance = random.Random(7)
     reduction = REDUCTIONS["tree"](communicator, LAYOUTS[-1])
     for _ in range(20):
         leaves = chance.randrange(1, 20)
-        cuts = sorted(chance.randrange(leaves + 1) for _ in range(communicator.size - 1))
-        shards = [range(a, b) for a, b in zip([0, *cuts], [*cuts, leaves], strict=True)]
-        chance.shuffle(shards)  # who computes what does not matter either
+        shards = shuffled_shards(chance, leaves, communicator.size)
         assert_sums_are_exact(communicator, LAYOUTS[-1], shards, reduction=reduction, steps=1)
 
 
@@ -100,6 +148,15 @@ def test_shards_dealt_by_speed_give_the_same_bits(communicator):
 
 
 @pytest.mark.mpi(min_size=2)
+def test_many_ways_of_dealing_are_forgotten_and_found_again(communicator, monkeypatch):
+    monkeypatch.setattr(reduce_module, "LARGEST_NUMBER_OF_WAYS", 2)
+    reduction = REDUCTIONS["tree"](communicator, LAYOUTS[-1])
+    for leaves in (8, 5, 3, 8, 5, 13):
+        shards = contiguous_shards(leaves, communicator.size)
+        assert_sums_are_exact(communicator, LAYOUTS[-1], shards, reduction=reduction, steps=1)
+
+
+@pytest.mark.mpi(min_size=2)
 def test_leaves_dealt_by_chance_give_the_same_bits(communicator):
     """Any sets will do; and one reduction may be given other shards in each step."""
     chance = random.Random(3)
@@ -108,6 +165,77 @@ def test_leaves_dealt_by_chance_give_the_same_bits(communicator):
         owners = [chance.randrange(communicator.size) for _ in range(chance.randrange(1, 20))]
         shards = [tuple(i for i, owner in enumerate(owners) if owner == r) for r in range(communicator.size)]
         assert_sums_are_exact(communicator, LAYOUTS[-1], shards, reduction=reduction, steps=1)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("spread", ["one host", "a host each", "pairs"])
+def test_a_slow_reader_still_sees_its_own_total(communicator, spread):
+    """The total belongs to the step until its reader begins the next, however far the others have gone."""
+    node = communicator.split(pretended_hosts(communicator)[spread][communicator.rank])
+    layout = Layout([Field("gradient", "f4", 100_000)])
+    reduction = REDUCTIONS["tree"](communicator, layout, node=node)
+    shards = contiguous_shards(2 * communicator.size, communicator.size)
+    for step in range(6):
+        reduction.begin(shards)
+        for index in shards[communicator.rank]:
+            reduction.add(index, {"gradient": np.full(100_000, step * 100 + index, "f4")})
+        total = reduction.total()
+        if step % communicator.size == communicator.rank:
+            time.sleep(0.02)  # the others fill their slots of the next step meanwhile
+        assert (total["gradient"] == sum(step * 100 + index for index in range(2 * communicator.size))).all()
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("name", sorted(REDUCTIONS))
+def test_nobody_may_write_into_the_total_that_others_see(communicator, name):
+    reduction = REDUCTIONS[name](communicator, LAYOUTS[-1])
+    shards = contiguous_shards(8, communicator.size)
+    reduction.begin(shards)
+    for index in shards[communicator.rank]:
+        reduction.add(index, leaf(LAYOUTS[-1], index))
+    with pytest.raises(ValueError, match="read-only"):
+        reduction.total()["gradient"] /= 2
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("spread", ["one host", "a host each", "pairs"])
+def test_a_steady_step_allocates_next_to_nothing(communicator, spread):
+    node = communicator.split(pretended_hosts(communicator)[spread][communicator.rank])
+    layout = Layout([Field("gradient", "f4", 1_000_000)])
+    gradient = np.ones(1_000_000, "f4")
+    reduction = REDUCTIONS["tree"](communicator, layout, node=node)
+    dealings = [contiguous_shards(leaves, communicator.size) for leaves in (8, 5)]
+
+    def step():
+        for shards in dealings:
+            reduction.begin(shards)
+            for index in shards[communicator.rank]:
+                reduction.add(index, {"gradient": gradient})
+            reduction.total()
+
+    step()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        for _ in range(3):
+            step()
+        assert tracemalloc.get_traced_memory()[1] - before < 65536
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_no_room_for_the_partial_sums_is_an_error_on_every_rank(communicator, shared_memory, monkeypatch):
+    def full(handle, start, length):
+        raise OSError(28, "No space left on device")
+
+    reduction = REDUCTIONS["tree"](communicator, LAYOUTS[-1])
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"no room for .* MB of partial sums.*No space left on device") as caught:
+        reduction.begin(contiguous_shards(8, communicator.size))
+    assert caught.value.agreed
+    assert not list(shared_memory.iterdir())
 
 
 @pytest.mark.mpi(min_size=2)

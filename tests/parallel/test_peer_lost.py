@@ -1,0 +1,78 @@
+"""A rank that dies in the middle of a reduction is reported to all others, wherever they wait."""
+
+import subprocess
+import sys
+
+import pytest
+
+from distdl.errors import UserError
+from distdl.launcher import read_launch
+from distdl.mpirun import environment_for, find_mpirun, mpirun_command
+
+#: Every rank reduces again and again, until the victim kills itself before or after it has filled its slots.
+PROGRAM = """
+import os, pathlib, signal, sys, time
+import numpy as np
+from distdl.errors import PeerLost
+from distdl.parallel import REDUCTIONS, Field, Layout, contiguous_shards, world
+
+victim, spread, after_adding = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "after"
+communicator = world()
+rank, size = communicator.rank, communicator.size
+host = {"one host": 0, "a host each": rank, "pairs": rank // 2}[spread]
+reduction = REDUCTIONS["tree"](communicator, Layout([Field("gradient", "f4", 200_000)]), node=communicator.split(host))
+shards = contiguous_shards(8, size)
+try:
+    for step in range(1000):
+        reduction.begin(shards)
+        if step == 3 and rank == victim and not after_adding:
+            os.kill(os.getpid(), signal.SIGKILL)
+        for index in shards[rank]:
+            reduction.add(index, {"gradient": np.ones(200_000, "f4")})
+        if step == 3 and rank == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        reduction.total()
+    outcome = "never noticed"
+except PeerLost as error:
+    outcome = f"lost a peer in step {step}"
+# Nobody leaves before all have noticed, since the end of a second rank would wake the others too.
+folder = pathlib.Path(sys.argv[4])
+(folder / f"noticed-{rank}").touch()
+ends = time.monotonic() + 30
+while len(list(folder.glob("noticed-*"))) < size - 1 and time.monotonic() < ends:
+    time.sleep(0.01)
+if len(list(folder.glob("noticed-*"))) < size - 1:
+    outcome += ", but not all did"
+sys.stdout.write(f"rank {rank} {outcome}\\n")
+sys.stdout.flush()
+os._exit(0)  # MPI_Finalize may wait for the dead
+"""
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("victim", [0, 3])
+@pytest.mark.parametrize("spread", ["one host", "a host each", "pairs"])
+def test_all_survivors_of_a_kill_see_that_a_peer_is_lost(tmp_path, spread, victim, moment):
+    if read_launch().by is not None:
+        pytest.skip("already under a launcher")
+    try:
+        find_mpirun()
+    except UserError as error:
+        pytest.skip(str(error))
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    launch = mpirun_command(4, [sys.executable, str(program), str(victim), spread, moment, str(tmp_path)])
+    if "--with-ft" not in launch.argv:
+        pytest.skip("survivors go on under Open MPI 5 and later only; other MPIs end the job")
+    done = subprocess.run(
+        launch.argv,
+        env=environment_for(launch),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,  # against hanging
+        check=False,
+    )
+    told = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
+    survivors = [rank for rank in range(4) if rank != victim]
+    assert told == [f"rank {rank} lost a peer in step 3" for rank in survivors], done.stdout + done.stderr
