@@ -28,6 +28,9 @@ class Communicator(ABC):
     description: str
     #: Seconds this rank has spent waiting in collective calls since it was made.
     seconds_waiting: float = 0.0
+    #: A rank that waits polls for so long before it sleeps (unless there are more ranks than cores). Most waits of a
+    #: training step are shorter than a millisecond.
+    spin_seconds: float = 1e-3
 
     @abstractmethod
     def barrier(self) -> None:

@@ -1,8 +1,8 @@
 """The communicator over MPI: the only module that imports mpi4py.
 
-Waiting: every collective is started nonblocking and polled. A rank spins for a millisecond, since most waits
-of a training step are shorter than that and a process put to sleep wakes late; after that it sleeps in pauses
-that grow to a millisecond, so that a rank that waits for a slow one leaves the core to others. Where there
+Waiting: every collective is started nonblocking and polled. A rank spins for a millisecond (`spin_seconds`), since
+most waits of a training step are shorter than that and a process put to sleep wakes late; after that it sleeps in
+pauses that grow to a millisecond, so that a rank that waits for a slow one leaves the core to others. Where there
 are more ranks than cores it yields the core at once.
 
 Failures: an MPI error that says that a process has died becomes `PeerLost`; nothing above this module knows
@@ -28,7 +28,6 @@ from distdl.errors import PeerLost
 from distdl.launcher import survives_failures
 from distdl.parallel.communicator import Bytes, Communicator
 
-SPIN_SECONDS = 1e-3
 SHORTEST_PAUSE_SECONDS = 50e-6
 LONGEST_PAUSE_SECONDS = 1e-3
 #: A launcher that is told to end the job may do so before it has passed on what we printed last.
@@ -117,12 +116,17 @@ class MpiCommunicator(Communicator):
         part = self._comm.Split(MPI.UNDEFINED if color is None else color, self.rank)
         if part == MPI.COMM_NULL:
             return None
-        return MpiCommunicator(part, oversubscribed=self._oversubscribed)
+        return self._part(part)
 
     def node(self) -> Communicator:
         """Return the communicator of the ranks that share this rank's memory."""
         part = self._comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank)
-        return MpiCommunicator(part, oversubscribed=self._oversubscribed)
+        return self._part(part)
+
+    def _part(self, part: MPI.Comm) -> MpiCommunicator:
+        communicator = MpiCommunicator(part, oversubscribed=self._oversubscribed)
+        communicator.spin_seconds = self.spin_seconds
+        return communicator
 
     def abort(self, exit_code: int) -> NoReturn:
         """End every process of the job now, whatever it is doing.
@@ -145,10 +149,11 @@ class MpiCommunicator(Communicator):
     def _complete(self, start: Callable[..., MPI.Request], *arguments: Any) -> None:
         started = time.perf_counter()
         pause = SHORTEST_PAUSE_SECONDS
+        spin_seconds = min(self.spin_seconds, Communicator.spin_seconds) if self._oversubscribed else self.spin_seconds
         try:
             request = start(*arguments)
             while not request.Test():
-                if time.perf_counter() - started > SPIN_SECONDS:
+                if time.perf_counter() - started > spin_seconds:
                     time.sleep(pause)
                     pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
                 elif self._oversubscribed:
