@@ -29,6 +29,9 @@ LEAST_STEPS = 5
 STEPS_BETWEEN_TRIALS = 50
 #: or after as many as it takes for trials to cost no more than this part of the time.
 COST_OF_TRIALS = 0.02
+#: A rank that shares its core with another load and sleeps while it waits gets the core back only after the load's
+#: time slice, some milliseconds, in each of the step's waits. So with `--balance` ranks poll longer than a slice.
+SPIN_SECONDS = 20e-3
 
 
 class Balance:

@@ -17,6 +17,7 @@ from distdl.arrays import sha256_of_arrays
 from distdl.config import TrainConfig
 from distdl.data import sources, split
 from distdl.data.normalization import Normalization, measure
+from distdl.engine import balance
 from distdl.engine import checkpoint as checkpoints
 from distdl.engine.coordinator import Coordinator, Follower
 from distdl.engine.environment import blas_threads, describe
@@ -56,6 +57,7 @@ def train(
     with guard(communicator):
         config = together(communicator, _labelled(config, build_network, dataset).checked)
         config = TrainConfig.from_json(communicator.bcast_json(config.to_json()))
+        communicator.spin_seconds = balance.SPIN_SECONDS if config.balance else Communicator.spin_seconds
         with blas_threads(config.threads_per_rank), np.errstate(over="ignore", invalid="ignore"):
             np.setbufsize(CAST_ELEMENTS)  # until errstate ends
             trainer = _prepared(config, communicator, build_network, dataset)

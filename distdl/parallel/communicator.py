@@ -32,6 +32,9 @@ class Communicator(ABC):
     rank: int
     size: int
     description: str
+    #: A rank that waits polls for so long before it sleeps (unless there are more ranks than cores). Most waits of a
+    #: training step are shorter than a millisecond.
+    spin_seconds: float = 1e-3
 
     @property
     def seconds_waiting(self) -> float:

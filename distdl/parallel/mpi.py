@@ -1,8 +1,8 @@
 """The communicator over MPI: the only module that imports mpi4py.
 
-Waiting: every collective is started nonblocking and polled. A rank spins for a millisecond, since most waits
-of a training step are shorter than that and a process put to sleep wakes late; after that it sleeps in pauses
-that grow to a millisecond, so that a rank that waits for a slow one leaves the core to others. Where there
+Waiting: every collective is started nonblocking and polled. A rank spins for a millisecond (`spin_seconds`), since
+most waits of a training step are shorter than that and a process put to sleep wakes late; after that it sleeps in
+pauses that grow to a millisecond, so that a rank that waits for a slow one leaves the core to others. Where there
 are more ranks than cores it yields the core at once.
 
 Moving: MPI moves data only inside MPI calls, a few pages in each, so a rank that sleeps between them makes a large
@@ -40,7 +40,6 @@ from distdl.errors import PeerLost  # noqa: E402
 from distdl.launcher import survives_failures  # noqa: E402
 from distdl.parallel.communicator import LONGEST_PAUSE_SECONDS, Bytes, Communicator, Span, say  # noqa: E402
 
-SPIN_SECONDS = 1e-3
 SHORTEST_PAUSE_SECONDS = 50e-6
 #: Up to here ranks do not meet first: what moves in a call or two is not held up much by one who sleeps.
 LARGEST_UNMET_BYTES = 2**15
@@ -60,6 +59,7 @@ class _Family:
     def __init__(self) -> None:
         self.comms: list[MPI.Comm] = []
         self.seconds_waiting = 0.0
+        self.spin_seconds: float = Communicator.spin_seconds
 
     def revoke(self) -> None:
         """Wake every rank that waits in one of them, and let nobody wait there again."""
@@ -87,6 +87,15 @@ class MpiCommunicator(Communicator):
     def seconds_waiting(self) -> float:
         """Seconds this rank has waited for others, here or in a part of this group; moving data is not waiting."""
         return self._family.seconds_waiting
+
+    @property
+    def spin_seconds(self) -> float:
+        """Seconds that a waiting rank of this group, or of any part of it, polls before it sleeps."""
+        return self._family.spin_seconds
+
+    @spin_seconds.setter
+    def spin_seconds(self, seconds: float) -> None:
+        self._family.spin_seconds = seconds
 
     def _more_ranks_than_cores(self) -> bool:
         node = self.node()
@@ -199,10 +208,11 @@ class MpiCommunicator(Communicator):
     ) -> None:
         started = time.perf_counter()
         pause = SHORTEST_PAUSE_SECONDS
+        spin_seconds = min(self.spin_seconds, Communicator.spin_seconds) if self._oversubscribed else self.spin_seconds
         try:
             request = start(*arguments)
             while not request.Test():
-                if sleeps and time.perf_counter() - started > SPIN_SECONDS:
+                if sleeps and time.perf_counter() - started > spin_seconds:
                     time.sleep(pause)
                     pause = min(2 * pause, longest_pause)
                 elif self._oversubscribed:

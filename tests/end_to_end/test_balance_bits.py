@@ -102,3 +102,11 @@ def test_only_a_balanced_run_records_shares(tmp_path):
     small_run(OneProcess(), tmp_path / "dealt", balance=True)
     assert shares_of_epochs(tmp_path / "dealt") == [[22], [22]]
     assert '"shares"' not in (tmp_path / "plain" / "timing.jsonl").read_text()
+
+
+def test_ranks_wait_more_eagerly_only_while_a_run_is_balanced(tmp_path):
+    communicator = OneProcess()
+    small_run(communicator, tmp_path / "dealt", balance=True)
+    assert communicator.spin_seconds == balance.SPIN_SECONDS
+    small_run(communicator, tmp_path / "plain")
+    assert communicator.spin_seconds == OneProcess.spin_seconds < balance.SPIN_SECONDS
