@@ -2,8 +2,9 @@
 
 Waiting: every collective is started nonblocking and polled. A rank spins for a millisecond, since most waits
 of a training step are shorter than that and a process put to sleep wakes late; after that it sleeps in pauses
-that grow to a millisecond, so that a rank that waits for a slow one leaves the core to others. Where there
-are more ranks than cores it yields the core at once.
+that grow with the time waited, to a millisecond, so that a rank that waits for a slow one leaves the core to others.
+Where there are more ranks than cores it yields its core at once, and sleeps after the first few yields: the
+scheduler may hand the core to another rank that waits, for milliseconds, while the one they all wait for has none.
 
 Moving: MPI moves data only inside MPI calls, a few pages in each, so a rank that sleeps between them makes a large
 transfer a hundred times slower. Therefore ranks meet in a barrier, asleep if need be, before they move more
@@ -34,8 +35,11 @@ from distdl.launcher import survives_failures
 from distdl.parallel.communicator import Bytes, Communicator, Span
 
 SPIN_SECONDS = 1e-3
-SHORTEST_PAUSE_SECONDS = 50e-6
+YIELD_SECONDS = 50e-6
+SHORTEST_PAUSE_SECONDS = 20e-6
 LONGEST_PAUSE_SECONDS = 1e-3
+#: Nobody comes later than by this share of the time waited.
+PAUSE_SHARE = 1 / 8
 #: Up to here ranks do not meet first: what moves in a call or two is not held up much by one who sleeps.
 LARGEST_UNMET_BYTES = 2**15
 #: A launcher that is told to end the job may do so before it has passed on what we printed last.
@@ -49,11 +53,12 @@ _PEER_LOST_CLASSES = {
 
 
 class _Family:
-    """What a communicator shares with those that were split off it: their handles, and the clock of the waiting."""
+    """What a communicator shares with those split off it: their handles, the clock of the waiting, and how to wait."""
 
     def __init__(self) -> None:
         self.comms: list[MPI.Comm] = []
         self.seconds_waiting = 0.0
+        self.oversubscribed = False
 
     def revoke(self) -> None:
         """Wake every rank that waits in one of them, and let nobody wait there again."""
@@ -71,15 +76,15 @@ class MpiCommunicator(Communicator):
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
         self.description = library_name()
-        self._family = _Family() if of is None else of._family
-        self._family.comms.append(comm)
         self._node: MpiCommunicator | None = None
-        self._oversubscribed = False
-        self._oversubscribed = self._more_ranks_than_cores() if of is None else of._oversubscribed
+        self._family: _Family = _Family() if of is None else of._family
+        self._family.comms.append(comm)
+        if of is None:
+            self._family.oversubscribed = self._more_ranks_than_cores()
 
     @property
     def seconds_waiting(self) -> float:
-        """Seconds this rank has spent waiting for others, here or in a part of this group; moving data is not waiting."""
+        """Seconds this rank has waited for others, here and in parts of this group; moving much data is not waiting."""
         return self._family.seconds_waiting
 
     def _more_ranks_than_cores(self) -> bool:
@@ -180,14 +185,14 @@ class MpiCommunicator(Communicator):
 
     def _complete(self, start: Callable[..., MPI.Request], *arguments: Any, sleeps: bool = True) -> None:
         started = time.perf_counter()
-        pause = SHORTEST_PAUSE_SECONDS
+        awake_seconds = YIELD_SECONDS if self._family.oversubscribed else SPIN_SECONDS
         try:
             request = start(*arguments)
             while not request.Test():
-                if sleeps and time.perf_counter() - started > SPIN_SECONDS:
-                    time.sleep(pause)
-                    pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-                elif self._oversubscribed:
+                waited = time.perf_counter() - started
+                if sleeps and waited > awake_seconds:
+                    time.sleep(min(max(waited * PAUSE_SHARE, SHORTEST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS))
+                elif self._family.oversubscribed:
                     os.sched_yield()
         except MPI.Exception as error:
             if error.Get_error_class() in _PEER_LOST_CLASSES:

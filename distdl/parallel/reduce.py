@@ -99,7 +99,7 @@ class Layout:
 
 
 class Reduction:
-    """Sums one record a micro-batch over all micro-batches of a step and all ranks.
+    """Sums one record a micro-batch over all micro-batches of a step and all ranks. All but `add` is collective.
 
     Use: `begin` with the step's shards, `add` for each micro-batch of this rank's own shard, in order, then
     `total`. The total is a record, read-only, since other ranks may see it too, that stays valid until the next
@@ -237,7 +237,9 @@ class TreeReduction(Reduction):
         if (mine, slots_a_rank - 1) not in self._shared:
             self._ways.clear()
             places = [(rank, slot) for rank in ranks for slot in range(slots_a_rank)]
-            memory = shared_bytes(self.communicator, self._node, (len(places) + 1) * nbytes, "partial sums of gradients")
+            memory = shared_bytes(
+                self.communicator, self._node, (len(places) + 1) * nbytes, "partial sums of gradients"
+            )
             self._total, *slots = (memory[start : start + nbytes] for start in range(0, memory.size, nbytes))
             self._shared = dict(zip(places, slots, strict=True))
             self._slots[:slots_a_rank] = [self._shared[mine, slot] for slot in range(slots_a_rank)]
@@ -252,12 +254,13 @@ class TreeReduction(Reduction):
         pieces = (received[start : start + nbytes] for start in range(0, received.size, nbytes))
         rows = {(rank, slot): next(pieces) for rank in everyone for slot in range(len(plan.nodes[rank]))}
         self._make_slots(len(plan.nodes[self.communicator.rank]))
-        copies = [
+        actions: list[Action] = [
             partial(np.copyto, rows[self.communicator.rank, slot], self._slots[slot])
             for slot in range(len(plan.nodes[self.communicator.rank]))
         ]
-        gather = partial(self.communicator.allgatherv, received, [len(nodes) * nbytes for nodes in plan.nodes])
-        actions = [*copies, gather, _sums(rows, plan.within[0], self.layout.pieces(0, nbytes))]
+        counts = [len(nodes) * nbytes for nodes in plan.nodes]
+        actions.append(partial(self.communicator.allgatherv, received, counts))
+        actions.append(_sums(rows, plan.within[0], self.layout.pieces(0, nbytes)))
         return _Way(plan, actions, self.layout.record(_read_only(rows[plan.root])))
 
     def _exchange(self, plan: _Plan, rows: Mapping[Place, Bytes], leaders: Communicator) -> list[Action]:
@@ -349,7 +352,9 @@ def _plan(shards: tuple[range, ...], leaves: int, hosts: tuple[tuple[int, ...], 
         within.append(merges)
         left.append(rest)
     roots, between = _fold_held({place: node for rest in left for place, node in rest.items()}, leaves)
-    assert list(roots.values()) == [Node(0, leaves)], f"shards {shards} do not hold the leaves 0..{leaves - 1} once each"
+    assert list(roots.values()) == [Node(0, leaves)], (
+        f"shards {shards} do not hold the leaves 0..{leaves - 1} once each"
+    )
     return _Plan(nodes, len(held), within, [list(rest) for rest in left], between, next(iter(roots)))
 
 
