@@ -38,7 +38,7 @@ class Communicator(ABC):
 
     @property
     def seconds_waiting(self) -> float:
-        """Seconds this rank has waited for others, here or in a part of this group; moving data is not waiting."""
+        """Seconds this rank has waited for others, here and in parts of this group; moving much data is not waiting."""
         return 0.0
 
     @abstractmethod

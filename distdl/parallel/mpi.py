@@ -2,8 +2,9 @@
 
 Waiting: every collective is started nonblocking and polled. A rank spins for a millisecond (`spin_seconds`), since
 most waits of a training step are shorter than that and a process put to sleep wakes late; after that it sleeps in
-pauses that grow to a millisecond, so that a rank that waits for a slow one leaves the core to others. Where there
-are more ranks than cores it yields the core at once.
+pauses that grow with the time waited, to a millisecond, so that a rank that waits for a slow one leaves the core to
+others. Where there are more ranks than cores it yields its core at once, and sleeps after the first few yields: the
+scheduler may hand the core to another rank that waits, for milliseconds, while the one they all wait for has none.
 
 Moving: MPI moves data only inside MPI calls, a few pages in each, so a rank that sleeps between them makes a large
 transfer a hundred times slower. Therefore ranks meet in a barrier, asleep if need be, before they move more
@@ -40,7 +41,10 @@ from distdl.errors import PeerLost  # noqa: E402
 from distdl.launcher import survives_failures  # noqa: E402
 from distdl.parallel.communicator import LONGEST_PAUSE_SECONDS, Bytes, Communicator, Span, say  # noqa: E402
 
-SHORTEST_PAUSE_SECONDS = 50e-6
+YIELD_SECONDS = 50e-6
+SHORTEST_PAUSE_SECONDS = 20e-6
+#: Nobody comes later than by this share of the time waited.
+PAUSE_SHARE = 1 / 8
 #: Up to here ranks do not meet first: what moves in a call or two is not held up much by one who sleeps.
 LARGEST_UNMET_BYTES = 2**15
 #: A launcher that is told to end the job may do so before it has passed on what we printed last.
@@ -54,12 +58,13 @@ _PEER_LOST_CLASSES = {
 
 
 class _Family:
-    """What a communicator shares with those that were split off it: their handles, and the clock of the waiting."""
+    """What a communicator shares with those split off it: their handles, the clock of the waiting, and how to wait."""
 
     def __init__(self) -> None:
         self.comms: list[MPI.Comm] = []
         self.seconds_waiting = 0.0
         self.spin_seconds: float = Communicator.spin_seconds
+        self.oversubscribed = False
 
     def revoke(self) -> None:
         """Wake every rank that waits in one of them, and let nobody wait there again."""
@@ -77,15 +82,15 @@ class MpiCommunicator(Communicator):
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
         self.description = library_name()
+        self._node: MpiCommunicator | None = None
         self._family: _Family = _Family() if of is None else of._family
         self._family.comms.append(comm)
-        self._node: MpiCommunicator | None = None
-        self._oversubscribed = False
-        self._oversubscribed = self._more_ranks_than_cores() if of is None else of._oversubscribed
+        if of is None:
+            self._family.oversubscribed = self._more_ranks_than_cores()
 
     @property
     def seconds_waiting(self) -> float:
-        """Seconds this rank has waited for others, here or in a part of this group; moving data is not waiting."""
+        """Seconds this rank has waited for others, here and in parts of this group; moving much data is not waiting."""
         return self._family.seconds_waiting
 
     @property
@@ -207,15 +212,14 @@ class MpiCommunicator(Communicator):
         longest_pause: float = LONGEST_PAUSE_SECONDS,
     ) -> None:
         started = time.perf_counter()
-        pause = SHORTEST_PAUSE_SECONDS
-        spin_seconds = min(self.spin_seconds, Communicator.spin_seconds) if self._oversubscribed else self.spin_seconds
+        awake_seconds = YIELD_SECONDS if self._family.oversubscribed else self.spin_seconds
         try:
             request = start(*arguments)
             while not request.Test():
-                if sleeps and time.perf_counter() - started > spin_seconds:
-                    time.sleep(pause)
-                    pause = min(2 * pause, longest_pause)
-                elif self._oversubscribed:
+                waited = time.perf_counter() - started
+                if sleeps and waited > awake_seconds:
+                    time.sleep(min(max(waited * PAUSE_SHARE, SHORTEST_PAUSE_SECONDS), longest_pause))
+                elif self._family.oversubscribed:
                     os.sched_yield()
         except MPI.Exception as error:
             if error.Get_error_class() in _PEER_LOST_CLASSES:

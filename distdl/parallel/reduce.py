@@ -99,7 +99,7 @@ class Layout:
 
 
 class Reduction:
-    """Sums one record a micro-batch over all micro-batches of a step and all ranks.
+    """Sums one record a micro-batch over all micro-batches of a step and all ranks. All but `add` is collective.
 
     Use: `begin` with the step's shards, `add` for each micro-batch of this rank's own shard, in order, then
     `total`. The total is a record, read-only, since other ranks may see it too, that stays valid until the next
@@ -255,12 +255,13 @@ class TreeReduction(Reduction):
         pieces = (received[start : start + nbytes] for start in range(0, received.size, nbytes))
         rows = {(rank, slot): next(pieces) for rank in everyone for slot in range(len(plan.nodes[rank]))}
         self._make_slots(len(plan.nodes[self.communicator.rank]))
-        copies = [
+        actions: list[Action] = [
             partial(np.copyto, rows[self.communicator.rank, slot], self._slots[slot])
             for slot in range(len(plan.nodes[self.communicator.rank]))
         ]
-        gather = partial(self.communicator.allgatherv, received, [len(nodes) * nbytes for nodes in plan.nodes])
-        actions: list[Action] = [*copies, gather, _sums(rows, plan.within[0], self.layout.pieces(0, nbytes))]
+        counts = [len(nodes) * nbytes for nodes in plan.nodes]
+        actions.append(partial(self.communicator.allgatherv, received, counts))
+        actions.append(_sums(rows, plan.within[0], self.layout.pieces(0, nbytes)))
         return _Way(plan, actions, self.layout.record(_read_only(rows[plan.root])))
 
     def _exchange(self, plan: _Plan, rows: Mapping[Place, Bytes], leaders: Communicator) -> list[Action]:

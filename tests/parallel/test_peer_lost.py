@@ -1,4 +1,4 @@
-"""A rank that dies in the middle of a reduction is reported to all others, wherever they wait."""
+"""A rank that dies in the middle of a reduction is reported to all others, for whomever they wait just then."""
 
 import subprocess
 import sys
