@@ -281,7 +281,8 @@ class TreeReduction(Reduction):
                     receive_spans[host] = end, hi - lo
                     cut[plan.left[host][turn]] = received[end : end + hi - lo]
                     end += hi - lo
-            send, send_spans = received, [(0, 0)] * leaders.size
+            # Not the buffer that it receives into: Open MPI takes equal buffers for MPI_IN_PLACE.
+            send, send_spans = next(iter(rows.values())), [(0, 0)] * leaders.size
             if self._host in senders:
                 send = rows[plan.left[self._host][turn]]
                 send_spans = list(zip(cuts[:-1], lengths, strict=True))
