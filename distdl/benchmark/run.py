@@ -31,7 +31,7 @@ from distdl.benchmark.report import (
 from distdl.benchmark.settings import SCALINGS, Settings, sweep
 from distdl.engine.environment import blas_threads, describe
 from distdl.engine.files import try_folder, write_durably
-from distdl.engine.run_folder import timestamped
+from distdl.engine.run_folder import numbered, timestamped
 from distdl.errors import UserError
 from distdl.parallel import Communicator, contiguous_shards, guard, together, world
 
@@ -78,7 +78,9 @@ def benchmark(settings: Settings, communicator: Communicator | None = None) -> P
 
 def _output_folder(settings: Settings) -> Path:
     """Return the folder of the results; raise `UserError` where it is in use or cannot be. Nothing is made."""
-    folder = settings.out or timestamped(f"{settings.model}-bench")
+    folder = settings.out or next(
+        path for path in numbered(timestamped(f"{settings.model}-bench")) if not path.exists()
+    )
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"--out {folder} exists and is no empty folder: give another")

@@ -178,10 +178,16 @@ def _make_folders(folder: Path, made: list[Path]) -> Path:
     return folder
 
 
+def numbered(folder: Path) -> Iterator[Path]:
+    """Yield a folder's name, and then the same with 2, 3, … behind it."""
+    yield folder
+    for number in itertools.count(2):
+        yield folder.with_name(f"{folder.name}-{number}")
+
+
 def _make_numbered(folder: Path, made: list[Path]) -> Path:
     """Make a folder of that name which no other process has made, with a number behind the name if need be."""
-    for number in itertools.count(1):
-        path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+    for path in numbered(folder):
         with suppress(FileExistsError):
             path.mkdir()
             made.append(path)
