@@ -37,7 +37,7 @@ def parse(arguments: Sequence[str]) -> Settings:
     add("--reduction", default=usual.reduction, help="tree or allreduce (default: %(default)s)")
     add("--ranks", metavar="1,2,4", help="numbers of ranks to measure (default: 1, 2, 4 ... and all there are)")
     add("--scaling", default=usual.scaling, help=f"{', '.join(SCALINGS)} (default: %(default)s)")
-    add("--steps", type=int, default=usual.steps, help="steps of a measurement (default: %(default)s)")
+    add("--steps", type=int, help="steps of a measurement (default: as many as one rank takes in a second)")
     add("--repetitions", type=int, default=usual.repetitions, help="measurements of each (default: %(default)s)")
     add("--layers", action="store_true", help="time each layer, beside this machine's own matrix products")
     add("--communication", action="store_true", help="time the reduction over sizes, beside MPI's Allreduce")

@@ -9,9 +9,10 @@ with one BLAS thread a rank; each micro-batch is turned from bytes into normaliz
 `pytorch_ddp.py` beside this file, with one thread a rank and its pixels normalized beforehand.
 
 Both sides are kept alive and take turns of a few seconds, so that whatever else the machine does meets both alike;
-who waits is blocked in a read. PyTorch is tried in all its forms first; the fastest of each layout takes part in the
-rounds, and the better of these is what we are compared with. The ratio is that of samples a second, taken in each
-round; the table has its median, and the least and greatest of the middle half of the rounds.
+who waits is blocked in a read. Both are started several times, since a process may be lucky with its memory or not
+for as long as it lives. PyTorch is tried in all its forms first; the fastest of each layout takes part in the rounds,
+and the better of these is what we are compared with. The ratio is that of samples a second, taken in each round; the
+table has its median, and the least and greatest of the middle half of the rounds.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ from distdl.config import TrainConfig
 from distdl.data.normalization import measure
 from distdl.data.split import Split
 from distdl.engine.coordinator import Follower
-from distdl.engine.environment import blas_threads, kernel_family
+from distdl.engine.environment import kernel_family, numerics
 from distdl.engine.state import TrainingState
 from distdl.engine.trainer import Data, Trainer
 from distdl.errors import UserError, unknown_name
@@ -49,6 +50,8 @@ PYTORCH_DDP = Path(__file__).with_name("pytorch_ddp.py")
 PIP = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 SECONDS_TO_START = 120
 TRIALS = 3
+#: They make NumPy and its BLAS take slower kernels than this CPU has, and mean nothing to PyTorch.
+HOLDS_US_BACK = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "NPY_DISABLE_CPU_FEATURES")
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,10 @@ class Job:
 #: The micro-batch is part of our config, and no business of PyTorch's. Here it is what was fastest on one machine of
 #: those that divide a rank's share evenly, since large ones serve affine layers, and small ones stay in the cache.
 ROWS = {
-    "simple_convnet-2": Job("simple_convnet", ranks=2, batch_size=128, micro_batch_size=32),
-    "deep_convnet-2": Job("deep_convnet", ranks=2, batch_size=128, micro_batch_size=16),
-    "simple_convnet-1": Job("simple_convnet", ranks=1, batch_size=100, micro_batch_size=25),
-    "deep_convnet-1": Job("deep_convnet", ranks=1, batch_size=100, micro_batch_size=25),
+    "simple_convnet-2": Job("simple_convnet", ranks=2, batch_size=128, micro_batch_size=64),
+    "deep_convnet-2": Job("deep_convnet", ranks=2, batch_size=128, micro_batch_size=32),
+    "simple_convnet-1": Job("simple_convnet", ranks=1, batch_size=100, micro_batch_size=100),
+    "deep_convnet-1": Job("deep_convnet", ranks=1, batch_size=100, micro_batch_size=100),
     "mlp-2": Job("mlp", ranks=2, batch_size=128, micro_batch_size=64),
 }
 
@@ -104,7 +107,7 @@ def trainer(job, communicator):
 def our_side(address, job):
     """Be one rank of our side: connect to the socket, say who we are, and take steps as told until it is closed."""
     communicator = world()
-    with blas_threads(1), socket.socket(socket.AF_UNIX) as channel:
+    with numerics(threads=1), socket.socket(socket.AF_UNIX) as channel:
         training = trainer(job, communicator)
         channel.connect(address)
         with channel.makefile("rw") as lines:
@@ -209,10 +212,11 @@ class Side:
 def distdl_side(job):
     def command_lines(address):
         program = [sys.executable, str(Path(__file__).resolve()), "--our-side", address, json.dumps(asdict(job))]
-        if job.ranks == 1:
-            return [(program, None)]
-        launch = mpirun_command(job.ranks, program)
-        return [(launch.argv, environment_for(launch))]
+        environment = dict(os.environ)
+        if job.ranks > 1:
+            launch = mpirun_command(job.ranks, program)
+            program, environment = launch.argv, environment_for(launch)
+        return [(program, {name: value for name, value in environment.items() if name not in HOLDS_US_BACK})]
 
     return Side("distdl", job, command_lines)
 
@@ -275,19 +279,21 @@ def speed(values):
     return f"{median:,.0f} ±{(high - low) / 2 / median:.0%}"
 
 
-def compare(job, python, rounds, seconds):
-    """Let both sides take turns; return the result and what each side is."""
-    with distdl_side(job) as ours, pytorch_side(job, python) as theirs:
-        assert ours.parameters == theirs.parameters, "both sides train the same network"
-        forms = best_of_each_layout(theirs, seconds / 2)
-        turns = [(ours, "distdl"), *((theirs, form) for form in forms)]
-        steps = {form: side.steps_in(form, seconds) for side, form in turns}
-        measured = {form: [] for _, form in turns}
-        for number in range(rounds):
-            # Every other round goes backwards, so that nobody always follows the same other.
-            for side, form in turns if number % 2 == 0 else reversed(turns):
-                measured[form].append(side.samples_per_second(form, steps[form]))
-        return Result(job, measured.pop("distdl"), measured), (ours.about, theirs.about)
+def compare(job, python, starts, rounds, seconds):
+    """Start both sides so often, and let them take turns; return the result and what each side is."""
+    measured = {}
+    for start in range(starts):
+        with distdl_side(job) as ours, pytorch_side(job, python) as theirs:
+            assert ours.parameters == theirs.parameters, "both sides train the same network"
+            if start == 0:
+                measured = {form: [] for form in ("distdl", *best_of_each_layout(theirs, seconds / 2))}
+            turns = [(ours if form == "distdl" else theirs, form) for form in measured]
+            steps = {form: side.steps_in(form, seconds) for side, form in turns}
+            for number in range(rounds):
+                # Every other round goes backwards, so that nobody always follows the same other.
+                for side, form in turns if number % 2 == 0 else reversed(turns):
+                    measured[form].append(side.samples_per_second(form, steps[form]))
+    return Result(job, measured.pop("distdl"), measured), (ours.about, theirs.about)
 
 
 def best_of_each_layout(side, seconds):
@@ -328,7 +334,8 @@ def parse(arguments):
     )
     parser.add_argument("--torch-python", default=sys.executable, help="interpreter that has PyTorch; else this one")
     parser.add_argument("--rows", default=",".join(ROWS), help="rows of the table, with commas between (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=10, help="turns of each (%(default)s)")
+    parser.add_argument("--starts", type=int, default=3, help="how often both are started anew (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of each after a start (%(default)s)")
     parser.add_argument("--seconds", type=float, default=2.0, help="length of a turn (%(default)s)")
     parser.add_argument("--micro-batch-size", type=int, help="ours, for all rows; without it that of each row of ROWS")
     parser.add_argument("--quick", action="store_true", help="two rounds of a blink: does it run at all?")
@@ -337,8 +344,9 @@ def parse(arguments):
     for name in options.rows:
         if name not in ROWS:
             raise unknown_name("row", name, ROWS)
-    if options.rounds < 1 or not 0 < options.seconds < math.inf:
-        raise UserError(f"--rounds {options.rounds} --seconds {options.seconds:g} given: both must be above 0")
+    if min(options.starts, options.rounds) < 1 or not 0 < options.seconds < math.inf:
+        given = f"--starts {options.starts} --rounds {options.rounds} --seconds {options.seconds:g}"
+        raise UserError(f"{given} given: all must be above 0")
     for name in options.rows:
         size, row = options.micro_batch_size, ROWS[name]
         if size is not None and not 1 <= size <= row.batch_size // row.ranks:
@@ -367,13 +375,15 @@ def main(arguments):
         return 0
     options = parse(arguments)
     check_torch(options.torch_python)
-    rounds, seconds, steps_per_epoch = (2, 0.02, 4) if options.quick else (options.rounds, options.seconds, 400)
+    starts, rounds, seconds, steps_per_epoch = options.starts, options.rounds, options.seconds, 400
+    if options.quick:
+        starts, rounds, seconds, steps_per_epoch = 1, 2, 0.02, 4
     results, sizes = [], []
     for name in options.rows:
         row = ROWS[name]
         micro_batch_size = options.micro_batch_size or row.micro_batch_size
         job = Job(row.model, row.ranks, row.batch_size, micro_batch_size, samples=row.batch_size * steps_per_epoch)
-        result, abouts = compare(job, options.torch_python, rounds, seconds)
+        result, abouts = compare(job, options.torch_python, starts, rounds, seconds)
         results.append(result)
         sizes.append(f"{name} {micro_batch_size}")
         low, median, high = result.ratio
@@ -381,11 +391,14 @@ def main(arguments):
     print()
     print("\n".join(table([HEADER, *(result.cells() for result in results)])))
     print()
-    print(f"Samples a second, medians of {rounds} interleaved rounds of {seconds:g} s, one thread a rank; {cpu()}.")
+    print(
+        f"Samples a second, medians of {starts} x {rounds} interleaved turns of {seconds:g} s (both started "
+        f"{starts} times), one thread a rank; {cpu()}."
+    )
     print(f"{'; '.join(abouts)}. Micro-batches: {', '.join(sizes)}.")
-    for variable in ("OPENBLAS_CORETYPE", "NPY_DISABLE_CPU_FEATURES"):
+    for variable in HOLDS_US_BACK:
         if variable in os.environ:
-            print(f"{variable}={os.environ[variable]} is set: our side may run slower kernels than this CPU has.")
+            print(f"{variable}={os.environ[variable]} is set here; our side was measured without it.")
     return 0
 
 

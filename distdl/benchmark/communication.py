@@ -18,7 +18,7 @@ from distdl.benchmark.measure import Bench, oversubscribed
 from distdl.parallel import REDUCTIONS, Communicator, Field, Layout
 
 #: Vectors of float32, in bytes.
-SIZES = tuple(2**power for power in range(10, 26, 2))
+SIZES = tuple(2**power for power in range(10, 28, 2))
 #: What the projection needs where no table was asked for.
 FEW_SIZES = (2**12, 2**18, 2**21)
 
@@ -44,13 +44,13 @@ class Timed:
 def measure_communication(bench: Bench, sizes: Sequence[int]) -> list[Timed]:
     """Time the reductions in every world of more than one rank. Whole on rank 0. Collective."""
     found = []
-    for count, world in sorted(bench.worlds.items()):
+    for count in sorted(bench.worlds):
         if count > 1:
-            for nbytes in sizes if world is not None else ():
-                assert world is not None
-                seconds = time_reductions(world, nbytes)
-                found.append(Timed(count, nbytes, oversubscribed(bench.places, count), seconds))
-            bench.idle()
+            with bench.world(count) as world:
+                for nbytes in sizes if world is not None else ():
+                    assert world is not None
+                    seconds = time_reductions(world, nbytes)
+                    found.append(Timed(count, nbytes, oversubscribed(bench.places, count), seconds))
     return found
 
 

@@ -16,9 +16,10 @@ from functools import lru_cache
 import numpy as np
 
 from distdl.arrays import aligned_empty
-from distdl.benchmark.measure import WARM_UP_STEPS, Bench, Setup
+from distdl.benchmark.measure import Bench, Setup
 from distdl.engine.trainer import Trainer
 from distdl.nn.layers import Product
+from distdl.parallel import Communicator
 
 #: A product is timed this often, and until so many seconds have gone.
 PRODUCT_CALLS = 7
@@ -108,36 +109,37 @@ class Stopwatch:
 
 def measure_layers(bench: Bench) -> LayerTimes | None:
     """Time the parts of the network on rank 0; None on the others, which sleep meanwhile. Collective."""
-    world, settings = bench.worlds[1], bench.settings
-    found = None
-    if world is not None:
-        size, micro_batches = settings.micro_batch_size, max(2, settings.micro_batches)
-        trainer = bench.trainer(Setup("share", 1, size * micro_batches, micro_batches), world)
-        bench.start_again(trainer)
-        for _ in range(WARM_UP_STEPS):
-            trainer.step()
-        bench.network.watch = watch = Stopwatch()
-        for _ in range(settings.steps):
-            watch.new_step()
-            trainer.step()
-        bench.network.watch = None
-        found = LayerTimes(
-            size,
-            watch.median("backward", None),
-            watch.median("forward", None),
-            _update_seconds(trainer, settings.steps) / micro_batches,
-            [
-                PartTime(
-                    name,
-                    description,
-                    _timed_pass(watch.median("forward", name), products.forward),
-                    _timed_pass(watch.median("backward", name), products.backward),
-                )
-                for name, description, products in bench.network.parts(size)
-            ],
-        )
-    bench.idle()
-    return found
+    with bench.world(1) as world:
+        return None if world is None else _layer_times(bench, world)
+
+
+def _layer_times(bench: Bench, world: Communicator) -> LayerTimes:
+    settings = bench.settings
+    size, micro_batches = settings.micro_batch_size, max(2, settings.micro_batches)
+    trainer = bench.trainer(Setup("share", 1, size * micro_batches, micro_batches), world)
+    bench.start_again(trainer)
+    for _ in range(bench.warm_up_steps):
+        trainer.step()
+    bench.network.watch = watch = Stopwatch()
+    for _ in range(bench.steps):
+        watch.new_step()
+        trainer.step()
+    bench.network.watch = None
+    return LayerTimes(
+        size,
+        watch.median("backward", None),
+        watch.median("forward", None),
+        _update_seconds(trainer, bench.steps) / micro_batches,
+        [
+            PartTime(
+                name,
+                description,
+                _timed_pass(watch.median("forward", name), products.forward),
+                _timed_pass(watch.median("backward", name), products.backward),
+            )
+            for name, description, products in bench.network.parts(size)
+        ],
+    )
 
 
 def _update_seconds(trainer: Trainer, calls: int) -> float:

@@ -17,7 +17,8 @@ from __future__ import annotations
 import os
 import socket
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +38,10 @@ from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, share_arrays, together
 from distdl.rng import Key
 
-WARM_UP_STEPS = 3
+#: Ranks that have slept may share a core at first, until the scheduler has moved one of them.
+WARM_UP_SHARE, LEAST_WARM_UP_STEPS = 1 / 3, 3
+MEASUREMENT_SECONDS = 1.0
+TRIAL_STEPS = 5
 CLASSES = 10
 RANDOM_PICTURES = 1024
 MOST_RANDOM_BYTES = 2**26
@@ -164,6 +168,7 @@ class Bench:
         self.places = places(communicator)
         self._first_weights = self.network.parameters.copy()
         self._trainers: dict[Setup, Trainer] = {}
+        self.steps = settings.steps or self._steps_in(MEASUREMENT_SECONDS)
 
     def _build(self) -> Sequential:
         _, height, width, channels = self._shared["images"].shape
@@ -178,6 +183,19 @@ class Bench:
         network.initialize(KEY.of("initialization"))
         return network
 
+    @property
+    def warm_up_steps(self) -> int:
+        """Steps before those of a measurement."""
+        return max(LEAST_WARM_UP_STEPS, round(self.steps * WARM_UP_SHARE))
+
+    def _steps_in(self, seconds: float) -> int:
+        """Return how many steps of the whole batch one rank takes in that time, some at least. Collective."""
+        self.steps = TRIAL_STEPS
+        trial = self.sample(Setup("strong", 1, self.settings.batch_size, self.settings.micro_batches))
+        self._trainers.clear()
+        steps = 0 if trial is None else round(seconds * TRIAL_STEPS / trial.seconds)
+        return int(self.communicator.bcast_json(max(TRIAL_STEPS, steps)))
+
     def trainer(self, setup: Setup, world: Communicator) -> Trainer:
         """Return the trainer of a setup, made on first use. All share one network and its buffers."""
         if setup not in self._trainers:
@@ -190,7 +208,7 @@ class Bench:
                 reduction=settings.reduction,  # type: ignore[arg-type]
             ).checked()
             optimizer = optimizer_class(config.optimizer)(network.parameters.size)
-            data = self._data(setup.batch_size * (settings.steps + WARM_UP_STEPS))
+            data = self._data(setup.batch_size * (self.warm_up_steps + self.steps))
             self._trainers[setup] = Trainer(config, world, data, TrainingState(network, optimizer), Follower())
         return self._trainers[setup]
 
@@ -218,20 +236,21 @@ class Bench:
 
     def sample(self, setup: Setup) -> Sample | None:
         """Measure a setup once; None on ranks that have no part in it, which sleep meanwhile."""
-        world = self.worlds[setup.ranks]
-        found = None if world is None else self._sample(setup, world)
-        self.idle()
-        return found
+        with self.world(setup.ranks) as world:
+            return None if world is None else self._sample(setup, world)
 
-    def idle(self) -> None:
-        """Sleep until every rank has come here, leaving the cores to those that measure."""
+    @contextmanager
+    def world(self, ranks: int) -> Iterator[Communicator | None]:
+        """Give the first `ranks` ranks their world, and the machine to themselves: the others, who get None, sleep."""
+        self.communicator.oversubscribed = oversubscribed(self.places, ranks)
+        yield self.worlds[ranks]
         self.communicator.barrier(longest_pause_seconds=IDLE_PAUSE_SECONDS)
 
     def _sample(self, setup: Setup, world: Communicator) -> Sample:
-        trainer, steps = self.trainer(setup, world), self.settings.steps
+        trainer, steps = self.trainer(setup, world), self.steps
         timeline = trainer.timeline
         self.start_again(trainer)
-        for _ in range(WARM_UP_STEPS):
+        for _ in range(self.warm_up_steps):
             trainer.step()
         timeline.spent()
         marks: list[NDArray[np.float64]] = []
@@ -260,7 +279,7 @@ class Bench:
 def measure_scaling(bench: Bench, setups: Sequence[Setup], say: Callable[[str], None]) -> list[Measured]:
     """Measure every setup as often as the settings say, in turn. What it returns is whole on rank 0. Collective."""
     settings = bench.settings
-    measured = [Measured(setup, oversubscribed(bench.places, setup.ranks), settings.steps) for setup in setups]
+    measured = [Measured(setup, oversubscribed(bench.places, setup.ranks), bench.steps) for setup in setups]
     for repetition in range(settings.repetitions):
         say(f"measuring, repetition {repetition + 1} of {settings.repetitions}")
         for one in measured:

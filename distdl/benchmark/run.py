@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from distdl.benchmark.chart import scaling_svg
 from distdl.benchmark.communication import FEW_SIZES, SIZES, Timed, measure_communication
 from distdl.benchmark.layers import LayerTimes, measure_layers
@@ -29,7 +27,7 @@ from distdl.benchmark.report import (
     scaling_table,
 )
 from distdl.benchmark.settings import SCALINGS, Settings, sweep
-from distdl.engine.environment import blas_threads, describe
+from distdl.engine.environment import describe, numerics
 from distdl.engine.files import try_folder, write_durably
 from distdl.engine.run_folder import numbered, timestamped
 from distdl.errors import UserError
@@ -66,7 +64,7 @@ def benchmark(settings: Settings, communicator: Communicator | None = None) -> P
         if speaks:
             print(text, flush=True)
 
-    with guard(communicator), blas_threads(1), np.errstate(over="ignore", invalid="ignore"):
+    with guard(communicator), numerics(threads=1):
         settings = together(communicator, settings.checked)
         ranks = together(communicator, lambda: sweep(settings.ranks, communicator.size))
         folder = together(communicator, lambda: _output_folder(settings) if speaks else None)

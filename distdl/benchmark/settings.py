@@ -52,7 +52,8 @@ class Settings:
     ranks: tuple[int, ...] | None = None
     """Numbers of ranks to measure; None: 1, 2, 4 … and all."""
     scaling: str = "both"
-    steps: int = 20
+    steps: int | None = None
+    """Steps of a measurement; None: as many as one rank takes in a second."""
     repetitions: int = 5
     layers: bool = False
     communication: bool = False
@@ -74,7 +75,7 @@ class Settings:
         for flag, value in (
             ("--batch-size", self.batch_size),
             ("--micro-batch-size", self.micro_batch_size),
-            ("--steps", self.steps),
+            ("--steps", 1 if self.steps is None else self.steps),
             ("--repetitions", self.repetitions),
             *(("--ranks", count) for count in self.ranks or (1,)),
             *(("--input", size) for size in self.input_shape),

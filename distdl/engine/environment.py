@@ -1,4 +1,4 @@
-"""What the bits of a run may depend on besides its config: library versions, CPU kernel family, BLAS threads."""
+"""What bits and speed depend on besides the config: library versions, CPU kernels, threads, NumPy's settings."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ import distdl
 from distdl.errors import UserError
 from distdl.parallel import Communicator, hosts
 
+#: Elements that NumPy converts at a time where operands differ in dtype.
+CAST_ELEMENTS = 1024
+
 
 @contextmanager
 def blas_threads(count: int) -> Iterator[None]:
@@ -26,6 +29,16 @@ def blas_threads(count: int) -> Iterator[None]:
                     f"{library['internal_api']} runs {library['num_threads']} threads where --threads-per-rank asks "
                     f"for {count}: set {library['internal_api'].upper()}_NUM_THREADS={count} before the start"
                 )
+        yield
+
+
+@contextmanager
+def numerics(threads: int) -> Iterator[None]:
+    """Set up NumPy and BLAS for training inside: `threads` of BLAS, no warning where numbers overflow (the trainer
+    looks for itself), and casts in blocks that stay in the first-level cache.
+    """
+    with blas_threads(threads), np.errstate(over="ignore", invalid="ignore"):
+        np.setbufsize(CAST_ELEMENTS)  # until errstate ends
         yield
 
 

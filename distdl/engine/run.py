@@ -20,7 +20,7 @@ from distdl.data.normalization import Normalization, measure
 from distdl.engine import balance
 from distdl.engine import checkpoint as checkpoints
 from distdl.engine.coordinator import Coordinator, Follower
-from distdl.engine.environment import blas_threads, describe
+from distdl.engine.environment import describe, numerics
 from distdl.engine.progress import Progress, banner, shares_of
 from distdl.engine.run_folder import Start, find_start
 from distdl.engine.state import TrainingState
@@ -32,9 +32,6 @@ from distdl.nn import Sequential, build_model
 from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, guard, share_arrays, together, world
 from distdl.rng import Key
-
-#: Elements that NumPy converts at a time where operands differ in dtype: few enough to stay in the first-level cache.
-CAST_ELEMENTS = 1024
 
 #: Builds a network for inputs (H, W, C) and a number of classes.
 BuildNetwork = Callable[[tuple[int, int, int], int], Sequential]
@@ -58,8 +55,7 @@ def train(
         config = together(communicator, _labelled(config, build_network, dataset).checked)
         config = TrainConfig.from_json(communicator.bcast_json(config.to_json()))
         communicator.spin_seconds = balance.SPIN_SECONDS if config.balance else Communicator.spin_seconds
-        with blas_threads(config.threads_per_rank), np.errstate(over="ignore", invalid="ignore"):
-            np.setbufsize(CAST_ELEMENTS)  # until errstate ends
+        with numerics(config.threads_per_rank):
             trainer = _prepared(config, communicator, build_network, dataset)
             with closing(trainer.coordinator):
                 return trainer.run()

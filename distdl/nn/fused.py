@@ -23,10 +23,12 @@ the output along an axis, K = FH FW C.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from distdl.nn.convolution import Conv2d, MaxPool2d, Window
 from distdl.nn.layers import Array, Layer, ReLU, Workspace
@@ -45,6 +47,9 @@ TILE_BYTES = 2**22
 LARGEST_TILE = 16
 #: From this many channels on, a first layer of 3x3 is better transformed than copied patch by patch.
 FEW_CHANNELS = 8
+#: Floats in two of the widest vector registers: the width of a product that OpenBLAS computes at its best.
+BLAS_WIDTH = 16
+MOST_LANES_PER_FILTER = 9 / 8
 
 
 def quarters_of(image: Array) -> Quarters:
@@ -71,6 +76,7 @@ class Block(ABC):
         self.conv, self.name, self.relu, self.pool = conv, name, relu, pool
         (self.H, self.W), (self.OH, self.OW) = conv.size, conv.output_size
         self.C, self.F = conv.channels, conv.filters
+        self.lanes = self._lanes()
         self.TH, self.TW = -(-self.OH // 2), -(-self.OW // 2)
         self.output_size = (self.OH // 2, self.OW // 2) if pool else (self.OH, self.OW)
         self.dtype = conv.parameters["weight"].dtype
@@ -81,6 +87,10 @@ class Block(ABC):
     @abstractmethod
     def bytes_per_sample(self) -> int:
         """The working set of one sample."""
+
+    def _lanes(self) -> int:
+        """Return how many filters the planes have room for; those beyond F are zero and seen by nobody."""
+        return self.F
 
     @abstractmethod
     def prepare(self) -> None:
@@ -96,7 +106,7 @@ class Block(ABC):
 
     @abstractmethod
     def _products(self, tile: Workspace, N: int, y: Array) -> None:
-        """Compute the convolution's output with its bias, as parity planes `y` (2, 2, TH, TW, N, F)."""
+        """Compute the convolution's output with its bias, as parity planes `y` (2, 2, TH, TW, N, lanes)."""
 
     @abstractmethod
     def _gradients(self, tile: Workspace, N: int) -> None:
@@ -104,7 +114,7 @@ class Block(ABC):
 
     @abstractmethod
     def _dy(self, tile: Workspace, N: int) -> Array:
-        """Return where the gradient by the convolution's output goes, (2, 2, TH, TW, N, F)."""
+        """Return where the gradient by the convolution's output goes, (2, 2, TH, TW, N, lanes)."""
 
     @abstractmethod
     def finish(self) -> None:
@@ -128,7 +138,7 @@ class Block(ABC):
         self._activate(p, p)
         for a in (0, 1):
             for b in (0, 1):
-                np.copyto(output[a][b], p[a::2, b::2])
+                np.copyto(output[a][b], p[a::2, b::2, :, : self.F])
 
     def backward(self, tile: Workspace, N: int, d_output: Quarters) -> None:
         """Add to the weights' gradients, and leave that by the input in `gradient_quarters`."""
@@ -164,6 +174,7 @@ class Block(ABC):
         np.subtract(dh, d_valid[:, 0], out=d_valid[:, 1])
 
     def _activate(self, y: Array, output: Array) -> None:
+        y = y[..., : output.shape[-1]]
         if self.relu:
             np.maximum(y, self._own.array("zeros", y.shape), out=output)  # five times as fast as with the number 0
         elif output is not y:
@@ -171,6 +182,9 @@ class Block(ABC):
 
     def _pass_on(self, y: Array, d_output: Array, dy: Array) -> None:
         """Write the gradient before the ReLU, whose sign is that of `y`."""
+        if self.lanes > self.F:
+            np.copyto(dy[..., : self.F], d_output)
+            d_output = dy  # long runs from here on
         if not self.relu:
             np.copyto(dy, d_output)
             return
@@ -185,14 +199,14 @@ class Block(ABC):
         return bias
 
     def _y(self, tile: Workspace, N: int) -> Array:
-        return tile.array(f"y {id(self)}", (2, 2, self.TH, self.TW, N, self.F))
+        return tile.array(f"y {id(self)}", (2, 2, self.TH, self.TW, N, self.lanes))
 
     def _maxima(self, tile: Workspace, N: int) -> tuple[Array, Array]:
-        """Return the maxima of each row of a window, (2, PH, PW, N, F), and of the window, (PH, PW, N, F)."""
+        """Return the maxima of each row of a window, (2, PH, PW, N, lanes), and of the window, (PH, PW, N, lanes)."""
         PH, PW = self.output_size
         return (
-            tile.array(f"h {id(self)}", (2, PH, PW, N, self.F)),
-            tile.array(f"p {id(self)}", (PH, PW, N, self.F)),
+            tile.array(f"h {id(self)}", (2, PH, PW, N, self.lanes)),
+            tile.array(f"p {id(self)}", (PH, PW, N, self.lanes)),
         )
 
     def _valid(self, planes: Array, a: int, b: int) -> Array:
@@ -234,16 +248,21 @@ class PatchBlock(Block):
     def bytes_per_sample(self) -> int:
         """The patches and the outputs of one sample."""
         K = self.conv.parameters["weight"].size // self.F
-        return 4 * self.TH * self.TW * (K + 1 + self.F) * self.dtype.itemsize
+        return 4 * self.TH * self.TW * (K + 1 + self.lanes) * self.dtype.itemsize
+
+    def _lanes(self) -> int:
+        """Return F, or a few more where that makes the width one for which BLAS is made: 32 is faster than 30."""
+        full = -(-self.F // BLAS_WIDTH) * BLAS_WIDTH
+        return full if full <= self.F * MOST_LANES_PER_FILTER else self.F
 
     def prepare(self) -> None:
         """Put weight and bias into one matrix."""
         weights = self._weights("weights")
-        weights[:-1] = self.conv.parameters["weight"].reshape(-1, self.F)
-        weights[-1] = self.conv.parameters["bias"]
+        weights[:-1, : self.F] = self.conv.parameters["weight"].reshape(-1, self.F)
+        weights[-1, : self.F] = self.conv.parameters["bias"]
 
     def _weights(self, name: str) -> Array:
-        return self._own.array(name, (self.conv.parameters["weight"].size // self.F + 1, self.F))
+        return self._own.array(name, (self.conv.parameters["weight"].size // self.F + 1, self.lanes))
 
     def _planes(self, tile: Workspace, N: int) -> Array:
         """Return the planes of the padded input, channel by channel: (C, 2, 2, TH + FH / 2, TW + FW / 2, N)."""
@@ -264,37 +283,46 @@ class PatchBlock(Block):
         return tile.array(f"patches {id(self)}", (K + 1, 2, 2, self.TH, self.TW, N), fill=1)
 
     def _products(self, tile: Workspace, N: int, y: Array) -> None:
-        planes, patches = self._planes(tile, N), self._patches(tile, N)
+        patches = self._patches(tile, N)
+        for seen, elements in tile.kept(f"seen {id(self)} {N}", lambda: self._seen(tile, N)):
+            np.copyto(elements, seen)
+        np.matmul(patches.reshape(len(patches), -1).T, self._weights("weights"), out=y.reshape(-1, self.lanes))
+
+    def _seen(self, tile: Workspace, N: int) -> list[tuple[Array, Array]]:
+        """Return pairs of views: what kernel elements see of the input, and where that goes among the patches.
+
+        Element (i, j) at the outputs of parity (a, b) sees the plane of parity (a + i, b + j), shifted by half of
+        that. So elements two rows or columns apart see the same plane, shifted by one, and are copied in one go.
+        """
         FH, FW = self.conv.window.kernel
-        k = 0
-        for i in range(FH):
-            for j in range(FW):
-                for c in range(self.C):
-                    for a in (0, 1):
-                        for b in (0, 1):
-                            up, left = (a + i) // 2, (b + j) // 2
-                            seen = planes[c, (a + i) % 2, (b + j) % 2, up : up + self.TH, left : left + self.TW]
-                            np.copyto(patches[k, a, b], seen)
-                    k += 1
-        np.matmul(patches.reshape(k + 1, -1).T, self._weights("weights"), out=y.reshape(-1, self.F))
+        planes, TH, TW = self._planes(tile, N), self.TH, self.TW
+        patches = self._patches(tile, N)[:-1].reshape(FH, FW, self.C, 2, 2, TH, TW, N)
+        pairs = []
+        for i, j, a, b in itertools.product(range(min(FH, 2)), range(min(FW, 2)), (0, 1), (0, 1)):
+            elements = patches[i::2, j::2, :, a, b]
+            up, left = (a + i) // 2, (b + j) // 2
+            plane = planes[:, (a + i) % 2, (b + j) % 2, up : up + TH + (FH - 1 - i) // 2]
+            shifts = sliding_window_view(plane[:, :, left : left + TW + (FW - 1 - j) // 2], (TH, TW), axis=(1, 2))
+            pairs.append((shifts.transpose(1, 2, 0, 4, 5, 3), elements))
+        return pairs
 
     def _dy(self, tile: Workspace, N: int) -> Array:
         # Where the image is odd, the other half of the last tiles must stay zero.
-        return self._own.array("dy", (2, 2, self.TH, self.TW, N, self.F))
+        return self._own.array("dy", (2, 2, self.TH, self.TW, N, self.lanes))
 
     def _gradients(self, tile: Workspace, N: int) -> None:
         patches, dy = self._patches(tile, N), self._dy(tile, N)
         total, part = self._weights("d_weights"), self._weights("d_weights of a tile")
         out = part if self._tiles_summed else total
-        np.matmul(patches.reshape(len(patches), -1), dy.reshape(-1, self.F), out=out)
+        np.matmul(patches.reshape(len(patches), -1), dy.reshape(-1, self.lanes), out=out)
         if self._tiles_summed:
             np.add(total, part, out=total)
 
     def finish(self) -> None:
         """Write the gradients of weight and bias."""
         total = self._weights("d_weights")
-        np.copyto(self.conv.gradients["weight"].reshape(-1, self.F), total[:-1])
-        np.copyto(self.conv.gradients["bias"], total[-1])
+        np.copyto(self.conv.gradients["weight"].reshape(-1, self.F), total[:-1, : self.F])
+        np.copyto(self.conv.gradients["bias"], total[-1, : self.F])
         self._tiles_summed = 0
 
 

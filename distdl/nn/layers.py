@@ -17,8 +17,9 @@ What every layer keeps to:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -30,6 +31,7 @@ from distdl.rng import Key
 
 Array: TypeAlias = NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Workspace:
     def __init__(self, dtype: DTypeLike) -> None:
         self.dtype = np.dtype(dtype)
         self._arrays: dict[tuple[str, Shape], Array] = {}
+        self._kept: dict[str, Any] = {}
 
     def array(self, name: str, shape: Shape, *, dtype: DTypeLike | None = None, fill: float = 0) -> Array:
         """Return the array of this name and shape, filled with `fill` when it is made and only then."""
@@ -81,6 +84,13 @@ class Workspace:
             array.fill(fill)
             self._arrays[name, shape] = array
         return array
+
+    def kept(self, name: str, make: Callable[[], T]) -> T:
+        """Return what `make` returned when this name was first asked for: views that are dear to make again."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        found: T = self._kept[name]
+        return found
 
 
 class Layer:

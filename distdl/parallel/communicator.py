@@ -35,6 +35,8 @@ class Communicator(ABC):
     #: A rank that waits polls for so long before it sleeps (unless there are more ranks than cores). Most waits of a
     #: training step are shorter than a millisecond.
     spin_seconds: float = 1e-3
+    #: Whether there are more ranks than cores, so that who waits should leave its core to others at once.
+    oversubscribed: bool = False
 
     @property
     def seconds_waiting(self) -> float:

@@ -3,8 +3,8 @@
 Waiting: every collective is started nonblocking and polled. A rank spins for a millisecond (`spin_seconds`), since
 most waits of a training step are shorter than that and a process put to sleep wakes late; after that it sleeps in
 pauses that grow with the time waited, to a millisecond, so that a rank that waits for a slow one leaves the core to
-others. Where there are more ranks than cores it yields its core at once, and sleeps after the first few yields: the
-scheduler may hand the core to another rank that waits, for milliseconds, while the one they all wait for has none.
+others. Where there are more ranks than cores it sleeps at once. It does not yield: the scheduler may hand the core to
+another rank that waits, for milliseconds, while the one they all wait for has none.
 
 Moving: MPI moves data only inside MPI calls, a few pages in each, so a rank that sleeps between them makes a large
 transfer a hundred times slower. Therefore ranks meet in a barrier, asleep if need be, before they move more
@@ -41,7 +41,6 @@ from distdl.errors import PeerLost  # noqa: E402
 from distdl.launcher import survives_failures  # noqa: E402
 from distdl.parallel.communicator import LONGEST_PAUSE_SECONDS, Bytes, Communicator, Span, say  # noqa: E402
 
-YIELD_SECONDS = 50e-6
 SHORTEST_PAUSE_SECONDS = 20e-6
 #: Nobody comes later than by this share of the time waited.
 PAUSE_SHARE = 1 / 8
@@ -86,7 +85,7 @@ class MpiCommunicator(Communicator):
         self._family: _Family = _Family() if of is None else of._family
         self._family.comms.append(comm)
         if of is None:
-            self._family.oversubscribed = self._more_ranks_than_cores()
+            self.oversubscribed = self._more_ranks_than_cores()
 
     @property
     def seconds_waiting(self) -> float:
@@ -101,6 +100,15 @@ class MpiCommunicator(Communicator):
     @spin_seconds.setter
     def spin_seconds(self, seconds: float) -> None:
         self._family.spin_seconds = seconds
+
+    @property
+    def oversubscribed(self) -> bool:
+        """Whether more ranks compute on a node than it has cores, here and in any part of this group."""
+        return self._family.oversubscribed
+
+    @oversubscribed.setter
+    def oversubscribed(self, oversubscribed: bool) -> None:
+        self._family.oversubscribed = oversubscribed
 
     def _more_ranks_than_cores(self) -> bool:
         node = self.node()
@@ -212,15 +220,13 @@ class MpiCommunicator(Communicator):
         longest_pause: float = LONGEST_PAUSE_SECONDS,
     ) -> None:
         started = time.perf_counter()
-        awake_seconds = YIELD_SECONDS if self._family.oversubscribed else self.spin_seconds
+        awake_seconds = 0.0 if self.oversubscribed else self.spin_seconds
         try:
             request = start(*arguments)
             while not request.Test():
                 waited = time.perf_counter() - started
                 if sleeps and waited > awake_seconds:
                     time.sleep(min(max(waited * PAUSE_SHARE, SHORTEST_PAUSE_SECONDS), longest_pause))
-                elif self._family.oversubscribed:
-                    os.sched_yield()
         except MPI.Exception as error:
             if error.Get_error_class() in _PEER_LOST_CLASSES:
                 self._family.revoke()
