@@ -280,7 +280,7 @@ def measure_scaling(bench: Bench, setups: Sequence[Setup], say: Callable[[str], 
     """Measure every setup as often as the settings say, in turn. What it returns is whole on rank 0. Collective."""
     settings = bench.settings
     measured = [Measured(setup, oversubscribed(bench.places, setup.ranks), bench.steps) for setup in setups]
-    for repetition in range(settings.repetitions):
+    for repetition in range(settings.repetitions if setups else 0):
         say(f"measuring, repetition {repetition + 1} of {settings.repetitions}")
         for one in measured:
             sample = bench.sample(one.setup)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,16 @@ def test_without_out_a_new_folder_under_runs_is_made(tmp_path):
     folders = list((tmp_path / "runs").iterdir())
     assert len(folders) == 2
     assert all(folder.name.endswith("mlp-bench") or "mlp-bench-" in folder.name for folder in folders)
+
+
+def test_without_steps_a_measurement_takes_as_many_as_fill_a_second_after_a_warm_up():
+    settings = replace(TINY, steps=None).checked()
+    bench = Bench(settings, OneProcess(), [1])
+    assert bench.steps >= 5
+    assert bench.warm_up_steps == max(3, round(bench.steps / 3))
+    bench.steps = 7
+    (measured,) = measure_scaling(bench, [Setup("strong", 1, 16, 4)], lambda _: None)
+    assert [len(sample.step_seconds) for sample in measured.samples] == [7, 7]
 
 
 def test_layers_alone_need_no_scaling(tmp_path, capsys):

@@ -1,0 +1,52 @@
+"""A steady step allocates next to nothing: everything of size was made once."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from distdl.config import TrainConfig
+from distdl.data.normalization import measure
+from distdl.data.split import Split
+from distdl.engine.coordinator import Follower
+from distdl.engine.environment import numerics
+from distdl.engine.state import TrainingState
+from distdl.engine.trainer import Data, Trainer
+from distdl.nn import build_model
+from distdl.optim import Adam
+from distdl.parallel import OneProcess
+from distdl.rng import Key
+
+WARM_UP_STEPS, STEPS = 3, 5
+MOST_BYTES = 64 * 1024
+
+
+def trainer_of(model, batch_size, micro_batch_size):
+    samples = batch_size * (WARM_UP_STEPS + STEPS)
+    images = Key(0).of("pixels").words(samples * 98).view(np.uint8).reshape(samples, 28, 28, 1)
+    rows, none = np.arange(samples), np.arange(0)
+    data = Data(images, rows % 10, Split(rows, none, none), measure(images, rows), classes=10)
+    network = build_model(model, (28, 28, 1), 10)
+    network.initialize(Key(0).of("initialization"))
+    config = TrainConfig(model=model, batch_size=batch_size, micro_batch_size=micro_batch_size).checked()
+    optimizer = Adam(network.parameters.size, decay_slices=network.decay_slices)
+    return Trainer(config, OneProcess(), data, TrainingState(network, optimizer), Follower())
+
+
+@pytest.mark.parametrize("model", ["mlp", "simple_convnet", "deep_convnet"])
+@pytest.mark.parametrize("sizes", [(128, 16), (100, 25)])
+def test_a_steady_step_allocates_less_than_64_KiB_at_any_moment_and_keeps_nothing(model, sizes):
+    with numerics(threads=1):
+        training = trainer_of(model, *sizes)
+        for _ in range(WARM_UP_STEPS):
+            training.step()
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            for _ in range(STEPS):
+                training.step()
+            after, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak - before < MOST_BYTES
+    assert after - before < MOST_BYTES / 4
