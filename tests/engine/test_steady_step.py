@@ -35,7 +35,7 @@ def trainer_of(model, batch_size, micro_batch_size):
 
 @pytest.mark.parametrize("model", ["mlp", "simple_convnet", "deep_convnet"])
 @pytest.mark.parametrize("sizes", [(128, 16), (100, 25)])
-def test_a_steady_step_allocates_less_than_64_KiB_at_any_moment_and_keeps_nothing(model, sizes):
+def test_a_steady_step_allocates_less_than_64_kib_at_any_moment_and_keeps_nothing(model, sizes):
     with numerics(threads=1):
         training = trainer_of(model, *sizes)
         for _ in range(WARM_UP_STEPS):
