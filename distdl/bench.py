@@ -43,6 +43,7 @@ def parse(arguments: Sequence[str]) -> Settings:
     add("--communication", action="store_true", help="time the reduction over sizes, beside MPI's Allreduce")
     add("--network", metavar="10us,10Gbit", help="predict for this latency and bandwidth, up to 1,024 ranks")
     add("--out", type=Path, help="folder of bench.json and scaling.svg (default: a new one under runs/)")
+    add("--trace", type=Path, metavar="FILE.json", help="when each rank computed, reduced, waited, for ui.perfetto.dev")
     given = vars(parser.parse_args(arguments))
     if given["dataset"] is not None and given["input_shape"] is not None:
         raise UserError("--dataset and --input exclude each other: a data set has a shape of its own")

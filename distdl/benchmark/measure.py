@@ -31,6 +31,7 @@ from distdl.data import sources, split
 from distdl.data.normalization import Normalization, measure
 from distdl.engine.coordinator import Follower
 from distdl.engine.state import TrainingState
+from distdl.engine.trace import Trace
 from distdl.engine.trainer import Data, Trainer
 from distdl.errors import UserError
 from distdl.nn import Sequential, build_model
@@ -287,6 +288,26 @@ def measure_scaling(bench: Bench, setups: Sequence[Setup], say: Callable[[str], 
             if sample is not None:
                 one.samples.append(sample)
     return measured
+
+
+def traced(bench: Bench) -> dict[str, Any] | None:
+    """Return the trace of one measurement on as many ranks as share the batch, on rank 0 alone. Collective."""
+    settings = bench.settings
+    ranks = max(count for count in bench.worlds if count <= settings.micro_batches)
+    with bench.world(ranks) as world:
+        if world is None:
+            return None
+        trainer = bench.trainer(Setup("strong", ranks, settings.batch_size, settings.micro_batches), world)
+        bench.start_again(trainer)
+        for _ in range(bench.warm_up_steps):
+            trainer.step()
+        trainer.timeline.spent()
+        trace = Trace(trainer.timeline)
+        for _ in range(bench.steps):
+            trainer.step()
+        trainer.timeline.spent()
+        trainer.timeline.on_steps = None
+        return trace.gather(bench.warm_up_steps + bench.steps)
 
 
 def _pictures(settings: Settings) -> dict[str, NDArray[Any]]:

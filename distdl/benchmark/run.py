@@ -6,7 +6,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from distdl.benchmark.chart import scaling_svg
 from distdl.benchmark.communication import FEW_SIZES, SIZES, Timed, measure_communication
 from distdl.benchmark.layers import LayerTimes, measure_layers
-from distdl.benchmark.measure import Bench, Measured, Sample, measure_scaling, setups_of
+from distdl.benchmark.measure import Bench, Measured, Sample, measure_scaling, setups_of, traced
 from distdl.benchmark.projection import Check, Model, Point, Reduced, check, fit
 from distdl.benchmark.report import (
     chart_lines,
@@ -30,6 +30,8 @@ from distdl.benchmark.settings import SCALINGS, Settings, sweep
 from distdl.engine.environment import describe, numerics
 from distdl.engine.files import try_folder, write_durably
 from distdl.engine.run_folder import numbered, timestamped
+from distdl.engine.trace import check_writable
+from distdl.engine.trace import write as write_trace
 from distdl.errors import UserError
 from distdl.parallel import Communicator, contiguous_shards, guard, together, world
 
@@ -68,10 +70,23 @@ def benchmark(settings: Settings, communicator: Communicator | None = None) -> P
         settings = together(communicator, settings.checked)
         ranks = together(communicator, lambda: sweep(settings.ranks, communicator.size))
         folder = together(communicator, lambda: _output_folder(settings) if speaks else None)
+        trace = settings.trace
+        together(communicator, lambda: check_writable(trace) if speaks and trace is not None else None)
         bench = Bench(settings, communicator, ranks)
         report = _measured(bench, describe(communicator), ranks, say)
         together(communicator, lambda: _write(folder, report, say) if folder is not None else None)
+        if trace is not None:
+            found = traced(bench)
+            together(communicator, lambda: _write_trace(trace, found, say) if found is not None else None)
         return folder
+
+
+def _write_trace(path: Path, trace: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    try:
+        write_trace(path, trace)
+    except OSError as error:
+        raise UserError(f"--trace {path} cannot be written: {error.strerror or error}; give another file") from None
+    say(f"trace: {path} (for ui.perfetto.dev)")
 
 
 def _output_folder(settings: Settings) -> Path:

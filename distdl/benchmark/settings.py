@@ -60,6 +60,7 @@ class Settings:
     network: Network | None = None
     """The network to project to; None: the one that is measured."""
     out: Path | None = None
+    trace: Path | None = None
 
     def checked(self) -> Settings:
         """Return the settings; raise `UserError` for one that cannot be."""
@@ -94,7 +95,7 @@ class Settings:
             )
         if not (SCALINGS[self.scaling] or self.layers or self.communication):
             raise UserError("--scaling none leaves nothing to measure: give --layers or --communication too")
-        if "\0" in f"{self.data_dir}{self.out}":
+        if "\0" in f"{self.data_dir}{self.out}{self.trace}":
             raise UserError("a path holds a NUL character: no file can have this name")
         return self
 

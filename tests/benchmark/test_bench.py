@@ -28,7 +28,14 @@ TIMEOUT_SECONDS = 120
 
 
 def flags_of_a_run(folder):
-    return [*TINY_FLAGS, "--repetitions=2", "--layers", "--communication", "--network=10us,10Gbit", f"--out={folder}"]
+    flags = [*TINY_FLAGS, "--repetitions=2", "--layers", "--communication", "--network=10us,10Gbit"]
+    return [*flags, f"--out={folder}", "--trace=trace.json"]
+
+
+def check_trace(path, ranks):
+    events = [event for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"]
+    assert {event["pid"] for event in events} == set(range(ranks))
+    assert {event["args"]["step"] for event in events} == {4, 5}  # after the three of the warm-up
 
 
 def run(argv, folder, environment=None):
@@ -90,6 +97,7 @@ def test_one_process_measures_itself(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     check_results(results(tmp_path / "out"), done.stdout, [1])
+    check_trace(tmp_path / "trace.json", ranks=1)
 
 
 @pytest.mark.parametrize(("ranks", "sweep"), [(2, [1, 2]), (3, [1, 2, 3])])
@@ -98,6 +106,7 @@ def test_ranks_are_measured_in_worlds_of_some_of_them(tmp_path, ranks, sweep):
     assert done.returncode == 0, done.stderr
     found = results(tmp_path / "out")
     check_results(found, done.stdout, sweep)
+    check_trace(tmp_path / "trace.json", ranks)
     numbers = ", ".join(map(str, sweep))
     assert done.stdout.count(f"same bits: strong scaling ended with the same weights on {numbers} ranks") == 1
     cores = len(os.sched_getaffinity(0))
@@ -140,6 +149,7 @@ BAD = {
     "an output that is a file": (["--out", "file"], "exists and is no empty folder"),
     "an output that is in use": (["--out", "used"], "exists and is no empty folder"),
     "an output below a file": (["--out", "file/deeper"], "cannot be written"),
+    "a trace that is a folder": (["--trace", "used"], "is a folder"),
     "an unknown model": (["--model", "lenet"], "unknown model 'lenet'"),
     "no samples": (["--batch-size", "-3"], "--batch-size must be at least 1"),
     "pictures too small": (["--model", "deep_convnet", "--input", "1x1x1"], "is smaller than the"),
