@@ -5,10 +5,12 @@ decay, and hands each block to the rule of the subclass. Everything is elementwi
 computes the same bits from the same gradient.
 
 Legend: w parameters, g gradient (mean over the batch), λ weight decay, η learning rate, t = 1, 2, … the step.
+Where the book and PyTorch differ (the form of Nesterov's rule, the place of ε and its size), these are PyTorch's.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -27,8 +29,9 @@ BLOCK = 32768  # elements; four float32 vectors of this length fit the second-le
 class Optimizer(ABC):
     """Updates a flat parameter vector in place.
 
-    `weight_decay` λ adds λw to the gradient where `decay_slices` say so (weights, not biases). `state` holds
-    the vectors that must survive a step, by name, each as long as the parameters.
+    `weight_decay` λ adds λw to the gradient where `decay_slices` say so (weights, not biases), and `l1` adds the
+    sign of w times itself there. `state` holds the vectors that must survive a step, by name, each as long as the
+    parameters.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ()
@@ -38,28 +41,39 @@ class Optimizer(ABC):
         size: int,
         *,
         weight_decay: float = 0.0,
+        l1: float = 0.0,
         decay_slices: Sequence[slice] = (),
         dtype: Any = np.float32,
     ) -> None:
         self.weight_decay = weight_decay
+        self.l1 = l1
         self.decay_slices = tuple(decay_slices)
         self.state: dict[str, Vector] = {name: aligned_zeros(size, dtype) for name in self.state_names}
         self._scratch = aligned_empty(min(size, BLOCK), dtype)
 
     def update(self, parameters: Vector, gradients: Vector, learning_rate: float, step: int) -> None:
         """Take step number `step` = 1, 2, …; both vectors are overwritten (the gradient serves as scratch)."""
-        if self.weight_decay:
+        if self.weight_decay or self.l1:
             for where in self.decay_slices:
                 for start in range(where.start, where.stop, BLOCK):
                     block = slice(start, min(start + BLOCK, where.stop))
-                    decay = self._scratch[: block.stop - block.start]
-                    np.multiply(parameters[block], self.weight_decay, out=decay)
-                    gradients[block] += decay
+                    scratch = self._scratch[: block.stop - block.start]
+                    self._decay(parameters[block], gradients[block], learning_rate, scratch)
         for start in range(0, parameters.size, BLOCK):
             block = slice(start, min(start + BLOCK, parameters.size))
             scratch = self._scratch[: block.stop - block.start]
             state = {name: vector[block] for name, vector in self.state.items()}
             self._rule(parameters[block], gradients[block], state, learning_rate, step, scratch)
+
+    def _decay(self, w: Vector, g: Vector, learning_rate: float, scratch: Vector) -> None:  # noqa: ARG002
+        """Add what λ and `l1` say to the block `g` of the gradient."""
+        if self.weight_decay:
+            np.multiply(w, self.weight_decay, out=scratch)
+            g += scratch
+        if self.l1:
+            np.sign(w, out=scratch)
+            scratch *= self.l1
+            g += scratch
 
     @abstractmethod
     def _rule(
@@ -106,6 +120,83 @@ class Momentum(Optimizer):
         w += velocity
 
 
+class Nesterov(Optimizer):
+    """Nesterov's accelerated gradient, as PyTorch has it: v ← αv + g, w ← w - η(g + αv) with α = 0.9 (book 6.1.4)."""
+
+    state_names = ("velocity",)
+    momentum = 0.9
+
+    def _rule(
+        self,
+        w: Vector,
+        g: Vector,
+        state: dict[str, Vector],
+        learning_rate: float,
+        step: int,  # noqa: ARG002
+        scratch: Vector,
+    ) -> None:
+        velocity = state["velocity"]
+        velocity *= self.momentum
+        velocity += g
+        np.multiply(velocity, self.momentum, out=scratch)
+        scratch += g
+        scratch *= learning_rate
+        w -= scratch
+
+
+class AdaGrad(Optimizer):
+    """AdaGrad (Duchi, Hazan and Singer 2011; book 6.1.5): h ← h + g², w ← w - ηg / (√h + ε) with ε = 1e-10."""
+
+    state_names = ("sum_of_squares",)
+    epsilon = 1e-10
+
+    def _rule(
+        self,
+        w: Vector,
+        g: Vector,
+        state: dict[str, Vector],
+        learning_rate: float,
+        step: int,  # noqa: ARG002
+        scratch: Vector,
+    ) -> None:
+        h = state["sum_of_squares"]
+        np.multiply(g, g, out=scratch)
+        h += scratch
+        _divided_step(w, g, h, self.epsilon, learning_rate, scratch)
+
+
+class RMSProp(Optimizer):
+    """RMSProp (Tieleman and Hinton 2012; book 6.1.5): h ← βh + (1-β)g², w ← w - ηg / (√h + ε), β = 0.99, ε = 1e-8."""
+
+    state_names = ("mean_of_squares",)
+    beta, epsilon = 0.99, 1e-8
+
+    def _rule(
+        self,
+        w: Vector,
+        g: Vector,
+        state: dict[str, Vector],
+        learning_rate: float,
+        step: int,  # noqa: ARG002
+        scratch: Vector,
+    ) -> None:
+        h = state["mean_of_squares"]
+        h *= self.beta
+        np.multiply(g, g, out=scratch)
+        scratch *= 1 - self.beta
+        h += scratch
+        _divided_step(w, g, h, self.epsilon, learning_rate, scratch)
+
+
+def _divided_step(w: Vector, g: Vector, h: Vector, epsilon: float, learning_rate: float, scratch: Vector) -> None:
+    """Take the step w ← w - ηg / (√h + ε)."""
+    np.sqrt(h, out=scratch)
+    scratch += epsilon
+    np.divide(g, scratch, out=scratch)
+    scratch *= learning_rate
+    w -= scratch
+
+
 class Adam(Optimizer):
     """Adam (Kingma and Ba 2015, algorithm 1; book 6.1.6).
 
@@ -135,7 +226,38 @@ class Adam(Optimizer):
         w -= scratch
 
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": SGD, "momentum": Momentum, "adam": Adam}
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019): w ← w - ηλw first, then Adam without λ."""
+
+    def _decay(self, w: Vector, g: Vector, learning_rate: float, scratch: Vector) -> None:
+        if self.weight_decay:
+            w *= 1 - learning_rate * self.weight_decay
+        if self.l1:
+            np.sign(w, out=scratch)
+            scratch *= self.l1
+            g += scratch
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    "sgd": SGD,
+    "momentum": Momentum,
+    "nesterov": Nesterov,
+    "adagrad": AdaGrad,
+    "rmsprop": RMSProp,
+    "adam": Adam,
+    "adamw": AdamW,
+}
+
+
+def clip_by_norm(gradient: Vector, largest: float) -> float:
+    """Scale the flat gradient down in place so that its length is at most `largest`; return its length before.
+
+    The factor is ``largest / (length + 1e-6)``, as PyTorch's ``clip_grad_norm_`` takes it.
+    """
+    length = math.sqrt(float(np.vdot(gradient, gradient)))
+    if length + 1e-6 > largest:
+        gradient *= largest / (length + 1e-6)
+    return length
 
 
 def optimizer_class(name: str) -> type[Optimizer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from distdl.errors import UserError, unknown_name
@@ -25,13 +26,57 @@ def step_decay(learning_rate: float, every_steps: int, factor: float) -> Schedul
     return lambda step: learning_rate * factor ** (step // every_steps)
 
 
-SCHEDULES = ("constant", "step")
+def cosine(learning_rate: float, total_steps: int) -> Schedule:
+    """Return ``learning_rate · (1 + cos(π · step / total_steps)) / 2``: from the full rate down to 0.
+
+    Source: Loshchilov and Hutter, *SGDR*, 2017, without restarts.
+
+    >>> [round(cosine(1.0, total_steps=4)(step), 3) for step in range(5)]
+    [1.0, 0.854, 0.5, 0.146, 0.0]
+    """
+    if total_steps < 1:
+        raise UserError(f"a cosine schedule needs a length of at least 1 step, not {total_steps}")
+    return lambda step: learning_rate * 0.5 * (1 + math.cos(math.pi * min(step, total_steps) / total_steps))
 
 
-def make_schedule(name: str, learning_rate: float, *, every_steps: int, factor: float) -> Schedule:
-    """Return the schedule called `name`; raise `UserError` listing the known ones otherwise."""
+def warmed_up(schedule: Schedule, steps: int) -> Schedule:
+    """Return `schedule` with its first `steps` rates reduced to 1/n, 2/n … n/n of what it says.
+
+    Source: Goyal et al., *Accurate, large minibatch SGD*, 2017, section 2.2.
+
+    >>> [warmed_up(constant(1.0), 4)(step) for step in range(5)]
+    [0.25, 0.5, 0.75, 1.0, 1.0]
+    """
+    return lambda step: schedule(step) * min(step + 1, steps) / steps if step < steps else schedule(step)
+
+
+def scaled_to_batch(learning_rate: float, batch_size: int, base_batch_size: int) -> float:
+    """Return the learning rate by the linear rule: `learning_rate` is meant for batches of `base_batch_size`.
+
+    Source: Goyal et al., section 2.1.
+
+    >>> scaled_to_batch(0.1, batch_size=1024, base_batch_size=256)
+    0.4
+    """
+    return learning_rate * batch_size / base_batch_size
+
+
+SCHEDULES = ("constant", "step", "cosine")
+
+
+def make_schedule(
+    name: str, learning_rate: float, *, every_steps: int, factor: float, total_steps: int, warmup_steps: int = 0
+) -> Schedule:
+    """Return the schedule called `name`; raise `UserError` listing the known ones otherwise.
+
+    `every_steps` and `factor` are those of the step schedule, `total_steps` is the length of the cosine.
+    """
     if name == "constant":
-        return constant(learning_rate)
-    if name == "step":
-        return step_decay(learning_rate, every_steps, factor)
-    raise unknown_name("schedule", name, SCHEDULES)
+        schedule = constant(learning_rate)
+    elif name == "step":
+        schedule = step_decay(learning_rate, every_steps, factor)
+    elif name == "cosine":
+        schedule = cosine(learning_rate, total_steps)
+    else:
+        raise unknown_name("schedule", name, SCHEDULES)
+    return warmed_up(schedule, warmup_steps) if warmup_steps else schedule

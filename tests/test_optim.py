@@ -7,50 +7,118 @@ import pytest
 
 from distdl import optim
 from distdl.errors import UserError
-from distdl.optim import BLOCK, OPTIMIZERS, optimizer_class
+from distdl.optim import BLOCK, OPTIMIZERS, clip_by_norm, optimizer_class
 
 SIZES = (1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7)
 STEPS = 50
 
 
-def textbook_sgd(w, gradients, lr):
+#: Each takes the start, the gradients, the learning rate and the weight decay of each element.
+
+
+def textbook_sgd(w, gradients, lr, decay):
     for g in gradients:
-        w = w - lr * g(w)
+        w = w - lr * (g + decay * w)
     return w
 
 
-def textbook_momentum(w, gradients, lr):
+def textbook_momentum(w, gradients, lr, decay):
     v = np.zeros_like(w)
     for g in gradients:
-        v = 0.9 * v - lr * g(w)
+        v = 0.9 * v - lr * (g + decay * w)
         w = w + v
     return w
 
 
-def textbook_adam(w, gradients, lr):
+def textbook_nesterov(w, gradients, lr, decay):
+    """As first written: look ahead along the velocity, take the gradient there. `w` is kept at the place ahead."""
+    v = np.zeros_like(w)
+    for g in gradients:
+        gradient = g + decay * w
+        before = w - 0.9 * v
+        v = 0.9 * v - lr * gradient
+        w = before + v + 0.9 * v
+    return w
+
+
+def textbook_adagrad(w, gradients, lr, decay):
+    h = np.zeros_like(w)
+    for g in gradients:
+        gradient = g + decay * w
+        h = h + gradient**2
+        w = w - lr * gradient / (np.sqrt(h) + 1e-10)
+    return w
+
+
+def textbook_rmsprop(w, gradients, lr, decay):
+    h = np.zeros_like(w)
+    for g in gradients:
+        gradient = g + decay * w
+        h = 0.99 * h + (1 - 0.99) * gradient**2
+        w = w - lr * gradient / (np.sqrt(h) + 1e-8)
+    return w
+
+
+def textbook_adam(w, gradients, lr, decay, decoupled=0.0):
     m, v = np.zeros_like(w), np.zeros_like(w)
     for t, g in enumerate(gradients, start=1):
-        gradient = g(w)
+        gradient = g + decay * w
         m = 0.9 * m + (1 - 0.9) * gradient
         v = 0.999 * v + (1 - 0.999) * gradient**2
         m_hat = m / (1 - 0.9**t)
         v_hat = v / (1 - 0.999**t)
-        w = w - lr * m_hat / (np.sqrt(v_hat) + 1e-8)
+        w = w - lr * decoupled * w - lr * m_hat / (np.sqrt(v_hat) + 1e-8)
     return w
 
 
-TEXTBOOK = {"sgd": textbook_sgd, "momentum": textbook_momentum, "adam": textbook_adam}
-STATE = {"sgd": [], "momentum": ["velocity"], "adam": ["first_moment", "second_moment"]}
+def textbook_adamw(w, gradients, lr, decay):
+    return textbook_adam(w, gradients, lr, 0.0, decoupled=decay)
 
-#: Learning rate and steps: for the valley x²/20 + y² of the book, from (-7, 2), and for Rosenbrock's.
-PARABOLA = {"sgd": (0.9, 200), "momentum": (0.1, 300), "adam": (0.3, 500)}
-ROSENBROCK = {"sgd": (1e-3, 20_000), "momentum": (1e-3, 4000), "adam": (0.02, 4000)}
+
+TEXTBOOK = {
+    "sgd": textbook_sgd,
+    "momentum": textbook_momentum,
+    "nesterov": textbook_nesterov,
+    "adagrad": textbook_adagrad,
+    "rmsprop": textbook_rmsprop,
+    "adam": textbook_adam,
+    "adamw": textbook_adamw,
+}
+STATE = {
+    "sgd": [],
+    "momentum": ["velocity"],
+    "nesterov": ["velocity"],
+    "adagrad": ["sum_of_squares"],
+    "rmsprop": ["mean_of_squares"],
+    "adam": ["first_moment", "second_moment"],
+    "adamw": ["first_moment", "second_moment"],
+}
+
+#: Learning rate and steps: for the valley x²/20 + y² of the book, from (-7, 2), for Rosenbrock's, and for x² + y².
+VALLEY = {
+    "sgd": (0.9, 200),
+    "momentum": (0.1, 300),
+    "nesterov": (0.1, 300),
+    "adagrad": (1.5, 300),
+    "rmsprop": (0.003, 5000),
+    "adam": (0.3, 500),
+    "adamw": (0.3, 500),
+}
+ROSENBROCK = {
+    "sgd": (1e-3, 20_000),
+    "momentum": (1e-3, 4000),
+    "nesterov": (1e-3, 4000),
+    "adagrad": (0.5, 6000),
+    "rmsprop": (2e-3, 8000),
+    "adam": (0.02, 4000),
+    "adamw": (0.02, 4000),
+}
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
 def test_every_optimizer_is_in_the_tables_of_these_tests():
-    for table in (TEXTBOOK, STATE, PARABOLA, ROSENBROCK):
+    for table in (TEXTBOOK, STATE, VALLEY, ROSENBROCK):
         assert set(table) == set(OPTIMIZERS)
 
 
@@ -83,9 +151,7 @@ def test_fifty_steps_are_those_of_the_textbook(name, size, weight_decay, dtype, 
     decay = np.zeros(size)
     for where in decay_slices:
         decay[where] = weight_decay
-    oracle = TEXTBOOK[name](
-        start.astype(np.float64), [lambda w, g=g: g.astype(np.float64) + decay * w for g in gradients], 0.01
-    )
+    oracle = TEXTBOOK[name](start.astype(np.float64), [g.astype(np.float64) for g in gradients], 0.01, decay)
     moved = np.abs(oracle - start).max()
     assert moved > 1e-3 or size == 1
     np.testing.assert_allclose(got, oracle, rtol=tolerance, atol=tolerance * max(1.0, moved) / 10)
@@ -122,9 +188,47 @@ def test_weight_decay_pulls_on_its_slices_alone(name):
 
 
 @every_optimizer
+def test_l1_pulls_every_decayed_weight_by_the_same_length(name):
+    start = np.array([3.0, -3.0, 0.0, 3.0], np.float32)
+    gradient = np.array([0.25, -0.25, 0.0, 0.0], np.float32)  # what l1 = 0.25 adds to the first three
+    pulled, _ = run(name, start, [np.zeros(4, np.float32)] * 5, 0.1, l1=0.25, decay_slices=(slice(0, 3),))
+    pushed, _ = run(name, start, [gradient] * 5, 0.1)
+    assert pulled.tobytes() == pushed.tobytes()
+    assert pulled[2] == 0
+    assert pulled[3] == 3
+
+
+def test_a_long_gradient_is_clipped_to_the_length_and_a_short_one_left():
+    gradient = np.array([3.0, 4.0] * 50, np.float32)
+    length = float(np.sqrt((gradient.astype(np.float64) ** 2).sum()))
+    clipped = gradient.copy()
+    assert clip_by_norm(clipped, 10.0) == pytest.approx(length)
+    np.testing.assert_allclose(clipped, gradient * 10 / length, rtol=1e-6)
+    left = gradient.copy()
+    assert clip_by_norm(left, 36.0) == pytest.approx(length)
+    assert left.tobytes() == gradient.tobytes()
+    nothing = np.zeros(5, np.float32)
+    assert clip_by_norm(nothing, 1.0) == 0
+    assert not nothing.any()
+
+
+def test_clipping_is_that_of_pytorch():
+    torch = pytest.importorskip("torch")
+    gradient = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    for largest in (0.5, 30.0, 40.0):
+        theirs = torch.zeros(1000, requires_grad=True)
+        theirs.grad = torch.tensor(gradient)
+        length = torch.nn.utils.clip_grad_norm_([theirs], largest)
+        ours = gradient.copy()
+        assert clip_by_norm(ours, largest) == pytest.approx(float(length), rel=1e-6)
+        np.testing.assert_allclose(ours, theirs.grad.numpy(), rtol=1e-6)
+
+
+@every_optimizer
 def test_every_optimizer_finds_the_bottom_of_a_long_valley(name):
-    lr, steps = PARABOLA[name]
-    assert minimized(name, [-7.0, 2.0], lambda x, y: (x / 10, 2 * y), lr, steps) == pytest.approx([0, 0], abs=1e-4)
+    lr, steps = VALLEY[name]
+    near = lr if name == "rmsprop" else 1e-4  # its steps have the length of the learning rate to the end
+    assert minimized(name, [-7.0, 2.0], lambda x, y: (x / 10, 2 * y), lr, steps) == pytest.approx([0, 0], abs=near)
 
 
 @every_optimizer
@@ -190,7 +294,7 @@ def test_an_update_works_in_place_and_allocates_next_to_nothing(name):
 
 def test_an_unknown_optimizer_is_an_error_that_lists_the_known():
     assert optimizer_class("adam") is OPTIMIZERS["adam"]
-    with pytest.raises(UserError, match=r"'adma': expected one of adam, momentum, sgd; did you mean 'adam'\?"):
+    with pytest.raises(UserError, match=r"'adma': expected one of adagrad, adam, adamw, .*; did you mean 'adam'\?"):
         optimizer_class("adma")
 
 
@@ -202,7 +306,11 @@ def test_a_hundred_steps_are_those_of_pytorch(name, weight_decay, dtype, toleran
     made = {
         "sgd": lambda w: torch.optim.SGD([w], lr=0.02, weight_decay=weight_decay),
         "momentum": lambda w: torch.optim.SGD([w], lr=0.02, momentum=0.9, weight_decay=weight_decay),
+        "nesterov": lambda w: torch.optim.SGD([w], lr=0.02, momentum=0.9, nesterov=True, weight_decay=weight_decay),
+        "adagrad": lambda w: torch.optim.Adagrad([w], lr=0.02, weight_decay=weight_decay),
+        "rmsprop": lambda w: torch.optim.RMSprop([w], lr=0.02, weight_decay=weight_decay),
         "adam": lambda w: torch.optim.Adam([w], lr=0.02, weight_decay=weight_decay),
+        "adamw": lambda w: torch.optim.AdamW([w], lr=0.02, weight_decay=weight_decay),
     }
     size = 200
     rng = np.random.default_rng(0)
@@ -220,5 +328,5 @@ def test_a_hundred_steps_are_those_of_pytorch(name, weight_decay, dtype, toleran
     mine = OPTIMIZERS[name](size, weight_decay=weight_decay, decay_slices=(slice(0, size),), dtype=dtype)
     for step in range(1, 101):
         mine.update(ours, curvature * (ours - centre), 0.02, step)
-    assert np.abs(ours - start).max() > 1
+    assert np.abs(ours - start).max() > 0.3
     np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=tolerance, atol=tolerance / 10)

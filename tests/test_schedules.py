@@ -1,20 +1,23 @@
 """A schedule is a pure function of the step."""
 
+import math
+
 import pytest
 
 from distdl.errors import UserError
-from distdl.schedules import SCHEDULES, constant, make_schedule, step_decay
+from distdl.schedules import SCHEDULES, constant, cosine, make_schedule, scaled_to_batch, step_decay, warmed_up
 
 STEPS = [0, 1, 6, 7, 8, 13, 14, 21, 10_000]
 EXPECTED = {
     "constant": [0.5] * len(STEPS),
     "step": [0.5 * 0.1 ** (step // 7) for step in STEPS],
+    "cosine": [0.25 * (1 + math.cos(math.pi * min(step, 20) / 20)) for step in STEPS],
 }
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_gives_the_rate_of_its_formula_in_any_order(name):
-    schedule = make_schedule(name, 0.5, every_steps=7, factor=0.1)
+    schedule = make_schedule(name, 0.5, every_steps=7, factor=0.1, total_steps=20)
     assert [schedule(step) for step in STEPS] == EXPECTED[name]
     assert [schedule(step) for step in reversed(STEPS)] == EXPECTED[name][::-1]
 
@@ -26,11 +29,40 @@ def test_the_rate_changes_at_the_first_step_after_each_stretch():
 
 
 def test_an_unknown_schedule_is_an_error_that_lists_the_known():
-    with pytest.raises(UserError, match=r"unknown schedule 'stpe': .* constant, step; did you mean 'step'\?"):
-        make_schedule("stpe", 0.1, every_steps=1, factor=0.1)
+    with pytest.raises(UserError, match=r"unknown schedule 'stpe': .* constant, cosine, step; did you mean 'step'\?"):
+        make_schedule("stpe", 0.1, every_steps=1, factor=0.1, total_steps=1)
 
 
 @pytest.mark.parametrize("length", [0, -1])
 def test_a_stretch_shorter_than_a_step_is_an_error(length):
     with pytest.raises(UserError, match=f"at least 1 step, not {length}"):
         step_decay(0.1, every_steps=length, factor=0.1)
+    with pytest.raises(UserError, match=f"at least 1 step, not {length}"):
+        cosine(0.1, total_steps=length)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_warm_up_leads_up_evenly_to_what_the_schedule_says(name):
+    settings = {"every_steps": 3, "factor": 0.1, "total_steps": 20}
+    schedule, warm = make_schedule(name, 0.5, **settings), make_schedule(name, 0.5, **settings, warmup_steps=8)
+    for step in range(8):
+        assert warm(step) == pytest.approx(schedule(step) * (step + 1) / 8)
+    assert [warm(step) for step in range(7, 25)] == [schedule(step) for step in range(7, 25)]
+    assert warmed_up(constant(1.0), 1)(0) == 1.0
+
+
+def test_the_cosine_is_that_of_pytorch():
+    torch = pytest.importorskip("torch")
+    weight = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=0.3)
+    theirs, rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=17), []
+    for _ in range(18):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    assert [cosine(0.3, 17)(step) for step in range(18)] == pytest.approx(rates, abs=1e-9)
+
+
+def test_the_linear_rule_scales_with_the_batch():
+    assert scaled_to_batch(0.1, 128, 128) == 0.1
+    assert scaled_to_batch(0.1, 512, 128) == pytest.approx(0.4)

@@ -84,6 +84,7 @@ class Trainer:
             config.learning_rate,
             every_steps=config.lr_step_epochs * self.steps_per_epoch,
             factor=config.lr_step_factor,
+            total_steps=config.epoch_count * self.steps_per_epoch,
         )
         rank, ranks = communicator.rank, communicator.size
         self._dealer = BalancedDealer(rank, ranks, config.micro_batches) if config.balance else Dealer(rank, ranks)
