@@ -3,30 +3,44 @@
 Nothing here knows ranks, files or configuration: arrays go in, arrays come out.
 """
 
-from distdl.nn.convolution import Conv2d, MaxPool2d, Window, patches, patches_adjoint
+from distdl.nn.activations import Identity, LeakyReLU, ReLU, Sigmoid, Softmax, Tanh
+from distdl.nn.convolution import Conv2d, ConvTranspose2d
 from distdl.nn.gradient_check import check_layer, check_network, numerical_gradient
 from distdl.nn.initializers import He, Initializer, Normal, Xavier, Zeros
-from distdl.nn.layers import Affine, Dropout, Flatten, Layer, ParameterSpec, ReLU, Sigmoid, Workspace
+from distdl.nn.layers import Affine, Dropout, Flatten, Layer, ParameterSpec, Workspace
 from distdl.nn.losses import SoftmaxCrossEntropy, count_correct
 from distdl.nn.models import MODELS, build_model, deep_convnet, mlp, simple_convnet
 from distdl.nn.network import Sequential
+from distdl.nn.normalization import LocalResponseNorm
+from distdl.nn.pooling import AvgPool2d, GlobalAvgPool2d, MaxPool2d
+from distdl.nn.upsampling import Upsample2d
+from distdl.nn.windows import Window, patches, patches_adjoint
 
 __all__ = [
     "MODELS",
     "Affine",
+    "AvgPool2d",
     "Conv2d",
+    "ConvTranspose2d",
     "Dropout",
     "Flatten",
+    "GlobalAvgPool2d",
     "He",
+    "Identity",
     "Initializer",
     "Layer",
+    "LeakyReLU",
+    "LocalResponseNorm",
     "MaxPool2d",
     "Normal",
     "ParameterSpec",
     "ReLU",
     "Sequential",
     "Sigmoid",
+    "Softmax",
     "SoftmaxCrossEntropy",
+    "Tanh",
+    "Upsample2d",
     "Window",
     "Workspace",
     "Xavier",

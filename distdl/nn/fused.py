@@ -30,8 +30,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from distdl.nn.convolution import Conv2d, MaxPool2d, Window
-from distdl.nn.layers import Array, Layer, ReLU, Workspace
+from distdl.nn.activations import ReLU
+from distdl.nn.convolution import Conv2d
+from distdl.nn.layers import Array, Layer, Workspace
+from distdl.nn.pooling import MaxPool2d
+from distdl.nn.windows import Window
 
 Watch = Callable[[str, str | None], None]
 

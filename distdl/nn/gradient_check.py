@@ -100,7 +100,7 @@ def check_layer(
     makes its output one number. Parameters start at their initial values plus some noise. At most
     `elements` elements of each array are compared.
 
-    >>> from distdl.nn.layers import Sigmoid
+    >>> from distdl.nn.activations import Sigmoid
     >>> check_layer(Sigmoid(), (4, 4, 2)) < 1e-6
     True
     """

@@ -216,44 +216,6 @@ class Affine(Layer):
         return f"Affine {self.outputs}"
 
 
-class ReLU(Layer):
-    """``y = max(x, 0)``; the gradient passes where x > 0, and is 0 at 0. Source: section 5.5.1."""
-
-    def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
-        """Return ``max(x, 0)``, any shape."""
-        self.y = self.workspace.array("y", x.shape)
-        return np.maximum(x, 0, out=self.y)
-
-    def backward(self, dy: Array) -> Array:
-        """Return `dy` where the output was positive, else 0."""
-        positive = self.workspace.array("positive", dy.shape, dtype=np.bool_)
-        np.greater(self.y, 0, out=positive)
-        return np.multiply(dy, positive, out=self.workspace.array("dx", dy.shape))
-
-
-class Sigmoid(Layer):
-    """``y = 1 / (1 + exp(-x))``, computed as ``(1 + tanh(x / 2)) / 2``, which cannot overflow.
-
-    Backward: ``dx = dy y (1 - y)``. Source: section 5.5.2.
-    """
-
-    def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
-        """Return the sigmoid of each element, any shape."""
-        self.y = y = self.workspace.array("y", x.shape)
-        np.multiply(x, 0.5, out=y)
-        np.tanh(y, out=y)
-        y *= 0.5
-        y += 0.5
-        return y
-
-    def backward(self, dy: Array) -> Array:
-        """Return ``dy y (1 - y)``."""
-        dx = np.subtract(1, self.y, out=self.workspace.array("dx", dy.shape))
-        dx *= self.y
-        dx *= dy
-        return dx
-
-
 class Dropout(Layer):
     """In training, set each element to 0 with probability `ratio` and divide the others by ``1 - ratio``.
 

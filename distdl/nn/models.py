@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from distdl.errors import UserError, unknown_name
-from distdl.nn.convolution import Conv2d, MaxPool2d
+from distdl.nn.activations import ReLU
+from distdl.nn.convolution import Conv2d
 from distdl.nn.initializers import He, Normal
-from distdl.nn.layers import Affine, Dropout, Flatten, Layer, ReLU, Shape
+from distdl.nn.layers import Affine, Dropout, Flatten, Layer, Shape
 from distdl.nn.network import Sequential
+from distdl.nn.pooling import MaxPool2d
 
 Model: TypeAlias = Callable[..., Sequential]
 """Called as ``model(input_shape, classes)``; ours take ``dtype`` besides."""

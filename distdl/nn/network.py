@@ -46,7 +46,7 @@ class Sequential:
 
     Raises `UserError`, naming the layer, if a layer's input does not fit.
 
-    >>> from distdl.nn.layers import Affine, ReLU
+    >>> from distdl.nn import Affine, ReLU
     >>> network = Sequential([Affine(3), ReLU(), Affine(2)], (4,))
     >>> [(name, view.shape) for name, view in network.named_parameters()][:2]
     [('affine_1.weight', (4, 3)), ('affine_1.bias', (3,))]

@@ -1,0 +1,124 @@
+"""Activations: functions of each element, any shape.
+
+Sources: *Deep Learning from Scratch*, sections 3.2 and 5.5; tanh and leaky ReLU: A. Ng, *Neural Networks and Deep
+Learning*, week 3.
+"""
+# ruff: noqa: ARG002  every layer's forward takes the same arguments, whether it needs them or not
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from distdl.errors import UserError
+from distdl.nn.layers import Array, Layer
+from distdl.rng import Key
+
+
+class ReLU(Layer):
+    """``y = max(x, 0)``; the gradient passes where x > 0, and is 0 at 0. Source: section 5.5.1."""
+
+    def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
+        """Return ``max(x, 0)``, any shape."""
+        self.y = self.workspace.array("y", x.shape)
+        return np.maximum(x, 0, out=self.y)
+
+    def backward(self, dy: Array) -> Array:
+        """Return `dy` where the output was positive, else 0."""
+        positive = self.workspace.array("positive", dy.shape, dtype=np.bool_)
+        np.greater(self.y, 0, out=positive)
+        return np.multiply(dy, positive, out=self.workspace.array("dx", dy.shape))
+
+
+class Sigmoid(Layer):
+    """``y = 1 / (1 + exp(-x))``, computed as ``(1 + tanh(x / 2)) / 2``, which cannot overflow.
+
+    Backward: ``dx = dy y (1 - y)``. Source: section 5.5.2.
+    """
+
+    def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
+        """Return the sigmoid of each element, any shape."""
+        self.y = y = self.workspace.array("y", x.shape)
+        np.multiply(x, 0.5, out=y)
+        np.tanh(y, out=y)
+        y *= 0.5
+        y += 0.5
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        """Return ``dy y (1 - y)``."""
+        dx = np.subtract(1, self.y, out=self.workspace.array("dx", dy.shape))
+        dx *= self.y
+        dx *= dy
+        return dx
+
+
+class Tanh(Layer):
+    """``y = tanh(x)``. Backward: ``dx = dy (1 - y²)``."""
+
+    def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
+        """Return the hyperbolic tangent of each element, any shape."""
+        self.y = self.workspace.array("y", x.shape)
+        return np.tanh(x, out=self.y)
+
+    def backward(self, dy: Array) -> Array:
+        """Return ``dy (1 - y²)``."""
+        dx = np.multiply(self.y, self.y, out=self.workspace.array("dx", dy.shape))
+        np.subtract(1, dx, out=dx)
+        dx *= dy
+        return dx
+
+
+class LeakyReLU(Layer):
+    """``y = x`` where x > 0, else ``slope x``; the gradient at 0 is that of the negative side."""
+
+    def __init__(self, slope: float = 0.01) -> None:
+        if not 0 <= slope < math.inf:
+            raise UserError(f"LeakyReLU: slope {slope} given, expected a number of at least 0")
+        self.slope = slope
+
+    def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
+        """Return `x` with its negative elements times the slope, any shape."""
+        self.positive = np.greater(x, 0, out=self.workspace.array("positive", x.shape, dtype=np.bool_))
+        return self._leak(x, "y")
+
+    def backward(self, dy: Array) -> Array:
+        """Return `dy`, times the slope where x was not positive."""
+        return self._leak(dy, "dx")
+
+    def _leak(self, x: Array, name: str) -> Array:
+        y = np.multiply(x, self.slope, out=self.workspace.array(name, x.shape))
+        np.copyto(y, x, where=self.positive)
+        return y
+
+    def __str__(self) -> str:
+        return f"LeakyReLU {self.slope:g}"
+
+
+class Identity(Layer):
+    """``y = x``: the output of regression (section 3.5)."""
+
+
+class Softmax(Layer):
+    """``y[n, k] = exp(x[n, k]) / sum over j of exp(x[n, j])`` along the last axis, safe against overflow.
+
+    Losses of classifiers take logits and hold their own softmax; this is for where probabilities are wanted inside of a
+    network. Backward: ``dx = y (dy - sum over k of y dy)``. Source: section 3.5.
+    """
+
+    def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
+        """Return the probabilities, any shape (..., K)."""
+        self.y = y = self.workspace.array("y", x.shape)
+        np.subtract(x, x.max(axis=-1, keepdims=True), out=y)
+        np.exp(y, out=y)
+        y /= y.sum(axis=-1, keepdims=True)
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        """Return ``y (dy - sum over k of y dy)``."""
+        dx = np.multiply(self.y, dy, out=self.workspace.array("dx", dy.shape))
+        inner = dx.sum(axis=-1, keepdims=True)
+        np.subtract(dy, inner, out=dx)
+        dx *= self.y
+        return dx

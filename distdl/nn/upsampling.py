@@ -1,0 +1,66 @@
+"""Making images (N, H, W, C) larger without parameters."""
+# ruff: noqa: ARG002  every layer's forward takes the same arguments, whether it needs them or not
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from distdl.errors import UserError
+from distdl.nn.layers import Array, Layer, Shape, show_shape
+from distdl.rng import Key
+
+
+class Upsample2d(Layer):
+    """Bilinear interpolation to `factor` times the size: (N, H, W, C) becomes (N, factor H, factor W, C).
+
+    Pixels are squares whose centres lie at halves, and the border repeats itself outwards (as PyTorch's ``bilinear``
+    with ``align_corners=False``). Each axis is one product with a small fixed matrix. Source: section 8.4 (FCN).
+    """
+
+    def __init__(self, factor: int = 2) -> None:
+        if factor < 1:
+            raise UserError(f"Upsample2d: factor {factor} given, expected a whole number of at least 1")
+        self.factor = factor
+
+    def build(self, input_shape: Shape, dtype: DTypeLike) -> Shape:
+        """The input must be an image (H, W, C)."""
+        super().build(input_shape, dtype)
+        if len(input_shape) != 3:
+            raise UserError(f"input {show_shape(input_shape)} is not an image; expected height x width x channels")
+        H, W, C = input_shape
+        self.rows, self.columns = interpolation(H, self.factor, dtype), interpolation(W, self.factor, dtype)
+        return (self.factor * H, self.factor * W, C)
+
+    def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
+        """Return the larger images."""
+        return self._resized(x, self.rows, self.columns, "y")
+
+    def backward(self, dy: Array) -> Array:
+        """Return the gradient by the input: each pixel gets from the outputs what it gave to them."""
+        return self._resized(dy, self.rows.T, self.columns.T, "dx")
+
+    def _resized(self, x: Array, rows: Array, columns: Array, name: str) -> Array:
+        N, H, W, C = x.shape
+        wide = self.workspace.array(f"{name} of rows", (N, len(rows), W, C))
+        np.matmul(rows, x.reshape(N, H, W * C), out=wide.reshape(N, len(rows), W * C))
+        y = self.workspace.array(name, (N, len(rows), len(columns), C))
+        np.matmul(columns, wide, out=y)
+        return y
+
+    def __str__(self) -> str:
+        return f"Upsample2d x{self.factor}"
+
+
+def interpolation(size: int, factor: int, dtype: DTypeLike) -> Array:
+    """Return the matrix (factor * size, size) of linear interpolation along one axis.
+
+    >>> interpolation(2, 2, float).tolist()
+    [[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]
+    """
+    place = np.clip((np.arange(factor * size) + 0.5) / factor - 0.5, 0, size - 1)
+    below = np.minimum(place.astype(np.int64), max(size - 2, 0))
+    matrix = np.zeros((factor * size, size), dtype)
+    matrix[np.arange(len(place)), np.minimum(below + 1, size - 1)] = place - below
+    matrix[np.arange(len(place)), below] += 1 - (place - below)
+    return matrix
