@@ -4,14 +4,15 @@ Nothing here knows ranks, files or configuration: arrays go in, arrays come out.
 """
 
 from distdl.nn.activations import Identity, LeakyReLU, ReLU, Sigmoid, Softmax, Tanh
+from distdl.nn.composites import Branches, Residual
 from distdl.nn.convolution import Conv2d, ConvTranspose2d
 from distdl.nn.gradient_check import check_layer, check_network, numerical_gradient
-from distdl.nn.initializers import He, Initializer, Normal, Xavier, Zeros
-from distdl.nn.layers import Affine, Dropout, Flatten, Layer, ParameterSpec, Workspace
+from distdl.nn.initializers import Constant, He, Initializer, Normal, Xavier, Zeros
+from distdl.nn.layers import Affine, BufferSpec, Dropout, Flatten, Layer, ParameterSpec, Workspace
 from distdl.nn.losses import SoftmaxCrossEntropy, count_correct
 from distdl.nn.models import MODELS, build_model, deep_convnet, mlp, simple_convnet
 from distdl.nn.network import Sequential
-from distdl.nn.normalization import LocalResponseNorm
+from distdl.nn.normalization import BatchNorm, LocalResponseNorm
 from distdl.nn.pooling import AvgPool2d, GlobalAvgPool2d, MaxPool2d
 from distdl.nn.upsampling import Upsample2d
 from distdl.nn.windows import Window, patches, patches_adjoint
@@ -20,6 +21,10 @@ __all__ = [
     "MODELS",
     "Affine",
     "AvgPool2d",
+    "BatchNorm",
+    "Branches",
+    "BufferSpec",
+    "Constant",
     "Conv2d",
     "ConvTranspose2d",
     "Dropout",
@@ -35,6 +40,7 @@ __all__ = [
     "Normal",
     "ParameterSpec",
     "ReLU",
+    "Residual",
     "Sequential",
     "Sigmoid",
     "Softmax",

@@ -106,7 +106,7 @@ def check_layer(
     """
     key = key or Key(0).of("check_layer")
     network = Sequential([layer], input_shape, dtype=np.float64, form="plain")
-    layer.needs_input_gradient = True
+    network.bind(needs_input_gradient=True)
     network.initialize(key)
     network.parameters += 0.1 * key.of("noise").normal(network.parameters.size)
     x = _normal(key.of("x"), (samples, *input_shape))

@@ -32,6 +32,17 @@ class Zeros:
 
 
 @dataclass(frozen=True)
+class Constant:
+    """The same number everywhere."""
+
+    value: float
+
+    def __call__(self, key: Key, shape: tuple[int, ...], fan_in: int) -> NDArray[Any]:  # noqa: ARG002
+        """Return an array of the given shape."""
+        return np.full(shape, self.value)
+
+
+@dataclass(frozen=True)
 class Normal:
     """Normal numbers of mean 0 and standard deviation `std`, whatever the fan-in.
 

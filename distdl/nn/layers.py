@@ -17,9 +17,9 @@ What every layer keeps to:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -48,6 +48,19 @@ class ParameterSpec:
     decay: bool = True
 
 
+@dataclass(frozen=True)
+class BufferSpec:
+    """Numbers that a layer keeps besides its parameters, and that no gradient changes: its name, shape and start.
+
+    `statistics` is how many float64 numbers the layer sums over its input in training for each update of the buffer.
+    """
+
+    name: str
+    shape: Shape
+    initial: float
+    statistics: int = 0
+
+
 class Product(NamedTuple):
     """A matrix product (M, K) times (K, N)."""
 
@@ -66,6 +79,26 @@ class Products(NamedTuple):
 
     forward: tuple[Product, ...] = ()
     backward: tuple[Product, ...] = ()
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Named views of a network's vectors, one a parameter or buffer."""
+
+    parameters: Mapping[str, Array]
+    gradients: Mapping[str, Array]
+    buffers: Mapping[str, Array]
+    statistics: Mapping[str, Array]
+
+    def below(self, name: str) -> Vectors:
+        """Return those whose names begin with ``name.``, without it."""
+        start = f"{name}."
+        return Vectors(
+            *(
+                {key.removeprefix(start): view for key, view in views.items() if key.startswith(start)}
+                for views in (self.parameters, self.gradients, self.buffers, self.statistics)
+            )
+        )
 
 
 class Workspace:
@@ -106,10 +139,16 @@ class Layer:
     ...         return 2 * dy
     """
 
-    parameters: dict[str, Array]
-    gradients: dict[str, Array]
+    parameters: Mapping[str, Array]
+    gradients: Mapping[str, Array]
+    buffers: Mapping[str, Array]
+    statistics: Mapping[str, Array]
     needs_input_gradient = True
     """False where nothing in front has parameters: `backward` may then return None."""
+    parameters_changed = True
+    """Set before each `forward`: whether the parameters may have changed since the one before."""
+    form: Literal["fast", "plain"] = "fast"
+    """Set before `build`: for layers that are made of others, how those are run."""
 
     def build(self, input_shape: Shape, dtype: DTypeLike) -> Shape:
         """Prepare for inputs of this shape, without N; return the shape of the output, without N.
@@ -123,6 +162,18 @@ class Layer:
     def parameter_specs(self) -> list[ParameterSpec]:
         """Return the parameters that the layer needs, once it is built."""
         return []
+
+    def buffer_specs(self) -> list[BufferSpec]:
+        """Return the buffers that the layer needs, once it is built."""
+        return []
+
+    def bind(self, vectors: Vectors) -> None:
+        """Take the layer's own views of the network's vectors, by the names that its specs gave."""
+        self.parameters, self.gradients = vectors.parameters, vectors.gradients
+        self.buffers, self.statistics = vectors.buffers, vectors.statistics
+
+    def update_buffers(self) -> None:
+        """Update `buffers` once a step; `statistics` then hold the sums over the whole batch."""
 
     def products(self, samples: int) -> Products:
         """Return the matrix products of one forward and one backward of this many samples, once it is built."""

@@ -2,33 +2,47 @@
 
 A layer's parameters and gradients are named views of two flat vectors, so whoever reduces, updates, saves
 or hashes a network handles one array. Each parameter starts on a 64-byte boundary; the padding in between
-stays zero.
+stays zero. What layers keep besides (the running moments of batch normalization) is a third vector, `buffers`, and
+the sums over the input that it is updated from are a fourth, `statistics`, which ranks add up as they do gradients.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from distdl.arrays import ALIGNMENT_BYTES, aligned_zeros
 from distdl.errors import UserError
-from distdl.nn.fused import Chain, chain_at
-from distdl.nn.layers import Array, Layer, ParameterSpec, Products, Shape
+from distdl.nn.layers import Array, BufferSpec, Layer, ParameterSpec, Products, Shape, Vectors
+from distdl.nn.path import Form, Path, Watch
 from distdl.rng import Key
 
+Spec = TypeVar("Spec", ParameterSpec, BufferSpec)
 
-class _Place(NamedTuple):
-    """Where a parameter lies in the flat vectors."""
 
-    layer: Layer
-    name: str
-    spec: ParameterSpec
-    where: slice
+class _Places(Generic[Spec]):
+    """Where named arrays lie in a flat vector, each on a 64-byte boundary; `lengths` has their sizes."""
+
+    def __init__(self, specs: Sequence[Spec], lengths: Sequence[int], dtype: np.dtype[Any]) -> None:
+        self.specs: list[Spec] = list(specs)
+        self.where: list[slice] = []
+        stop = 0
+        for length in lengths:
+            start = _aligned(stop, dtype)
+            stop = start + length
+            self.where.append(slice(start, stop))
+        self.size = _aligned(stop, dtype)
+
+    def views(self, flat: Array, *, shaped: bool = True) -> dict[str, Array]:
+        """Return the named views of a vector laid out so."""
+        return {
+            spec.name: flat[where].reshape(spec.shape) if shaped else flat[where]
+            for spec, where in zip(self.specs, self.where, strict=True)
+        }
 
 
 class Sequential:
@@ -60,10 +74,9 @@ class Sequential:
         input_shape: Shape,
         *,
         dtype: DTypeLike = np.float32,
-        form: Literal["fast", "plain"] = "fast",
+        form: Form = "fast",
     ) -> None:
         self.layers = list(layers)
-        self.layer_names = _names(self.layers)
         self.input_shape = tuple(input_shape)
         self.dtype = np.dtype(dtype)
         if not self.layers or len(set(map(id, self.layers))) < len(self.layers):
@@ -72,69 +85,43 @@ class Sequential:
             raise UserError(f"input shape {self.input_shape} given, expected sizes of at least 1")
         #: If set, it is called with "forward" or "backward" and the name of each part that has just been done,
         #: and with None for a name when a pass begins. Fused layers are one part, done once for each tile.
-        self.watch: Callable[[str, str | None], None] | None = None
-        self._shapes = self._build()
-        self.output_shape = self._shapes[-1]
-        self._places = self._lay_out()
-        size = self._places[-1].where.stop if self._places else 0
-        self.parameters = aligned_zeros(_aligned(size, self.dtype), self.dtype)
-        self.gradients = aligned_zeros(self.parameters.shape, self.dtype)
-        self.parameter_count = sum(place.where.stop - place.where.start for place in self._places)
-        self.decay_slices = [place.where for place in self._places if place.spec.decay]
-        self._hand_out()
-        self._stages = self._staged(form)
+        self.watch: Watch | None = None
+        self.path = Path(self.layers, self.input_shape, self.dtype, form)
+        self.layer_names = self.path.names
+        self.output_shape = self.path.shapes[-1]
 
-    def _build(self) -> list[Shape]:
-        """Build each layer for the output of the one in front; return the shapes of all outputs."""
-        shapes = []
-        shape = self.input_shape
-        for layer, name in zip(self.layers, self.layer_names, strict=True):
-            try:
-                shape = layer.build(shape, self.dtype)
-            except UserError as error:
-                raise UserError(f"{name} ({layer}): {error}") from None
-            shapes.append(shape)
-        return shapes
+        specs = self.path.parameter_specs()
+        self._places = _Places(specs, [math.prod(spec.shape) for spec in specs], self.dtype)
+        self.parameters = aligned_zeros(self._places.size, self.dtype)
+        self.gradients = aligned_zeros(self._places.size, self.dtype)
+        self.parameter_count = sum(where.stop - where.start for where in self._places.where)
+        self.decay_slices = [
+            where for spec, where in zip(self._places.specs, self._places.where, strict=True) if spec.decay
+        ]
+        kept = self.path.buffer_specs()
+        self._buffer_places = _Places(kept, [math.prod(spec.shape) for spec in kept], self.dtype)
+        self._statistics_places = _Places(kept, [spec.statistics for spec in kept], np.dtype(np.float64))
+        self.buffers = aligned_zeros(self._buffer_places.size, self.dtype)
+        self.statistics = aligned_zeros(self._statistics_places.size, np.float64)
+        self._vectors = vectors = Vectors(
+            dict(self.named_parameters()),
+            dict(self.named_gradients()),
+            self._buffer_places.views(self.buffers),
+            self._statistics_places.views(self.statistics, shaped=False),
+        )
+        for spec in kept:
+            vectors.buffers[spec.name][...] = spec.initial
+        self.bind()
 
-    def _lay_out(self) -> list[_Place]:
-        places = []
-        stop = 0
-        for layer, layer_name in zip(self.layers, self.layer_names, strict=True):
-            for spec in layer.parameter_specs():
-                start = _aligned(stop, self.dtype)
-                stop = start + math.prod(spec.shape)
-                places.append(_Place(layer, f"{layer_name}.{spec.name}", spec, slice(start, stop)))
-        return places
-
-    def _hand_out(self) -> None:
-        """Give each layer its views, and tell it whether anything in front of it needs a gradient."""
-        for layer in self.layers:
-            layer.parameters, layer.gradients = {}, {}
-        for layer, _, spec, where in self._places:
-            layer.parameters[spec.name] = self.parameters[where].reshape(spec.shape)
-            layer.gradients[spec.name] = self.gradients[where].reshape(spec.shape)
-        parameters_in_front = False
-        for layer in self.layers:
-            layer.needs_input_gradient = parameters_in_front
-            parameters_in_front = parameters_in_front or bool(layer.parameters)
-
-    def _staged(self, form: str) -> list[_Stage]:
-        """Return what is run one after the other: in the fast form, chains of fused layers where there are some."""
-        stages = []
-        start = 0
-        while start < len(self.layers):
-            chain, taken = None, 0
-            if form == "fast":
-                chain, taken = chain_at(self.layers[start:], self.layer_names[start:])
-            stages.append(_Stage(slice(start, start + max(taken, 1)), chain))
-            start += max(taken, 1)
-        return stages
+    def bind(self, *, needs_input_gradient: bool = False) -> None:
+        """Give all layers their views; say whether the first needs the gradient by the network's input."""
+        self.path.bind(self._vectors, needs_input_gradient=needs_input_gradient)
 
     def views(self, flat: Array) -> list[tuple[str, Array]]:
         """Return each parameter's name with its view of `flat`, any vector laid out as `parameters` is."""
         if flat.shape != self.parameters.shape:
             raise ValueError(f"a vector of shape {flat.shape} given, expected {self.parameters.shape}")
-        return [(place.name, flat[place.where].reshape(place.spec.shape)) for place in self._places]
+        return list(self._places.views(flat).items())
 
     def named_parameters(self) -> list[tuple[str, Array]]:
         """Return each parameter's name and view, in the order of the layers."""
@@ -144,10 +131,20 @@ class Sequential:
         """Return each parameter's name and the view of its gradient, in the order of the layers."""
         return self.views(self.gradients)
 
+    def named_buffers(self) -> list[tuple[str, Array]]:
+        """Return each buffer's name and view, in the order of the layers."""
+        return list(self._buffer_places.views(self.buffers).items())
+
+    def update_buffers(self, statistics: Array) -> None:
+        """Update `buffers` once a step, given the sum of `statistics` over all micro-batches of the batch."""
+        if self.statistics.size:
+            np.copyto(self.statistics, statistics)
+            self.path.update_buffers()
+
     def parts(self, samples: int) -> list[tuple[str, str, Products]]:
         """Return the parts that `watch` hears of: name, description, and the products for so many samples."""
         found = []
-        for stage in self._stages:
+        for stage in self.path.stages:
             if stage.chain is None:
                 place = stage.layers.start
                 layer = self.layers[place]
@@ -158,8 +155,8 @@ class Sequential:
 
     def initialize(self, key: Key) -> None:
         """Set each parameter by its initializer, from the key ``key.of(name)``."""
-        for (name, view), place in zip(self.named_parameters(), self._places, strict=True):
-            view[...] = place.spec.initializer(key.of(name), place.spec.shape, place.spec.fan_in)
+        for (name, view), spec in zip(self.named_parameters(), self._places.specs, strict=True):
+            view[...] = spec.initializer(key.of(name), spec.shape, spec.fan_in)
 
     def forward(
         self, x: Array, *, training: bool = False, key: Key | None = None, parameters_changed: bool = True
@@ -174,57 +171,13 @@ class Sequential:
             raise UserError(f"input is {x.dtype} {x.shape}; expected {self.dtype} ({expected})")
         if self.watch:
             self.watch("forward", None)
-        for stage in self._stages:
-            x = np.ascontiguousarray(x)
-            if stage.chain is not None:
-                x = stage.chain.forward(x, prepare=parameters_changed, watch=self.watch)
-                continue
-            place = stage.layers.start
-            layer, name = self.layers[place], self.layer_names[place]
-            x = layer.forward(x, training=training, key=None if key is None else key.of(name))
-            if x.shape[1:] != self._shapes[place]:
-                raise UserError(
-                    f"{name} ({layer}): forward returned {x.shape}; build announced {self._shapes[place]} without N"
-                )
-            if self.watch:
-                self.watch("forward", name)
-        return x
+        return self.path.forward(x, training=training, key=key, parameters_changed=parameters_changed, watch=self.watch)
 
     def backward(self, d_logits: Array) -> None:
         """Overwrite `gradients`, given the gradient of the loss by the logits of the latest `forward`."""
-        d: Array | None = d_logits
         if self.watch:
             self.watch("backward", None)
-        for stage in reversed(self._stages):
-            assert d is not None, "only a layer without need of an input gradient may return None"
-            first = self.layers[stage.layers.start]
-            d = np.ascontiguousarray(d)
-            if stage.chain is not None:
-                d = stage.chain.backward(d, watch=self.watch)
-            else:
-                d = first.backward(d)
-                if self.watch:
-                    self.watch("backward", self.layer_names[stage.layers.start])
-            if not first.needs_input_gradient:
-                break  # nothing in front has parameters
-
-
-class _Stage(NamedTuple):
-    """Layers that are run as one: a chain of fused ones, or a single layer as it is."""
-
-    layers: slice
-    chain: Chain | None
-
-
-def _names(layers: Sequence[Layer]) -> list[str]:
-    """Return for each layer its class in lower case and its number among its kind."""
-    seen: Counter[str] = Counter()
-    names = []
-    for layer in layers:
-        kind = type(layer).__name__.lower()
-        seen[kind] += 1
-        names.append(f"{kind}_{seen[kind]}")
-    return names
+        self.path.backward(d_logits, watch=self.watch)
 
 
 def _aligned(count: int, dtype: np.dtype[Any]) -> int:

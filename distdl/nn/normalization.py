@@ -6,10 +6,117 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from distdl.errors import UserError
-from distdl.nn.layers import Array, Layer
+from distdl.nn.initializers import Constant, Zeros
+from distdl.nn.layers import Array, BufferSpec, Layer, ParameterSpec, Shape
 from distdl.rng import Key
+
+
+class BatchNorm(Layer):
+    """Batch normalization of each channel, or of each feature of flat inputs: any shape (..., C).
+
+    In training ``y = gamma (x - mean) / sqrt(variance + epsilon) + beta`` with the moments of the micro-batch (of all
+    its samples and pixels), so that the result does not depend on how many ranks share the batch. In evaluation the
+    running moments take their place; once a step they become ``(1 - momentum) running + momentum batch``, with the mean
+    and the unbiased variance of the whole batch, from the sums that the ranks add up. Gamma and beta do not decay.
+
+    Sources: section 6.3; Ioffe and Szegedy 2015; Hoffer et al. 2017 ("ghost" batches). Momentum counts as in PyTorch.
+    """
+
+    def __init__(self, *, momentum: float = 0.1, epsilon: float = 1e-5) -> None:
+        if not (0 < momentum <= 1 and epsilon > 0):
+            raise UserError(
+                f"BatchNorm: momentum {momentum}, epsilon {epsilon} given, expected a momentum above 0 and at most 1, "
+                "and an epsilon above 0"
+            )
+        self.momentum, self.epsilon = momentum, epsilon
+
+    def build(self, input_shape: Shape, dtype: DTypeLike) -> Shape:
+        """Any input fits."""
+        self.channels = input_shape[-1]
+        return super().build(input_shape, dtype)
+
+    def parameter_specs(self) -> list[ParameterSpec]:
+        """Return gamma, which begins as ones, and beta, as zeros, (C,) each."""
+        shape = (self.channels,)
+        return [
+            ParameterSpec("gamma", shape, Constant(1.0), fan_in=1, decay=False),
+            ParameterSpec("beta", shape, Zeros(), fan_in=1, decay=False),
+        ]
+
+    def buffer_specs(self) -> list[BufferSpec]:
+        """Return the running moments, (C,) each, and the sums: of x and the count, and of x squared."""
+        shape, C = (self.channels,), self.channels
+        return [BufferSpec("mean", shape, 0.0, statistics=C + 1), BufferSpec("variance", shape, 1.0, statistics=C)]
+
+    def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
+        """Return the normalized elements, any shape (..., C)."""
+        rows = x.reshape(-1, self.channels)
+        y = self.workspace.array("y", rows.shape)
+        gamma, beta = self.parameters["gamma"], self.parameters["beta"]
+        self.training = training
+        if not training:
+            self.inverse = 1 / np.sqrt(self.buffers["variance"] + self.epsilon)
+            np.subtract(rows, self.buffers["mean"], out=y)
+            y *= self.inverse * gamma
+            y += beta
+            return y.reshape(x.shape)
+        M = len(rows)
+        ones = self.workspace.array("ones", (M,), fill=1)
+        mean = np.matmul(ones, rows) / M
+        centred = self.workspace.array("centred", rows.shape)
+        np.subtract(rows, mean, out=centred)
+        squares = np.multiply(centred, centred, out=y)
+        variance = np.matmul(ones, squares) / M
+        self._note(M, mean.astype(np.float64), variance.astype(np.float64))
+        self.inverse = (1 / np.sqrt(variance + self.epsilon)).astype(rows.dtype, copy=False)
+        centred *= self.inverse
+        self.normalized = centred
+        np.multiply(centred, gamma, out=y)
+        y += beta
+        return y.reshape(x.shape)
+
+    def _note(self, M: int, mean: Array, variance: Array) -> None:
+        """Write the micro-batch's sums, from which ranks find the moments of the batch."""
+        self.statistics["mean"][:-1] = M * mean
+        self.statistics["mean"][-1] = M
+        self.statistics["variance"][:] = M * (variance + mean * mean)
+
+    def update_buffers(self) -> None:
+        """Move the running moments towards those of the batch, whose sums `statistics` hold."""
+        sums, count = self.statistics["mean"][:-1], float(self.statistics["mean"][-1])
+        if not count:
+            return
+        mean = sums / count
+        variance = np.maximum(self.statistics["variance"] / count - mean * mean, 0) * (count / max(count - 1, 1))
+        for name, moment in (("mean", mean), ("variance", variance)):
+            running = self.buffers[name]
+            running *= 1 - self.momentum
+            running += (self.momentum * moment).astype(running.dtype)
+
+    def backward(self, dy: Array) -> Array:
+        """Set the gradients of gamma and beta; return that of the input, any shape (..., C)."""
+        d = dy.reshape(-1, self.channels)
+        M = len(d)
+        gamma = self.parameters["gamma"]
+        ones = self.workspace.array("ones", (M,), fill=1)
+        dx = self.workspace.array("dx", d.shape)
+        if not self.training:
+            raise ValueError("BatchNorm has a gradient in training only: its running moments are no function of x")
+        np.multiply(d, self.normalized, out=dx)
+        np.matmul(ones, dx, out=self.gradients["gamma"])
+        np.matmul(ones, d, out=self.gradients["beta"])
+        # dx = gamma / sigma (dy - mean of dy - normalized x mean of (dy normalized x))
+        np.multiply(self.normalized, self.gradients["gamma"] / M, out=dx)
+        np.subtract(d, dx, out=dx)
+        dx -= self.gradients["beta"] / M
+        dx *= gamma * self.inverse
+        return dx.reshape(dy.shape)
+
+    def __str__(self) -> str:
+        return "BatchNorm"
 
 
 class LocalResponseNorm(Layer):

@@ -18,8 +18,7 @@ def normal(shape, name="x", dtype=np.float64):
 
 def built(layer, input_shape, dtype=np.float64):
     """Return the layer, set up to give its input gradient, with normal numbers as all its parameters."""
-    Sequential([layer], input_shape, dtype=dtype)
-    layer.needs_input_gradient = True
+    Sequential([layer], input_shape, dtype=dtype).bind(needs_input_gradient=True)
     for name, view in layer.parameters.items():
         view[...] = normal(view.shape, name)
     return layer

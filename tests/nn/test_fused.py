@@ -146,7 +146,7 @@ def test_the_convnets_agree_with_their_plain_form_in_float32(model, shape, N):
 
 
 def algorithms(network):
-    return [[type(block) for block in stage.chain.blocks] if stage.chain else None for stage in network._stages]
+    return [[type(block) for block in stage.chain.blocks] if stage.chain else None for stage in network.path.stages]
 
 
 def test_the_models_run_their_convolutions_as_one_chain():

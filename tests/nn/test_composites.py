@@ -1,0 +1,126 @@
+"""Layers made of others: gradients, names, both forms, and what does not fit together."""
+
+import numpy as np
+import pytest
+
+from distdl.errors import UserError
+from distdl.nn import (
+    Affine,
+    BatchNorm,
+    Branches,
+    Conv2d,
+    Dropout,
+    Flatten,
+    GlobalAvgPool2d,
+    MaxPool2d,
+    ReLU,
+    Residual,
+    Sequential,
+    Tanh,
+    check_layer,
+)
+from distdl.rng import Key
+
+from .oracles import normal, relative_error
+
+COMPOSITES = {
+    "a way around": lambda: Residual([Conv2d(3, 3, padding=1), Tanh(), BatchNorm(), Conv2d(3, 3, padding=1)]),
+    "a way around that shrinks": lambda: Residual(
+        [Conv2d(4, 3, stride=2, padding=1), Tanh(), Conv2d(4, 3, padding=1)], [Conv2d(4, 1, stride=2)]
+    ),
+    "three branches": lambda: Branches(
+        [Conv2d(2, 1)],
+        [Conv2d(2, 1), Tanh(), Conv2d(4, 3, padding=1)],
+        [MaxPool2d(3, stride=1, padding=1), Conv2d(1, 1)],
+    ),
+    "a branch that is the input": lambda: Branches([], [Conv2d(2, 3, padding=1)]),
+    "one in another": lambda: Residual([Branches([Conv2d(1, 1)], [Residual([Tanh()]), Conv2d(2, 1)])]),
+    "with dropout": lambda: Residual([Dropout(0.5), Conv2d(3, 1)]),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_every_gradient_is_that_of_central_differences(name):
+    assert check_layer(COMPOSITES[name](), (6, 6, 3), training=True, key=Key(4)) < 1e-6
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_both_forms_agree_wherever_the_composite_stands(name):
+    def layers():
+        return [Conv2d(3, 3, padding=1), ReLU(), COMPOSITES[name](), ReLU(), GlobalAvgPool2d(), Affine(4)]
+
+    fast, plain = (Sequential(layers(), (6, 6, 2), dtype=np.float64, form=form) for form in ("fast", "plain"))
+    fast.initialize(Key(2))
+    x, dy = normal((5, 6, 6, 2)), normal((5, 4), "dy")
+    plain.parameters[...] = fast.parameters
+    for changed in (True, False, True):
+        fast.parameters += 0.01 * changed  # a chain inside must notice
+        plain.parameters[...] = fast.parameters
+        for network in (fast, plain):
+            network.y = network.forward(x, training=True, key=Key(3), parameters_changed=changed).copy()
+            network.backward(dy)
+        assert relative_error(fast.y, plain.y) < 1e-10
+        assert relative_error(fast.gradients, plain.gradients) < 1e-10
+
+
+def test_a_composite_in_front_needs_no_input_gradient_and_its_layers_neither():
+    network = Sequential(
+        [Residual([Conv2d(2, 3, padding=1), ReLU(), Conv2d(2, 3, padding=1)]), Flatten(), Affine(3)], (5, 5, 2)
+    )
+    residual = network.layers[0]
+    assert not residual.needs_input_gradient
+    (_, body), _ = residual.paths
+    assert [layer.needs_input_gradient for layer in body.layers] == [False, True, True]
+    network.initialize(Key(0))
+    network.forward(normal((2, 5, 5, 2), dtype=np.float32))
+    network.backward(normal((2, 3), "dy", np.float32))
+    assert all(np.abs(gradient).max() > 0 for _, gradient in network.named_gradients())
+
+
+def test_parameters_and_buffers_are_named_after_the_way_and_the_layer():
+    network = Sequential(
+        [
+            Residual([Conv2d(2, 1), BatchNorm()], [Conv2d(2, 1)]),
+            Branches([Conv2d(1, 1)], [Conv2d(1, 1), BatchNorm()]),
+        ],
+        (4, 4, 2),
+    )
+    names = [name for name, _ in network.named_parameters()]
+    assert "residual_1.body.conv2d_1.weight" in names
+    assert "residual_1.shortcut.conv2d_1.bias" in names
+    assert "branches_1.branch_2.batchnorm_1.gamma" in names
+    assert len(set(names)) == len(names) == 12
+    assert [name for name, _ in network.named_buffers()] == [
+        "residual_1.body.batchnorm_1.mean",
+        "residual_1.body.batchnorm_1.variance",
+        "branches_1.branch_2.batchnorm_1.mean",
+        "branches_1.branch_2.batchnorm_1.variance",
+    ]
+    network.initialize(Key(0))
+    network.forward(normal((3, 4, 4, 2), dtype=np.float32), training=True)
+    network.update_buffers(network.statistics.copy())
+    assert all((view != (name.endswith("variance"))).any() for name, view in network.named_buffers())
+
+
+def test_dropout_masks_of_different_ways_differ():
+    network = Sequential([Branches([Dropout(0.5)], [Dropout(0.5)])], (100,))
+    y = network.forward(np.ones((1, 100), np.float32), training=True, key=Key(0))
+    assert (y[:, :100] != y[:, 100:]).any()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: Residual([Conv2d(4, 1)]),
+            "residual_1 .*the body puts out 4x4x4, the shortcut 4x4x2: expected the same",
+        ),
+        (lambda: Branches([Conv2d(1, 3)], [Conv2d(1, 1)]), "the branches put out 2x2x1, 4x4x1"),
+        (lambda: Residual([Affine(3)]), "affine_1 .*is not flat"),
+        (lambda: Residual([]), "expected at least one in the body"),
+        (Branches, "expected at least one list"),
+    ],
+)
+def test_ways_that_do_not_fit_together_are_one_line(make, message):
+    with pytest.raises(UserError, match=message):
+        Sequential([make()], (4, 4, 2))
