@@ -50,33 +50,38 @@ class Start:
     numbered: bool = False
 
 
-def find_start(config: TrainConfig) -> Start:
-    """Decide where the run begins; nothing is written. Raises `UserError` for a folder or resume that cannot be."""
+def find_start(config: TrainConfig, ours: Path | None = None) -> Start:
+    """Decide where the run begins; nothing is written. Raises `UserError` for a folder or resume that cannot be.
+
+    `ours` is the folder that this very job has decided on before: it lost its coordinator, and begins again there.
+    """
     try:
         if config.resume is None:
+            if ours is not None:
+                return Start(ours)
             if config.run_dir is None:
                 return Start(timestamped(f"{config.dataset}-{config.model}"), numbered=True)
             _refuse_used(config.run_dir)
             return Start(config.run_dir)
-        return _resumed(config, config.resume)
+        return _resumed(config, config.resume, ours)
     except OSError as error:
         raise UserError(
             f"cannot look into {error.filename}: {error.strerror}; give another --run-dir or --resume"
         ) from None
 
 
-def _resumed(config: TrainConfig, resume: str) -> Start:
-    start = _newest_in_own_folder(config) if resume == "auto" else _given_checkpoint(config, Path(resume))
+def _resumed(config: TrainConfig, resume: str, ours: Path | None) -> Start:
+    start = _newest_in_own_folder(config, ours) if resume == "auto" else _given_checkpoint(config, Path(resume))
     if start.path is None or start.checkpoint is None:
         return start
     _refuse_another_run(config, start.path, start.checkpoint.header)
     start = replace(start, folder=config.run_dir or start.folder)
-    if start.origin is None or start.folder.resolve() != start.origin.resolve():
+    if ours is None and (start.origin is None or start.folder.resolve() != start.origin.resolve()):
         _refuse_used(start.folder)
     return start
 
 
-def _newest_in_own_folder(config: TrainConfig) -> Start:
+def _newest_in_own_folder(config: TrainConfig, ours: Path | None) -> Start:
     """Return the newest intact checkpoint in the run folder; a fresh start there if it has none yet."""
     folder = config.run_dir
     assert folder is not None, "config.checked() has seen to it"
@@ -84,7 +89,7 @@ def _newest_in_own_folder(config: TrainConfig) -> Start:
     found = checkpoints.newest_intact(folder / "checkpoints")
     if found is not None:
         return Start(folder, found[0], found[1], tuple(found[2]), origin=folder)
-    if not (folder / "config.toml").is_file():
+    if ours is None and not (folder / "config.toml").is_file():
         _refuse_used(folder)  # no run was ever here
     return Start(folder)
 
@@ -147,7 +152,7 @@ def claim(start: Start) -> Iterator[tuple[Path, IO[bytes]]]:
         _make_folders(folder.parent, made)
         folder = _make_numbered(folder, made) if start.numbered else _make_folders(folder, made)
         lock_is_old = (folder / "lock").exists()
-        lock = _locked(folder)
+        lock = lock_folder(folder)
         present = set(folder.rglob("*")) - (set() if lock_is_old else {folder / "lock"})
         _make_folders(folder / "checkpoints", made)
         yield folder, lock
@@ -195,7 +200,7 @@ def _make_numbered(folder: Path, made: list[Path]) -> Path:
     return path
 
 
-def _locked(folder: Path) -> IO[bytes]:
+def lock_folder(folder: Path) -> IO[bytes]:
     """Return a file that locks the run folder as long as it is open, that is as long as this process lives."""
     while True:
         lock = (folder / "lock").open("wb")
