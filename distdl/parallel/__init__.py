@@ -97,7 +97,8 @@ def _end_the_job_on_uncaught_exceptions(communicator: Communicator) -> None:
             report(error, communicator.rank)
             communicator.abort(exit_code_of(error))
         if communicator.rank == 0:
-            say(f"distdl: error: {' '.join(str(error).split())}\n")
+            label = getattr(error, "label", "error: ")
+            say(f"distdl: {label}{' '.join(str(error).split())}\n")
         raise SystemExit(exit_code_of(error))  # all ranks are leaving: an ordinary exit, with a code of our choice
 
     sys.excepthook = end_the_job
