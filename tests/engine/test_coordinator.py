@@ -139,7 +139,10 @@ def test_a_run_killed_before_its_first_checkpoint_starts_afresh(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
-        ({}, "the loss is nan at step 2, first in micro-batch 0 (computed by rank 0); the micro-batch is saved in FILE"),
+        (
+            {},
+            "the loss is nan at step 2, first in micro-batch 0 (computed by rank 0); the micro-batch is saved in FILE",
+        ),
         ({"max_steps": 1}, "the weights are not finite after step 1"),
         ({"checkpoint_every": 1}, "the weights are not finite after step 1"),
     ],
