@@ -7,11 +7,15 @@ coordinator may be lost, followers keep what the logs should hold, and the lowes
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from distdl.config import TrainConfig
 from distdl.engine import checkpoint as checkpoints
@@ -19,6 +23,7 @@ from distdl.engine.checkpoint import Checkpoint
 from distdl.engine.files import remove_temporaries, write_durably
 from distdl.engine.journal import Journal, Records
 from distdl.engine.metrics import JsonLines, Sums
+from distdl.engine.nonfinite import Fault
 from distdl.engine.progress import Progress, describe_shares
 from distdl.engine.run_folder import Start, claim
 from distdl.engine.state import TrainingState
@@ -28,8 +33,11 @@ from distdl.errors import DamagedFileError, UserError
 
 #: Checkpoints in a row that may fail to be written before the run gives up.
 MISSES_ALLOWED = 3
-#: Between two lines that say how micro-batches are dealt now.
+#: Between two lines that say how micro-batches are dealt now, and between two warnings of skipped steps.
 SECONDS_BETWEEN_SHARES = 5.0
+SECONDS_BETWEEN_SKIPS = 5.0
+#: Micro-batches whose loss or gradient was not finite, of one run.
+MOST_SAVED = 10
 
 
 class Follower:
@@ -57,6 +65,14 @@ class Follower:
     def stepped(self, state: TrainingState, batch: Sums, learning_rate: float) -> None:
         """React to a step that has just been taken; `batch` holds the sums of its samples."""
         self._records(lambda journal: journal.stepped(state, batch, learning_rate))
+
+    def not_finite(self, fault: Fault, samples: Mapping[str, NDArray[Any]]) -> str | None:  # noqa: ARG002
+        """Save the micro-batch that a step's fault came from, for inspection; return where, if it was saved."""
+        return None
+
+    def skipped(self, state: TrainingState, fault: Fault) -> None:
+        """React to a step that has just been taken without an update of the weights."""
+        self._records(lambda journal: journal.skipped(state, fault))
 
     def redealt(self, shares: Sequence[int]) -> None:
         """Say that from the next step on each rank computes so many micro-batches of a full batch."""
@@ -154,6 +170,7 @@ class Coordinator(Follower):
         self._versions = environment["versions"]
         self._shares_to_say: Sequence[int] | None = None
         self._say_shares_after = 0.0
+        self._say_skip_after = 0.0
 
     def _records(self, make: Callable[[Journal], Records]) -> None:
         for name, record in make(self._records_of):
@@ -218,6 +235,29 @@ class Coordinator(Follower):
             self._shares_to_say = None
             self._say_shares_after = time.monotonic() + SECONDS_BETWEEN_SHARES
         self.progress.live(epoch + 1, self.config.epoch_count, position + 1, self._steps_per_epoch, batch.loss)
+
+    def not_finite(self, fault: Fault, samples: Mapping[str, NDArray[Any]]) -> str | None:
+        """Save the micro-batch as an .npz file in the run folder; of many, only the first."""
+        path = self.folder / f"not-finite-step-{fault.step:09d}.npz"
+        if len(list(self.folder.glob("not-finite-*.npz"))) >= MOST_SAVED and not path.exists():
+            return None
+        arrays: dict[str, Any] = {"step": fault.step, "micro_batch": fault.micro_batch, **samples}
+        content = io.BytesIO()
+        np.savez(content, **arrays)
+        try:
+            write_durably(path, content.getvalue())
+        except OSError as error:
+            self.progress.warning(f"cannot write {path}: {error.strerror or error}")
+            return None
+        return str(path)
+
+    def skipped(self, state: TrainingState, fault: Fault) -> None:
+        """Log the step, in whose record there is no loss, and warn of it, though not of each of many."""
+        super().skipped(state, fault)
+        count = state.progress["skipped_steps"]
+        if time.monotonic() >= self._say_skip_after:
+            self.progress.warning(f"{fault}: no update in this step ({count} skipped so far)")
+            self._say_skip_after = time.monotonic() + SECONDS_BETWEEN_SKIPS
 
     def redealt(self, shares: Sequence[int]) -> None:
         """Say so below the step, or a few seconds later where shares change often."""

@@ -14,6 +14,7 @@ from typing import Any
 from distdl.arrays import sha256_of_arrays
 from distdl.config import TrainConfig
 from distdl.engine.metrics import Sums, line_of
+from distdl.engine.nonfinite import Fault
 from distdl.engine.state import TrainingState
 
 #: The records of one event, each with the name of its log.
@@ -44,10 +45,24 @@ class Journal:
                 "lr": learning_rate,
             }
             records.append(("metrics", record))
-        if self.config.record_hashes:
-            hashes = {name: sha256_of_arrays([(name, array)])[:16] for name, array in state.named_arrays()}
-            records.append(("hashes", {"step": state.step, "loss": batch.loss, "hashes": hashes}))
-        return self._kept(records)
+        return self._kept(records + self._hashes(state, batch.loss))
+
+    def skipped(self, state: TrainingState, fault: Fault) -> Records:
+        """Return the records of a step that has just been taken without an update."""
+        record = {
+            "step": state.step,
+            "epoch": (state.step - 1) // self.steps_per_epoch + 1,
+            "skipped": fault.what,
+            "micro_batch": fault.micro_batch,
+            "skipped_steps": state.progress["skipped_steps"],
+        }
+        return self._kept([("metrics", record), *self._hashes(state, None)])
+
+    def _hashes(self, state: TrainingState, loss: float | None) -> Records:
+        if not self.config.record_hashes:
+            return []
+        hashes = {name: sha256_of_arrays([(name, array)])[:16] for name, array in state.named_arrays()}
+        return [("hashes", {"step": state.step, "loss": loss, "hashes": hashes})]
 
     def epoch_ended(self, state: TrainingState, validation: Sums) -> Records:
         """Return the record of an epoch, before its sums are cleared."""

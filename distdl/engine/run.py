@@ -26,6 +26,7 @@ from distdl.engine.journal import Journal
 from distdl.engine.progress import Progress, banner, shares_of
 from distdl.engine.run_folder import Start, find_start
 from distdl.engine.state import TrainingState
+from distdl.engine.stop import StopRequest
 from distdl.engine.takeover import Successor
 from distdl.engine.trace import check_writable
 from distdl.engine.trainer import Data, Summary, Trainer
@@ -53,18 +54,19 @@ def train(
     for what the user gave; any other exception on any rank ends the whole job.
     """
     communicator = world() if communicator is None else communicator
-    given = config
+    given, stop = config, StopRequest()
 
     def agree_on_config(communicator: Communicator) -> TrainConfig:
         config = together(communicator, _labelled(given, build_network, dataset).checked)
         communicator.spin_seconds = balance.SPIN_SECONDS if config.balance else Communicator.spin_seconds
         return TrainConfig.from_json(communicator.bcast_json(config.to_json()))
 
-    with guard(communicator):
+    with stop.listening(), guard(communicator):
         communicator, config, _ = survive(communicator, agree_on_config)
         with numerics(config.threads_per_rank):
             preparation = _Preparation(config, build_network, dataset)
             _, trainer, loss = survive(communicator, preparation.trainer)
+            trainer.stop = stop
             try:
                 preparation.introduce(trainer)
                 if loss is not None:

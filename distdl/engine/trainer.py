@@ -12,9 +12,10 @@ the others `recover` and do the same phase again (`parallel/recovery.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,13 +25,15 @@ from distdl.arrays import aligned_empty
 from distdl.config import TrainConfig
 from distdl.data import split
 from distdl.data.normalization import Normalization
+from distdl.engine import corruption, nonfinite
 from distdl.engine.balance import BalancedDealer, Dealer
 from distdl.engine.coordinator import Follower
 from distdl.engine.metrics import METRIC_FIELDS, Sums
 from distdl.engine.state import TrainingState
+from distdl.engine.stop import StopRequest
 from distdl.engine.timeline import Timeline
 from distdl.engine.trace import Trace
-from distdl.errors import PeerLost, UserError
+from distdl.errors import CorruptionError, DistdlError, PeerLost, UserError
 from distdl.nn import SoftmaxCrossEntropy, count_correct
 from distdl.parallel import (
     REDUCTIONS,
@@ -39,8 +42,9 @@ from distdl.parallel import (
     Layout,
     Loss,
     Position,
+    Record,
     Shard,
-    commit,
+    committed,
     die_of_the_host,
     recover,
     together,
@@ -76,16 +80,21 @@ class Data:
     normalization: Normalization
     classes: int
 
+    def samples(self, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Return the images, as the dataset has them, and the labels of some rows."""
+        return {"images": self.images[rows], "labels": self.labels[rows]}
+
 
 class Phase(IntEnum):
     """What a run does next after so many steps; in this order where it is several."""
 
-    VALIDATE = 0
-    CHECKPOINT = 1
-    TRAIN = 2
-    TEST = 3
-    FINISH = 4
-    END = 5
+    COMPARE = 0
+    VALIDATE = 1
+    CHECKPOINT = 2
+    TRAIN = 3
+    TEST = 4
+    FINISH = 5
+    END = 6
 
 
 class Trainer:
@@ -113,6 +122,7 @@ class Trainer:
             every_steps=config.lr_step_epochs * self.steps_per_epoch,
             factor=config.lr_step_factor,
         )
+        self.stop = StopRequest()
         self._leaf = Sums()
         self._batch = Sums()
         self._images: dict[int, NDArray[np.float32]] = {}
@@ -129,7 +139,8 @@ class Trainer:
         config, communicator = self.config, self.communicator
         rank, ranks = communicator.rank, communicator.size
         self._dealer = BalancedDealer(rank, ranks, config.micro_batches) if config.balance else Dealer(rank, ranks)
-        fields = [Field("gradient", "f4", self.state.network.gradients.size), *METRIC_FIELDS, *self._dealer.fields]
+        gradient = Field("gradient", "f4", self.state.network.gradients.size)
+        fields = [gradient, *METRIC_FIELDS, *self._dealer.fields, *self.stop.fields]
         self._gradients = REDUCTIONS[config.reduction](communicator, Layout(fields))
         self._metrics = REDUCTIONS[config.reduction](communicator, Layout(METRIC_FIELDS))
         self.timeline = Timeline(communicator)
@@ -140,6 +151,7 @@ class Trainer:
         """Train to the last step, score the test part where training is complete, and return the summary."""
         phases = {
             Phase.TRAIN: self._train,
+            Phase.COMPARE: self._compare_replicas,
             Phase.VALIDATE: self._end_epoch,
             Phase.CHECKPOINT: self._checkpoint,
             Phase.TEST: self._score_test,
@@ -153,20 +165,34 @@ class Trainer:
             except (MemoryError, OSError) as error:
                 die_of_the_host(self.communicator, error)
                 raise
+        if self.state.step < self.last_step:
+            self.stop.stop(self.state.step)
         return self.summary
 
     def _train(self) -> None:
         self.step()
+        every = self.config.verify_every
+        self.phase = Phase.COMPARE if every and self.state.step % every == 0 else self._after_comparison()
+
+    def _compare_replicas(self) -> None:
+        with committed(self.communicator):
+            corruption.compare_replicas(self.communicator, self.state)
+        self.phase = self._after_comparison()
+
+    def _after_comparison(self) -> Phase:
         step, every = self.state.step, self.config.checkpoint_every
         if step % self.steps_per_epoch == 0:
-            self.phase = Phase.VALIDATE
-        elif step == self.last_step or (every and step % every == 0):
-            self.phase = Phase.CHECKPOINT
+            return Phase.VALIDATE
+        return Phase.CHECKPOINT if self._stops_here or (every and step % every == 0) else Phase.TRAIN
 
     def _after_checkpoint(self) -> Phase:
-        if self.state.step < self.last_step:
+        if not self._stops_here:
             return Phase.TRAIN
         return Phase.TEST if self._is_complete else Phase.FINISH
+
+    @property
+    def _stops_here(self) -> bool:
+        return self.state.step >= self.last_step or self.stop.agreed is not None
 
     @property
     def _is_complete(self) -> bool:
@@ -182,15 +208,16 @@ class Trainer:
         communicator, state = self.communicator, self.state
         test = None if self._test is None else [float(self._test.loss_sum[0]), *map(int, self._test.counts)]
         journal = self.coordinator.journal
-        mine = [self.position, state.progress, test, None if journal is None else journal.to_json()]
-        position, progress, test, journaled = communicator.bcast_json(mine, source)
+        journaled = None if journal is None else journal.to_json()
+        mine = [self.position, state.progress, self.stop.agreed, test, journaled]
+        position, progress, stop, test, journaled = communicator.bcast_json(mine, source)
         arrays = [(array, array.copy()) for _, array in state.named_arrays()]
         for _, received in arrays:
             communicator.bcast(received, source)
         if position > self.position:
             for array, received in arrays:
                 array[...] = received
-            state.progress, self.phase = progress, Phase(position[1])
+            state.progress, self.stop.agreed, self.phase = progress, stop, Phase(position[1])
             if test is not None:
                 self._test = Sums()
                 self._test.set(*test)
@@ -232,36 +259,78 @@ class Trainer:
         shards = self._shards(len(rows))
         self._gradients.begin(shards)
         self._dealer.begin()
-        for place, index in enumerate(shards[self.communicator.rank]):
+        compute = partial(self._computed, rows, key)
+        for index, record in compute(shards[self.communicator.rank]):
+            self._gradients.add(index, record)
+        with committed(self.communicator):
+            if self.config.audit and (state.step + 1) % self.config.audit == 0:
+                corruption.audit(self.communicator, self._gradients, shards, compute, state)
+            self.timeline.enter_reduction()
+            total = self._gradients.total()
+            self.timeline.leave_reduction()
+            fault = None
+            if (what := nonfinite.what_is_not_finite(total)) is not None:
+                fault, total = self._not_finite(what, rows, shards, key)
+
+        learning_rate = self.schedule(state.step)
+        if fault is None:
+            gradient = np.divide(total["gradient"], len(rows), out=network.gradients)
+            state.optimizer.update(network.parameters, gradient, learning_rate, state.step + 1)
+            state.epoch_sums.add(total)
+        else:
+            state.progress["skipped_steps"] = state.progress.get("skipped_steps", 0) + 1
+        state.step_array += 1
+        self.stop.observe(total)
+        self._samples += len(rows)
+        state.progress["train_seconds"] += self.timeline.end()
+        shares = self._dealer.stepped(shards, total)
+        if shares is not None:
+            self.coordinator.redealt(shares)
+        if fault is None:
+            self._batch.set(float(total["loss_sum"][0]), int(total["counts"][0]), len(rows))
+            self.coordinator.stepped(state, self._batch, learning_rate)
+        else:
+            self.coordinator.skipped(state, fault)
+
+    def _computed(
+        self, rows: NDArray[np.int64], key: Key, shard: Shard
+    ) -> Iterator[tuple[int, Mapping[str, NDArray[Any]]]]:
+        """Compute the micro-batches of a shard; yield the index and the record of each, valid until the next."""
+        network = self.state.network
+        for place, index in enumerate(shard):
             images, labels = self._micro_batch(rows, index)
             changed = place == 0  # by the update at the end of the step before
             logits = network.forward(images, training=True, key=key.of(index), parameters_changed=changed)
             self._leaf.set(self.objective.forward(logits, labels), count_correct(logits, labels), len(labels))
             network.backward(self.objective.backward())
             timed = self._dealer.values(whole=len(labels) == self.config.micro_batch_size)
-            self._gradients.add(index, {"gradient": network.gradients, **vars(self._leaf), **timed})
-        self.timeline.enter_reduction()
-        total = self._gradients.total()
-        self.timeline.leave_reduction()
-        commit(self.communicator)
+            yield index, {"gradient": network.gradients, **vars(self._leaf), **timed, **self.stop.values()}
 
-        loss_sum = float(total["loss_sum"][0])
-        if not math.isfinite(loss_sum):
-            raise self._diverged(f"the loss is {loss_sum} at step {state.step + 1}")
-        if not _is_finite(total["gradient"]):
-            raise self._diverged(f"the gradient is not finite at step {state.step + 1}")
-        gradient = np.divide(total["gradient"], len(rows), out=network.gradients)
-        learning_rate = self.schedule(state.step)
-        state.optimizer.update(network.parameters, gradient, learning_rate, state.step + 1)
-        state.step_array += 1
-        state.epoch_sums.add(total)
-        self._samples += len(rows)
-        state.progress["train_seconds"] += self.timeline.end()
-        shares = self._dealer.stepped(shards, total)
-        if shares is not None:
-            self.coordinator.redealt(shares)
-        self._batch.set(loss_sum, int(total["counts"][0]), len(rows))
-        self.coordinator.stepped(state, self._batch, learning_rate)
+    def _not_finite(
+        self, what: str, rows: NDArray[np.int64], shards: Sequence[Shard], key: Key
+    ) -> tuple[nonfinite.Fault, Record]:
+        """Trace what is not finite in the current step's sum, save it, and stop if so configured. Collective."""
+        fault, total = nonfinite.trace(
+            self.communicator,
+            self._gradients,
+            shards,
+            partial(self._computed, rows, key),
+            step=self.state.step + 1,
+            what=what,
+        )
+        saved = None
+        if fault.micro_batch is not None:
+            rows = split.micro_batch(rows, fault.micro_batch, self.config.micro_batch_size)
+            saved = self.coordinator.not_finite(fault, {"rows": rows, **self.data.samples(rows)})
+        if self.config.on_nonfinite == "skip":
+            return fault, total
+        saved = self.communicator.bcast_json(saved)
+        where = "" if saved is None else f"; the micro-batch is saved in {saved}"
+        if fault.transient:
+            error: DistdlError = CorruptionError(f"{fault}{where}; go on from the last checkpoint with --resume")
+            error.agreed = True
+            raise error
+        raise self._diverged(f"{fault}{where}")
 
     def evaluate(self, rows: NDArray[np.int64]) -> Sums:
         """Return the sums of loss and right answers over the given rows, each counted once. Collective."""
@@ -278,9 +347,11 @@ class Trainer:
 
     def _end_epoch(self) -> None:
         state = self.state
-        validation = self.evaluate(self.data.parts.validation)
-        spent = self.timeline.spent()
-        commit(self.communicator)
+        if state.epoch_sums.samples == 0:
+            raise self._diverged(f"every step of epoch {state.step // self.steps_per_epoch} was skipped")
+        with committed(self.communicator):
+            validation = self.evaluate(self.data.parts.validation)
+            spent = self.timeline.spent()
         self._check_loss(validation, "validation")
         progress = state.progress
         if progress["best_step"] is None or validation.accuracy > progress["best_accuracy"]:
@@ -298,20 +369,20 @@ class Trainer:
             raise self._diverged(f"the {part} loss is {sums.loss} after step {self.state.step}")
 
     def _score_test(self) -> None:
-        test = self.evaluate(self.data.parts.test)
-        commit(self.communicator)
+        with committed(self.communicator):
+            test = self.evaluate(self.data.parts.test)
         self._check_loss(test, "test")
         self._test = test
         self.coordinator.tested(self.state, test)
         self.phase = Phase.FINISH
 
     def _finish(self) -> None:
-        if self._trace is not None:
-            self.timeline.spent()
-            self.coordinator.traced(self._trace.gather(self.state.step))
-        summary = self._summary(self._test)
-        self.coordinator.finished(self.state, self._test, asdict(summary))
-        commit(self.communicator)
+        with committed(self.communicator):
+            if self._trace is not None:
+                self.timeline.spent()
+                self.coordinator.traced(self._trace.gather(self.state.step))
+            summary = self._summary(self._test)
+            self.coordinator.finished(self.state, self._test, asdict(summary))
         self.summary = summary
         self.phase = Phase.END
 
@@ -319,12 +390,14 @@ class Trainer:
         """Save the state, or raise `UserError` on every rank alike. Collective."""
 
         def save() -> bool:
-            if not all(_is_finite(array) for _, array in self.state.named_arrays()):
+            if not all(nonfinite.is_finite(array) for _, array in self.state.named_arrays()):
                 raise self._diverged(f"the weights are not finite after step {self.state.step}")
-            return self.coordinator.checkpoint(self.state, last=self.state.step == self.last_step)
+            return self.coordinator.checkpoint(self.state, last=self._stops_here)
 
-        saved = self.communicator.bcast_json(together(self.communicator, save))
-        commit(self.communicator)
+        with committed(self.communicator):
+            if self.config.verify_every:
+                corruption.compare_replicas(self.communicator, self.state)
+            saved = self.communicator.bcast_json(together(self.communicator, save))
         if saved:
             self.coordinator.saved()
         self.phase = self._after_checkpoint()
@@ -333,7 +406,10 @@ class Trainer:
         state = self.state
         receipt = state.weights_sha256()
         receipts = self.communicator.allgather_json(receipt)
-        assert len(set(receipts)) == 1, f"the replicas differ: {dict(enumerate(receipts))}"
+        if len(set(receipts)) > 1:
+            raise corruption.found(
+                self.communicator, corruption.odd_ones_out(receipts), "the weights differ at the end"
+            )
         epochs, steps = divmod(state.step, self.steps_per_epoch)
         samples = epochs * len(self.data.parts.training) + steps * self.config.batch_size
         seconds = state.progress["train_seconds"]
@@ -377,8 +453,3 @@ class Trainer:
 
 def _ranks(numbers: Sequence[int]) -> str:
     return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
-
-
-def _is_finite(array: NDArray[Any]) -> bool:
-    """Whether every element is finite: if not, neither is the sum of squares, which may overflow besides."""
-    return math.isfinite(np.vdot(array, array)) or bool(np.isfinite(array).all())

@@ -11,7 +11,7 @@ from distdl.launcher import belong_together, read_launch
 from distdl.parallel.agreement import die_of_the_host, exit_code_of, guard, report, together
 from distdl.parallel.communicator import Communicator, OneProcess, hosts, say
 from distdl.parallel.dealing import deal, share
-from distdl.parallel.recovery import Loss, Position, commit, recover, survive
+from distdl.parallel.recovery import Loss, Position, commit, committed, recover, survive
 from distdl.parallel.reduce import REDUCTIONS, Field, Layout, Record, Reduction
 from distdl.parallel.shared import share_arrays
 from distdl.parallel.tree import Shard, contiguous_shards
@@ -28,6 +28,7 @@ __all__ = [
     "Reduction",
     "Shard",
     "commit",
+    "committed",
     "contiguous_shards",
     "deal",
     "die_of_the_host",
@@ -104,7 +105,8 @@ def _end_the_job_on_uncaught_exceptions(communicator: Communicator) -> None:
             report(error, communicator.rank)
             communicator.abort(exit_code_of(error))
         if communicator.rank == 0:
-            say(f"distdl: error: {' '.join(str(error).split())}\n")
+            label = getattr(error, "label", "error: ")
+            say(f"distdl: {label}{' '.join(str(error).split())}\n")
         raise SystemExit(exit_code_of(error))  # all ranks are leaving: an ordinary exit, with a code of our choice
 
     sys.excepthook = end_the_job

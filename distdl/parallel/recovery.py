@@ -23,12 +23,13 @@ these calls by their order alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, Protocol, TypeVar
 
-from distdl.errors import PeerLost
+from distdl.errors import DistdlError, PeerLost
 from distdl.parallel.communicator import Communicator
 
 T = TypeVar("T")
@@ -107,6 +108,22 @@ def commit(communicator: Communicator) -> None:
         lost = PeerLost("a rank was lost: another one has seen it")
         lost.agreed = True
         raise lost
+
+
+@contextmanager
+def committed(communicator: Communicator) -> Iterator[None]:
+    """Commit when the collective work inside is done, also where it ends with an error that all ranks raise.
+
+    Such an error is raised after the commit: a rank that left with it alone would keep the others waiting. Where a rank
+    was lost meanwhile, `PeerLost` is raised instead on all.
+    """
+    try:
+        yield
+    except DistdlError as error:
+        if error.agreed and not isinstance(error, PeerLost):
+            commit(communicator)
+        raise
+    commit(communicator)
 
 
 def recover(survivor: Survivor, lost: PeerLost) -> Loss:
