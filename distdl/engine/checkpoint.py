@@ -171,7 +171,7 @@ def steps_in(folder: Path) -> list[int]:
     """Return the steps of the checkpoints in `folder`, ascending; a name that is not just so is none of ours."""
     try:
         names = os.listdir(folder)  # noqa: PTH208  names are all that is looked at
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     steps = [int(found[1]) for found in map(NAME.fullmatch, names) if found]
     return sorted(step for step in steps if path_of_step(folder, step).name in names)

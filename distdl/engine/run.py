@@ -26,7 +26,7 @@ from distdl.engine.run_folder import Start, find_start
 from distdl.engine.state import TrainingState
 from distdl.engine.trace import check_writable
 from distdl.engine.trainer import Data, Summary, Trainer
-from distdl.errors import UserError
+from distdl.errors import DamagedFileError, UserError
 from distdl.launcher import survives_failures
 from distdl.nn import Sequential, build_model
 from distdl.optim import optimizer_class
@@ -178,6 +178,10 @@ def _restore(state: TrainingState, start: Start | None, data_sha256: str, epochs
             f"cannot resume from {start.path}: it was trained on other images, labels or split than these; give the "
             "same data, or start a new run"
         )
+    samples = state.step % steps_per_epoch * start.checkpoint.header["config"]["batch_size"]
+    correct, counted = state.epoch_sums.counts.tolist()
+    if counted != samples or not 0 <= correct <= counted or not np.isfinite(state.epoch_sums.loss_sum[0]):
+        raise DamagedFileError(f"{start.path} is damaged: its sums of the epoch are not those of {samples} samples")
     if state.step > epochs * steps_per_epoch:
         raise UserError(
             f"cannot resume from {start.path}: it has taken {state.step} steps, and --epochs {epochs} are "
