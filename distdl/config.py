@@ -328,7 +328,9 @@ def _config_of_resumed_run(arguments: Sequence[str]) -> Path | None:
         return None
     try:
         found = run_folder_of(Path(folder))
-        return found / "config.toml" if found is not None and (found / "config.toml").is_file() else None
+        # The folder may be a link, nothing in it may: the search for the checkpoint says so.
+        own = None if found is None else found / "config.toml"
+        return own if own is not None and own.is_file() and not own.is_symlink() else None
     except OSError:
         return None  # the search for the checkpoint says what is wrong with the folder
 

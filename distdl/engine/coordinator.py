@@ -29,6 +29,7 @@ from distdl.engine.run_folder import Start, claim
 from distdl.engine.state import TrainingState
 from distdl.engine.timeline import Spent
 from distdl.engine.trace import write as write_trace
+from distdl.engine.writer import CheckpointWriter, Outcome
 from distdl.errors import DamagedFileError, UserError
 
 #: Checkpoints in a row that may fail to be written before the run gives up.
@@ -91,13 +92,13 @@ class Follower:
         self._records(lambda journal: journal.epoch_ended(state, validation))
 
     def checkpoint(self, state: TrainingState, *, last: bool = False) -> bool:  # noqa: ARG002
-        """Save the state, and return whether that was done; where it is the last chance to, a failure is an error."""
+        """Save the state; return whether the checkpoint before was saved. On the last chance, a failure is an error."""
         return False
 
-    def saved(self) -> None:
-        """React to a checkpoint that the coordinator has written."""
+    def checkpointed(self, *, before_is_saved: bool) -> None:
+        """React to a checkpoint that the coordinator has begun to write."""
         if self.journal is not None:
-            self.journal.saved()
+            self.journal.checkpointed(before_is_saved=before_is_saved)
 
     def tested(self, state: TrainingState, test: Sums) -> None:
         """React to the score of the test part."""
@@ -147,6 +148,7 @@ class Coordinator(Follower):
                 checkpoints.remove_later(self._checkpoints, start.checkpoint.header["step"])
                 lengths = start.checkpoint.header["log_bytes"]
             names = ["timing", *journal.names]
+            self._writer = CheckpointWriter(self._checkpoints, config.keep_checkpoints)
             self._logs = {name: JsonLines(self.folder / f"{name}.jsonl", lengths.get(name, 0)) for name in names}
             journal.lengths = {name: self._logs[name].length for name in journal.names}
 
@@ -163,7 +165,8 @@ class Coordinator(Follower):
         self.progress = progress
         self._records_of = journal
         self._steps_per_epoch = journal.steps_per_epoch
-        self._misses = 0
+        self._misses, self._last_miss = 0, ""
+        self._newest_is_saved = False
         self._log_is_refused = False
         self._data_sha256 = data_sha256
         self._kernel_families = environment["kernel_families"]
@@ -228,6 +231,7 @@ class Coordinator(Follower):
 
     def stepped(self, state: TrainingState, batch: Sums, learning_rate: float) -> None:
         """Log the step where it is due, and move the progress on."""
+        self._settle(wait=False)
         epoch, position = divmod(state.step - 1, self._steps_per_epoch)
         super().stepped(state, batch, learning_rate)
         if self._shares_to_say is not None and time.monotonic() >= self._say_shares_after:
@@ -295,14 +299,19 @@ class Coordinator(Follower):
         )
 
     def checkpoint(self, state: TrainingState, *, last: bool = False) -> bool:
-        """Save the state and remove checkpoints that are no longer wanted; return whether it could be saved.
+        """Let a copy of the state be saved, once the checkpoint before is; wait for it only where it is the last.
+
+        Return whether the checkpoint before was saved, with the logs up to there.
 
         A disk that refuses is warned about and the last good checkpoint stays; after several misses in a row,
         or where it is the last chance, `UserError` is raised.
         """
+        self._settle(wait=True)
+        before_is_saved = self._newest_is_saved
+        self._newest_is_saved = False
         try:
             for log in self._logs.values():
-                log.flush_to_disk()
+                log.write_waiting()
             header = {
                 "step": state.step,
                 "config": self.config.to_json(),
@@ -312,21 +321,48 @@ class Coordinator(Follower):
                 "versions": self._versions,
                 "kernel_family": self._kernel_family,
             }
-            path = checkpoints.path_of_step(self._checkpoints, state.step)
-            checkpoints.write(path, Checkpoint(dict(state.named_arrays()), header))
-            keep, best_step = self.config.keep_checkpoints, state.progress["best_step"]
-            checkpoints.remove_old(self._checkpoints, state.step, keep, best_step)
         except OSError as error:
-            self._misses += 1
-            reason = (
-                f"cannot write the checkpoint after step {state.step} to {self._checkpoints}: {error.strerror or error}"
-            )
-            if last or self._misses >= MISSES_ALLOWED:
-                raise UserError(f"{reason}; the checkpoints before it are intact: make room and use --resume") from None
-            self.progress.warning(f"{reason}; the checkpoints before it are intact, training goes on")
-            return False
-        self._misses = 0
-        return True
+            self._missed(Outcome(state.step, error), may_raise=True, last=last)
+            return before_is_saved
+        self._writer.start(state.named_arrays(), header, self._flush_logs)
+        if last:
+            self._settle(wait=True, last=True)
+        return before_is_saved
+
+    def _flush_logs(self) -> None:
+        for log in self._logs.values():
+            log.flush_to_disk()
+
+    def _settle(self, *, wait: bool, last: bool = False) -> None:
+        """React to how the writing of a checkpoint went; only where that is waited for may it end the run."""
+        if wait and self._misses >= MISSES_ALLOWED:
+            raise UserError(self._last_miss)
+        outcome = self._writer.outcome(wait=wait)
+        if outcome is None:
+            return
+        if outcome.refused is not None:
+            self._missed(outcome, may_raise=wait, last=last)
+            return
+        self._misses, self._newest_is_saved = 0, True
+        if outcome.removal_refused is not None:
+            self.progress.warning(self._what_failed(outcome))
+
+    def _missed(self, outcome: Outcome, *, may_raise: bool, last: bool) -> None:
+        """Count a checkpoint that could not be written, and say so."""
+        self._misses += 1
+        reason = f"{self._what_failed(outcome)}; the checkpoints before it are intact"
+        self._last_miss = f"{reason}: make room and use --resume"
+        if may_raise and (last or self._misses >= MISSES_ALLOWED):
+            raise UserError(self._last_miss)
+        goes_on = "goes on" if self._misses < MISSES_ALLOWED else "ends at the next one"
+        self.progress.warning(f"{reason}, training {goes_on}")
+
+    def _what_failed(self, outcome: Outcome) -> str:
+        if outcome.refused is None:
+            what, error = f"cannot remove old checkpoints after step {outcome.step} from", outcome.removal_refused
+        else:
+            what, error = f"cannot write the checkpoint after step {outcome.step} to", outcome.refused
+        return f"{what} {self._checkpoints}: {getattr(error, 'strerror', None) or error}"
 
     def recovered(self, what: str) -> None:
         """Say that ranks were lost and the others go on."""
@@ -356,8 +392,12 @@ class Coordinator(Follower):
         self.progress.line(f"weights sha256: {summary['weights_sha256']}")
 
     def close(self) -> None:
-        """Close the logs and unlock the run folder."""
+        """Wait for the checkpoint that is being written, close the logs and unlock the run folder."""
         with self._lock:
+            self._writer.close()
+            unsaid = self._writer.outcome(wait=False)  # only where the run ends by an error or Ctrl-C
+            if unsaid is not None and unsaid.refused is not None:
+                self.progress.warning(self._what_failed(unsaid))
             for log in self._logs.values():
                 try:
                     log.close()

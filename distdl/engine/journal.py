@@ -29,9 +29,11 @@ class Journal:
         self.steps_per_epoch = steps_per_epoch
         self.keeps = keeps
         self.names = ["metrics", *(["hashes"] if config.record_hashes else [])]
-        #: By log: its length at the last checkpoint, and what came after.
+        #: By log: its length at the last checkpoint that is known to be saved, what came after, and how many bytes of
+        #: that came before the newest checkpoint.
         self.lengths = dict.fromkeys(self.names, 0)
         self.lines = dict.fromkeys(self.names, b"")
+        self.marks = dict.fromkeys(self.names, 0)
 
     def stepped(self, state: TrainingState, batch: Sums, learning_rate: float) -> Records:
         """Return the records of a step that has just been taken."""
@@ -82,19 +84,22 @@ class Journal:
         record = {"step": state.step, "test_loss": test.loss, "test_accuracy": test.accuracy}
         return self._kept([("metrics", record)])
 
-    def saved(self) -> None:
-        """Forget what the logs hold for certain."""
+    def checkpointed(self, *, before_is_saved: bool) -> None:
+        """Note that a checkpoint is being written; forget what the one before has brought to disk, if it has."""
         for name in self.names:
-            self.lengths[name] += len(self.lines[name])
-            self.lines[name] = b""
+            if before_is_saved:
+                self.lengths[name] += self.marks[name]
+                self.lines[name] = self.lines[name][self.marks[name] :]
+            self.marks[name] = len(self.lines[name])
 
     def to_json(self) -> dict[str, Any]:
         """Return the content, for another rank."""
-        return {"lengths": self.lengths, "lines": {name: lines.decode() for name, lines in self.lines.items()}}
+        lines = {name: lines.decode() for name, lines in self.lines.items()}
+        return {"lengths": self.lengths, "lines": lines, "marks": self.marks}
 
     def take(self, content: Mapping[str, Any]) -> None:
         """Replace the content by that of another rank."""
-        self.lengths = dict(content["lengths"])
+        self.lengths, self.marks = dict(content["lengths"]), dict(content["marks"])
         self.lines = {name: lines.encode() for name, lines in content["lines"].items()}
 
     def _kept(self, records: Records) -> Records:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distdl.engine.files import opened_log
 from distdl.parallel import Field
 
 #: The fields that metrics add to a record of the reduction.
@@ -70,7 +71,7 @@ class JsonLines:
 
     def __init__(self, path: Path, keep_bytes: int = 0) -> None:
         self.path = path
-        self._file = path.open("ab", buffering=0)
+        self._file = os.fdopen(opened_log(path), "ab", buffering=0)
         self._waiting = b""
         if self.length > keep_bytes:
             self._file.truncate(keep_bytes)
@@ -87,18 +88,18 @@ class JsonLines:
     def append(self, lines: bytes) -> None:
         """Append whole lines; if `OSError` is raised, they wait in memory."""
         self._waiting += lines
-        self._write_waiting()
+        self.write_waiting()
+
+    def write_waiting(self) -> None:
+        """Write the records that wait in memory; raise `OSError` where the disk still refuses."""
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
     def flush_to_disk(self) -> None:
-        """Return when all records are on the disk; raise `OSError` where it refuses."""
-        self._write_waiting()
+        """Return when what is in the file is on the disk, while others may write to it; raise `OSError` if refused."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; raise `OSError` if records are still waiting and the disk still refuses them."""
         with closing(self._file):
-            self._write_waiting()
-
-    def _write_waiting(self) -> None:
-        while self._waiting:
-            self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self.write_waiting()

@@ -30,7 +30,7 @@ from distdl.engine.stop import StopRequest
 from distdl.engine.takeover import Successor
 from distdl.engine.trace import check_writable
 from distdl.engine.trainer import Data, Summary, Trainer
-from distdl.errors import PeerLost, UserError
+from distdl.errors import DamagedFileError, PeerLost, UserError
 from distdl.nn import Sequential, build_model
 from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, guard, share_arrays, survive, together, world
@@ -228,6 +228,17 @@ def _restore(state: TrainingState, start: Start | None, data_sha256: str, epochs
             f"cannot resume from {start.path}: it was trained on other images, labels or split than these; give the "
             "same data, or start a new run"
         )
+    batch_size = start.checkpoint.header["config"]["batch_size"]
+    samples = state.step % steps_per_epoch * batch_size
+    correct, counted = state.epoch_sums.counts.tolist()
+    skipped, rest = divmod(samples - counted, batch_size)
+    if (
+        rest
+        or not 0 <= skipped <= state.progress.get("skipped_steps", 0)
+        or not 0 <= correct <= counted
+        or not np.isfinite(state.epoch_sums.loss_sum[0])
+    ):
+        raise DamagedFileError(f"{start.path} is damaged: its sums of the epoch are not those of {samples} samples")
     if state.step > epochs * steps_per_epoch:
         raise UserError(
             f"cannot resume from {start.path}: it has taken {state.step} steps, and --epochs {epochs} are "

@@ -8,18 +8,22 @@ from __future__ import annotations
 import errno
 import fcntl
 import itertools
+import math
 import os
 import re
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from types import NoneType
+from typing import IO
 
 from distdl.config import TrainConfig, differences, run_folder_of
 from distdl.engine import checkpoint as checkpoints
 from distdl.engine.checkpoint import Checkpoint
+from distdl.engine.files import FOLDER_MODE, opened_log
 from distdl.errors import DamagedFileError, UserError
 
 #: What the header of a checkpoint must hold for a run to go on from it.
@@ -32,6 +36,16 @@ HEADER_FIELDS = {
     "versions": dict,
     "kernel_family": str,
 }
+#: What its progress must hold; the best accuracy comes with the best step.
+PROGRESS_FIELDS: dict[str, tuple[type, ...]] = {
+    "train_loss": (float, NoneType),
+    "validation_accuracy": (float, NoneType),
+    "best_step": (int, NoneType),
+    "train_seconds": (float,),
+}
+LOGS = ("metrics", "timing", "hashes")
+#: What we write, cut or remove in a run folder, besides the checkpoints.
+OWN_FILES = ("config.toml", "env.json", "summary.json", "lock", *(f"{name}.jsonl" for name in LOGS))
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,7 @@ def _resumed(config: TrainConfig, resume: str, ours: Path | None) -> Start:
     start = _newest_in_own_folder(config, ours) if resume == "auto" else _given_checkpoint(config, Path(resume))
     if start.path is None or start.checkpoint is None:
         return start
-    _refuse_another_run(config, start.path, start.checkpoint.header)
+    _refuse_another_run(config, start.path, start.checkpoint)
     start = replace(start, folder=config.run_dir or start.folder)
     if ours is None and (start.origin is None or start.folder.resolve() != start.origin.resolve()):
         _refuse_used(start.folder)
@@ -86,6 +100,7 @@ def _newest_in_own_folder(config: TrainConfig, ours: Path | None) -> Start:
     folder = config.run_dir
     assert folder is not None, "config.checked() has seen to it"
     _refuse_no_folder(folder)
+    refuse_links(folder)
     found = checkpoints.newest_intact(folder / "checkpoints")
     if found is not None:
         return Start(folder, found[0], found[1], tuple(found[2]), origin=folder)
@@ -96,23 +111,69 @@ def _newest_in_own_folder(config: TrainConfig, ours: Path | None) -> Start:
 
 def _given_checkpoint(config: TrainConfig, source: Path) -> Start:
     if source.is_file():
-        checkpoint, origin = checkpoints.read(source), run_folder_of(source)
+        origin = run_folder_of(source)
+        if origin is not None:
+            refuse_links(origin)
+        checkpoint = checkpoints.read(source)
         folder = config.run_dir or origin
         if folder is None:
             raise UserError(f"--resume {source} lies in no run folder: give a new --run-dir for what comes after it")
         return Start(folder, source, checkpoint, origin=origin)
     if not source.exists():
         raise UserError(f"--resume {source}: there is no such checkpoint or run folder")
+    refuse_links(source)
     found = checkpoints.newest_intact(source / "checkpoints")
     if found is None:
         raise UserError(f"--resume {source}: there is no checkpoint in {source / 'checkpoints'}")
     return Start(source, found[0], found[1], tuple(found[2]), origin=source)
 
 
-def _refuse_another_run(config: TrainConfig, path: Path, header: Any) -> None:
+def refuse_links(folder: Path) -> None:
+    """Raise `UserError` where something that a run writes, cuts or removes in its folder lies elsewhere.
+
+    The folder itself may be a symbolic link: that is what the user has named. What is inside of it comes with the
+    folder, from whoever made that; so nothing there may lead out of it, nor be anything but a file.
+    """
+    inside = folder / "checkpoints"
+    for path in (inside, *(folder / name for name in OWN_FILES)):
+        _refuse_link(path, stat.S_ISDIR if path is inside else stat.S_ISREG)
+    for step in checkpoints.steps_in(inside) if inside.is_dir() else ():
+        _refuse_link(checkpoints.path_of_step(inside, step), stat.S_ISREG)
+
+
+def _refuse_link(path: Path, is_right: Callable[[int], bool]) -> None:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            raise UserError(
+                f"{path} is a symbolic link: inside a run folder none is followed, so that no file elsewhere is "
+                "written or removed; put what it leads to in its place, or make the run folder as a whole a link"
+            )
+        if not is_right(mode):
+            what = "a folder" if is_right is stat.S_ISDIR else "a regular file"
+            raise UserError(f"{path} is not {what}: expected a run folder; give another --run-dir or --resume")
+
+
+def _refuse_another_run(config: TrainConfig, path: Path, checkpoint: Checkpoint) -> None:
+    """Raise where the header, which whoever made the file may have sealed as they liked, is none to go on from."""
+    header = checkpoint.header
     for name, kind in HEADER_FIELDS.items():
-        if not (isinstance(header, dict) and isinstance(header.get(name), kind)):
+        if not (isinstance(header, dict) and type(header.get(name)) is kind):
             raise DamagedFileError(f"{path} is damaged: its header has no {name!r} that a run could go on from")
+    progress, log_bytes = header["progress"], header["log_bytes"]
+    kinds = {**PROGRESS_FIELDS, **({} if progress.get("best_step") is None else {"best_accuracy": (float,)})}
+    lengths = [length for name, length in log_bytes.items() if name in LOGS and type(length) is int and length >= 0]
+    wrong = {
+        "step": header["step"] < 0
+        or ("step" in checkpoint.tensors and checkpoint.tensors["step"].tolist() != [header["step"]]),
+        "log_bytes": len(lengths) != len(log_bytes),
+        "versions": not all(isinstance(version, str) for version in header["versions"].values()),
+        "progress": any(name not in progress or type(progress[name]) not in kind for name, kind in kinds.items())
+        or not 0 <= (progress["best_step"] or 0) <= header["step"]
+        or not all(math.isfinite(value) for value in progress.values() if isinstance(value, float)),
+    }
+    for name in (name for name, is_wrong in wrong.items() if is_wrong):
+        raise DamagedFileError(f"{path} is damaged: its header has no {name!r} that a run could go on from")
     different = differences(config, header["config"])
     if different:
         raise UserError(f"cannot resume from {path}: {'; '.join(different)}; give the same, or start a new run")
@@ -153,6 +214,7 @@ def claim(start: Start) -> Iterator[tuple[Path, IO[bytes]]]:
         folder = _make_numbered(folder, made) if start.numbered else _make_folders(folder, made)
         lock_is_old = (folder / "lock").exists()
         lock = lock_folder(folder)
+        refuse_links(folder)
         present = set(folder.rglob("*")) - (set() if lock_is_old else {folder / "lock"})
         _make_folders(folder / "checkpoints", made)
         yield folder, lock
@@ -176,7 +238,7 @@ def _make_folders(folder: Path, made: list[Path]) -> Path:
     for path in reversed((folder, *folder.parents)):
         if not path.is_dir():
             with suppress(FileExistsError):  # what is no folder after all fails below
-                path.mkdir()
+                path.mkdir(FOLDER_MODE)
                 made.append(path)
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "there is a file of that name", str(folder))
@@ -194,7 +256,7 @@ def _make_numbered(folder: Path, made: list[Path]) -> Path:
     """Make a folder of that name which no other process has made, with a number behind the name if need be."""
     for path in numbered(folder):
         with suppress(FileExistsError):
-            path.mkdir()
+            path.mkdir(FOLDER_MODE)
             made.append(path)
             break
     return path
@@ -203,7 +265,7 @@ def _make_numbered(folder: Path, made: list[Path]) -> Path:
 def lock_folder(folder: Path) -> IO[bytes]:
     """Return a file that locks the run folder as long as it is open, that is as long as this process lives."""
     while True:
-        lock = (folder / "lock").open("wb")
+        lock = os.fdopen(opened_log(folder / "lock"), "ab")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(lock.fileno()), (folder / "lock").stat()):

@@ -397,9 +397,8 @@ class Trainer:
         with committed(self.communicator):
             if self.config.verify_every:
                 corruption.compare_replicas(self.communicator, self.state)
-            saved = self.communicator.bcast_json(together(self.communicator, save))
-        if saved:
-            self.coordinator.saved()
+            before_is_saved = self.communicator.bcast_json(together(self.communicator, save))
+        self.coordinator.checkpointed(before_is_saved=before_is_saved)
         self.phase = self._after_checkpoint()
 
     def _summary(self, test: Sums | None) -> Summary:
