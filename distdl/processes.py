@@ -1,4 +1,4 @@
-"""What Linux says of the processes of this machine, in ``/proc``: whether one lives, what it is, whose child.
+"""What Linux says of the processes of this machine, in ``/proc``: whether one lives, what it is, whose child it is.
 
 A number may be given to another process once its owner is gone, so a process is known by its number and the moment
 it was started.
@@ -6,10 +6,13 @@ it was started.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -55,3 +58,9 @@ def ancestors() -> Iterator[Process]:
     while process is not None:
         yield process
         process = look_at(process.parent)
+
+
+def send_when_the_parent_dies(signal_number: int) -> None:
+    """Ask the kernel to send this process a signal when its parent ends; the next program it becomes keeps that."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal_number, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")

@@ -11,7 +11,6 @@ The ranks of other hosts are children of the launcher's daemon there, which ends
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import threading
@@ -19,7 +18,7 @@ import time
 from collections.abc import Sequence
 from functools import cache
 
-from distdl.processes import Process, ancestors
+from distdl.processes import Process, ancestors, send_when_the_parent_dies
 
 #: The programs that start ranks, and hold the connection to them: Open MPI 5, Open MPI 4, MPICH and its kin, Slurm.
 LAUNCHERS = frozenset(
@@ -31,7 +30,6 @@ LAUNCHERS = frozenset(
 #: The kernel sends its signal when the *thread* that started us ends; not all start their tasks from the main one.
 FORK_FROM_A_THREAD = frozenset({"slurmstepd"})
 SECONDS_BETWEEN_LOOKS = 1.0
-PR_SET_PDEATHSIG = 1
 
 
 @cache
@@ -44,12 +42,6 @@ def end_with_the_launcher() -> None:
     # Both: where the parent had died before the kernel was asked, the kernel sends nothing.
     if watched:
         threading.Thread(target=_watch, args=[watched], name="lifeline", daemon=True).start()
-
-
-def send_when_the_parent_dies(signal_number: int) -> None:
-    """Ask the kernel to send this process a signal when its parent ends; the next program it becomes keeps that."""
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal_number, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
 
 
 def _watch(launchers: Sequence[Process]) -> None:
