@@ -271,7 +271,7 @@ def parse(arguments: Sequence[str], program: str) -> TrainConfig:
     resumed = _config_of_resumed_run(arguments)
     if resumed is not None:
         from_files |= _settings_of_file(resumed, without=frozenset({"max_steps"}))
-    given = _value_of("config", arguments)
+    given = value_of("config", arguments)
     if given is not None:
         from_files |= _settings_of_file(Path(given))
     flags = [*_as_flags(from_files), *arguments]
@@ -307,7 +307,7 @@ def _check_flag_names(arguments: Sequence[str]) -> None:
             raise UserError(f"unknown flag {argument.split('=')[0]}: {hint}")
 
 
-def _value_of(name: str, arguments: Sequence[str]) -> str | None:
+def value_of(name: str, arguments: Sequence[str]) -> str | None:
     """Return the value of the last ``--name value`` or ``--name=value``, before the flags are parsed."""
     value = None
     for position, argument in enumerate(arguments):
@@ -322,8 +322,8 @@ def _value_of(name: str, arguments: Sequence[str]) -> str | None:
 
 
 def _config_of_resumed_run(arguments: Sequence[str]) -> Path | None:
-    resume = _value_of("resume", arguments)
-    folder = _value_of("run_dir", arguments) if resume == "auto" else resume
+    resume = value_of("resume", arguments)
+    folder = value_of("run_dir", arguments) if resume == "auto" else resume
     if folder is None:
         return None
     try:
@@ -423,7 +423,7 @@ def _one_line(box: str, arguments: Sequence[str]) -> str:
     if unparsed:
         name = unparsed[1].replace("-", "_")
         kind = "a whole number" if "int" in str(FIELDS[name].type) else "a number"
-        value = repr(_value_of(name, arguments))
+        value = repr(value_of(name, arguments))
         text = f"{_flag(name)} must be {kind}, not {value if len(value) < 80 else value[:80] + '...'}"
     return f"{text}; --help lists all flags"
 
