@@ -61,14 +61,14 @@ def train(
         return TrainConfig.from_json(communicator.bcast_json(config.to_json()))
 
     with guard(communicator):
-        communicator, config, _ = survive(communicator, agree_on_config)
+        communicator, config, lost_first = survive(communicator, agree_on_config)
         with numerics(config.threads_per_rank):
             preparation = _Preparation(config, build_network, dataset)
-            _, trainer, loss = survive(communicator, preparation.trainer)
+            _, trainer, lost_then = survive(communicator, preparation.trainer)
             try:
                 preparation.introduce(trainer)
-                if loss is not None:
-                    trainer.note(loss)
+                for loss in filter(None, (lost_first, lost_then)):
+                    trainer.note(loss, prepared=False)
                 return trainer.run()
             finally:
                 trainer.coordinator.close()

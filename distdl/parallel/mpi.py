@@ -28,7 +28,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import accumulate
 from typing import Any, NoReturn
 
@@ -48,6 +48,7 @@ from mpi4py import MPI  # noqa: E402
 
 from distdl.parallel.communicator import LONGEST_PAUSE_SECONDS, Bytes, Communicator, Span, say  # noqa: E402
 from distdl.parallel.recovery import survive  # noqa: E402
+from distdl.parallel.starting import together_or_not_at_all  # noqa: E402
 
 SHORTEST_PAUSE_SECONDS = 20e-6
 #: Nobody comes later than by this share of the time waited.
@@ -308,7 +309,8 @@ def world_of_mpi() -> MpiCommunicator:
     global _everyone  # noqa: PLW0603  there is one world
     if _everyone is None:
         if not MPI.Is_initialized():
-            MPI.Init_thread()
+            with together_or_not_at_all() if survives_failures() else nullcontext():
+                MPI.Init_thread()
         _everyone = MpiCommunicator(MPI.COMM_WORLD)
         if survives_failures():
             atexit.register(_leave)
