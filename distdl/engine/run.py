@@ -29,7 +29,7 @@ from distdl.engine.state import TrainingState
 from distdl.engine.takeover import Successor
 from distdl.engine.trace import check_writable
 from distdl.engine.trainer import Data, Summary, Trainer
-from distdl.errors import PeerLost, UserError
+from distdl.errors import UserError
 from distdl.nn import Sequential, build_model
 from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, guard, share_arrays, survive, together, world
@@ -85,16 +85,22 @@ class _Preparation:
     folder: Path | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     progress: Progress = field(default_factory=lambda: Progress(live=False))
+    #: The coordinator, or the follower, of the newest attempt.
+    opened: list[Follower] = field(default_factory=list)
 
     def trainer(self, communicator: Communicator) -> Trainer:
         """Do all that can fail because of what the user gave, and leave nothing behind where it does. Collective."""
-        opened: list[Follower] = []
+        self.close()  # what an attempt before has opened
         try:
-            return _prepared(self, communicator, opened)
-        except (PeerLost, UserError):
-            for coordinator in opened:
-                coordinator.close()
+            return _prepared(self, communicator)
+        except UserError:
+            self.close()
             raise
+
+    def close(self) -> None:
+        """Let go of the run folder."""
+        while self.opened:
+            self.opened.pop().close()
 
     def introduce(self, trainer: Trainer) -> None:
         """Print the banner."""
@@ -110,8 +116,8 @@ class _Preparation:
         trainer.coordinator.started()
 
 
-def _prepared(preparation: _Preparation, communicator: Communicator, opened: list[Follower]) -> Trainer:
-    """Prepare a run on the ranks there are; a coordinator with the run folder in its hands is put into `opened`."""
+def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
+    """Prepare a run on the ranks there are."""
     config, dataset, build_network = preparation.config, preparation.dataset, preparation.build_network
     coordinates = communicator.rank == 0
     together(communicator, lambda: _check_ranks(config, communicator.size))
@@ -152,10 +158,10 @@ def _prepared(preparation: _Preparation, communicator: Communicator, opened: lis
 
     def open_run() -> Path | None:
         if start is None:
-            opened.append(Follower(journal, succeed))
+            preparation.opened.append(Follower(journal, succeed))
             return None
         coordinator = Coordinator(config, start, environment, data_sha256, progress, journal)
-        opened.append(coordinator)
+        preparation.opened.append(coordinator)
         return coordinator.folder.absolute()
 
     def succeed() -> Coordinator:
@@ -165,7 +171,7 @@ def _prepared(preparation: _Preparation, communicator: Communicator, opened: lis
     folder = together(communicator, open_run)
     folder, journal.lengths = communicator.bcast_json([None if folder is None else str(folder), journal.lengths])
     preparation.folder, preparation.environment, preparation.progress = Path(folder), environment, progress
-    return Trainer(config, communicator, data, state, opened[0])
+    return Trainer(config, communicator, data, state, preparation.opened[0])
 
 
 def _labelled(config: TrainConfig, build_network: BuildNetwork | None, dataset: sources.Dataset | None) -> TrainConfig:
