@@ -61,13 +61,14 @@ def train(
         return TrainConfig.from_json(communicator.bcast_json(config.to_json()))
 
     with guard(communicator):
+        lost_at_start, communicator.lost_at_start = communicator.lost_at_start, None
         communicator, config, lost_first = survive(communicator, agree_on_config)
         with numerics(config.threads_per_rank):
             preparation = _Preparation(config, build_network, dataset)
             _, trainer, lost_then = survive(communicator, preparation.trainer)
             try:
                 preparation.introduce(trainer)
-                for loss in filter(None, (lost_first, lost_then)):
+                for loss in filter(None, (lost_at_start, lost_first, lost_then)):
                     trainer.note(loss, prepared=False)
                 return trainer.run()
             finally:

@@ -314,7 +314,8 @@ def world_of_mpi() -> MpiCommunicator:
         _everyone = MpiCommunicator(MPI.COMM_WORLD)
         if survives_failures():
             atexit.register(_leave)
-        survive(_everyone, lambda communicator: communicator.notice_cores())
+        _, _, loss = survive(_everyone, lambda communicator: communicator.notice_cores())
+        _everyone.lost_at_start = loss
     return _everyone
 
 
