@@ -57,6 +57,8 @@ PAUSE_SHARE = 1 / 8
 LARGEST_UNMET_BYTES = 2**15
 #: A launcher that is told to end the job may do so before it has passed on what we printed last.
 SECONDS_TO_BE_HEARD = 0.5
+#: A call may fail because of a loss before the news of the loss is here.
+SECONDS_TO_KNOW = 2.0
 #: MPI counts are 32-bit integers in the calls we use.
 LARGEST_MESSAGE_BYTES = 2**30
 
@@ -74,6 +76,18 @@ class _Family:
         self.spin_seconds: float = Communicator.spin_seconds
         self.oversubscribed = False
         self.cores_noticed = False
+
+    def has_lost(self) -> bool:
+        """Whether a rank is known to be lost. A call that a loss cuts short may fail with an error of any class."""
+        if not survives_failures():
+            return False
+        ends = time.monotonic() + SECONDS_TO_KNOW
+        while time.monotonic() < ends:
+            if any(comm.Is_revoked() or comm.Get_failed().Get_size() for comm in self.comms):
+                return True
+            MPI.COMM_SELF.Iprobe()  # lets the news come in
+            time.sleep(SHORTEST_PAUSE_SECONDS)
+        return False
 
     def revoke(self) -> None:
         """Wake every rank that waits in one of them, and let nobody wait there again."""
@@ -292,7 +306,7 @@ class MpiCommunicator(Communicator):
         try:
             yield
         except MPI.Exception as error:
-            if error.Get_error_class() not in _PEER_LOST_CLASSES:
+            if error.Get_error_class() not in _PEER_LOST_CLASSES and not self._family.has_lost():
                 raise
             self._family.revoke()
             raise PeerLost(f"a rank was lost: {error.Get_error_string()}") from error

@@ -206,6 +206,16 @@ def test_a_rank_whose_host_fails_it_is_gone_on_without(tmp_path, undisturbed, en
     assert summary["weights_sha256"] == undisturbed[0][0]
 
 
+def test_a_defect_after_a_survived_kill_ends_the_job(tmp_path):
+    needs_fault_tolerance()
+    defect = OTHER_ENDS.format(end="raise RuntimeError('a defect')").replace("step == 1", "step == 2")
+    _, done = run_with_traps(tmp_path, [[0, STEP, "before", 1]], 3, more=defect)
+    assert done.returncode != 0
+    assert "rank 0 was lost in step 1" in done.stdout
+    assert any("RuntimeError: a defect" in line for line in done.stderr.splitlines())
+    assert "weights sha256" not in done.stdout
+
+
 def test_what_every_survivor_raises_later_keeps_its_exit_code(tmp_path):
     """A disk that refuses every checkpoint, after a rank was lost: one line, exit code 2."""
     needs_fault_tolerance()
