@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,15 +50,6 @@ def look_at(pid: int) -> Process | None:
     if fields[0] in "ZX":
         return None
     return Process(pid, name, fields[0], int(fields[1]), int(fields[19]))
-
-
-def children(pid: int) -> set[int]:
-    """Return the numbers of the living children of a process; none where it is not there."""
-    found: set[int] = set()
-    for of_thread in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):
-            found.update(map(int, of_thread.read_text().split()))
-    return {child for child in found if look_at(child) is not None}
 
 
 def ancestors() -> Iterator[Process]:

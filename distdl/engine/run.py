@@ -30,7 +30,7 @@ from distdl.engine.stop import StopRequest
 from distdl.engine.takeover import Successor
 from distdl.engine.trace import check_writable
 from distdl.engine.trainer import Data, Summary, Trainer
-from distdl.errors import DamagedFileError, PeerLost, UserError
+from distdl.errors import DamagedFileError, UserError
 from distdl.nn import Sequential, build_model
 from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, guard, share_arrays, survive, together, world
@@ -62,15 +62,16 @@ def train(
         return TrainConfig.from_json(communicator.bcast_json(config.to_json()))
 
     with stop.listening(), guard(communicator):
-        communicator, config, _ = survive(communicator, agree_on_config)
+        lost_at_start, communicator.lost_at_start = communicator.lost_at_start, None
+        communicator, config, lost_first = survive(communicator, agree_on_config)
         with numerics(config.threads_per_rank):
             preparation = _Preparation(config, build_network, dataset)
-            _, trainer, loss = survive(communicator, preparation.trainer)
+            _, trainer, lost_then = survive(communicator, preparation.trainer)
             trainer.stop = stop
             try:
                 preparation.introduce(trainer)
-                if loss is not None:
-                    trainer.note(loss)
+                for loss in filter(None, (lost_at_start, lost_first, lost_then)):
+                    trainer.note(loss, prepared=False)
                 return trainer.run()
             finally:
                 trainer.coordinator.close()
@@ -87,16 +88,22 @@ class _Preparation:
     folder: Path | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     progress: Progress = field(default_factory=lambda: Progress(live=False))
+    #: The coordinator, or the follower, of the newest attempt.
+    opened: list[Follower] = field(default_factory=list)
 
     def trainer(self, communicator: Communicator) -> Trainer:
         """Do all that can fail because of what the user gave, and leave nothing behind where it does. Collective."""
-        opened: list[Follower] = []
+        self.close()  # what an attempt before has opened
         try:
-            return _prepared(self, communicator, opened)
-        except (PeerLost, UserError):
-            for coordinator in opened:
-                coordinator.close()
+            return _prepared(self, communicator)
+        except UserError:
+            self.close()
             raise
+
+    def close(self) -> None:
+        """Let go of the run folder."""
+        while self.opened:
+            self.opened.pop().close()
 
     def introduce(self, trainer: Trainer) -> None:
         """Print the banner."""
@@ -112,8 +119,8 @@ class _Preparation:
         trainer.coordinator.started()
 
 
-def _prepared(preparation: _Preparation, communicator: Communicator, opened: list[Follower]) -> Trainer:
-    """Prepare a run on the ranks there are; a coordinator with the run folder in its hands is put into `opened`."""
+def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
+    """Prepare a run on the ranks there are."""
     config, dataset, build_network = preparation.config, preparation.dataset, preparation.build_network
     coordinates = communicator.rank == 0
     together(communicator, lambda: _check_ranks(config, communicator.size))
@@ -154,10 +161,10 @@ def _prepared(preparation: _Preparation, communicator: Communicator, opened: lis
 
     def open_run() -> Path | None:
         if start is None:
-            opened.append(Follower(journal, succeed))
+            preparation.opened.append(Follower(journal, succeed))
             return None
         coordinator = Coordinator(config, start, environment, data_sha256, progress, journal)
-        opened.append(coordinator)
+        preparation.opened.append(coordinator)
         return coordinator.folder.absolute()
 
     def succeed() -> Coordinator:
@@ -167,7 +174,7 @@ def _prepared(preparation: _Preparation, communicator: Communicator, opened: lis
     folder = together(communicator, open_run)
     folder, journal.lengths = communicator.bcast_json([None if folder is None else str(folder), journal.lengths])
     preparation.folder, preparation.environment, preparation.progress = Path(folder), environment, progress
-    return Trainer(config, communicator, data, state, opened[0])
+    return Trainer(config, communicator, data, state, preparation.opened[0])
 
 
 def _labelled(config: TrainConfig, build_network: BuildNetwork | None, dataset: sources.Dataset | None) -> TrainConfig:

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -25,6 +26,10 @@ from distdl.engine import checkpoint as checkpoints
 from distdl.engine.checkpoint import Checkpoint
 from distdl.engine.files import FOLDER_MODE, opened_log
 from distdl.errors import DamagedFileError, UserError
+
+#: How long the kernel may take to release what a process held that has just died.
+SECONDS_TO_RELEASE = 10.0
+PAUSE_SECONDS = 0.01
 
 #: What the header of a checkpoint must hold for a run to go on from it.
 HEADER_FIELDS = {
@@ -53,7 +58,8 @@ class Start:
     """Where a run begins: its folder, and the checkpoint it goes on from, if any.
 
     `origin` is the run folder that the checkpoint lies in, if it lies in one. A `numbered` folder gets a number
-    behind its name where another run has the name already.
+    behind its name where another run has the name already. A folder is `ours` if this job had it before it lost its
+    coordinator.
     """
 
     folder: Path
@@ -62,6 +68,7 @@ class Start:
     complaints: tuple[str, ...] = ()
     origin: Path | None = None
     numbered: bool = False
+    ours: bool = False
 
 
 def find_start(config: TrainConfig, ours: Path | None = None) -> Start:
@@ -72,12 +79,12 @@ def find_start(config: TrainConfig, ours: Path | None = None) -> Start:
     try:
         if config.resume is None:
             if ours is not None:
-                return Start(ours)
+                return Start(ours, ours=True)
             if config.run_dir is None:
                 return Start(timestamped(f"{config.dataset}-{config.model}"), numbered=True)
             _refuse_used(config.run_dir)
             return Start(config.run_dir)
-        return _resumed(config, config.resume, ours)
+        return replace(_resumed(config, config.resume, ours), ours=ours is not None)
     except OSError as error:
         raise UserError(
             f"cannot look into {error.filename}: {error.strerror}; give another --run-dir or --resume"
@@ -213,7 +220,7 @@ def claim(start: Start) -> Iterator[tuple[Path, IO[bytes]]]:
         _make_folders(folder.parent, made)
         folder = _make_numbered(folder, made) if start.numbered else _make_folders(folder, made)
         lock_is_old = (folder / "lock").exists()
-        lock = lock_folder(folder)
+        lock = lock_released(folder) if start.ours else lock_folder(folder)
         refuse_links(folder)
         present = set(folder.rglob("*")) - (set() if lock_is_old else {folder / "lock"})
         _make_folders(folder / "checkpoints", made)
@@ -260,6 +267,18 @@ def _make_numbered(folder: Path, made: list[Path]) -> Path:
             made.append(path)
             break
     return path
+
+
+def lock_released(folder: Path) -> IO[bytes]:
+    """Lock the run folder of a process that has just died; raise `UserError` where another one holds it."""
+    ends = time.monotonic() + SECONDS_TO_RELEASE
+    while True:
+        try:
+            return lock_folder(folder)
+        except UserError:
+            if time.monotonic() > ends:
+                raise
+        time.sleep(PAUSE_SECONDS)
 
 
 def lock_folder(folder: Path) -> IO[bytes]:

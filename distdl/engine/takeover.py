@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from distdl.config import TrainConfig
 from distdl.engine.coordinator import Coordinator
@@ -14,13 +13,9 @@ from distdl.engine.files import remove_temporaries
 from distdl.engine.journal import Journal
 from distdl.engine.metrics import JsonLines
 from distdl.engine.progress import Progress
-from distdl.engine.run_folder import lock_folder
+from distdl.engine.run_folder import lock_released
 from distdl.engine.writer import CheckpointWriter
 from distdl.errors import UserError
-
-#: How long the kernel may take to release what the lost coordinator held.
-SECONDS_TO_RELEASE = 10.0
-PAUSE_SECONDS = 0.01
 
 
 class Successor(Coordinator):
@@ -61,18 +56,6 @@ class Successor(Coordinator):
                 f"cannot go on in the run folder {folder}: {error.strerror or error}; its checkpoints are intact: "
                 "--resume goes on from there"
             ) from None
-
-
-def lock_released(folder: Path) -> IO[bytes]:
-    """Lock the run folder of a process that has just died; raise `UserError` where another one holds it."""
-    ends = time.monotonic() + SECONDS_TO_RELEASE
-    while True:
-        try:
-            return lock_folder(folder)
-        except UserError:
-            if time.monotonic() > ends:
-                raise
-        time.sleep(PAUSE_SECONDS)
 
 
 def _whole_lines(path: Path) -> int:

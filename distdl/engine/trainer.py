@@ -235,16 +235,16 @@ class Trainer:
         self._make_buffers()
         together(self.communicator, take_over)
 
-    def note(self, loss: Loss) -> None:
+    def note(self, loss: Loss, *, prepared: bool = True) -> None:
         """Take down a recovery, and let the coordinator say so."""
-        ranks = self.communicator.size
-        step = self.state.step + (self.phase is Phase.TRAIN)
+        ranks, in_step = self.communicator.size, prepared and self.phase is Phase.TRAIN
+        step = self.state.step + in_step
+        when = f"{'in' if in_step else 'after'} step {step}" if prepared else "while the run was prepared"
         self.recoveries.append(
             {"step": step, "lost_ranks": loss.ranks, "seconds": round(loss.seconds, 6), "ranks": ranks}
         )
         self.coordinator.recovered(
-            f"{_ranks(loss.ranks)} {'was' if len(loss.ranks) == 1 else 'were'} lost "
-            f"{'in' if self.phase is Phase.TRAIN else 'after'} step {step}; "
+            f"{_ranks(loss.ranks)} {'was' if len(loss.ranks) == 1 else 'were'} lost {when}; "
             f"{ranks} rank{'s go' if ranks > 1 else ' goes'} on ({loss.seconds:.2f} s)"
         )
 

@@ -13,10 +13,13 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from distdl.parallel.recovery import Loss
 
 Bytes = NDArray[np.uint8]
 #: A piece of a buffer: its first byte, and how many bytes.
@@ -34,6 +37,8 @@ class Communicator(ABC):
     description: str
     #: Whether the ranks that are left can go on when one dies: `PeerLost` is raised, and `shrink` gives their group.
     survives_failures: bool = False
+    #: What was lost before anybody could take it down: while the world was made.
+    lost_at_start: Loss | None = None
     #: A rank that waits polls for so long before it sleeps (unless there are more ranks than cores). Most waits of a
     #: training step are shorter than a millisecond.
     spin_seconds: float = 1e-3

@@ -47,8 +47,8 @@ mpi4py.rc.finalize = not survives_failures()  # at exit, as it would be had the 
 from mpi4py import MPI  # noqa: E402
 
 from distdl.parallel.communicator import LONGEST_PAUSE_SECONDS, Bytes, Communicator, Span, say  # noqa: E402
-from distdl.parallel.lifeline import together_or_not  # noqa: E402
 from distdl.parallel.recovery import survive  # noqa: E402
+from distdl.parallel.starting import together_or_not_at_all  # noqa: E402
 
 SHORTEST_PAUSE_SECONDS = 20e-6
 #: Nobody comes later than by this share of the time waited.
@@ -57,6 +57,8 @@ PAUSE_SHARE = 1 / 8
 LARGEST_UNMET_BYTES = 2**15
 #: A launcher that is told to end the job may do so before it has passed on what we printed last.
 SECONDS_TO_BE_HEARD = 0.5
+#: A call may fail because of a loss before the news of the loss is here.
+SECONDS_TO_KNOW = 2.0
 #: MPI counts are 32-bit integers in the calls we use.
 LARGEST_MESSAGE_BYTES = 2**30
 
@@ -74,6 +76,18 @@ class _Family:
         self.spin_seconds: float = Communicator.spin_seconds
         self.oversubscribed = False
         self.cores_noticed = False
+
+    def has_lost(self) -> bool:
+        """Whether a rank is known to be lost. A call that a loss cuts short may fail with an error of any class."""
+        if not survives_failures():
+            return False
+        ends = time.monotonic() + SECONDS_TO_KNOW
+        while time.monotonic() < ends:
+            if any(comm.Is_revoked() or comm.Get_failed().Get_size() for comm in self.comms):
+                return True
+            MPI.COMM_SELF.Iprobe()  # lets the news come in
+            time.sleep(SHORTEST_PAUSE_SECONDS)
+        return False
 
     def revoke(self) -> None:
         """Wake every rank that waits in one of them, and let nobody wait there again."""
@@ -292,7 +306,7 @@ class MpiCommunicator(Communicator):
         try:
             yield
         except MPI.Exception as error:
-            if error.Get_error_class() not in _PEER_LOST_CLASSES:
+            if error.Get_error_class() not in _PEER_LOST_CLASSES and not self._family.has_lost():
                 raise
             self._family.revoke()
             raise PeerLost(f"a rank was lost: {error.Get_error_string()}") from error
@@ -309,12 +323,13 @@ def world_of_mpi() -> MpiCommunicator:
     global _everyone  # noqa: PLW0603  there is one world
     if _everyone is None:
         if not MPI.Is_initialized():
-            with together_or_not() if survives_failures() else nullcontext():
+            with together_or_not_at_all() if survives_failures() else nullcontext():
                 MPI.Init_thread()
         _everyone = MpiCommunicator(MPI.COMM_WORLD)
         if survives_failures():
             atexit.register(_leave)
-        survive(_everyone, lambda communicator: communicator.notice_cores())
+        _, _, loss = survive(_everyone, lambda communicator: communicator.notice_cores())
+        _everyone.lost_at_start = loss
     return _everyone
 
 

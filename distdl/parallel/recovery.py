@@ -10,7 +10,7 @@ and after it no rank can learn of a loss before it has made its changes. Whoever
 - *shrink*: to the group of those that are left;
 - *compare* the positions of all; should one be behind, all *take* the state of the lowest rank that is most ahead;
 - *rebuild* what depends on the group; the lowest rank is the coordinator from now on;
-- *agree* that all have come so far.
+- *agree* that all have come so far, and so go on alike.
 
 A further loss anywhere on this way starts it again from the top with the newest group. On every group all ranks
 thus call `agree` equally often, all but the last time with the outcome True, and then `shrink` it once: MPI matches
