@@ -196,6 +196,8 @@ class Trainer:
         self, what: str, rows: NDArray[np.int64], shards: Sequence[Shard], key: Key
     ) -> tuple[nonfinite.Fault, Record]:
         """Trace what is not finite in the current step's sum, save it, and stop if so configured. Collective."""
+        corruption.compare_replicas(self.communicator, self.state)  # weights that one rank alone has
+        self.state.network.gradients.fill(0)  # between parameters too, where no backward pass writes
         fault, total = nonfinite.trace(
             self.communicator,
             self._gradients,
