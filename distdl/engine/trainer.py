@@ -183,14 +183,15 @@ class Trainer:
     ) -> Iterator[tuple[int, Mapping[str, NDArray[Any]]]]:
         """Compute the micro-batches of a shard; yield the index and the record of each, valid until the next."""
         network = self.state.network
+        record = {"gradient": network.gradients, **vars(self._leaf), **self.stop.values()}
         for place, index in enumerate(shard):
             images, labels = self._micro_batch(rows, index)
             changed = place == 0  # by the update at the end of the step before
             logits = network.forward(images, training=True, key=key.of(index), parameters_changed=changed)
             self._leaf.set(self.objective.forward(logits, labels), count_correct(logits, labels), len(labels))
             network.backward(self.objective.backward())
-            timed = self._dealer.values(whole=len(labels) == self.config.micro_batch_size)
-            yield index, {"gradient": network.gradients, **vars(self._leaf), **timed, **self.stop.values()}
+            record.update(self._dealer.values(whole=len(labels) == self.config.micro_batch_size))
+            yield index, record
 
     def _not_finite(
         self, what: str, rows: NDArray[np.int64], shards: Sequence[Shard], key: Key

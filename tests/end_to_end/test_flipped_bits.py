@@ -36,7 +36,7 @@ def test_a_flipped_bit_in_one_replica_is_found_at_the_next_comparison(communicat
     """It is flipped before step 2, steps 2, 4 and 6 are compared, and no checkpoint after step 1 stays behind."""
     for size, part in worlds(communicator, (2, 3, 4)):
         expected = small_run(part, shared_tmp_path / f"{size}", optimizer="momentum")
-        for victim in range(size):
+        for victim in sorted({0, size - 1}):
             folder = shared_tmp_path / f"{size}-{victim}"
             with monkeypatch.context() as patch:
                 spoil_state(patch, FLIPS[what], step=2, rank=victim)
@@ -81,7 +81,7 @@ def test_a_bit_flipped_once_in_a_gradient_is_found_in_that_step_and_its_rank_nam
     communicator, shared_tmp_path, monkeypatch, field, reduction
 ):
     for size, part in worlds(communicator):
-        for victim in range(size):
+        for victim in sorted({0, size - 1}):
             with monkeypatch.context() as patch:
                 spoil_records(
                     patch,
@@ -100,7 +100,7 @@ def test_a_bit_flipped_once_in_a_gradient_is_found_in_that_step_and_its_rank_nam
 @pytest.mark.mpi(min_size=2)
 def test_a_rank_that_always_computes_other_bits_is_named_if_there_are_three(communicator, shared_tmp_path, monkeypatch):
     for size, part in worlds(communicator, (2, 3, 4)):
-        for victim in range(size):
+        for victim in sorted({0, size - 1}):
             with monkeypatch.context() as patch:
                 spoil_records(
                     patch, lambda record: flip(record["gradient"]), step=2, when=lambda rank, _, v=victim: rank == v
@@ -114,7 +114,7 @@ def test_a_rank_that_always_computes_other_bits_is_named_if_there_are_three(comm
 @pytest.mark.mpi(min_size=2)
 def test_an_audit_finds_flipped_weights_before_the_step_is_taken(communicator, shared_tmp_path, monkeypatch):
     for size, part in worlds(communicator, (2, 3, 4)):
-        for victim in range(size):
+        for victim in sorted({0, size - 1}):
             with monkeypatch.context() as patch:
                 spoil_state(patch, FLIPS["parameters"], step=2, rank=victim)
                 with pytest.raises(CorruptionError, match=r"after step 1, first in conv2d_1\.weight") as caught:
