@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
 from distdl.engine.timeline import Timeline
 from distdl.engine.trace import Trace
-from distdl.errors import CorruptionError, DistdlError, UserError
+from distdl.errors import UserError
 from distdl.nn import SoftmaxCrossEntropy, count_correct
 from distdl.parallel import REDUCTIONS, Communicator, Field, Layout, Record, Shard, together
 from distdl.rng import Key
@@ -207,19 +207,13 @@ class Trainer:
             step=self.state.step + 1,
             what=what,
         )
-        saved = None
         if fault.micro_batch is not None:
             rows = split.micro_batch(rows, fault.micro_batch, self.config.micro_batch_size)
             saved = self.coordinator.not_finite(fault, {"rows": rows, **self.data.samples(rows)})
+            fault = replace(fault, saved_in=self.communicator.bcast_json(saved))
         if self.config.on_nonfinite == "skip":
             return fault, total
-        saved = self.communicator.bcast_json(saved)
-        where = "" if saved is None else f"; the micro-batch is saved in {saved}"
-        if fault.transient:
-            error: DistdlError = CorruptionError(f"{fault}{where}; go on from the last checkpoint with --resume")
-            error.agreed = True
-            raise error
-        raise self._diverged(f"{fault}{where}")
+        raise corruption.agreed(f"{fault}; go on") if fault.transient else self._diverged(str(fault))
 
     def evaluate(self, rows: NDArray[np.int64]) -> Sums:
         """Return the sums of loss and right answers over the given rows, each counted once. Collective."""

@@ -155,9 +155,12 @@ def test_many_skipped_steps_are_warned_about_and_saved_but_not_each(tmp_path, mo
     now = iter(range(0, 10**6, 3))
     monkeypatch.setattr(coordinator_module.time, "monotonic", lambda: float(next(now)))
     small_run(OneProcess(), tmp_path / "run", on_nonfinite="skip")
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "no update in this step" in line]
-    assert (
-        "step 1, first in micro-batch 0 (computed by rank 0): no update in this step (1 skipped so far)" in warnings[0]
+    *warnings, last = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert last == "distdl: warning: steps skipped, of 6: 4; see metrics.jsonl"
+    saved = tmp_path / "run" / "not-finite-step-000000001.npz"
+    assert warnings[0] == (
+        "distdl: warning: the gradient is not finite at step 1, first in micro-batch 0 (computed by rank 0); "
+        f"the micro-batch is saved in {saved}: no update in this step (1 skipped so far)"
     )
     assert 1 <= len(warnings) < 4
     assert sorted(path.name for path in (tmp_path / "run").glob("*.npz")) == [
