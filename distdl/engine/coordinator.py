@@ -384,6 +384,10 @@ class Coordinator(Follower):
             self.progress.line(f"test accuracy: {test.accuracy:.2%}")
         else:
             self.progress.line(f"stopped after step {state.step}; --resume {self.folder} goes on")
+        if state.progress.get("skipped_steps"):
+            self.progress.warning(
+                f"steps skipped, of {state.step}: {state.progress['skipped_steps']}; see metrics.jsonl"
+            )
         try:
             write_durably(self.folder / "summary.json", _pretty(summary))
         except OSError as error:

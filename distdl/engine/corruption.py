@@ -108,9 +108,11 @@ def found(communicator: Communicator, ranks: Sequence[int], what: str) -> Corrup
     """Return the error, the same on every rank, that names the suspects and their machines. Collective."""
     hosts = communicator.allgather_json(socket.gethostname())
     names = " or ".join(f"{rank} (host {hosts[rank]})" for rank in ranks)
-    error = CorruptionError(
-        f"silent corruption on rank {names}: {what}; leave that machine out and go on from the last checkpoint "
-        "with --resume"
-    )
+    return agreed(f"silent corruption on rank {names}: {what}; leave that machine out and go on")
+
+
+def agreed(what: str) -> CorruptionError:
+    """Return the error that every rank raises alike."""
+    error = CorruptionError(f"{what} from the last checkpoint with --resume")
     error.agreed = True
     return error

@@ -30,11 +30,13 @@ class Fault:
     rank: int | None = None
     #: Everything was finite when it was computed again.
     transient: bool = False
+    saved_in: str | None = None
 
     def __str__(self) -> str:
         text = f"{self.what} at step {self.step}"
         if self.micro_batch is not None:
-            return f"{text}, first in micro-batch {self.micro_batch} (computed by rank {self.rank})"
+            saved = "" if self.saved_in is None else f"; the micro-batch is saved in {self.saved_in}"
+            return f"{text}, first in micro-batch {self.micro_batch} (computed by rank {self.rank}){saved}"
         if self.transient:
             return f"{text}, but not when computed again: memory or a processor is at fault, on a rank that is unknown"
         return f"{text}, though that of each micro-batch is finite: their sum overflows"

@@ -63,8 +63,10 @@ class StopRequest:
 
     def observe(self, total: Mapping[str, NDArray[Any]]) -> None:
         """Take in the reduced record of a step, the same on every rank."""
-        told = [number.name for number, count in zip(SIGNALS, total["stop"], strict=True) if count]
-        self.agreed = told[0] if told else None
+        told = total["stop"].tolist()
+        self.agreed = (
+            next(number.name for number, count in zip(SIGNALS, told, strict=True) if count) if any(told) else None
+        )
 
     def stop(self, step: int) -> NoReturn:
         """Raise `Stopped`, on every rank alike; the state after `step` is saved."""

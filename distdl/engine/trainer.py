@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
 from distdl.engine.timeline import Timeline
 from distdl.engine.trace import Trace
-from distdl.errors import CorruptionError, DistdlError, PeerLost, UserError
+from distdl.errors import PeerLost, UserError
 from distdl.nn import SoftmaxCrossEntropy, count_correct
 from distdl.parallel import (
     REDUCTIONS,
@@ -297,19 +297,22 @@ class Trainer:
     ) -> Iterator[tuple[int, Mapping[str, NDArray[Any]]]]:
         """Compute the micro-batches of a shard; yield the index and the record of each, valid until the next."""
         network = self.state.network
+        record = {"gradient": network.gradients, **vars(self._leaf), **self.stop.values()}
         for place, index in enumerate(shard):
             images, labels = self._micro_batch(rows, index)
             changed = place == 0  # by the update at the end of the step before
             logits = network.forward(images, training=True, key=key.of(index), parameters_changed=changed)
             self._leaf.set(self.objective.forward(logits, labels), count_correct(logits, labels), len(labels))
             network.backward(self.objective.backward())
-            timed = self._dealer.values(whole=len(labels) == self.config.micro_batch_size)
-            yield index, {"gradient": network.gradients, **vars(self._leaf), **timed, **self.stop.values()}
+            record.update(self._dealer.values(whole=len(labels) == self.config.micro_batch_size))
+            yield index, record
 
     def _not_finite(
         self, what: str, rows: NDArray[np.int64], shards: Sequence[Shard], key: Key
     ) -> tuple[nonfinite.Fault, Record]:
         """Trace what is not finite in the current step's sum, save it, and stop if so configured. Collective."""
+        corruption.compare_replicas(self.communicator, self.state)  # weights that one rank alone has
+        self.state.network.gradients.fill(0)  # between parameters too, where no backward pass writes
         fault, total = nonfinite.trace(
             self.communicator,
             self._gradients,
@@ -318,19 +321,13 @@ class Trainer:
             step=self.state.step + 1,
             what=what,
         )
-        saved = None
         if fault.micro_batch is not None:
             rows = split.micro_batch(rows, fault.micro_batch, self.config.micro_batch_size)
             saved = self.coordinator.not_finite(fault, {"rows": rows, **self.data.samples(rows)})
+            fault = replace(fault, saved_in=self.communicator.bcast_json(saved))
         if self.config.on_nonfinite == "skip":
             return fault, total
-        saved = self.communicator.bcast_json(saved)
-        where = "" if saved is None else f"; the micro-batch is saved in {saved}"
-        if fault.transient:
-            error: DistdlError = CorruptionError(f"{fault}{where}; go on from the last checkpoint with --resume")
-            error.agreed = True
-            raise error
-        raise self._diverged(f"{fault}{where}")
+        raise corruption.agreed(f"{fault}; go on") if fault.transient else self._diverged(str(fault))
 
     def evaluate(self, rows: NDArray[np.int64]) -> Sums:
         """Return the sums of loss and right answers over the given rows, each counted once. Collective."""

@@ -164,7 +164,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, monke
         self.gradients[-1] = np.inf
 
     monkeypatch.setattr(Sequential, "backward", overflowing)
-    with pytest.raises(UserError, match="the gradient is not finite at step 1, .*: training has diverged"):
+    with pytest.raises(UserError, match=r"the gradient is not finite at step 1, .*: training has diverged"):
         small_run(OneProcess(), tmp_path / "run", optimizer="momentum")
 
 
