@@ -229,7 +229,7 @@ def test_a_training_opens_what_it_is_given_to_read_only_and_runs_and_connects_to
         assert given <= {str(tmp_path / what) for kind, what in events if kind == "read"}
         own = "run" if "--run-dir=run" in arguments else "new"
         # In the run folder files are named relative to an open folder, and a number is a file opened before.
-        names = {f"step-{step:09d}.safetensors" for step in range(9)} | {"config.toml", "env.json", "summary.json"}
+        names = {f"step-{step:09d}.safetensors" for step in range(9)} | set(run_folder.OWN_FILES)
         names |= {f"{name}{files.TEMPORARY_SUFFIX}" for name in names}
         for kind, what in events:
             inside = what in names or what.isdecimal() or (Path(own) in (Path(what), *Path(what).parents))
