@@ -102,8 +102,8 @@ def _metadata(data: bytes, size: int, name: str) -> tuple[dict[str, Any], int]:
     if length > min(size - 8, LARGEST_HEADER_BYTES):
         raise DamagedFileError(f"{name} is damaged: its {size} bytes announce a header of {length} bytes")
     try:
-        header = json.loads(data[8 : 8 + length])
-        metadata = json.loads(header.pop("__metadata__")["distdl"])
+        header = json.loads(data[8 : 8 + length], parse_constant=_no_number)
+        metadata = json.loads(header.pop("__metadata__")["distdl"], parse_constant=_no_number)
         announced = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         given = metadata["sha256"].encode()
         complete = len(given) == len(NO_DIGEST) and {"format", "header"} <= metadata.keys()
@@ -115,6 +115,11 @@ def _metadata(data: bytes, size: int, name: str) -> tuple[dict[str, Any], int]:
     if size != announced:
         raise DamagedFileError(f"{name} is damaged: it has {size} bytes, its header announces {announced}")
     return metadata, data.index(given, 8, 8 + length)
+
+
+def _no_number(name: str) -> None:
+    """Refuse NaN and the like, which JSON does not have and we would not write again."""
+    raise ValueError(name)
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:
