@@ -82,6 +82,7 @@ class Coordinator(Follower):
         self.progress = progress
         self._steps_per_epoch = steps_per_epoch
         self._misses, self._last_miss = 0, ""
+        self._writer = CheckpointWriter(config.keep_checkpoints)
         self._log_is_refused = False
         self._data_sha256 = data_sha256
         self._kernel_families = environment["kernel_families"]
@@ -103,7 +104,6 @@ class Coordinator(Follower):
                 checkpoints.remove_later(self._checkpoints, start.checkpoint.header["step"])
                 lengths = start.checkpoint.header["log_bytes"]
             names = ["metrics", "timing", *(["hashes"] if config.record_hashes else [])]
-            self._writer = CheckpointWriter(self._checkpoints, config.keep_checkpoints)
             self._logs = {name: JsonLines(self.folder / f"{name}.jsonl", lengths.get(name, 0)) for name in names}
 
     def _bring_along(self, checkpoint: Checkpoint, path: Path, origin: Path | None) -> None:
@@ -233,13 +233,11 @@ class Coordinator(Follower):
         """
         self._settle(wait=True)
         try:
-            for log in self._logs.values():
-                log.write_waiting()
             header = {
                 "step": state.step,
                 "config": self.config.to_json(),
                 "progress": state.progress,
-                "log_bytes": {name: log.length for name, log in self._logs.items()},
+                "log_bytes": {name: log.written_length() for name, log in self._logs.items()},
                 "data_sha256": self._data_sha256,
                 "versions": self._versions,
                 "kernel_family": self._kernel_family,
@@ -247,7 +245,7 @@ class Coordinator(Follower):
         except OSError as error:
             self._missed(Outcome(state.step, error), may_raise=True, last=last)
             return
-        self._writer.start(state.named_arrays(), header, self._flush_logs)
+        self._writer.start(self._checkpoints, state.named_arrays(), header, self._flush_logs)
         if last:
             self._settle(wait=True, last=True)
 

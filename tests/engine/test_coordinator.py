@@ -227,9 +227,9 @@ def test_a_log_record_that_a_full_disk_tore_is_completed_when_there_is_room(tmp_
             log.write({"number": number})
     assert (tmp_path / "log").read_bytes() == b'{"num'
     with pytest.raises(OSError, match="No space left"):
-        log.write_waiting()
+        log.written_length()
     room["bytes"] = 1000
-    log.write_waiting()
+    log.written_length()
     log.close()
     assert (tmp_path / "log").read_text() == "".join(f'{{"number": {number}}}\n' for number in range(3))
 

@@ -220,11 +220,11 @@ def test_the_last_and_the_best_are_kept_by_a_whole_run(tmp_path):
 
 
 def test_the_copy_of_the_state_is_made_into_the_same_memory_every_time(tmp_path):
-    writer = CheckpointWriter(tmp_path, keep=1)
+    writer = CheckpointWriter(keep=1)
     array, places = np.arange(3.0), set()
     for step in (1, 2):
         array[0] = step
-        writer.start([("w", array)], {"step": step, "progress": {"best_step": None}}, lambda: None)
+        writer.start(tmp_path, [("w", array)], {"step": step, "progress": {"best_step": None}}, lambda: None)
         array[0] = -1
         assert writer.outcome(wait=True).step == step
         assert writer.outcome(wait=True) is None
