@@ -67,6 +67,15 @@ class PeerLost(DistdlError):  # noqa: N818  the event has this name in the desig
     """
 
 
+def one_line(text: str) -> str:
+    r"""Return the text with line breaks as spaces, and whatever a terminal would not show, or obey, as an escape.
+
+    >>> one_line("a name\nwith \x1b[31m")
+    'a name with \\x1b[31m'
+    """
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(text.split()))
+
+
 def unknown_name(kind: str, given: str, known: Iterable[str]) -> UserError:
     """Return the error for a name that is not known, with the nearest known one suggested.
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from distdl.errors import EXIT_INTERRUPTED, DistdlError, UserError
+from distdl.errors import EXIT_INTERRUPTED, DistdlError, UserError, one_line
 from distdl.launcher import read_launch
 
 #: How long ranks that stay silent about an error wait for rank 0 to speak and the launcher to end them.
@@ -75,7 +75,7 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str] | None
 
 def _say(text: str) -> None:
     """Print one line to the error stream, whatever line breaks the text has."""
-    for stream, line in ((sys.stdout, ""), (sys.stderr, f"distdl: {' '.join(text.split())}\n")):
+    for stream, line in ((sys.stdout, ""), (sys.stderr, f"distdl: {one_line(text)}\n")):
         if stream is not None:
             with suppress(OSError):  # nobody is there to be told; the exit code still tells
                 stream.write(line)

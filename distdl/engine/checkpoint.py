@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import stat
@@ -102,8 +103,8 @@ def _metadata(data: bytes, size: int, name: str) -> tuple[dict[str, Any], int]:
     if length > min(size - 8, LARGEST_HEADER_BYTES):
         raise DamagedFileError(f"{name} is damaged: its {size} bytes announce a header of {length} bytes")
     try:
-        header = json.loads(data[8 : 8 + length])
-        metadata = json.loads(header.pop("__metadata__")["distdl"])
+        header = _parsed(data[8 : 8 + length])
+        metadata = _parsed(header.pop("__metadata__")["distdl"])
         announced = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         given = metadata["sha256"].encode()
         complete = len(given) == len(NO_DIGEST) and {"format", "header"} <= metadata.keys()
@@ -115,6 +116,17 @@ def _metadata(data: bytes, size: int, name: str) -> tuple[dict[str, Any], int]:
     if size != announced:
         raise DamagedFileError(f"{name} is damaged: it has {size} bytes, its header announces {announced}")
     return metadata, data.index(given, 8, 8 + length)
+
+
+def _parsed(text: bytes | str) -> Any:
+    """Return the value of a JSON text; NaN and numbers that are too large, which we never write, are a `ValueError`."""
+
+    def finite(number: str) -> float:
+        if not math.isfinite(float(number)):
+            raise ValueError(number)
+        return float(number)
+
+    return json.loads(text, parse_float=finite, parse_constant=finite)
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:

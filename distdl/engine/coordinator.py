@@ -148,7 +148,6 @@ class Coordinator(Follower):
                 checkpoints.remove_later(self._checkpoints, start.checkpoint.header["step"])
                 lengths = start.checkpoint.header["log_bytes"]
             names = ["timing", *journal.names]
-            self._writer = CheckpointWriter(self._checkpoints, config.keep_checkpoints)
             self._logs = {name: JsonLines(self.folder / f"{name}.jsonl", lengths.get(name, 0)) for name in names}
             journal.lengths = {name: self._logs[name].length for name in journal.names}
 
@@ -167,6 +166,7 @@ class Coordinator(Follower):
         self._steps_per_epoch = journal.steps_per_epoch
         self._misses, self._last_miss = 0, ""
         self._newest_is_saved = False
+        self._writer = CheckpointWriter(config.keep_checkpoints)
         self._log_is_refused = False
         self._data_sha256 = data_sha256
         self._kernel_families = environment["kernel_families"]
@@ -310,13 +310,11 @@ class Coordinator(Follower):
         before_is_saved = self._newest_is_saved
         self._newest_is_saved = False
         try:
-            for log in self._logs.values():
-                log.write_waiting()
             header = {
                 "step": state.step,
                 "config": self.config.to_json(),
                 "progress": state.progress,
-                "log_bytes": {name: log.length for name, log in self._logs.items()},
+                "log_bytes": {name: log.written_length() for name, log in self._logs.items()},
                 "data_sha256": self._data_sha256,
                 "versions": self._versions,
                 "kernel_family": self._kernel_family,
@@ -324,7 +322,7 @@ class Coordinator(Follower):
         except OSError as error:
             self._missed(Outcome(state.step, error), may_raise=True, last=last)
             return before_is_saved
-        self._writer.start(state.named_arrays(), header, self._flush_logs)
+        self._writer.start(self._checkpoints, state.named_arrays(), header, self._flush_logs)
         if last:
             self._settle(wait=True, last=True)
         return before_is_saved

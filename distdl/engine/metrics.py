@@ -88,12 +88,12 @@ class JsonLines:
     def append(self, lines: bytes) -> None:
         """Append whole lines; if `OSError` is raised, they wait in memory."""
         self._waiting += lines
-        self.write_waiting()
+        self._write_waiting()
 
-    def write_waiting(self) -> None:
-        """Write the records that wait in memory; raise `OSError` where the disk still refuses."""
-        while self._waiting:
-            self._waiting = self._waiting[self._file.write(self._waiting) :]
+    def written_length(self) -> int:
+        """Write the records that wait in memory and return the file's length; raise `OSError` if still refused."""
+        self._write_waiting()
+        return self.length
 
     def flush_to_disk(self) -> None:
         """Return when what is in the file is on the disk, while others may write to it; raise `OSError` if refused."""
@@ -102,4 +102,8 @@ class JsonLines:
     def close(self) -> None:
         """Close the file; raise `OSError` if records are still waiting and the disk still refuses them."""
         with closing(self._file):
-            self.write_waiting()
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import itertools
-import math
 import os
 import re
 import stat
@@ -24,7 +23,7 @@ from typing import IO
 from distdl.config import TrainConfig, differences, run_folder_of
 from distdl.engine import checkpoint as checkpoints
 from distdl.engine.checkpoint import Checkpoint
-from distdl.engine.files import FOLDER_MODE, opened_log
+from distdl.engine.files import FOLDER_MODE, TEMPORARY_SUFFIX, opened_log
 from distdl.errors import DamagedFileError, UserError
 
 #: How long the kernel may take to release what a process held that has just died.
@@ -176,8 +175,7 @@ def _refuse_another_run(config: TrainConfig, path: Path, checkpoint: Checkpoint)
         "log_bytes": len(lengths) != len(log_bytes),
         "versions": not all(isinstance(version, str) for version in header["versions"].values()),
         "progress": any(name not in progress or type(progress[name]) not in kind for name, kind in kinds.items())
-        or not 0 <= (progress["best_step"] or 0) <= header["step"]
-        or not all(math.isfinite(value) for value in progress.values() if isinstance(value, float)),
+        or not 0 <= (progress["best_step"] or 0) <= header["step"],
     }
     for name in (name for name, is_wrong in wrong.items() if is_wrong):
         raise DamagedFileError(f"{path} is damaged: its header has no {name!r} that a run could go on from")
@@ -198,12 +196,21 @@ def _refuse_no_folder(path: Path) -> None:
 
 def _refuse_used(folder: Path) -> None:
     _refuse_no_folder(folder)
-    if folder.is_dir() and not any(folder.iterdir()):
+    if folder.is_dir() and not _holds_anything(folder):
         return
     if folder.exists():
         raise UserError(
             f"the run folder {folder} exists and is not empty: give another --run-dir, or --resume {folder} to go on"
         )
+
+
+def _holds_anything(folder: Path) -> bool:
+    """Whether there is more in a folder than a run leaves that was killed before it wrote anything."""
+    inside = folder / "checkpoints"
+    found = [path for path in folder.iterdir() if path.name != "lock"]
+    if inside.is_dir() and not inside.is_symlink():
+        found = [*(path for path in found if path != inside), *inside.iterdir()]
+    return not all(path.name.endswith(TEMPORARY_SUFFIX) for path in found)
 
 
 @contextmanager

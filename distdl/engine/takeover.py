@@ -14,7 +14,6 @@ from distdl.engine.journal import Journal
 from distdl.engine.metrics import JsonLines
 from distdl.engine.progress import Progress
 from distdl.engine.run_folder import lock_released
-from distdl.engine.writer import CheckpointWriter
 from distdl.errors import UserError
 
 
@@ -39,7 +38,6 @@ class Successor(Coordinator):
         try:
             self._checkpoints.mkdir(parents=True, exist_ok=True)  # on a host that does not share the folder
             self._lock = lock_released(folder)
-            self._writer = CheckpointWriter(self._checkpoints, config.keep_checkpoints)
             for place in (folder, self._checkpoints):
                 remove_temporaries(place)
             timing = folder / "timing.jsonl"

@@ -34,26 +34,29 @@ class Outcome:
 
 
 class CheckpointWriter:
-    """Writes one checkpoint after another into `folder`, keeping the last `keep` and the best."""
+    """Writes one checkpoint after another, keeping the last `keep` and the best."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self._folder = folder
+    def __init__(self, keep: int) -> None:
         self._keep = keep
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[Outcome] | None = None
         self._copies: dict[str, NDArray[Any]] = {}
 
     def start(
-        self, arrays: Iterable[tuple[str, NDArray[Any]]], header: Mapping[str, Any], flush_logs: Callable[[], None]
+        self,
+        folder: Path,
+        arrays: Iterable[tuple[str, NDArray[Any]]],
+        header: Mapping[str, Any],
+        flush_logs: Callable[[], None],
     ) -> None:
-        """Copy the state and let the thread write it, once `flush_logs` has brought to disk what belongs to it."""
+        """Copy the state and let the thread write it into `folder`, once `flush_logs` has brought the logs to disk."""
         assert self._pending is None, "the outcome of the checkpoint before is not known"
         for name, array in arrays:
             if name not in self._copies:
                 self._copies[name] = np.empty_like(array)
             np.copyto(self._copies[name], array)
         checkpoint = Checkpoint(self._copies, {**header, "progress": dict(header["progress"])})
-        self._pending = self._thread.submit(self._write, checkpoint, flush_logs)
+        self._pending = self._thread.submit(self._write, folder, checkpoint, flush_logs)
 
     def outcome(self, *, wait: bool) -> Outcome | None:
         """Return, once, how the last one that was started went; None where there is none, or `wait` is false and it
@@ -76,16 +79,16 @@ class CheckpointWriter:
         """End the thread, when it is done."""
         self._thread.shutdown()
 
-    def _write(self, checkpoint: Checkpoint, flush_logs: Callable[[], None]) -> Outcome:
+    def _write(self, folder: Path, checkpoint: Checkpoint, flush_logs: Callable[[], None]) -> Outcome:
         """Write the checkpoint, then remove old ones; on the thread."""
         step, best_step = checkpoint.header["step"], checkpoint.header["progress"]["best_step"]
         try:
             flush_logs()
-            checkpoints.write(checkpoints.path_of_step(self._folder, step), checkpoint)
+            checkpoints.write(checkpoints.path_of_step(folder, step), checkpoint)
         except OSError as error:
             return Outcome(step, refused=error)
         try:
-            checkpoints.remove_old(self._folder, step, self._keep, best_step)
+            checkpoints.remove_old(folder, step, self._keep, best_step)
         except OSError as error:
             return Outcome(step, removal_refused=error)
         return Outcome(step)

@@ -369,3 +369,11 @@ def test_a_checkpoint_of_another_model_is_refused_and_the_tensor_named(other, na
     with pytest.raises(UserError, match=f"x is a checkpoint of another model: {named}"):
         checkpoints.restore(small(1), list(other.items()), "x")
     assert not any(array.any() for array in other.values())
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_a_number_in_the_header_that_is_none_is_a_damaged_file(number):
+    header = {"__metadata__": {"distdl": f'{{"format": "x", "sha256": "{"0" * 64}", "header": {{"lr": {number}}}}}'}}
+    text = json.dumps(header).encode()
+    with pytest.raises(DamagedFileError, match="its header cannot be read"):
+        checkpoints.decode(len(text).to_bytes(8, "little") + text, "x")

@@ -20,6 +20,7 @@ from distdl.engine import run as engine_run
 from distdl.engine import run_folder, train
 from distdl.engine.coordinator import Coordinator
 from distdl.engine.environment import describe
+from distdl.engine.files import TEMPORARY_SUFFIX
 from distdl.engine.metrics import JsonLines
 from distdl.engine.nonfinite import is_finite
 from distdl.engine.trainer import Trainer
@@ -231,9 +232,9 @@ def test_a_log_record_that_a_full_disk_tore_is_completed_when_there_is_room(tmp_
             log.write({"number": number})
     assert (tmp_path / "log").read_bytes() == b'{"num'
     with pytest.raises(OSError, match="No space left"):
-        log.write_waiting()
+        log.written_length()
     room["bytes"] = 1000
-    log.write_waiting()
+    log.written_length()
     log.close()
     assert (tmp_path / "log").read_text() == "".join(f'{{"number": {number}}}\n' for number in range(3))
 
@@ -405,3 +406,25 @@ def test_auto_refuses_a_folder_that_is_no_run_folder(tmp_path):
     with pytest.raises(UserError, match="exists and is not empty"):
         small_run(OneProcess(), tmp_path, resume="auto")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("settings", [{"resume": "auto"}, {}])
+def test_what_a_run_leaves_that_was_killed_before_it_wrote_anything_is_an_unused_folder(tmp_path, settings):
+    expected = small_run(OneProcess(), tmp_path / "plain")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "lock").touch()
+    (tmp_path / "run" / f"config.toml{TEMPORARY_SUFFIX}").write_text("epo")
+    assert small_run(OneProcess(), tmp_path / "run", **settings) == expected
+    assert not list((tmp_path / "run").glob(f"*{TEMPORARY_SUFFIX}"))
+
+
+@pytest.mark.parametrize("stray", ["notes.txt", "checkpoints/notes.txt", "checkpoints"])
+def test_a_folder_that_holds_anything_more_is_a_used_one(tmp_path, stray):
+    path = tmp_path / "run" / stray
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    (tmp_path / "run" / "lock").touch()
+    for settings in ({"resume": "auto"}, {}):
+        with pytest.raises(UserError, match=r"exists and is not empty|is not a folder"):
+            small_run(OneProcess(), tmp_path / "run", **settings)
+    assert path.read_text() == "mine"
