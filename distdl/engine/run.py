@@ -26,6 +26,7 @@ from distdl.engine.run_folder import Start, find_start
 from distdl.engine.state import TrainingState
 from distdl.engine.trace import check_writable
 from distdl.engine.trainer import Data, Summary, Trainer
+from distdl.engine.watchdog import Watchdog
 from distdl.errors import UserError
 from distdl.launcher import survives_failures
 from distdl.nn import Sequential, build_model
@@ -55,8 +56,9 @@ def train(
         config = together(communicator, _labelled(config, build_network, dataset).checked)
         config = TrainConfig.from_json(communicator.bcast_json(config.to_json()))
         communicator.spin_seconds = balance.SPIN_SECONDS if config.balance else Communicator.spin_seconds
-        with numerics(config.threads_per_rank):
+        with numerics(config.threads_per_rank), Watchdog(communicator, config.stall_warning) as watchdog:
             trainer = _prepared(config, communicator, build_network, dataset)
+            watchdog.progress = lambda: trainer.work_done
             with closing(trainer.coordinator):
                 return trainer.run()
 
