@@ -1,6 +1,5 @@
 """The watchdog names who is late and shows where; nobody else speaks, and it ends with the training."""
 
-import io
 import os
 import re
 import signal
@@ -94,9 +93,15 @@ def test_a_stopped_rank_is_said_to_be_stopped_and_a_dead_one_gone():
 
 
 @pytest.fixture
-def errors(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    return sys.stderr
+def errors(capsys):
+    """What has been printed to the error stream so far."""
+    printed = []
+
+    def so_far():
+        printed.append(capsys.readouterr().err)
+        return "".join(printed)
+
+    return so_far
 
 
 def until(condition):
@@ -108,9 +113,9 @@ def until(condition):
 
 def test_one_process_says_where_it_hangs_again_and_again_and_when_it_goes_on(errors):
     with Watchdog(OneProcess(), 0.2) as dog:
-        until(lambda: len(re.findall(r"^\[rank 0\] has done nothing", errors.getvalue(), re.MULTILINE)) >= 3)
+        until(lambda: len(re.findall(r"^\[rank 0\] has done nothing", errors(), re.MULTILINE)) >= 3)
         dog.progress = lambda: (0, 1)
-    lines = errors.getvalue().splitlines()
+    lines = errors().splitlines()
     assert all(line.startswith("[rank 0] ") for line in lines)
     assert "[rank 0] has done nothing for 0 s, after 0 steps; it is here:" in lines
     assert any("test_one_process_says_where_it_hangs" in line for line in lines)
@@ -122,7 +127,7 @@ def test_who_makes_progress_is_not_late(errors):
     with Watchdog(OneProcess(), 0.2) as dog:
         dog.progress = lambda: (0, next(counter))
         time.sleep(1)
-    assert errors.getvalue() == ""
+    assert errors() == ""
 
 
 def test_a_process_that_was_stopped_altogether_is_not_late_when_it_is_woken(errors, monkeypatch):
@@ -132,7 +137,7 @@ def test_a_process_that_was_stopped_altogether_is_not_late_when_it_is_woken(erro
     with Watchdog(OneProcess(), 3600) as dog:
         hours[0] = 7200.0
         until(lambda: dog._own["looked"][0] > 7200.0)
-    assert errors.getvalue() == ""
+    assert errors() == ""
 
 
 def test_nothing_of_it_is_left_after_the_end_nor_printed(errors):
@@ -140,9 +145,9 @@ def test_nothing_of_it_is_left_after_the_end_nor_printed(errors):
     with pytest.raises(RuntimeError), Watchdog(OneProcess(), 0.1):
         raise RuntimeError
     assert threading.active_count() == before
-    printed = errors.getvalue()
+    printed = errors()
     time.sleep(0.5)
-    assert errors.getvalue() == printed
+    assert errors() == printed
 
 
 def test_zero_seconds_are_no_watchdog():

@@ -160,7 +160,7 @@ def test_only_the_segments_and_sessions_of_mpi_are_found_in_the_maps():
 
 
 def test_a_file_that_is_swept_before_it_is_locked_is_made_again(folder, monkeypatch):
-    lock, swept = leftovers.fcntl.flock, []
+    lock, swept = leftovers.flock, []
 
     def swept_first(handle, how):
         if not swept:
@@ -169,7 +169,7 @@ def test_a_file_that_is_swept_before_it_is_locked_is_made_again(folder, monkeypa
             only.unlink()
         lock(handle, how)
 
-    monkeypatch.setattr(leftovers.fcntl, "flock", swept_first)
+    monkeypatch.setattr(leftovers, "flock", swept_first)
     handle, path = leftovers.create_held(folder, leftovers.MEMORY)
     assert swept
     assert Path(path).exists()
