@@ -8,11 +8,11 @@ import warnings
 
 from distdl.errors import UserError
 from distdl.launcher import belong_together, read_launch
+from distdl.lifeline import end_with_the_launcher
 from distdl.parallel import leftovers, shared
 from distdl.parallel.agreement import exit_code_of, guard, report, together
 from distdl.parallel.communicator import Communicator, OneProcess, hosts, say
 from distdl.parallel.dealing import deal, share
-from distdl.parallel.lifeline import end_with_the_launcher
 from distdl.parallel.reduce import REDUCTIONS, Field, Layout, Record, Reduction
 from distdl.parallel.shared import share_arrays
 from distdl.parallel.tree import Shard, contiguous_shards

@@ -29,7 +29,7 @@ from fcntl import LOCK_EX, LOCK_NB, flock
 from functools import cache
 from pathlib import Path
 
-from distdl.parallel.lifeline import LAUNCHERS
+from distdl.lifeline import LAUNCHERS
 from distdl.processes import Process, ancestors
 
 MEMORY = "distdl-memory-"

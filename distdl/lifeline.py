@@ -6,16 +6,21 @@ a proxy between the two that ends the ranks, as long as it is not killed itself.
 SIGKILL when its parent dies, which also reaches a stopped rank, and watches the launchers above its parent, or above
 a shell script that started it, in a thread that looks once a second.
 
+A launcher may be gone before its ranks have come so far as to ask. Open MPI's would then wait in MPI_Init for ever for
+the server that the launcher was. So a rank that finds no launcher above it tries whether that server still answers.
+
 The ranks of other hosts are children of the launcher's daemon there, which ends when it loses its launcher.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 from distdl.processes import Process, ancestors, send_when_the_parent_dies
@@ -27,8 +32,8 @@ LAUNCHERS = frozenset(
         *("mpiexec.hydra", "hydra_pmi_proxy", "hydra_bstrap_pr", "slurmstepd"),
     }
 )
-#: The kernel sends its signal when the *thread* that started us ends; not all start their tasks from the main one.
-FORK_FROM_A_THREAD = frozenset({"slurmstepd"})
+#: Those of them that may start their tasks from a thread that ends: the kernel sends its signal when that does.
+STEP_DAEMONS = frozenset({"slurmstepd"})
 SECONDS_BETWEEN_LOOKS = 1.0
 
 
@@ -37,11 +42,28 @@ def end_with_the_launcher() -> None:
     """Let this process be killed as soon as one of the launchers that it descends from is gone."""
     watched = [process for process in ancestors() if process.name in LAUNCHERS]
     parent = os.getppid()
-    if any(process.pid == parent and process.name not in FORK_FROM_A_THREAD for process in watched):
+    if any(process.pid == parent and process.name not in STEP_DAEMONS for process in watched):
         send_when_the_parent_dies(signal.SIGKILL)
     # Both: where the parent had died before the kernel was asked, the kernel sends nothing.
+    if not any(process.name not in STEP_DAEMONS for process in watched) and server_is_gone():
+        os.kill(os.getpid(), signal.SIGKILL)
     if watched:
         threading.Thread(target=_watch, args=[watched], name="lifeline", daemon=True).start()
+
+
+def server_is_gone(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether nobody listens where Open MPI's launcher has said that it would serve its ranks."""
+    uris = [uri for name, uri in environment.items() if name.startswith("PMIX_SERVER_URI")]
+    found = re.search(r"tcp4://([\d.]+):(\d+)", " ".join(uris))
+    if found is None:
+        return False
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=1.0).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False  # whatever this is, MPI says it better
+    return False
 
 
 def _watch(launchers: Sequence[Process]) -> None:
