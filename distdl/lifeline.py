@@ -6,8 +6,8 @@ a proxy between the two that ends the ranks, as long as it is not killed itself.
 SIGKILL when its parent dies, which also reaches a stopped rank, and watches the launchers above its parent, or above
 a shell script that started it, in a thread that looks once a second.
 
-A launcher may be gone before its ranks have come so far as to ask. Open MPI's would then wait in MPI_Init for ever for
-the server that the launcher was. So a rank that finds no launcher above it tries whether that server still answers.
+A launcher may be gone before its ranks have come so far as to ask. Open MPI's would then go on trying to
+reach, in MPI_Init, the server that the launcher was. So a rank that finds no launcher tries whether anybody listens.
 
 The ranks of other hosts are children of the launcher's daemon there, which ends when it loses its launcher.
 """
@@ -44,10 +44,9 @@ def end_with_the_launcher() -> None:
     parent = os.getppid()
     if any(process.pid == parent and process.name not in STEP_DAEMONS for process in watched):
         send_when_the_parent_dies(signal.SIGKILL)
-    # Both: where the parent had died before the kernel was asked, the kernel sends nothing.
     if not any(process.name not in STEP_DAEMONS for process in watched) and server_is_gone():
         os.kill(os.getpid(), signal.SIGKILL)
-    if watched:
+    if watched:  # the parent too: if it had died before the kernel was asked, the kernel sends nothing
         threading.Thread(target=_watch, args=[watched], name="lifeline", daemon=True).start()
 
 

@@ -24,7 +24,7 @@ from trapped_training import (
     write_trap,
 )
 
-from distdl.mpirun import environment_for, mpirun_command
+from distdl.mpirun import mpirun_command
 from distdl.parallel import leftovers, shared
 
 pytestmark = needs_mpirun
@@ -69,12 +69,33 @@ def test_a_rank_that_a_shell_has_started_does_not_outlive_the_launcher_either(tm
     environment = write_trap(tmp_path, WAIT_FOR_EVER)
     training = [sys.executable, "-m", "trapped", *TRAINING, "--run-dir", "run"]
     launch = mpirun_command(3, ["/bin/sh", "-c", '"$@"; exit $?', "sh", *training])
-    process = subprocess.Popen(launch.argv, cwd=tmp_path, env=environment | environment_for(launch) | environment)
+    process = subprocess.Popen(launch.argv, cwd=tmp_path, env=environment | launch.environment)
     until(lambda: len(list(tmp_path.glob("waits-*"))) == 3)
     ranks = ranks_of(tmp_path)
     process.kill()
     process.wait()
     until(lambda: are_gone(ranks))
+
+
+def test_a_rank_that_comes_when_the_launcher_is_gone_already_ends(tmp_path):
+    """It has loaded Python for so long; it neither waits nor trains."""
+    (tmp_path / "late.py").write_text("""
+import os, pathlib, runpy, time
+launcher = os.getppid()
+pathlib.Path(f"process-{os.getpid()}").write_text(str(os.getpid()))
+while os.getppid() == launcher:
+    time.sleep(0.01)
+runpy.run_module("distdl.train", run_name="__main__")
+""")
+    launch = mpirun_command(3, [sys.executable, "-m", "late", *TRAINING, "--run-dir", "run"])
+    environment = write_trap(tmp_path, "pass") | launch.environment
+    process = subprocess.Popen(launch.argv, cwd=tmp_path, env=environment)
+    until(lambda: len(ranks_of(tmp_path)) == 3)
+    ranks = ranks_of(tmp_path)
+    process.kill()
+    process.wait()
+    until(lambda: are_gone(ranks))
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_ordinary_end_leaves_no_register(tmp_path):

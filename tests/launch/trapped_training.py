@@ -121,7 +121,7 @@ def until(condition):
 
 def ranks_of(folder):
     """The processes of the ranks that have taken a step."""
-    return [int(path.read_text()) for path in folder.glob("process-*")]
+    return [int(text) for path in folder.glob("process-*") if (text := path.read_text())]
 
 
 def are_gone(processes):
