@@ -46,6 +46,7 @@ FREE_TO_CHANGE_ON_RESUME = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "log_every",
+        "stall_warning",
         "record_hashes",
         "threads_per_rank",
         "balance",
@@ -107,6 +108,8 @@ class TrainConfig:
     """How many of the newest checkpoints to keep, besides the best."""
     log_every: int = 10
     """Steps between the records of metrics.jsonl, besides those of each epoch; 0 for none."""
+    stall_warning: float = 300.0
+    """Seconds without progress after which ranks say who is late and where it is; 0 for never."""
     record_hashes: bool = False
     """Write the hash of every tensor after every step into hashes.jsonl (see distdl.verify)."""
     reduction: Literal["tree", "allreduce"] = "tree"
@@ -137,11 +140,12 @@ class TrainConfig:
         _at_least(1, config, "threads_per_rank")
         if config.threads_per_rank > MOST_THREADS:
             raise UserError(f"--threads-per-rank must be at most {MOST_THREADS}, not {config.threads_per_rank}")
-        _at_least(0, config, "seed", "checkpoint_every", "log_every", "verify_every", "audit", "weight_decay")
+        _at_least(0, config, "seed", "checkpoint_every", "log_every", "weight_decay")
+        _at_least(0, config, "verify_every", "audit", "stall_warning")
         if config.max_steps is not None:
             _at_least(1, config, "max_steps")
         _above_zero(config, "lr", "lr_step_factor")
-        for name in ("lr", "weight_decay", "lr_step_factor"):
+        for name in ("lr", "weight_decay", "lr_step_factor", "stall_warning"):
             if not math.isfinite(getattr(config, name)):
                 raise UserError(f"{_flag(name)} must be a finite number, not {getattr(config, name)}")
         if config.schedule == "step":

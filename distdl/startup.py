@@ -1,4 +1,4 @@
-"""What every command does around its work: BLAS threads, one voice, exit codes.
+"""What every command does around its work: BLAS threads, one voice, exit codes, an end with the launcher.
 
 Neither NumPy nor MPI is imported here, since the number of BLAS threads is read when NumPy is loaded.
 """
@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from distdl.errors import EXIT_INTERRUPTED, DistdlError, UserError, one_line
 from distdl.launcher import read_launch
+from distdl.lifeline import end_with_the_launcher
 
 #: How long ranks that stay silent about an error wait for rank 0 to speak and the launcher to end them.
 SILENT_SECONDS = 1.0
@@ -52,7 +53,10 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str] | None
     that it has spoken before the launcher sees one of them end, and then end by themselves: not every launcher
     ends them.
     """
-    speaks = read_launch().speaks
+    launch = read_launch()
+    speaks = launch.speaks
+    if launch.by is not None:
+        end_with_the_launcher()
     for stream in (sys.stdout, sys.stderr):
         # What the terminal's encoding lacks is shown as an escape; a dot in the banner must not end a training.
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":

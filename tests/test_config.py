@@ -240,6 +240,7 @@ configs = st.builds(
     checkpoint_every=st.integers(0, 10**6),
     keep_checkpoints=st.integers(1, 10**6),
     log_every=st.integers(0, 10**6),
+    stall_warning=st.just(0.0) | positive,
     record_hashes=st.booleans(),
     balance=st.booleans(),
     reduction=st.sampled_from(sorted(REDUCTIONS)),
@@ -306,6 +307,7 @@ OTHER = {
     "checkpoint_every": 7,
     "keep_checkpoints": 9,
     "log_every": 3,
+    "stall_warning": 5.0,
     "record_hashes": True,
     "balance": True,
     "reduction": "allreduce",
@@ -317,6 +319,7 @@ OTHER = {
 }
 FREE = {"config", "run_dir", "resume", "data_dir", "epochs", "max_steps", "checkpoint_every", "keep_checkpoints"} | {
     "log_every",
+    "stall_warning",
     "record_hashes",
     "balance",
     "on_nonfinite",

@@ -30,6 +30,7 @@ from distdl.engine.stop import StopRequest
 from distdl.engine.takeover import Successor
 from distdl.engine.trace import check_writable
 from distdl.engine.trainer import Data, Summary, Trainer
+from distdl.engine.watchdog import Watchdog
 from distdl.errors import DamagedFileError, UserError
 from distdl.nn import Sequential, build_model
 from distdl.optim import optimizer_class
@@ -64,13 +65,16 @@ def train(
     with stop.listening(), guard(communicator):
         lost_at_start, communicator.lost_at_start = communicator.lost_at_start, None
         communicator, config, lost_first = survive(communicator, agree_on_config)
-        with numerics(config.threads_per_rank):
+        stall_warning = config.stall_warning
+        communicator, watchdog, lost_second = survive(communicator, lambda left: Watchdog(left, stall_warning))
+        with numerics(config.threads_per_rank), watchdog:
             preparation = _Preparation(config, build_network, dataset)
             _, trainer, lost_then = survive(communicator, preparation.trainer)
             trainer.stop = stop
+            watchdog.progress = lambda: trainer.work_done
             try:
                 preparation.introduce(trainer)
-                for loss in filter(None, (lost_at_start, lost_first, lost_then)):
+                for loss in filter(None, (lost_at_start, lost_first, lost_second, lost_then)):
                     trainer.note(loss, prepared=False)
                 return trainer.run()
             finally:

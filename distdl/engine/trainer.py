@@ -146,6 +146,12 @@ class Trainer:
         self.timeline = Timeline(communicator)
         self._trace = None if config.trace is None else Trace(self.timeline)
         self._samples = 0
+        self._micro_batches = 0
+
+    @property
+    def work_done(self) -> tuple[int, int]:
+        """The steps, and what moves within them: the micro-batches that this rank has begun; for the watchdog."""
+        return self.state.step, self._micro_batches
 
     def run(self) -> Summary:
         """Train to the last step, score the test part where training is complete, and return the summary."""
@@ -434,6 +440,7 @@ class Trainer:
 
     def _micro_batch(self, rows: NDArray[np.int64], index: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return the normalized images (N, H, W, C) and the labels (N,) of one micro-batch."""
+        self._micro_batches += 1
         rows = split.micro_batch(rows, index, self.config.micro_batch_size)
         if len(rows) not in self._images:
             self._images[len(rows)] = aligned_empty((len(rows), *self.data.images.shape[1:]))

@@ -8,11 +8,11 @@ import warnings
 
 from distdl.errors import UserError
 from distdl.launcher import belong_together, read_launch
+from distdl.lifeline import end_with_the_launcher
 from distdl.parallel import leftovers, shared
 from distdl.parallel.agreement import die_of_the_host, exit_code_of, guard, report, together
 from distdl.parallel.communicator import Communicator, OneProcess, hosts, say
 from distdl.parallel.dealing import deal, share
-from distdl.parallel.lifeline import end_with_the_launcher, end_with_the_parent
 from distdl.parallel.recovery import Loss, Position, commit, committed, recover, survive
 from distdl.parallel.reduce import REDUCTIONS, Field, Layout, Record, Reduction
 from distdl.parallel.shared import share_arrays
@@ -62,7 +62,7 @@ def world() -> Communicator:
         leftovers.sweep(shared.folders())
         missing = importlib.util.find_spec("mpi4py") is None
         return OneProcess("one process" + (f"; mpi4py is not installed: {INSTALL} for more" if missing else ""))
-    end_with_the_parent()
+    end_with_the_launcher()
     try:
         from distdl.parallel import mpi  # noqa: PLC0415  not every machine has an MPI library
     except (ImportError, RuntimeError) as error:
@@ -93,7 +93,6 @@ def world() -> Communicator:
             f"each sees {communicator.description} with 1 rank: use the mpirun of that library, "
             "or srun with --mpi=pmi2 for MPICH and --mpi=pmix for Open MPI",
         )
-    end_with_the_launcher()
     _end_the_job_on_uncaught_exceptions(communicator)
     leftovers.register(shared.folders())
     if communicator.node().rank == 0:

@@ -16,7 +16,6 @@ which no run is started.
 from __future__ import annotations
 
 import atexit
-import fcntl
 import json
 import os
 import re
@@ -26,10 +25,11 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from fcntl import LOCK_EX, LOCK_NB, flock
 from functools import cache
 from pathlib import Path
 
-from distdl.parallel.lifeline import LAUNCHERS
+from distdl.lifeline import LAUNCHERS
 from distdl.processes import Process, ancestors
 
 MEMORY = "distdl-memory-"
@@ -47,7 +47,7 @@ def create_held(folder: Path, prefix: str) -> tuple[int, str]:
     while True:
         handle, path = tempfile.mkstemp(prefix=prefix, dir=folder)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            flock(handle, LOCK_EX)
             if os.fstat(handle).st_nlink:
                 return handle, path
         except BaseException:
@@ -133,7 +133,7 @@ def _orphaned(path: Path) -> Iterator[bool]:
     handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(handle, LOCK_EX | LOCK_NB)
         except BlockingIOError:
             yield False
         else:
