@@ -1,0 +1,92 @@
+"""One rank raises, leaves, crashes, or the launcher is warned or killed: no hang, a documented end, nothing lost."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+from harness import FLAGS, SECONDS_TO_LEAVE, Job, run
+from test_kills import SURVIVED, assert_as_if_nothing_had_happened, assert_told
+
+pytestmark = pytest.mark.usefixtures("mpirun_words")
+
+#: What one rank does, the exit code where the job ends, and whether it dies as by a signal, which is survived.
+FAULTS = {
+    "raise": ("raise", 1, False),
+    "sys.exit(7)": ("exit:7", 7, False),
+    "segfault": ("segfault", None, True),
+    "os.abort": ("abort", None, True),
+    "MemoryError": ("memory-error", None, True),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_rank_that_fails_by_itself(row, undisturbed, survives, fault):
+    do, code, as_by_a_signal = FAULTS[fault]
+    table = row(f"{fault} on one rank", 1, 10)
+
+    def one(number, folder):
+        rng = table.random(number)
+        rule = {"rank": rng.randrange(3), "point": "backward", "step": rng.randrange(2, 50), "do": do}
+        outcome = run(folder, 3, *FLAGS, sabotage=[rule])
+        assert "[saboteur]" in outcome.errors, str(outcome)
+        assert outcome.leftover_processes == [], str(outcome)
+        if survives and as_by_a_signal:
+            assert_as_if_nothing_had_happened(outcome, undisturbed(*FLAGS))
+            assert_told(outcome, [rule["rank"]])
+            return outcome, SURVIVED
+        assert outcome.receipt is None, str(outcome)
+        assert outcome.code not in {0, 75}, str(outcome)
+        if code is not None:
+            assert outcome.code == code, str(outcome)
+            assert f"[rank {rule['rank']}] " in outcome.errors, str(outcome)
+        return outcome, f"the job ends, exit code {outcome.code}"
+
+    table.runs(one)
+
+
+def assert_resumable(folder, flags, expected, ranks) -> None:
+    resumed = run(folder, ranks, *flags, "--resume", "auto")
+    assert resumed.code == 0, str(resumed)
+    assert resumed.receipt == expected.receipt, str(resumed)
+    assert resumed.metrics == expected.metrics, str(resumed)
+
+
+def test_a_warning_signal_to_mpirun(row, undisturbed):
+    """All ranks stop after the same step, with a checkpoint of it, so that not a single step is lost."""
+    table = row("SIGUSR1 to mpirun", 2, 20)
+
+    def one(number, folder):
+        rng = table.random(number)
+        with Job(folder, 4, *FLAGS) as job:
+            assert job.wait_for_training()
+            job.wait_for_step(rng.randrange(1, 40))
+            time.sleep(rng.random() * 0.03)
+            job.process.send_signal(signal.SIGUSR1)
+            outcome = job.finish()
+        assert outcome.code == 75, str(outcome)
+        assert outcome.leftover_processes == [], str(outcome)
+        last = max(record["step"] for record in job.records())
+        assert outcome.checkpoints[-1].stem == f"step-{last:09d}", str(outcome)
+        assert_resumable(folder, FLAGS, undisturbed(*FLAGS), rng.randrange(1, 5))
+        return outcome, "exit code 75, a checkpoint of the last step; resumed to the same receipt"
+
+    table.runs(one)
+
+
+def test_a_launcher_that_is_killed_takes_its_ranks_with_it(row, undisturbed):
+    table = row("kill -9 of mpirun", 2, 20)
+
+    def one(number, folder):
+        rng = table.random(number)
+        with Job(folder, 4, *FLAGS) as job:
+            assert job.wait_for_training()
+            job.wait_for_step(rng.randrange(1, 40))
+            job.process.kill()
+            outcome = job.finish()
+        assert outcome.leftover_processes == [], f"{SECONDS_TO_LEAVE} s later: {outcome}"
+        assert_resumable(folder, FLAGS, undisturbed(*FLAGS), rng.randrange(1, 5))
+        return outcome, f"no process left after {SECONDS_TO_LEAVE:.0f} s; resumed to the same receipt"
+
+    table.runs(one)
