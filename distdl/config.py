@@ -49,6 +49,9 @@ FREE_TO_CHANGE_ON_RESUME = frozenset(
         "record_hashes",
         "threads_per_rank",
         "balance",
+        "on_nonfinite",
+        "verify_every",
+        "audit",
         "trace",
     }
 )
@@ -110,6 +113,12 @@ class TrainConfig:
     """How gradients are summed: the canonical tree, or MPI's Allreduce, whose bits depend on the ranks."""
     balance: bool = False
     """Deal micro-batches by each rank's measured speed, and anew as speeds change; the bits stay the same."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do where the loss or gradient of a step is infinite or no number: stop, or skip the step's update."""
+    verify_every: int = 100
+    """Steps between comparisons of all ranks' weights and optimizer state, also before each checkpoint; 0 for none."""
+    audit: int = 0
+    """Steps between audits, in which each rank computes the next rank's shard too and compares bits; 0 for none."""
     threads_per_rank: int = 1
     """BLAS threads of each rank; another number than 1 may change bits."""
     trace: Path | None = None
@@ -128,7 +137,7 @@ class TrainConfig:
         _at_least(1, config, "threads_per_rank")
         if config.threads_per_rank > MOST_THREADS:
             raise UserError(f"--threads-per-rank must be at most {MOST_THREADS}, not {config.threads_per_rank}")
-        _at_least(0, config, "seed", "checkpoint_every", "log_every", "weight_decay")
+        _at_least(0, config, "seed", "checkpoint_every", "log_every", "verify_every", "audit", "weight_decay")
         if config.max_steps is not None:
             _at_least(1, config, "max_steps")
         _above_zero(config, "lr", "lr_step_factor")

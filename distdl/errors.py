@@ -5,7 +5,9 @@
 | 1         | any other          | a defect of ours: shown with its traceback                     |
 | 2         | `UserError`        | what the user gave is wrong: one line, no traceback            |
 | 3         | `DamagedFileError` | a file is damaged: one line that names it                      |
-| 130       | KeyboardInterrupt  | Ctrl-C                                                         |
+| 4         | `CorruptionError`  | memory or a computation went wrong unnoticed: one line         |
+| 75        | `Stopped`          | stopped by a signal, after a checkpoint: start it again later  |
+| 130       | KeyboardInterrupt  | stopped at once: by a second signal, or before the first step  |
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from collections.abc import Iterable
 EXIT_DEFECT = 1
 EXIT_USER = 2
 EXIT_DAMAGED = 3
+EXIT_CORRUPTION = 4
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: what schedulers and scripts take for "try again"
 EXIT_INTERRUPTED = 130  # as a shell says it of Ctrl-C
 
 
@@ -27,6 +31,8 @@ class DistdlError(Exception):
 
     exit_code = EXIT_DEFECT
     agreed = False
+    #: What stands in front of the message when a command prints it.
+    label = "error: "
 
 
 class UserError(DistdlError):
@@ -39,6 +45,19 @@ class DamagedFileError(UserError):
     """A file that we read is damaged: torn, truncated, altered, or not what its header says."""
 
     exit_code = EXIT_DAMAGED
+
+
+class CorruptionError(DistdlError):
+    """Ranks that must have the same bits have not: memory or a computation went wrong, and nothing said so."""
+
+    exit_code = EXIT_CORRUPTION
+
+
+class Stopped(DistdlError):  # noqa: N818  it is what was asked for
+    """A signal asked the training to stop; it did so after a step, on all ranks, with a checkpoint."""
+
+    exit_code = EXIT_STOPPED
+    label = ""
 
 
 class PeerLost(DistdlError):  # noqa: N818  the event has this name in the design

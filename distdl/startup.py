@@ -63,7 +63,7 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str] | None
         return command(sys.argv[1:] if arguments is None else arguments)
     except DistdlError as error:
         if speaks:
-            _say(f"error: {error}")
+            _say(f"{error.label}{error}")
         elif not error.agreed:
             time.sleep(SILENT_SECONDS)
         return error.exit_code

@@ -243,6 +243,9 @@ configs = st.builds(
     record_hashes=st.booleans(),
     balance=st.booleans(),
     reduction=st.sampled_from(sorted(REDUCTIONS)),
+    on_nonfinite=st.sampled_from(["stop", "skip"]),
+    verify_every=st.integers(0, 10**6),
+    audit=st.integers(0, 10**6),
     threads_per_rank=st.integers(1, 1024),
     trace=st.none() | paths,
 )
@@ -306,6 +309,9 @@ OTHER = {
     "record_hashes": True,
     "balance": True,
     "reduction": "allreduce",
+    "on_nonfinite": "skip",
+    "verify_every": 5,
+    "audit": 5,
     "threads_per_rank": 2,
     "trace": Path("trace.json"),
 }
@@ -313,6 +319,9 @@ FREE = {"config", "run_dir", "resume", "data_dir", "epochs", "max_steps", "check
     "log_every",
     "record_hashes",
     "balance",
+    "on_nonfinite",
+    "verify_every",
+    "audit",
     "threads_per_rank",
     "trace",
 }

@@ -6,11 +6,15 @@ who it is. What can fail because of what the user gave happens before training, 
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from distdl.arrays import sha256_of_arrays
 from distdl.config import TrainConfig
@@ -18,6 +22,7 @@ from distdl.engine import checkpoint as checkpoints
 from distdl.engine.checkpoint import Checkpoint
 from distdl.engine.files import remove_temporaries, write_durably
 from distdl.engine.metrics import JsonLines, Sums
+from distdl.engine.nonfinite import Fault
 from distdl.engine.progress import Progress, describe_shares
 from distdl.engine.run_folder import Start, claim
 from distdl.engine.state import TrainingState
@@ -27,8 +32,11 @@ from distdl.errors import DamagedFileError, UserError
 
 #: Checkpoints in a row that may fail to be written before the run gives up.
 MISSES_ALLOWED = 3
-#: Between two lines that say how micro-batches are dealt now.
+#: Between two lines that say how micro-batches are dealt now, and between two warnings of skipped steps.
 SECONDS_BETWEEN_SHARES = 5.0
+SECONDS_BETWEEN_SKIPS = 5.0
+#: Micro-batches whose loss or gradient was not finite, of one run.
+MOST_SAVED = 10
 
 
 class Follower:
@@ -39,6 +47,13 @@ class Follower:
 
     def stepped(self, state: TrainingState, batch: Sums, learning_rate: float) -> None:
         """React to a step that has just been taken; `batch` holds the sums of its samples."""
+
+    def not_finite(self, fault: Fault, samples: Mapping[str, NDArray[Any]]) -> str | None:  # noqa: ARG002
+        """Save the micro-batch that a step's fault came from, for inspection; return where, if it was saved."""
+        return None
+
+    def skipped(self, state: TrainingState, fault: Fault) -> None:
+        """React to a step that has just been taken without an update of the weights."""
 
     def redealt(self, shares: Sequence[int]) -> None:
         """Say that from the next step on each rank computes so many micro-batches of a full batch."""
@@ -88,6 +103,7 @@ class Coordinator(Follower):
         self._start = start
         self._shares_to_say: Sequence[int] | None = None
         self._say_shares_after = 0.0
+        self._say_skip_after = 0.0
         with claim(start) as (self.folder, self._lock):
             self._checkpoints = self.folder / "checkpoints"
             for folder in (self.folder, self._checkpoints):
@@ -168,14 +184,46 @@ class Coordinator(Follower):
                     "lr": learning_rate,
                 },
             )
-        if self.config.record_hashes:
-            hashes = {name: sha256_of_arrays([(name, array)])[:16] for name, array in state.named_arrays()}
-            self._log("hashes", {"step": state.step, "loss": batch.loss, "hashes": hashes})
+        self._log_hashes(state, batch.loss)
         if self._shares_to_say is not None and time.monotonic() >= self._say_shares_after:
             self.progress.line(f"balance: {describe_shares(self._shares_to_say)} from step {state.step + 1} on")
             self._shares_to_say = None
             self._say_shares_after = time.monotonic() + SECONDS_BETWEEN_SHARES
         self.progress.live(epoch + 1, self.config.epoch_count, position + 1, self._steps_per_epoch, batch.loss)
+
+    def not_finite(self, fault: Fault, samples: Mapping[str, NDArray[Any]]) -> str | None:
+        """Save the micro-batch as an .npz file in the run folder; of many, only the first."""
+        path = self.folder / f"not-finite-step-{fault.step:09d}.npz"
+        if len(list(self.folder.glob("not-finite-*.npz"))) >= MOST_SAVED and not path.exists():
+            return None
+        arrays: dict[str, Any] = {"step": fault.step, "micro_batch": fault.micro_batch, **samples}
+        content = io.BytesIO()
+        np.savez(content, **arrays)
+        try:
+            write_durably(path, content.getvalue())
+        except OSError as error:
+            self.progress.warning(f"cannot write {path}: {error.strerror or error}")
+            return None
+        return str(path)
+
+    def skipped(self, state: TrainingState, fault: Fault) -> None:
+        """Log the step, in whose record there is no loss, and warn of it, though not of each of many."""
+        count = state.progress["skipped_steps"]
+        epoch = (state.step - 1) // self._steps_per_epoch + 1
+        self._log(
+            "metrics",
+            {
+                "step": state.step,
+                "epoch": epoch,
+                "skipped": fault.what,
+                "micro_batch": fault.micro_batch,
+                "skipped_steps": count,
+            },
+        )
+        self._log_hashes(state, None)
+        if time.monotonic() >= self._say_skip_after:
+            self.progress.warning(f"{fault}: no update in this step ({count} skipped so far)")
+            self._say_skip_after = time.monotonic() + SECONDS_BETWEEN_SKIPS
 
     def redealt(self, shares: Sequence[int]) -> None:
         """Say so below the step, or a few seconds later where shares change often."""
@@ -291,6 +339,11 @@ class Coordinator(Follower):
     def _kernel_family(self) -> str:
         """The kernels of all ranks, in one text."""
         return " and ".join(self._kernel_families)
+
+    def _log_hashes(self, state: TrainingState, loss: float | None) -> None:
+        if self.config.record_hashes:
+            hashes = {name: sha256_of_arrays([(name, array)])[:16] for name, array in state.named_arrays()}
+            self._log("hashes", {"step": state.step, "loss": loss, "hashes": hashes})
 
     def _log(self, name: str, record: Mapping[str, Any]) -> None:
         """Append a record to a log; while the disk refuses, which is warned about once, it waits in memory."""

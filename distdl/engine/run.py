@@ -24,6 +24,7 @@ from distdl.engine.environment import describe, numerics
 from distdl.engine.progress import Progress, banner, shares_of
 from distdl.engine.run_folder import Start, find_start
 from distdl.engine.state import TrainingState
+from distdl.engine.stop import StopRequest
 from distdl.engine.trace import check_writable
 from distdl.engine.trainer import Data, Summary, Trainer
 from distdl.errors import UserError
@@ -50,13 +51,14 @@ def train(
     the same on every rank, and only rank 0 looks at the dataset. Collective. Raises `UserError`, on every rank,
     for what the user gave; any other exception on any rank ends the whole job.
     """
-    communicator = world() if communicator is None else communicator
-    with guard(communicator):
+    stop = StopRequest()
+    with stop.listening(), guard(communicator := world() if communicator is None else communicator):
         config = together(communicator, _labelled(config, build_network, dataset).checked)
         config = TrainConfig.from_json(communicator.bcast_json(config.to_json()))
         communicator.spin_seconds = balance.SPIN_SECONDS if config.balance else Communicator.spin_seconds
         with numerics(config.threads_per_rank):
             trainer = _prepared(config, communicator, build_network, dataset)
+            trainer.stop = stop
             with closing(trainer.coordinator):
                 return trainer.run()
 

@@ -8,8 +8,9 @@ numbers are pure functions of config and step, so a step can be done by any numb
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,15 +20,17 @@ from distdl.arrays import aligned_empty
 from distdl.config import TrainConfig
 from distdl.data import split
 from distdl.data.normalization import Normalization
+from distdl.engine import corruption, nonfinite
 from distdl.engine.balance import BalancedDealer, Dealer
 from distdl.engine.coordinator import Follower
 from distdl.engine.metrics import METRIC_FIELDS, Sums
 from distdl.engine.state import TrainingState
+from distdl.engine.stop import StopRequest
 from distdl.engine.timeline import Timeline
 from distdl.engine.trace import Trace
-from distdl.errors import UserError
+from distdl.errors import CorruptionError, DistdlError, UserError
 from distdl.nn import SoftmaxCrossEntropy, count_correct
-from distdl.parallel import REDUCTIONS, Communicator, Field, Layout, Shard, together
+from distdl.parallel import REDUCTIONS, Communicator, Field, Layout, Record, Shard, together
 from distdl.rng import Key
 from distdl.schedules import make_schedule
 
@@ -59,6 +62,10 @@ class Data:
     normalization: Normalization
     classes: int
 
+    def samples(self, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Return the images, as the dataset has them, and the labels of some rows."""
+        return {"images": self.images[rows], "labels": self.labels[rows]}
+
 
 class Trainer:
     """Takes the steps that are left, on every rank alike."""
@@ -87,7 +94,9 @@ class Trainer:
         )
         rank, ranks = communicator.rank, communicator.size
         self._dealer = BalancedDealer(rank, ranks, config.micro_batches) if config.balance else Dealer(rank, ranks)
-        fields = [Field("gradient", "f4", state.network.gradients.size), *METRIC_FIELDS, *self._dealer.fields]
+        self.stop = StopRequest()
+        gradient = Field("gradient", "f4", state.network.gradients.size)
+        fields = [gradient, *METRIC_FIELDS, *self._dealer.fields, *self.stop.fields]
         self._gradients = REDUCTIONS[config.reduction](communicator, Layout(fields))
         self._metrics = REDUCTIONS[config.reduction](communicator, Layout(METRIC_FIELDS))
         self._leaf = Sums()
@@ -104,14 +113,17 @@ class Trainer:
         last_step = config.epoch_count * self.steps_per_epoch
         if config.max_steps is not None:
             last_step = min(last_step, config.max_steps)
-        while state.step < last_step:
+        while state.step < last_step and self.stop.agreed is None:
             self.step()
+            if config.verify_every and state.step % config.verify_every == 0:
+                corruption.compare_replicas(self.communicator, state)
             epoch_ended = state.step % self.steps_per_epoch == 0
             if epoch_ended:
                 self._end_epoch()
             every = config.checkpoint_every
-            if epoch_ended or state.step == last_step or (every and state.step % every == 0):
-                self._checkpoint(last=state.step == last_step)
+            last = state.step == last_step or self.stop.agreed is not None
+            if epoch_ended or last or (every and state.step % every == 0):
+                self._checkpoint(last=last)
         complete = state.step >= config.epoch_count * self.steps_per_epoch
         test = self._judged(self.data.parts.test, "test") if complete else None
         if trace is not None:
@@ -119,6 +131,8 @@ class Trainer:
             self.coordinator.traced(trace.gather(state.step))
         summary = self._summary(test)
         self.coordinator.finished(state, test, asdict(summary))
+        if state.step < last_step:
+            self.stop.stop(state.step)
         return summary
 
     def step(self) -> None:
@@ -132,35 +146,77 @@ class Trainer:
         shards = self._shards(len(rows))
         self._gradients.begin(shards)
         self._dealer.begin()
-        for place, index in enumerate(shards[self.communicator.rank]):
+        compute = partial(self._computed, rows, key)
+        for index, record in compute(shards[self.communicator.rank]):
+            self._gradients.add(index, record)
+        if self.config.audit and (state.step + 1) % self.config.audit == 0:
+            corruption.audit(self.communicator, self._gradients, shards, compute, state)
+        self.timeline.enter_reduction()
+        total = self._gradients.total()
+        self.timeline.leave_reduction()
+        fault = None
+        if (what := nonfinite.what_is_not_finite(total)) is not None:
+            fault, total = self._not_finite(what, rows, shards, key)
+
+        learning_rate = self.schedule(state.step)
+        if fault is None:
+            gradient = np.divide(total["gradient"], len(rows), out=network.gradients)
+            state.optimizer.update(network.parameters, gradient, learning_rate, state.step + 1)
+            state.epoch_sums.add(total)
+        else:
+            state.progress["skipped_steps"] = state.progress.get("skipped_steps", 0) + 1
+        state.step_array += 1
+        self.stop.observe(total)
+        self._samples += len(rows)
+        state.progress["train_seconds"] += self.timeline.end()
+        shares = self._dealer.stepped(shards, total)
+        if shares is not None:
+            self.coordinator.redealt(shares)
+        if fault is None:
+            self._batch.set(float(total["loss_sum"][0]), int(total["counts"][0]), len(rows))
+            self.coordinator.stepped(state, self._batch, learning_rate)
+        else:
+            self.coordinator.skipped(state, fault)
+
+    def _computed(
+        self, rows: NDArray[np.int64], key: Key, shard: Shard
+    ) -> Iterator[tuple[int, Mapping[str, NDArray[Any]]]]:
+        """Compute the micro-batches of a shard; yield the index and the record of each, valid until the next."""
+        network = self.state.network
+        for place, index in enumerate(shard):
             images, labels = self._micro_batch(rows, index)
             changed = place == 0  # by the update at the end of the step before
             logits = network.forward(images, training=True, key=key.of(index), parameters_changed=changed)
             self._leaf.set(self.objective.forward(logits, labels), count_correct(logits, labels), len(labels))
             network.backward(self.objective.backward())
             timed = self._dealer.values(whole=len(labels) == self.config.micro_batch_size)
-            self._gradients.add(index, {"gradient": network.gradients, **vars(self._leaf), **timed})
-        self.timeline.enter_reduction()
-        total = self._gradients.total()
-        self.timeline.leave_reduction()
+            yield index, {"gradient": network.gradients, **vars(self._leaf), **timed, **self.stop.values()}
 
-        loss_sum = float(total["loss_sum"][0])
-        if not math.isfinite(loss_sum):
-            raise self._diverged(f"the loss is {loss_sum} at step {state.step + 1}")
-        if not _is_finite(total["gradient"]):
-            raise self._diverged(f"the gradient is not finite at step {state.step + 1}")
-        gradient = np.divide(total["gradient"], len(rows), out=network.gradients)
-        learning_rate = self.schedule(state.step)
-        state.optimizer.update(network.parameters, gradient, learning_rate, state.step + 1)
-        state.step_array += 1
-        state.epoch_sums.add(total)
-        self._samples += len(rows)
-        state.progress["train_seconds"] += self.timeline.end()
-        shares = self._dealer.stepped(shards, total)
-        if shares is not None:
-            self.coordinator.redealt(shares)
-        self._batch.set(loss_sum, int(total["counts"][0]), len(rows))
-        self.coordinator.stepped(state, self._batch, learning_rate)
+    def _not_finite(
+        self, what: str, rows: NDArray[np.int64], shards: Sequence[Shard], key: Key
+    ) -> tuple[nonfinite.Fault, Record]:
+        """Trace what is not finite in the current step's sum, save it, and stop if so configured. Collective."""
+        fault, total = nonfinite.trace(
+            self.communicator,
+            self._gradients,
+            shards,
+            partial(self._computed, rows, key),
+            step=self.state.step + 1,
+            what=what,
+        )
+        saved = None
+        if fault.micro_batch is not None:
+            rows = split.micro_batch(rows, fault.micro_batch, self.config.micro_batch_size)
+            saved = self.coordinator.not_finite(fault, {"rows": rows, **self.data.samples(rows)})
+        if self.config.on_nonfinite == "skip":
+            return fault, total
+        saved = self.communicator.bcast_json(saved)
+        where = "" if saved is None else f"; the micro-batch is saved in {saved}"
+        if fault.transient:
+            error: DistdlError = CorruptionError(f"{fault}{where}; go on from the last checkpoint with --resume")
+            error.agreed = True
+            raise error
+        raise self._diverged(f"{fault}{where}")
 
     def evaluate(self, rows: NDArray[np.int64]) -> Sums:
         """Return the sums of loss and right answers over the given rows, each counted once. Collective."""
@@ -177,6 +233,8 @@ class Trainer:
 
     def _end_epoch(self) -> None:
         state = self.state
+        if state.epoch_sums.samples == 0:
+            raise self._diverged(f"every step of epoch {state.step // self.steps_per_epoch} was skipped")
         validation = self._judged(self.data.parts.validation, "validation")
         progress = state.progress
         if progress["best_step"] is None or validation.accuracy > progress["best_accuracy"]:
@@ -199,17 +257,22 @@ class Trainer:
         """Save the state, or raise `UserError` on every rank alike. Collective."""
 
         def save() -> None:
-            if not all(_is_finite(array) for _, array in self.state.named_arrays()):
+            if not all(nonfinite.is_finite(array) for _, array in self.state.named_arrays()):
                 raise self._diverged(f"the weights are not finite after step {self.state.step}")
             self.coordinator.checkpoint(self.state, last=last)
 
+        if self.config.verify_every:
+            corruption.compare_replicas(self.communicator, self.state)
         together(self.communicator, save)
 
     def _summary(self, test: Sums | None) -> Summary:
         state = self.state
         receipt = state.weights_sha256()
         receipts = self.communicator.allgather_json(receipt)
-        assert len(set(receipts)) == 1, f"the replicas differ: {dict(enumerate(receipts))}"
+        if len(set(receipts)) > 1:
+            raise corruption.found(
+                self.communicator, corruption.odd_ones_out(receipts), "the weights differ at the end"
+            )
         epochs, steps = divmod(state.step, self.steps_per_epoch)
         samples = epochs * len(self.data.parts.training) + steps * self.config.batch_size
         seconds = state.progress["train_seconds"]
@@ -249,8 +312,3 @@ class Trainer:
         error = UserError(f"{what}: training has diverged; start a new run with a smaller --lr than {self.config.lr:g}")
         error.agreed = True
         return error
-
-
-def _is_finite(array: NDArray[Any]) -> bool:
-    """Whether every element is finite: if not, neither is the sum of squares, which may overflow besides."""
-    return math.isfinite(np.vdot(array, array)) or bool(np.isfinite(array).all())

@@ -8,9 +8,11 @@ import warnings
 
 from distdl.errors import UserError
 from distdl.launcher import belong_together, read_launch
+from distdl.parallel import leftovers, shared
 from distdl.parallel.agreement import exit_code_of, guard, report, together
 from distdl.parallel.communicator import Communicator, OneProcess, hosts, say
 from distdl.parallel.dealing import deal, share
+from distdl.parallel.lifeline import end_with_the_launcher
 from distdl.parallel.reduce import REDUCTIONS, Field, Layout, Record, Reduction
 from distdl.parallel.shared import share_arrays
 from distdl.parallel.tree import Shard, contiguous_shards
@@ -42,14 +44,17 @@ INSTALL = "pip install 'distdl-mpi[mpich]'"
 def world() -> Communicator:
     """Return the communicator of all ranks of this job: MPI under a launcher, else one process.
 
-    From then on an exception that nobody catches on any rank ends the whole job. Raises `UserError` where the
+    From then on an exception that nobody catches on any rank ends the whole job, and the end of the launcher ends
+    this process. What killed runs have left on this machine is removed. Raises `UserError` where the
     launcher started several processes that MPI does not see as one job: the wrong ``srun --mpi=``, the
     `mpirun` of another MPI, or no mpi4py at all.
     """
     launch = read_launch()
     if launch.by is None:
+        leftovers.sweep(shared.folders())
         missing = importlib.util.find_spec("mpi4py") is None
         return OneProcess("one process" + (f"; mpi4py is not installed: {INSTALL} for more" if missing else ""))
+    end_with_the_launcher()
     try:
         from distdl.parallel import mpi  # noqa: PLC0415  not every machine has an MPI library
     except (ImportError, RuntimeError) as error:
@@ -81,6 +86,9 @@ def world() -> Communicator:
             "or srun with --mpi=pmi2 for MPICH and --mpi=pmix for Open MPI",
         )
     _end_the_job_on_uncaught_exceptions(communicator)
+    leftovers.register(shared.folders())
+    if communicator.node().rank == 0:
+        leftovers.sweep(shared.folders())
     return communicator
 
 
@@ -97,7 +105,8 @@ def _end_the_job_on_uncaught_exceptions(communicator: Communicator) -> None:
             report(error, communicator.rank)
             communicator.abort(exit_code_of(error))
         if communicator.rank == 0:
-            say(f"distdl: error: {' '.join(str(error).split())}\n")
+            label = getattr(error, "label", "error: ")
+            say(f"distdl: {label}{' '.join(str(error).split())}\n")
         raise SystemExit(exit_code_of(error))  # all ranks are leaving: an ordinary exit, with a code of our choice
 
     sys.excepthook = end_the_job

@@ -101,7 +101,7 @@ ARRAYS = {
 
 
 def leftovers():
-    return {path.name for path in Path("/dev/shm").glob("distdl-*")}
+    return {path.name for path in Path("/dev/shm").glob("distdl-memory-*")}
 
 
 def nothing_new_but(before):
