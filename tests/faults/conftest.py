@@ -14,11 +14,9 @@ from __future__ import annotations
 import json
 import os
 import random
-import statistics
-import sys
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,10 +36,12 @@ RANK_NAMES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
 #: A small convolutional network on the digits: 10 steps an epoch, a checkpoint in the middle of each.
 FLAGS = ("--epochs", "6", "--log-every", "1", "--checkpoint-every", "7")
 STEPS = 60
+#: Of 300 steps, for what must not come too late.
+LONG = ("--epochs", "30", "--log-every", "1", "--checkpoint-every", "7")
 RECEIPT = re.compile(r"^weights sha256: ([0-9a-f]{64})$", re.MULTILINE)
 
 
-class Hang(AssertionError):
+class Hang(AssertionError):  # noqa: N818  that is what it is
     """A job did not end in time."""
 
 
@@ -168,11 +169,8 @@ class Job:
 
     def pids(self) -> dict[int, int]:
         """Return the pid of each rank that lives."""
-        by_rank: dict[int, int] = {}
-        for pid, rank in sorted(self.processes().items(), reverse=True):
-            if rank is not None:
-                by_rank[rank] = pid  # of several the oldest: what a rank has started itself inherits its environment
-        return by_rank
+        # Of several the oldest: what a rank has started itself inherits its environment.
+        return {rank: pid for pid, rank in sorted(self.processes().items(), reverse=True) if rank is not None}
 
     def kill(self, *ranks: int, by: signal.Signals = signal.SIGKILL) -> list[int]:
         """Send a signal to ranks, all at once; return those that were there to receive it."""
@@ -274,8 +272,13 @@ def _environments() -> Iterator[tuple[int, dict[str, str]]]:
         if entry.name.isdecimal():
             with suppress(OSError):
                 variables = (entry / "environ").read_bytes().split(b"\0")
-                yield int(entry.name), dict(
-                    variable.decode(errors="replace").partition("=")[::2] for variable in variables if b"=" in variable
+                yield (
+                    int(entry.name),
+                    dict(
+                        variable.decode(errors="replace").partition("=")[::2]
+                        for variable in variables
+                        if b"=" in variable
+                    ),
                 )
 
 
@@ -305,7 +308,9 @@ def together(work: Callable[[int], Any], count: int, at_once: int) -> list[Any]:
             raise
 
 
-def seconds_of(outcomes: Sequence[Outcome]) -> tuple[float, float] | None:
-    """Return the median and the maximum of the seconds of all recoveries."""
-    seconds = [recovery["seconds"] for outcome in outcomes for recovery in outcome.recoveries]
-    return (statistics.median(seconds), max(seconds)) if seconds else None
+def assert_resumable(folder: Path, flags: Sequence[str], expected: Undisturbed, ranks: int | None) -> None:
+    """Start the run again, as a person would, and hold it against one that nothing has happened to."""
+    resumed = run(folder, ranks, *flags, "--resume", "auto")
+    assert resumed.code == 0, str(resumed)
+    assert resumed.receipt == expected.receipt, str(resumed)
+    assert resumed.metrics == expected.metrics, str(resumed)

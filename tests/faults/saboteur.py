@@ -2,7 +2,8 @@
 
 The rules come as JSON in DISTDL_SABOTAGE: ``[{"rank": 1, "point": "reduction", "step": 3, "do": "kill"}]``. A rule
 fires once, on the rank that the launcher numbered so, when the point is met for the `nth` time (the first, unless
-given) in that step (any, if none is given; steps count from 1). Product code has no hooks for this: methods are wrapped here.
+given) in that step (any, if none is given; steps count from 1). The product has no hooks for this: methods are
+wrapped here.
 """
 
 from __future__ import annotations
@@ -94,17 +95,19 @@ def _segfault(_owner: Any, _argument: str) -> None:
     ctypes.string_at(0)
 
 
-def _flip(array: Any, bit: str) -> None:
-    """Flip a bit of the element in the middle."""
-    array.view("u4")[array.size // 2] ^= 1 << int(bit)
+def _flip(vector: Any, argument: str) -> None:
+    """Flip one bit of a float32 that matters: an element above the average, so that no sum rounds the change away."""
+    element, bit = (int(number) for number in argument.split(","))
+    candidates = (abs(vector) > abs(vector).mean()).nonzero()[0]
+    vector.view("u4")[candidates[element % len(candidates)]] ^= 1 << bit
 
 
-def _flip_weight(owner: Any, bit: str) -> None:
-    _flip(_network(owner).parameters, bit)
+def _flip_weight(owner: Any, argument: str) -> None:
+    _flip(_network(owner).parameters, argument)
 
 
-def _flip_gradient(owner: Any, bit: str) -> None:
-    _flip(_network(owner).gradients, bit)
+def _flip_gradient(owner: Any, argument: str) -> None:
+    _flip(_network(owner).gradients, argument)
 
 
 def _nan_gradient(owner: Any, _argument: str) -> None:

@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from harness import FLAGS, SECONDS_TO_LEAVE, Job, run
+from harness import FLAGS, LONG, SECONDS_TO_LEAVE, Job, assert_resumable, run
 from test_kills import SURVIVED, assert_as_if_nothing_had_happened, assert_told
 
 pytestmark = pytest.mark.usefixtures("mpirun_words")
@@ -46,20 +46,13 @@ def test_a_rank_that_fails_by_itself(row, undisturbed, survives, fault):
     table.runs(one)
 
 
-def assert_resumable(folder, flags, expected, ranks) -> None:
-    resumed = run(folder, ranks, *flags, "--resume", "auto")
-    assert resumed.code == 0, str(resumed)
-    assert resumed.receipt == expected.receipt, str(resumed)
-    assert resumed.metrics == expected.metrics, str(resumed)
-
-
 def test_a_warning_signal_to_mpirun(row, undisturbed):
     """All ranks stop after the same step, with a checkpoint of it, so that not a single step is lost."""
     table = row("SIGUSR1 to mpirun", 2, 20)
 
     def one(number, folder):
         rng = table.random(number)
-        with Job(folder, 4, *FLAGS) as job:
+        with Job(folder, 4, *LONG) as job:
             assert job.wait_for_training()
             job.wait_for_step(rng.randrange(1, 40))
             time.sleep(rng.random() * 0.03)
@@ -69,7 +62,7 @@ def test_a_warning_signal_to_mpirun(row, undisturbed):
         assert outcome.leftover_processes == [], str(outcome)
         last = max(record["step"] for record in job.records())
         assert outcome.checkpoints[-1].stem == f"step-{last:09d}", str(outcome)
-        assert_resumable(folder, FLAGS, undisturbed(*FLAGS), rng.randrange(1, 5))
+        assert_resumable(folder, LONG, undisturbed(*LONG), rng.randrange(1, 5))
         return outcome, "exit code 75, a checkpoint of the last step; resumed to the same receipt"
 
     table.runs(one)
@@ -80,13 +73,13 @@ def test_a_launcher_that_is_killed_takes_its_ranks_with_it(row, undisturbed):
 
     def one(number, folder):
         rng = table.random(number)
-        with Job(folder, 4, *FLAGS) as job:
+        with Job(folder, 4, *LONG) as job:
             assert job.wait_for_training()
             job.wait_for_step(rng.randrange(1, 40))
             job.process.kill()
             outcome = job.finish()
         assert outcome.leftover_processes == [], f"{SECONDS_TO_LEAVE} s later: {outcome}"
-        assert_resumable(folder, FLAGS, undisturbed(*FLAGS), rng.randrange(1, 5))
+        assert_resumable(folder, LONG, undisturbed(*LONG), rng.randrange(1, 5))
         return outcome, f"no process left after {SECONDS_TO_LEAVE:.0f} s; resumed to the same receipt"
 
     table.runs(one)

@@ -40,22 +40,21 @@ def trained_to_the_end(job: Job) -> bool:
     return any(record["step"] == STEPS for record in job.records())
 
 
-def killed(rng, folder, ranks: int, kills: list[list[int]], pauses: list[float]) -> Outcome:
+def killed(rng, folder, ranks: int, kills: list[list[int]], pauses: list[float | None]) -> Outcome:
     """Run a job whose ranks are killed in turn, at random moments; again, if a moment came after the last step."""
     for attempt in range(10):
         with Job(folder.with_name(f"{folder.name}-{attempt}"), ranks, *FLAGS) as job:
             assert job.wait_for_training()
             step, hit, late = 0, [], False
             for victims, pause in zip(kills, pauses, strict=True):
-                if pause < 0:  # at a step of its own
+                if pause is None:  # at a step of its own
                     step = rng.randrange(step, STEPS - 1)
                     job.wait_for_step(step)
-                    pause = rng.random() * SECONDS_OF_A_STEP
-                time.sleep(pause)
+                time.sleep(rng.random() * SECONDS_OF_A_STEP if pause is None else pause)
                 hit += job.kill(*victims)
                 late = late or trained_to_the_end(job)
             outcome = job.finish()
-        if sorted(hit) == sorted(sum(kills, [])) and not late:
+        if sorted(hit) == sorted(rank for victims in kills for rank in victims) and not late:
             assert_told(outcome, hit)
             return outcome
     pytest.fail(f"ten jobs in a row had ended before all their victims were killed: {outcome}")
@@ -67,7 +66,7 @@ def test_a_random_rank_killed_at_a_random_moment(row, undisturbed):
 
     def one(number, folder):
         rng = table.random(number)
-        outcome = killed(rng, folder, 4, [[rng.randrange(4)]], [-1])
+        outcome = killed(rng, folder, 4, [[rng.randrange(4)]], [None])
         assert_as_if_nothing_had_happened(outcome, expected)
         return outcome, SURVIVED
 
@@ -82,9 +81,9 @@ def test_two_or_three_killed_together_or_during_recovery(row, undisturbed):
         rng = table.random(number)
         victims = rng.sample(range(4), rng.choice([2, 3]))
         if number % 2:  # the next dies while the others recover from the first: that takes a few milliseconds
-            kills, pauses = [[rank] for rank in victims], [-1] + [rng.random() * 0.02 for _ in victims[1:]]
+            kills, pauses = [[rank] for rank in victims], [None] + [rng.random() * 0.02 for _ in victims[1:]]
         else:
-            kills, pauses = [victims], [-1]
+            kills, pauses = [victims], [None]
         outcome = killed(rng, folder, 4, kills, pauses)
         assert_as_if_nothing_had_happened(outcome, expected)
         return outcome, SURVIVED
@@ -100,7 +99,7 @@ def test_down_to_one_rank(row, undisturbed, ranks):
     def one(number, folder):
         rng = table.random(number)
         victims = rng.sample(range(ranks), ranks - 1)
-        outcome = killed(rng, folder, ranks, [[rank] for rank in victims], [-1] * len(victims))
+        outcome = killed(rng, folder, ranks, [[rank] for rank in victims], [None] * len(victims))
         assert_as_if_nothing_had_happened(outcome, expected)
         return outcome, SURVIVED
 
