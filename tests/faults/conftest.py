@@ -4,6 +4,7 @@
 |---|---|
 | `DISTDL_FAULTS=full` | as many runs as the right-hand column of docs/reliability.md says, instead of a few |
 | `DISTDL_FAULTS_LOG=FILE` | append a line of JSON for each run; `python tests/faults/report.py FILE` prints the table |
+| `DISTDL_FAULTS_SOAK_SECONDS=N` | length of the soak, which only the full matrix has (1800) |
 | `DISTDL_FAULTS_SEED=N` | another choice of victims and moments (0) |
 | `DISTDL_FAULTS_AT_ONCE=N` | so many jobs at the same time (2) |
 | `DISTDL_FAULTS_NO_SKIPS=1` | a test that is skipped fails, unless it is marked `may_skip` |
@@ -17,6 +18,7 @@ import random
 import threading
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,10 @@ from distdl.mpirun import mpirun_command
 
 FULL = os.environ.get("DISTDL_FAULTS", "") == "full"
 SEED = int(os.environ.get("DISTDL_FAULTS_SEED", "0"))
+#: A row is given up after so many.
+FAILURES = 5 if FULL else 2
 AT_ONCE = int(os.environ.get("DISTDL_FAULTS_AT_ONCE", "2"))
+collect_ignore = [] if FULL else ["test_soak.py"]
 
 
 def pytest_configure(config):
@@ -101,20 +106,32 @@ class Row:
         """Return the choices of a run of this row."""
         return random.Random(zlib.crc32(f"{self.name} {SEED} {number}".encode()))
 
-    def runs(self, work: Callable[[int, Path], tuple[harness.Outcome, str]]) -> list[harness.Outcome]:
-        """Do `work(number, folder)`, which does one run and says how it ended, as often as the row asks."""
+    def runs(self, work: Callable[[int, Path], tuple[harness.Outcome, str]]) -> None:
+        """Do `work(number, folder)`, which does one run and says how it ended, as often as the row asks.
 
-        def one(number: int) -> harness.Outcome:
+        All runs are done, unless several fail: then those that have not begun are left out.
+        """
+        failures: list[str] = []
+
+        def one(number: int) -> None:
+            if len(failures) >= FAILURES:
+                return
             try:
                 outcome, ended = work(number, self.folder / str(number))
-            except BaseException as error:
-                self._log({"number": number, "ok": False, "ended": f"{type(error).__name__}: {error}"[:300]})
-                raise
+            except Exception as error:  # noqa: BLE001  whatever it is, the row goes on
+                text = f"{type(error).__name__}: {error}"
+                failures.append(f"run {number}: {text}")
+                self._log({"number": number, "ok": False, "ended": text[:300], "whole": text})
+                return
             seconds = [recovery["seconds"] for recovery in outcome.recoveries]
-            self._log({"number": number, "ok": True, "ended": ended, "code": outcome.code, "recovery_seconds": seconds})
-            return outcome
+            left = [name for name in outcome.leftover_files if name.startswith("/dev/shm/")]
+            more = {"code": outcome.code, "recovery_seconds": seconds, "left_in_shared_memory": left}
+            self._log({"number": number, "ok": True, "ended": ended, **more})
 
-        return harness.together(one, self.count, AT_ONCE)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(one, range(self.count)))
+        if failures:
+            pytest.fail("\n\n".join(failures), pytrace=False)
 
     def _log(self, record: dict[str, Any]) -> None:
         path = os.environ.get("DISTDL_FAULTS_LOG")

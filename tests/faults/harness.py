@@ -18,7 +18,6 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,8 +195,13 @@ class Job:
             return [json.loads(line) for line in lines]
         return []
 
-    def wait_until(self, condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> bool:
-        """Wait until the condition holds: True; or until the job has ended: False. `Hang` if neither comes."""
+    def wait_until(
+        self, condition: Callable[[], Any], what: str, seconds: float = SECONDS, *, hang: bool = True
+    ) -> bool:
+        """Wait until the condition holds: True; or until the job has ended: False. `Hang` if neither comes.
+
+        Unless `hang`, it is False too where the time is over.
+        """
         ends = time.monotonic() + seconds
         while time.monotonic() < ends:
             if condition():
@@ -206,6 +210,8 @@ class Job:
                 return bool(condition())
             self._look_at_shared_memory()
             time.sleep(0.005)
+        if not hang:
+            return False
         raise Hang(f"no {what} within {seconds:.0f} s\n{self._stacks()}\n{self._outcome(-1)}")
 
     def wait_for_training(self) -> bool:
@@ -294,18 +300,6 @@ def run(folder: Path, ranks: int | None, *flags: str, **settings: Any) -> Outcom
     """Start a job and return what is left of it."""
     with Job(folder, ranks, *flags, **settings) as job:
         return job.finish()
-
-
-def together(work: Callable[[int], Any], count: int, at_once: int) -> list[Any]:
-    """Return ``work(0) .. work(count - 1)``, of which so many run at the same time; raise the first that failed."""
-    with ThreadPoolExecutor(at_once) as pool:
-        futures = [pool.submit(work, number) for number in range(count)]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
 
 
 def assert_resumable(folder: Path, flags: Sequence[str], expected: Undisturbed, ranks: int | None) -> None:

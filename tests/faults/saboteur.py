@@ -41,6 +41,7 @@ POINTS = {
     "renamed": ("os:rename", "after"),
     "fsync": ("os:fsync", "before"),
     "finished": ("distdl.engine.coordinator:Coordinator.finished", "before"),
+    "recovery": ("distdl.parallel.recovery:_act", "before"),
     "told": ("distdl.engine.coordinator:Coordinator.finished", "after"),
 }
 

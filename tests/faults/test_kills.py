@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from harness import FLAGS, STEPS, Job, Outcome, Undisturbed
+from harness import FLAGS, STEPS, Job, Outcome, Undisturbed, run
 
 from distdl.engine import checkpoint
 
@@ -57,7 +57,7 @@ def killed(rng, folder, ranks: int, kills: list[list[int]], pauses: list[float |
         if sorted(hit) == sorted(rank for victims in kills for rank in victims) and not late:
             assert_told(outcome, hit)
             return outcome
-    pytest.fail(f"ten jobs in a row had ended before all their victims were killed: {outcome}")
+    raise AssertionError(f"ten jobs in a row had ended before all their victims were killed: {outcome}")
 
 
 def test_a_random_rank_killed_at_a_random_moment(row, undisturbed):
@@ -73,6 +73,19 @@ def test_a_random_rank_killed_at_a_random_moment(row, undisturbed):
     table.runs(one)
 
 
+def killed_in_a_recovery(rng, folder) -> Outcome:
+    """One rank dies in a step, a second at one of the actions with which the others recover from that."""
+    first, second = rng.sample(range(4), 2)
+    rules = [
+        {"rank": first, "point": rng.choice(["forward", "reduction", "reduced"]), "step": rng.randrange(1, STEPS)},
+        {"rank": second, "point": "recovery", "nth": rng.randrange(1, 6)},
+    ]
+    outcome = run(folder, 4, *FLAGS, sabotage=[{**rule, "do": "kill"} for rule in rules])
+    assert outcome.errors.count("[saboteur]") == 2, str(outcome)
+    assert_told(outcome, [first, second])
+    return outcome
+
+
 def test_two_or_three_killed_together_or_during_recovery(row, undisturbed):
     table = row("2 or 3 kills, together or during recovery, 4 ranks", 10, 200)
     expected = undisturbed(*FLAGS)
@@ -80,11 +93,13 @@ def test_two_or_three_killed_together_or_during_recovery(row, undisturbed):
     def one(number, folder):
         rng = table.random(number)
         victims = rng.sample(range(4), rng.choice([2, 3]))
-        if number % 2:  # the next dies while the others recover from the first: that takes a few milliseconds
-            kills, pauses = [[rank] for rank in victims], [None] + [rng.random() * 0.02 for _ in victims[1:]]
+        if number % 3 == 0:  # together
+            outcome = killed(rng, folder, 4, [victims], [None])
+        elif number % 3 == 1:  # one after another, within a few milliseconds: about as long as a recovery takes
+            pauses = [None, *(rng.random() * 0.02 for _ in victims[1:])]
+            outcome = killed(rng, folder, 4, [[rank] for rank in victims], pauses)
         else:
-            kills, pauses = [victims], [None]
-        outcome = killed(rng, folder, 4, kills, pauses)
+            outcome = killed_in_a_recovery(rng, folder)
         assert_as_if_nothing_had_happened(outcome, expected)
         return outcome, SURVIVED
 
