@@ -40,7 +40,7 @@ class Look:
             # Memory shared with the other ranks is theirs too, and grows as pages are touched first.
             shared = int(Path(f"/proc/{pid}/statm").read_text().split()[2])
             megabytes = (pages - shared) * os.sysconf("SC_PAGE_SIZE") / 1e6
-            return Look(megabytes, len(os.listdir(f"/proc/{pid}/fd")))
+            return Look(megabytes, sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir()))
         return None
 
 
