@@ -302,9 +302,15 @@ def run(folder: Path, ranks: int | None, *flags: str, **settings: Any) -> Outcom
         return job.finish()
 
 
+def assert_receipt(outcome: Outcome, expected: Undisturbed) -> None:
+    """The run has ended well, with the weights and the metrics of one that nothing has happened to."""
+    assert outcome.code == 0, str(outcome)
+    assert outcome.receipt == expected.receipt, str(outcome)
+    assert outcome.metrics == expected.metrics, str(outcome)
+    assert outcome.summary["weights_sha256"] == expected.receipt
+    assert outcome.leftover_processes == [], str(outcome)
+
+
 def assert_resumable(folder: Path, flags: Sequence[str], expected: Undisturbed, ranks: int | None) -> None:
     """Start the run again, as a person would, and hold it against one that nothing has happened to."""
-    resumed = run(folder, ranks, *flags, "--resume", "auto")
-    assert resumed.code == 0, str(resumed)
-    assert resumed.receipt == expected.receipt, str(resumed)
-    assert resumed.metrics == expected.metrics, str(resumed)
+    assert_receipt(run(folder, ranks, *flags, "--resume", "auto"), expected)
