@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import random
@@ -111,6 +112,7 @@ class Row:
 
         All runs are done, unless several fail: then those that have not begun are left out.
         """
+        faulthandler.cancel_dump_traceback_later()  # a row may take hours; each of its jobs has a limit of its own
         failures: list[str] = []
 
         def one(number: int) -> None:
