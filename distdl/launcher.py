@@ -34,8 +34,17 @@ class Launch:
 
     @property
     def speaks(self) -> bool:
-        """Whether this process is the one that tells a person what is wrong before MPI is up."""
-        return self.rank == 0
+        """Whether this process is the one that tells a person what is wrong."""
+        return self.rank == 0 or _has_the_word
+
+
+_has_the_word = False
+
+
+def take_the_word() -> None:
+    """Let this process speak for the job from now on: the lowest rank of those that are left."""
+    global _has_the_word  # noqa: PLW0603  there is one job
+    _has_the_word = True
 
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:

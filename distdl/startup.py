@@ -54,7 +54,6 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str] | None
     ends them.
     """
     launch = read_launch()
-    speaks = launch.speaks
     if launch.by is not None:
         end_with_the_launcher()
     for stream in (sys.stdout, sys.stderr):
@@ -62,17 +61,17 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str] | None
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
     try:
-        if not speaks and _asks_for_help(arguments):
+        if not launch.speaks and _asks_for_help(arguments):
             return 0
         return command(sys.argv[1:] if arguments is None else arguments)
     except DistdlError as error:
-        if speaks:
+        if launch.speaks:
             _say(f"{error.label}{error}")
         elif not error.agreed:
             time.sleep(SILENT_SECONDS)
         return error.exit_code
     except KeyboardInterrupt:
-        if speaks:
+        if launch.speaks:
             _say("interrupted; --resume goes on from the last checkpoint")
         return EXIT_INTERRUPTED
 

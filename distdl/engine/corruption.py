@@ -107,7 +107,8 @@ def _digest(reduction: Reduction) -> str:
 def found(communicator: Communicator, ranks: Sequence[int], what: str) -> CorruptionError:
     """Return the error, the same on every rank, that names the suspects and their machines. Collective."""
     hosts = communicator.allgather_json(socket.gethostname())
-    names = " or ".join(f"{rank} (host {hosts[rank]})" for rank in ranks)
+    numbers = communicator.world_ranks  # as the launcher started them
+    names = " or ".join(f"{numbers[rank]} (host {hosts[rank]})" for rank in ranks)
     return agreed(f"silent corruption on rank {names}: {what}; leave that machine out and go on")
 
 

@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 # belong together. A script that has imported MPI before us has started it already.
 mpi4py.rc.initialize = False
 from distdl.errors import PeerLost  # noqa: E402
-from distdl.launcher import survives_failures  # noqa: E402
+from distdl.launcher import survives_failures, take_the_word  # noqa: E402
 
 mpi4py.rc.finalize = not survives_failures()  # at exit, as it would be had the import started it
 
@@ -165,6 +165,8 @@ class MpiCommunicator(Communicator):
         left.spin_seconds, left.oversubscribed = self.spin_seconds, self.oversubscribed
         if _everyone is self:
             _everyone = left
+            if left.rank == 0:
+                take_the_word()
         return left
 
     def notice_cores(self) -> None:
