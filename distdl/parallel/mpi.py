@@ -16,6 +16,9 @@ split off, since a rank may be waiting in any of them for one that has left. Tho
 which is the one thing that they can rely on to end alike on all of them, and go on in the group that `shrink` gives.
 Requests that failed are kept with their buffers, since the library may still write into them.
 
+Open MPI 5.0 crashes where it hears of a loss just while it makes a communicator of which the lost rank is a part. So
+where ranks may be lost no more communicators are made than must be.
+
 MPI_Finalize hangs now and then once a rank was lost, and a rank may be lost in it. Under a launcher that lets the
 others go on it is therefore never called: ranks meet in a barrier and leave.
 """
@@ -30,6 +33,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, NoReturn
 
 import mpi4py
@@ -48,6 +52,7 @@ from mpi4py import MPI  # noqa: E402
 
 from distdl.parallel.communicator import LONGEST_PAUSE_SECONDS, Bytes, Communicator, Span, say  # noqa: E402
 from distdl.parallel.recovery import survive  # noqa: E402
+from distdl.parallel.shared import SHARED_MEMORY  # noqa: E402
 from distdl.parallel.starting import together_or_not_at_all  # noqa: E402
 
 SHORTEST_PAUSE_SECONDS = 20e-6
@@ -241,6 +246,8 @@ class MpiCommunicator(Communicator):
 
     def node(self) -> Communicator:
         """Return the communicator of the ranks that share this rank's memory."""
+        if self._node is None and survives_failures() and len(set(self.allgather_json(_memory()))) == 1:
+            self._node = self
         if self._node is None:
             with self._told_of_losses():
                 part = self._comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank)
@@ -249,7 +256,7 @@ class MpiCommunicator(Communicator):
 
     def free(self) -> None:
         """Give back what MPI keeps for this group and its node, of which it has about two thousand in all."""
-        if self._node is not None:
+        if self._node is not None and self._node is not self:
             self._node.free()
         self._family.comms.remove(self._comm)
         with self._told_of_losses():
@@ -356,6 +363,12 @@ def library_name() -> str:
     """Return the name and version of the MPI library, such as ``MPICH 5.0.2``."""
     name, version = MPI.get_vendor()
     return f"{name} {'.'.join(str(number) for number in version)}"
+
+
+def _memory() -> str:
+    """Return what is the same on ranks that share memory, and on no others."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {SHARED_MEMORY.stat().st_dev if SHARED_MEMORY.is_dir() else None}"
 
 
 def _counts_and_starts(spans: Sequence[Span]) -> tuple[list[int], list[int]]:
