@@ -4,6 +4,7 @@
 |--------------------------------|------------------------------------------------------------------------------|
 | 0 and its ``summary.json``     | no: done                                                                     |
 | 2, 3                           | no: what the user gave, or a file, would be wrong again                      |
+| 4                              | no: a host computes wrongly, and somebody has to look at it first            |
 | 75, 130                        | no: a scheduler, or Ctrl-C, wanted it to stop                                |
 | any code, after a signal to us | no: signals are passed on to `mpirun`, and whoever sent one wants an end     |
 | 0 without ``summary.json``     | yes: Open MPI calls it well when all ranks have been killed, fault-tolerant  |
@@ -34,8 +35,9 @@ from distdl.config import run_folder_of, value_of
 from distdl.errors import EXIT_DAMAGED, EXIT_DEFECT, EXIT_INTERRUPTED, EXIT_USER, UserError
 from distdl.processes import send_when_the_parent_dies
 
+CORRUPTION = 4  # found, in memory or in a computation
 STOPPED = 75  # by a scheduler's signal, after a checkpoint
-FINAL = frozenset({0, EXIT_USER, EXIT_DAMAGED, STOPPED, EXIT_INTERRUPTED})
+FINAL = frozenset({0, EXIT_USER, EXIT_DAMAGED, CORRUPTION, STOPPED, EXIT_INTERRUPTED})
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 #: How long a rank may outlive its launcher and hold the run folder; it should be a second.
 SECONDS_TO_LET_GO = 60.0

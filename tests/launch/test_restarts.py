@@ -87,7 +87,7 @@ def test_a_job_that_fails_goes_on_from_its_checkpoint_until_it_is_done(tmp_path)
     assert "restart 3 of 3, --run-dir run --resume auto" in said[2]
 
 
-@pytest.mark.parametrize("code", [0, 2, 3, 75, 130])
+@pytest.mark.parametrize("code", [0, 2, 3, 4, 75, 130])
 def test_what_would_be_the_same_again_or_was_wanted_is_not_started_again(tmp_path, code):
     assert run_scripted(tmp_path, [code, 0], "--run-dir=run") == (code, [["--run-dir=run"]], [])
 
