@@ -39,6 +39,8 @@ CORRUPTION = 4  # found, in memory or in a computation
 STOPPED = 75  # by a scheduler's signal, after a checkpoint
 FINAL = frozenset({0, EXIT_USER, EXIT_DAMAGED, CORRUPTION, STOPPED, EXIT_INTERRUPTED})
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+#: Where a run gets its folder if it was given none, below the folder it was started in.
+RUNS = Path("runs")
 #: How long a rank may outlive its launcher and hold the run folder; it should be a second.
 SECONDS_TO_LET_GO = 60.0
 
@@ -48,6 +50,7 @@ CommandOf = Callable[[Sequence[str]], tuple[Sequence[str], dict[str, str]]]
 
 def run_until_done(command_of: CommandOf, flags: Sequence[str], restarts: int) -> int:
     """Run the job, and again up to `restarts` times while it fails; return its exit code."""
+    folder_of_runs_is_new = not RUNS.exists()
     folder, chosen = run_folder(flags)
     job = _Job()
     flags_now = [*flags, f"--run-dir={folder}"] if chosen else list(flags)
@@ -74,8 +77,10 @@ def run_until_done(command_of: CommandOf, flags: Sequence[str], restarts: int) -
             flags_now = [*flags, f"--run-dir={folder}", "--resume=auto"]
         _say(f"the job ended {what}: restart {attempt} of {restarts}, {goes_on}")
     if chosen:
-        with suppress(OSError):
-            folder.rmdir()  # if nothing was ever written
+        with suppress(OSError):  # it holds a run
+            folder.rmdir()
+            if folder_of_runs_is_new:
+                RUNS.rmdir()
     return code
 
 
@@ -87,7 +92,7 @@ def run_folder(flags: Sequence[str]) -> tuple[Path, bool]:
     if resumed is not None:
         return run_folder_of(Path(resumed)) or Path(resumed), False
     for number in itertools.count(1):
-        folder = Path("runs") / (f"{datetime.now():%Y-%m-%d-%H%M%S}" + (f"-{number}" if number > 1 else ""))
+        folder = RUNS / (f"{datetime.now():%Y-%m-%d-%H%M%S}" + (f"-{number}" if number > 1 else ""))
         try:
             folder.mkdir(parents=True)
             break
