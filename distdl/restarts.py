@@ -4,6 +4,7 @@
 |--------------------------------|------------------------------------------------------------------------------|
 | 0 and its ``summary.json``     | no: done                                                                     |
 | 2, 3                           | no: what the user gave, or a file, would be wrong again                      |
+| 4                              | no: a host computes wrongly, and somebody has to look at it first            |
 | 75, 130                        | no: a scheduler, or Ctrl-C, wanted it to stop                                |
 | any code, after a signal to us | no: signals are passed on to `mpirun`, and whoever sent one wants an end     |
 | 0 without ``summary.json``     | yes: Open MPI calls it well when all ranks have been killed, fault-tolerant  |
@@ -34,9 +35,12 @@ from distdl.config import run_folder_of, value_of
 from distdl.errors import EXIT_DAMAGED, EXIT_DEFECT, EXIT_INTERRUPTED, EXIT_USER, UserError
 from distdl.processes import send_when_the_parent_dies
 
+CORRUPTION = 4  # found, in memory or in a computation
 STOPPED = 75  # by a scheduler's signal, after a checkpoint
-FINAL = frozenset({0, EXIT_USER, EXIT_DAMAGED, STOPPED, EXIT_INTERRUPTED})
+FINAL = frozenset({0, EXIT_USER, EXIT_DAMAGED, CORRUPTION, STOPPED, EXIT_INTERRUPTED})
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+#: Where a run gets its folder if it was given none, below the folder it was started in.
+RUNS = Path("runs")
 #: How long a rank may outlive its launcher and hold the run folder; it should be a second.
 SECONDS_TO_LET_GO = 60.0
 
@@ -46,6 +50,7 @@ CommandOf = Callable[[Sequence[str]], tuple[Sequence[str], dict[str, str]]]
 
 def run_until_done(command_of: CommandOf, flags: Sequence[str], restarts: int) -> int:
     """Run the job, and again up to `restarts` times while it fails; return its exit code."""
+    folder_of_runs_is_new = not RUNS.exists()
     folder, chosen = run_folder(flags)
     job = _Job()
     flags_now = [*flags, f"--run-dir={folder}"] if chosen else list(flags)
@@ -72,8 +77,10 @@ def run_until_done(command_of: CommandOf, flags: Sequence[str], restarts: int) -
             flags_now = [*flags, f"--run-dir={folder}", "--resume=auto"]
         _say(f"the job ended {what}: restart {attempt} of {restarts}, {goes_on}")
     if chosen:
-        with suppress(OSError):
-            folder.rmdir()  # if nothing was ever written
+        with suppress(OSError):  # it holds a run
+            folder.rmdir()
+            if folder_of_runs_is_new:
+                RUNS.rmdir()
     return code
 
 
@@ -85,7 +92,7 @@ def run_folder(flags: Sequence[str]) -> tuple[Path, bool]:
     if resumed is not None:
         return run_folder_of(Path(resumed)) or Path(resumed), False
     for number in itertools.count(1):
-        folder = Path("runs") / (f"{datetime.now():%Y-%m-%d-%H%M%S}" + (f"-{number}" if number > 1 else ""))
+        folder = RUNS / (f"{datetime.now():%Y-%m-%d-%H%M%S}" + (f"-{number}" if number > 1 else ""))
         try:
             folder.mkdir(parents=True)
             break

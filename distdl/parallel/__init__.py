@@ -95,7 +95,7 @@ def world() -> Communicator:
         )
     _end_the_job_on_uncaught_exceptions(communicator)
     leftovers.register(shared.folders())
-    if communicator.node().rank == 0:
+    if launch.local_rank == 0:
         leftovers.sweep(shared.folders())
     return communicator
 
