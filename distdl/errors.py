@@ -42,7 +42,10 @@ class DamagedFileError(UserError):
 
 
 class PeerLost(DistdlError):  # noqa: N818  the event has this name in the design
-    """A rank of the world has died or the world was revoked by one that saw it die."""
+    """A rank of the world has died or the world was revoked by one that saw it die.
+
+    Where it is `agreed`, every rank that is left knows that what they were about to agree on does not count.
+    """
 
 
 def one_line(text: str) -> str:

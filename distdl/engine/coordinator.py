@@ -1,22 +1,23 @@
 """The coordinator: what rank 0 does besides training. Run folder, metrics, checkpoints, what a person sees.
 
 Other ranks have a `Follower` in its place, which does nothing at the same points; so the trainer never asks
-who it is. What can fail because of what the user gave happens before training, agreed by all ranks.
+who it is. What can fail because of what the user gave happens before training, agreed by all ranks. Where the
+coordinator may be lost, followers keep what the logs should hold, and the lowest that is left is `promoted`.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distdl.arrays import sha256_of_arrays
 from distdl.config import TrainConfig
 from distdl.engine import checkpoint as checkpoints
 from distdl.engine.checkpoint import Checkpoint
 from distdl.engine.files import remove_temporaries, write_durably
+from distdl.engine.journal import Journal, Records
 from distdl.engine.metrics import JsonLines, Sums
 from distdl.engine.progress import Progress, describe_shares
 from distdl.engine.run_folder import Start, claim
@@ -33,25 +34,62 @@ SECONDS_BETWEEN_SHARES = 5.0
 
 
 class Follower:
-    """What ranks other than 0 do at the points where the coordinator acts: nothing."""
+    """What ranks other than 0 do at the points where the coordinator acts: nothing, or keep what it logs.
+
+    `succeed` makes the coordinator that this rank becomes when all ranks before it are lost.
+    """
+
+    def __init__(self, journal: Journal | None = None, succeed: Callable[[], Coordinator] | None = None) -> None:
+        self.journal = journal
+        self._succeed = succeed
+
+    def promoted(self) -> Follower:
+        """Return what this rank is once it is rank 0."""
+        return self if self._succeed is None else self._succeed()
+
+    def _records(self, make: Callable[[Journal], Records]) -> None:
+        """Take in the records that `make` makes."""
+        if self.journal is not None and self.journal.keeps:
+            make(self.journal)
 
     def started(self) -> None:
         """Say where the run goes on from, below the banner."""
 
     def stepped(self, state: TrainingState, batch: Sums, learning_rate: float) -> None:
         """React to a step that has just been taken; `batch` holds the sums of its samples."""
+        self._records(lambda journal: journal.stepped(state, batch, learning_rate))
 
     def redealt(self, shares: Sequence[int]) -> None:
         """Say that from the next step on each rank computes so many micro-batches of a full batch."""
 
-    def epoch_ended(self, state: TrainingState, validation: Sums, spent: Spent, counted: Mapping[str, Any]) -> None:
+    def epoch_ended(
+        self,
+        state: TrainingState,
+        validation: Sums,
+        spent: Spent,  # noqa: ARG002
+        counted: Mapping[str, Any],  # noqa: ARG002
+    ) -> None:
         """React to the end of an epoch, after validation and before the epoch's sums are cleared.
 
         `spent` and `counted`, the samples and shares, tell of the steps since the last such point, or the start.
         """
+        self._records(lambda journal: journal.epoch_ended(state, validation))
 
-    def checkpoint(self, state: TrainingState, *, last: bool = False) -> None:
-        """Save the state; where it is the last chance to, a failure is an error."""
+    def checkpoint(self, state: TrainingState, *, last: bool = False) -> bool:  # noqa: ARG002
+        """Save the state, and return whether that was done; where it is the last chance to, a failure is an error."""
+        return False
+
+    def saved(self) -> None:
+        """React to a checkpoint that the coordinator has written."""
+        if self.journal is not None:
+            self.journal.saved()
+
+    def tested(self, state: TrainingState, test: Sums) -> None:
+        """React to the score of the test part."""
+        self._records(lambda journal: journal.tested(state, test))
+
+    def recovered(self, what: str) -> None:
+        """Say that ranks were lost and the others go on."""
 
     def traced(self, trace: Mapping[str, Any] | None) -> None:
         """Write the trace of all ranks, which rank 0 alone has."""
@@ -75,21 +113,11 @@ class Coordinator(Follower):
         start: Start,
         environment: Mapping[str, Any],
         data_sha256: str,
-        steps_per_epoch: int,
         progress: Progress,
+        journal: Journal,
     ) -> None:
-        self.config = config
-        self.progress = progress
-        self._steps_per_epoch = steps_per_epoch
-        self._misses, self._last_miss = 0, ""
-        self._writer = CheckpointWriter(config.keep_checkpoints)
-        self._log_is_refused = False
-        self._data_sha256 = data_sha256
-        self._kernel_families = environment["kernel_families"]
-        self._versions = environment["versions"]
+        self._set_up(config, environment, data_sha256, progress, journal)
         self._start = start
-        self._shares_to_say: Sequence[int] | None = None
-        self._say_shares_after = 0.0
         with claim(start) as (self.folder, self._lock):
             self._checkpoints = self.folder / "checkpoints"
             for folder in (self.folder, self._checkpoints):
@@ -103,8 +131,35 @@ class Coordinator(Follower):
                 # Before the logs are cut: no checkpoint may ever be later than they are.
                 checkpoints.remove_later(self._checkpoints, start.checkpoint.header["step"])
                 lengths = start.checkpoint.header["log_bytes"]
-            names = ["metrics", "timing", *(["hashes"] if config.record_hashes else [])]
+            names = ["timing", *journal.names]
             self._logs = {name: JsonLines(self.folder / f"{name}.jsonl", lengths.get(name, 0)) for name in names}
+            journal.lengths = {name: self._logs[name].length for name in journal.names}
+
+    def _set_up(
+        self,
+        config: TrainConfig,
+        environment: Mapping[str, Any],
+        data_sha256: str,
+        progress: Progress,
+        journal: Journal,
+    ) -> None:
+        super().__init__(journal)
+        self.config = config
+        self.progress = progress
+        self._records_of = journal
+        self._steps_per_epoch = journal.steps_per_epoch
+        self._misses, self._last_miss = 0, ""
+        self._writer = CheckpointWriter(config.keep_checkpoints)
+        self._log_is_refused = False
+        self._data_sha256 = data_sha256
+        self._kernel_families = environment["kernel_families"]
+        self._versions = environment["versions"]
+        self._shares_to_say: Sequence[int] | None = None
+        self._say_shares_after = 0.0
+
+    def _records(self, make: Callable[[Journal], Records]) -> None:
+        for name, record in make(self._records_of):
+            self._log(name, record)
 
     def _bring_along(self, checkpoint: Checkpoint, path: Path, origin: Path | None) -> None:
         """Let the folder hold all that the checkpoint builds on; without it, the run could not be resumed here."""
@@ -160,20 +215,7 @@ class Coordinator(Follower):
         """Log the step where it is due, and move the progress on."""
         self._settle(wait=False)
         epoch, position = divmod(state.step - 1, self._steps_per_epoch)
-        if self.config.log_every and state.step % self.config.log_every == 0:
-            self._log(
-                "metrics",
-                {
-                    "step": state.step,
-                    "epoch": epoch + 1,
-                    "loss": batch.loss,
-                    "accuracy": batch.accuracy,
-                    "lr": learning_rate,
-                },
-            )
-        if self.config.record_hashes:
-            hashes = {name: sha256_of_arrays([(name, array)])[:16] for name, array in state.named_arrays()}
-            self._log("hashes", {"step": state.step, "loss": batch.loss, "hashes": hashes})
+        super().stepped(state, batch, learning_rate)
         if self._shares_to_say is not None and time.monotonic() >= self._say_shares_after:
             self.progress.line(f"balance: {describe_shares(self._shares_to_say)} from step {state.step + 1} on")
             self._shares_to_say = None
@@ -186,19 +228,9 @@ class Coordinator(Follower):
 
     def epoch_ended(self, state: TrainingState, validation: Sums, spent: Spent, counted: Mapping[str, Any]) -> None:
         """Log the epoch and print its line."""
+        super().epoch_ended(state, validation, spent, counted)
         epoch = state.step // self._steps_per_epoch
         training = state.epoch_sums
-        self._log(
-            "metrics",
-            {
-                "step": state.step,
-                "epoch": epoch,
-                "train_loss": training.loss,
-                "train_accuracy": training.accuracy,
-                "validation_loss": validation.loss,
-                "validation_accuracy": validation.accuracy,
-            },
-        )
         seconds = spent.seconds
         speed = counted["samples"] / seconds if seconds else 0.0
         compute, reduction, wait = spent.shares()
@@ -225,8 +257,10 @@ class Coordinator(Follower):
             f"validation {validation.accuracy:7.2%}  {seconds:6.1f} s  {speed:,.0f} samples/s{where_it_went}"
         )
 
-    def checkpoint(self, state: TrainingState, *, last: bool = False) -> None:
+    def checkpoint(self, state: TrainingState, *, last: bool = False) -> bool:
         """Let a copy of the state be saved, once the checkpoint before is; wait for it only where it is the last.
+
+        Returns whether the logs hold, for certain, all that they should up to here.
 
         A disk that refuses is warned about and the last good checkpoint stays; after several misses in a row,
         or where it is the last chance, `UserError` is raised.
@@ -244,10 +278,11 @@ class Coordinator(Follower):
             }
         except OSError as error:
             self._missed(Outcome(state.step, error), may_raise=True, last=last)
-            return
+            return False
         self._writer.start(self._checkpoints, state.named_arrays(), header, self._flush_logs)
         if last:
             self._settle(wait=True, last=True)
+        return True
 
     def _flush_logs(self) -> None:
         for log in self._logs.values():
@@ -284,6 +319,10 @@ class Coordinator(Follower):
             what, error = f"cannot write the checkpoint after step {outcome.step} to", outcome.refused
         return f"{what} {self._checkpoints}: {getattr(error, 'strerror', None) or error}"
 
+    def recovered(self, what: str) -> None:
+        """Say that ranks were lost and the others go on."""
+        self.progress.line(what)
+
     def traced(self, trace: Mapping[str, Any] | None) -> None:
         """Write the trace of all ranks; a disk that refuses is warned about."""
         assert trace is not None
@@ -295,9 +334,8 @@ class Coordinator(Follower):
             self.progress.warning(f"cannot write the trace {self.config.trace}: {error.strerror or error}")
 
     def finished(self, state: TrainingState, test: Sums | None, summary: dict[str, Any]) -> None:
-        """Log the test score, write the summary and print the receipt."""
+        """Write the summary and print the receipt; once more where ranks were lost meanwhile."""
         if test is not None:
-            self._log("metrics", {"step": state.step, "test_loss": test.loss, "test_accuracy": test.accuracy})
             self.progress.line(f"test accuracy: {test.accuracy:.2%}")
         else:
             self.progress.line(f"stopped after step {state.step}; --resume {self.folder} goes on")

@@ -57,6 +57,11 @@ class Sums:
         return int(self.counts[0]) / self.samples
 
 
+def line_of(record: Mapping[str, Any]) -> bytes:
+    """Return the line that a record is in a log."""
+    return (json.dumps(record, allow_nan=False) + "\n").encode()
+
+
 class JsonLines:
     """A file of one JSON object a line, cut to a given length first.
 
@@ -78,7 +83,11 @@ class JsonLines:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a record; if `OSError` is raised, it waits in memory and need not be written again."""
-        self._waiting += (json.dumps(record, allow_nan=False) + "\n").encode()
+        self.append(line_of(record))
+
+    def append(self, lines: bytes) -> None:
+        """Append whole lines; if `OSError` is raised, they wait in memory."""
+        self._waiting += lines
         self._write_waiting()
 
     def written_length(self) -> int:

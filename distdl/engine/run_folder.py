@@ -11,6 +11,7 @@ import itertools
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -24,6 +25,10 @@ from distdl.engine import checkpoint as checkpoints
 from distdl.engine.checkpoint import Checkpoint
 from distdl.engine.files import FOLDER_MODE, TEMPORARY_SUFFIX, opened_log
 from distdl.errors import DamagedFileError, UserError
+
+#: How long the kernel may take to release what a process held that has just died.
+SECONDS_TO_RELEASE = 10.0
+PAUSE_SECONDS = 0.01
 
 #: What the header of a checkpoint must hold for a run to go on from it.
 HEADER_FIELDS = {
@@ -52,7 +57,8 @@ class Start:
     """Where a run begins: its folder, and the checkpoint it goes on from, if any.
 
     `origin` is the run folder that the checkpoint lies in, if it lies in one. A `numbered` folder gets a number
-    behind its name where another run has the name already.
+    behind its name where another run has the name already. A folder is `ours` if this job had it before it lost its
+    coordinator.
     """
 
     folder: Path
@@ -61,35 +67,41 @@ class Start:
     complaints: tuple[str, ...] = ()
     origin: Path | None = None
     numbered: bool = False
+    ours: bool = False
 
 
-def find_start(config: TrainConfig) -> Start:
-    """Decide where the run begins; nothing is written. Raises `UserError` for a folder or resume that cannot be."""
+def find_start(config: TrainConfig, ours: Path | None = None) -> Start:
+    """Decide where the run begins; nothing is written. Raises `UserError` for a folder or resume that cannot be.
+
+    `ours` is the folder that this very job has decided on before: it lost its coordinator, and begins again there.
+    """
     try:
         if config.resume is None:
+            if ours is not None:
+                return Start(ours, ours=True)
             if config.run_dir is None:
                 return Start(timestamped(f"{config.dataset}-{config.model}"), numbered=True)
             _refuse_used(config.run_dir)
             return Start(config.run_dir)
-        return _resumed(config, config.resume)
+        return replace(_resumed(config, config.resume, ours), ours=ours is not None)
     except OSError as error:
         raise UserError(
             f"cannot look into {error.filename}: {error.strerror}; give another --run-dir or --resume"
         ) from None
 
 
-def _resumed(config: TrainConfig, resume: str) -> Start:
-    start = _newest_in_own_folder(config) if resume == "auto" else _given_checkpoint(config, Path(resume))
+def _resumed(config: TrainConfig, resume: str, ours: Path | None) -> Start:
+    start = _newest_in_own_folder(config, ours) if resume == "auto" else _given_checkpoint(config, Path(resume))
     if start.path is None or start.checkpoint is None:
         return start
     _refuse_another_run(config, start.path, start.checkpoint)
     start = replace(start, folder=config.run_dir or start.folder)
-    if start.origin is None or start.folder.resolve() != start.origin.resolve():
+    if ours is None and (start.origin is None or start.folder.resolve() != start.origin.resolve()):
         _refuse_used(start.folder)
     return start
 
 
-def _newest_in_own_folder(config: TrainConfig) -> Start:
+def _newest_in_own_folder(config: TrainConfig, ours: Path | None) -> Start:
     """Return the newest intact checkpoint in the run folder; a fresh start there if it has none yet."""
     folder = config.run_dir
     assert folder is not None, "config.checked() has seen to it"
@@ -98,7 +110,7 @@ def _newest_in_own_folder(config: TrainConfig) -> Start:
     found = checkpoints.newest_intact(folder / "checkpoints")
     if found is not None:
         return Start(folder, found[0], found[1], tuple(found[2]), origin=folder)
-    if not (folder / "config.toml").is_file():
+    if ours is None and not (folder / "config.toml").is_file():
         _refuse_used(folder)  # no run was ever here
     return Start(folder)
 
@@ -215,7 +227,7 @@ def claim(start: Start) -> Iterator[tuple[Path, IO[bytes]]]:
         _make_folders(folder.parent, made)
         folder = _make_numbered(folder, made) if start.numbered else _make_folders(folder, made)
         lock_is_old = (folder / "lock").exists()
-        lock = _locked(folder)
+        lock = lock_released(folder) if start.ours else lock_folder(folder)
         refuse_links(folder)
         present = set(folder.rglob("*")) - (set() if lock_is_old else {folder / "lock"})
         _make_folders(folder / "checkpoints", made)
@@ -264,7 +276,19 @@ def _make_numbered(folder: Path, made: list[Path]) -> Path:
     return path
 
 
-def _locked(folder: Path) -> IO[bytes]:
+def lock_released(folder: Path) -> IO[bytes]:
+    """Lock the run folder of a process that has just died; raise `UserError` where another one holds it."""
+    ends = time.monotonic() + SECONDS_TO_RELEASE
+    while True:
+        try:
+            return lock_folder(folder)
+        except UserError:
+            if time.monotonic() > ends:
+                raise
+        time.sleep(PAUSE_SECONDS)
+
+
+def lock_folder(folder: Path) -> IO[bytes]:
     """Return a file that locks the run folder as long as it is open, that is as long as this process lives."""
     while True:
         lock = os.fdopen(opened_log(folder / "lock"), "ab")

@@ -3,6 +3,10 @@
 A step: each rank computes the micro-batches of its shard, the gradients are summed in the canonical tree, and
 every replica takes the same optimizer step. All state lives in `TrainingState`; order, shards and random
 numbers are pure functions of config and step, so a step can be done by any number of ranks, and again.
+
+A run is a sequence of phases: steps, validations, checkpoints, the test, the end. Each does its collective work in
+buffers first, then all ranks that are left `commit`, and only then it touches what lives on. So when a rank is lost,
+the others `recover` and do the same phase again (`parallel/recovery.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -25,9 +30,21 @@ from distdl.engine.metrics import METRIC_FIELDS, Sums
 from distdl.engine.state import TrainingState
 from distdl.engine.timeline import Timeline
 from distdl.engine.trace import Trace
-from distdl.errors import UserError
+from distdl.errors import PeerLost, UserError
 from distdl.nn import SoftmaxCrossEntropy, count_correct
-from distdl.parallel import REDUCTIONS, Communicator, Field, Layout, Shard, together
+from distdl.parallel import (
+    REDUCTIONS,
+    Communicator,
+    Field,
+    Layout,
+    Loss,
+    Position,
+    Shard,
+    commit,
+    die_of_the_host,
+    recover,
+    together,
+)
 from distdl.rng import Key
 from distdl.schedules import make_schedule
 
@@ -60,6 +77,17 @@ class Data:
     classes: int
 
 
+class Phase(IntEnum):
+    """What a run does next after so many steps; in this order where it is several."""
+
+    VALIDATE = 0
+    CHECKPOINT = 1
+    TRAIN = 2
+    TEST = 3
+    FINISH = 4
+    END = 5
+
+
 class Trainer:
     """Takes the steps that are left, on every rank alike."""
 
@@ -85,44 +113,116 @@ class Trainer:
             every_steps=config.lr_step_epochs * self.steps_per_epoch,
             factor=config.lr_step_factor,
         )
-        rank, ranks = communicator.rank, communicator.size
-        self._dealer = BalancedDealer(rank, ranks, config.micro_batches) if config.balance else Dealer(rank, ranks)
-        fields = [Field("gradient", "f4", state.network.gradients.size), *METRIC_FIELDS, *self._dealer.fields]
-        self._gradients = REDUCTIONS[config.reduction](communicator, Layout(fields))
-        self._metrics = REDUCTIONS[config.reduction](communicator, Layout(METRIC_FIELDS))
         self._leaf = Sums()
         self._batch = Sums()
         self._images: dict[int, NDArray[np.float32]] = {}
         self._order = (-1, np.empty(0, np.int64))
+        last_step = config.epoch_count * self.steps_per_epoch
+        self.last_step = last_step if config.max_steps is None else min(last_step, config.max_steps)
+        self.phase = self._after_checkpoint()
+        self.recoveries: list[dict[str, Any]] = []
+        self._test: Sums | None = None
+        self._make_buffers()
+
+    def _make_buffers(self) -> None:
+        """Make all that depends on the group of ranks. Collective."""
+        config, communicator = self.config, self.communicator
+        rank, ranks = communicator.rank, communicator.size
+        self._dealer = BalancedDealer(rank, ranks, config.micro_batches) if config.balance else Dealer(rank, ranks)
+        fields = [Field("gradient", "f4", self.state.network.gradients.size), *METRIC_FIELDS, *self._dealer.fields]
+        self._gradients = REDUCTIONS[config.reduction](communicator, Layout(fields))
+        self._metrics = REDUCTIONS[config.reduction](communicator, Layout(METRIC_FIELDS))
         self.timeline = Timeline(communicator)
+        self._trace = None if config.trace is None else Trace(self.timeline)
         self._samples = 0
 
     def run(self) -> Summary:
         """Train to the last step, score the test part where training is complete, and return the summary."""
-        state, config = self.state, self.config
-        trace = None if config.trace is None else Trace(self.timeline)
-        last_step = config.epoch_count * self.steps_per_epoch
-        if config.max_steps is not None:
-            last_step = min(last_step, config.max_steps)
-        while state.step < last_step:
-            self.step()
-            epoch_ended = state.step % self.steps_per_epoch == 0
-            if epoch_ended:
-                self._end_epoch()
-            every = config.checkpoint_every
-            if epoch_ended or state.step == last_step or (every and state.step % every == 0):
-                self._checkpoint(last=state.step == last_step)
-        complete = state.step >= config.epoch_count * self.steps_per_epoch
-        test = self._judged(self.data.parts.test, "test") if complete else None
-        if trace is not None:
-            self.timeline.spent()
-            self.coordinator.traced(trace.gather(state.step))
-        summary = self._summary(test)
-        self.coordinator.finished(state, test, asdict(summary))
-        return summary
+        phases = {
+            Phase.TRAIN: self._train,
+            Phase.VALIDATE: self._end_epoch,
+            Phase.CHECKPOINT: self._checkpoint,
+            Phase.TEST: self._score_test,
+            Phase.FINISH: self._finish,
+        }
+        while self.phase is not Phase.END:
+            try:
+                phases[self.phase]()
+            except PeerLost as lost:
+                self.note(recover(self, lost))
+            except (MemoryError, OSError) as error:
+                die_of_the_host(self.communicator, error)
+                raise
+        return self.summary
+
+    def _train(self) -> None:
+        self.step()
+        step, every = self.state.step, self.config.checkpoint_every
+        if step % self.steps_per_epoch == 0:
+            self.phase = Phase.VALIDATE
+        elif step == self.last_step or (every and step % every == 0):
+            self.phase = Phase.CHECKPOINT
+
+    def _after_checkpoint(self) -> Phase:
+        if self.state.step < self.last_step:
+            return Phase.TRAIN
+        return Phase.TEST if self._is_complete else Phase.FINISH
+
+    @property
+    def _is_complete(self) -> bool:
+        return self.state.step >= self.config.epoch_count * self.steps_per_epoch
+
+    @property
+    def position(self) -> Position:
+        """Where the run stands: the steps taken, and what comes next."""
+        return [self.state.step, int(self.phase)]
+
+    def take(self, source: int) -> None:
+        """Go to the position of rank `source`, if that is ahead, with its state. Collective."""
+        communicator, state = self.communicator, self.state
+        test = None if self._test is None else [float(self._test.loss_sum[0]), *map(int, self._test.counts)]
+        journal = self.coordinator.journal
+        mine = [self.position, state.progress, test, None if journal is None else journal.to_json()]
+        position, progress, test, journaled = communicator.bcast_json(mine, source)
+        arrays = [(array, array.copy()) for _, array in state.named_arrays()]
+        for _, received in arrays:
+            communicator.bcast(received, source)
+        if position > self.position:
+            for array, received in arrays:
+                array[...] = received
+            state.progress, self.phase = progress, Phase(position[1])
+            if test is not None:
+                self._test = Sums()
+                self._test.set(*test)
+            if journal is not None:
+                journal.take(journaled)
+
+    def rebuild(self) -> None:
+        """Make anew what depends on the group; the lowest rank becomes the coordinator. Collective."""
+
+        def take_over() -> None:
+            if self.communicator.rank == 0:
+                self.coordinator = self.coordinator.promoted()
+
+        self.communicator.notice_cores()
+        self._make_buffers()
+        together(self.communicator, take_over)
+
+    def note(self, loss: Loss, *, prepared: bool = True) -> None:
+        """Take down a recovery, and let the coordinator say so."""
+        ranks, in_step = self.communicator.size, prepared and self.phase is Phase.TRAIN
+        step = self.state.step + in_step
+        when = f"{'in' if in_step else 'after'} step {step}" if prepared else "while the run was prepared"
+        self.recoveries.append(
+            {"step": step, "lost_ranks": loss.ranks, "seconds": round(loss.seconds, 6), "ranks": ranks}
+        )
+        self.coordinator.recovered(
+            f"{_ranks(loss.ranks)} {'was' if len(loss.ranks) == 1 else 'were'} lost {when}; "
+            f"{ranks} rank{'s go' if ranks > 1 else ' goes'} on ({loss.seconds:.2f} s)"
+        )
 
     def step(self) -> None:
-        """Take one optimizer step."""
+        """Take one optimizer step; `PeerLost` leaves the state as it was."""
         self.timeline.begin()
         state, network = self.state, self.state.network
         epoch, position = divmod(state.step, self.steps_per_epoch)
@@ -143,6 +243,7 @@ class Trainer:
         self.timeline.enter_reduction()
         total = self._gradients.total()
         self.timeline.leave_reduction()
+        commit(self.communicator)
 
         loss_sum = float(total["loss_sum"][0])
         if not math.isfinite(loss_sum):
@@ -177,7 +278,10 @@ class Trainer:
 
     def _end_epoch(self) -> None:
         state = self.state
-        validation = self._judged(self.data.parts.validation, "validation")
+        validation = self.evaluate(self.data.parts.validation)
+        spent = self.timeline.spent()
+        commit(self.communicator)
+        self._check_loss(validation, "validation")
         progress = state.progress
         if progress["best_step"] is None or validation.accuracy > progress["best_accuracy"]:
             progress["best_step"], progress["best_accuracy"] = state.step, validation.accuracy
@@ -185,25 +289,45 @@ class Trainer:
         progress["validation_accuracy"] = validation.accuracy
         counted = {"samples": self._samples, **self._dealer.epoch_record()}
         self._samples = 0
-        self.coordinator.epoch_ended(state, validation, self.timeline.spent(), counted)
+        self.coordinator.epoch_ended(state, validation, spent, counted)
         state.epoch_sums.set(0.0, 0, 0)
+        self.phase = Phase.CHECKPOINT
 
-    def _judged(self, rows: NDArray[np.int64], part: str) -> Sums:
-        """Return the sums over a part of the dataset, whose loss must be a number. Collective."""
-        sums = self.evaluate(rows)
+    def _check_loss(self, sums: Sums, part: str) -> None:
         if not math.isfinite(sums.loss):
             raise self._diverged(f"the {part} loss is {sums.loss} after step {self.state.step}")
-        return sums
 
-    def _checkpoint(self, *, last: bool) -> None:
+    def _score_test(self) -> None:
+        test = self.evaluate(self.data.parts.test)
+        commit(self.communicator)
+        self._check_loss(test, "test")
+        self._test = test
+        self.coordinator.tested(self.state, test)
+        self.phase = Phase.FINISH
+
+    def _finish(self) -> None:
+        if self._trace is not None:
+            self.timeline.spent()
+            self.coordinator.traced(self._trace.gather(self.state.step))
+        summary = self._summary(self._test)
+        self.coordinator.finished(self.state, self._test, asdict(summary))
+        commit(self.communicator)
+        self.summary = summary
+        self.phase = Phase.END
+
+    def _checkpoint(self) -> None:
         """Save the state, or raise `UserError` on every rank alike. Collective."""
 
-        def save() -> None:
+        def save() -> bool:
             if not all(_is_finite(array) for _, array in self.state.named_arrays()):
                 raise self._diverged(f"the weights are not finite after step {self.state.step}")
-            self.coordinator.checkpoint(self.state, last=last)
+            return self.coordinator.checkpoint(self.state, last=self.state.step == self.last_step)
 
-        together(self.communicator, save)
+        saved = self.communicator.bcast_json(together(self.communicator, save))
+        commit(self.communicator)
+        if saved:
+            self.coordinator.saved()
+        self.phase = self._after_checkpoint()
 
     def _summary(self, test: Sums | None) -> Summary:
         state = self.state
@@ -224,7 +348,7 @@ class Trainer:
             samples_per_second=samples / seconds if seconds else 0.0,
             weights_sha256=receipt,
             state_sha256=state.state_sha256(),
-            recoveries=[],
+            recoveries=self.recoveries,
         )
 
     def _epoch_rows(self, epoch: int) -> NDArray[np.int64]:
@@ -249,6 +373,10 @@ class Trainer:
         error = UserError(f"{what}: training has diverged; start a new run with a smaller --lr than {self.config.lr:g}")
         error.agreed = True
         return error
+
+
+def _ranks(numbers: Sequence[int]) -> str:
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def _is_finite(array: NDArray[Any]) -> bool:

@@ -8,9 +8,10 @@ import warnings
 
 from distdl.errors import UserError
 from distdl.launcher import belong_together, read_launch
-from distdl.parallel.agreement import exit_code_of, guard, report, together
+from distdl.parallel.agreement import die_of_the_host, exit_code_of, guard, report, together
 from distdl.parallel.communicator import Communicator, OneProcess, hosts, say
 from distdl.parallel.dealing import deal, share
+from distdl.parallel.recovery import Loss, Position, commit, recover, survive
 from distdl.parallel.reduce import REDUCTIONS, Field, Layout, Record, Reduction
 from distdl.parallel.shared import share_arrays
 from distdl.parallel.tree import Shard, contiguous_shards
@@ -20,18 +21,24 @@ __all__ = [
     "Communicator",
     "Field",
     "Layout",
+    "Loss",
     "OneProcess",
+    "Position",
     "Record",
     "Reduction",
     "Shard",
+    "commit",
     "contiguous_shards",
     "deal",
+    "die_of_the_host",
     "exit_code_of",
     "guard",
     "hosts",
+    "recover",
     "report",
     "share",
     "share_arrays",
+    "survive",
     "together",
     "world",
 ]
@@ -73,7 +80,7 @@ def world() -> Communicator:
         # The mpirun of another MPI: we say so below, once and not once a rank, and only where it matters.
         warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
         communicator = mpi.world_of_mpi()
-    if communicator.size == 1 and launch.size > 1:
+    if mpi.ranks_started() == 1 and launch.size > 1:
         raise _not_one_job(
             launch.by,
             launch.size,
