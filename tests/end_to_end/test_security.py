@@ -101,7 +101,7 @@ def test_files_are_not_opened_through_a_link_even_if_it_comes_after_the_check(tm
     with pytest.raises(OSError, match="symbolic links"):
         JsonLines(link)
     with pytest.raises(OSError, match="symbolic links"):
-        run_folder._locked(tmp_path)
+        run_folder.lock_folder(tmp_path)
     with pytest.raises(UserError, match="symbolic links"):
         checkpoints.read(link, follow=False)
     (tmp_path / f"new{files.TEMPORARY_SUFFIX}").symlink_to(theirs)

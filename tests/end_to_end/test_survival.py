@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from distdl.engine import checkpoint as checkpoints
+from distdl.engine.files import TEMPORARY_SUFFIX
 from distdl.errors import UserError
 from distdl.launcher import read_launch
 from distdl.mpirun import environment_for, find_mpirun, mpirun_command
@@ -71,7 +72,8 @@ distdl.engine.checkpoint.write = write
 
 STEP = "distdl.engine.trainer:Trainer.step"
 VALIDATION = "distdl.engine.trainer:Trainer._end_epoch"
-CHECKPOINT = "distdl.engine.checkpoint:write"
+CHECKPOINT = "distdl.engine.coordinator:Coordinator.checkpoint"
+WRITE = "distdl.engine.checkpoint:write"  # by the coordinator's thread, while training goes on
 SETTINGS = {"checkpoint_every": 2, "record_hashes": True}
 
 
@@ -159,6 +161,23 @@ def test_the_others_go_on_to_the_same_receipt_and_logs(tmp_path, undisturbed, ra
     newest, _, complaints = checkpoints.newest_intact(folder / "checkpoints")
     assert (newest.name, complaints) == ("step-000000006.safetensors", [])
     assert all(json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_coordinator_killed_while_its_thread_writes_a_checkpoint(tmp_path, undisturbed, when, count):
+    """In which step the others are meanwhile, nobody knows; the last checkpoint is written again by the successor."""
+    folder, done = run_with_traps(tmp_path, [[0, WRITE, when, count]], 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [loss["lost_ranks"] for loss in summary["recoveries"]] == [[0]]
+    (weights, state, metrics), hashes = undisturbed
+    assert (summary["weights_sha256"], summary["state_sha256"]) == (weights, state)
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
+    assert (folder / "hashes.jsonl").read_bytes() == hashes
+    newest, _, complaints = checkpoints.newest_intact(folder / "checkpoints")
+    assert (newest.name, complaints) == ("step-000000006.safetensors", [])
+    assert not [path for path in folder.rglob("*") if path.name.endswith(TEMPORARY_SUFFIX)]
 
 
 def test_no_process_is_left_after_a_survived_kill(tmp_path):
