@@ -22,10 +22,12 @@ from test_kills import SURVIVED, assert_as_if_nothing_had_happened
 
 pytestmark = [pytest.mark.usefixtures("ulfm"), pytest.mark.may_skip]
 
+#: Becomes a command on a host: in its network, with a name and a shared memory of its own.
+BECOME = "mount -t tmpfs tmpfs /dev/shm && echo {name} >/proc/sys/kernel/hostname && "
 #: In place of ssh: `agent HOST COMMAND …` runs a command on the second host.
 AGENT = """#!/bin/sh
 shift
-exec ip netns exec {name} unshare --uts sh -c 'echo {name} >/proc/sys/kernel/hostname; '"$*"
+exec ip netns exec {name} unshare --uts --mount sh -c '{become}'"$*"
 """
 
 
@@ -42,7 +44,7 @@ class TwoHosts:
             self.network = f"10.231.{100 + TwoHosts.made % 100}"
         self.names = [f"{label}a", f"{label}b"]
         self.agent = folder / "agent.sh"
-        self.agent.write_text(AGENT.format(name=self.names[1]))
+        self.agent.write_text(AGENT.format(name=self.names[1], become=BECOME.format(name=self.names[1])))
         self.agent.chmod(0o755)
 
     def __enter__(self):
@@ -64,8 +66,7 @@ class TwoHosts:
     def command(self, argv):
         """Start `mpirun` on the first host, with two ranks on each."""
         hosts = ",".join(f"{self.network}.{number}:2" for number in (1, 2))
-        on_first = ["ip", "netns", "exec", self.names[0], "unshare", "--uts", "sh", "-c"]
-        script = f'echo {self.names[0]} >/proc/sys/kernel/hostname; exec "$@"'
+        script = BECOME.format(name=self.names[0]) + 'exec "$@"'
         variables = {
             "PRTE_MCA_plm_ssh_agent": str(self.agent),
             "PRTE_MCA_prte_if_include": f"{self.network}.0/24",
@@ -75,7 +76,11 @@ class TwoHosts:
             "PRTE_MCA_oob_tcp_keepalive_intvl": "1",
             "PRTE_MCA_oob_tcp_keepalive_probes": "3",
         }
-        return [*on_first, script, "sh", argv[0], "--host", hosts, "--map-by", "node", *argv[1:]], variables
+        return [*self.inside(script), "sh", argv[0], "--host", hosts, "--map-by", "node", *argv[1:]], variables
+
+    def inside(self, script):
+        """Return the words that start a script on the first host."""
+        return ["ip", "netns", "exec", self.names[0], "unshare", "--uts", "--mount", "sh", "-c", script]
 
     def kill(self, name):
         """Kill everything that runs on a host, as a power failure would."""
@@ -99,8 +104,8 @@ def permitted(tmp_path_factory):
         pytest.skip("two hosts need network namespaces: no ip (iproute2) or unshare (util-linux) here")
     try:
         with TwoHosts(tmp_path_factory.mktemp("hosts")) as hosts:
-            inside = ["ip", "netns", "exec", hosts.names[0], "unshare", "--uts", "sh", "-c"]
-            subprocess.run([*inside, "echo x >/proc/sys/kernel/hostname"], capture_output=True, check=True)
+            script = BECOME.format(name=hosts.names[0]) + "true"
+            subprocess.run(hosts.inside(script), capture_output=True, check=True)
     except (subprocess.CalledProcessError, OSError) as error:
         pytest.skip(f"two hosts need network namespaces, which are not permitted here: {error}")
 
