@@ -374,7 +374,7 @@ def test_all_differences_are_named_at_once_and_a_missing_setting_is_one():
         (["--threads-per-rank", "0"], "--threads-per-rank must be at least 1, not 0"),
         (["--verify-every=-1"], "--verify-every must be at least 0, not -1"),
         (["--audit=-1"], "--audit must be at least 0, not -1"),
-        (["--on-nonfinite", "skipp"], "invalid choice 'skipp' for argument '--on-nonfinite'"),
+        (["--on-nonfinite", "ignore"], "invalid choice 'ignore' for argument '--on-nonfinite'"),
         (["--weight-decay=-0.1"], "--weight-decay must be at least 0, not -0.1"),
         (["--lr", "0"], "--lr must be above 0, not 0.0"),
         (["--lr", "nan"], "--lr must be above 0, not nan"),
