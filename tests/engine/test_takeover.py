@@ -31,15 +31,18 @@ def state(step):
 
 
 def log(journal, steps, write=lambda *_: None):
-    """Take so many steps, save after the second, and write as a coordinator does."""
+    """Take so many steps, with checkpoints after the second and fourth, and write as a coordinator does.
+
+    That the first was saved is known when the other one begins.
+    """
     for step in range(1, steps + 1):
         records = journal.stepped(state(step), sums(step / 3), 0.1)
         if step == STEPS_PER_EPOCH:
             records += journal.epoch_ended(state(step), sums(0.5))
         for record in records:
             write(*record)
-        if step == 2:
-            journal.saved()
+        if step in {2, 4}:
+            journal.checkpointed(before_is_saved=step == 4)
 
 
 @pytest.fixture
