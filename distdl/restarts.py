@@ -32,12 +32,18 @@ from pathlib import Path
 from types import FrameType
 
 from distdl.config import run_folder_of, value_of
-from distdl.errors import EXIT_DAMAGED, EXIT_DEFECT, EXIT_INTERRUPTED, EXIT_USER, UserError
+from distdl.errors import (
+    EXIT_CORRUPTION,
+    EXIT_DAMAGED,
+    EXIT_DEFECT,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    EXIT_USER,
+    UserError,
+)
 from distdl.processes import send_when_the_parent_dies
 
-CORRUPTION = 4  # found, in memory or in a computation
-STOPPED = 75  # by a scheduler's signal, after a checkpoint
-FINAL = frozenset({0, EXIT_USER, EXIT_DAMAGED, CORRUPTION, STOPPED, EXIT_INTERRUPTED})
+FINAL = frozenset({0, EXIT_USER, EXIT_DAMAGED, EXIT_CORRUPTION, EXIT_STOPPED, EXIT_INTERRUPTED})
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 #: Where a run gets its folder if it was given none, below the folder it was started in.
 RUNS = Path("runs")
