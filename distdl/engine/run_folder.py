@@ -167,7 +167,11 @@ def _refuse_another_run(config: TrainConfig, path: Path, checkpoint: Checkpoint)
         if not (isinstance(header, dict) and type(header.get(name)) is kind):
             raise DamagedFileError(f"{path} is damaged: its header has no {name!r} that a run could go on from")
     progress, log_bytes = header["progress"], header["log_bytes"]
-    kinds = {**PROGRESS_FIELDS, **({} if progress.get("best_step") is None else {"best_accuracy": (float,)})}
+    kinds = dict(PROGRESS_FIELDS)
+    if progress.get("best_step") is not None:
+        kinds["best_accuracy"] = (float,)
+    if "skipped_steps" in progress:
+        kinds["skipped_steps"] = (int,)
     lengths = [length for name, length in log_bytes.items() if name in LOGS and type(length) is int and length >= 0]
     wrong = {
         "step": header["step"] < 0
@@ -175,7 +179,8 @@ def _refuse_another_run(config: TrainConfig, path: Path, checkpoint: Checkpoint)
         "log_bytes": len(lengths) != len(log_bytes),
         "versions": not all(isinstance(version, str) for version in header["versions"].values()),
         "progress": any(name not in progress or type(progress[name]) not in kind for name, kind in kinds.items())
-        or not 0 <= (progress["best_step"] or 0) <= header["step"],
+        or not 0 <= (progress["best_step"] or 0) <= header["step"]
+        or not 0 <= progress.get("skipped_steps", 0) <= header["step"],
     }
     for name in (name for name, is_wrong in wrong.items() if is_wrong):
         raise DamagedFileError(f"{path} is damaged: its header has no {name!r} that a run could go on from")

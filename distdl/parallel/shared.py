@@ -61,14 +61,15 @@ def share_arrays(
     specification = communicator.bcast_json(described)
     places = _places(specification)
     node = communicator.node() if node is None else node
-    leaders = communicator.split(0 if node.rank == 0 else None)
+    one_host = node.size == communicator.size  # and no new group, in whose making Open MPI may crash where a rank dies
+    leaders = None if one_host else communicator.split(0 if node.rank == 0 else None)
     buffer = shared_bytes(communicator, node, places[-1][1] if places else 0, "the dataset")
     shared: dict[str, NDArray[Any]] = {}
     for (name, dtype, shape), (start, end) in zip(specification, places, strict=True):
         view = buffer[start:end].view(dtype).reshape(shape)
+        if communicator.rank == 0:
+            view[...] = arrays[name]
         if leaders is not None:
-            if communicator.rank == 0:
-                view[...] = arrays[name]
             leaders.bcast(view)
         view.flags.writeable = False
         shared[name] = view

@@ -190,6 +190,7 @@ def names_and_receipt(done):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.may_skip
 def test_a_full_disk_is_trained_through_where_there_is_room_again_in_time(tmp_path, undisturbed):
     script = "    fill() if step == 2 else filler.unlink() if step == 4 else None"
     done = run([*namespace(), *command(mounted("4m", script), tmp_path / "disk" / "run")])
@@ -200,6 +201,7 @@ def test_a_full_disk_is_trained_through_where_there_is_room_again_in_time(tmp_pa
     assert all("No space left on device" in line and line.endswith("training goes on") for line in missed)
 
 
+@pytest.mark.may_skip
 def test_a_disk_that_stays_full_ends_the_run_in_one_line_with_the_checkpoints_before_intact(tmp_path, undisturbed):
     # What a resume finds is looked at on the same disk, before it goes with its namespace.
     script = "    fill() if step == 3 else None"
@@ -220,6 +222,7 @@ def look():
     assert resumed == digests(undisturbed)
 
 
+@pytest.mark.may_skip
 def test_a_folder_that_is_read_only_for_a_while_is_trained_through(tmp_path, undisturbed):
     script = """
     if step == 2:
@@ -235,6 +238,7 @@ def test_a_folder_that_is_read_only_for_a_while_is_trained_through(tmp_path, und
     assert all("Read-only file system" in line for line in missed)
 
 
+@pytest.mark.may_skip
 def test_a_read_only_disk_is_refused_before_training(tmp_path):
     hook = """
 folder.parent.mkdir(parents=True, exist_ok=True)
