@@ -1,9 +1,10 @@
 """What is logged of a run, as every rank knows it, so that another rank can go on logging in the same files.
 
 The records of ``metrics.jsonl`` and ``hashes.jsonl`` are a function of the state and of sums that all ranks have.
-Where ranks may be lost, each keeps those since the last checkpoint, and how long the files were then. A rank that
-takes over cuts the files to that length and appends what belongs there: whatever the coordinator had written when it
-died, the files become the same, byte for byte. ``timing.jsonl`` is the coordinator's alone.
+Where ranks may be lost, each keeps those since the last checkpoint that is known to be saved, and how long the files
+were then. A rank that takes over cuts the files to that length and appends what belongs there: whatever the
+coordinator had written when it died, the files become the same, byte for byte. ``timing.jsonl`` is the coordinator's
+alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Records = list[tuple[str, dict[str, Any]]]
 
 
 class Journal:
-    """Makes the records of a run; with `keeps`, remembers those since the last checkpoint."""
+    """Makes the records of a run; with `keeps`, remembers those that may not be on disk yet."""
 
     def __init__(self, config: TrainConfig, steps_per_epoch: int, *, keeps: bool) -> None:
         self.config = config
