@@ -125,7 +125,7 @@ class _Job:
         us = os.getpid()
 
         def tie() -> None:
-            send_when_the_parent_dies(signal.SIGTERM)
+            send_when_the_parent_dies(signal.SIGKILL)  # ranks end with it; at SIGTERM they would finish their step
             if os.getppid() != us:
                 os._exit(EXIT_DEFECT)
 

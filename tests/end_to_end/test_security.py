@@ -162,11 +162,13 @@ def test_no_file_and_no_folder_of_a_run_can_be_written_by_everyone_whatever_the_
     before = os.umask(0)
     try:
         small_run(OneProcess(), tmp_path / "a" / "run", record_hashes=True)
-        reserved = Path(shared._reserve(100, "a test"))
+        handle, path = shared._reserve(100, "a test")
+        reserved = Path(path)
     finally:
         os.umask(before)
     mode = stat.S_IMODE(reserved.stat().st_mode)
     reserved.unlink()
+    os.close(handle)
     assert mode == 0o600
     made = [tmp_path / "a", *(tmp_path / "a").rglob("*")]
     assert {path.name for path in made} >= {"run", "checkpoints", "lock", "metrics.jsonl", "summary.json"}

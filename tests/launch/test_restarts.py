@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from trapped_training import (
     until,
 )
 
+from distdl.engine.stop import SAME_REQUEST_SECONDS
 from distdl.restarts import run_folder
 
 #: Runs a job of one process that ends as the list in `ends` says, one start after the other.
@@ -180,6 +182,8 @@ def test_a_killed_job_ends_with_the_receipt_of_the_undisturbed_one(tmp_path, kil
 def test_a_signal_ends_the_job_and_the_restarts(tmp_path, number):
     process = start(tmp_path, WAIT_FOR_EVER, "--restarts", "2", flags=["--run-dir", "run"])
     until(lambda: len(list(tmp_path.glob("waits-*"))) == 3)
+    process.send_signal(number)
+    time.sleep(2 * SAME_REQUEST_SECONDS)  # the first asks to stop after the step, which never ends here
     process.send_signal(number)
     code, _, errors = ended(process)
     assert code != 0
