@@ -63,9 +63,11 @@ def run_until_done(command_of: CommandOf, flags: Sequence[str], restarts: int) -
     for attempt in itertools.count(1):
         before = _identity(folder / "summary.json")
         code = job.run(*command_of(flags_now))
+        unfinished = code == 0 and _identity(folder / "summary.json") == before
         if job.stopping:
+            code = EXIT_INTERRUPTED if unfinished else code  # mpirun may call it well
             break
-        if code == 0 and _identity(folder / "summary.json") == before:
+        if unfinished:
             code, what = EXIT_DEFECT, "without a summary"
         else:
             what = f"with exit code {code}" if code < 128 else f"by {_signal_name(code - 128)}"
