@@ -41,7 +41,7 @@ def mnist_dir():
     pytest.skip("the real MNIST is not here: set DISTDL_MNIST_DIR to the folder of its four files")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def needs_mpirun():
     """Skip where no job can be started: without an mpirun, or in a rank of a job."""
     from distdl.errors import UserError
@@ -55,7 +55,22 @@ def needs_mpirun():
         pytest.skip(str(error))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def survives(needs_mpirun):
+    """Whether jobs of this environment survive the death of a rank."""
+    from distdl.mpirun import mpirun_command
+
+    return "--with-ft" in mpirun_command(2, ["true"]).argv
+
+
+@pytest.fixture(scope="session")
+def ulfm(survives):
+    """Only for Open MPI 5 and later."""
+    if not survives:
+        pytest.skip("survivors go on under Open MPI 5 and later only; other MPIs end the job")
+
+
+@pytest.fixture(scope="session")
 def run_job(needs_mpirun):
     """Run a job, as `mpirun_command` gives it, to its end; `timeout` is against hanging."""
     from distdl.mpirun import environment_for

@@ -1,4 +1,8 @@
-"""No rank waits for ever: what one rank raises, or dies of, ends the whole job at once, with a message."""
+"""No rank waits for ever: what one rank raises, or dies of, ends the whole job at once, with a message.
+
+Who dies by a signal, or of a fault of its host, does so where no rank is let go on without it (`test_survival.py` has
+the other side).
+"""
 
 import sys
 from dataclasses import replace
@@ -65,7 +69,6 @@ def test_a_rank_that_raises_in_an_epoch_ends_the_job_with_its_traceback(run_job,
     ("trap", "message"),
     [
         ("sys.exit(7)", "[rank 1] SystemExit: 7"),
-        ("raise MemoryError('no memory')", "[rank 1] MemoryError: no memory"),
         ("raise KeyboardInterrupt", "[rank 1] KeyboardInterrupt"),
     ],
 )
@@ -73,9 +76,15 @@ def test_a_rank_that_leaves_in_an_epoch_ends_the_job(run_job, tmp_path, trap, me
     assert message in run_with_trap(run_job, tmp_path, trap).stderr.splitlines()
 
 
+def test_a_rank_without_memory_ends_the_job_where_no_other_goes_on(run_job, tmp_path, survives):
+    trap = "raise MemoryError('no memory')"
+    done = run_with_trap(run_job, tmp_path, trap, fault_tolerance=not survives)
+    assert "[rank 1] MemoryError: no memory" in done.stderr.splitlines()
+
+
 @pytest.mark.parametrize("trap", ["os.kill(os.getpid(), signal.SIGKILL)", "os.abort()"])
-def test_a_rank_that_dies_in_an_epoch_ends_the_job(run_job, tmp_path, trap):
-    run_with_trap(run_job, tmp_path, trap)
+def test_a_rank_that_dies_in_an_epoch_ends_the_job_where_no_other_goes_on(run_job, tmp_path, trap, survives):
+    run_with_trap(run_job, tmp_path, trap, fault_tolerance=not survives)
 
 
 def run_script(run_job, tmp_path, text):
