@@ -47,6 +47,7 @@ FREE_TO_CHANGE_ON_RESUME = frozenset(
         "keep_checkpoints",
         "log_every",
         "stall_warning",
+        "detect_hangs",
         "record_hashes",
         "threads_per_rank",
         "balance",
@@ -62,6 +63,8 @@ NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace"})
 LARGEST_CONFIG_BYTES = 2**14
 #: No BLAS starts more threads than this.
 MOST_THREADS = 1024
+#: A day: so long no hang is waited for.
+LONGEST_HANG = 86_400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +113,8 @@ class TrainConfig:
     """Steps between the records of metrics.jsonl, besides those of each epoch; 0 for none."""
     stall_warning: float = 300.0
     """Seconds without progress after which ranks say who is late and where it is; 0 for never."""
+    detect_hangs: float = 0.0
+    """Seconds without a sign of life (stopped, frozen) after which a rank is killed, as others wait; 0 for never."""
     record_hashes: bool = False
     """Write the hash of every tensor after every step into hashes.jsonl (see distdl.verify)."""
     reduction: Literal["tree", "allreduce"] = "tree"
@@ -148,8 +153,8 @@ class TrainConfig:
         for name in ("lr", "weight_decay", "lr_step_factor", "stall_warning"):
             if not math.isfinite(getattr(config, name)):
                 raise UserError(f"{_flag(name)} must be a finite number, not {getattr(config, name)}")
-        if config.schedule == "step":
-            _finite_to_the_end(config)
+        _possible_hang(config)
+        _finite_to_the_end(config)
         for name in ("data_dir", "run_dir", "resume", "trace"):
             _possible_path(config, name)
         if self.micro_batch_size > self.batch_size:
@@ -237,8 +242,17 @@ def _above_zero(config: TrainConfig, *names: str) -> None:
             raise UserError(f"{_flag(name)} must be above 0, not {getattr(config, name)}")
 
 
+def _possible_hang(config: TrainConfig) -> None:
+    """Raise `UserError` for a time in which even a rank that does well may give no sign of life."""
+    seconds = config.detect_hangs
+    if seconds and not 1 <= seconds <= LONGEST_HANG:
+        raise UserError(f"--detect-hangs must be 0, or from 1 to {LONGEST_HANG} seconds, not {seconds}")
+
+
 def _finite_to_the_end(config: TrainConfig) -> None:
-    """Raise `UserError` where the step schedule leaves the range of numbers before the last epoch."""
+    """Raise `UserError` where a step schedule leaves the range of numbers before the last epoch."""
+    if config.schedule != "step":
+        return
     changes = (config.epoch_count - 1) // config.lr_step_epochs
     try:
         last = config.learning_rate * float(config.lr_step_factor) ** changes

@@ -241,6 +241,7 @@ configs = st.builds(
     keep_checkpoints=st.integers(1, 10**6),
     log_every=st.integers(0, 10**6),
     stall_warning=st.just(0.0) | positive,
+    detect_hangs=st.just(0.0) | st.floats(1, 86_400),
     record_hashes=st.booleans(),
     balance=st.booleans(),
     reduction=st.sampled_from(sorted(REDUCTIONS)),
@@ -308,6 +309,7 @@ OTHER = {
     "keep_checkpoints": 9,
     "log_every": 3,
     "stall_warning": 5.0,
+    "detect_hangs": 2.5,
     "record_hashes": True,
     "balance": True,
     "reduction": "allreduce",
@@ -320,6 +322,7 @@ OTHER = {
 FREE = {"config", "run_dir", "resume", "data_dir", "epochs", "max_steps", "checkpoint_every", "keep_checkpoints"} | {
     "log_every",
     "stall_warning",
+    "detect_hangs",
     "record_hashes",
     "balance",
     "on_nonfinite",

@@ -14,7 +14,7 @@ PACKAGE = Path(distdl.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("*.py"))
 
 ROOT = "distdl"  # distdl/__init__.py itself
-BOTTOM = {"errors", "rng", "arrays", "launcher", "processes", "lifeline"}
+BOTTOM = {"errors", "rng", "arrays", "launcher", "processes", "lifeline", "warden"}
 MIDDLE = {"nn", "optim", "schedules", "data", "parallel"}
 #: Whatever is in none of these is a command, and stands on top.
 BELOW_THE_COMMANDS = {ROOT, "config", "engine", "benchmark"} | BOTTOM | MIDDLE

@@ -36,6 +36,7 @@ from distdl.nn import Sequential, build_model
 from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, guard, share_arrays, survive, together, world
 from distdl.rng import Key
+from distdl.warden import Warden
 
 #: Builds a network for inputs (H, W, C) and a number of classes.
 BuildNetwork = Callable[[tuple[int, int, int], int], Sequential]
@@ -67,7 +68,8 @@ def train(
         communicator, config, lost_first = survive(communicator, agree_on_config)
         stall_warning = config.stall_warning
         communicator, watchdog, lost_second = survive(communicator, lambda left: Watchdog(left, stall_warning))
-        with numerics(config.threads_per_rank), watchdog:
+        warden = Warden(f"rank {communicator.world_ranks[communicator.rank]}", config.detect_hangs)
+        with numerics(config.threads_per_rank), watchdog, warden:
             preparation = _Preparation(config, build_network, dataset)
             _, trainer, lost_then = survive(communicator, preparation.trainer)
             trainer.stop = stop

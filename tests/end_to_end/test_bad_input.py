@@ -183,6 +183,7 @@ FLOATS = {
     "weight_decay": ("-1", "-1e-300", "nan", "inf", "-inf", "1e999"),
     "lr_step_factor": ("0", "-0.5", "nan", "inf", "-inf", "1e999"),
     "stall_warning": ("-1", "-1e-300", "nan", "inf", "-inf", "1e999"),
+    "detect_hangs": ("-1", "0.5", "1e-300", "nan", "inf", "1e999", "86400.01"),
 }
 
 
