@@ -46,9 +46,14 @@ FREE_TO_CHANGE_ON_RESUME = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "log_every",
+        "stall_warning",
+        "detect_hangs",
         "record_hashes",
         "threads_per_rank",
         "balance",
+        "on_nonfinite",
+        "verify_every",
+        "audit",
         "trace",
     }
 )
@@ -58,6 +63,8 @@ NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace"})
 LARGEST_CONFIG_BYTES = 2**14
 #: No BLAS starts more threads than this.
 MOST_THREADS = 1024
+#: A day: so long no hang is waited for.
+LONGEST_HANG = 86_400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +111,22 @@ class TrainConfig:
     """How many of the newest checkpoints to keep, besides the best."""
     log_every: int = 10
     """Steps between the records of metrics.jsonl, besides those of each epoch; 0 for none."""
+    stall_warning: float = 300.0
+    """Seconds without progress after which ranks say who is late and where it is; 0 for never."""
+    detect_hangs: float = 0.0
+    """Seconds without a sign of life (stopped, frozen) after which a rank is killed, as others wait; 0 for never."""
     record_hashes: bool = False
     """Write the hash of every tensor after every step into hashes.jsonl (see distdl.verify)."""
     reduction: Literal["tree", "allreduce"] = "tree"
     """How gradients are summed: the canonical tree, or MPI's Allreduce, whose bits depend on the ranks."""
     balance: bool = False
     """Deal micro-batches by each rank's measured speed, and anew as speeds change; the bits stay the same."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do where the loss or gradient of a step is infinite or no number: stop, or skip the step's update."""
+    verify_every: int = 100
+    """Steps between comparisons of all ranks' weights and optimizer state, also before each checkpoint; 0 for none."""
+    audit: int = 0
+    """Steps between audits, in which each rank computes the next rank's shard too and compares bits; 0 for none."""
     threads_per_rank: int = 1
     """BLAS threads of each rank; another number than 1 may change bits."""
     trace: Path | None = None
@@ -129,14 +146,15 @@ class TrainConfig:
         if config.threads_per_rank > MOST_THREADS:
             raise UserError(f"--threads-per-rank must be at most {MOST_THREADS}, not {config.threads_per_rank}")
         _at_least(0, config, "seed", "checkpoint_every", "log_every", "weight_decay")
+        _at_least(0, config, "verify_every", "audit", "stall_warning")
         if config.max_steps is not None:
             _at_least(1, config, "max_steps")
         _above_zero(config, "lr", "lr_step_factor")
-        for name in ("lr", "weight_decay", "lr_step_factor"):
+        for name in ("lr", "weight_decay", "lr_step_factor", "stall_warning"):
             if not math.isfinite(getattr(config, name)):
                 raise UserError(f"{_flag(name)} must be a finite number, not {getattr(config, name)}")
-        if config.schedule == "step":
-            _finite_to_the_end(config)
+        _possible_hang(config)
+        _finite_to_the_end(config)
         for name in ("data_dir", "run_dir", "resume", "trace"):
             _possible_path(config, name)
         if self.micro_batch_size > self.batch_size:
@@ -224,8 +242,17 @@ def _above_zero(config: TrainConfig, *names: str) -> None:
             raise UserError(f"{_flag(name)} must be above 0, not {getattr(config, name)}")
 
 
+def _possible_hang(config: TrainConfig) -> None:
+    """Raise `UserError` for a time in which even a rank that does well may give no sign of life."""
+    seconds = config.detect_hangs
+    if seconds and not 1 <= seconds <= LONGEST_HANG:
+        raise UserError(f"--detect-hangs must be 0, or from 1 to {LONGEST_HANG} seconds, not {seconds}")
+
+
 def _finite_to_the_end(config: TrainConfig) -> None:
-    """Raise `UserError` where the step schedule leaves the range of numbers before the last epoch."""
+    """Raise `UserError` where a step schedule leaves the range of numbers before the last epoch."""
+    if config.schedule != "step":
+        return
     changes = (config.epoch_count - 1) // config.lr_step_epochs
     try:
         last = config.learning_rate * float(config.lr_step_factor) ** changes
@@ -262,7 +289,7 @@ def parse(arguments: Sequence[str], program: str) -> TrainConfig:
     resumed = _config_of_resumed_run(arguments)
     if resumed is not None:
         from_files |= _settings_of_file(resumed, without=frozenset({"max_steps"}))
-    given = _value_of("config", arguments)
+    given = value_of("config", arguments)
     if given is not None:
         from_files |= _settings_of_file(Path(given))
     flags = [*_as_flags(from_files), *arguments]
@@ -298,7 +325,7 @@ def _check_flag_names(arguments: Sequence[str]) -> None:
             raise UserError(f"unknown flag {argument.split('=')[0]}: {hint}")
 
 
-def _value_of(name: str, arguments: Sequence[str]) -> str | None:
+def value_of(name: str, arguments: Sequence[str]) -> str | None:
     """Return the value of the last ``--name value`` or ``--name=value``, before the flags are parsed."""
     value = None
     for position, argument in enumerate(arguments):
@@ -313,13 +340,15 @@ def _value_of(name: str, arguments: Sequence[str]) -> str | None:
 
 
 def _config_of_resumed_run(arguments: Sequence[str]) -> Path | None:
-    resume = _value_of("resume", arguments)
-    folder = _value_of("run_dir", arguments) if resume == "auto" else resume
+    resume = value_of("resume", arguments)
+    folder = value_of("run_dir", arguments) if resume == "auto" else resume
     if folder is None:
         return None
     try:
         found = run_folder_of(Path(folder))
-        return found / "config.toml" if found is not None and (found / "config.toml").is_file() else None
+        # The folder may be a link, nothing in it may: the search for the checkpoint says so.
+        own = None if found is None else found / "config.toml"
+        return own if own is not None and own.is_file() and not own.is_symlink() else None
     except OSError:
         return None  # the search for the checkpoint says what is wrong with the folder
 
@@ -412,7 +441,7 @@ def _one_line(box: str, arguments: Sequence[str]) -> str:
     if unparsed:
         name = unparsed[1].replace("-", "_")
         kind = "a whole number" if "int" in str(FIELDS[name].type) else "a number"
-        value = repr(_value_of(name, arguments))
+        value = repr(value_of(name, arguments))
         text = f"{_flag(name)} must be {kind}, not {value if len(value) < 80 else value[:80] + '...'}"
     return f"{text}; --help lists all flags"
 

@@ -5,7 +5,9 @@
 | 1         | any other          | a defect of ours: shown with its traceback                     |
 | 2         | `UserError`        | what the user gave is wrong: one line, no traceback            |
 | 3         | `DamagedFileError` | a file is damaged: one line that names it                      |
-| 130       | KeyboardInterrupt  | Ctrl-C                                                         |
+| 4         | `CorruptionError`  | memory or a computation went wrong unnoticed: one line         |
+| 75        | `Stopped`          | stopped by a signal, after a checkpoint: start it again later  |
+| 130       | KeyboardInterrupt  | stopped at once: by a second signal, or before the first step  |
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from collections.abc import Iterable
 EXIT_DEFECT = 1
 EXIT_USER = 2
 EXIT_DAMAGED = 3
+EXIT_CORRUPTION = 4
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: what schedulers and scripts take for "try again"
 EXIT_INTERRUPTED = 130  # as a shell says it of Ctrl-C
 
 
@@ -27,6 +31,8 @@ class DistdlError(Exception):
 
     exit_code = EXIT_DEFECT
     agreed = False
+    #: What stands in front of the message when a command prints it.
+    label = "error: "
 
 
 class UserError(DistdlError):
@@ -41,8 +47,33 @@ class DamagedFileError(UserError):
     exit_code = EXIT_DAMAGED
 
 
+class CorruptionError(DistdlError):
+    """Ranks that must have the same bits have not: memory or a computation went wrong, and nothing said so."""
+
+    exit_code = EXIT_CORRUPTION
+
+
+class Stopped(DistdlError):  # noqa: N818  it is what was asked for
+    """A signal asked the training to stop; it did so after a step, on all ranks, with a checkpoint."""
+
+    exit_code = EXIT_STOPPED
+    label = ""
+
+
 class PeerLost(DistdlError):  # noqa: N818  the event has this name in the design
-    """A rank of the world has died or the world was revoked by one that saw it die."""
+    """A rank of the world has died or the world was revoked by one that saw it die.
+
+    Where it is `agreed`, every rank that is left knows that what they were about to agree on does not count.
+    """
+
+
+def one_line(text: str) -> str:
+    r"""Return the text with line breaks as spaces, and whatever a terminal would not show, or obey, as an escape.
+
+    >>> one_line("a name\nwith \x1b[31m")
+    'a name with \\x1b[31m'
+    """
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(text.split()))
 
 
 def unknown_name(kind: str, given: str, known: Iterable[str]) -> UserError:

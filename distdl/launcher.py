@@ -20,33 +20,47 @@ RANK_AND_SIZE = (
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 )
 
+#: The rank among those of a host, as Open MPI, MPICH and Slurm name it.
+LOCAL_RANK = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+
 #: As mpi4py names those whose processes only a launcher like MPICH's can start.
 KIN_OF_MPICH = {"MPICH", "MVAPICH", "MVAPICH2", "Intel MPI", "Cray MPICH"}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How this process was started: by what, as which rank of how many."""
+    """How this process was started: by what, as which rank of how many, and as which of those of its host, if known."""
 
     by: str | None
     rank: int
     size: int
+    local_rank: int = 0
 
     @property
     def speaks(self) -> bool:
-        """Whether this process is the one that tells a person what is wrong before MPI is up."""
-        return self.rank == 0
+        """Whether this process is the one that tells a person what is wrong."""
+        return self.rank == 0 or _has_the_word
+
+
+_has_the_word = False
+
+
+def take_the_word() -> None:
+    """Let this process speak for the job from now on: the lowest rank of those that are left."""
+    global _has_the_word  # noqa: PLW0603  there is one job
+    _has_the_word = True
 
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     """Return how this process was started; `by` is None where no launcher is known to have done it.
 
     >>> read_launch({"PMI_RANK": "1", "PMI_SIZE": "4"})
-    Launch(by="MPICH's mpirun", rank=1, size=4)
+    Launch(by="MPICH's mpirun", rank=1, size=4, local_rank=0)
     """
     for by, rank, size in RANK_AND_SIZE:
         if environment.get(rank, "").isdecimal() and environment.get(size, "").isdecimal():
-            return Launch(by, int(environment[rank]), int(environment[size]))
+            local = [environment[name] for name in LOCAL_RANK if environment.get(name, "").isdecimal()]
+            return Launch(by, int(environment[rank]), int(environment[size]), int(local[0]) if local else 0)
     return Launch(None, 0, 1)
 
 

@@ -6,6 +6,7 @@ first cores, even out of a `taskset`; here all three are lifted, by variables th
 From version 5 on it is also asked to let the survivors of a killed rank go on (ULFM).
 
 Neither NumPy nor MPI is imported: this process turns into `mpirun`, so its signals and its exit code are `mpirun`'s.
+With `--restarts` it stays, passes signals on, and starts a job that fails again (`restarts.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from distdl import startup
 from distdl.errors import UserError
+from distdl.restarts import run_until_done
 
 
 @dataclass(frozen=True)
@@ -115,18 +117,26 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Split the command line into this launcher's options and, after the first `--`, the program's flags."""
     parser = startup.OneLineParser(
         prog="python -m distdl.mpirun",
-        usage="%(prog)s -n RANKS [--module MODULE] [--dry-run] [-- FLAGS OF THE PROGRAM]",
+        usage="%(prog)s -n RANKS [--restarts N] [--module MODULE] [--dry-run] [-- FLAGS OF THE PROGRAM]",
         description="Train with several ranks on this machine, with the MPI of this environment.",
         advice="see --help, and put the flags of the program after --",
     )
     parser.add_argument("-n", dest="ranks", metavar="RANKS", type=int, required=True, help="how many to start")
+    parser.add_argument(
+        "--restarts",
+        metavar="N",
+        type=int,
+        default=0,
+        help="start a job that fails again, up to N times, from its last checkpoint; for distdl.train and modules that "
+        "know --run-dir and --resume auto as it does (%(default)s)",
+    )
     parser.add_argument("--module", default="distdl.train", help="the Python module that every rank runs (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="print the command line instead of running it")
     own, flags = startup.split_at_dashes(arguments)
     return parser.parse_args(own), flags
 
 
-def _command_of(options: argparse.Namespace, flags: list[str]) -> Command:
+def _command_of(options: argparse.Namespace, flags: Sequence[str]) -> Command:
     """Return what starts the module that the options name; raise `UserError` once here, not once a rank."""
     try:
         found = importlib.util.find_spec(options.module)
@@ -140,7 +150,16 @@ def _command_of(options: argparse.Namespace, flags: list[str]) -> Command:
 def main(arguments: Sequence[str]) -> int:
     """Become `mpirun`; return an exit code only when there is nothing to run."""
     options, flags = _parse(arguments)
+    if options.restarts < 0:
+        raise UserError(f"cannot restart {options.restarts} times: expected 0 or more")
     command = _command_of(options, flags)
+
+    def start_of(flags: Sequence[str]) -> tuple[Sequence[str], dict[str, str]]:
+        command = _command_of(options, flags)
+        return command.argv, environment_for(command)
+
+    if options.restarts and not options.dry_run and not {"-h", "--help"} & set(flags):
+        return run_until_done(start_of, flags, options.restarts)
     if not options.dry_run:
         os.execve(command.argv[0], command.argv, environment_for(command))  # noqa: S606  no shell is wanted
     sys.stdout.write(f"{command.shell_line()}\n")

@@ -1,4 +1,4 @@
-"""What every command does around its work: BLAS threads, one voice, exit codes.
+"""What every command does around its work: BLAS threads, one voice, exit codes, an end with the launcher.
 
 Neither NumPy nor MPI is imported here, since the number of BLAS threads is read when NumPy is loaded.
 """
@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from distdl.errors import EXIT_INTERRUPTED, DistdlError, UserError
+from distdl.errors import EXIT_INTERRUPTED, DistdlError, UserError, one_line
 from distdl.launcher import read_launch
+from distdl.lifeline import end_with_the_launcher
 
 #: How long ranks that stay silent about an error wait for rank 0 to speak and the launcher to end them.
 SILENT_SECONDS = 1.0
@@ -52,30 +53,32 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str] | None
     that it has spoken before the launcher sees one of them end, and then end by themselves: not every launcher
     ends them.
     """
-    speaks = read_launch().speaks
+    launch = read_launch()
+    if launch.by is not None:
+        end_with_the_launcher()
     for stream in (sys.stdout, sys.stderr):
         # What the terminal's encoding lacks is shown as an escape; a dot in the banner must not end a training.
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
     try:
-        if not speaks and _asks_for_help(arguments):
+        if not launch.speaks and _asks_for_help(arguments):
             return 0
         return command(sys.argv[1:] if arguments is None else arguments)
     except DistdlError as error:
-        if speaks:
-            _say(f"error: {error}")
+        if launch.speaks:
+            _say(f"{error.label}{error}")
         elif not error.agreed:
             time.sleep(SILENT_SECONDS)
         return error.exit_code
     except KeyboardInterrupt:
-        if speaks:
+        if launch.speaks:
             _say("interrupted; --resume goes on from the last checkpoint")
         return EXIT_INTERRUPTED
 
 
 def _say(text: str) -> None:
     """Print one line to the error stream, whatever line breaks the text has."""
-    for stream, line in ((sys.stdout, ""), (sys.stderr, f"distdl: {' '.join(text.split())}\n")):
+    for stream, line in ((sys.stdout, ""), (sys.stderr, f"distdl: {one_line(text)}\n")):
         if stream is not None:
             with suppress(OSError):  # nobody is there to be told; the exit code still tells
                 stream.write(line)

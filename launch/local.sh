@@ -4,11 +4,15 @@ set -eu
 
 usage() {
     cat <<'EOF'
-usage: launch/local.sh -n RANKS [--dry-run] [--module MODULE] [-- FLAGS OF THE TRAINER]
+usage: launch/local.sh -n RANKS [--restarts N] [--dry-run] [--module MODULE] [-- FLAGS OF THE TRAINER]
 
 Train with RANKS ranks on this machine, with the MPI of the Python environment.
 
   -n RANKS         how many ranks to start
+  --restarts N     start a job that fails again, up to N times, from its last checkpoint:
+                   a rank or mpirun was killed, the host failed. Not after a wrong flag
+                   or a damaged file (exit codes 2, 3), nor after a signal, which is
+                   passed on to the ranks and ends it all
   --dry-run        print the command line instead of running it
   --module MODULE  run another module on every rank than distdl.train
   -h, --help       print this
@@ -17,6 +21,7 @@ The Python is $PYTHON if set, else that of the activated virtual environment, el
 .venv in the repository, else python3. Relative paths mean the folder you are in.
 
   launch/local.sh -n 4 -- --dataset mnist --epochs 3
+  launch/local.sh -n 4 --restarts 5 -- --run-dir my-run --epochs 20
 EOF
 }
 

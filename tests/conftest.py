@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -38,6 +39,55 @@ def mnist_dir():
         if folder and Path(folder).is_dir():
             return Path(folder)
     pytest.skip("the real MNIST is not here: set DISTDL_MNIST_DIR to the folder of its four files")
+
+
+@pytest.fixture(scope="session")
+def needs_mpirun():
+    """Skip where no job can be started: without an mpirun, or in a rank of a job."""
+    from distdl.errors import UserError
+    from distdl.mpirun import find_mpirun
+
+    if LAUNCH.by is not None:
+        pytest.skip("already under a launcher")
+    try:
+        find_mpirun()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def survives(needs_mpirun):
+    """Whether jobs of this environment survive the death of a rank."""
+    from distdl.mpirun import mpirun_command
+
+    return "--with-ft" in mpirun_command(2, ["true"]).argv
+
+
+@pytest.fixture(scope="session")
+def ulfm(survives):
+    """Only for Open MPI 5 and later."""
+    if not survives:
+        pytest.skip("survivors go on under Open MPI 5 and later only; other MPIs end the job")
+
+
+@pytest.fixture(scope="session")
+def run_job(needs_mpirun):
+    """Run a job, as `mpirun_command` gives it, to its end; `timeout` is against hanging."""
+    from distdl.mpirun import environment_for
+
+    def run(launch, *, timeout, cwd=None):
+        return subprocess.run(
+            launch.argv,
+            env=environment_for(launch),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
 
 
 @pytest.fixture(scope="session")

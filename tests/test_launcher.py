@@ -18,8 +18,11 @@ SRUN = {**SALLOC, "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6"}
         (OPEN_MPI, Launch("Open MPI's mpirun", 2, 4)),
         (MPICH, Launch("MPICH's mpirun", 1, 3)),
         (SRUN, Launch("srun", 5, 6)),
+        ({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, Launch("Open MPI's mpirun", 2, 4, 1)),
+        ({**SBATCH, "SLURM_LOCALID": "0", **MPICH, "MPI_LOCALRANKID": "1"}, Launch("MPICH's mpirun", 1, 3, 1)),
+        ({**SRUN, "SLURM_LOCALID": "3"}, Launch("srun", 5, 6, 3)),
     ],
-    ids=["none", "Open MPI", "MPICH", "srun"],
+    ids=["none", "Open MPI", "MPICH", "srun", "Open MPI on a host", "MPICH on a host", "srun on a host"],
 )
 def test_each_launcher_is_recognized_by_its_variables(environment, launch):
     assert read_launch(environment) == launch

@@ -14,13 +14,29 @@ PACKAGE = Path(distdl.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("*.py"))
 
 ROOT = "distdl"  # distdl/__init__.py itself
-BOTTOM = {"errors", "rng", "arrays", "launcher"}
+BOTTOM = {"errors", "rng", "arrays", "launcher", "processes", "lifeline", "warden"}
 MIDDLE = {"nn", "optim", "schedules", "data", "parallel"}
 #: Whatever is in none of these is a command, and stands on top.
 BELOW_THE_COMMANDS = {ROOT, "config", "engine", "benchmark"} | BOTTOM | MIDDLE
 
 #: Modules that turn bytes from a file or a peer into running code.
-PICKLES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+PICKLES = {"pickle", "_pickle", "pickletools", "copyreg", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+PICKLES |= {"jsonpickle", "multiprocessing", "yaml", "code", "codeop"}
+#: Modules that write files under the names that an archive gives them.
+ARCHIVES = {"tarfile", "zipfile", "zipimport"}
+#: Calls that do the same, or that let a shell or the interpreter read a text.
+NEVER_CALLED = {
+    *("eval", "exec", "compile", "__import__"),
+    *("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"),
+    *("runpy.run_path", "runpy.run_module", "tempfile.mktemp"),
+}
+UNPACKING = {"extractall", "unpack_archive", "Unzip", "Untar"}
+#: Methods of mpi4py's communicators that pickle; those with a capital send the bytes as they are.
+PICKLING_METHODS = {
+    *("send", "bsend", "ssend", "isend", "ibsend", "issend", "recv", "irecv", "sendrecv", "mrecv", "imrecv"),
+    *("bcast", "gather", "scatter", "allgather", "alltoall", "reduce", "allreduce", "scan", "exscan"),
+    *("ibcast", "igather", "iscatter", "iallgather", "ialltoall", "ireduce", "iallreduce"),
+}
 #: All of numpy.random that may be used: the raw words of a keyed stream.
 KEYED_RANDOM = {"Philox"}
 
@@ -82,6 +98,10 @@ def violations(path, source):
             yield f"{where}: only distdl/parallel/mpi.py may import mpi4py"
         if top in PICKLES:
             yield f"{where}: {top} is never imported"
+        for name in {f"{imported}.{name}" for name in names} & (NEVER_CALLED | {"numpy.load"}):
+            yield f"{where}: {name} is not imported by name"
+        if top in ARCHIVES:
+            yield f"{where}: {top} is never imported: no archive is unpacked by name"
         if imported == "numpy.random":
             for name in sorted(set(names) - KEYED_RANDOM):
                 yield f"{where}: numpy.random.{name} is not keyed"
@@ -96,6 +116,43 @@ def violations(path, source):
             owner = ast.unparse(node.value)
             if owner in randoms | {f"{numpy}.random" for numpy in numpys}:
                 yield f"{path}:{node.lineno}: numpy.random.{node.attr} is not keyed"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            for wrong in dangers(path, node, numpys):
+                yield f"{path}:{node.lineno}: {wrong}"
+
+
+def dangers(path, call, numpys):
+    """What a call may do that bytes of a file, a peer or a user must never do."""
+    called, keywords = ast.unparse(call.func), {word.arg: word.value for word in call.keywords}
+    owner, _, method = called.rpartition(".")
+
+    def is_false(name):
+        return isinstance(keywords.get(name), ast.Constant) and keywords[name].value is False
+
+    if called in NEVER_CALLED and not (called == "__import__" and is_constant(call)):
+        yield f"{called}() is never called"
+    if method in UNPACKING:
+        yield f"{method}() unpacks an archive by name"
+    if "shell" in keywords and not is_false("shell"):
+        yield "no shell is started"
+    if (
+        method in {"load", "open_memmap", "read_array"}
+        and owner.split(".")[0] in numpys
+        and not is_false("allow_pickle")
+    ):
+        yield "numpy.load without allow_pickle=False"
+    if (
+        path == "distdl/parallel/mpi.py"
+        and method in PICKLING_METHODS
+        and owner.lower().endswith(("comm", "comm_world"))
+    ):
+        yield f"{called}() pickles: mpi4py's methods with a capital do not"
+
+
+def is_constant(call):
+    """Whether the first argument is a text in the source, which `imports_of` has looked at."""
+    return bool(call.args) and isinstance(call.args[0], ast.Constant)
 
 
 def is_part(name):
@@ -142,6 +199,29 @@ def test_all_parts_of_the_package_are_looked_at():
         ("distdl/engine/checkpoint.py", "from pickle import loads", "pickle is never imported"),
         ("distdl/parallel/mpi.py", "def f():\n    import marshal", "marshal is never imported"),
         ("distdl/verify.py", "__import__('dill')", "dill is never imported"),
+        ("distdl/verify.py", "import multiprocessing.pool", "multiprocessing is never imported"),
+        ("distdl/verify.py", "__import__(name)", "__import__() is never called"),
+        ("distdl/data/sources.py", "import tarfile", "no archive is unpacked by name"),
+        ("distdl/data/sources.py", "from zipfile import ZipFile", "no archive is unpacked by name"),
+        ("distdl/data/sources.py", "import shutil\nshutil.unpack_archive(path)", "unpack_archive() "),
+        ("distdl/data/sources.py", "archive.extractall(folder)", "unpacks an archive by name"),
+        ("distdl/data/sources.py", "pooch.retrieve(url, processor=pooch.Untar())", "unpacks an archive by name"),
+        ("distdl/data/sources.py", "import numpy as np\nnp.load(path)", "without allow_pickle=False"),
+        ("distdl/data/sources.py", "import numpy\nnumpy.load(path, None, True)", "without allow_pickle=False"),
+        ("distdl/data/sources.py", "import numpy as n\nn.load(p, allow_pickle=trust)", "without allow_pickle=False"),
+        ("distdl/data/sources.py", "import numpy as np\nnp.lib.format.read_array(f)", "without allow_pickle=False"),
+        ("distdl/config.py", "eval(text)", "eval() is never called"),
+        ("distdl/config.py", "exec(text, {})", "exec() is never called"),
+        ("distdl/config.py", "compile(text, '', 'eval')", "compile() is never called"),
+        ("distdl/mpirun.py", "import os\nos.system(command)", "os.system() is never called"),
+        ("distdl/mpirun.py", "import os\nos.popen(command)", "os.popen() is never called"),
+        ("distdl/mpirun.py", "from os import system", "os.system is not imported by name"),
+        ("distdl/data/sources.py", "from numpy import load", "numpy.load is not imported by name"),
+        ("distdl/mpirun.py", "import subprocess\nsubprocess.run(command, shell=True)", "no shell is started"),
+        ("distdl/mpirun.py", "import subprocess\nsubprocess.Popen(command, shell=wanted)", "no shell is started"),
+        ("distdl/verify.py", "import tempfile\ntempfile.mktemp()", "tempfile.mktemp() is never called"),
+        ("distdl/parallel/mpi.py", "class C:\n    def f(self):\n        self._comm.bcast(1)", "bcast() pickles"),
+        ("distdl/parallel/mpi.py", "from mpi4py import MPI\nMPI.COMM_WORLD.allgather(1)", "allgather() pickles"),
         ("distdl/data/split.py", "import numpy as np\nnp.random.seed(0)", "numpy.random.seed is not keyed"),
         ("distdl/data/split.py", "import numpy\nnumpy.random.default_rng()", "numpy.random.default_rng is not keyed"),
         ("distdl/data/split.py", "import numpy.random as r\nr.shuffle([])", "numpy.random.shuffle is not keyed"),
@@ -166,6 +246,10 @@ def test_the_checker_finds(path, source, said):
         ("distdl/verify.py", "from distdl import startup\nfrom distdl.mpirun import environment_for"),
         ("distdl/rng.py", "import numpy as np\nnp.random.Philox(key=1).random_raw(2)"),
         ("distdl/data/split.py", "key.random.shuffle()"),
+        ("distdl/data/sources.py", "import numpy as np\nnp.load(path, allow_pickle=False)"),
+        ("distdl/config.py", "import re, json\nre.compile('x')\njson.load(file)\nmodel.evaluate()"),
+        ("distdl/mpirun.py", "import subprocess\nsubprocess.run(command, shell=False)"),
+        ("distdl/parallel/mpi.py", "class C:\n    def f(self):\n        self._comm.Ibcast(1)\n        self.bcast(1)"),
     ],
 )
 def test_the_checker_passes(path, source):

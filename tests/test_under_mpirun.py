@@ -1,14 +1,11 @@
 """Plain `pytest` runs the MPI tests too: it starts itself under mpirun, at several numbers of ranks."""
 
 import re
-import subprocess
 import sys
 
 import pytest
 
-from distdl.errors import UserError
-from distdl.launcher import read_launch
-from distdl.mpirun import environment_for, find_mpirun, mpirun_command
+from distdl.mpirun import mpirun_command
 
 SECONDS = 400
 
@@ -23,24 +20,10 @@ SECONDS = 400
         (8, ["tests/end_to_end"]),
     ],
 )
-def test_all_mpi_tests_pass_with(ranks, where, pytestconfig):
-    if read_launch().by is not None:
-        pytest.skip("already under a launcher")
-    try:
-        find_mpirun()
-    except UserError as error:
-        pytest.skip(str(error))
+def test_all_mpi_tests_pass_with(ranks, where, pytestconfig, run_job):
     launch = mpirun_command(
         ranks, [sys.executable, "-m", "mpi4py", "-m", "pytest", "--only-mpi", "-p", "no:cacheprovider", *where]
     )
-    done = subprocess.run(
-        launch.argv,
-        env=environment_for(launch),
-        cwd=pytestconfig.rootpath,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
+    done = run_job(launch, cwd=pytestconfig.rootpath, timeout=SECONDS)
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     assert len(re.findall(r"\d+ passed", done.stdout)) == ranks, done.stdout[-3000:]

@@ -5,6 +5,7 @@ A further data set is one more function in `SOURCES`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import io
@@ -132,6 +133,17 @@ MNIST_SHA256 = {
     "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
 }
 """The files as they were first published; the order is that in which they are read."""
+MNIST_BYTES = {
+    "train-images-idx3-ubyte.gz": 9_912_422,
+    "train-labels-idx1-ubyte.gz": 28_881,
+    "t10k-images-idx3-ubyte.gz": 1_648_877,
+    "t10k-labels-idx1-ubyte.gz": 4_542,
+}
+#: How every address starts that a download is asked from or sent on to.
+DOWNLOADS_FROM = "https://"
+MOST_REDIRECTS = 5
+TIMEOUT_SECONDS = 30
+BLOCK_BYTES = 2**16
 
 
 def mnist(data_dir: Path | None) -> Dataset:
@@ -220,13 +232,44 @@ def _download(pooch: Any, name: str, sha256: str) -> Path:
     failures = []
     for mirror in MNIST_MIRRORS:
         try:
-            return Path(pooch.retrieve(mirror + name, known_hash=f"sha256:{sha256}", fname=name, path=cache))
+            fetch = functools.partial(_fetch, MNIST_BYTES[name])
+            pinned = f"sha256:{sha256}"
+            return Path(pooch.retrieve(mirror + name, known_hash=pinned, fname=name, path=cache, downloader=fetch))
         except (OSError, ValueError) as error:  # the network or the disk; another sha256
             failures.append(f"{mirror}: {textwrap.shorten(str(error), 160)}")
     raise UserError(
         f"{name} could not be downloaded to {quoted(cache)} ({'; '.join(failures)}): expected network access "
         "and room there; or fetch the four MNIST files elsewhere and give their folder by --data-dir"
     )
+
+
+def _fetch(size: int, url: str, output: str, _pooch: Any) -> None:
+    """Write what is at `url` to the file `output`: exactly `size` bytes, over HTTPS on all of the way.
+
+    Called by pooch, which compares the sha256 and only then puts the file into its place. Raises `OSError` or
+    `ValueError` where anything is otherwise, at the first byte too many.
+    """
+    requests = importlib.import_module("requests")  # pooch needs it too
+    with requests.Session() as session:
+        for _ in range(MOST_REDIRECTS):
+            if not url.startswith(DOWNLOADS_FROM):
+                raise ValueError(f"it leads to {url}, which does not start with {DOWNLOADS_FROM}")
+            answer = session.get(url, stream=True, timeout=TIMEOUT_SECONDS, allow_redirects=False)
+            if not answer.is_redirect:
+                break
+            url = answer.next.url
+        else:
+            raise ValueError(f"it leads on more than {MOST_REDIRECTS} times")
+        answer.raise_for_status()
+        left = size
+        with Path(output).open("wb") as file:
+            for block in answer.iter_content(BLOCK_BYTES):
+                left -= len(block)
+                if left < 0:
+                    raise ValueError(f"it is longer than the {size} bytes that it should have")
+                file.write(block)
+        if left:
+            raise ValueError(f"it ends {left} of {size} bytes early")
 
 
 SOURCES: dict[str, Callable[[Path | None], Dataset]] = {"digits": digits, "mnist": mnist}

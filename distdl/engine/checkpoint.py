@@ -10,25 +10,33 @@ The metadata has one key, ``distdl``, whose value is a JSON object with ``format
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
+import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from distdl.engine.files import write_durably
+from distdl.engine.files import remove, write_durably
 from distdl.errors import DamagedFileError, UserError
 
 FORMAT = "distdl checkpoint 1"
 NO_DIGEST = "0" * 64
+#: What safetensors calls the elements that our arrays may have.
+DTYPES = {"f4": "F32", "f8": "F64", "i4": "I32", "i8": "I64", "u1": "U8"}
 #: No header of ours comes near this; a damaged length must not make us read or allocate anything.
 LARGEST_HEADER_BYTES = 2**20
+BLOCK_BYTES = 2**20
+NAME = re.compile(r"step-([0-9]{9,18})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -39,14 +47,32 @@ class Checkpoint:
     header: dict[str, Any]
 
 
+def encoded(checkpoint: Checkpoint) -> list[bytes | memoryview]:
+    """Return the bytes of the file in pieces: a header, and the tensors where they are, uncopied."""
+    tensors = sorted(checkpoint.tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    metadata = {"format": FORMAT, "sha256": NO_DIGEST, "header": checkpoint.header}
+    entries: dict[str, Any] = {"__metadata__": {"distdl": json.dumps(metadata, allow_nan=False)}}
+    data: list[memoryview] = []
+    end = 0
+    for name, array in tensors:
+        little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        start, end = end, end + little.nbytes
+        entries[name] = {"dtype": DTYPES[little.dtype.str[1:]], "shape": array.shape, "data_offsets": [start, end]}
+        data.append(little.reshape(-1).view(np.uint8).data)
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    assert len(header) <= LARGEST_HEADER_BYTES, "we would not read this file again"
+    header = len(header).to_bytes(8, "little") + header
+    digest = hashlib.sha256(header)
+    for part in data:
+        digest.update(part)
+    # The first zeros are ours: the metadata comes first, and in it the digest stands before what others have written.
+    return [header.replace(NO_DIGEST.encode(), digest.hexdigest().encode(), 1), *data]
+
+
 def encode(checkpoint: Checkpoint) -> bytes:
     """Return the bytes of the file."""
-    metadata = {"format": FORMAT, "sha256": NO_DIGEST, "header": checkpoint.header}
-    data = safetensors.numpy.save(checkpoint.tensors, {"distdl": json.dumps(metadata, allow_nan=False)})
-    assert int.from_bytes(data[:8], "little") <= LARGEST_HEADER_BYTES, "we would not read this file again"
-    place = data.index(NO_DIGEST.encode())
-    digest = hashlib.sha256(data).hexdigest().encode()
-    return data[:place] + digest + data[place + len(digest) :]
+    return b"".join(encoded(checkpoint))
 
 
 def decode(data: bytes, name: str) -> Checkpoint:
@@ -77,8 +103,8 @@ def _metadata(data: bytes, size: int, name: str) -> tuple[dict[str, Any], int]:
     if length > min(size - 8, LARGEST_HEADER_BYTES):
         raise DamagedFileError(f"{name} is damaged: its {size} bytes announce a header of {length} bytes")
     try:
-        header = json.loads(data[8 : 8 + length])
-        metadata = json.loads(header.pop("__metadata__")["distdl"])
+        header = _parsed(data[8 : 8 + length])
+        metadata = _parsed(header.pop("__metadata__")["distdl"])
         announced = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         given = metadata["sha256"].encode()
         complete = len(given) == len(NO_DIGEST) and {"format", "header"} <= metadata.keys()
@@ -92,30 +118,60 @@ def _metadata(data: bytes, size: int, name: str) -> tuple[dict[str, Any], int]:
     return metadata, data.index(given, 8, 8 + length)
 
 
+def _parsed(text: bytes | str) -> Any:
+    """Return the value of a JSON text; NaN and numbers that are too large, which we never write, are a `ValueError`."""
+
+    def finite(number: str) -> float:
+        if not math.isfinite(float(number)):
+            raise ValueError(number)
+        return float(number)
+
+    return json.loads(text, parse_float=finite, parse_constant=finite)
+
+
 def write(path: Path, checkpoint: Checkpoint) -> None:
     """Write the file so that `path` holds the old content or the new, then read it back and compare.
 
     Raises `OSError` where the disk refuses or does not return what was written.
     """
-    data = encode(checkpoint)
-    write_durably(path, data)
-    if path.read_bytes() != data:
-        raise OSError(f"{path} does not read back as it was written")
+    parts = encoded(checkpoint)
+    write_durably(path, *parts, follow=False)
+    with os.fdopen(_opened(path, follow=False), "rb") as file:
+        same = all(_reads_back(file, memoryview(part)) for part in parts)
+        if not same or file.read(1):
+            raise OSError(f"{path} does not read back as it was written")
 
 
-def read(path: Path) -> Checkpoint:
+def _reads_back(file: BinaryIO, part: memoryview) -> bool:
+    """Whether the file goes on with `part`; in blocks, each compared in one go without a look at single items."""
+    blocks = (part[start : start + BLOCK_BYTES] for start in range(0, len(part), BLOCK_BYTES))
+    return all(file.read(len(block)) == bytes(block) for block in blocks)
+
+
+def read(path: Path, *, follow: bool = True) -> Checkpoint:
     """Return the checkpoint at `path`; raise `UserError` if it cannot be read, `DamagedFileError` if damaged.
 
-    The header is judged first, so that of a file of another kind no more than that is read.
+    The header is judged first, so that of a file of another kind no more than that is read. A symbolic link is an
+    error where `follow` is false.
     """
     try:
-        with path.open("rb") as file:
-            _metadata(file.read(8 + LARGEST_HEADER_BYTES), os.fstat(file.fileno()).st_size, str(path))
+        with os.fdopen(_opened(path, follow=follow), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(f"cannot read the checkpoint {path}: it is not a regular file")
+            _metadata(file.read(8 + LARGEST_HEADER_BYTES), status.st_size, str(path))
             file.seek(0)
             data = file.read()
     except OSError as error:
+        if error.errno == errno.EIO:
+            raise DamagedFileError(f"{path} is damaged: its disk does not give it back ({error.strerror})") from None
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     return decode(data, str(path))
+
+
+def _opened(path: Path, *, follow: bool) -> int:
+    """Open to read; a pipe would block for ever."""
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
 
 
 def path_of_step(folder: Path, step: int) -> Path:
@@ -124,12 +180,13 @@ def path_of_step(folder: Path, step: int) -> Path:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Return the steps of the checkpoints in `folder`, ascending."""
-    return sorted(
-        int(path.stem.removeprefix("step-"))
-        for path in folder.glob("step-*.safetensors")
-        if path.stem.removeprefix("step-").isdecimal()
-    )
+    """Return the steps of the checkpoints in `folder`, ascending; a name that is not just so is none of ours."""
+    try:
+        names = os.listdir(folder)  # noqa: PTH208  names are all that is looked at
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    steps = [int(found[1]) for found in map(NAME.fullmatch, names) if found]
+    return sorted(step for step in steps if path_of_step(folder, step).name in names)
 
 
 def newest_intact(folder: Path) -> tuple[Path, Checkpoint, list[str]] | None:
@@ -138,7 +195,7 @@ def newest_intact(folder: Path) -> tuple[Path, Checkpoint, list[str]] | None:
     for step in reversed(steps_in(folder)):
         path = path_of_step(folder, step)
         try:
-            return path, read(path), complaints
+            return path, read(path, follow=False), complaints
         except DamagedFileError as error:
             complaints.append(str(error))
     if complaints:
@@ -148,16 +205,13 @@ def newest_intact(folder: Path) -> tuple[Path, Checkpoint, list[str]] | None:
 
 def remove_old(folder: Path, newest: int, keep: int, best_step: int | None) -> None:
     """Remove all checkpoints up to step `newest` but the last `keep` of them and the best."""
-    for step in [step for step in steps_in(folder) if step <= newest][:-keep]:
-        if step != best_step:
-            path_of_step(folder, step).unlink(missing_ok=True)
+    old = [step for step in steps_in(folder) if step <= newest][:-keep]
+    remove(folder, (path_of_step(folder, step).name for step in old if step != best_step))
 
 
 def remove_later(folder: Path, newest: int) -> None:
     """Remove the checkpoints after step `newest`, intact or not: the run goes on from there another time."""
-    for step in steps_in(folder):
-        if step > newest:
-            path_of_step(folder, step).unlink(missing_ok=True)
+    remove(folder, (path_of_step(folder, step).name for step in steps_in(folder) if step > newest))
 
 
 def restore(checkpoint: Checkpoint, into: list[tuple[str, NDArray[Any]]], name: str) -> None:

@@ -1,56 +1,111 @@
 """The coordinator: what rank 0 does besides training. Run folder, metrics, checkpoints, what a person sees.
 
 Other ranks have a `Follower` in its place, which does nothing at the same points; so the trainer never asks
-who it is. What can fail because of what the user gave happens before training, agreed by all ranks.
+who it is. What can fail because of what the user gave happens before training, agreed by all ranks. Where the
+coordinator may be lost, followers keep what the logs should hold, and the lowest that is left is `promoted`.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distdl.arrays import sha256_of_arrays
+import numpy as np
+from numpy.typing import NDArray
+
 from distdl.config import TrainConfig
 from distdl.engine import checkpoint as checkpoints
 from distdl.engine.checkpoint import Checkpoint
 from distdl.engine.files import remove_temporaries, write_durably
+from distdl.engine.journal import Journal, Records
 from distdl.engine.metrics import JsonLines, Sums
+from distdl.engine.nonfinite import Fault
 from distdl.engine.progress import Progress, describe_shares
 from distdl.engine.run_folder import Start, claim
 from distdl.engine.state import TrainingState
 from distdl.engine.timeline import Spent
 from distdl.engine.trace import write as write_trace
+from distdl.engine.writer import CheckpointWriter, Outcome
 from distdl.errors import DamagedFileError, UserError
 
 #: Checkpoints in a row that may fail to be written before the run gives up.
 MISSES_ALLOWED = 3
-#: Between two lines that say how micro-batches are dealt now.
+#: Between two lines that say how micro-batches are dealt now, and between two warnings of skipped steps.
 SECONDS_BETWEEN_SHARES = 5.0
+SECONDS_BETWEEN_SKIPS = 5.0
+#: Micro-batches whose loss or gradient was not finite, of one run.
+MOST_SAVED = 10
 
 
 class Follower:
-    """What ranks other than 0 do at the points where the coordinator acts: nothing."""
+    """What ranks other than 0 do at the points where the coordinator acts: nothing, or keep what it logs.
+
+    `succeed` makes the coordinator that this rank becomes when all ranks before it are lost.
+    """
+
+    def __init__(self, journal: Journal | None = None, succeed: Callable[[], Coordinator] | None = None) -> None:
+        self.journal = journal
+        self._succeed = succeed
+
+    def promoted(self) -> Follower:
+        """Return what this rank is once it is rank 0."""
+        return self if self._succeed is None else self._succeed()
+
+    def _records(self, make: Callable[[Journal], Records]) -> None:
+        """Take in the records that `make` makes."""
+        if self.journal is not None and self.journal.keeps:
+            make(self.journal)
 
     def started(self) -> None:
         """Say where the run goes on from, below the banner."""
 
     def stepped(self, state: TrainingState, batch: Sums, learning_rate: float) -> None:
         """React to a step that has just been taken; `batch` holds the sums of its samples."""
+        self._records(lambda journal: journal.stepped(state, batch, learning_rate))
+
+    def not_finite(self, fault: Fault, samples: Mapping[str, NDArray[Any]]) -> str | None:  # noqa: ARG002
+        """Save the micro-batch that a step's fault came from, for inspection; return where, if it was saved."""
+        return None
+
+    def skipped(self, state: TrainingState, fault: Fault) -> None:
+        """React to a step that has just been taken without an update of the weights."""
+        self._records(lambda journal: journal.skipped(state, fault))
 
     def redealt(self, shares: Sequence[int]) -> None:
         """Say that from the next step on each rank computes so many micro-batches of a full batch."""
 
-    def epoch_ended(self, state: TrainingState, validation: Sums, spent: Spent, counted: Mapping[str, Any]) -> None:
+    def epoch_ended(
+        self,
+        state: TrainingState,
+        validation: Sums,
+        spent: Spent,  # noqa: ARG002
+        counted: Mapping[str, Any],  # noqa: ARG002
+    ) -> None:
         """React to the end of an epoch, after validation and before the epoch's sums are cleared.
 
         `spent` and `counted`, the samples and shares, tell of the steps since the last such point, or the start.
         """
+        self._records(lambda journal: journal.epoch_ended(state, validation))
 
-    def checkpoint(self, state: TrainingState, *, last: bool = False) -> None:
-        """Save the state; where it is the last chance to, a failure is an error."""
+    def checkpoint(self, state: TrainingState, *, last: bool = False) -> bool:  # noqa: ARG002
+        """Save the state; return whether the checkpoint before was saved. On the last chance, a failure is an error."""
+        return False
+
+    def checkpointed(self, *, before_is_saved: bool) -> None:
+        """React to a checkpoint that the coordinator has begun to write."""
+        if self.journal is not None:
+            self.journal.checkpointed(before_is_saved=before_is_saved)
+
+    def tested(self, state: TrainingState, test: Sums) -> None:
+        """React to the score of the test part."""
+        self._records(lambda journal: journal.tested(state, test))
+
+    def recovered(self, what: str) -> None:
+        """Say that ranks were lost and the others go on."""
 
     def traced(self, trace: Mapping[str, Any] | None) -> None:
         """Write the trace of all ranks, which rank 0 alone has."""
@@ -74,20 +129,11 @@ class Coordinator(Follower):
         start: Start,
         environment: Mapping[str, Any],
         data_sha256: str,
-        steps_per_epoch: int,
         progress: Progress,
+        journal: Journal,
     ) -> None:
-        self.config = config
-        self.progress = progress
-        self._steps_per_epoch = steps_per_epoch
-        self._misses = 0
-        self._log_is_refused = False
-        self._data_sha256 = data_sha256
-        self._kernel_families = environment["kernel_families"]
-        self._versions = environment["versions"]
+        self._set_up(config, environment, data_sha256, progress, journal)
         self._start = start
-        self._shares_to_say: Sequence[int] | None = None
-        self._say_shares_after = 0.0
         with claim(start) as (self.folder, self._lock):
             self._checkpoints = self.folder / "checkpoints"
             for folder in (self.folder, self._checkpoints):
@@ -101,8 +147,37 @@ class Coordinator(Follower):
                 # Before the logs are cut: no checkpoint may ever be later than they are.
                 checkpoints.remove_later(self._checkpoints, start.checkpoint.header["step"])
                 lengths = start.checkpoint.header["log_bytes"]
-            names = ["metrics", "timing", *(["hashes"] if config.record_hashes else [])]
+            names = ["timing", *journal.names]
             self._logs = {name: JsonLines(self.folder / f"{name}.jsonl", lengths.get(name, 0)) for name in names}
+            journal.lengths = {name: self._logs[name].length for name in journal.names}
+
+    def _set_up(
+        self,
+        config: TrainConfig,
+        environment: Mapping[str, Any],
+        data_sha256: str,
+        progress: Progress,
+        journal: Journal,
+    ) -> None:
+        super().__init__(journal)
+        self.config = config
+        self.progress = progress
+        self._records_of = journal
+        self._steps_per_epoch = journal.steps_per_epoch
+        self._misses, self._last_miss = 0, ""
+        self._newest_is_saved = False
+        self._writer = CheckpointWriter(config.keep_checkpoints)
+        self._log_is_refused = False
+        self._data_sha256 = data_sha256
+        self._kernel_families = environment["kernel_families"]
+        self._versions = environment["versions"]
+        self._shares_to_say: Sequence[int] | None = None
+        self._say_shares_after = 0.0
+        self._say_skip_after = 0.0
+
+    def _records(self, make: Callable[[Journal], Records]) -> None:
+        for name, record in make(self._records_of):
+            self._log(name, record)
 
     def _bring_along(self, checkpoint: Checkpoint, path: Path, origin: Path | None) -> None:
         """Let the folder hold all that the checkpoint builds on; without it, the run could not be resumed here."""
@@ -156,26 +231,37 @@ class Coordinator(Follower):
 
     def stepped(self, state: TrainingState, batch: Sums, learning_rate: float) -> None:
         """Log the step where it is due, and move the progress on."""
+        self._settle(wait=False)
         epoch, position = divmod(state.step - 1, self._steps_per_epoch)
-        if self.config.log_every and state.step % self.config.log_every == 0:
-            self._log(
-                "metrics",
-                {
-                    "step": state.step,
-                    "epoch": epoch + 1,
-                    "loss": batch.loss,
-                    "accuracy": batch.accuracy,
-                    "lr": learning_rate,
-                },
-            )
-        if self.config.record_hashes:
-            hashes = {name: sha256_of_arrays([(name, array)])[:16] for name, array in state.named_arrays()}
-            self._log("hashes", {"step": state.step, "loss": batch.loss, "hashes": hashes})
+        super().stepped(state, batch, learning_rate)
         if self._shares_to_say is not None and time.monotonic() >= self._say_shares_after:
             self.progress.line(f"balance: {describe_shares(self._shares_to_say)} from step {state.step + 1} on")
             self._shares_to_say = None
             self._say_shares_after = time.monotonic() + SECONDS_BETWEEN_SHARES
         self.progress.live(epoch + 1, self.config.epoch_count, position + 1, self._steps_per_epoch, batch.loss)
+
+    def not_finite(self, fault: Fault, samples: Mapping[str, NDArray[Any]]) -> str | None:
+        """Save the micro-batch as an .npz file in the run folder; of many, only the first."""
+        path = self.folder / f"not-finite-step-{fault.step:09d}.npz"
+        if len(list(self.folder.glob("not-finite-*.npz"))) >= MOST_SAVED and not path.exists():
+            return None
+        arrays: dict[str, Any] = {"step": fault.step, "micro_batch": fault.micro_batch, **samples}
+        content = io.BytesIO()
+        np.savez(content, **arrays)
+        try:
+            write_durably(path, content.getvalue())
+        except OSError as error:
+            self.progress.warning(f"cannot write {path}: {error.strerror or error}")
+            return None
+        return str(path)
+
+    def skipped(self, state: TrainingState, fault: Fault) -> None:
+        """Log the step, in whose record there is no loss, and warn of it, though not of each of many."""
+        super().skipped(state, fault)
+        count = state.progress["skipped_steps"]
+        if time.monotonic() >= self._say_skip_after:
+            self.progress.warning(f"{fault}: no update in this step ({count} skipped so far)")
+            self._say_skip_after = time.monotonic() + SECONDS_BETWEEN_SKIPS
 
     def redealt(self, shares: Sequence[int]) -> None:
         """Say so below the step, or a few seconds later where shares change often."""
@@ -183,19 +269,9 @@ class Coordinator(Follower):
 
     def epoch_ended(self, state: TrainingState, validation: Sums, spent: Spent, counted: Mapping[str, Any]) -> None:
         """Log the epoch and print its line."""
+        super().epoch_ended(state, validation, spent, counted)
         epoch = state.step // self._steps_per_epoch
         training = state.epoch_sums
-        self._log(
-            "metrics",
-            {
-                "step": state.step,
-                "epoch": epoch,
-                "train_loss": training.loss,
-                "train_accuracy": training.accuracy,
-                "validation_loss": validation.loss,
-                "validation_accuracy": validation.accuracy,
-            },
-        )
         seconds = spent.seconds
         speed = counted["samples"] / seconds if seconds else 0.0
         compute, reduction, wait = spent.shares()
@@ -222,37 +298,73 @@ class Coordinator(Follower):
             f"validation {validation.accuracy:7.2%}  {seconds:6.1f} s  {speed:,.0f} samples/s{where_it_went}"
         )
 
-    def checkpoint(self, state: TrainingState, *, last: bool = False) -> None:
-        """Save the state and remove checkpoints that are no longer wanted.
+    def checkpoint(self, state: TrainingState, *, last: bool = False) -> bool:
+        """Let a copy of the state be saved, once the checkpoint before is; wait for it only where it is the last.
+
+        Return whether the checkpoint before was saved, with the logs up to there.
 
         A disk that refuses is warned about and the last good checkpoint stays; after several misses in a row,
         or where it is the last chance, `UserError` is raised.
         """
+        self._settle(wait=True)
+        before_is_saved = self._newest_is_saved
+        self._newest_is_saved = False
         try:
-            for log in self._logs.values():
-                log.flush_to_disk()
             header = {
                 "step": state.step,
                 "config": self.config.to_json(),
                 "progress": state.progress,
-                "log_bytes": {name: log.length for name, log in self._logs.items()},
+                "log_bytes": {name: log.written_length() for name, log in self._logs.items()},
                 "data_sha256": self._data_sha256,
                 "versions": self._versions,
                 "kernel_family": self._kernel_family,
             }
-            path = checkpoints.path_of_step(self._checkpoints, state.step)
-            checkpoints.write(path, Checkpoint(dict(state.named_arrays()), header))
-            keep, best_step = self.config.keep_checkpoints, state.progress["best_step"]
-            checkpoints.remove_old(self._checkpoints, state.step, keep, best_step)
-            self._misses = 0
         except OSError as error:
-            self._misses += 1
-            reason = (
-                f"cannot write the checkpoint after step {state.step} to {self._checkpoints}: {error.strerror or error}"
-            )
-            if last or self._misses >= MISSES_ALLOWED:
-                raise UserError(f"{reason}; the checkpoints before it are intact: make room and use --resume") from None
-            self.progress.warning(f"{reason}; the checkpoints before it are intact, training goes on")
+            self._missed(Outcome(state.step, error), may_raise=True, last=last)
+            return before_is_saved
+        self._writer.start(self._checkpoints, state.named_arrays(), header, self._flush_logs)
+        if last:
+            self._settle(wait=True, last=True)
+        return before_is_saved
+
+    def _flush_logs(self) -> None:
+        for log in self._logs.values():
+            log.flush_to_disk()
+
+    def _settle(self, *, wait: bool, last: bool = False) -> None:
+        """React to how the writing of a checkpoint went; only where that is waited for may it end the run."""
+        if wait and self._misses >= MISSES_ALLOWED:
+            raise UserError(self._last_miss)
+        outcome = self._writer.outcome(wait=wait)
+        if outcome is None:
+            return
+        if outcome.refused is not None:
+            self._missed(outcome, may_raise=wait, last=last)
+            return
+        self._misses, self._newest_is_saved = 0, True
+        if outcome.removal_refused is not None:
+            self.progress.warning(self._what_failed(outcome))
+
+    def _missed(self, outcome: Outcome, *, may_raise: bool, last: bool) -> None:
+        """Count a checkpoint that could not be written, and say so."""
+        self._misses += 1
+        reason = f"{self._what_failed(outcome)}; the checkpoints before it are intact"
+        self._last_miss = f"{reason}: make room and use --resume"
+        if may_raise and (last or self._misses >= MISSES_ALLOWED):
+            raise UserError(self._last_miss)
+        goes_on = "goes on" if self._misses < MISSES_ALLOWED else "ends at the next one"
+        self.progress.warning(f"{reason}, training {goes_on}")
+
+    def _what_failed(self, outcome: Outcome) -> str:
+        if outcome.refused is None:
+            what, error = f"cannot remove old checkpoints after step {outcome.step} from", outcome.removal_refused
+        else:
+            what, error = f"cannot write the checkpoint after step {outcome.step} to", outcome.refused
+        return f"{what} {self._checkpoints}: {getattr(error, 'strerror', None) or error}"
+
+    def recovered(self, what: str) -> None:
+        """Say that ranks were lost and the others go on."""
+        self.progress.line(what)
 
     def traced(self, trace: Mapping[str, Any] | None) -> None:
         """Write the trace of all ranks; a disk that refuses is warned about."""
@@ -265,12 +377,15 @@ class Coordinator(Follower):
             self.progress.warning(f"cannot write the trace {self.config.trace}: {error.strerror or error}")
 
     def finished(self, state: TrainingState, test: Sums | None, summary: dict[str, Any]) -> None:
-        """Log the test score, write the summary and print the receipt."""
+        """Write the summary and print the receipt; once more where ranks were lost meanwhile."""
         if test is not None:
-            self._log("metrics", {"step": state.step, "test_loss": test.loss, "test_accuracy": test.accuracy})
             self.progress.line(f"test accuracy: {test.accuracy:.2%}")
         else:
             self.progress.line(f"stopped after step {state.step}; --resume {self.folder} goes on")
+        if state.progress.get("skipped_steps"):
+            self.progress.warning(
+                f"steps skipped, of {state.step}: {state.progress['skipped_steps']}; see metrics.jsonl"
+            )
         try:
             write_durably(self.folder / "summary.json", _pretty(summary))
         except OSError as error:
@@ -279,8 +394,12 @@ class Coordinator(Follower):
         self.progress.line(f"weights sha256: {summary['weights_sha256']}")
 
     def close(self) -> None:
-        """Close the logs and unlock the run folder."""
+        """Wait for the checkpoint that is being written, close the logs and unlock the run folder."""
         with self._lock:
+            self._writer.close()
+            unsaid = self._writer.outcome(wait=False)  # only where the run ends by an error or Ctrl-C
+            if unsaid is not None and unsaid.refused is not None:
+                self.progress.warning(self._what_failed(unsaid))
             for log in self._logs.values():
                 try:
                     log.close()

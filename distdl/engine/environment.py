@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,9 +73,15 @@ def describe(communicator: Communicator) -> dict[str, Any]:
             {key: library.get(key) for key in ("internal_api", "version", "architecture", "num_threads")}
             for library in _blas_libraries()
         ],
-        "machine": platform.machine(),
-        "system": platform.platform(),
+        "machine": os.uname().machine,
+        "system": _system(),
     }
+
+
+def _system() -> str:
+    """Return what ``platform.platform()`` does, which starts a program to find it out: not wise in a rank of MPI."""
+    kernel = os.uname()
+    return "-".join([kernel.sysname, kernel.release, kernel.machine, "with", "".join(platform.libc_ver())])
 
 
 def _package_versions() -> dict[str, str]:

@@ -2,39 +2,83 @@
 
 Temporary name, write, flush to disk, rename, flush the folder. Every system call goes through `os` here, one
 by one, so that a test can end the process in the middle of any of them.
+
+Nothing is written, cut or removed through a symbolic link: a temporary file is always a new one, a log is opened
+as what it is, and where it matters so is the folder around them.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-TEMPORARY_SUFFIX = ".partial"
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+#: Whatever bears this suffix is ours, and is swept at the next start; a name nobody else would give.
+TEMPORARY_SUFFIX = ".distdl-partial"
+#: Less what the umask takes: never writable by everyone, whatever the umask.
+FILE_MODE = 0o664
+FOLDER_MODE = 0o775
+#: The most buffers that one system call takes on Linux (IOV_MAX).
+MOST_BUFFERS = 1024
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Replace the content of `path` by `data`, or leave it as it was.
+def write_durably(path: Path, *parts: Buffer, follow: bool = True) -> None:
+    """Replace the content of `path` by `parts`, one behind the other, or leave it as it was.
 
-    Raises `OSError` where the disk refuses; the temporary file is then gone and `path` is untouched.
+    Where `follow` is false, the folder may be no symbolic link. Raises `OSError` where the disk refuses; the
+    temporary file is then gone and `path` is untouched.
     """
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    temporary = path.name + TEMPORARY_SUFFIX
+    with opened_folder(path.parent, follow=follow) as folder:
+        with suppress(FileNotFoundError):  # what a write that was cut off has left
+            os.unlink(temporary, dir_fd=folder)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE, dir_fd=folder)
         try:
-            left = memoryview(data)
-            while left:
-                left = left[os.write(handle, left) :]
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        os.rename(temporary, path)  # noqa: PTH104  a system call, like those around it
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    flush_folder(path.parent)
+            try:
+                _write_all(handle, parts)
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            os.rename(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except OSError:
+            with suppress(OSError):
+                os.unlink(temporary, dir_fd=folder)
+            raise
+        os.fsync(folder)  # so that the rename survives a crash of the machine
+
+
+def _write_all(handle: int, parts: Iterable[Buffer]) -> None:
+    left = [view for view in (memoryview(part).cast("B") for part in parts) if view]
+    while left:
+        written = os.writev(handle, left[:MOST_BUFFERS])
+        if not written:
+            raise OSError(errno.EIO, "the disk takes nothing and does not say why")
+        while left and written >= len(left[0]):
+            written -= len(left.pop(0))
+        if written:
+            left[0] = left[0][written:]
+
+
+@contextmanager
+def opened_folder(folder: Path, *, follow: bool = False) -> Iterator[int]:
+    """Open a folder, for system calls relative to it; one that is a symbolic link only where `follow` says so."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def opened_log(path: Path) -> int:
+    """Open a file to append to, made if need be; raise `OSError` if it is a symbolic link."""
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
 
 
 def try_folder(folder: Path) -> None:
@@ -48,16 +92,16 @@ def try_folder(folder: Path) -> None:
         pass
 
 
-def flush_folder(folder: Path) -> None:
-    """Flush the names in `folder` to disk, so that a rename survives a crash of the machine."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def remove(folder: Path, names: Iterable[str]) -> None:
+    """Remove files of a folder, which may be no symbolic link; those that are gone already are no error."""
+    with opened_folder(folder) as handle:
+        for name in names:
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=handle)
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what writes that were cut off have left in `folder`."""
+    """Remove what writes that were cut off have left in `folder`, and nothing else."""
     for path in folder.glob("*" + TEMPORARY_SUFFIX):
-        path.unlink(missing_ok=True)
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)

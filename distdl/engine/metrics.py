@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distdl.engine.files import opened_log
 from distdl.parallel import Field
 
 #: The fields that metrics add to a record of the reduction.
@@ -56,6 +57,11 @@ class Sums:
         return int(self.counts[0]) / self.samples
 
 
+def line_of(record: Mapping[str, Any]) -> bytes:
+    """Return the line that a record is in a log."""
+    return (json.dumps(record, allow_nan=False) + "\n").encode()
+
+
 class JsonLines:
     """A file of one JSON object a line, cut to a given length first.
 
@@ -65,7 +71,7 @@ class JsonLines:
 
     def __init__(self, path: Path, keep_bytes: int = 0) -> None:
         self.path = path
-        self._file = path.open("ab", buffering=0)
+        self._file = os.fdopen(opened_log(path), "ab", buffering=0)
         self._waiting = b""
         if self.length > keep_bytes:
             self._file.truncate(keep_bytes)
@@ -77,12 +83,20 @@ class JsonLines:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a record; if `OSError` is raised, it waits in memory and need not be written again."""
-        self._waiting += (json.dumps(record, allow_nan=False) + "\n").encode()
+        self.append(line_of(record))
+
+    def append(self, lines: bytes) -> None:
+        """Append whole lines; if `OSError` is raised, they wait in memory."""
+        self._waiting += lines
         self._write_waiting()
 
-    def flush_to_disk(self) -> None:
-        """Return when all records are on the disk; raise `OSError` where it refuses."""
+    def written_length(self) -> int:
+        """Write the records that wait in memory and return the file's length; raise `OSError` if still refused."""
         self._write_waiting()
+        return self.length
+
+    def flush_to_disk(self) -> None:
+        """Return when what is in the file is on the disk, while others may write to it; raise `OSError` if refused."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

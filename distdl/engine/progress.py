@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
+from distdl.errors import one_line
+
 SECONDS_BETWEEN_UPDATES = 0.1
 CLEAR_LINE = "\r\x1b[K"
 
@@ -35,7 +37,7 @@ class Progress:
         """Print a warning to the error stream."""
         if self._live_shown:
             _write(sys.stdout, CLEAR_LINE)
-        _write(sys.stderr, f"distdl: warning: {text}\n")
+        _write(sys.stderr, f"distdl: warning: {one_line(text)}\n")
         self._live_shown = False
 
     def live(self, epoch: int, epochs: int, step: int, steps: int, loss: float) -> None:

@@ -1,13 +1,14 @@
 """From a config to a trained network: everything that happens once, before the first step.
 
-What can fail because of what the user gave happens here, agreed by all ranks, before anything is written.
+What can fail because of what the user gave happens here, agreed by all ranks, before anything is written. If a rank is
+lost meanwhile, the others begin again, in the same run folder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,17 +22,21 @@ from distdl.engine import balance
 from distdl.engine import checkpoint as checkpoints
 from distdl.engine.coordinator import Coordinator, Follower
 from distdl.engine.environment import describe, numerics
+from distdl.engine.journal import Journal
 from distdl.engine.progress import Progress, banner, shares_of
 from distdl.engine.run_folder import Start, find_start
 from distdl.engine.state import TrainingState
+from distdl.engine.stop import StopRequest
+from distdl.engine.takeover import Successor
 from distdl.engine.trace import check_writable
 from distdl.engine.trainer import Data, Summary, Trainer
-from distdl.errors import UserError
-from distdl.launcher import survives_failures
+from distdl.engine.watchdog import Watchdog
+from distdl.errors import DamagedFileError, UserError
 from distdl.nn import Sequential, build_model
 from distdl.optim import optimizer_class
-from distdl.parallel import Communicator, guard, share_arrays, together, world
+from distdl.parallel import Communicator, guard, share_arrays, survive, together, world
 from distdl.rng import Key
+from distdl.warden import Warden
 
 #: Builds a network for inputs (H, W, C) and a number of classes.
 BuildNetwork = Callable[[tuple[int, int, int], int], Sequential]
@@ -51,27 +56,83 @@ def train(
     for what the user gave; any other exception on any rank ends the whole job.
     """
     communicator = world() if communicator is None else communicator
-    with guard(communicator):
-        config = together(communicator, _labelled(config, build_network, dataset).checked)
-        config = TrainConfig.from_json(communicator.bcast_json(config.to_json()))
+    given, stop = config, StopRequest()
+
+    def agree_on_config(communicator: Communicator) -> TrainConfig:
+        config = together(communicator, _labelled(given, build_network, dataset).checked)
         communicator.spin_seconds = balance.SPIN_SECONDS if config.balance else Communicator.spin_seconds
-        with numerics(config.threads_per_rank):
-            trainer = _prepared(config, communicator, build_network, dataset)
-            with closing(trainer.coordinator):
+        return TrainConfig.from_json(communicator.bcast_json(config.to_json()))
+
+    with stop.listening(), guard(communicator):
+        lost_at_start, communicator.lost_at_start = communicator.lost_at_start, None
+        communicator, config, lost_first = survive(communicator, agree_on_config)
+        stall_warning = config.stall_warning
+        communicator, watchdog, lost_second = survive(communicator, lambda left: Watchdog(left, stall_warning))
+        warden = Warden(f"rank {communicator.world_ranks[communicator.rank]}", config.detect_hangs)
+        with numerics(config.threads_per_rank), watchdog, warden:
+            preparation = _Preparation(config, build_network, dataset)
+            _, trainer, lost_then = survive(communicator, preparation.trainer)
+            trainer.stop = stop
+            watchdog.progress = lambda: trainer.work_done
+            try:
+                preparation.introduce(trainer)
+                for loss in filter(None, (lost_at_start, lost_first, lost_second, lost_then)):
+                    trainer.note(loss, prepared=False)
                 return trainer.run()
+            finally:
+                trainer.coordinator.close()
 
 
-def _prepared(
-    config: TrainConfig,
-    communicator: Communicator,
-    build_network: BuildNetwork | None,
-    dataset: sources.Dataset | None,
-) -> Trainer:
-    """Do all that can fail because of what the user gave, and leave nothing behind where it does."""
+@dataclass
+class _Preparation:
+    """What is the same each time that a run is prepared, and what is known from the time before."""
+
+    config: TrainConfig
+    build_network: BuildNetwork | None
+    dataset: sources.Dataset | None
+    #: The run folder, known to all ranks before anything is written there.
+    folder: Path | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    progress: Progress = field(default_factory=lambda: Progress(live=False))
+    #: The coordinator, or the follower, of the newest attempt.
+    opened: list[Follower] = field(default_factory=list)
+
+    def trainer(self, communicator: Communicator) -> Trainer:
+        """Do all that can fail because of what the user gave, and leave nothing behind where it does. Collective."""
+        self.close()  # what an attempt before has opened
+        try:
+            return _prepared(self, communicator)
+        except UserError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the run folder."""
+        while self.opened:
+            self.opened.pop().close()
+
+    def introduce(self, trainer: Trainer) -> None:
+        """Print the banner."""
+        config, data = self.config, trainer.data
+        if trainer.communicator.rank == 0:
+            parameters = trainer.state.network.parameter_count
+            described = (
+                f"{config.dataset} ({len(data.parts.training)} training, {len(data.parts.validation)} validation, "
+                f"{len(data.parts.test)} test) · {config.model} ({parameters:,} parameters) · "
+                f"{config.optimizer} lr {config.lr:g} · seed {config.seed}"
+            )
+            _print_banner(self.progress, config, trainer.communicator, self.environment, described)
+        trainer.coordinator.started()
+
+
+def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
+    """Prepare a run on the ranks there are."""
+    config, dataset, build_network = preparation.config, preparation.dataset, preparation.build_network
     coordinates = communicator.rank == 0
     together(communicator, lambda: _check_ranks(config, communicator.size))
     together(communicator, lambda: check_writable(config.trace) if coordinates and config.trace is not None else None)
-    start = together(communicator, lambda: find_start(config) if coordinates else None)
+    start = together(communicator, lambda: find_start(config, preparation.folder) if coordinates else None)
+    preparation.folder = Path(communicator.bcast_json(None if start is None else str(start.folder.absolute())))
     arrays = together(communicator, lambda: _read(config, dataset) if coordinates else {})
     data = _shared(communicator, arrays)
     del arrays
@@ -96,28 +157,30 @@ def _prepared(
 
     state = together(communicator, build)
     steps_per_epoch = split.steps_per_epoch(len(data.parts.training), config.batch_size)
-    data_sha256 = _sha256_of(data) if coordinates else ""
+    data_sha256 = communicator.bcast_json(_sha256_of(data) if coordinates else "")
     together(communicator, lambda: _restore(state, start, data_sha256, config.epoch_count, steps_per_epoch))
     _hand_out(communicator, state)
 
     environment = describe(communicator)
     progress = Progress(live=communicator.size == 1)
+    journal = Journal(config, steps_per_epoch, keeps=communicator.survives_failures)
 
-    def open_run() -> Follower:
+    def open_run() -> Path | None:
         if start is None:
-            return Follower()
-        return Coordinator(config, start, environment, data_sha256, steps_per_epoch, progress)
+            preparation.opened.append(Follower(journal, succeed))
+            return None
+        coordinator = Coordinator(config, start, environment, data_sha256, progress, journal)
+        preparation.opened.append(coordinator)
+        return coordinator.folder.absolute()
 
-    coordinator = together(communicator, open_run)
-    if coordinates:
-        described = (
-            f"{config.dataset} ({len(data.parts.training)} training, {len(data.parts.validation)} validation, "
-            f"{len(data.parts.test)} test) · {config.model} ({state.network.parameter_count:,} parameters) · "
-            f"{config.optimizer} lr {config.lr:g} · seed {config.seed}"
-        )
-        _print_banner(progress, config, communicator.size, environment, described)
-    coordinator.started()
-    return Trainer(config, communicator, data, state, coordinator)
+    def succeed() -> Coordinator:
+        assert preparation.folder is not None
+        return Successor(config, preparation.folder, environment, data_sha256, progress, journal)
+
+    folder = together(communicator, open_run)
+    folder, journal.lengths = communicator.bcast_json([None if folder is None else str(folder), journal.lengths])
+    preparation.folder, preparation.environment, preparation.progress = Path(folder), environment, progress
+    return Trainer(config, communicator, data, state, preparation.opened[0])
 
 
 def _labelled(config: TrainConfig, build_network: BuildNetwork | None, dataset: sources.Dataset | None) -> TrainConfig:
@@ -178,6 +241,17 @@ def _restore(state: TrainingState, start: Start | None, data_sha256: str, epochs
             f"cannot resume from {start.path}: it was trained on other images, labels or split than these; give the "
             "same data, or start a new run"
         )
+    batch_size = start.checkpoint.header["config"]["batch_size"]
+    samples = state.step % steps_per_epoch * batch_size
+    correct, counted = state.epoch_sums.counts.tolist()
+    skipped, rest = divmod(samples - counted, batch_size)
+    if (
+        rest
+        or not 0 <= skipped <= state.progress.get("skipped_steps", 0)
+        or not 0 <= correct <= counted
+        or not np.isfinite(state.epoch_sums.loss_sum[0])
+    ):
+        raise DamagedFileError(f"{start.path} is damaged: its sums of the epoch are not those of {samples} samples")
     if state.step > epochs * steps_per_epoch:
         raise UserError(
             f"cannot resume from {start.path}: it has taken {state.step} steps, and --epochs {epochs} are "
@@ -192,20 +266,28 @@ def _hand_out(communicator: Communicator, state: TrainingState) -> None:
         communicator.bcast(array)
 
 
+def _survives(communicator: Communicator) -> str:
+    if communicator.survives_failures:
+        return "yes"
+    if communicator.size == 1:
+        return "no, because there is one rank; --resume goes on from the last checkpoint"
+    return (
+        "no, because only Open MPI 5 started as mpirun --with-ft ulfm goes on without a rank; "
+        "--resume goes on from the last checkpoint"
+    )
+
+
 def _print_banner(
-    progress: Progress, config: TrainConfig, ranks: int, environment: dict[str, Any], described: str
+    progress: Progress, config: TrainConfig, communicator: Communicator, environment: dict[str, Any], described: str
 ) -> None:
-    survives = "no, because this version does not recover in place; --resume goes on from the last checkpoint"
-    if survives_failures():
-        survives = "no, because this version does not use the launcher's fault tolerance yet; --resume goes on"
     batch = f"batch {config.batch_size} = {config.micro_batches} micro-batches of {config.micro_batch_size}"
     for line in banner(
         environment,
         described,
         config.threads_per_rank,
         batch,
-        shares_of(config.micro_batches, ranks) + (" at first (--balance)" if config.balance else ""),
-        survives,
+        shares_of(config.micro_batches, communicator.size) + (" at first (--balance)" if config.balance else ""),
+        _survives(communicator),
     ):
         progress.line(line)
     if config.reduction != "tree":

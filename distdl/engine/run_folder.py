@@ -10,17 +10,25 @@ import fcntl
 import itertools
 import os
 import re
-from collections.abc import Iterator
+import stat
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from types import NoneType
+from typing import IO
 
 from distdl.config import TrainConfig, differences, run_folder_of
 from distdl.engine import checkpoint as checkpoints
 from distdl.engine.checkpoint import Checkpoint
+from distdl.engine.files import FOLDER_MODE, TEMPORARY_SUFFIX, opened_log
 from distdl.errors import DamagedFileError, UserError
+
+#: How long the kernel may take to release what a process held that has just died.
+SECONDS_TO_RELEASE = 10.0
+PAUSE_SECONDS = 0.01
 
 #: What the header of a checkpoint must hold for a run to go on from it.
 HEADER_FIELDS = {
@@ -32,6 +40,16 @@ HEADER_FIELDS = {
     "versions": dict,
     "kernel_family": str,
 }
+#: What its progress must hold; the best accuracy comes with the best step.
+PROGRESS_FIELDS: dict[str, tuple[type, ...]] = {
+    "train_loss": (float, NoneType),
+    "validation_accuracy": (float, NoneType),
+    "best_step": (int, NoneType),
+    "train_seconds": (float,),
+}
+LOGS = ("metrics", "timing", "hashes")
+#: What we write, cut or remove in a run folder, besides the checkpoints.
+OWN_FILES = ("config.toml", "env.json", "summary.json", "lock", *(f"{name}.jsonl" for name in LOGS))
 
 
 @dataclass(frozen=True)
@@ -39,7 +57,8 @@ class Start:
     """Where a run begins: its folder, and the checkpoint it goes on from, if any.
 
     `origin` is the run folder that the checkpoint lies in, if it lies in one. A `numbered` folder gets a number
-    behind its name where another run has the name already.
+    behind its name where another run has the name already. A folder is `ours` if this job had it before it lost its
+    coordinator.
     """
 
     folder: Path
@@ -48,66 +67,123 @@ class Start:
     complaints: tuple[str, ...] = ()
     origin: Path | None = None
     numbered: bool = False
+    ours: bool = False
 
 
-def find_start(config: TrainConfig) -> Start:
-    """Decide where the run begins; nothing is written. Raises `UserError` for a folder or resume that cannot be."""
+def find_start(config: TrainConfig, ours: Path | None = None) -> Start:
+    """Decide where the run begins; nothing is written. Raises `UserError` for a folder or resume that cannot be.
+
+    `ours` is the folder that this very job has decided on before: it lost its coordinator, and begins again there.
+    """
     try:
         if config.resume is None:
+            if ours is not None:
+                return Start(ours, ours=True)
             if config.run_dir is None:
                 return Start(timestamped(f"{config.dataset}-{config.model}"), numbered=True)
             _refuse_used(config.run_dir)
             return Start(config.run_dir)
-        return _resumed(config, config.resume)
+        return replace(_resumed(config, config.resume, ours), ours=ours is not None)
     except OSError as error:
         raise UserError(
             f"cannot look into {error.filename}: {error.strerror}; give another --run-dir or --resume"
         ) from None
 
 
-def _resumed(config: TrainConfig, resume: str) -> Start:
-    start = _newest_in_own_folder(config) if resume == "auto" else _given_checkpoint(config, Path(resume))
+def _resumed(config: TrainConfig, resume: str, ours: Path | None) -> Start:
+    start = _newest_in_own_folder(config, ours) if resume == "auto" else _given_checkpoint(config, Path(resume))
     if start.path is None or start.checkpoint is None:
         return start
-    _refuse_another_run(config, start.path, start.checkpoint.header)
+    _refuse_another_run(config, start.path, start.checkpoint)
     start = replace(start, folder=config.run_dir or start.folder)
-    if start.origin is None or start.folder.resolve() != start.origin.resolve():
+    if ours is None and (start.origin is None or start.folder.resolve() != start.origin.resolve()):
         _refuse_used(start.folder)
     return start
 
 
-def _newest_in_own_folder(config: TrainConfig) -> Start:
+def _newest_in_own_folder(config: TrainConfig, ours: Path | None) -> Start:
     """Return the newest intact checkpoint in the run folder; a fresh start there if it has none yet."""
     folder = config.run_dir
     assert folder is not None, "config.checked() has seen to it"
     _refuse_no_folder(folder)
+    refuse_links(folder)
     found = checkpoints.newest_intact(folder / "checkpoints")
     if found is not None:
         return Start(folder, found[0], found[1], tuple(found[2]), origin=folder)
-    if not (folder / "config.toml").is_file():
+    if ours is None and not (folder / "config.toml").is_file():
         _refuse_used(folder)  # no run was ever here
     return Start(folder)
 
 
 def _given_checkpoint(config: TrainConfig, source: Path) -> Start:
     if source.is_file():
-        checkpoint, origin = checkpoints.read(source), run_folder_of(source)
+        origin = run_folder_of(source)
+        if origin is not None:
+            refuse_links(origin)
+        checkpoint = checkpoints.read(source)
         folder = config.run_dir or origin
         if folder is None:
             raise UserError(f"--resume {source} lies in no run folder: give a new --run-dir for what comes after it")
         return Start(folder, source, checkpoint, origin=origin)
     if not source.exists():
         raise UserError(f"--resume {source}: there is no such checkpoint or run folder")
+    refuse_links(source)
     found = checkpoints.newest_intact(source / "checkpoints")
     if found is None:
         raise UserError(f"--resume {source}: there is no checkpoint in {source / 'checkpoints'}")
     return Start(source, found[0], found[1], tuple(found[2]), origin=source)
 
 
-def _refuse_another_run(config: TrainConfig, path: Path, header: Any) -> None:
+def refuse_links(folder: Path) -> None:
+    """Raise `UserError` where something that a run writes, cuts or removes in its folder lies elsewhere.
+
+    The folder itself may be a symbolic link: that is what the user has named. What is inside of it comes with the
+    folder, from whoever made that; so nothing there may lead out of it, nor be anything but a file.
+    """
+    inside = folder / "checkpoints"
+    for path in (inside, *(folder / name for name in OWN_FILES)):
+        _refuse_link(path, stat.S_ISDIR if path is inside else stat.S_ISREG)
+    for step in checkpoints.steps_in(inside) if inside.is_dir() else ():
+        _refuse_link(checkpoints.path_of_step(inside, step), stat.S_ISREG)
+
+
+def _refuse_link(path: Path, is_right: Callable[[int], bool]) -> None:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            raise UserError(
+                f"{path} is a symbolic link: inside a run folder none is followed, so that no file elsewhere is "
+                "written or removed; put what it leads to in its place, or make the run folder as a whole a link"
+            )
+        if not is_right(mode):
+            what = "a folder" if is_right is stat.S_ISDIR else "a regular file"
+            raise UserError(f"{path} is not {what}: expected a run folder; give another --run-dir or --resume")
+
+
+def _refuse_another_run(config: TrainConfig, path: Path, checkpoint: Checkpoint) -> None:
+    """Raise where the header, which whoever made the file may have sealed as they liked, is none to go on from."""
+    header = checkpoint.header
     for name, kind in HEADER_FIELDS.items():
-        if not (isinstance(header, dict) and isinstance(header.get(name), kind)):
+        if not (isinstance(header, dict) and type(header.get(name)) is kind):
             raise DamagedFileError(f"{path} is damaged: its header has no {name!r} that a run could go on from")
+    progress, log_bytes = header["progress"], header["log_bytes"]
+    kinds = dict(PROGRESS_FIELDS)
+    if progress.get("best_step") is not None:
+        kinds["best_accuracy"] = (float,)
+    if "skipped_steps" in progress:
+        kinds["skipped_steps"] = (int,)
+    lengths = [length for name, length in log_bytes.items() if name in LOGS and type(length) is int and length >= 0]
+    wrong = {
+        "step": header["step"] < 0
+        or ("step" in checkpoint.tensors and checkpoint.tensors["step"].tolist() != [header["step"]]),
+        "log_bytes": len(lengths) != len(log_bytes),
+        "versions": not all(isinstance(version, str) for version in header["versions"].values()),
+        "progress": any(name not in progress or type(progress[name]) not in kind for name, kind in kinds.items())
+        or not 0 <= (progress["best_step"] or 0) <= header["step"]
+        or not 0 <= progress.get("skipped_steps", 0) <= header["step"],
+    }
+    for name in (name for name, is_wrong in wrong.items() if is_wrong):
+        raise DamagedFileError(f"{path} is damaged: its header has no {name!r} that a run could go on from")
     different = differences(config, header["config"])
     if different:
         raise UserError(f"cannot resume from {path}: {'; '.join(different)}; give the same, or start a new run")
@@ -125,12 +201,21 @@ def _refuse_no_folder(path: Path) -> None:
 
 def _refuse_used(folder: Path) -> None:
     _refuse_no_folder(folder)
-    if folder.is_dir() and not any(folder.iterdir()):
+    if folder.is_dir() and not _holds_anything(folder):
         return
     if folder.exists():
         raise UserError(
             f"the run folder {folder} exists and is not empty: give another --run-dir, or --resume {folder} to go on"
         )
+
+
+def _holds_anything(folder: Path) -> bool:
+    """Whether there is more in a folder than a run leaves that was killed before it wrote anything."""
+    inside = folder / "checkpoints"
+    found = [path for path in folder.iterdir() if path.name != "lock"]
+    if inside.is_dir() and not inside.is_symlink():
+        found = [*(path for path in found if path != inside), *inside.iterdir()]
+    return not all(path.name.endswith(TEMPORARY_SUFFIX) for path in found)
 
 
 @contextmanager
@@ -147,7 +232,8 @@ def claim(start: Start) -> Iterator[tuple[Path, IO[bytes]]]:
         _make_folders(folder.parent, made)
         folder = _make_numbered(folder, made) if start.numbered else _make_folders(folder, made)
         lock_is_old = (folder / "lock").exists()
-        lock = _locked(folder)
+        lock = lock_released(folder) if start.ours else lock_folder(folder)
+        refuse_links(folder)
         present = set(folder.rglob("*")) - (set() if lock_is_old else {folder / "lock"})
         _make_folders(folder / "checkpoints", made)
         yield folder, lock
@@ -171,7 +257,7 @@ def _make_folders(folder: Path, made: list[Path]) -> Path:
     for path in reversed((folder, *folder.parents)):
         if not path.is_dir():
             with suppress(FileExistsError):  # what is no folder after all fails below
-                path.mkdir()
+                path.mkdir(FOLDER_MODE)
                 made.append(path)
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "there is a file of that name", str(folder))
@@ -189,16 +275,28 @@ def _make_numbered(folder: Path, made: list[Path]) -> Path:
     """Make a folder of that name which no other process has made, with a number behind the name if need be."""
     for path in numbered(folder):
         with suppress(FileExistsError):
-            path.mkdir()
+            path.mkdir(FOLDER_MODE)
             made.append(path)
             break
     return path
 
 
-def _locked(folder: Path) -> IO[bytes]:
+def lock_released(folder: Path) -> IO[bytes]:
+    """Lock the run folder of a process that has just died; raise `UserError` where another one holds it."""
+    ends = time.monotonic() + SECONDS_TO_RELEASE
+    while True:
+        try:
+            return lock_folder(folder)
+        except UserError:
+            if time.monotonic() > ends:
+                raise
+        time.sleep(PAUSE_SECONDS)
+
+
+def lock_folder(folder: Path) -> IO[bytes]:
     """Return a file that locks the run folder as long as it is open, that is as long as this process lives."""
     while True:
-        lock = (folder / "lock").open("wb")
+        lock = os.fdopen(opened_log(folder / "lock"), "ab")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(lock.fileno()), (folder / "lock").stat()):

@@ -66,7 +66,7 @@ class Timeline:
     """Takes the marks of one rank's steps; `on_steps`, if given, is handed them once waiting is known.
 
     Use in each step: `begin`, `enter_reduction`, `leave_reduction`, `end`. A step that is begun again overwrites
-    the one that was not ended. `end` and `spent` are collective.
+    the one that was not ended. `begin` and `spent` are collective.
     """
 
     def __init__(self, communicator: Communicator, clock: Clock = time.perf_counter) -> None:
@@ -78,7 +78,9 @@ class Timeline:
         self._sums = np.zeros(3)
 
     def begin(self) -> None:
-        """Mark that the step begins."""
+        """Mark that the step begins. Collective now and then."""
+        if self._ended == STEPS_COMPARED:
+            self._compare()
         self._marks[self._ended, 0] = self.clock()
 
     def enter_reduction(self) -> None:
@@ -90,12 +92,10 @@ class Timeline:
         self._marks[self._ended, 2] = self.clock()
 
     def end(self) -> float:
-        """Mark that the step is done; return its seconds. Collective now and then."""
+        """Mark that the step is done; return its seconds."""
         marks = self._marks[self._ended]
         marks[3] = self.clock()
         self._ended += 1
-        if self._ended == STEPS_COMPARED:
-            self._compare()
         return float(marks[3] - marks[0])
 
     def spent(self) -> Spent:

@@ -3,13 +3,19 @@
 A step: each rank computes the micro-batches of its shard, the gradients are summed in the canonical tree, and
 every replica takes the same optimizer step. All state lives in `TrainingState`; order, shards and random
 numbers are pure functions of config and step, so a step can be done by any number of ranks, and again.
+
+A run is a sequence of phases: steps, validations, checkpoints, the test, the end. Each does its collective work in
+buffers first, then all ranks that are left `commit`, and only then it touches what lives on. So when a rank is lost,
+the others `recover` and do the same phase again (`parallel/recovery.py`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from enum import IntEnum
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,15 +25,30 @@ from distdl.arrays import aligned_empty
 from distdl.config import TrainConfig
 from distdl.data import split
 from distdl.data.normalization import Normalization
+from distdl.engine import corruption, nonfinite
 from distdl.engine.balance import BalancedDealer, Dealer
 from distdl.engine.coordinator import Follower
 from distdl.engine.metrics import METRIC_FIELDS, Sums
 from distdl.engine.state import TrainingState
+from distdl.engine.stop import StopRequest
 from distdl.engine.timeline import Timeline
 from distdl.engine.trace import Trace
-from distdl.errors import UserError
+from distdl.errors import PeerLost, UserError
 from distdl.nn import SoftmaxCrossEntropy, count_correct
-from distdl.parallel import REDUCTIONS, Communicator, Field, Layout, Shard, together
+from distdl.parallel import (
+    REDUCTIONS,
+    Communicator,
+    Field,
+    Layout,
+    Loss,
+    Position,
+    Record,
+    Shard,
+    committed,
+    die_of_the_host,
+    recover,
+    together,
+)
 from distdl.rng import Key
 from distdl.schedules import make_schedule
 
@@ -59,6 +80,22 @@ class Data:
     normalization: Normalization
     classes: int
 
+    def samples(self, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Return the images, as the dataset has them, and the labels of some rows."""
+        return {"images": self.images[rows], "labels": self.labels[rows]}
+
+
+class Phase(IntEnum):
+    """What a run does next after so many steps; in this order where it is several."""
+
+    COMPARE = 0
+    VALIDATE = 1
+    CHECKPOINT = 2
+    TRAIN = 3
+    TEST = 4
+    FINISH = 5
+    END = 6
+
 
 class Trainer:
     """Takes the steps that are left, on every rank alike."""
@@ -86,44 +123,140 @@ class Trainer:
             factor=config.lr_step_factor,
             total_steps=config.epoch_count * self.steps_per_epoch,
         )
-        rank, ranks = communicator.rank, communicator.size
-        self._dealer = BalancedDealer(rank, ranks, config.micro_batches) if config.balance else Dealer(rank, ranks)
-        fields = [Field("gradient", "f4", state.network.gradients.size), *METRIC_FIELDS, *self._dealer.fields]
-        self._gradients = REDUCTIONS[config.reduction](communicator, Layout(fields))
-        self._metrics = REDUCTIONS[config.reduction](communicator, Layout(METRIC_FIELDS))
+        self.stop = StopRequest()
         self._leaf = Sums()
         self._batch = Sums()
         self._images: dict[int, NDArray[np.float32]] = {}
         self._order = (-1, np.empty(0, np.int64))
+        last_step = config.epoch_count * self.steps_per_epoch
+        self.last_step = last_step if config.max_steps is None else min(last_step, config.max_steps)
+        self.phase = self._after_checkpoint()
+        self.recoveries: list[dict[str, Any]] = []
+        self._test: Sums | None = None
+        self._make_buffers()
+
+    def _make_buffers(self) -> None:
+        """Make all that depends on the group of ranks. Collective."""
+        config, communicator = self.config, self.communicator
+        rank, ranks = communicator.rank, communicator.size
+        self._dealer = BalancedDealer(rank, ranks, config.micro_batches) if config.balance else Dealer(rank, ranks)
+        gradient = Field("gradient", "f4", self.state.network.gradients.size)
+        fields = [gradient, *METRIC_FIELDS, *self._dealer.fields, *self.stop.fields]
+        self._gradients = REDUCTIONS[config.reduction](communicator, Layout(fields))
+        self._metrics = REDUCTIONS[config.reduction](communicator, Layout(METRIC_FIELDS))
         self.timeline = Timeline(communicator)
+        self._trace = None if config.trace is None else Trace(self.timeline)
         self._samples = 0
+        self._micro_batches = 0
+
+    @property
+    def work_done(self) -> tuple[int, int]:
+        """The steps, and what moves within them: the micro-batches that this rank has begun; for the watchdog."""
+        return self.state.step, self._micro_batches
 
     def run(self) -> Summary:
         """Train to the last step, score the test part where training is complete, and return the summary."""
-        state, config = self.state, self.config
-        trace = None if config.trace is None else Trace(self.timeline)
-        last_step = config.epoch_count * self.steps_per_epoch
-        if config.max_steps is not None:
-            last_step = min(last_step, config.max_steps)
-        while state.step < last_step:
-            self.step()
-            epoch_ended = state.step % self.steps_per_epoch == 0
-            if epoch_ended:
-                self._end_epoch()
-            every = config.checkpoint_every
-            if epoch_ended or state.step == last_step or (every and state.step % every == 0):
-                self._checkpoint(last=state.step == last_step)
-        complete = state.step >= config.epoch_count * self.steps_per_epoch
-        test = self._judged(self.data.parts.test, "test") if complete else None
-        if trace is not None:
-            self.timeline.spent()
-            self.coordinator.traced(trace.gather(state.step))
-        summary = self._summary(test)
-        self.coordinator.finished(state, test, asdict(summary))
-        return summary
+        phases = {
+            Phase.TRAIN: self._train,
+            Phase.COMPARE: self._compare_replicas,
+            Phase.VALIDATE: self._end_epoch,
+            Phase.CHECKPOINT: self._checkpoint,
+            Phase.TEST: self._score_test,
+            Phase.FINISH: self._finish,
+        }
+        while self.phase is not Phase.END:
+            try:
+                phases[self.phase]()
+            except PeerLost as lost:
+                self.note(recover(self, lost))
+            except (MemoryError, OSError) as error:
+                die_of_the_host(self.communicator, error)
+                raise
+        if self.state.step < self.last_step:
+            self.stop.stop(self.state.step)
+        return self.summary
+
+    def _train(self) -> None:
+        self.step()
+        every = self.config.verify_every
+        self.phase = Phase.COMPARE if every and self.state.step % every == 0 else self._after_comparison()
+
+    def _compare_replicas(self) -> None:
+        with committed(self.communicator):
+            corruption.compare_replicas(self.communicator, self.state)
+        self.phase = self._after_comparison()
+
+    def _after_comparison(self) -> Phase:
+        step, every = self.state.step, self.config.checkpoint_every
+        if step % self.steps_per_epoch == 0:
+            return Phase.VALIDATE
+        return Phase.CHECKPOINT if self._stops_here or (every and step % every == 0) else Phase.TRAIN
+
+    def _after_checkpoint(self) -> Phase:
+        if not self._stops_here:
+            return Phase.TRAIN
+        return Phase.TEST if self._is_complete else Phase.FINISH
+
+    @property
+    def _stops_here(self) -> bool:
+        return self.state.step >= self.last_step or self.stop.agreed is not None
+
+    @property
+    def _is_complete(self) -> bool:
+        return self.state.step >= self.config.epoch_count * self.steps_per_epoch
+
+    @property
+    def position(self) -> Position:
+        """Where the run stands: the steps taken, and what comes next."""
+        return [self.state.step, int(self.phase)]
+
+    def take(self, source: int) -> None:
+        """Go to the position of rank `source`, if that is ahead, with its state. Collective."""
+        communicator, state = self.communicator, self.state
+        test = None if self._test is None else [float(self._test.loss_sum[0]), *map(int, self._test.counts)]
+        journal = self.coordinator.journal
+        journaled = None if journal is None else journal.to_json()
+        mine = [self.position, state.progress, self.stop.agreed, test, journaled]
+        position, progress, stop, test, journaled = communicator.bcast_json(mine, source)
+        arrays = [(array, array.copy()) for _, array in state.named_arrays()]
+        for _, received in arrays:
+            communicator.bcast(received, source)
+        if position > self.position:
+            for array, received in arrays:
+                array[...] = received
+            state.progress, self.stop.agreed, self.phase = progress, stop, Phase(position[1])
+            if test is not None:
+                self._test = Sums()
+                self._test.set(*test)
+            if journal is not None:
+                journal.take(journaled)
+
+    def rebuild(self) -> None:
+        """Make anew what depends on the group; the lowest rank becomes the coordinator. Collective."""
+
+        def take_over() -> None:
+            if self.communicator.rank == 0:
+                self.coordinator = self.coordinator.promoted()
+
+        self.communicator.notice_cores()
+        self._make_buffers()
+        together(self.communicator, take_over)
+
+    def note(self, loss: Loss, *, prepared: bool = True) -> None:
+        """Take down a recovery, and let the coordinator say so."""
+        ranks, in_step = self.communicator.size, prepared and self.phase is Phase.TRAIN
+        step = self.state.step + in_step
+        when = f"{'in' if in_step else 'after'} step {step}" if prepared else "while the run was prepared"
+        self.recoveries.append(
+            {"step": step, "lost_ranks": loss.ranks, "seconds": round(loss.seconds, 6), "ranks": ranks}
+        )
+        self.coordinator.recovered(
+            f"{_ranks(loss.ranks)} {'was' if len(loss.ranks) == 1 else 'were'} lost {when}; "
+            f"{ranks} rank{'s go' if ranks > 1 else ' goes'} on ({loss.seconds:.2f} s)"
+        )
 
     def step(self) -> None:
-        """Take one optimizer step."""
+        """Take one optimizer step; `PeerLost` leaves the state as it was."""
         self.timeline.begin()
         state, network = self.state, self.state.network
         epoch, position = divmod(state.step, self.steps_per_epoch)
@@ -133,35 +266,75 @@ class Trainer:
         shards = self._shards(len(rows))
         self._gradients.begin(shards)
         self._dealer.begin()
-        for place, index in enumerate(shards[self.communicator.rank]):
-            images, labels = self._micro_batch(rows, index)
-            changed = place == 0  # by the update at the end of the step before
-            logits = network.forward(images, training=True, key=key.of(index), parameters_changed=changed)
-            self._leaf.set(self.objective.forward(logits, labels), count_correct(logits, labels), len(labels))
-            network.backward(self.objective.backward())
-            timed = self._dealer.values(whole=len(labels) == self.config.micro_batch_size)
-            self._gradients.add(index, {"gradient": network.gradients, **vars(self._leaf), **timed})
-        self.timeline.enter_reduction()
-        total = self._gradients.total()
-        self.timeline.leave_reduction()
+        compute = partial(self._computed, rows, key)
+        for index, record in compute(shards[self.communicator.rank]):
+            self._gradients.add(index, record)
+        with committed(self.communicator):
+            if self.config.audit and (state.step + 1) % self.config.audit == 0:
+                corruption.audit(self.communicator, self._gradients, shards, compute, state)
+            self.timeline.enter_reduction()
+            total = self._gradients.total()
+            self.timeline.leave_reduction()
+            fault = None
+            if (what := nonfinite.what_is_not_finite(total)) is not None:
+                fault, total = self._not_finite(what, rows, shards, key)
 
-        loss_sum = float(total["loss_sum"][0])
-        if not math.isfinite(loss_sum):
-            raise self._diverged(f"the loss is {loss_sum} at step {state.step + 1}")
-        if not _is_finite(total["gradient"]):
-            raise self._diverged(f"the gradient is not finite at step {state.step + 1}")
-        gradient = np.divide(total["gradient"], len(rows), out=network.gradients)
         learning_rate = self.schedule(state.step)
-        state.optimizer.update(network.parameters, gradient, learning_rate, state.step + 1)
+        if fault is None:
+            gradient = np.divide(total["gradient"], len(rows), out=network.gradients)
+            state.optimizer.update(network.parameters, gradient, learning_rate, state.step + 1)
+            state.epoch_sums.add(total)
+        else:
+            state.progress["skipped_steps"] = state.progress.get("skipped_steps", 0) + 1
         state.step_array += 1
-        state.epoch_sums.add(total)
+        self.stop.observe(total)
         self._samples += len(rows)
         state.progress["train_seconds"] += self.timeline.end()
         shares = self._dealer.stepped(shards, total)
         if shares is not None:
             self.coordinator.redealt(shares)
-        self._batch.set(loss_sum, int(total["counts"][0]), len(rows))
-        self.coordinator.stepped(state, self._batch, learning_rate)
+        if fault is None:
+            self._batch.set(float(total["loss_sum"][0]), int(total["counts"][0]), len(rows))
+            self.coordinator.stepped(state, self._batch, learning_rate)
+        else:
+            self.coordinator.skipped(state, fault)
+
+    def _computed(
+        self, rows: NDArray[np.int64], key: Key, shard: Shard
+    ) -> Iterator[tuple[int, Mapping[str, NDArray[Any]]]]:
+        """Compute the micro-batches of a shard; yield the index and the record of each, valid until the next."""
+        network = self.state.network
+        record = {"gradient": network.gradients, **vars(self._leaf), **self.stop.values()}
+        for place, index in enumerate(shard):
+            images, labels = self._micro_batch(rows, index)
+            changed = place == 0  # by the update at the end of the step before
+            logits = network.forward(images, training=True, key=key.of(index), parameters_changed=changed)
+            self._leaf.set(self.objective.forward(logits, labels), count_correct(logits, labels), len(labels))
+            network.backward(self.objective.backward())
+            record.update(self._dealer.values(whole=len(labels) == self.config.micro_batch_size))
+            yield index, record
+
+    def _not_finite(
+        self, what: str, rows: NDArray[np.int64], shards: Sequence[Shard], key: Key
+    ) -> tuple[nonfinite.Fault, Record]:
+        """Trace what is not finite in the current step's sum, save it, and stop if so configured. Collective."""
+        corruption.compare_replicas(self.communicator, self.state)  # weights that one rank alone has
+        self.state.network.gradients.fill(0)  # between parameters too, where no backward pass writes
+        fault, total = nonfinite.trace(
+            self.communicator,
+            self._gradients,
+            shards,
+            partial(self._computed, rows, key),
+            step=self.state.step + 1,
+            what=what,
+        )
+        if fault.micro_batch is not None:
+            rows = split.micro_batch(rows, fault.micro_batch, self.config.micro_batch_size)
+            saved = self.coordinator.not_finite(fault, {"rows": rows, **self.data.samples(rows)})
+            fault = replace(fault, saved_in=self.communicator.bcast_json(saved))
+        if self.config.on_nonfinite == "skip":
+            return fault, total
+        raise corruption.agreed(f"{fault}; go on") if fault.transient else self._diverged(str(fault))
 
     def evaluate(self, rows: NDArray[np.int64]) -> Sums:
         """Return the sums of loss and right answers over the given rows, each counted once. Collective."""
@@ -178,7 +351,12 @@ class Trainer:
 
     def _end_epoch(self) -> None:
         state = self.state
-        validation = self._judged(self.data.parts.validation, "validation")
+        if state.epoch_sums.samples == 0:
+            raise self._diverged(f"every step of epoch {state.step // self.steps_per_epoch} was skipped")
+        with committed(self.communicator):
+            validation = self.evaluate(self.data.parts.validation)
+            spent = self.timeline.spent()
+        self._check_loss(validation, "validation")
         progress = state.progress
         if progress["best_step"] is None or validation.accuracy > progress["best_accuracy"]:
             progress["best_step"], progress["best_accuracy"] = state.step, validation.accuracy
@@ -186,31 +364,55 @@ class Trainer:
         progress["validation_accuracy"] = validation.accuracy
         counted = {"samples": self._samples, **self._dealer.epoch_record()}
         self._samples = 0
-        self.coordinator.epoch_ended(state, validation, self.timeline.spent(), counted)
+        self.coordinator.epoch_ended(state, validation, spent, counted)
         state.epoch_sums.set(0.0, 0, 0)
+        self.phase = Phase.CHECKPOINT
 
-    def _judged(self, rows: NDArray[np.int64], part: str) -> Sums:
-        """Return the sums over a part of the dataset, whose loss must be a number. Collective."""
-        sums = self.evaluate(rows)
+    def _check_loss(self, sums: Sums, part: str) -> None:
         if not math.isfinite(sums.loss):
             raise self._diverged(f"the {part} loss is {sums.loss} after step {self.state.step}")
-        return sums
 
-    def _checkpoint(self, *, last: bool) -> None:
+    def _score_test(self) -> None:
+        with committed(self.communicator):
+            test = self.evaluate(self.data.parts.test)
+        self._check_loss(test, "test")
+        self._test = test
+        self.coordinator.tested(self.state, test)
+        self.phase = Phase.FINISH
+
+    def _finish(self) -> None:
+        with committed(self.communicator):
+            if self._trace is not None:
+                self.timeline.spent()
+                self.coordinator.traced(self._trace.gather(self.state.step))
+            summary = self._summary(self._test)
+            self.coordinator.finished(self.state, self._test, asdict(summary))
+        self.summary = summary
+        self.phase = Phase.END
+
+    def _checkpoint(self) -> None:
         """Save the state, or raise `UserError` on every rank alike. Collective."""
 
-        def save() -> None:
-            if not all(_is_finite(array) for _, array in self.state.named_arrays()):
+        def save() -> bool:
+            if not all(nonfinite.is_finite(array) for _, array in self.state.named_arrays()):
                 raise self._diverged(f"the weights are not finite after step {self.state.step}")
-            self.coordinator.checkpoint(self.state, last=last)
+            return self.coordinator.checkpoint(self.state, last=self._stops_here)
 
-        together(self.communicator, save)
+        with committed(self.communicator):
+            if self.config.verify_every:
+                corruption.compare_replicas(self.communicator, self.state)
+            before_is_saved = self.communicator.bcast_json(together(self.communicator, save))
+        self.coordinator.checkpointed(before_is_saved=before_is_saved)
+        self.phase = self._after_checkpoint()
 
     def _summary(self, test: Sums | None) -> Summary:
         state = self.state
         receipt = state.weights_sha256()
         receipts = self.communicator.allgather_json(receipt)
-        assert len(set(receipts)) == 1, f"the replicas differ: {dict(enumerate(receipts))}"
+        if len(set(receipts)) > 1:
+            raise corruption.found(
+                self.communicator, corruption.odd_ones_out(receipts), "the weights differ at the end"
+            )
         epochs, steps = divmod(state.step, self.steps_per_epoch)
         samples = epochs * len(self.data.parts.training) + steps * self.config.batch_size
         seconds = state.progress["train_seconds"]
@@ -225,7 +427,7 @@ class Trainer:
             samples_per_second=samples / seconds if seconds else 0.0,
             weights_sha256=receipt,
             state_sha256=state.state_sha256(),
-            recoveries=[],
+            recoveries=self.recoveries,
         )
 
     def _epoch_rows(self, epoch: int) -> NDArray[np.int64]:
@@ -239,6 +441,7 @@ class Trainer:
 
     def _micro_batch(self, rows: NDArray[np.int64], index: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Return the normalized images (N, H, W, C) and the labels (N,) of one micro-batch."""
+        self._micro_batches += 1
         rows = split.micro_batch(rows, index, self.config.micro_batch_size)
         if len(rows) not in self._images:
             self._images[len(rows)] = aligned_empty((len(rows), *self.data.images.shape[1:]))
@@ -252,6 +455,5 @@ class Trainer:
         return error
 
 
-def _is_finite(array: NDArray[Any]) -> bool:
-    """Whether every element is finite: if not, neither is the sum of squares, which may overflow besides."""
-    return math.isfinite(np.vdot(array, array)) or bool(np.isfinite(array).all())
+def _ranks(numbers: Sequence[int]) -> str:
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

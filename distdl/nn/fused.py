@@ -452,8 +452,8 @@ class WinogradBlock(Block):
 
 def _turn_signs(transform: Array) -> None:
     """Turn the sign where just one of the two frequencies is the last."""
-    np.negative(transform[3, :3], out=transform[3, :3])
-    np.negative(transform[:3, 3], out=transform[:3, 3])
+    transform[3, :3] *= -1
+    transform[:3, 3] *= -1
 
 
 def _overlap(v: Sequence[Array], *, even: Array, odd: Array, axis: int) -> None:
@@ -469,7 +469,7 @@ def _overlap(v: Sequence[Array], *, even: Array, odd: Array, axis: int) -> None:
     first = at(odd, 0, T)
     np.subtract(v[1], v[2], out=first)
     first += v[3]
-    np.negative(at(v[3], T - 1, T), out=at(odd, T, T + 1))
+    np.multiply(at(v[3], T - 1, T), -1, out=at(odd, T, T + 1))  # NumPy 2.4's negative is wrong for some strides
     shared = at(odd, 1, T)
     shared -= at(v[3], 0, T - 1)
 

@@ -8,9 +8,12 @@ import warnings
 
 from distdl.errors import UserError
 from distdl.launcher import belong_together, read_launch
-from distdl.parallel.agreement import exit_code_of, guard, report, together
+from distdl.lifeline import end_with_the_launcher
+from distdl.parallel import leftovers, shared
+from distdl.parallel.agreement import die_of_the_host, exit_code_of, guard, report, together
 from distdl.parallel.communicator import Communicator, OneProcess, hosts, say
 from distdl.parallel.dealing import deal, share
+from distdl.parallel.recovery import Loss, Position, commit, committed, recover, survive
 from distdl.parallel.reduce import REDUCTIONS, Field, Layout, Record, Reduction
 from distdl.parallel.shared import share_arrays
 from distdl.parallel.tree import Shard, contiguous_shards
@@ -20,18 +23,25 @@ __all__ = [
     "Communicator",
     "Field",
     "Layout",
+    "Loss",
     "OneProcess",
+    "Position",
     "Record",
     "Reduction",
     "Shard",
+    "commit",
+    "committed",
     "contiguous_shards",
     "deal",
+    "die_of_the_host",
     "exit_code_of",
     "guard",
     "hosts",
+    "recover",
     "report",
     "share",
     "share_arrays",
+    "survive",
     "together",
     "world",
 ]
@@ -42,14 +52,17 @@ INSTALL = "pip install 'distdl-mpi[mpich]'"
 def world() -> Communicator:
     """Return the communicator of all ranks of this job: MPI under a launcher, else one process.
 
-    From then on an exception that nobody catches on any rank ends the whole job. Raises `UserError` where the
+    From then on an exception that nobody catches on any rank ends the whole job, and the end of the launcher ends
+    this process. What killed runs have left on this machine is removed. Raises `UserError` where the
     launcher started several processes that MPI does not see as one job: the wrong ``srun --mpi=``, the
     `mpirun` of another MPI, or no mpi4py at all.
     """
     launch = read_launch()
     if launch.by is None:
+        leftovers.sweep(shared.folders())
         missing = importlib.util.find_spec("mpi4py") is None
         return OneProcess("one process" + (f"; mpi4py is not installed: {INSTALL} for more" if missing else ""))
+    end_with_the_launcher()
     try:
         from distdl.parallel import mpi  # noqa: PLC0415  not every machine has an MPI library
     except (ImportError, RuntimeError) as error:
@@ -73,7 +86,7 @@ def world() -> Communicator:
         # The mpirun of another MPI: we say so below, once and not once a rank, and only where it matters.
         warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
         communicator = mpi.world_of_mpi()
-    if communicator.size == 1 and launch.size > 1:
+    if mpi.ranks_started() == 1 and launch.size > 1:
         raise _not_one_job(
             launch.by,
             launch.size,
@@ -81,6 +94,9 @@ def world() -> Communicator:
             "or srun with --mpi=pmi2 for MPICH and --mpi=pmix for Open MPI",
         )
     _end_the_job_on_uncaught_exceptions(communicator)
+    leftovers.register(shared.folders())
+    if launch.local_rank == 0:
+        leftovers.sweep(shared.folders())
     return communicator
 
 
@@ -97,7 +113,8 @@ def _end_the_job_on_uncaught_exceptions(communicator: Communicator) -> None:
             report(error, communicator.rank)
             communicator.abort(exit_code_of(error))
         if communicator.rank == 0:
-            say(f"distdl: error: {' '.join(str(error).split())}\n")
+            label = getattr(error, "label", "error: ")
+            say(f"distdl: {label}{' '.join(str(error).split())}\n")
         raise SystemExit(exit_code_of(error))  # all ranks are leaving: an ordinary exit, with a code of our choice
 
     sys.excepthook = end_the_job

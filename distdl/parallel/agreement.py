@@ -2,10 +2,14 @@
 
 A rank that raises alone leaves the others waiting for ever in their next collective call. So work that can
 fail on one rank only is done `together`, and whatever else is raised ends the job: that is what `guard` does.
+`PeerLost` is not among them: it passes through `together`, to whoever can go on without the rank that was lost, and
+an error that some ranks have heard of and others have not, because one was lost just then, is raised on none.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +17,7 @@ from typing import TypeVar
 
 from distdl import errors
 from distdl.parallel.communicator import Communicator, say
+from distdl.parallel.recovery import commit
 
 T = TypeVar("T")
 
@@ -27,7 +32,9 @@ def together(communicator: Communicator, work: Callable[[], T]) -> T:
         result = work()
     except errors.UserError as error:
         failure = [type(error).__name__, str(error)]
-    for reported in communicator.allgather_json(failure):
+    everyone = communicator.allgather_json(failure)
+    commit(communicator)
+    for reported in everyone:
         if reported is not None:
             raised: errors.UserError = getattr(errors, reported[0], errors.UserError)(reported[1])
             raised.agreed = True
@@ -48,6 +55,16 @@ def guard(communicator: Communicator) -> Iterator[None]:
             raise
         report(error, communicator.rank)
         communicator.abort(exit_code_of(error))
+
+
+def die_of_the_host(communicator: Communicator, error: BaseException) -> None:
+    """Die of a fault of this host alone, such as a lack of memory, where the other ranks go on; else return.
+
+    The launcher takes a signal for the loss of a rank, and any other end for a defect of the program.
+    """
+    if communicator.survives_failures and communicator.size > 1:
+        report(error, communicator.world_ranks[communicator.rank])
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def report(error: BaseException, rank: int) -> None:

@@ -13,10 +13,13 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from distdl.parallel.recovery import Loss
 
 Bytes = NDArray[np.uint8]
 #: A piece of a buffer: its first byte, and how many bytes.
@@ -32,6 +35,10 @@ class Communicator(ABC):
     rank: int
     size: int
     description: str
+    #: Whether the ranks that are left can go on when one dies: `PeerLost` is raised, and `shrink` gives their group.
+    survives_failures: bool = False
+    #: What was lost before anybody could take it down: while the world was made.
+    lost_at_start: Loss | None = None
     #: A rank that waits polls for so long before it sleeps (unless there are more ranks than cores). Most waits of a
     #: training step are shorter than a millisecond.
     spin_seconds: float = 1e-3
@@ -42,6 +49,31 @@ class Communicator(ABC):
     def seconds_waiting(self) -> float:
         """Seconds this rank has waited for others, here and in parts of this group; moving much data is not waiting."""
         return 0.0
+
+    @property
+    def world_ranks(self) -> list[int]:
+        """The numbers that the ranks of this group had in the world that the launcher started."""
+        return list(range(self.size))
+
+    def agree(self, flag: bool) -> bool:
+        """Return on every rank alike whether all gave True and none was lost on the way. Collective.
+
+        True commits: what was done up to here counts on every rank that is left. Raises `PeerLost`, with `agreed`
+        set, where a rank was lost. Who has met a `PeerLost` elsewhere must come here with False before it does
+        `shrink`, since others may wait here for its verdict. Where no rank can be lost without the end of the job,
+        this is `flag`, and nothing is communicated: all ranks then give the same.
+        """
+        return flag
+
+    def shrink(self) -> Communicator:
+        """Return the group of the ranks that are left, in the old order. Collective, after an `agree` that failed.
+
+        The old group, and all that was split off it, must not be used any more.
+        """
+        raise NotImplementedError
+
+    def notice_cores(self) -> None:  # noqa: B027  one process has nothing to find out
+        """Find out whether there are more ranks than cores, where that is not known yet. Collective."""
 
     @abstractmethod
     def barrier(self, longest_pause_seconds: float = LONGEST_PAUSE_SECONDS) -> None:

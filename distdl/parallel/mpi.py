@@ -12,18 +12,28 @@ than a few pages, and then nobody sleeps until it is done.
 
 Failures: an MPI error that says that a process has died becomes `PeerLost`; nothing above this module knows
 MPI's error classes. Whoever sees one first revokes the communicator and all that were split off it or that it was
-split off, since a rank may be waiting in any of them for one that has left.
+split off, since a rank may be waiting in any of them for one that has left. Those that are left meet in `agree`,
+which is the one thing that they can rely on to end alike on all of them, and go on in the group that `shrink` gives.
+Requests that failed are kept with their buffers, since the library may still write into them.
+
+Open MPI 5.0 crashes where it hears of a loss just while it makes a communicator of which the lost rank is a part. So
+where ranks may be lost no more communicators are made than must be.
+
+MPI_Finalize hangs now and then once a rank was lost, and a rank may be lost in it. Under a launcher that lets the
+others go on it is therefore never called: ranks meet in a barrier and leave.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, NoReturn
 
 import mpi4py
@@ -33,13 +43,17 @@ from numpy.typing import NDArray
 # The import tells which library there is; MPI is started in `world_of_mpi`, where that library and the launcher
 # belong together. A script that has imported MPI before us has started it already.
 mpi4py.rc.initialize = False
-mpi4py.rc.finalize = True  # at exit, as it would be had the import started it
+from distdl.errors import PeerLost  # noqa: E402
+from distdl.launcher import survives_failures, take_the_word  # noqa: E402
+
+mpi4py.rc.finalize = not survives_failures()  # at exit, as it would be had the import started it
 
 from mpi4py import MPI  # noqa: E402
 
-from distdl.errors import PeerLost  # noqa: E402
-from distdl.launcher import survives_failures  # noqa: E402
 from distdl.parallel.communicator import LONGEST_PAUSE_SECONDS, Bytes, Communicator, Span, say  # noqa: E402
+from distdl.parallel.recovery import survive  # noqa: E402
+from distdl.parallel.shared import SHARED_MEMORY  # noqa: E402
+from distdl.parallel.starting import together_or_not_at_all  # noqa: E402
 
 SHORTEST_PAUSE_SECONDS = 20e-6
 #: Nobody comes later than by this share of the time waited.
@@ -48,6 +62,8 @@ PAUSE_SHARE = 1 / 8
 LARGEST_UNMET_BYTES = 2**15
 #: A launcher that is told to end the job may do so before it has passed on what we printed last.
 SECONDS_TO_BE_HEARD = 0.5
+#: A call may fail because of a loss before the news of the loss is here.
+SECONDS_TO_KNOW = 2.0
 #: MPI counts are 32-bit integers in the calls we use.
 LARGEST_MESSAGE_BYTES = 2**30
 
@@ -64,6 +80,19 @@ class _Family:
         self.seconds_waiting = 0.0
         self.spin_seconds: float = Communicator.spin_seconds
         self.oversubscribed = False
+        self.cores_noticed = False
+
+    def has_lost(self) -> bool:
+        """Whether a rank is known to be lost. A call that a loss cuts short may fail with an error of any class."""
+        if not survives_failures():
+            return False
+        ends = time.monotonic() + SECONDS_TO_KNOW
+        while time.monotonic() < ends:
+            if any(comm.Is_revoked() or comm.Get_failed().Get_size() for comm in self.comms):
+                return True
+            MPI.COMM_SELF.Iprobe()  # lets the news come in
+            time.sleep(SHORTEST_PAUSE_SECONDS)
+        return False
 
     def revoke(self) -> None:
         """Wake every rank that waits in one of them, and let nobody wait there again."""
@@ -81,11 +110,10 @@ class MpiCommunicator(Communicator):
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
         self.description = library_name()
+        self.survives_failures = survives_failures() and self.size > 1
         self._node: MpiCommunicator | None = None
         self._family: _Family = _Family() if of is None else of._family
         self._family.comms.append(comm)
-        if of is None:
-            self.oversubscribed = self._more_ranks_than_cores()
 
     @property
     def seconds_waiting(self) -> float:
@@ -110,10 +138,49 @@ class MpiCommunicator(Communicator):
     def oversubscribed(self, oversubscribed: bool) -> None:
         self._family.oversubscribed = oversubscribed
 
-    def _more_ranks_than_cores(self) -> bool:
-        node = self.node()
-        cores = {core for rank in node.allgather_json(sorted(os.sched_getaffinity(0))) for core in rank}
-        return node.size > len(cores)
+    @property
+    def world_ranks(self) -> list[int]:
+        """The numbers that the ranks of this group had in the world that the launcher started."""
+        group, everyone = self._comm.Get_group(), MPI.COMM_WORLD.Get_group()
+        try:
+            return list(group.Translate_ranks(None, everyone))
+        finally:
+            group.Free()
+            everyone.Free()
+
+    def agree(self, flag: bool) -> bool:
+        """Return on every rank alike whether all gave True and none was lost on the way. Collective."""
+        if not survives_failures():
+            return flag
+        try:
+            with self._told_of_losses():
+                return bool(self._comm.Agree(int(flag)))
+        except PeerLost as lost:
+            lost.agreed = True
+            raise
+
+    def shrink(self) -> Communicator:
+        """Return the group of the ranks that are left, in the old order. Collective, after an `agree` that failed."""
+        global _everyone  # noqa: PLW0603  there is one world
+        self._family.revoke()
+        while True:
+            with suppress(PeerLost), self._told_of_losses():
+                left = MpiCommunicator(self._comm.Shrink())
+                break
+        left.spin_seconds, left.oversubscribed = self.spin_seconds, self.oversubscribed
+        if _everyone is self:
+            _everyone = left
+            if left.rank == 0:
+                take_the_word()
+        return left
+
+    def notice_cores(self) -> None:
+        """Find out whether there are more ranks than cores, where that is not known yet. Collective."""
+        if not self._family.cores_noticed:
+            node = self.node()
+            cores = {core for rank in node.allgather_json(sorted(os.sched_getaffinity(0))) for core in rank}
+            self.oversubscribed = node.size > len(cores)
+            self._family.cores_noticed = True
 
     def barrier(self, longest_pause_seconds: float = LONGEST_PAUSE_SECONDS) -> None:
         """Return when every rank has called it. Who comes early sleeps, in pauses that grow to the longest."""
@@ -171,23 +238,29 @@ class MpiCommunicator(Communicator):
 
     def split(self, color: int | None) -> Communicator | None:
         """Return the communicator of the ranks that gave the same color; None for those that gave None."""
-        part = self._comm.Split(MPI.UNDEFINED if color is None else color, self.rank)
+        with self._told_of_losses():
+            part = self._comm.Split(MPI.UNDEFINED if color is None else color, self.rank)
         if part == MPI.COMM_NULL:
             return None
         return MpiCommunicator(part, of=self)
 
     def node(self) -> Communicator:
         """Return the communicator of the ranks that share this rank's memory."""
+        if self._node is None and survives_failures() and len(set(self.allgather_json(_memory()))) == 1:
+            self._node = self
         if self._node is None:
-            self._node = MpiCommunicator(self._comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank), of=self)
+            with self._told_of_losses():
+                part = self._comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank)
+            self._node = MpiCommunicator(part, of=self)
         return self._node
 
     def free(self) -> None:
         """Give back what MPI keeps for this group and its node, of which it has about two thousand in all."""
-        if self._node is not None:
+        if self._node is not None and self._node is not self:
             self._node.free()
         self._family.comms.remove(self._comm)
-        self._comm.Free()
+        with self._told_of_losses():
+            self._comm.Free()
 
     def abort(self, exit_code: int) -> NoReturn:
         """End every process of the job now, whatever it is doing.
@@ -221,28 +294,64 @@ class MpiCommunicator(Communicator):
     ) -> None:
         started = time.perf_counter()
         awake_seconds = 0.0 if self.oversubscribed else self.spin_seconds
+        request = None
         try:
-            request = start(*arguments)
-            while not request.Test():
-                waited = time.perf_counter() - started
-                if sleeps and waited > awake_seconds:
-                    time.sleep(min(max(waited * PAUSE_SHARE, SHORTEST_PAUSE_SECONDS), longest_pause))
-        except MPI.Exception as error:
-            if error.Get_error_class() in _PEER_LOST_CLASSES:
-                self._family.revoke()
-                raise PeerLost(f"a rank was lost: {error.Get_error_string()}") from error
+            with self._told_of_losses():
+                request = start(*arguments)
+                while not request.Test():
+                    waited = time.perf_counter() - started
+                    if sleeps and waited > awake_seconds:
+                        time.sleep(min(max(waited * PAUSE_SHARE, SHORTEST_PAUSE_SECONDS), longest_pause))
+        except PeerLost:
+            _orphans.append((request, arguments))
             raise
         finally:
             if sleeps:
                 self._family.seconds_waiting += time.perf_counter() - started
 
+    @contextmanager
+    def _told_of_losses(self) -> Iterator[None]:
+        """Turn MPI's errors that tell of a dead process into `PeerLost`, and let every rank know."""
+        try:
+            yield
+        except MPI.Exception as error:
+            if error.Get_error_class() not in _PEER_LOST_CLASSES and not self._family.has_lost():
+                raise
+            self._family.revoke()
+            raise PeerLost(f"a rank was lost: {error.Get_error_string()}") from error
 
-@cache
+
+#: Failed requests and their buffers, which the library may still write into.
+_orphans: list[Any] = []
+#: All ranks of the job that are left.
+_everyone: MpiCommunicator | None = None
+
+
 def world_of_mpi() -> MpiCommunicator:
-    """Start MPI, unless it has been, and return the communicator of all ranks that the launcher started."""
-    if not MPI.Is_initialized():
-        MPI.Init_thread()
-    return MpiCommunicator(MPI.COMM_WORLD)
+    """Start MPI, unless it has been, and return the communicator of all ranks of the job that are left. Collective."""
+    global _everyone  # noqa: PLW0603  there is one world
+    if _everyone is None:
+        if not MPI.Is_initialized():
+            with together_or_not_at_all() if survives_failures() else nullcontext():
+                MPI.Init_thread()
+        _everyone = MpiCommunicator(MPI.COMM_WORLD)
+        if survives_failures():
+            atexit.register(_leave)
+        _, _, loss = survive(_everyone, lambda communicator: communicator.notice_cores())
+        _everyone.lost_at_start = loss
+    return _everyone
+
+
+def ranks_started() -> int:
+    """Return the number of ranks that the launcher started, as MPI sees it."""
+    return MPI.COMM_WORLD.Get_size()
+
+
+def _leave() -> None:
+    """Meet the others at the end, as MPI_Finalize would."""
+    if _everyone is not None:
+        with suppress(PeerLost):
+            _everyone.barrier()
 
 
 def vendor() -> str:
@@ -254,6 +363,12 @@ def library_name() -> str:
     """Return the name and version of the MPI library, such as ``MPICH 5.0.2``."""
     name, version = MPI.get_vendor()
     return f"{name} {'.'.join(str(number) for number in version)}"
+
+
+def _memory() -> str:
+    """Return what is the same on ranks that share memory, and on no others."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {SHARED_MEMORY.stat().st_dev if SHARED_MEMORY.is_dir() else None}"
 
 
 def _counts_and_starts(spans: Sequence[Span]) -> tuple[list[int], list[int]]:

@@ -141,6 +141,10 @@ class Reduction:
                 field[...] = values[name]
             self._nodes.append(node)
 
+    def held(self) -> list[tuple[Node, Record]]:
+        """Return this rank's partial sums and which nodes of the tree they are; valid until `total` or `begin`."""
+        return list(zip(self._nodes, self._records, strict=False))
+
     def _make_slots(self, count: int) -> None:
         while len(self._slots) < count:
             self._slots.append(self.layout.new_buffer())

@@ -2,8 +2,8 @@
 
 It is a memory-mapped file: in shared memory if it fits, else in the temporary folder. The space is reserved
 first, so that a full disk is an error here and not a bus error later; the file is unlinked as soon as every rank
-has mapped it, so that nothing is left behind whatever ends the job. (An MPI window would not survive the failure of
-a rank.)
+has mapped it, so that nothing is left behind whatever ends the job after that; until then its maker holds it
+(`leftovers.py`). (An MPI window would not survive the failure of a rank.)
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from distdl.arrays import ALIGNMENT_BYTES
 from distdl.errors import UserError
+from distdl.parallel import leftovers
 from distdl.parallel.agreement import together
 from distdl.parallel.communicator import Bytes, Communicator
 
@@ -32,7 +33,7 @@ def shared_bytes(communicator: Communicator, node: Communicator, nbytes: int, pu
     They start on a 64-byte boundary. Raises `UserError` on every rank of `communicator` where a host has no room
     for them; `purpose` says to a person what they are for.
     """
-    reserved: list[str] = []
+    reserved: list[tuple[int, str]] = []
 
     def reserve() -> None:
         if node.rank == 0:
@@ -40,11 +41,12 @@ def shared_bytes(communicator: Communicator, node: Communicator, nbytes: int, pu
 
     try:
         together(communicator, reserve)
-        path = node.bcast_json(reserved[0] if reserved else None)
+        path = node.bcast_json(reserved[0][1] if reserved else None)
         return together(communicator, lambda: _map(path, nbytes))
     finally:
-        for mine in reserved:
+        for handle, mine in reserved:
             Path(mine).unlink()
+            os.close(handle)
 
 
 def share_arrays(
@@ -59,14 +61,15 @@ def share_arrays(
     specification = communicator.bcast_json(described)
     places = _places(specification)
     node = communicator.node() if node is None else node
-    leaders = communicator.split(0 if node.rank == 0 else None)
+    one_host = node.size == communicator.size  # and no new group, in whose making Open MPI may crash where a rank dies
+    leaders = None if one_host else communicator.split(0 if node.rank == 0 else None)
     buffer = shared_bytes(communicator, node, places[-1][1] if places else 0, "the dataset")
     shared: dict[str, NDArray[Any]] = {}
     for (name, dtype, shape), (start, end) in zip(specification, places, strict=True):
         view = buffer[start:end].view(dtype).reshape(shape)
+        if communicator.rank == 0:
+            view[...] = arrays[name]
         if leaders is not None:
-            if communicator.rank == 0:
-                view[...] = arrays[name]
             leaders.bcast(view)
         view.flags.writeable = False
         shared[name] = view
@@ -85,12 +88,17 @@ def _places(specification: list[tuple[str, str, list[int]]]) -> list[tuple[int, 
     return places
 
 
-def _reserve(nbytes: int, purpose: str) -> str:
-    """Create a file of `nbytes` whose space is really there, and return its path."""
+def folders() -> tuple[Path, Path]:
+    """Return where files may lie that the ranks of a node share, the best first."""
+    return SHARED_MEMORY, Path(tempfile.gettempdir())
+
+
+def _reserve(nbytes: int, purpose: str) -> tuple[int, str]:
+    """Create a file of `nbytes` whose space is really there; return the handle that holds it, and its path."""
     tried = []
-    for folder in (SHARED_MEMORY, Path(tempfile.gettempdir())):
+    for folder in folders():
         try:
-            handle, path = tempfile.mkstemp(prefix="distdl-", dir=folder)
+            handle, path = leftovers.create_held(folder, leftovers.MEMORY)
         except OSError as error:
             tried.append(f"{folder}: {error.strerror}")
             continue
@@ -98,11 +106,10 @@ def _reserve(nbytes: int, purpose: str) -> str:
             os.posix_fallocate(handle, 0, max(nbytes, 1))
         except OSError as error:
             Path(path).unlink()
+            os.close(handle)
             tried.append(f"{folder}: {error.strerror}")
         else:
-            return path
-        finally:
-            os.close(handle)
+            return handle, path
     raise UserError(f"no room for {nbytes / 1e6:.1f} MB of {purpose} ({'; '.join(tried)}): free some, or set TMPDIR")
 
 

@@ -14,9 +14,7 @@ from distdl.benchmark.layers import Stopwatch
 from distdl.benchmark.measure import Bench, Setup, measure_scaling
 from distdl.benchmark.run import benchmark
 from distdl.benchmark.settings import Network, Settings
-from distdl.errors import UserError
-from distdl.launcher import read_launch
-from distdl.mpirun import environment_for, find_mpirun, mpirun_command
+from distdl.mpirun import mpirun_command
 from distdl.nn import build_model
 from distdl.parallel import OneProcess
 
@@ -38,10 +36,9 @@ def check_trace(path, ranks):
     assert {event["args"]["step"] for event in events} == {4, 5}  # after the three of the warm-up
 
 
-def run(argv, folder, environment=None):
+def run(argv, folder):
     return subprocess.run(
         argv,
-        env=environment or dict(os.environ),
         cwd=folder,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -51,15 +48,8 @@ def run(argv, folder, environment=None):
     )
 
 
-def launched(ranks, flags, folder):
-    if read_launch().by is not None:
-        pytest.skip("already under a launcher")
-    try:
-        find_mpirun()
-    except UserError as error:
-        pytest.skip(str(error))
-    launch = mpirun_command(ranks, [sys.executable, "-m", "distdl.bench", *flags])
-    return run(launch.argv, folder, environment_for(launch))
+def bench_on(ranks, flags):
+    return mpirun_command(ranks, [sys.executable, "-m", "distdl.bench", *flags])
 
 
 def results(folder):
@@ -101,8 +91,8 @@ def test_one_process_measures_itself(tmp_path):
 
 
 @pytest.mark.parametrize(("ranks", "sweep"), [(2, [1, 2]), (3, [1, 2, 3])])
-def test_ranks_are_measured_in_worlds_of_some_of_them(tmp_path, ranks, sweep):
-    done = launched(ranks, flags_of_a_run("out"), tmp_path)
+def test_ranks_are_measured_in_worlds_of_some_of_them(tmp_path, run_job, ranks, sweep):
+    done = run_job(bench_on(ranks, flags_of_a_run("out")), cwd=tmp_path, timeout=TIMEOUT_SECONDS)
     assert done.returncode == 0, done.stderr
     found = results(tmp_path / "out")
     check_results(found, done.stdout, sweep)
@@ -159,13 +149,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_measured_is_one_line_and_exit_2(tmp_path, case):
+def test_what_cannot_be_measured_is_one_line_and_exit_2(tmp_path, run_job, case):
     flags, said = BAD[case]
     (tmp_path / "file").write_text("x")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").write_text("x")
     before = sorted(tmp_path.rglob("*"))
-    for done in (run([sys.executable, "-m", "distdl.bench", *flags], tmp_path), launched(2, flags, tmp_path)):
+    alone = run([sys.executable, "-m", "distdl.bench", *flags], tmp_path)
+    for done in (alone, run_job(bench_on(2, flags), cwd=tmp_path, timeout=TIMEOUT_SECONDS)):
         assert done.returncode == 2, done.stderr
         errors = [line for line in done.stderr.splitlines() if line.startswith("distdl: ")]
         assert len(errors) == 1, done.stderr

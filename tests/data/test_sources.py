@@ -233,6 +233,8 @@ def mirror(tmp_path, monkeypatch):
     folder = write_mnist(tmp_path / "mirror", ALL)
     pins = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sources.MNIST_SHA256}
     monkeypatch.setattr(sources, "MNIST_SHA256", pins)
+    monkeypatch.setattr(sources, "MNIST_BYTES", {name: (folder / name).stat().st_size for name in pins})
+    monkeypatch.setattr(sources, "DOWNLOADS_FROM", "http://127.0.0.1")  # and HTTPS alone but for these tests
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return folder
@@ -305,7 +307,103 @@ def test_without_pooch_the_way_to_get_it_is_named(monkeypatch):
     assert "--data-dir" in one_line(caught)
 
 
+class Misbehaving(QuietHandler):
+    """Answers every request by what `answer` sends."""
+
+    answer = None
+    asked = 0
+
+    def do_GET(self):
+        type(self).asked += 1
+        self.answer(self)
+
+
+@contextmanager
+def misbehaving(answer):
+    handler = type("Handler", (Misbehaving,), {"answer": staticmethod(answer), "asked": 0})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/", handler
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def refusal_of(url, monkeypatch):
+    monkeypatch.setattr(sources, "MNIST_MIRRORS", (url,))
+    with pytest.raises(UserError, match="could not be downloaded") as caught:
+        load("mnist", None)
+    return one_line(caught)
+
+
+@pytest.mark.usefixtures("mirror")
+def test_a_mirror_that_sends_without_end_is_left_at_the_first_byte_too_many(tmp_path, monkeypatch):
+    sent = []
+
+    def endless(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        try:
+            while len(sent) < 10_000:  # 640 MB
+                handler.wfile.write(bytes(2**16))
+                sent.append(1)
+        except OSError:
+            pass
+
+    with misbehaving(endless) as (url, _):
+        size = sources.MNIST_BYTES["train-images-idx3-ubyte.gz"]
+        assert f"longer than the {size} bytes" in refusal_of(url, monkeypatch)
+    assert len(sent) < 1000
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_download_that_ends_early_is_refused(mirror, tmp_path, monkeypatch):
+    def torn(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write((mirror / handler.path[1:]).read_bytes()[:-3])
+
+    with misbehaving(torn) as (url, _):
+        assert "ends 3 of" in refusal_of(url, monkeypatch)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+@pytest.mark.usefixtures("mirror")
+def test_a_mirror_that_leads_away_from_https_is_not_followed(monkeypatch):
+    def ok(handler):
+        handler.send_response(200)
+        handler.end_headers()
+
+    with misbehaving(ok) as (plain, visited):
+        elsewhere = plain.replace("127.0.0.1", "localhost")  # stands for http:// where https:// is asked for
+
+        def leads_away(handler):
+            handler.send_response(302)
+            handler.send_header("Location", elsewhere)
+            handler.end_headers()
+
+        with misbehaving(leads_away) as (url, asked):
+            assert f"it leads to {elsewhere}" in refusal_of(url, monkeypatch)
+        assert (asked.asked, visited.asked) == (1, 0)
+
+
+@pytest.mark.usefixtures("mirror")
+def test_a_mirror_that_leads_in_circles_is_left(monkeypatch):
+    def circles(handler):
+        handler.send_response(302)
+        handler.send_header("Location", handler.path)
+        handler.end_headers()
+
+    with misbehaving(circles) as (url, asked):
+        assert "leads on more than 5 times" in refusal_of(url, monkeypatch)
+    assert asked.asked == 5
+
+
 def test_every_mirror_is_reached_over_https_and_every_file_is_pinned():
+    assert sources.DOWNLOADS_FROM == "https://"
+    assert sources.MNIST_BYTES.keys() == sources.MNIST_SHA256.keys()
     assert len(sources.MNIST_MIRRORS) >= 2
     assert all(url.startswith("https://") and url.endswith("/") for url in sources.MNIST_MIRRORS)
     assert len(set(sources.MNIST_SHA256.values())) == 4

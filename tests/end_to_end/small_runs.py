@@ -49,6 +49,15 @@ def sub_world(communicator, size):
     return communicator.split(0 if communicator.rank < size else None)
 
 
+def worlds(communicator, sizes=(1, 2, 3, 4)):
+    """Yield (n, the first n ranks), for each n in turn, to those who are among them; the others wait."""
+    for size in sizes:
+        part = sub_world(communicator, size) if size <= communicator.size else None
+        if part is not None:
+            yield size, part
+        communicator.barrier()
+
+
 def remove(communicator, folder):
     communicator.barrier()
     if communicator.rank == 0:

@@ -182,6 +182,8 @@ FLOATS = {
     "lr": ("0", "-0.0", "-1", "nan", "-nan", "inf", "-inf", "1e999"),
     "weight_decay": ("-1", "-1e-300", "nan", "inf", "-inf", "1e999"),
     "lr_step_factor": ("0", "-0.5", "nan", "inf", "-inf", "1e999"),
+    "stall_warning": ("-1", "-1e-300", "nan", "inf", "-inf", "1e999"),
+    "detect_hangs": ("-1", "0.5", "1e-300", "nan", "inf", "1e999", "86400.01"),
 }
 
 
@@ -299,6 +301,7 @@ WRONG_SETTINGS = {
     "data_dir": ("true", "[]", '"a\\u0000b"', "{}"),
     "max_steps": ("0", '"x"', "true", "2.5"),
     "log_every": ("-1", "true", '"never"'),
+    "stall_warning": ("-1", "true", '"never"', "nan", "inf"),
     "checkpoint_every": ("-1", "true", "1.5"),
     "keep_checkpoints": ("0", "true", '"all"'),
     "lr_step_epochs": ("0", "-1", "true"),

@@ -12,18 +12,9 @@ from bad_inputs import TRAIN_IMAGES, mnist_files, write_files
 
 from distdl import verify
 from distdl.errors import UserError
-from distdl.mpirun import find_mpirun
 from distdl.verify import Outcome, first_difference
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def _needs_mpirun():
-    try:
-        find_mpirun()
-    except UserError as error:
-        pytest.skip(str(error))
 
 
 def verified(tmp_path, *arguments):
@@ -39,7 +30,7 @@ def verified(tmp_path, *arguments):
     )
 
 
-@pytest.mark.usefixtures("_needs_mpirun")
+@pytest.mark.usefixtures("needs_mpirun")
 def test_equal_bits_are_proved_and_nothing_is_left(tmp_path):
     done = verified(tmp_path, "--ranks", "1,2,3", "--", "--max-steps", "12", "--model", "deep_convnet")
     assert done.returncode == 0, done.stderr
@@ -47,14 +38,14 @@ def test_equal_bits_are_proved_and_nothing_is_left(tmp_path):
     assert not list(tmp_path.glob("distdl-verify-*"))
 
 
-@pytest.mark.usefixtures("_needs_mpirun")
+@pytest.mark.usefixtures("needs_mpirun")
 def test_a_reduction_whose_bits_depend_on_the_ranks_is_caught_at_its_first_step(tmp_path):
     done = verified(tmp_path, "--ranks", "1,3", "--", "--max-steps", "3", "--reduction", "allreduce")
     assert done.returncode == 1, done.stderr
     assert re.search(r"DIFFERENT: first at step 1, tensor \w+\.\w+: [0-9a-f]{16} with 1 ranks", done.stdout)
 
 
-@pytest.mark.usefixtures("_needs_mpirun")
+@pytest.mark.usefixtures("needs_mpirun")
 def test_a_training_that_fails_is_reported_in_one_line(tmp_path):
     done = verified(tmp_path, "--ranks", "1,2", "--", "--model", "simple_convet")
     assert done.returncode == 2
@@ -66,7 +57,7 @@ def test_a_training_that_fails_is_reported_in_one_line(tmp_path):
     assert not list(tmp_path.glob("distdl-verify-*"))
 
 
-@pytest.mark.usefixtures("_needs_mpirun")
+@pytest.mark.usefixtures("needs_mpirun")
 def test_a_damaged_file_keeps_its_exit_code_and_nothing_is_left(tmp_path):
     files = mnist_files()
     write_files(tmp_path / "data", {**files, TRAIN_IMAGES: files[TRAIN_IMAGES][:-1]})

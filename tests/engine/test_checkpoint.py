@@ -1,8 +1,10 @@
 """A checkpoint is the old one or the new one, whatever cuts the write off; and a damaged one is never loaded."""
 
+import errno
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,49 +24,59 @@ class Killed(BaseException):
 
 
 class FlakyDisk:
-    """Stands for `os` in `files`: counts system calls, and cuts the write off where it is told to."""
+    """Stands for `os`: counts system calls and bytes, and fails where it is told to, from there on or just once."""
 
-    O_WRONLY, O_CREAT, O_TRUNC = os.O_WRONLY, os.O_CREAT, os.O_TRUNC
-    O_CLOEXEC, O_RDONLY, O_DIRECTORY = os.O_CLOEXEC, os.O_RDONLY, os.O_DIRECTORY
+    CALLS = ("open", "writev", "fsync", "close", "rename", "unlink", "listdir", "fstat")
 
-    def __init__(self, *, bytes_until=None, calls_until=None, failure=Killed, piece=None):
+    def __init__(self, *, bytes_until=None, calls_until=None, failure=Killed, piece=None, once=False):
         self.left = bytes_until
         self.calls_left = calls_until
         self.failure = failure
         self.piece = piece
+        self.once = once
+        self.made = []
 
-    def _call(self):
-        if self.calls_left is not None:
+    def __getattr__(self, name):
+        if name not in self.CALLS:
+            return getattr(os, name)
+
+        def call(*arguments, **named):
+            if name == "close":
+                os.close(*arguments)  # closed in any case: this process lives on
+            self.made.append(name)
             if self.calls_left == 0:
+                if self.once:
+                    self.calls_left = -1
                 raise self.failure
-            self.calls_left -= 1
+            if self.calls_left is not None:
+                self.calls_left -= 1
+            return None if name == "close" else getattr(self, f"_{name}", getattr(os, name))(*arguments, **named)
 
-    def open(self, *arguments):
-        self._call()
-        return os.open(*arguments)
+        return call
 
-    def write(self, handle, data):
-        self._call()
+    def _writev(self, handle, parts):
+        data = b"".join(parts)
         if self.piece is not None:
             data = data[: self.piece]
         if self.left is None:
             return os.write(handle, data)
         written = os.write(handle, data[: self.left]) if self.left else 0
         self.left -= written
-        if written < len(data):
-            raise self.failure
+        if self.left == 0 and written < len(data):
+            if self.once:
+                self.left = None
+            if written == 0 and self.failure is None:
+                return 0
+            if self.failure is not None:
+                raise self.failure
         return written
 
-    def fsync(self, handle):
-        self._call()
-        os.fsync(handle)
 
-    def rename(self, *arguments):
-        self._call()
-        os.rename(*arguments)  # noqa: PTH104
-
-    def close(self, handle):
-        os.close(handle)
+def install(monkeypatch, **settings):
+    disk = FlakyDisk(**settings)
+    monkeypatch.setattr(files, "os", disk)
+    monkeypatch.setattr(checkpoints, "os", disk)
+    return disk
 
 
 def what_is_there(folder):
@@ -78,79 +90,198 @@ def folder(tmp_path):
     return tmp_path
 
 
+def errors(*numbers):
+    return [pytest.param(OSError(number, os.strerror(number)), id=errno.errorcode[number]) for number in numbers]
+
+
+DISK_ERRORS = errors(errno.ENOSPC, errno.EIO, errno.EDQUOT)
+
+
+@pytest.mark.parametrize("failure", [pytest.param(Killed, id="killed"), *DISK_ERRORS])
 @pytest.mark.parametrize("target", [1, 2], ids=["over the old file", "beside the old file"])
-def test_killed_at_any_byte_of_a_write_leaves_the_old_checkpoint(folder, monkeypatch, target):
+def test_cut_off_at_any_byte_of_a_write_the_old_checkpoint_stays(folder, monkeypatch, target, failure):
     path = checkpoints.path_of_step(folder, target)
     size = len(checkpoints.encode(small(2)))
     for count in range(size):
-        monkeypatch.setattr(files, "os", FlakyDisk(bytes_until=count))
-        with pytest.raises(Killed):
-            checkpoints.write(path, small(2))
+        with monkeypatch.context() as patched:
+            install(patched, bytes_until=count, failure=failure)
+            with pytest.raises(Killed if failure is Killed else OSError):
+                checkpoints.write(path, small(2))
         assert what_is_there(folder) == 1, f"after {count} of {size} bytes"
-    monkeypatch.setattr(files, "os", FlakyDisk(bytes_until=size))
-    checkpoints.write(path, small(2))
+        if failure is not Killed:
+            assert [path.name for path in folder.iterdir()] == ["step-000000001.safetensors"]
+    with monkeypatch.context() as patched:
+        install(patched, bytes_until=size, failure=failure)
+        checkpoints.write(path, small(2))
     assert what_is_there(folder) == 2
 
 
-@pytest.mark.parametrize("failure", [Killed, OSError(5, "Input/output error")], ids=["killed", "EIO"])
-@pytest.mark.parametrize("target", [1, 2])
-def test_cut_off_at_any_system_call_leaves_the_old_checkpoint_or_the_new(folder, monkeypatch, target, failure):
+@pytest.mark.parametrize("once", [True, False], ids=["once", "from then on"])
+@pytest.mark.parametrize("failure", [pytest.param(Killed, id="killed"), *DISK_ERRORS])
+@pytest.mark.parametrize("target", [1, 2], ids=["over the old file", "beside the old file"])
+def test_cut_off_at_any_system_call_leaves_the_old_checkpoint_or_the_new(folder, monkeypatch, target, failure, once):
     path = checkpoints.path_of_step(folder, target)
-    outcomes = []
-    for calls in range(20):
-        monkeypatch.setattr(files, "os", FlakyDisk(calls_until=calls, failure=failure))
-        try:
-            checkpoints.write(path, small(2))
-        except (Killed, OSError):
-            outcomes.append(what_is_there(folder))
-            continue
+    outcomes, cut_off = [], []
+    for calls in range(30):
+        with monkeypatch.context() as patched:
+            disk = install(patched, calls_until=calls, failure=failure, once=once)
+            try:
+                checkpoints.write(path, small(2))
+                checkpoints.remove_old(folder, target, keep=1, best_step=None)
+            except (Killed, OSError):
+                cut_off.append(disk.made[calls])
         outcomes.append(what_is_there(folder))
-        break
-    # open, write, fsync, rename, then open and fsync of the folder: from the rename on the new one is there
-    assert outcomes == [1, 1, 1, 1, 2, 2, 2]
+        if len(cut_off) == calls:
+            break
+    # Folder, what a kill has left, the temporary file and the folder's name; then what was written is read back;
+    # then older ones are removed.
+    durably = ["open", "unlink", "open", "writev", "fsync", "close", "rename", "fsync", "close"]
+    assert cut_off[: len(durably)] == durably
+    assert cut_off[len(durably) :][:3] == ["open", "listdir", "open"]
+    assert outcomes == [1] * (durably.index("rename") + 1) + [2] * (len(cut_off) - durably.index("rename"))
 
 
 @pytest.mark.parametrize("piece", [1, 7])
 def test_short_writes_are_carried_on(folder, monkeypatch, piece):
-    monkeypatch.setattr(files, "os", FlakyDisk(piece=piece))
+    install(monkeypatch, piece=piece)
     checkpoints.write(checkpoints.path_of_step(folder, 2), small(2))
     assert what_is_there(folder) == 2
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_and_no_half_written_file(folder, monkeypatch):
-    monkeypatch.setattr(files, "os", FlakyDisk(bytes_until=100, failure=OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space left"):
+def test_a_write_that_is_short_at_any_byte_is_carried_on(folder, monkeypatch):
+    size = len(checkpoints.encode(small(2)))
+    for count in range(1, size):
+        with monkeypatch.context() as patched:
+            install(patched, bytes_until=count, failure=None, once=True)
+            checkpoints.write(checkpoints.path_of_step(folder, 2), small(2))
+        assert what_is_there(folder) == 2
+        checkpoints.path_of_step(folder, 2).unlink()
+
+
+def test_a_disk_that_takes_nothing_and_gives_no_reason_is_an_error_and_no_endless_loop(folder, monkeypatch):
+    install(monkeypatch, bytes_until=100, failure=None)
+    with pytest.raises(OSError, match="takes nothing"):
         checkpoints.write(checkpoints.path_of_step(folder, 2), small(2))
     assert what_is_there(folder) == 1
-    assert [path.name for path in folder.iterdir()] == ["step-000000001.safetensors"]
 
 
-def test_what_a_kill_left_is_swept_at_the_next_start(folder, monkeypatch):
-    monkeypatch.setattr(files, "os", FlakyDisk(bytes_until=100))
-    with pytest.raises(Killed):
-        checkpoints.write(checkpoints.path_of_step(folder, 2), small(2))
+def test_more_tensors_than_one_system_call_takes_are_written(tmp_path):
+    tensors = {f"tensor {number}": np.array([number]) for number in range(3000)}
+    checkpoints.write(tmp_path / "x", Checkpoint(tensors, {}))
+    found = checkpoints.read(tmp_path / "x").tensors
+    assert all(found[name] == array for name, array in tensors.items())
+
+
+def test_what_does_not_read_back_as_it_was_written_is_an_error(folder, monkeypatch):
+    for damage in (lambda data: data[:-1], lambda data: data + b"\0", lambda data: data[:-1] + b"\x77"):
+
+        def altering(path, *parts, damage=damage, follow=True):
+            path.write_bytes(damage(b"".join(parts)))
+
+        monkeypatch.setattr(checkpoints, "write_durably", altering)
+        with pytest.raises(OSError, match="does not read back"):
+            checkpoints.write(checkpoints.path_of_step(folder, 2), small(2))
+
+
+def test_nothing_is_visible_before_it_is_on_the_disk(folder, monkeypatch):
+    """Content, then the name: each is flushed before the next is begun."""
+    disk = install(monkeypatch)
+    checkpoints.write(checkpoints.path_of_step(folder, 2), small(2))
+    made = [name for name in disk.made if name in {"writev", "fsync", "rename"}]
+    assert made == ["writev", "fsync", "rename", "fsync"]
+
+
+def test_what_a_kill_left_is_swept_at_the_next_start_and_nothing_else(folder, monkeypatch):
+    with monkeypatch.context() as patched:
+        install(patched, bytes_until=100)
+        with pytest.raises(Killed):
+            checkpoints.write(checkpoints.path_of_step(folder, 2), small(2))
     assert len(list(folder.iterdir())) == 2
+    others = ["download.partial", "step-000000003.safetensors.partial", "distdl-partial"]
+    for name in others:
+        (folder / name).write_text("someone else's")
+    (folder / f"folder{files.TEMPORARY_SUFFIX}").mkdir()
+    (folder / f"link{files.TEMPORARY_SUFFIX}").symlink_to(folder / "download.partial")
     files.remove_temporaries(folder)
-    assert [path.name for path in folder.iterdir()] == ["step-000000001.safetensors"]
+    left = sorted([*others, f"folder{files.TEMPORARY_SUFFIX}", "step-000000001.safetensors"])
+    assert sorted(path.name for path in folder.iterdir()) == left
 
 
-def test_every_flipped_bit_is_found(tmp_path):
-    data = checkpoints.encode(small(1))
+def test_what_a_kill_left_does_not_stand_in_the_way_of_the_next_write(folder):
+    path = checkpoints.path_of_step(folder, 2)
+    (folder / (path.name + files.TEMPORARY_SUFFIX)).write_text("x" * 10_000)
+    checkpoints.write(path, small(2))
+    assert what_is_there(folder) == 2
+    assert len(list(folder.iterdir())) == 2
+
+
+def damaged_copies(data):
+    """Yield the file with each of its bits flipped, ended after each of its bytes, and with a byte more."""
     for place in range(len(data)):
         for bit in range(8):
             flipped = bytearray(data)
             flipped[place] ^= 1 << bit
-            with pytest.raises((DamagedFileError, UserError), match=r"^the file "):
-                checkpoints.decode(bytes(flipped), "the file")
-
-
-def test_every_truncation_and_extension_is_found():
-    data = checkpoints.encode(small(1))
+            yield bytes(flipped)
     for length in range(len(data)):
-        with pytest.raises(DamagedFileError, match="the file is damaged"):
-            checkpoints.decode(data[:length], "the file")
-    with pytest.raises(DamagedFileError, match="the file is damaged"):
-        checkpoints.decode(data + b"\0", "the file")
+        yield data[:length]
+    yield data + b"\0"
+
+
+def test_every_flipped_bit_and_every_truncation_is_found_by_name_and_the_checkpoint_before_is_used(folder):
+    path = checkpoints.path_of_step(folder, 2)
+    whole = checkpoints.encode(small(2))
+    path.write_bytes(whole)
+    assert what_is_there(folder) == 2
+    for data in damaged_copies(whole):
+        path.write_bytes(data)
+        taken, checkpoint, complaints = checkpoints.newest_intact(folder)
+        assert (taken, checkpoint.header["step"]) == (checkpoints.path_of_step(folder, 1), 1)
+        assert len(complaints) == 1
+        assert complaints[0].startswith(f"{path} is damaged")
+
+
+def test_a_file_that_its_disk_does_not_give_back_is_damaged_and_the_one_before_is_used(folder, monkeypatch):
+    path = checkpoints.path_of_step(folder, 2)
+    checkpoints.write(path, small(2))
+    fdopen = os.fdopen
+
+    class Unreadable:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def fileno(self):
+            return self.file.fileno()
+
+        def read(self, *_):
+            raise OSError(errno.EIO, "Input/output error")
+
+    def broken(handle, mode):
+        file = fdopen(handle, mode)
+        return Unreadable(file) if Path(f"/proc/self/fd/{handle}").readlink() == path else file
+
+    monkeypatch.setattr(os, "fdopen", broken)
+    taken, _, complaints = checkpoints.newest_intact(folder)
+    assert taken == checkpoints.path_of_step(folder, 1)
+    assert complaints == [f"{path} is damaged: its disk does not give it back (Input/output error)"]
+
+
+def test_a_pipe_in_the_place_of_a_checkpoint_does_not_block(folder):
+    os.mkfifo(checkpoints.path_of_step(folder, 2))
+    with pytest.raises(UserError, match="it is not a regular file"):
+        checkpoints.newest_intact(folder)
+
+
+def test_a_name_that_is_not_just_so_is_no_checkpoint(folder):
+    for name in ("step-2.safetensors", "step-00000000٣.safetensors", "step-0000000002.safetensors", "step-000000009"):
+        (folder / name).write_text("x")
+    (folder / f"step-000000004.safetensors{files.TEMPORARY_SUFFIX}").write_text("x")
+    assert checkpoints.steps_in(folder) == [1]
 
 
 def test_the_checksum_is_what_the_documentation_says():
@@ -238,3 +369,11 @@ def test_a_checkpoint_of_another_model_is_refused_and_the_tensor_named(other, na
     with pytest.raises(UserError, match=f"x is a checkpoint of another model: {named}"):
         checkpoints.restore(small(1), list(other.items()), "x")
     assert not any(array.any() for array in other.values())
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_a_number_in_the_header_that_is_none_is_a_damaged_file(number):
+    header = {"__metadata__": {"distdl": f'{{"format": "x", "sha256": "{"0" * 64}", "header": {{"lr": {number}}}}}'}}
+    text = json.dumps(header).encode()
+    with pytest.raises(DamagedFileError, match="its header cannot be read"):
+        checkpoints.decode(len(text).to_bytes(8, "little") + text, "x")

@@ -20,8 +20,10 @@ from distdl.engine import run as engine_run
 from distdl.engine import run_folder, train
 from distdl.engine.coordinator import Coordinator
 from distdl.engine.environment import describe
+from distdl.engine.files import TEMPORARY_SUFFIX
 from distdl.engine.metrics import JsonLines
-from distdl.engine.trainer import Trainer, _is_finite
+from distdl.engine.nonfinite import is_finite
+from distdl.engine.trainer import Trainer
 from distdl.errors import UserError
 from distdl.nn import Sequential
 from distdl.parallel import OneProcess
@@ -138,7 +140,10 @@ def test_a_run_killed_before_its_first_checkpoint_starts_afresh(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
-        ({}, "the loss is nan at step 2"),
+        (
+            {},
+            "the loss is nan at step 2, first in micro-batch 0 (computed by rank 0); the micro-batch is saved in FILE",
+        ),
         ({"max_steps": 1}, "the weights are not finite after step 1"),
         ({"checkpoint_every": 1}, "the weights are not finite after step 1"),
     ],
@@ -146,6 +151,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_afresh(tmp_path):
 def test_a_training_that_diverges_stops_with_one_line_and_saves_nothing(tmp_path, settings, what):
     with pytest.raises(UserError) as caught:
         small_run(OneProcess(), tmp_path / "run", optimizer="sgd", lr=1e39, **settings)
+    what = what.replace("FILE", str(tmp_path / "run" / "not-finite-step-000000002.npz"))
     assert str(caught.value) == f"{what}: training has diverged; start a new run with a smaller --lr than 1e+39"
     assert not checkpoints.steps_in(tmp_path / "run" / "checkpoints")
 
@@ -159,17 +165,17 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, monke
         self.gradients[-1] = np.inf
 
     monkeypatch.setattr(Sequential, "backward", overflowing)
-    with pytest.raises(UserError, match="the gradient is not finite at step 1: training has diverged"):
+    with pytest.raises(UserError, match=r"the gradient is not finite at step 1, .*: training has diverged"):
         small_run(OneProcess(), tmp_path / "run", optimizer="momentum")
 
 
 def test_a_large_gradient_whose_squares_overflow_is_finite():
-    assert _is_finite(np.full(1000, 1e38, np.float32))
+    assert is_finite(np.full(1000, 1e38, np.float32))
     for bad in (np.nan, np.inf, -np.inf):
         array = np.full(1000, 1e38, np.float32)
         array[-1] = bad
         with np.errstate(over="ignore", invalid="ignore"):
-            assert not _is_finite(array)
+            assert not is_finite(array)
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run_before_the_checkpoint(tmp_path, monkeypatch):
@@ -226,9 +232,9 @@ def test_a_log_record_that_a_full_disk_tore_is_completed_when_there_is_room(tmp_
             log.write({"number": number})
     assert (tmp_path / "log").read_bytes() == b'{"num'
     with pytest.raises(OSError, match="No space left"):
-        log.flush_to_disk()
+        log.written_length()
     room["bytes"] = 1000
-    log.flush_to_disk()
+    log.written_length()
     log.close()
     assert (tmp_path / "log").read_text() == "".join(f'{{"number": {number}}}\n' for number in range(3))
 
@@ -400,3 +406,25 @@ def test_auto_refuses_a_folder_that_is_no_run_folder(tmp_path):
     with pytest.raises(UserError, match="exists and is not empty"):
         small_run(OneProcess(), tmp_path, resume="auto")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("settings", [{"resume": "auto"}, {}])
+def test_what_a_run_leaves_that_was_killed_before_it_wrote_anything_is_an_unused_folder(tmp_path, settings):
+    expected = small_run(OneProcess(), tmp_path / "plain")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "lock").touch()
+    (tmp_path / "run" / f"config.toml{TEMPORARY_SUFFIX}").write_text("epo")
+    assert small_run(OneProcess(), tmp_path / "run", **settings) == expected
+    assert not list((tmp_path / "run").glob(f"*{TEMPORARY_SUFFIX}"))
+
+
+@pytest.mark.parametrize("stray", ["notes.txt", "checkpoints/notes.txt", "checkpoints"])
+def test_a_folder_that_holds_anything_more_is_a_used_one(tmp_path, stray):
+    path = tmp_path / "run" / stray
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    (tmp_path / "run" / "lock").touch()
+    for settings in ({"resume": "auto"}, {}):
+        with pytest.raises(UserError, match=r"exists and is not empty|is not a folder"):
+            small_run(OneProcess(), tmp_path / "run", **settings)
+    assert path.read_text() == "mine"

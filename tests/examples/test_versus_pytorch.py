@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from distdl.errors import UserError
 from distdl.launcher import read_launch
-from distdl.mpirun import find_mpirun
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLE = REPOSITORY / "examples" / "versus_pytorch.py"
@@ -42,14 +40,6 @@ def torch_python():
     return named or sys.executable
 
 
-@pytest.fixture
-def mpi():
-    try:
-        find_mpirun()
-    except UserError as error:
-        pytest.skip(str(error))
-
-
 def cells_of(done, rows):
     """The table's cells, row by row; all ratios and speeds are above 0."""
     assert done.returncode == 0, done.stderr
@@ -73,7 +63,7 @@ def test_one_rank_takes_turns_with_pytorch(torch_python):
     assert [line for line in done.stdout.splitlines() if line.startswith("DeepConvNet, 1 rank, batch 100: ")]
 
 
-def test_two_ranks_take_turns_with_ddp(torch_python, mpi):
+def test_two_ranks_take_turns_with_ddp(torch_python, needs_mpirun):
     rows = ("--rows", "mlp-2", "--micro-batch-size", "32")
     done = versus_pytorch("--quick", *rows, "--torch-python", torch_python)
     [cells] = cells_of(done, 1)

@@ -126,6 +126,16 @@ def test_any_first_and_second_convolution_give_what_the_plain_layers_give(
     assert_agree(layers, shape, N, blank=False)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("channels", range(1, 9))
+def test_a_single_sample_of_few_channels_is_no_special_case(channels, dtype):
+    """With one sample and one channel, views have strides for which np.negative of NumPy 2.4 gives wrong numbers."""
+    for shape in ((3, 6), (3, 7), (4, 5), (6, 3), (9, 9)):
+        fast, plain = both_forms(lambda: [Conv2d(channels, 1), Conv2d(channels, 3), Conv2d(1, 1)], (*shape, 1), dtype)
+        x = random("x", 1, *shape, 1).astype(dtype)
+        assert_close(outcome(fast, x), outcome(plain, x), 1e-11 if dtype == np.float64 else 1e-4)
+
+
 @pytest.mark.parametrize("N", [1, 15, 16, 17, 40])
 @pytest.mark.parametrize("model", ["simple_convnet", "deep_convnet"])
 @pytest.mark.parametrize("shape", [(28, 28, 1), (15, 18, 3), (32, 32, 3)])

@@ -1,13 +1,10 @@
 """A rank that dies in the middle of a reduction is reported to all others, for whomever they wait just then."""
 
-import subprocess
 import sys
 
 import pytest
 
-from distdl.errors import UserError
-from distdl.launcher import read_launch
-from distdl.mpirun import environment_for, find_mpirun, mpirun_command
+from distdl.mpirun import mpirun_command
 
 #: Every rank reduces again and again, until the victim kills itself before or after it has filled its slots.
 PROGRAM = """
@@ -52,27 +49,11 @@ os._exit(0)  # MPI_Finalize may wait for the dead
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("victim", [0, 3])
 @pytest.mark.parametrize("spread", ["one host", "a host each", "pairs"])
-def test_all_survivors_of_a_kill_see_that_a_peer_is_lost(tmp_path, spread, victim, moment):
-    if read_launch().by is not None:
-        pytest.skip("already under a launcher")
-    try:
-        find_mpirun()
-    except UserError as error:
-        pytest.skip(str(error))
+def test_all_survivors_of_a_kill_see_that_a_peer_is_lost(tmp_path, run_job, ulfm, spread, victim, moment):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     launch = mpirun_command(4, [sys.executable, str(program), str(victim), spread, moment, str(tmp_path)])
-    if "--with-ft" not in launch.argv:
-        pytest.skip("survivors go on under Open MPI 5 and later only; other MPIs end the job")
-    done = subprocess.run(
-        launch.argv,
-        env=environment_for(launch),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,  # against hanging
-        check=False,
-    )
+    done = run_job(launch, timeout=120)
     told = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
     survivors = [rank for rank in range(4) if rank != victim]
     assert told == [f"rank {rank} lost a peer in step 3" for rank in survivors], done.stdout + done.stderr

@@ -1,0 +1,189 @@
+"""A flipped bit in a replica is found at the next comparison, one in a gradient by the audit of that step."""
+
+import sys
+
+import pytest
+from injected import flip, spoil_records, spoil_state
+from small_runs import remove, small_run, worlds
+
+from distdl.engine import checkpoint as checkpoints
+from distdl.engine.balance import Balance
+from distdl.errors import CorruptionError
+from distdl.mpirun import mpirun_command
+from distdl.parallel import OneProcess
+
+FLIPS = {
+    "parameters": lambda state: flip(state.network.parameters),
+    "optimizer": lambda state: flip(next(iter(state.optimizer.state.values()))),
+    "epoch sums": lambda state: flip(state.epoch_sums.counts, byte=0, bit=1),
+}
+
+
+def named(error):
+    """The ranks that the message names as suspects."""
+    text = str(error).removeprefix("silent corruption on rank ").split(": ")[0]
+    return [int(part.split()[0]) for part in text.split(" or ")]
+
+
+def expected_suspects(size, victim):
+    return [victim] if size > 2 else [0, 1]
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("what", FLIPS)
+def test_a_flipped_bit_in_one_replica_is_found_at_the_next_comparison(communicator, shared_tmp_path, monkeypatch, what):
+    """It is flipped before step 2, steps 2, 4 and 6 are compared, and no checkpoint after step 1 stays behind."""
+    for size, part in worlds(communicator, (2, 3, 4)):
+        expected = small_run(part, shared_tmp_path / f"{size}", optimizer="momentum")
+        for victim in sorted({0, size - 1}):
+            folder = shared_tmp_path / f"{size}-{victim}"
+            with monkeypatch.context() as patch:
+                spoil_state(patch, FLIPS[what], step=2, rank=victim)
+                with pytest.raises(CorruptionError, match="after step 2, first in") as caught:
+                    small_run(part, folder, verify_every=2, checkpoint_every=1, optimizer="momentum")
+            assert (caught.value.agreed, caught.value.exit_code) == (True, 4)
+            assert named(caught.value) == expected_suspects(size, victim)
+            part.barrier()
+            assert checkpoints.steps_in(folder / "checkpoints") == [1]
+            assert small_run(part, folder, resume="auto", optimizer="momentum") == expected
+    remove(communicator, shared_tmp_path)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_no_checkpoint_is_written_of_a_replica_that_differs(communicator, shared_tmp_path, monkeypatch):
+    """Replicas are compared each 100 steps and before the checkpoint at the end of the epoch, which is step 3."""
+    for size, part in worlds(communicator, (2, 3, 4)):
+        with monkeypatch.context() as patch:
+            spoil_state(patch, FLIPS["parameters"], step=1, rank=0)
+            with pytest.raises(CorruptionError, match="after step 3, first in conv"):
+                small_run(part, shared_tmp_path / f"{size}")
+        part.barrier()
+        assert checkpoints.steps_in(shared_tmp_path / f"{size}" / "checkpoints") == []
+    remove(communicator, shared_tmp_path)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_without_comparisons_the_receipts_are_compared_at_the_end(communicator, shared_tmp_path, monkeypatch):
+    for size, part in worlds(communicator, (3, 4)):
+        with monkeypatch.context() as patch:
+            spoil_state(patch, FLIPS["parameters"], step=1, rank=2)
+            with pytest.raises(CorruptionError, match="the weights differ at the end") as caught:
+                small_run(part, shared_tmp_path / f"{size}", verify_every=0)
+            assert named(caught.value) == [2]
+    remove(communicator, shared_tmp_path)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("field", ["gradient", "loss_sum", "counts"])
+@pytest.mark.parametrize("reduction", ["tree", "allreduce"])
+def test_a_bit_flipped_once_in_a_gradient_is_found_in_that_step_and_its_rank_named(
+    communicator, shared_tmp_path, monkeypatch, field, reduction
+):
+    for size, part in worlds(communicator):
+        for victim in sorted({0, size - 1}):
+            with monkeypatch.context() as patch:
+                spoil_records(
+                    patch,
+                    lambda record: flip(record[field], byte=0),
+                    step=2,
+                    when=lambda rank, _, v=victim: rank == v,
+                    once=True,
+                )
+                with pytest.raises(CorruptionError, match="step 2 has other bits when computed again") as caught:
+                    small_run(part, shared_tmp_path / f"{size}-{victim}", audit=1, reduction=reduction)
+            assert (caught.value.agreed, caught.value.exit_code) == (True, 4)
+            assert named(caught.value) == [victim]
+    remove(communicator, shared_tmp_path)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_rank_that_always_computes_other_bits_is_named_if_there_are_three(communicator, shared_tmp_path, monkeypatch):
+    for size, part in worlds(communicator, (2, 3, 4)):
+        for victim in sorted({0, size - 1}):
+            with monkeypatch.context() as patch:
+                spoil_records(
+                    patch, lambda record: flip(record["gradient"]), step=2, when=lambda rank, _, v=victim: rank == v
+                )
+                with pytest.raises(CorruptionError, match="the same shard of step 2 has other bits") as caught:
+                    small_run(part, shared_tmp_path / f"{size}-{victim}", audit=2)
+            assert named(caught.value) == expected_suspects(size, victim)
+    remove(communicator, shared_tmp_path)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_an_audit_finds_flipped_weights_before_the_step_is_taken(communicator, shared_tmp_path, monkeypatch):
+    for size, part in worlds(communicator, (2, 3, 4)):
+        for victim in sorted({0, size - 1}):
+            with monkeypatch.context() as patch:
+                spoil_state(patch, FLIPS["parameters"], step=2, rank=victim)
+                with pytest.raises(CorruptionError, match=r"after step 1, first in conv2d_1\.weight") as caught:
+                    small_run(part, shared_tmp_path / f"{size}-{victim}", audit=2)
+            assert named(caught.value) == expected_suspects(size, victim)
+    remove(communicator, shared_tmp_path)
+
+
+def test_alone_a_rank_audits_itself(tmp_path, monkeypatch):
+    spoil_records(monkeypatch, lambda record: flip(record["gradient"]), step=2, once=True)
+    with pytest.raises(CorruptionError, match=r"on rank 0 .*step 2 has other bits when computed again"):
+        small_run(OneProcess(), tmp_path / "run", audit=1)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("model", ["simple_convnet", "deep_convnet"])
+@pytest.mark.parametrize("balance", [False, True])
+def test_audits_and_comparisons_do_not_act_on_the_bits(communicator, shared_tmp_path, monkeypatch, model, balance):
+    """With shards that change every step, and empty ones in the ragged batch of more than 6 ranks."""
+    if balance:
+        monkeypatch.setattr(Balance, "observe", lambda *_: True)
+    expected = small_run(OneProcess(), shared_tmp_path / "one", model=model) if communicator.rank == 0 else None
+    for size, part in worlds(communicator, (1, 2, 3, 4, 8)):
+        folder = shared_tmp_path / f"{size}"
+        found = small_run(part, folder, model=model, audit=1, verify_every=1, balance=balance)
+        if part.rank == 0:
+            assert found == expected
+    remove(communicator, shared_tmp_path)
+
+
+#: The main job; rank 1 lets one bit flip.
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import pytest
+from injected import flip, spoil_records, spoil_state
+from distdl import startup, train
+patch = pytest.MonkeyPatch()
+{spoil}
+sys.exit(startup.run(train.main, sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("spoil", "flags", "told"),
+    [
+        (
+            "spoil_state(patch, lambda state: flip(state.network.parameters), step=6, rank=1)",
+            ["--verify-every", "4"],
+            "after step 8, first in affine_1.weight",
+        ),
+        (
+            "spoil_records(patch, lambda record: flip(record['gradient']), step=6, "
+            "when=lambda rank, _: rank == 1, once=True)",
+            ["--audit", "1"],
+            "a shard of step 6 has other bits when computed again",
+        ),
+    ],
+)
+def test_the_job_ends_with_one_line_and_its_own_exit_code(run_job, tmp_path, ranks, spoil, flags, told):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(spoil=spoil))
+    here = __file__.rpartition("/")[0]
+    arguments = ["--model", "mlp", "--epochs", "2", "--run-dir", str(tmp_path / "run"), *flags]
+    launch = mpirun_command(ranks, [sys.executable, str(program), here, *arguments])
+    done = run_job(launch, timeout=120)
+    assert done.returncode == 4, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("distdl: ")]
+    assert line.startswith("distdl: error: silent corruption on rank ")
+    assert "1 (host " in line
+    assert told in line
+    assert "Traceback" not in done.stderr

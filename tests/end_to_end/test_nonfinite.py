@@ -1,0 +1,187 @@
+"""A loss or gradient that is not finite: all ranks see it in that step, name the micro-batch, and stop or skip."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from injected import spoil_records, spoil_state
+from small_runs import VERY_RAGGED, piece_of_digits, remove, small_config, small_run, worlds
+
+from distdl.data import split
+from distdl.engine import coordinator as coordinator_module
+from distdl.engine import train
+from distdl.engine.trainer import Trainer
+from distdl.errors import CorruptionError, UserError
+from distdl.parallel import OneProcess, contiguous_shards, deal, share
+from distdl.rng import Key
+
+
+def nan_gradient(record):
+    record["gradient"][0] = np.nan
+
+
+def inf_loss(record):
+    record["loss_sum"][0] = np.inf
+
+
+WHAT = {nan_gradient: "the gradient is not finite", inf_loss: "the loss is inf"}
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("spoil", [nan_gradient, inf_loss])
+@pytest.mark.parametrize("balance", [False, True])
+def test_all_ranks_stop_at_that_step_and_name_the_lowest_micro_batch(
+    communicator, shared_tmp_path, monkeypatch, spoil, balance
+):
+    spoil_records(monkeypatch, spoil, step=2, when=lambda _, index: index in {5, 7})
+    for size, part in worlds(communicator):
+        folder = shared_tmp_path / f"{size}"
+        with pytest.raises(UserError) as caught:
+            small_run(part, folder, balance=balance)
+        assert caught.value.agreed
+        dealt = deal(share(8, (1.0,) * size)) if balance else contiguous_shards(8, size)
+        (owner,) = [rank for rank, shard in enumerate(dealt) if 5 in shard]
+        saved = folder / "not-finite-step-000000002.npz"
+        assert str(caught.value) == (
+            f"{WHAT[spoil]} at step 2, first in micro-batch 5 (computed by rank {owner}); "
+            f"the micro-batch is saved in {saved}: "
+            "training has diverged; start a new run with a smaller --lr than 0.001"
+        )
+        data, key = piece_of_digits(VERY_RAGGED), Key(0)
+        training = split.split(data.labels, data.test_start, key).training
+        rows = training[split.epoch_order(key, 0, len(training))][32 + 20 : 32 + 24]
+        with np.load(saved, allow_pickle=False) as arrays:
+            assert {name: int(arrays[name]) for name in ("step", "micro_batch")} == {"step": 2, "micro_batch": 5}
+            np.testing.assert_array_equal(arrays["rows"], rows)
+            np.testing.assert_array_equal(arrays["images"], data.images[rows])
+            np.testing.assert_array_equal(arrays["labels"], data.labels[rows])
+    remove(communicator, shared_tmp_path)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("spoil", [nan_gradient, inf_loss])
+@pytest.mark.parametrize("model", ["simple_convnet", "deep_convnet"])
+def test_a_skipped_step_gives_the_same_bits_on_any_number_of_ranks(
+    communicator, shared_tmp_path, monkeypatch, spoil, model
+):
+    spoil_records(monkeypatch, spoil, step=2, when=lambda _, index: index == 5)
+    proofs = {
+        size: small_run(part, shared_tmp_path / f"{size}", on_nonfinite="skip", model=model)
+        for size, part in worlds(communicator)
+    }
+    assert len(set(proofs.values())) <= 1
+    if communicator.rank == 0:
+        records = [json.loads(line) for line in (shared_tmp_path / "1" / "metrics.jsonl").read_text().splitlines()]
+        assert [record for record in records if record["step"] == 2] == [
+            {"step": 2, "epoch": 1, "skipped": WHAT[spoil], "micro_batch": 5, "skipped_steps": 1}
+        ]
+        assert [record["step"] for record in records if "loss" in record] == [1, 3, 4, 5, 6]
+    remove(communicator, shared_tmp_path)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_fault_of_the_moment_on_one_rank_is_told_from_divergence(communicator, shared_tmp_path, monkeypatch):
+    for size, part in worlds(communicator):
+        for victim in range(size):
+            with monkeypatch.context() as patch:
+                spoil_records(patch, nan_gradient, step=2, when=lambda rank, _, v=victim: rank == v, once=True)
+                with pytest.raises(
+                    CorruptionError, match="not finite at step 2, but not when computed again"
+                ) as caught:
+                    small_run(part, shared_tmp_path / f"{size}-{victim}")
+                assert (caught.value.agreed, caught.value.exit_code) == (True, 4)
+    remove(communicator, shared_tmp_path)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_weights_that_one_rank_alone_has_are_no_divergence(communicator, shared_tmp_path, monkeypatch):
+    """A flipped bit of the exponent makes a weight so large that the loss is infinite."""
+    for size, part in worlds(communicator):
+        if size > 1:
+            with monkeypatch.context() as patch:
+                spoil_state(patch, lambda state: state.network.parameters.fill(np.inf), step=2, rank=1)
+                with pytest.raises(CorruptionError, match=r"rank .*1 .*after step 1, first in"):
+                    small_run(part, shared_tmp_path / f"{size}", verify_every=0, on_nonfinite="skip")
+    remove(communicator, shared_tmp_path)
+
+
+def test_a_skipped_step_counts_and_changes_neither_weights_nor_optimizer(tmp_path, monkeypatch):
+    spoil_records(monkeypatch, nan_gradient, step=2)
+    small_run(OneProcess(), tmp_path / "run", on_nonfinite="skip", record_hashes=True)
+    records = [json.loads(line) for line in (tmp_path / "run" / "hashes.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    changed = [
+        {name for name, digest in after["hashes"].items() if digest != before["hashes"][name]}
+        for before, after in itertools.pairwise(records)
+    ]
+    assert changed[0] == {"step"}
+    assert len(changed[1]) > 10
+
+
+def test_a_run_with_a_skipped_step_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    spoil_records(monkeypatch, nan_gradient, step=2)
+    expected = small_run(OneProcess(), tmp_path / "straight", on_nonfinite="skip")
+    small_run(OneProcess(), tmp_path / "pieces", on_nonfinite="skip", max_steps=2)
+    assert small_run(OneProcess(), tmp_path / "pieces", resume="auto") == expected  # config.toml is not read here
+    spoil_records(monkeypatch, nan_gradient, step=5)
+    small_run(OneProcess(), tmp_path / "twice", on_nonfinite="skip", max_steps=3)
+    small_run(OneProcess(), tmp_path / "twice", on_nonfinite="skip", resume="auto")
+    text = (tmp_path / "twice" / "metrics.jsonl").read_text()
+    assert [record["skipped_steps"] for record in map(json.loads, text.splitlines()) if "skipped" in record] == [1, 2]
+
+
+def test_a_sum_that_overflows_though_no_micro_batch_does_is_named_so(tmp_path, monkeypatch):
+    spoil_records(monkeypatch, lambda record: record["gradient"].fill(2e38), step=2)
+    expected = (
+        "not finite at step 2, though that of each micro-batch is finite: their sum overflows: training has diverged"
+    )
+    with np.errstate(over="ignore"), pytest.raises(UserError, match=expected):
+        small_run(OneProcess(), tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*.npz"))
+
+
+def test_an_epoch_without_a_single_update_has_diverged(tmp_path, monkeypatch):
+    for step in (4, 5, 6):
+        spoil_records(monkeypatch, inf_loss, step=step)
+    with pytest.raises(UserError, match="every step of epoch 2 was skipped: training has diverged"):
+        small_run(OneProcess(), tmp_path / "run", on_nonfinite="skip")
+
+
+def test_many_skipped_steps_are_warned_about_and_saved_but_not_each(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(coordinator_module, "MOST_SAVED", 2)
+    for step in (1, 2, 4, 5):
+        spoil_records(monkeypatch, nan_gradient, step=step)
+    now = iter(range(0, 10**6, 3))
+    monkeypatch.setattr(coordinator_module.time, "monotonic", lambda: float(next(now)))
+    small_run(OneProcess(), tmp_path / "run", on_nonfinite="skip")
+    *warnings, last = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert last == "distdl: warning: steps skipped, of 6: 4; see metrics.jsonl"
+    saved = tmp_path / "run" / "not-finite-step-000000001.npz"
+    assert warnings[0] == (
+        "distdl: warning: the gradient is not finite at step 1, first in micro-batch 0 (computed by rank 0); "
+        f"the micro-batch is saved in {saved}: no update in this step (1 skipped so far)"
+    )
+    assert 1 <= len(warnings) < 4
+    assert sorted(path.name for path in (tmp_path / "run").glob("*.npz")) == [
+        "not-finite-step-000000001.npz",
+        "not-finite-step-000000002.npz",
+    ]
+
+
+def test_a_disk_that_refuses_the_micro_batch_is_warned_about(tmp_path, monkeypatch, capsys):
+    def full(path, _):
+        raise OSError(28, "No space left on device", str(path))
+
+    spoil_records(monkeypatch, nan_gradient, step=2)
+    original = Trainer.step
+
+    def with_full_disk(self):
+        if self.state.step == 1:
+            monkeypatch.setattr(coordinator_module, "write_durably", full)
+        original(self)
+
+    monkeypatch.setattr(Trainer, "step", with_full_disk)
+    with pytest.raises(UserError, match=r"micro-batch 0 \(computed by rank 0\): training has diverged"):
+        train(small_config(tmp_path / "run"), OneProcess(), dataset=piece_of_digits(VERY_RAGGED))
+    assert "not-finite-step-000000002.npz: No space left on device" in capsys.readouterr().err

@@ -1,0 +1,106 @@
+"""Signals to mpirun: the job stops with a checkpoint and exit code 75, and goes on to the undisturbed receipt."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from distdl.engine.stop import SAME_REQUEST_SECONDS
+from distdl.mpirun import environment_for, mpirun_command
+
+FLAGS = ["--model", "mlp", "--epochs", "2"]
+STEP = 4
+
+#: The main job; in a step each rank says that it is there, and goes on once it has heard a signal, or never.
+PROGRAM = """
+import pathlib, sys, time
+from distdl import startup, train
+from distdl.engine.trainer import Trainer
+
+folder, stuck = pathlib.Path(sys.argv[1]), sys.argv[2] == "stuck"
+step = Trainer.step
+
+def waiting(self):
+    if self.state.step + 1 == {step}:
+        (folder / f"there-{{self.communicator.rank}}").touch()
+        while stuck or not self.stop.values()["stop"].any():
+            if self.stop.values()["stop"].any():
+                (folder / f"heard-{{self.communicator.rank}}").touch()
+            time.sleep(0.01)
+    step(self)
+
+Trainer.step = waiting
+sys.exit(startup.run(train.main, sys.argv[3:]))
+"""
+
+
+pytestmark = pytest.mark.usefixtures("needs_mpirun")
+
+
+def wait_for(folder, pattern, count, process):
+    ends = time.monotonic() + 60  # against hanging
+    while len(list(folder.glob(pattern))) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < ends, f"no {pattern} from all {count} ranks"
+        time.sleep(0.01)
+
+
+def start(tmp_path, ranks, how="free"):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(step=STEP))
+    arguments = [sys.executable, str(program), str(tmp_path), how, *FLAGS, "--run-dir", str(tmp_path / "run")]
+    launch = mpirun_command(ranks, arguments)
+    return subprocess.Popen(
+        arguments if ranks == 1 else launch.argv,
+        env=environment_for(launch),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def receipt(tmp_path, ranks, *flags):
+    launch = mpirun_command(ranks, [sys.executable, "-m", "distdl.train", *FLAGS, *flags])
+    argv = launch.argv[-len(FLAGS) - len(flags) - 3 :] if ranks == 1 else launch.argv
+    subprocess.run(argv, env=environment_for(launch), cwd=tmp_path, capture_output=True, timeout=120, check=True)
+    folder = tmp_path / flags[flags.index("--run-dir") + 1]
+    summary = json.loads((folder / "summary.json").read_text())
+    return summary["weights_sha256"], summary["state_sha256"], (folder / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_signal_to_mpirun_saves_the_step_and_resume_gives_the_undisturbed_receipt(tmp_path, survives, ranks, number):
+    if ranks > 1 and survives and number != signal.SIGUSR1:
+        pytest.skip("Open MPI's mpirun kills its ranks half a second after SIGTERM and Ctrl-C")
+    process = start(tmp_path, ranks)
+    wait_for(tmp_path, "there-*", ranks, process)
+    process.send_signal(number)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 75, error
+    assert f"stopped after step {STEP}; --resume {tmp_path / 'run'} goes on" in out
+    told = [line for line in error.splitlines() if line.startswith("distdl: ")]
+    assert told == [
+        f"distdl: stopped by {number.name} after step {STEP}, which is saved: the same command with --resume goes on "
+        "(exit code 75)"
+    ]
+    assert "Traceback" not in error
+    resumed = receipt(tmp_path, ranks % 4 + 1, "--run-dir", "run", "--resume", "auto")
+    assert resumed == receipt(tmp_path, 1, "--run-dir", "undisturbed")
+
+
+def test_a_second_signal_ends_the_job_at_once(tmp_path):
+    """All ranks are stuck in a step."""
+    process = start(tmp_path, 2, "stuck")
+    wait_for(tmp_path, "there-*", 2, process)
+    process.send_signal(signal.SIGUSR1)
+    wait_for(tmp_path, "heard-*", 2, process)
+    time.sleep(2 * SAME_REQUEST_SECONDS)  # what comes sooner is taken for the same request
+    process.send_signal(signal.SIGUSR1)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode not in {0, 75}
+    assert "KeyboardInterrupt: SIGUSR1, the second signal to stop" in error

@@ -1,0 +1,365 @@
+"""Files altered at random, given to the command again and again in one process: ``fuzz.py KIND SEED COUNT``.
+
+Each must end with exit code 2 or 3 and one line of ours, or, where the alteration left the file valid, be accepted;
+which of them it is, is known from a plain reading of the same bytes. Training itself is left out. What was found is
+printed as JSON; a failure names seed and number, and ``fuzz.py KIND SEED COUNT NUMBER`` does that one again.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import struct
+import sys
+import tempfile
+import time
+import tomllib
+import traceback
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import ClassVar
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "end_to_end"))
+
+import numpy as np
+import safetensors.numpy
+from bad_inputs import MNIST_FILES, TINY, mnist_files, write_files
+
+from distdl import config, startup, train
+from distdl.data import sources
+from distdl.engine import checkpoint as checkpoints
+from distdl.engine.trainer import Trainer
+
+USER, DAMAGED = 2, 3
+MOST_BYTES = 300e6
+MOST_SECONDS = 2.0  # of this process's own computing, whatever else the machine does
+
+SMALL = [0, 1, 7, 8, 9, 0x7F, 0x80, 0xFF]
+WIDE = [0, 1, 2**7, 2**8, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
+
+
+def altered(rng: random.Random, data: bytes, words: list[bytes]) -> bytes:
+    """Return the bytes with one to four things done to them."""
+    changed = bytearray(data)
+    for _ in range(rng.choice([1, 1, 1, 2, 3, 4])):
+        place = rng.randrange(len(changed) + 1)
+        end = min(len(changed), place + rng.choice([1, 2, 4, 8, 64, 1000]))
+        what = rng.randrange(9)
+        if what == 0 and place < len(changed):
+            changed[place] ^= 1 << rng.randrange(8)
+        elif what == 1 and place < len(changed):
+            changed[place] = rng.choice(SMALL)
+        elif what == 2:
+            width, order = rng.choice([2, 4, 8]), rng.choice(["little", "big"])
+            changed[place : place + width] = (rng.choice(WIDE) % 2 ** (8 * width)).to_bytes(width, order)
+        elif what == 3:
+            del changed[place:end]
+        elif what == 4:
+            changed[place:place] = changed[place:end] * rng.choice([1, 2, 50])
+        elif what == 5:
+            changed[place:place] = rng.randbytes(rng.choice([1, 4, 100]))
+        elif what == 6:
+            del changed[place:]
+        elif what == 7:
+            changed[place:end] = rng.choice(words)
+        else:
+            other = rng.randrange(len(changed) + 1)
+            changed[place:end] = changed[other : other + end - place]
+    return bytes(changed)
+
+
+class Kind:
+    """What is altered, the command that reads it, and whether it should be taken."""
+
+    arguments: ClassVar[list[str]] = [*TINY, "--run-dir=new"]
+
+    def alter(self, rng: random.Random) -> None:
+        """Put an altered file into its place."""
+
+    def is_valid(self) -> bool | None:
+        """Whether the command should take it; None where that cannot be told."""
+
+
+class Idx(Kind):
+    """One of MNIST's four files."""
+
+    arguments: ClassVar = [*Kind.arguments, "--dataset=mnist", "--data-dir=data"]
+    gzipped = False
+
+    def __init__(self) -> None:
+        self.files = mnist_files()
+
+    def alter(self, rng: random.Random) -> None:
+        shutil.rmtree("data", ignore_errors=True)
+        write_files("data", self.files)
+        self.name = rng.choice(MNIST_FILES)
+        content = self.files[self.name]
+        if self.gzipped:
+            content = gzip.compress(content, rng.choice([0, 1, 9]), mtime=0)
+            Path("data", self.name).unlink()
+        self.changed = altered(rng, content, [content[:20], gzip.compress(bytes(2**20), mtime=0), bytes(5000)])
+        Path("data", self.name + (".gz" if self.gzipped else "")).write_bytes(self.changed)
+
+    def is_valid(self) -> bool:
+        data, whole = self.changed, self.files[self.name]
+        if data[:2] == b"\x1f\x8b":
+            try:
+                data = gzip.decompress(data)
+            except (OSError, EOFError, zlib.error, struct.error):
+                return False
+        head = 16 if "images" in self.name else 8
+        right = len(data) == len(whole) and data[:head] == whole[:head]  # any other shape does not fit the others
+        return right and ("images" in self.name or max(data[head:]) <= 9)
+
+
+class Gzip(Idx):
+    """The same, compressed."""
+
+    gzipped = True
+
+
+class Npz(Kind):
+    """The digits inside the package."""
+
+    arguments: ClassVar = [*Kind.arguments, "--dataset=digits"]
+
+    def __init__(self) -> None:
+        self.whole = (Path(sources.__file__).parent / "digits.npz").read_bytes()
+        sources.resources.files = lambda _: Path("package")  # type: ignore[assignment,misc]
+
+    def alter(self, rng: random.Random) -> None:
+        self.changed = altered(rng, self.whole, [b"PK\x03\x04", b"PK\x05\x06", self.whole[:200]])
+        write_files("package", {"digits.npz": self.changed})
+
+    def is_valid(self) -> bool:
+        return self.changed == self.whole
+
+
+class Config(Kind):
+    """A config file with every setting in it."""
+
+    arguments: ClassVar = ["--config=mine.toml", "--run-dir=new"]
+
+    def __init__(self) -> None:
+        every = config.TrainConfig(batch_size=8, micro_batch_size=4, model="mlp", data_dir=Path("data"), max_steps=3)
+        self.text = every.checked().to_toml()
+        self.words = [line.encode() + b"\n" for line in self.text.splitlines()]
+        for value in (*config.DATASETS, *config.MODELS, *config.OPTIMIZERS, "step", "allreduce"):
+            self.words.append(f'"{value}"'.encode())
+        self.words += [
+            b"true",
+            b"nan",
+            b"inf",
+            b"-1",
+            b"1e400",
+            b"9" * 5000,
+            b"[[",
+            b"]]",
+            b"{a=",
+            b'"""',
+            b"\xff",
+            b"\0",
+        ]
+        self.words += [
+            b"= ",
+            b"\n",
+            b"#",
+            b"1979-05-27T07:32:00Z",
+            "\u2028".encode(),
+            b"\\u0000",
+            b"[" * 3000,
+            b"x." * 999,
+        ]
+
+    def alter(self, rng: random.Random) -> None:
+        self.changed = altered(rng, self.text.encode(), self.words)
+        Path("mine.toml").write_bytes(self.changed)
+
+    def is_valid(self) -> bool | None:
+        try:
+            values = tomllib.loads(self.changed.decode())
+        except (ValueError, RecursionError):
+            return False
+        if not values.keys() <= config.FIELDS.keys() - config.NOT_IN_CONFIG_FILE:
+            return False
+        return None if tomllib.loads(self.text) != values else True
+
+
+class Checkpoint(Kind):
+    """The newest checkpoint of a run, altered anywhere."""
+
+    def __init__(self) -> None:
+        write_files("data", mnist_files())
+        with patch.object(Trainer, "run", RUN):
+            _run([*TINY, "--dataset=mnist", "--data-dir=data", "--run-dir=run", "--max-steps=4"])
+        (self.path,) = [path for path in Path("run/checkpoints").iterdir() if "4" in path.name]
+        self.arguments = ["--run-dir=new", f"--resume={self.path}"]  # type: ignore[misc]
+        self.whole = self.path.read_bytes()
+
+    def alter(self, rng: random.Random) -> None:
+        self.changed = altered(rng, self.whole, [self.whole[:8], self.whole[8:300], b"{}", b"[" * 9999, b'"', b"\\u"])
+        self.path.write_bytes(self.changed)
+
+    def is_valid(self) -> bool | None:
+        return self.changed == self.whole
+
+
+class Sealed(Checkpoint):
+    """The same with altered content under a digest that is right: what someone could make who means harm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        found = checkpoints.read(self.path)
+        self.header, self.tensors = found.header, found.tensors
+
+    def alter(self, rng: random.Random) -> None:
+        header, tensors = json.loads(json.dumps(self.header)), dict(self.tensors)
+        for _ in range(rng.choice([1, 1, 2])):
+            if rng.randrange(3):
+                _alter_json(rng, header)
+            elif tensors:
+                name = rng.choice(sorted(tensors))
+                array = tensors.pop(name)
+                if rng.randrange(4):
+                    kind = rng.choice([array.dtype, np.float64, np.int64, np.uint8])
+                    with np.errstate(all="ignore"):
+                        array = array.astype(kind)
+                    tensors[rng.choice([name, name, name + "x", "step"])] = array.reshape(-1)[
+                        : rng.choice([None, 1, 0])
+                    ]
+        text = {"format": checkpoints.FORMAT, "sha256": checkpoints.NO_DIGEST, "header": header}
+        data = safetensors.numpy.save(tensors, {"distdl": json.dumps(text)})
+        if rng.randrange(3) == 0:  # the outer header too, of the same length
+            length = int.from_bytes(data[:8], "little")
+            place = data.index(b"}", 8) if rng.randrange(2) else rng.randrange(8, 8 + length)
+            data = data[:place] + rng.choice([b"1", b"-", b"]", b"9", b" ", b"}"]) + data[place + 1 :]
+        self.changed = data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode(), 1)
+        self.path.write_bytes(self.changed)
+
+    def is_valid(self) -> None:
+        return None  # another text in a version is as good as any
+
+
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    0.5,
+    1e308,
+    10**30,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "../../x",
+    "\x1b[31m\n",
+    [],
+    {},
+]
+VALUES += [[1], {"a": 1}, "x" * 5000, "\u2028", -(2**63)]
+
+
+def _alter_json(rng: random.Random, value: dict) -> None:
+    """Change, remove or add something somewhere in an object."""
+    while True:
+        key = rng.choice(sorted(value)) if value else "x"
+        if isinstance(value.get(key), dict) and rng.randrange(4):
+            value = value[key]
+            continue
+        what = rng.randrange(4)
+        if what == 0:
+            value.pop(key, None)
+        elif what == 1:
+            value[rng.choice(["x", "../../x", key + "x", "/tmp/x", ""])] = rng.choice(VALUES)
+        else:
+            value[key] = rng.choice(VALUES)
+        return
+
+
+KINDS: dict[str, Callable[[], Kind]] = {
+    "IDX": Idx,
+    "gzip": Gzip,
+    "npz": Npz,
+    "config": Config,
+    "checkpoint": Checkpoint,
+    "sealed": Sealed,
+}
+RUN = Trainer.run
+
+
+def _run(arguments: list[str]) -> tuple[int, str]:
+    err = io.StringIO()
+    with redirect_stdout(io.StringIO()), redirect_stderr(err):
+        code = startup.run(train.main, arguments)
+    return code, err.getvalue()
+
+
+def problem_of(kind: Kind) -> tuple[str, int]:
+    """Run the command once; return what is wrong, or nothing, and the exit code."""
+    try:
+        code, err = _run(kind.arguments)
+    except BaseException:  # noqa: BLE001  what a user would see as a traceback
+        return traceback.format_exc(), 1
+    valid = kind.is_valid()
+    if code == 0:
+        problem = "taken" if valid is False else ""
+        lines = err.splitlines()
+        problem += "" if all(line.startswith("distdl: warning: ") for line in lines) else f" and said {err!r}"
+        shutil.rmtree("new", ignore_errors=True)
+    else:
+        problem = "refused" if valid else "" if code in (USER, DAMAGED) else f"exit code {code}"
+        one = (
+            err.startswith("distdl: error: ")
+            and err.endswith("\n")
+            and len(err.splitlines()) == 1
+            and err.count("\n") == 1
+        )
+        problem += "" if one and err[:-1].isprintable() else " and not one line of ours"
+        problem += " and left the new folder behind" if Path("new").exists() else ""
+        problem += f": {err[:500]!r}" if problem else ""
+    return problem, code
+
+
+def main(name: str, seed: int, count: int, only: int | None = None) -> int:
+    """Do `count` of a kind, or one of them, and print what was found."""
+    codes: Counter[str] = Counter()
+    failures, slowest, heaviest = [], (0.0, -1), (0, -1)
+    sys.modules["pooch"] = None  # type: ignore[assignment]  nothing is downloaded, whatever a config says
+    with tempfile.TemporaryDirectory() as folder, patch.object(Trainer, "run", lambda _: None):
+        os.chdir(folder)
+        kind = KINDS[name]()
+        for number in range(count) if only is None else [only]:
+            kind.alter(random.Random(f"{name} {seed} {number}"))
+            started = time.process_time()
+            problem, code = problem_of(kind)
+            slowest = max(slowest, (time.process_time() - started, number))
+            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            heaviest = max(heaviest, (peak, -number))
+            codes[str(code)] += 1
+            if problem:
+                failures.append(f"{name} {seed} {number}: {problem}")
+        os.chdir("/")
+    if slowest[0] > MOST_SECONDS:
+        failures.append(f"{name} {seed} {slowest[1]}: took {slowest[0]:.1f} s")
+    if heaviest[0] > MOST_BYTES:
+        failures.append(f"{name} {seed} {-heaviest[1]}: {heaviest[0] / 1e6:.0f} MB")
+    found = {"codes": codes, "failures": failures, "seconds": slowest[0], "megabytes": heaviest[0] / 1e6}
+    sys.stdout.write(json.dumps(found) + "\n")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], *map(int, sys.argv[2:])))

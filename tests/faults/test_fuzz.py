@@ -1,0 +1,90 @@
+"""Whatever a file says: exit code 2 or 3, one line, no traceback, below 300 MB and 2 seconds of computing.
+
+500 of each kind; 10,000 with ``DISTDL_FULL=1``. A failure names what `fuzz.py` needs to do that one again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "end_to_end"))
+from bad_inputs import without_launcher
+
+from distdl.launcher import read_launch
+
+pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts processes of its own")
+
+FULL = os.environ.get("DISTDL_FULL") == "1" or os.environ.get("DISTDL_FAULTS") == "full"
+COUNT = 500
+SEED = int(os.environ.get("DISTDL_FAULTS_SEED", "0"))
+SEEDS = range(SEED, SEED + 20) if FULL else [SEED]
+KINDS = ["IDX", "gzip", "npz", "config", "checkpoint", "sealed"]
+
+
+def fuzz(kind, *numbers):
+    return subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "fuzz.py"), kind, *map(str, numbers)],
+        env={**without_launcher(os.environ), "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,  # against hanging
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_altered_at_random_are_refused_in_one_line_or_are_valid(kind, seed):
+    done = fuzz(kind, seed, COUNT)
+    assert done.stdout, done.stderr
+    found = json.loads(done.stdout)
+    assert found["failures"] == [], "\n".join(found["failures"][:5])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sum(found["codes"].values()) == COUNT
+    refused = found["codes"].get("2", 0) + found["codes"].get("3", 0)
+    assert refused > COUNT / 2, "most alterations should matter"
+    log = os.environ.get("DISTDL_FAULTS_LOG")
+    if log:
+        ended = f"exit code 2 or 3, one line; or valid; at most {found['megabytes']:.0f} MB, {found['seconds']:.2f} s"
+        record = {"fault": f"fuzz: {kind}", "mpi": "one process", "seed": seed, "ok": True, "ended": ended}
+        with Path(log).open("a") as file:
+            file.writelines(json.dumps({**record, "number": number}) + "\n" for number in range(COUNT))
+
+
+@pytest.mark.parametrize(
+    ("defect", "said"),
+    [
+        ("checkpoints.read = lambda path: 1 / 0", "Traceback"),
+        ("startup._say = lambda text: None", "not one line of ours"),
+        ("startup._say = lambda text: print('one', 'two', sep='\\n', file=sys.stderr)", "not one line of ours"),
+        ("config.parse = train.parse = lambda *_: bytearray(400 * 2**20) and 1 / 0", "MB"),
+        ("fuzz.MOST_SECONDS = 0.0", "took"),
+    ],
+)
+def test_the_fuzzer_finds(defect, said, tmp_path):
+    """What it is there for, each put in by hand."""
+    here = Path(__file__).parent
+    program = (
+        f"import sys; sys.path.insert(0, {str(here)!r}); import fuzz\n"
+        "from distdl import config, startup, train\nfrom distdl.engine import checkpoint as checkpoints\n"
+        "kind = fuzz.KINDS['checkpoint']\n"
+        "class Defective(kind):\n"
+        "    def __init__(self):\n"
+        f"        super().__init__()\n        {defect}\n"
+        "fuzz.KINDS['checkpoint'] = Defective\n"
+        "sys.exit(fuzz.main('checkpoint', 0, 2))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**without_launcher(os.environ), "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert any(said in failure for failure in json.loads(done.stdout)["failures"])

@@ -1,0 +1,155 @@
+"""Ranks are killed: the survivors finish the same step, go on, and come to the receipt of an undisturbed run."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from harness import FLAGS, STEPS, Job, Outcome, Undisturbed, assert_receipt, run
+
+from distdl.engine import checkpoint
+
+pytestmark = pytest.mark.usefixtures("ulfm")
+
+SURVIVED = "rc 0, receipt and metrics of the undisturbed run"
+#: Ranks are killed up to so many seconds after a step: before, in and after the next one.
+SECONDS_OF_A_STEP = 0.03
+
+
+def assert_as_if_nothing_had_happened(outcome: Outcome, expected: Undisturbed) -> None:
+    assert_receipt(outcome, expected)
+    assert outcome.checkpoints, str(outcome)
+    for path in outcome.checkpoints:
+        checkpoint.read(path)  # raises where it is not intact; a temporary file is none
+
+
+def assert_told(outcome: Outcome, lost: list[int]) -> None:
+    """The summary names the lost ranks, with the step and the seconds that it took, and so does the log."""
+    assert outcome.lost_ranks == sorted(lost), str(outcome)
+    for recovery in outcome.recoveries:
+        assert 0 <= recovery["step"] <= STEPS
+        assert 0 <= recovery["seconds"] < 60
+    assert "lost" in outcome.output + outcome.errors, str(outcome)
+
+
+def trained_to_the_end(job: Job) -> bool:
+    return any(record["step"] == STEPS for record in job.records())
+
+
+def killed(rng, folder, ranks: int, kills: list[list[int]], pauses: list[float | None]) -> Outcome:
+    """Run a job whose ranks are killed in turn, at random moments; again, if a moment came after the last step."""
+    for attempt in range(10):
+        with Job(folder.with_name(f"{folder.name}-{attempt}"), ranks, *FLAGS) as job:
+            assert job.wait_for_training()
+            step, hit, late = 0, [], False
+            for victims, pause in zip(kills, pauses, strict=True):
+                if pause is None:  # at a step of its own
+                    step = rng.randrange(step, STEPS - 1)
+                    job.wait_for_step(step)
+                time.sleep(rng.random() * SECONDS_OF_A_STEP if pause is None else pause)
+                hit += job.kill(*victims)
+                late = late or trained_to_the_end(job)
+            outcome = job.finish()
+        if sorted(hit) == sorted(rank for victims in kills for rank in victims) and not late:
+            assert_told(outcome, hit)
+            return outcome
+    raise AssertionError(f"ten jobs in a row had ended before all their victims were killed: {outcome}")
+
+
+def test_a_random_rank_killed_at_a_random_moment(row, undisturbed):
+    table = row("SIGKILL, random rank, random moment, 4 ranks", 20, 300)
+    expected = undisturbed(*FLAGS)
+
+    def one(number, folder):
+        rng = table.random(number)
+        outcome = killed(rng, folder, 4, [[rng.randrange(4)]], [None])
+        assert_as_if_nothing_had_happened(outcome, expected)
+        return outcome, SURVIVED
+
+    table.runs(one)
+
+
+def killed_in_a_recovery(rng, folder) -> Outcome:
+    """One rank dies in a step, a second at one of the actions with which the others recover from that."""
+    first, second = rng.sample(range(4), 2)
+    rules = [
+        {"rank": first, "point": rng.choice(["forward", "reduction", "reduced"]), "step": rng.randrange(1, STEPS)},
+        {"rank": second, "point": "recovery", "nth": rng.randrange(1, 5)},
+    ]
+    outcome = run(folder, 4, *FLAGS, sabotage=[{**rule, "do": "kill"} for rule in rules])
+    assert outcome.errors.count("[saboteur]") == 2, str(outcome)
+    assert_told(outcome, [first, second])
+    return outcome
+
+
+def test_two_or_three_killed_together_or_during_recovery(row, undisturbed):
+    table = row("2 or 3 kills, together or during recovery, 4 ranks", 10, 200)
+    expected = undisturbed(*FLAGS)
+
+    def one(number, folder):
+        rng = table.random(number)
+        victims = rng.sample(range(4), rng.choice([2, 3]))
+        if number % 3 == 0:  # together
+            outcome = killed(rng, folder, 4, [victims], [None])
+        elif number % 3 == 1:  # one after another, within a few milliseconds: about as long as a recovery takes
+            pauses = [None, *(rng.random() * 0.02 for _ in victims[1:])]
+            outcome = killed(rng, folder, 4, [[rank] for rank in victims], pauses)
+        else:
+            outcome = killed_in_a_recovery(rng, folder)
+        assert_as_if_nothing_had_happened(outcome, expected)
+        return outcome, SURVIVED
+
+    table.runs(one)
+
+
+@pytest.mark.parametrize("ranks", [4, 2])
+def test_down_to_one_rank(row, undisturbed, ranks):
+    table = row(f"{ranks} ranks to 1, one after another", 2, 25)
+    expected = undisturbed(*FLAGS)
+
+    def one(number, folder):
+        rng = table.random(number)
+        victims = rng.sample(range(ranks), ranks - 1)
+        outcome = killed(rng, folder, ranks, [[rank] for rank in victims], [None] * len(victims))
+        assert_as_if_nothing_had_happened(outcome, expected)
+        return outcome, SURVIVED
+
+    table.runs(one)
+
+
+#: Where the coordinator dies, a few points of each phase; a step is counted from 1, with 10 steps an epoch.
+PHASES = {
+    "distributing data": [{"point": "data"}, {"point": "data-mapped"}, {"point": "data-shared"}],
+    "in a step": [
+        {"point": point, "step": step}
+        for step in (1, 24)
+        for point in ("step", "forward", "reduction", "reduced", "update", "updated")
+    ],
+    "in validation": [{"point": "evaluation", "nth": nth} for nth in (1, 3)]
+    + [{"point": "evaluation", "nth": 3, "do": "kill-soon:0.003"}],
+    "in a checkpoint": [
+        {"point": point, "nth": nth}
+        for nth in (1, 4)
+        for point in ("checkpoint", "fsync", "rename", "renamed", "checkpoint-written")
+    ],
+    "at the very end": [{"point": "finished"}, {"point": "told"}],
+}
+
+
+def test_the_coordinator_killed_in_each_phase(row, undisturbed):
+    table = row("rank 0 killed: data, step, validation, checkpoint, very end; 4 ranks", 5, 100)
+    expected = undisturbed(*FLAGS)
+
+    def one(number, folder):
+        points = list(PHASES.values())[number % len(PHASES)]
+        rng = table.random(number)
+        rule = {"rank": 0, "do": "kill", **points[rng.randrange(len(points))]}
+        with Job(folder, 4, *FLAGS, sabotage=[rule]) as job:
+            outcome = job.finish()
+        assert "[saboteur]" in outcome.errors, str(outcome)
+        assert_as_if_nothing_had_happened(outcome, expected)
+        if rule["point"] != "told":  # all is said by then
+            assert_told(outcome, [0])
+        return outcome, SURVIVED
+
+    table.runs(one)

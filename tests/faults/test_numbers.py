@@ -1,0 +1,108 @@
+"""A number goes wrong on one rank: it is found, the rank is named, and all ranks decide alike at the same step."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from harness import FLAGS, STEPS, assert_resumable, run
+
+pytestmark = pytest.mark.usefixtures("needs_mpirun")
+
+#: The bits of a float32 that change it by more than a sum would round away, and do not make it infinite.
+BITS = range(18, 28)
+CORRUPTION = 4
+VERIFY_EVERY = 5
+
+
+def named_ranks(outcome) -> list[int]:
+    (line,) = [line for line in outcome.errors.splitlines() if line.startswith("distdl: error:")]
+    return [int(rank) for rank in re.findall(r"(\d+) \(host ", line)]
+
+
+def test_a_flipped_bit_in_the_weights_of_one_rank(row, undisturbed):
+    """Found when replicas are compared next, before a checkpoint could keep it: a resume comes to the same receipt."""
+    table = row("one flipped bit in one rank's weights, --verify-every 5", 5, 50)
+
+    def one(number, folder):
+        rng = table.random(number)
+        rank, step = rng.randrange(4), rng.randrange(1, STEPS - 1)
+        rule = {
+            "rank": rank,
+            "point": "step",
+            "step": step,
+            "do": f"flip-weight:{rng.randrange(10**6)},{rng.choice(BITS)}",
+        }
+        flags = (*FLAGS, "--verify-every", str(VERIFY_EVERY))
+        outcome = run(folder, 4, *flags, sabotage=[rule])
+        assert outcome.code == CORRUPTION, str(outcome)
+        assert named_ranks(outcome) == [rank], str(outcome)
+        due = -(-step // VERIFY_EVERY) * VERIFY_EVERY
+        found = int(re.search(r"after step (\d+)", outcome.errors)[1])
+        assert step <= found <= due, str(outcome)
+        assert outcome.leftover_processes == [], str(outcome)
+        assert_resumable(folder, flags, undisturbed(*FLAGS), None)
+        return outcome, "found at the next comparison, rank named, exit code 4; resumed to the same receipt"
+
+    table.runs(one)
+
+
+def test_a_flipped_bit_in_the_gradient_of_one_rank(row, undisturbed):
+    table = row("one flipped bit in one rank's gradient, --audit 1", 5, 50)
+
+    def one(number, folder):
+        rng = table.random(number)
+        rank, step = rng.randrange(4), rng.randrange(1, STEPS - 1)
+        rule = {"rank": rank, "point": "backward", "step": step, "nth": rng.choice([1, 2])}
+        rule["do"] = f"flip-gradient:{rng.randrange(10**6)},{rng.choice(BITS)}"
+        flags = (*FLAGS, "--audit", "1")
+        outcome = run(folder, 4, *flags, sabotage=[rule])
+        assert outcome.code == CORRUPTION, str(outcome)
+        assert named_ranks(outcome) == [rank], str(outcome)
+        assert f"step {step} " in outcome.errors, str(outcome)
+        assert outcome.leftover_processes == [], str(outcome)
+        assert_resumable(folder, flags, undisturbed(*FLAGS), None)
+        return outcome, "found in that step, rank named, exit code 4; resumed to the same receipt"
+
+    table.runs(one)
+
+
+def last_step(outcome) -> int:
+    steps = re.findall(rb'"step": (\d+)', outcome.metrics)
+    return int(steps[-1]) if steps else 0
+
+
+def test_no_number_on_one_rank(row, undisturbed, tmp_path):
+    """A gradient that is NaN once, with stop and with skip; and a weight that is NaN on one rank for good."""
+    table = row("NaN on one rank", 3, 20)
+
+    def one(number, folder):
+        rng = table.random(number)
+        rank, step = rng.randrange(4), rng.randrange(1, STEPS - 1)
+        kind = ("once, stop", "once, skip", "for good, stop")[number % 3]
+        point, do = ("step", "nan-weight") if kind == "for good, stop" else ("backward", "nan-gradient")
+        rule = {"rank": rank, "point": point, "step": step, "do": do}
+        flags = (*FLAGS, "--on-nonfinite", kind.split()[-1])
+        outcome = run(folder, 4, *flags, sabotage=[rule])
+        assert outcome.leftover_processes == [], str(outcome)
+        if kind == "once, skip":
+            # One process that meets the same must skip the same step: the receipt of all ranks is then its own.
+            alone = run(tmp_path / f"alone-{number}", None, *flags, sabotage=[{**rule, "rank": 0}])
+            assert alone.code == 0, str(alone)
+            assert outcome.code == 0, str(outcome)
+            assert b'"skipped"' in outcome.metrics, str(outcome)
+            assert outcome.metrics == alone.metrics, str(outcome)
+            assert outcome.receipt == alone.receipt != undisturbed(*FLAGS).receipt, str(outcome)
+            return outcome, "--on-nonfinite skip: all skip that step"
+        assert outcome.code == CORRUPTION, str(outcome)
+        (line,) = [line for line in outcome.errors.splitlines() if line.startswith("distdl: error:")]
+        when = f"at step {step}" if kind == "once, stop" else f"after step {step - 1}"
+        assert when in line, str(outcome)
+        assert "Traceback" not in outcome.errors, str(outcome)
+        assert last_step(outcome) == step - 1, str(outcome)
+        if kind == "for good, stop":
+            assert named_ranks(outcome) == [rank], str(outcome)
+        assert_resumable(folder, flags, undisturbed(*FLAGS), None)
+        return outcome, "--on-nonfinite stop: all stop before that step's update; resumed to the same receipt"
+
+    table.runs(one)

@@ -1,0 +1,220 @@
+"""`launch/local.sh --restarts`: a job that fails is started again, and ends as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from trapped_training import (
+    REPOSITORY,
+    WAIT_FOR_EVER,
+    are_gone,
+    ended,
+    needs_mpirun,
+    ranks_of,
+    receipt_of,
+    start,
+    undisturbed_receipt,
+    until,
+)
+
+from distdl.engine.stop import SAME_REQUEST_SECONDS
+from distdl.restarts import run_folder
+
+#: Runs a job of one process that ends as the list in `ends` says, one start after the other.
+DRIVER = """
+import json, os, sys
+from distdl import startup
+from distdl.restarts import run_until_done
+
+def command_of(flags):
+    return [sys.executable, "job.py", *flags], dict(os.environ)
+
+sys.exit(startup.run(lambda flags: run_until_done(command_of, flags[1:], int(flags[0]))))
+"""
+JOB = """
+import json, os, pathlib, signal, sys
+ends = json.loads(pathlib.Path("ends").read_text())
+pathlib.Path("ends").write_text(json.dumps(ends[1:]))
+with open("starts", "a") as starts:
+    starts.write(json.dumps(sys.argv[1:]) + "\\n")
+folder = pathlib.Path([flag for flag in sys.argv if flag.startswith("--run-dir=")][-1].partition("=")[2])
+if ends[0] == "refused":
+    sys.exit(2)
+if ends[0] != "before it began":
+    folder.mkdir(exist_ok=True)
+    (folder / "config.toml").touch()
+if ends[0] == 0:
+    (folder / "summary.json.partial").touch()
+    (folder / "summary.json.partial").rename(folder / "summary.json")
+if isinstance(ends[0], str) and ends[0].startswith("SIG"):
+    os.kill(os.getpid(), getattr(signal, ends[0]))
+sys.exit(ends[0] if isinstance(ends[0], int) else 0)
+"""
+
+
+def run_scripted(folder, ends, *flags, restarts=3):
+    (folder / "ends").write_text(json.dumps(ends))
+    (folder / "job.py").write_text(JOB)
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(restarts), *flags],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    starts = [json.loads(line) for line in (folder / "starts").read_text().splitlines()]
+    return done.returncode, starts, done.stderr.splitlines()
+
+
+def test_a_job_that_fails_goes_on_from_its_checkpoint_until_it_is_done(tmp_path):
+    code, starts, said = run_scripted(tmp_path, ["SIGKILL", 9, 1, 0], "--epochs=3", "--run-dir=run")
+    assert code == 0
+    assert starts == [["--epochs=3", "--run-dir=run"]] + 3 * [
+        ["--epochs=3", "--run-dir=run", "--run-dir=run", "--resume=auto"]
+    ]
+    assert [line.partition(": restart")[0] for line in said] == [
+        "distdl: the job ended by SIGKILL",
+        "distdl: the job ended with exit code 9",
+        "distdl: the job ended with exit code 1",
+    ]
+    assert "restart 3 of 3, --run-dir run --resume auto" in said[2]
+
+
+@pytest.mark.parametrize("code", [0, 2, 3, 4, 75, 130])
+def test_what_would_be_the_same_again_or_was_wanted_is_not_started_again(tmp_path, code):
+    assert run_scripted(tmp_path, [code, 0], "--run-dir=run") == (code, [["--run-dir=run"]], [])
+
+
+def test_no_more_restarts_than_allowed_and_the_last_exit_code(tmp_path):
+    code, starts, said = run_scripted(tmp_path, [9, 9, 15, 0], "--run-dir=run", restarts=2)
+    assert code == 15
+    assert len(starts) == 3
+    assert said[-1] == ("distdl: the job ended with exit code 15, 3 times in all; --run-dir run --resume auto goes on")
+
+
+def test_all_well_without_a_new_summary_is_not_believed(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").touch()  # of the run as it ended before
+    code, starts, said = run_scripted(tmp_path, ["killed", "killed"], "--run-dir=run", restarts=1)
+    assert code == 1
+    assert len(starts) == 2
+    assert all(line.startswith("distdl: the job ended without a summary") for line in said)
+
+
+def test_before_the_run_began_the_same_flags_are_given_again(tmp_path):
+    """With `--resume auto` a run that shall go on from another folder would start afresh."""
+    flags = ["--resume=other", "--run-dir=run"]
+    code, starts, said = run_scripted(tmp_path, ["before it began", 0], *flags)
+    assert (code, starts) == (0, [flags, flags])
+    assert said == ["distdl: the job ended without a summary: restart 1 of 3, from the start"]
+
+
+def test_a_run_folder_is_chosen_once_where_none_is_given(tmp_path):
+    code, starts, _ = run_scripted(tmp_path, ["SIGKILL", 0])
+    assert code == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    given = f"--run-dir=runs/{folder.name}"
+    assert starts == [[given], [given, "--resume=auto"]]
+
+
+def test_a_wrong_flag_leaves_no_chosen_folder_behind(tmp_path):
+    code, starts, _ = run_scripted(tmp_path, ["refused", 0], "--epochs=none")
+    assert code == 2
+    assert [flag.partition("=")[0] for flag in starts[0]] == ["--epochs", "--run-dir"]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_two_chosen_folders_in_one_second_are_two(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len({run_folder([])[0] for _ in range(3)}) == 3
+
+
+def test_the_folder_of_a_run_is_that_which_is_resumed(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.toml").touch()
+    checkpoint = run / "checkpoints" / "step-1.safetensors"
+    checkpoint.touch()
+    assert run_folder(["--resume", str(run)]) == (run, False)
+    assert run_folder([f"--resume={checkpoint}"]) == (run, False)
+    assert run_folder(["--resume", "auto", "--run_dir", "a", "--run-dir=b"]) == (Path("b"), False)
+
+
+# From here on with the real mpirun.
+
+TRAPS = {
+    "a rank": 'if rank == 1:\n    pathlib.Path("sprung").touch()\n    os.kill(os.getpid(), signal.SIGKILL)',
+    "all ranks": 'pathlib.Path("sprung").touch()\nos.kill(os.getpid(), signal.SIGKILL)',
+    "the launcher": """
+if rank == 1:
+    pathlib.Path("sprung").touch()
+    launcher = [one for one in ancestors() if one.name in ("mpirun", "prterun", "mpiexec.hydra")][0]
+    os.kill(launcher.pid, signal.SIGKILL)
+    time.sleep(600)
+""",
+}
+
+
+@needs_mpirun
+@pytest.mark.parametrize("killed", TRAPS)
+def test_a_killed_job_ends_with_the_receipt_of_the_undisturbed_one(tmp_path, killed):
+    code, printed, errors = ended(start(tmp_path, TRAPS[killed], "--restarts", "2"))
+    assert code == 0, errors
+    assert receipt_of(printed) == undisturbed_receipt()
+    assert (tmp_path / "sprung").exists()
+    if killed != "a rank":  # which those who survive may make up for
+        assert errors.count(": restart 1 of 2, --run-dir runs/") == 1
+    assert "restart 2 of 2" not in errors
+    assert are_gone(ranks_of(tmp_path))
+
+
+@needs_mpirun
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_job_and_the_restarts(tmp_path, number):
+    process = start(tmp_path, WAIT_FOR_EVER, "--restarts", "2", flags=["--run-dir", "run"])
+    until(lambda: len(list(tmp_path.glob("waits-*"))) == 3)
+    process.send_signal(number)
+    time.sleep(2 * SAME_REQUEST_SECONDS)  # the first asks to stop after the step, which never ends here
+    process.send_signal(number)
+    code, _, errors = ended(process)
+    assert code != 0
+    assert "restart" not in errors
+    until(lambda: are_gone(ranks_of(tmp_path)))
+
+
+@needs_mpirun
+def test_a_signal_to_the_supervisor_reaches_every_rank(tmp_path):
+    trap = (
+        """
+def warned(*_):
+    pathlib.Path(f"warned-{rank}").touch()
+    raise SystemExit(75)
+signal.signal(signal.SIGUSR1, warned)
+"""
+        + WAIT_FOR_EVER
+    )
+    process = start(tmp_path, trap, "--restarts", "2", flags=["--run-dir", "run"])
+    until(lambda: len(list(tmp_path.glob("waits-*"))) == 3)
+    process.send_signal(signal.SIGUSR1)
+    code, _, errors = ended(process)
+    assert code != 0
+    assert "restart" not in errors
+    assert list(tmp_path.glob("warned-*"))
+
+
+@needs_mpirun
+def test_a_killed_supervisor_takes_the_job_with_it(tmp_path):
+    process = start(tmp_path, WAIT_FOR_EVER, "--restarts", "2", flags=["--run-dir", "run"])
+    until(lambda: len(list(tmp_path.glob("waits-*"))) == 3)
+    process.kill()
+    ended(process)
+    until(lambda: are_gone(ranks_of(tmp_path)))

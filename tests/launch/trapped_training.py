@@ -1,0 +1,128 @@
+"""Trainings that step into a trap, started as a person starts them, and the receipt of one that does not."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from distdl.launcher import read_launch
+from distdl.processes import look_at
+
+REPOSITORY = Path(__file__).parents[2]
+LOCAL_SH = REPOSITORY / "launch" / "local.sh"
+TRAINING = ["--model", "mlp", "--epochs", "2", "--checkpoint-every", "3"]
+SECONDS_AGAINST_HANGING = 120
+
+#: Before its eighth step a rank springs the trap, unless a start before has left the file `sprung`.
+PROGRAM = """
+import os, pathlib, signal, sys, time
+from distdl import startup
+from distdl.processes import ancestors
+
+def spring(rank):
+{trap}
+
+def main(arguments):
+    from distdl.config import parse
+    config = parse(arguments, "trapped")
+    startup.set_blas_threads(1)
+    from distdl.engine import train
+    from distdl.engine.trainer import Trainer
+    step = Trainer.step
+    set_now = not pathlib.Path("sprung").exists()
+
+    def trapped_step(self):
+        rank = self.communicator.rank
+        pathlib.Path(f"process-{{rank}}").write_text(str(os.getpid()))
+        if set_now and self.state.step == 7:
+            spring(rank)
+        step(self)
+
+    Trainer.step = trapped_step
+    train(config)
+    return 0
+
+sys.exit(startup.run(main))
+"""
+WAIT_FOR_EVER = """
+pathlib.Path("sprung").touch()
+pathlib.Path(f"waits-{rank}").touch()
+time.sleep(600)
+"""
+
+needs_mpirun = pytest.mark.skipif(
+    shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") is None
+    or read_launch().by is not None,
+    reason="this environment has no mpirun, or this is a rank already",
+)
+
+
+def write_trap(folder, trap):
+    """Write the module `trapped`, whose trap has the variable `rank`, and return the environment it runs in."""
+    lines = [f"    {line}" for line in trap.strip().splitlines()]
+    (folder / "trapped.py").write_text(PROGRAM.format(trap="\n".join(lines)))
+    return {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{folder}"}
+
+
+def start(folder, trap, *arguments, flags=()):
+    """Start `launch/local.sh` on three ranks in the folder."""
+    return subprocess.Popen(
+        [LOCAL_SH, "-n", "3", "--module", "trapped", *arguments, "--", *TRAINING, *flags],
+        cwd=folder,
+        env=write_trap(folder, trap),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process):
+    """Wait for the end; return the exit code, what was printed, and the errors."""
+    with process:
+        try:
+            printed, errors = process.communicate(timeout=SECONDS_AGAINST_HANGING)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    return process.returncode, printed, errors
+
+
+def receipt_of(printed):
+    return re.findall(r"^weights sha256: (\w{64})$", printed, re.MULTILINE)
+
+
+@cache
+def undisturbed_receipt():
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-m", "distdl.train", *TRAINING, "--run-dir", f"{folder}/run"],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    return receipt_of(done.stdout)
+
+
+def until(condition):
+    """Wait until the condition holds; only against hanging is there a limit."""
+    deadline = time.monotonic() + SECONDS_AGAINST_HANGING
+    while not condition():
+        assert time.monotonic() < deadline, "waited for ever"
+        time.sleep(0.05)
+
+
+def ranks_of(folder):
+    """The processes of the ranks that have taken a step."""
+    return [int(text) for path in folder.glob("process-*") if (text := path.read_text())]
+
+
+def are_gone(processes):
+    return all(look_at(process) is None for process in processes)

@@ -1,0 +1,331 @@
+"""Recovery without processes: every order of events and every moment of death of a few ranks, exhaustively.
+
+The model knows of MPI what the standard promises. A collective call ends well on a rank once all ranks of the group
+have entered it (a broadcast: once its root has), and may end with a loss on any rank once one of the group has died or
+revoked it. An agreement, and a shrink, is decided as soon as all that live have entered it, alike for all of them; who
+has entered and died may count or not. MPI matches agreements and shrinks of a group by their order alone.
+
+A rank that dies has always entered its next call before: where it had not, the others can do nothing else than they
+could in this case.
+"""
+
+from dataclasses import dataclass, replace
+
+import pytest
+
+from distdl.errors import PeerLost
+from distdl.parallel import Loss, OneProcess, recover, survive
+from distdl.parallel.recovery import Do, Recovery
+
+AGREEMENTS = {"commit", Do.REFUSE, Do.AGREE, Do.SHRINK}
+
+
+@dataclass(frozen=True)
+class Rank:
+    """`steps` is what it has taken, in order; `call` the call that it has entered, the n-th of its kind on `group`."""
+
+    alive: bool = True
+    group: int = 0
+    call: object = "work"
+    calls: int = 1
+    agreements: int = 0
+    recovering: tuple | None = None
+    steps: tuple = ()
+    shown: int = -1
+    coordinator: int = 0
+
+    @property
+    def finished(self):
+        return self.call == "end"
+
+
+@dataclass(frozen=True)
+class World:
+    ranks: tuple
+    groups: tuple  #: (members, revoked, what was decided by its agreements)
+    deaths: int
+
+
+class Model:
+    def __init__(self, ranks, steps, deaths, first_steps, recovery=Recovery):
+        self.steps, self.deaths, self.recovery = steps, deaths, recovery
+        everyone = tuple(range(ranks))
+        # Ranks that start at different positions begin with a loss that all have heard of.
+        unequal = len(set(first_steps)) > 1
+        start = []
+        for taken in first_steps:
+            rank = Rank(steps=tuple(range(taken)))
+            start.append(self.enter(replace(rank, recovering=(Do.REFUSE, 0)), Do.REFUSE) if unequal else rank)
+        self.start = World(tuple(start), ((everyone, unequal, ()),), 0)
+
+    def enter(self, rank, call):
+        """Let a rank enter its next call."""
+        if call in AGREEMENTS:
+            return replace(rank, call=call, agreements=rank.agreements + 1)
+        shown = len(rank.steps) if call is Do.COMPARE else rank.shown
+        return replace(rank, call=call, calls=rank.calls + 1, shown=shown)
+
+    def next_of(self, rank):
+        """Let a rank that is not recovering go on to the next step, or end."""
+        if len(rank.steps) == self.steps:
+            return replace(rank, call="end", recovering=None)
+        return self.enter(replace(rank, recovering=None), "work")
+
+    def recovery_of(self, rank):
+        recovery = self.recovery(agreed=True)
+        recovery.action, recovery.source = rank.recovering
+        return recovery
+
+    def go_by(self, rank, recovery):
+        rank = replace(rank, recovering=(recovery.action, recovery.source))
+        return self.next_of(rank) if recovery.action is Do.GO_ON else self.enter(rank, recovery.action)
+
+    def after_loss(self, rank, *, agreed):
+        if rank.recovering is None:
+            return self.go_by(rank, self.recovery(agreed=agreed))
+        recovery = self.recovery_of(rank)
+        recovery.lost(agreed=agreed)
+        return self.go_by(rank, recovery)
+
+    def successors(self, world):
+        for number, rank in enumerate(world.ranks):
+            if not rank.alive:
+                continue
+            if world.deaths < self.deaths:
+                yield self.put(world, number, replace(rank, alive=False), deaths=world.deaths + 1)
+            if rank.finished:
+                continue
+            step = self.agreement if rank.call in AGREEMENTS else self.collective
+            yield from step(world, number, rank)
+
+    def put(self, world, number, rank, *, groups=None, deaths=None):
+        ranks = (*world.ranks[:number], rank, *world.ranks[number + 1 :])
+        return World(ranks, groups or world.groups, world.deaths if deaths is None else deaths)
+
+    def collective(self, world, number, rank):
+        members, revoked, _ = world.groups[rank.group]
+        others = [world.ranks[member] for member in members]
+        if revoked or not all(other.alive for other in others):
+            groups = list(world.groups)
+            groups[rank.group] = (members, True, groups[rank.group][2])
+            yield self.put(world, number, self.after_loss(rank, agreed=False), groups=tuple(groups))
+        needed = others
+        if rank.call is Do.TAKE:
+            needed = [others[rank.recovering[1]]]
+        # Who has left the group for the next one has done so with all that live, and so nobody waits for it here.
+        if all(other.group == rank.group and other.calls >= rank.calls for other in needed):
+            yield self.put(world, number, self.completed(world, number, rank, others))
+
+    def completed(self, world, number, rank, others):
+        if rank.call == "work":
+            return self.enter(rank, "commit")
+        recovery = self.recovery_of(rank)
+        if rank.call is Do.COMPARE:
+            recovery.compared([[other.shown] for other in others])
+            return self.go_by(rank, recovery)
+        if rank.call is Do.TAKE:
+            ahead = others[recovery.source].steps
+            rank = replace(rank, steps=max(rank.steps, ahead, key=len))
+        if rank.call is Do.REBUILD:
+            members = world.groups[rank.group][0]
+            assert number in members
+            rank = replace(rank, coordinator=members[0])
+        recovery.done()
+        return self.go_by(rank, recovery)
+
+    def agreement(self, world, number, rank):
+        members, revoked, decided = world.groups[rank.group]
+        turn = rank.agreements - 1
+        if turn < len(decided):
+            yield self.put(world, number, self.told(rank, decided[turn], world))
+            return
+        entered = {
+            member: world.ranks[member]
+            for member in members
+            if world.ranks[member].group == rank.group and world.ranks[member].agreements == rank.agreements
+        }
+        if any(world.ranks[member].alive and member not in entered for member in members):
+            return
+        kinds = {other.call is Do.SHRINK for other in entered.values() if other.alive}
+        assert len(kinds) == 1, "an agreement met a shrink"
+        dead = [member for member in members if not world.ranks[member].alive]
+        if rank.call is Do.SHRINK:
+            unnoticed = [member for member in dead if member in entered and world.ranks[member].call is Do.SHRINK]
+            for counted in {(), tuple(unnoticed)}:
+                left = tuple(member for member in members if member not in dead or member in counted)
+                groups = list(world.groups)
+                groups[rank.group] = (members, revoked, (*decided, len(groups)))
+                groups.append((left, False, ()))
+                yield World(world.ranks, tuple(groups), world.deaths)
+            return
+        all_yes = all(other.call is not Do.REFUSE for other in entered.values())
+        outcomes = {False} if not all_yes else {True} if not dead else {False, len(entered) == len(members)}
+        for outcome in outcomes:
+            groups = list(world.groups)
+            groups[rank.group] = (members, revoked, (*decided, outcome))
+            yield World(world.ranks, tuple(groups), world.deaths)
+
+    def told(self, rank, outcome, world):
+        if rank.call == "commit":
+            if not outcome:
+                return self.after_loss(rank, agreed=True)
+            return self.next_of(replace(rank, steps=(*rank.steps, len(rank.steps))))
+        recovery = self.recovery_of(rank)
+        if rank.call is Do.SHRINK:
+            recovery.done()
+            return self.go_by(replace(rank, group=outcome, calls=0, agreements=0), recovery)
+        if rank.call is Do.AGREE and not outcome:
+            recovery.lost(agreed=True)
+        else:
+            recovery.done()
+        return self.go_by(rank, recovery)
+
+    def check_end(self, world):
+        """Nothing can happen any more: all that live must have come to the same end."""
+        living = {number: rank for number, rank in enumerate(world.ranks) if rank.alive}
+        assert living
+        for number, rank in living.items():
+            assert rank.finished, f"rank {number} waits for ever: {world}"
+            assert rank.steps == tuple(range(self.steps)), "every step is taken once, in order"
+        assert len({rank.group for rank in living.values()}) == 1
+        (group,) = {rank.group for rank in living.values()}
+        members = world.groups[group][0]
+        assert set(living) <= set(members)
+        if group > 0:
+            assert {rank.coordinator for rank in living.values()} == {min(members)}
+
+
+def explore(model):
+    """Visit every state; no path is without end, since calls are only ever entered and never taken back."""
+    seen, stack, ends = {model.start}, [model.start], 0
+    while stack:
+        world = stack.pop()
+        following = list(model.successors(world))
+        # A state from which somebody can only die is an end too: nobody has to die.
+        if all(after.deaths > world.deaths for after in following):
+            model.check_end(world)
+            ends += 1
+        for after in following:
+            if after not in seen:
+                seen.add(after)
+                stack.append(after)
+    return len(seen), ends
+
+
+@pytest.mark.parametrize(
+    ("ranks", "steps", "deaths", "first_steps"),
+    [
+        (2, 2, 1, (0, 0)),
+        (3, 2, 2, (0, 0, 0)),
+        (4, 1, 2, (0, 0, 0, 0)),
+        (2, 2, 1, (0, 1)),
+        (2, 2, 1, (1, 0)),
+        (3, 2, 2, (0, 1, 0)),
+        (3, 2, 1, (1, 0, 1)),
+    ],
+)
+def test_whoever_dies_whenever_the_others_take_every_step_once(ranks, steps, deaths, first_steps):
+    states, ends = explore(Model(ranks, steps, deaths, first_steps))
+    assert states > 100
+    assert ends > 1
+
+
+class NeverRefuses(Recovery):
+    """Shrinks at once, while others may still wait for its verdict in the agreement before."""
+
+    def lost(self, *, agreed):
+        super().lost(agreed=True)
+
+
+class NeverTakes(Recovery):
+    """Takes itself for as far as all others."""
+
+    def compared(self, positions):
+        super().compared(positions[:1])
+
+
+@pytest.mark.parametrize(("faulty", "first_steps"), [(NeverRefuses, (0, 0, 0)), (NeverTakes, (0, 1, 0))])
+def test_the_model_finds_a_way_that_goes_wrong(faulty, first_steps):
+    with pytest.raises(AssertionError):
+        explore(Model(3, 2, 2, first_steps, faulty))
+
+
+class Shrinking(OneProcess):
+    """A group that loses ranks as a script says: what each call on it does, None for nothing."""
+
+    def __init__(self, ranks, script):
+        super().__init__()
+        self.size, self.numbers, self.script = len(ranks), ranks, script
+
+    @property
+    def world_ranks(self):
+        return self.numbers
+
+    def agree(self, flag):
+        outcome = self.script.pop(0)
+        if isinstance(outcome, PeerLost):
+            raise outcome
+        assert flag is outcome
+        return flag
+
+    def shrink(self):
+        return Shrinking(self.numbers[:-1], self.script)
+
+
+def agreed_loss():
+    lost = PeerLost("lost")
+    lost.agreed = True
+    return lost
+
+
+def test_work_is_begun_again_on_those_that_are_left_until_all_agree():
+    tried = []
+
+    def work(communicator):
+        tried.append(communicator.world_ranks)
+        if len(tried) == 2:
+            raise PeerLost("in the middle")  # to be refused, so that nobody waits
+        return len(tried)
+
+    left, result, loss = survive(Shrinking([0, 1, 2, 3], [agreed_loss(), False, True]), work)
+    assert tried == [[0, 1, 2, 3], [0, 1, 2], [0, 1]]
+    assert (left.world_ranks, result, loss.ranks) == ([0, 1], 3, [2, 3])
+    assert left.script == []
+
+
+def test_work_without_a_loss_is_done_once():
+    communicator = OneProcess()
+    assert survive(communicator, lambda _: "done") == (communicator, "done", None)
+
+
+class Member:
+    """Stands where it is told to, beside others that stand at `positions`."""
+
+    def __init__(self, communicator, positions):
+        self.communicator, self.positions, self.position, self.done = communicator, positions, positions[0], []
+        type(communicator).allgather_json = lambda _, position: [position, *positions[1:]]
+
+    def take(self, source):
+        self.done.append(f"take from {source}")
+
+    def rebuild(self):
+        self.done.append("rebuild")
+
+
+@pytest.mark.parametrize(
+    ("positions", "done"),
+    [
+        ([[3, 2], [3, 2]], ["rebuild"]),
+        ([[3, 2], [4, 0], [4, 1], [4, 1]], ["take from 2", "rebuild"]),
+    ],
+)
+def test_the_lowest_rank_that_is_most_ahead_gives_its_state(positions, done):
+    class Group(Shrinking):
+        def shrink(self):
+            return Group(self.numbers[:-1], self.script)
+
+    member = Member(Group([0, 1, 2, 3, 4], [False, True]), positions)
+    loss = recover(member, PeerLost("lost"))
+    assert member.done == done
+    assert isinstance(loss, Loss)
+    assert loss.ranks == [4]
