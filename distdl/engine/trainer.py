@@ -275,13 +275,12 @@ class Trainer:
             total = self._gradients.total()
             self.timeline.leave_reduction()
             fault = None
-            if (what := nonfinite.what_is_not_finite(total)) is not None:
+            if (what := nonfinite.average(total, len(rows), network.gradients)) is not None:
                 fault, total = self._not_finite(what, rows, shards, key)
 
         learning_rate = self.schedule(state.step)
         if fault is None:
-            gradient = np.divide(total["gradient"], len(rows), out=network.gradients)
-            state.optimizer.update(network.parameters, gradient, learning_rate, state.step + 1)
+            state.optimizer.update(network.parameters, network.gradients, learning_rate, state.step + 1)
             state.epoch_sums.add(total)
         else:
             state.progress["skipped_steps"] = state.progress.get("skipped_steps", 0) + 1
