@@ -288,15 +288,14 @@ class Trainer:
             total = self._gradients.total()
             self.timeline.leave_reduction()
             fault = None
-            if (what := nonfinite.what_is_not_finite(total)) is not None:
+            if (what := nonfinite.average(total, len(rows), network.gradients)) is not None:
                 fault, total = self._not_finite(what, rows, shards, key)
 
         learning_rate = self.schedule(state.step)
         if fault is None:
-            gradient = np.divide(total["gradient"], len(rows), out=network.gradients)
             if self.config.clip_norm is not None:
-                clip_by_norm(gradient, self.config.clip_norm)
-            state.optimizer.update(network.parameters, gradient, learning_rate, state.step + 1)
+                clip_by_norm(network.gradients, self.config.clip_norm)
+            state.optimizer.update(network.parameters, network.gradients, learning_rate, state.step + 1)
             if "statistics" in total:
                 network.update_buffers(total["statistics"])
             state.epoch_sums.add(total)
