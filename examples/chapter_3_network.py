@@ -1,4 +1,4 @@
-"""The 3-layer network of section 3.4, forward only: 2-3-2-2, sigmoid between the layers, identity at the end.
+"""The 3-layer network, forward only: 2-3-2-2, sigmoid between the layers, identity at the end (section 3.4).
 
     python examples/chapter_3_network.py
 

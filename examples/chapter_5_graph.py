@@ -90,9 +90,8 @@ def main(options):
         (x0, y0), (x1, y1) = (NODES.get(end, end) for end in ends)
         ax.plot((x0, x1), (y0, y1), color="gray", zorder=1)
         value, derivative = lines[name]
-        ax.text(
-            (x0 + x1) / 2, (y0 + y1) / 2, f"{name} {value:g}\n← {derivative:g}", ha="center", va="center", fontsize=8
-        )
+        text, white = f"{name} {value:g}\n← {derivative:g}", {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        ax.text((x0 + x1) / 2, (y0 + y1) / 2, text, ha="center", va="center", fontsize=8, bbox=white)
     for name, place in NODES.items():
         ax.text(
             *place, name[0], ha="center", va="center", fontsize=14, bbox={"boxstyle": "circle", "facecolor": "white"}

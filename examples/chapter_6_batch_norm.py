@@ -32,12 +32,13 @@ def accuracies(options, data, scale, epochs, *, batch_norm):
 
 def main(options):
     """Draw both curves at each scale, and count."""
-    data, epochs = common.pixels(options), 2 if options.quick else 20
+    data = common.pixels(options)
+    scales, epochs = (SCALES[5:11:5], 5) if options.quick else (SCALES, 20)
     data.images, data.labels = data.images[:1000], data.labels[:1000]
     figure, axes = common.axes(4, 4, sharex=True, sharey=True)
     figure.set_size_inches(12, 9)
     ends = []
-    for ax, scale in zip(axes, SCALES, strict=True):
+    for ax, scale in zip(axes, scales, strict=False):
         curves = [accuracies(options, data, scale, epochs, batch_norm=with_it) for with_it in (True, False)]
         ends.append([curve[-1] for curve in curves])
         ax.plot(curves[0], label="batch normalization")
@@ -48,7 +49,7 @@ def main(options):
     common.save(figure, options)
     with_it, without = np.transpose(ends)
     options.say(f"scales that do not learn: {sum(with_it < GUESSING)} with, {sum(without < GUESSING)} without")
-    options.say(f"ahead with it: at {sum(with_it > without)} of 16 scales (the book: nearly everywhere)")
+    options.say(f"ahead with it: at {sum(with_it > without)} of {len(ends)} scales (the book: nearly everywhere)")
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ def losses(options, data, network, learning_rate, steps):
 
 
 def hidden_weights(options, data, initializer, steps):
-    """Return the weights (inputs, 50) of the hidden units of a network with sigmoid, after some training."""
-    layers = [nn.Flatten(), nn.Affine(50, initializer), nn.Sigmoid(), nn.Affine(10, initializer)]
+    """Return the weights (inputs, 64) of the hidden units of a network with sigmoid, after some training."""
+    layers = [nn.Flatten(), nn.Affine(64, initializer), nn.Sigmoid(), nn.Affine(10, initializer)]
     network = nn.Sequential(layers, data.images.shape[1:])
     losses(options, data, network, 0.5, steps)
     return network.layers[1].parameters["weight"]
@@ -45,10 +45,11 @@ def main(options):
     ax.set(xlabel="step", ylabel="loss, mean of 20 batches", ylim=(0, 2.5))
     ax.legend()
     for place, name in ((alike, "zeros"), (different, "Xavier")):
-        weights = hidden_weights(options, data, INITIALIZERS[name], 50 if options.quick else 500)
+        weights = hidden_weights(options, data, INITIALIZERS[name], steps=100)
         between = np.ptp(weights, axis=1).max()
         options.say(f"hidden units from {name}: weights to {np.abs(weights).max():.3f}, they differ by {between:.1e}")
-        place.imshow(weights[:50], cmap="gray", aspect="auto")
+        middle = len(weights) // 2  # where images are not blank
+        place.imshow(weights[middle - 25 : middle + 25], cmap="gray", aspect="auto")
         place.set(title=f"weights learned from {name}", xlabel="hidden unit", ylabel="input")
     common.save(figure, options)
     ours = ", ".join(f"{name} {loss:.4f}" for name, loss in last.items())

@@ -52,7 +52,6 @@ def _can_draw(out):
         raise UserError(f"--out {out}: expected a file name that ends in .png")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.open("ab").close()
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}; give another file") from error
 
@@ -68,7 +67,10 @@ def axes(rows, columns, **settings):
 def save(figure, options):
     """Write the picture, on rank 0 alone, and say where it is."""
     if options.communicator.rank == 0:
-        figure.savefig(options.out, dpi=100)
+        try:
+            figure.savefig(options.out, dpi=100)
+        except OSError as error:
+            raise UserError(f"--out {options.out} cannot be written: {error.strerror}; give another file") from error
         options.say(f"picture: {options.out}")
 
 

@@ -19,12 +19,12 @@ def has_shape(array, *shape):
 
 def initialize(n, key):
     """Return W[l] and b[l] for the layers l = 1 .. L, where n[0] are the inputs."""
-    draw = [key.of("W", layer).normal(n[layer] * n[layer - 1]) for layer in range(1, len(n))]
-    W = [
-        values.reshape(rows, columns) * np.sqrt(2 / columns)
-        for values, rows, columns in zip(draw, n[1:], n, strict=False)
-    ]
-    return [w.astype(np.float32) for w in W], [np.zeros((rows, 1), np.float32) for rows in n[1:]]
+    W, b = [], []
+    for layer in range(1, len(n)):
+        normal = key.of("W", layer).normal(n[layer] * n[layer - 1]).reshape(n[layer], n[layer - 1])
+        W.append((normal * np.sqrt(2 / n[layer - 1])).astype(np.float32))  # He's values
+        b.append(np.zeros((n[layer], 1), np.float32))
+    return W, b
 
 
 def forward(W, b, X):
