@@ -5,12 +5,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from distdl.launcher import read_launch
 from distdl.nn import numerical_gradient
+from distdl.rng import Key
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = REPOSITORY / "examples"
@@ -241,12 +243,22 @@ def test_batch_normalization_learns_where_nothing_else_does(run):
     assert with_it < without
 
 
-def test_weight_decay_and_dropout_are_compared_with_neither(run):
+def test_overfitting_weight_decay_and_dropout_each_do_what_they_are_for(run, monkeypatch, communicator):
     stdout, _ = run("chapter_6_overfitting")
     for name in ("neither", "weight decay 0.1", "Dropout 0.2"):
         train, test, gap = numbers(said(stdout, f"{name}: "))
-        assert 0 < test < 1
         assert gap == pytest.approx(train - test, abs=1e-3)
+    example = module("chapter_6_overfitting", monkeypatch)
+    options = SimpleNamespace(communicator=communicator, key=Key(0), dataset="digits", data_dir=None, quick=True)
+    data = example.common.pixels(options)
+    data.images, data.labels = data.images[:300], data.labels[:300]
+    ends = {
+        name: example.curves(options, data, 40, **settings)[-1]
+        for name, settings in {"neither": {}, "decay": {"weight_decay": 10.0}, "dropout": {"dropout": 0.8}}.items()
+    }
+    assert ends["neither"][0] > 0.6
+    assert ends["decay"][0] < 0.25  # no weights are left
+    assert ends["dropout"][0] < ends["neither"][0] - 0.2
 
 
 def test_the_vectorized_gradient_of_logistic_regression_is_that_of_the_loop_and_of_differences(run, monkeypatch):
@@ -262,8 +274,6 @@ def test_the_vectorized_gradient_of_logistic_regression_is_that_of_the_loop_and_
 
 def test_a_hidden_layer_does_what_a_line_cannot(run, monkeypatch):
     run("ng_shallow_network")
-    from distdl.rng import Key
-
     example = module("ng_shallow_network", monkeypatch)
     x, y = example.flower(Key(0))
     right = {}
@@ -278,8 +288,6 @@ def test_a_hidden_layer_does_what_a_line_cannot(run, monkeypatch):
 def test_the_gradients_of_the_deep_network_are_those_of_differences(run, monkeypatch):
     stdout, _ = run("ng_deep_network")
     assert "layer 1: W (20, 64), b (20, 1), Z and A (20, m)" in stdout
-    from distdl.rng import Key
-
     example = module("ng_deep_network", monkeypatch)
     X, Y = Key(1).normal(15).reshape(3, 5), np.array([[1.0, 0, 1, 1, 0]])
     W, b = ([array + 0.1 for array in arrays] for arrays in example.initialize((3, 4, 2, 1), Key(0)))
