@@ -1,6 +1,7 @@
 """Every example of a chapter runs, reduced, leaves its picture, and ends with the figure that the book reports."""
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -20,12 +21,22 @@ NAMES = sorted(path.stem for pattern in ("chapter_[2-6]_*.py", "ng_*.py") for pa
 SECONDS = 120
 PNG = b"\x89PNG\r\n\x1a\n"
 
-pytestmark = pytest.mark.skipif(read_launch().by is not None, reason="already under a launcher")
+pytestmark = [
+    pytest.mark.skipif(read_launch().by is not None, reason="already under a launcher"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("matplotlib") is None,
+        reason="the pictures need matplotlib: pip install 'distdl-mpi[plots]'",
+    ),
+]
 
 
 def started(name, folder, *arguments):
+    return finished([EXAMPLES / f"{name}.py", *arguments], folder)
+
+
+def finished(arguments, folder):
     return subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py", *arguments],
+        [sys.executable, *arguments],
         cwd=folder,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -38,17 +49,16 @@ def started(name, folder, *arguments):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Run an example with --quick in a folder of its own, once; return what it said and its picture."""
-    pytest.importorskip("matplotlib", reason="the pictures need matplotlib: pip install 'distdl-mpi[plots]'")
-    finished = {}
+    done_before = {}
 
     def run(name):
-        if name not in finished:
+        if name not in done_before:
             folder = tmp_path_factory.mktemp(name)
             done = started(name, folder, "--quick")
             assert done.returncode == 0, done.stderr
             assert done.stderr == ""
-            finished[name] = done.stdout, folder / "runs" / f"{name}.png"
-        return finished[name]
+            done_before[name] = done.stdout, folder / "runs" / f"{name}.png"
+        return done_before[name]
 
     return run
 
@@ -339,3 +349,19 @@ def test_what_cannot_be_is_one_line(arguments, words, tmp_path):
     assert line.startswith("distdl: error: ")
     assert words in line
     assert done.stdout == ""
+
+
+def test_without_matplotlib_the_line_says_how_to_get_it(tmp_path):
+    script = EXAMPLES / "chapter_2_gates.py"
+    without = f"""
+import runpy, sys
+sys.modules["matplotlib"] = None
+sys.path.insert(0, {str(EXAMPLES)!r})
+sys.argv = [{str(script)!r}]
+runpy.run_path({str(script)!r}, run_name="__main__")
+"""
+    done = finished(["-c", without], tmp_path)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert "pip install 'distdl-mpi[plots]'" in line
+    assert list(tmp_path.iterdir()) == []
