@@ -17,7 +17,27 @@ from distdl.rng import Key
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = REPOSITORY / "examples"
-NAMES = sorted(path.stem for pattern in ("chapter_[2-6]_*.py", "ng_*.py") for path in EXAMPLES.glob(pattern))
+NAMES = [
+    "chapter_2_gates",
+    "chapter_3_activations",
+    "chapter_3_inference",
+    "chapter_3_network",
+    "chapter_4_gradients",
+    "chapter_4_losses",
+    "chapter_4_two_layer_net",
+    "chapter_5_gradient_check",
+    "chapter_5_graph",
+    "chapter_5_softmax_with_loss",
+    "chapter_6_activations",
+    "chapter_6_batch_norm",
+    "chapter_6_initial_values",
+    "chapter_6_optimizers",
+    "chapter_6_overfitting",
+    "chapter_6_paths",
+    "ng_deep_network",
+    "ng_logistic_regression",
+    "ng_shallow_network",
+]
 SECONDS = 120
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -79,9 +99,9 @@ def said(stdout, start):
     return line.removeprefix(start).split("(the book")[0]
 
 
-def test_the_examples_are_there():
-    assert len(NAMES) == 19
-    assert all(len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 120 for name in NAMES)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_example_is_one_page(name):
+    assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 120
 
 
 @pytest.mark.parametrize("name", NAMES)
