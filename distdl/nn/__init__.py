@@ -10,7 +10,23 @@ from distdl.nn.gradient_check import check_layer, check_network, numerical_gradi
 from distdl.nn.initializers import Constant, He, Initializer, Normal, Xavier, Zeros
 from distdl.nn.layers import Affine, BufferSpec, Dropout, Flatten, Layer, ParameterSpec, Workspace
 from distdl.nn.losses import SoftmaxCrossEntropy, count_correct
-from distdl.nn.models import MODELS, build_model, deep_convnet, mlp, simple_convnet
+from distdl.nn.models import (
+    MODELS,
+    alexnet,
+    build_model,
+    deep_convnet,
+    googlenet,
+    lenet,
+    logistic,
+    mlp,
+    multilayer_net,
+    resnet18,
+    resnet20,
+    resnet50,
+    simple_convnet,
+    vgg11,
+    vgg16,
+)
 from distdl.nn.network import Sequential
 from distdl.nn.normalization import BatchNorm, LocalResponseNorm
 from distdl.nn.pooling import AvgPool2d, GlobalAvgPool2d, MaxPool2d
@@ -51,14 +67,24 @@ __all__ = [
     "Workspace",
     "Xavier",
     "Zeros",
+    "alexnet",
     "build_model",
     "check_layer",
     "check_network",
     "count_correct",
     "deep_convnet",
+    "googlenet",
+    "lenet",
+    "logistic",
     "mlp",
+    "multilayer_net",
     "numerical_gradient",
     "patches",
     "patches_adjoint",
+    "resnet18",
+    "resnet20",
+    "resnet50",
     "simple_convnet",
+    "vgg11",
+    "vgg16",
 ]
