@@ -230,7 +230,7 @@ def test_when_nobody_reads_any_more_the_training_goes_on(output, tmp_path):
 
 UNDER_MPIRUN = {
     "an unknown flag": (2, ["--batchsize", "8"], USER, ["--batchsize", "--batch-size"]),
-    "a model that raises": (3, [*TINY, "--model=broken.py:net"], USER, ["broken.py:net", "no weights", "line 2"]),
+    "a model that raises": (2, [*TINY, "--model=broken.py:net"], USER, ["broken.py:net", "no weights", "line 2"]),
     "no number": (3, ["--epochs", "many"], USER, ["--epochs", "'many'"]),
     "too many ranks": (
         3,
