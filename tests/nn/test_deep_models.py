@@ -1,6 +1,8 @@
 """LeNet to ResNet: sizes and numbers of parameters are the published ones, and a step of SGD makes the loss smaller."""
 
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from distdl.rng import Key
 from .oracles import normal
 
 FULL = os.environ.get("DISTDL_FULL") == "1"
+TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 IMAGENET = (224, 224, 3)
 DEEP = ("lenet", "alexnet", "vgg11", "vgg16", "googlenet", "resnet18", "resnet20", "resnet50")
 TWO_FORMS = ("alexnet", "vgg11", "vgg16", "googlenet", "resnet18", "resnet50")
@@ -159,6 +162,17 @@ def test_a_step_of_sgd_makes_the_loss_of_the_original_form_smaller(name):
     begun_cheaply(network)
     before, after = losses_of(network, 2 if name.startswith("resnet") else 1, 1, 1e-4)
     assert after < before
+
+
+def test_the_table_of_the_documentation_lists_all_models_with_their_parameters():
+    rows = re.findall(
+        r"^\| `(\w+)` \|.*\| ([0-9,]+)(?:; ([0-9,]+))? \|$", TABLE.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert [name for name, _, _ in rows] == list(MODELS)
+    for name, small, original in rows:
+        assert f"{build_model(name, (28, 28, 1), 10).parameter_count:,}" == small
+        assert (name in TWO_FORMS) == bool(original)
+        assert not original or f"{build_model(name, IMAGENET, 1000).parameter_count:,}" == original
 
 
 def test_every_model_is_tried_here_or_among_the_books_own():
