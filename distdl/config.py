@@ -353,6 +353,8 @@ def _check_model(model: str, arguments: Sequence[str]) -> None:
     is_file = place.endswith(".py") and "\0" not in place and _is_text(place)
     if not (function.isidentifier() and (is_file or all(part.isidentifier() for part in place.split(".")))):
         raise UserError(f"--model {model!r} names no function: give file.py:function or package.module:function")
+    if place == "__main__":
+        raise UserError(f"the model {model!r} is that of a script that trained it: resume the run by that script")
     if value_of("model", arguments) != model:
         raise UserError(
             f"a config file names the model {model!r}, which is code and no model of ours: to run it, give "

@@ -136,6 +136,11 @@ def test_code_that_a_config_file_names_is_not_run_unless_the_command_line_names_
     assert not (folder / "written").exists()
 
 
+def test_a_run_of_a_script_is_resumed_by_the_script(folder):
+    (folder / "given.toml").write_text('model = "__main__:network"\n')
+    assert "resume the run by that script" in refusal(folder, "--config=given.toml", "--model=__main__:network")
+
+
 #: What is wrong: the file's text, the name after the colon, and what the line must say.
 WRONG = {
     "an error of syntax": ("def net(:\n", "net", ["wrong.py cannot be imported", "SyntaxError", "line 1"]),
