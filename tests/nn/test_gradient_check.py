@@ -34,6 +34,7 @@ LAYERS = {
     "dropout": (Dropout(0.4), (20,)),
     "convolution": (Conv2d(3, 3, padding=1), (5, 5, 2)),
     "convolution, padding beyond the kernel": (Conv2d(2, 2, padding=3), (3, 4, 2)),
+    "convolution without bias": (Conv2d(3, 3, padding=1, bias=False), (5, 5, 2)),
     "convolution, stride 2": (Conv2d(3, (3, 2), stride=2, padding=1), (6, 5, 2)),
     "pooling": (MaxPool2d(2), (5, 6, 2)),
     "pooling, overlapping": (MaxPool2d(3, 2, padding=1), (6, 6, 2)),
