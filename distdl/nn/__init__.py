@@ -9,7 +9,15 @@ from distdl.nn.convolution import Conv2d, ConvTranspose2d
 from distdl.nn.gradient_check import check_layer, check_network, numerical_gradient
 from distdl.nn.initializers import Constant, He, Initializer, Normal, Xavier, Zeros
 from distdl.nn.layers import Affine, BufferSpec, Dropout, Flatten, Layer, ParameterSpec, Workspace
-from distdl.nn.losses import SoftmaxCrossEntropy, count_correct
+from distdl.nn.losses import (
+    LOSSES,
+    LossFunction,
+    MeanSquaredError,
+    SigmoidCrossEntropy,
+    SoftmaxCrossEntropy,
+    count_correct,
+    make_loss,
+)
 from distdl.nn.models import (
     MODELS,
     alexnet,
@@ -34,6 +42,7 @@ from distdl.nn.upsampling import Upsample2d
 from distdl.nn.windows import Window, patches, patches_adjoint
 
 __all__ = [
+    "LOSSES",
     "MODELS",
     "Affine",
     "AvgPool2d",
@@ -52,13 +61,16 @@ __all__ = [
     "Layer",
     "LeakyReLU",
     "LocalResponseNorm",
+    "LossFunction",
     "MaxPool2d",
+    "MeanSquaredError",
     "Normal",
     "ParameterSpec",
     "ReLU",
     "Residual",
     "Sequential",
     "Sigmoid",
+    "SigmoidCrossEntropy",
     "Softmax",
     "SoftmaxCrossEntropy",
     "Tanh",
@@ -76,6 +88,7 @@ __all__ = [
     "googlenet",
     "lenet",
     "logistic",
+    "make_loss",
     "mlp",
     "multilayer_net",
     "numerical_gradient",

@@ -170,7 +170,7 @@ WRONG = {
     "another number of classes": (
         "from distdl import nn\ndef net(shape, classes): return nn.mlp(shape, 7)\n",
         "net",
-        ["wrong.py:net puts out (7,)", "10 classes", "expected an output of (10,)"],
+        ["wrong.py:net puts out (7,)", "10 classes", "expected (10,)"],
     ),
     "another input": (
         "from distdl import nn\ndef net(shape, classes): return nn.mlp((4, 4, 1), classes)\n",
