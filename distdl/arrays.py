@@ -7,7 +7,7 @@ the hashes are what receipts and replica checks are made of.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,19 +18,22 @@ ALIGNMENT_BYTES = 64
 
 def aligned_empty(shape: int | Sequence[int], dtype: DTypeLike = np.float32) -> NDArray[Any]:
     """Return an uninitialized C-ordered array whose first byte lies on a 64-byte boundary."""
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    dtype = np.dtype(dtype)
-    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    raw = np.empty(nbytes + ALIGNMENT_BYTES, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT_BYTES
-    return raw[start : start + nbytes].view(dtype).reshape(shape)
+    return _aligned(np.empty, shape, np.dtype(dtype))
 
 
 def aligned_zeros(shape: int | Sequence[int], dtype: DTypeLike = np.float32) -> NDArray[Any]:
-    """Return an array of zeros whose first byte lies on a 64-byte boundary."""
-    array = aligned_empty(shape, dtype)
-    array[...] = 0
-    return array
+    """Return an array of zeros whose first byte lies on a 64-byte boundary; memory is taken once it is written to."""
+    return _aligned(np.zeros, shape, np.dtype(dtype))
+
+
+def _aligned(
+    make: Callable[[int, type[np.uint8]], NDArray[Any]], shape: int | Sequence[int], dtype: np.dtype[Any]
+) -> NDArray[Any]:
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = make(nbytes + ALIGNMENT_BYTES, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT_BYTES
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def sha256_of_arrays(named: Iterable[tuple[str, NDArray[Any]]]) -> str:

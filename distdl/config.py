@@ -25,7 +25,10 @@ from typing import Any, Literal
 from distdl.errors import UserError, unknown_name
 
 DATASETS = ("digits", "mnist")
-MODELS = ("mlp", "simple_convnet", "deep_convnet")
+MODELS = (
+    *("logistic", "mlp", "simple_convnet", "deep_convnet", "lenet", "alexnet"),
+    *("vgg11", "vgg16", "googlenet", "resnet18", "resnet20", "resnet50"),
+)
 OPTIMIZERS = ("adam", "adamw", "momentum", "nesterov", "adagrad", "rmsprop", "sgd")
 
 #: Where the user gives none. The digits are few, so an epoch of them is only ten steps.
@@ -79,7 +82,8 @@ class TrainConfig:
     data_dir: Path | None = None
     """Folder with the dataset's files; without it mnist is downloaded into the user's cache."""
     model: str = "simple_convnet"
-    """Network to train: mlp, simple_convnet or deep_convnet."""
+    """Network to train: logistic, mlp, simple_convnet, deep_convnet, lenet, alexnet, vgg11, vgg16, googlenet, resnet18,
+    resnet20, resnet50; or one of your own, file.py:function or package.module:function."""
     epochs: int | None = None
     """Passes over the training part; without it 60 for digits and 20 for mnist."""
     batch_size: int = 128
@@ -327,10 +331,45 @@ def parse(arguments: Sequence[str], program: str) -> TrainConfig:
         if stop.code:
             raise UserError(_one_line(said.getvalue(), flags)) from None
         raise
-    for kind, name, known in (("dataset", config.dataset, DATASETS), ("model", config.model, MODELS)):
-        if name not in known:
-            raise unknown_name(kind, name, known)
+    if config.dataset not in DATASETS:
+        raise unknown_name("dataset", config.dataset, DATASETS)
+    _check_model(config.model, arguments)
     return config.checked()
+
+
+def is_own_model(model: str) -> bool:
+    """Whether the name of a model is that of a user's own: file.py:function or package.module:function."""
+    return ":" in model
+
+
+def _check_model(model: str, arguments: Sequence[str]) -> None:
+    """Raise `UserError` for a name that is no model's, and for code of a user that the command line does not name.
+
+    A config file, also that of a resumed run, may have come from elsewhere, and what it names would be run.
+    """
+    if not is_own_model(model):
+        if model not in MODELS:
+            raise UserError(f"{unknown_name('model', model, MODELS)} (one of your own is given as file.py:function)")
+        return
+    place, _, function = model.rpartition(":")
+    is_file = place.endswith(".py") and "\0" not in place and _is_text(place)
+    if not (function.isidentifier() and (is_file or all(part.isidentifier() for part in place.split(".")))):
+        raise UserError(f"--model {model!r} names no function: give file.py:function or package.module:function")
+    if place == "__main__":
+        raise UserError(f"the model {model!r} is that of a script that trained it: resume the run by that script")
+    if value_of("model", arguments) != model:
+        raise UserError(
+            f"a config file names the model {model!r}, which is code and no model of ours: to run it, give "
+            f"--model {model} on the command line too"
+        )
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_flag_names(arguments: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from distdl.engine.coordinator import Coordinator, Follower
 from distdl.engine.environment import describe, numerics
 from distdl.engine.journal import Journal
 from distdl.engine.metrics import Sums
+from distdl.engine.own_model import check_same, layout_of, network_builder
 from distdl.engine.progress import Progress, banner, shares_of
 from distdl.engine.run_folder import Start, find_start
 from distdl.engine.state import TrainingState
@@ -33,7 +34,7 @@ from distdl.engine.trace import check_writable
 from distdl.engine.trainer import Data, Summary, Trainer
 from distdl.engine.watchdog import Watchdog
 from distdl.errors import DamagedFileError, UserError
-from distdl.nn import Sequential, build_model
+from distdl.nn import Sequential
 from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, guard, share_arrays, survive, together, world
 from distdl.rng import Key
@@ -140,7 +141,7 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
     height, width, channels = data.images.shape[1:]
 
     def build() -> TrainingState:
-        build = build_network or (lambda shape, classes: build_model(config.model, shape, classes))
+        build = build_network or network_builder(config.model)
         try:
             network = build((height, width, channels), _outputs(config, data)[-1])
             network.initialize(Key(config.seed).of("initialization"))
@@ -159,6 +160,8 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
         return TrainingState(network, optimizer, epoch_sums=Sums(answers=data.answers))
 
     state = together(communicator, build)
+    layouts = communicator.allgather_json(layout_of(state.network))
+    together(communicator, lambda: check_same(config.model, layouts))
     steps_per_epoch = split.steps_per_epoch(len(data.parts.training), config.batch_size)
     data_sha256 = communicator.bcast_json(_sha256_of(data) if coordinates else "")
     together(communicator, lambda: _restore(state, start, data_sha256, config.epoch_count, steps_per_epoch))
@@ -214,7 +217,7 @@ def _check_outputs(config: TrainConfig, output_shape: tuple[int, ...], data: Dat
     if output_shape != expected:
         what = "classes" if data.answers else "numbers"
         raise UserError(
-            f"the network puts out {output_shape} for a sample, expected {expected}: {config.dataset} has "
+            f"the network {config.model} puts out {output_shape} for a sample, expected {expected}: {config.dataset} has "
             f"{data.classes} {what}" + (" for each pixel" if len(expected) > 1 else "")
         )
 

@@ -18,7 +18,23 @@ from distdl.nn.losses import (
     count_correct,
     make_loss,
 )
-from distdl.nn.models import MODELS, build_model, deep_convnet, mlp, simple_convnet
+from distdl.nn.models import (
+    MODELS,
+    alexnet,
+    build_model,
+    deep_convnet,
+    googlenet,
+    lenet,
+    logistic,
+    mlp,
+    multilayer_net,
+    resnet18,
+    resnet20,
+    resnet50,
+    simple_convnet,
+    vgg11,
+    vgg16,
+)
 from distdl.nn.network import Sequential
 from distdl.nn.normalization import BatchNorm, LocalResponseNorm
 from distdl.nn.pooling import AvgPool2d, GlobalAvgPool2d, MaxPool2d
@@ -63,15 +79,25 @@ __all__ = [
     "Workspace",
     "Xavier",
     "Zeros",
+    "alexnet",
     "build_model",
     "check_layer",
     "check_network",
     "count_correct",
     "deep_convnet",
+    "googlenet",
+    "lenet",
+    "logistic",
     "make_loss",
     "mlp",
+    "multilayer_net",
     "numerical_gradient",
     "patches",
     "patches_adjoint",
+    "resnet18",
+    "resnet20",
+    "resnet50",
     "simple_convnet",
+    "vgg11",
+    "vgg16",
 ]

@@ -31,7 +31,8 @@ class Conv2d(Layer):
 
     x is (N, H, W, C), the weight (FH, FW, C, FN), the bias (FN,), y is (N, OH, OW, FN). Kernel, stride and
     padding are one number or a pair (height, width). Where the stride does not divide, the rest is left
-    out, as in PyTorch. Source: sections 7.2 and 7.4.
+    out, as in PyTorch. With `bias` false there is none, as in front of a `BatchNorm`, which would take it away again.
+    Source: sections 7.2 and 7.4.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class Conv2d(Layer):
         stride: int | Pair = 1,
         padding: int | Pair = 0,
         initializer: Initializer | None = None,
+        bias: bool = True,
     ) -> None:
         if filters < 1:
             raise UserError(f"Conv2d: {filters} filters given, expected at least 1")
-        self.filters = filters
+        self.filters, self.bias = filters, bias
         self.window = window_of("Conv2d", kernel, stride, padding)
         self.initializer = initializer or He()
 
@@ -62,10 +64,9 @@ class Conv2d(Layer):
         """Return weight (FH, FW, C, FN) and bias (FN,)."""
         FH, FW = self.window.kernel
         C, FN = self.channels, self.filters
-        return [
-            ParameterSpec("weight", (FH, FW, C, FN), self.initializer, fan_in=FH * FW * C),
-            ParameterSpec("bias", (FN,), Zeros(), fan_in=FH * FW * C, decay=False),
-        ]
+        weight = ParameterSpec("weight", (FH, FW, C, FN), self.initializer, fan_in=FH * FW * C)
+        bias = ParameterSpec("bias", (FN,), Zeros(), fan_in=FH * FW * C, decay=False)
+        return [weight, bias] if self.bias else [weight]
 
     def products(self, samples: int) -> Products:
         """Return those of the plain form: patches times weights; for each gradient as many operations."""
@@ -80,15 +81,17 @@ class Conv2d(Layer):
         weight = self.parameters["weight"].reshape(-1, self.filters)  # FH * FW * C, FN
         y = self.workspace.array("y", (len(self.patches), self.filters))
         np.matmul(self.patches, weight, out=y)
-        y += self.parameters["bias"]
+        if self.bias:
+            y += self.parameters["bias"]
         return y.reshape(len(x), *self.output_size, self.filters)
 
     def backward(self, dy: Array) -> Array | None:
         """Set the gradients of weight and bias; return that of the input, (N, H, W, C)."""
         d = dy.reshape(-1, self.filters)  # N * OH * OW, FN
         np.matmul(self.patches.T, d, out=self.gradients["weight"].reshape(-1, self.filters))
-        ones = self.workspace.array("ones", (len(d),), fill=1)
-        np.matmul(ones, d, out=self.gradients["bias"])
+        if self.bias:
+            ones = self.workspace.array("ones", (len(d),), fill=1)
+            np.matmul(ones, d, out=self.gradients["bias"])
         if not self.needs_input_gradient:
             return None
         return self._turned_convolution(dy) if self.window.stride == (1, 1) else self._scattered(d)

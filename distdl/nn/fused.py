@@ -136,7 +136,7 @@ class Block(ABC):
         valid = self._pooled(y)
         np.maximum(valid[:, 0], valid[:, 1], out=h)
         np.maximum(h[0], h[1], out=p)
-        if self.bias_after_pooling:
+        if self.bias_after_pooling and self.conv.bias:
             p += self._bias(N)
         self._activate(p, p)
         for a in (0, 1):
@@ -262,7 +262,8 @@ class PatchBlock(Block):
         """Put weight and bias into one matrix."""
         weights = self._weights("weights")
         weights[:-1, : self.F] = self.conv.parameters["weight"].reshape(-1, self.F)
-        weights[-1, : self.F] = self.conv.parameters["bias"]
+        if self.conv.bias:
+            weights[-1, : self.F] = self.conv.parameters["bias"]
 
     def _weights(self, name: str) -> Array:
         return self._own.array(name, (self.conv.parameters["weight"].size // self.F + 1, self.lanes))
@@ -325,7 +326,8 @@ class PatchBlock(Block):
         """Write the gradients of weight and bias."""
         total = self._weights("d_weights")
         np.copyto(self.conv.gradients["weight"].reshape(-1, self.F), total[:-1, : self.F])
-        np.copyto(self.conv.gradients["bias"], total[-1, : self.F])
+        if self.conv.bias:
+            np.copyto(self.conv.gradients["bias"], total[-1, : self.F])
         self._tiles_summed = 0
 
 
@@ -390,7 +392,7 @@ class WinogradBlock(Block):
             np.subtract(c2, c1, out=v[2])
             np.subtract(c1, c3, out=v[3])
             np.matmul(v.reshape(4, -1, C), U[i], out=M.reshape(4, -1, F))
-            if i == 1 and not self.pool:
+            if i == 1 and not self.pool and self.conv.bias:
                 M[1] += self._bias(N)  # this frequency is in each of the four outputs, once
             t = (y[0], z, z2, z)[i]
             np.add(M[1], M[2], out=t[0])
@@ -446,7 +448,8 @@ class WinogradBlock(Block):
         d_U = self._own.array("d_U", (16, C, F))
         _turn_signs(d_U.reshape(4, 4, C, F))
         np.matmul(_GG.T.astype(self.dtype), d_U.reshape(16, C * F), out=self.conv.gradients["weight"].reshape(9, C * F))
-        np.copyto(self.conv.gradients["bias"], self._own.array("d_bias", (F,)))
+        if self.conv.bias:
+            np.copyto(self.conv.gradients["bias"], self._own.array("d_bias", (F,)))
         self._tiles_summed = 0
 
 

@@ -140,7 +140,7 @@ BAD = {
     "an output that is in use": (["--out", "used"], "exists and is no empty folder"),
     "an output below a file": (["--out", "file/deeper"], "cannot be written"),
     "a trace that is a folder": (["--trace", "used"], "is a folder"),
-    "an unknown model": (["--model", "lenet"], "unknown model 'lenet'"),
+    "an unknown model": (["--model", "perceptron"], "unknown model 'perceptron'"),
     "no samples": (["--batch-size", "-3"], "--batch-size must be at least 1"),
     "pictures too small": (["--model", "deep_convnet", "--input", "1x1x1"], "is smaller than the"),
     "pictures too large": (["--input", "100000x100000x3"], "--input 100000x100000x3 is too large"),

@@ -231,10 +231,9 @@ def endless_schedules(_workshop) -> Iterator[Case]:
 
 def unknown_choices(_workshop) -> Iterator[Case]:
     for name, known in CHOICES.items():
-        for choice in known:
-            for value in {choice[:-1], choice + "s", choice.upper(), " " + choice, choice + "\n"} - set(known):
-                words = [value.strip(), *known]
-                yield Case(f"--{name}={value!r}", [f"--{name}={value}"], USER, words)
+        spelt = [(one[:-1], one + "s", one.upper(), " " + one, one + "\n") for one in known]
+        for value in sorted({value for values in spelt for value in values} - set(known)):
+            yield Case(f"--{name}={value!r}", [f"--{name}={value}"], USER, [value.strip(), *known])
         for value in ("", "None", "../x", "\x1b[31m", "x" * 500):
             yield Case(f"--{name}={value[:10]!r}", [f"--{name}={value}"], USER, [name, *known])
 

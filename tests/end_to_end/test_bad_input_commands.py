@@ -104,6 +104,7 @@ def used_folder(tmp_path_factory):
     files = mnist_files()
     write_files(folder / "mislabelled", {**files, TRAIN_LABELS: files[TRAIN_LABELS][:-1] + b"\x63"})
     (folder / "file").write_text("x")
+    (folder / "broken.py").write_text("def net(input_shape, classes):\n    raise ValueError('no weights')\n")
     for name in ("run", "torn"):
         flags = [*TINY, "--epochs=1", "--dataset=mnist", "--data-dir=data", f"--run-dir={name}"]
         assert run([*TRAIN, *flags], folder, environment_with()).returncode == 0
@@ -229,6 +230,7 @@ def test_when_nobody_reads_any_more_the_training_goes_on(output, tmp_path):
 
 UNDER_MPIRUN = {
     "an unknown flag": (2, ["--batchsize", "8"], USER, ["--batchsize", "--batch-size"]),
+    "a model that raises": (2, [*TINY, "--model=broken.py:net"], USER, ["broken.py:net", "no weights", "line 2"]),
     "no number": (3, ["--epochs", "many"], USER, ["--epochs", "'many'"]),
     "too many ranks": (
         3,

@@ -11,6 +11,7 @@ import pytest
 from bad_inputs import TRAIN_IMAGES, mnist_files, write_files
 
 from distdl import verify
+from distdl.config import MODELS
 from distdl.errors import UserError
 from distdl.verify import Outcome, first_difference
 
@@ -50,8 +51,8 @@ def test_a_training_that_fails_is_reported_in_one_line(tmp_path):
     done = verified(tmp_path, "--ranks", "1,2", "--", "--model", "simple_convet")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "distdl: error: with 1 ranks: unknown model 'simple_convet': expected one of deep_convnet, mlp, "
-        "simple_convnet; did you mean 'simple_convnet'?"
+        f"distdl: error: with 1 ranks: unknown model 'simple_convet': expected one of {', '.join(sorted(MODELS))}; "
+        "did you mean 'simple_convnet'? (one of your own is given as file.py:function)"
     ]
 
     assert not list(tmp_path.glob("distdl-verify-*"))

@@ -16,7 +16,8 @@ from distdl.mpirun import find_mpirun, mpirun_command
 REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "examples" / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.strip() for line in README.splitlines() if line.startswith("    ")]
-OF_TRAIN_DIGITS = [command for command in COMMANDS if "own_network" not in command]
+OF_TRAIN_DIGITS = [command for command in COMMANDS if "own_" not in command]
+OF_OWN_MODEL = [command for command in COMMANDS if "own_model" in command]
 OF_OWN_NETWORK = [command for command in COMMANDS if "own_network" in command]
 SECONDS = 120
 
@@ -80,7 +81,7 @@ def test_the_command_ends_well_and_prints_its_receipt_once(run, command):
     done = run(command)
     assert done.returncode == 0, done.stderr
     assert len(re.findall("^weights sha256: [0-9a-f]{64}$", done.stdout, re.MULTILINE)) == 1
-    if "distdl.train" not in command:
+    if "distdl.train" not in command and "own_model" not in command:
         [(ranks, receipt)] = re.findall(r"the receipt of (\d+) rank\(s\) is ([0-9a-f]{64})", done.stdout)
         assert int(ranks) == ranks_of(command)
         assert f"weights sha256: {receipt}" in done.stdout
@@ -88,7 +89,17 @@ def test_the_command_ends_well_and_prints_its_receipt_once(run, command):
         assert float(right) > 94
 
 
-@pytest.mark.parametrize("commands", [OF_TRAIN_DIGITS, OF_OWN_NETWORK], ids=["train_digits", "own_network"])
+def test_a_network_of_ones_own_takes_fifteen_lines():
+    text = (REPOSITORY / "examples" / "own_model.py").read_text(encoding="utf-8")
+    _, _, code = text.partition("import sys")
+    lines = [line for line in ("import sys" + code).splitlines() if line.strip() and '"""' not in line]
+    assert len(lines) <= 15
+    assert len(OF_OWN_MODEL) == 3
+
+
+@pytest.mark.parametrize(
+    "commands", [OF_TRAIN_DIGITS, OF_OWN_MODEL, OF_OWN_NETWORK], ids=["train_digits", "own_model", "own_network"]
+)
 def test_all_commands_of_an_example_give_the_same_receipt(run, commands):
     receipts = {command: re.findall("weights sha256: (.*)", run(command).stdout) for command in commands}
     assert len({receipt for found in receipts.values() for receipt in found}) == 1, receipts

@@ -164,3 +164,14 @@ def test_pooling_a_blank_image_passes_the_whole_gradient_on_once():
 def test_a_geometry_without_sense_is_refused(layer, message):
     with pytest.raises(UserError, match=message):
         layer()
+
+
+def test_without_bias_a_convolution_is_one_whose_bias_is_zero():
+    without, zero = built(Conv2d(4, 3, padding=1, bias=False), (5, 6, 2)), built(Conv2d(4, 3, padding=1), (5, 6, 2))
+    assert list(without.parameters) == ["weight"]
+    zero.parameters["bias"][...] = 0
+    x, dy = normal((3, 5, 6, 2)), normal((3, 5, 6, 4), "dy")
+    outputs = [layer.forward(x, training=True, key=None) for layer in (without, zero)]
+    assert (outputs[0] == outputs[1]).all()
+    assert (without.backward(dy) == zero.backward(dy)).all()
+    assert (without.gradients["weight"] == zero.gradients["weight"]).all()

@@ -43,6 +43,16 @@ NETWORKS = {
         ReLU(),
         Conv2d(2, 3, padding=(2, 0)),
     ],
+    "without bias": lambda p: [
+        *(
+            Conv2d(4, 3, padding=p, bias=False),
+            ReLU(),
+            MaxPool2d(2),
+            Conv2d(16, 3, padding=1, bias=False),
+            MaxPool2d(2),
+        ),
+        *(Conv2d(3, 3, padding=1, bias=False), ReLU(), Conv2d(2, 1, bias=False)),
+    ],
     "three pooled in a row": lambda p: [
         layer for _ in range(3) for layer in (Conv2d(3, 3, padding=max(p, 1)), ReLU(), MaxPool2d(2))
     ],

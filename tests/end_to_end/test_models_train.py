@@ -1,0 +1,34 @@
+"""The trainer trains every kind of network that the models are made of, on images of 28x28."""
+
+import json
+
+import numpy as np
+import pytest
+from bad_inputs import mnist_files, write_files
+
+from distdl import config, engine, startup, train
+from distdl.launcher import read_launch
+
+pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts trainings of one process")
+
+
+@pytest.mark.parametrize("model", ["logistic", "lenet", "alexnet", "googlenet", "resnet20"])
+def test_an_epoch_of_a_model_ends_well(model, tmp_path, monkeypatch, capsys):
+    for name in ("OPENBLAS", "OMP", "MKL", "BLIS", "VECLIB_MAXIMUM"):
+        monkeypatch.setenv(f"{name}_NUM_THREADS", "1")  # so that what the command sets is undone
+    data = write_files(tmp_path / "data", mnist_files(training=12, test=3, height=28, width=28))
+    flags = [f"--model={model}", "--dataset=mnist", f"--data-dir={data}", "--epochs=1", "--log-every=1"]
+    code = startup.run(train.main, [*flags, "--batch-size=8", "--micro-batch-size=4", f"--run-dir={tmp_path}/run"])
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    assert f"{model} (" in out
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [np.isfinite(record["loss"]) for record in records if "loss" in record] == [True, True]
+
+
+def test_a_script_names_an_own_model_as_the_command_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "from distdl import nn\n\ndef net(shape, classes):\n    return nn.mlp(shape, classes, hidden=(20, 20))\n"
+    (tmp_path / "deep.py").write_text(text)
+    settings = config.TrainConfig(model="deep.py:net", max_steps=2, run_dir=tmp_path / "run")
+    assert engine.train(settings).steps == 2
