@@ -36,6 +36,7 @@ from distdl.nn import Sequential, build_model
 from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, guard, share_arrays, survive, together, world
 from distdl.rng import Key
+from distdl.transforms import Transforms
 from distdl.warden import Warden
 
 #: Builds a network for inputs (H, W, C) and a number of classes.
@@ -139,6 +140,8 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
     height, width, channels = data.images.shape[1:]
 
     def build() -> TrainingState:
+        if config.augment is not None:
+            Transforms.parse(config.augment).check_fit(height, width)
         build = build_network or (lambda shape, classes: build_model(config.model, shape, classes))
         try:
             network = build((height, width, channels), data.classes)
