@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from distdl.arrays import aligned_empty, aligned_zeros
 from distdl.rng import Key
@@ -107,65 +107,65 @@ class Augmentation:
         if work is None:
             work = self._work[images.shape] = _Work(N, H, W, C)
         work.framed[:, BEFORE : BEFORE + H, BEFORE : BEFORE + W] = images
-        (rows_y, columns_y), (rows_x, columns_x) = _places(draws, H, W)
-        y, x, index, line = work.y, work.x, work.index, W + AROUND
-        np.add(rows_y[:, :, None], columns_y[:, None, :], out=y)
-        np.add(rows_x[:, :, None], columns_x[:, None, :], out=x)
+        y, x = work.y, work.x
+        terms = row_y, column_y, row_x, column_x = _places(draws, H, W)
+        np.add(row_y, column_y, out=y)
+        np.add(row_x, column_x, out=x)
         np.clip(y, -STEPS_PER_PIXEL, H * STEPS_PER_PIXEL, out=y)
         np.clip(x, -STEPS_PER_PIXEL, W * STEPS_PER_PIXEL, out=x)
+        between = any(np.any(term % STEPS_PER_PIXEL) for term in terms)
+        if between:
+            work.parts(y, work.part_y)
+            work.parts(x, work.part_x)
 
-        # index: where the upper left of the four pixels is in all framed images, one after the other.
-        whole = work.whole
-        np.multiply(np.floor_divide(y, STEPS_PER_PIXEL, out=whole), line, out=index)
-        index += np.floor_divide(x, STEPS_PER_PIXEL, out=whole)
-        index += work.first
-        pixels, places = work.framed.reshape(-1, C), index.reshape(-1)
-        upper = np.take(pixels, places, axis=0, out=work.corners[0], mode="wrap")  # the mode that needs no copy
-        if not any(np.any(term % STEPS_PER_PIXEL) for term in (rows_y, columns_y, rows_x, columns_x)):
-            return upper.reshape(images.shape)
-        _, upper_right, lower, lower_right = work.corners
-        np.take(pixels[1:], places, axis=0, out=upper_right, mode="wrap")
-        np.take(pixels[line:], places, axis=0, out=lower, mode="wrap")
-        np.take(pixels[line + 1 :], places, axis=0, out=lower_right, mode="wrap")
-        part = _part(x, work)
-        _mean(upper, upper_right, part)
-        _mean(lower, lower_right, part)
-        return _mean(upper, lower, _part(y, work)).reshape(images.shape)
+        # Where the upper left of the four pixels is in all framed images, one after the other.
+        line = W + AROUND
+        y //= STEPS_PER_PIXEL
+        x //= STEPS_PER_PIXEL
+        y *= line
+        y += x
+        work.index[...] = y
+        work.index += work.first
+        pixels, places = work.framed.reshape(-1, C), work.index.reshape(-1)
+        upper, upper_right, lower, lower_right = work.corners
+        np.take(pixels, places, axis=0, out=upper, mode="wrap")  # the mode that needs no copy; none wraps
+        if between:
+            np.take(pixels[1:], places, axis=0, out=upper_right, mode="wrap")
+            np.take(pixels[line:], places, axis=0, out=lower, mode="wrap")
+            np.take(pixels[line + 1 :], places, axis=0, out=lower_right, mode="wrap")
+            _mean(upper, upper_right, work.part_x)
+            _mean(lower, lower_right, work.part_x)
+            _mean(upper, lower, work.part_y)
+        return upper.reshape(images.shape)
 
 
-def _places(draws: Draws, H: int, W: int) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
-    """Return y and x of the place that each pixel's value comes from, in steps, each as the sum of two terms.
+def _places(draws: Draws, H: int, W: int) -> tuple[NDArray[np.int32], ...]:
+    """Return where each pixel's value comes from, in steps: terms y (N, H, 1) and (N, 1, W), then x the same.
 
-    The first, (N, H), goes with the pixel's row, the second, (N, W), with its column.
+    A place is the sum of a term of the pixel's row and one of its column.
     """
     center_y, center_x = (H - 1) / 2, (W - 1) / 2
-    cosine = (np.cos(draws.angle) / draws.scale)[:, None]
-    sine = (np.sin(draws.angle) / draws.scale)[:, None]
-    mirror = draws.mirror[:, None]
-    dy = np.arange(H) - center_y - draws.down[:, None]
-    dx = np.arange(W) - center_x - draws.right[:, None]
-    terms = ((cosine * dy + center_y, sine * dx), (-mirror * sine * dy, mirror * cosine * dx + center_x))
-    # int32 holds eight million pixels each way.
-    return [
-        (np.rint(row * STEPS_PER_PIXEL).astype(np.int32), np.rint(column * STEPS_PER_PIXEL).astype(np.int32))
-        for row, column in terms
-    ]
+    angle, scale, mirror = (each[:, None, None] for each in (draws.angle, draws.scale, draws.mirror))
+    cosine, sine = np.cos(angle) / scale, np.sin(angle) / scale
+    dy = np.arange(H)[:, None] - center_y - draws.down[:, None, None]
+    dx = np.arange(W) - center_x - draws.right[:, None, None]
+    return (
+        _in_steps(cosine * dy + center_y),
+        _in_steps(sine * dx),
+        _in_steps(-mirror * sine * dy),
+        _in_steps(mirror * cosine * dx + center_x),
+    )
 
 
-def _part(places: NDArray[np.int32], work: _Work) -> NDArray[np.float32]:
-    """Return how far each place lies beyond a whole pixel, (N·H·W, 1) in 0 .. 255/256."""
-    np.bitwise_and(places, STEPS_PER_PIXEL - 1, out=work.whole)
-    work.part[...] = work.whole.reshape(-1, 1)
-    work.part *= np.float32(1 / STEPS_PER_PIXEL)
-    return work.part
+def _in_steps(pixels: NDArray[np.float64]) -> NDArray[np.int32]:
+    return np.rint(pixels * STEPS_PER_PIXEL).astype(np.int32)  # which holds eight million pixels each way
 
 
-def _mean(first: NDArray[np.float32], second: NDArray[np.float32], part: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return ``first + part (second - first)`` in the array of the first, and overwrite the second."""
+def _mean(first: NDArray[np.float32], second: NDArray[np.float32], part: NDArray[np.float32]) -> None:
+    """Put ``first + part (second - first)`` into the first, and overwrite the second."""
     second -= first
     second *= part
     first += second
-    return first
 
 
 class _Work:
@@ -174,12 +174,14 @@ class _Work:
     def __init__(self, N: int, H: int, W: int, C: int) -> None:
         frame = (H + AROUND) * (W + AROUND)
         self.framed: NDArray[np.float32] = aligned_zeros((N, H + AROUND, W + AROUND, C))
-        self.y, self.x, self.whole = (_empty((N, H, W), np.int32) for _ in range(3))
-        self.index = _empty((N, H, W), np.intp)
+        self.y, self.x, self.rest = (aligned_empty((N, H, W), np.int32) for _ in range(3))
+        self.index = aligned_empty((N, H, W), np.intp)
         self.first = (np.arange(N) * frame + BEFORE * (W + AROUND) + BEFORE).reshape(N, 1, 1)
-        self.part = _empty((N * H * W, 1), np.float32)
-        self.corners = [_empty((N * H * W, C), np.float32) for _ in range(4)]
+        self.part_y, self.part_x = (aligned_empty((N * H * W, 1), np.float32) for _ in range(2))
+        self.corners = [aligned_empty((N * H * W, C), np.float32) for _ in range(4)]
 
-
-def _empty(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-    return aligned_empty(shape, dtype)
+    def parts(self, places: NDArray[np.int32], part: NDArray[np.float32]) -> None:
+        """Set `part` to how far each place lies beyond a whole pixel, 0 .. 255/256."""
+        np.bitwise_and(places, STEPS_PER_PIXEL - 1, out=self.rest)
+        part[...] = self.rest.reshape(-1, 1)
+        part *= np.float32(1 / STEPS_PER_PIXEL)
