@@ -403,7 +403,7 @@ def test_all_differences_are_named_at_once_and_a_missing_setting_is_one():
         (["--audit=-1"], "--audit must be at least 0, not -1"),
         (["--on-nonfinite", "ignore"], "invalid choice 'ignore' for argument '--on-nonfinite'"),
         (["--weight-decay=-0.1"], "--weight-decay must be at least 0, not -0.1"),
-        (["--augment", "rotat=10"], "--augment 'rotat=10': unknown transform 'rotat'"),
+        (["--augment", "rotates=10"], "--augment 'rotates=10': unknown transform 'rotates'"),
         (["--lr", "0"], "--lr must be above 0, not 0.0"),
         (["--lr", "nan"], "--lr must be above 0, not nan"),
         (["--lr", "inf"], "--lr must be a finite number, not inf"),

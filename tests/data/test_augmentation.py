@@ -301,8 +301,8 @@ def test_all_is_read_in_any_order_and_with_spaces():
 BAD = [
     ("", "--augment '': unknown transform '': expected one of brightness, crop, flip, rotate, scale, shift"),
     ("rotate=10,", "--augment '': unknown transform ''"),
-    ("rotat=10", "--augment 'rotat=10': unknown transform 'rotat'"),
-    ("rotat=10", "did you mean 'rotate'?"),
+    ("rotates=10", "--augment 'rotates=10': unknown transform 'rotates'"),
+    ("rotates=10", "did you mean 'rotate'?"),
     ("Flip", "did you mean 'flip'?"),
     ("flip,zoom=2", "--augment 'zoom=2': unknown transform 'zoom'"),
     ("rotate", "--augment 'rotate': rotate takes a number; write rotate=10, for example"),
