@@ -1,9 +1,13 @@
 """Augmented images are the same on any number of ranks and after any resume, and nothing but training sees them."""
 
+import dataclasses
+
+import numpy as np
 import pytest
-from small_runs import VERY_RAGGED, remove, small_run, worlds
+from small_runs import VERY_RAGGED, piece_of_digits, remove, small_config, small_run, worlds
 
 from distdl.data.augmentation import Augmentation
+from distdl.engine import train
 from distdl.errors import UserError
 from distdl.parallel import OneProcess
 
@@ -73,3 +77,11 @@ def test_moves_out_of_sight_are_refused_by_all_ranks_before_anything_is_written(
     communicator.barrier()
     assert not (shared_tmp_path / "run").exists()
     remove(communicator, shared_tmp_path)
+
+
+def test_images_are_not_moved_away_from_the_labels_of_their_pixels(tmp_path):
+    digits = piece_of_digits(VERY_RAGGED)
+    masks = dataclasses.replace(digits, labels=(digits.images[..., 0] > 8).astype(np.int64), classes=2)
+    with pytest.raises(UserError, match="not the labels that they have here: give brightness alone"):
+        train(small_config(tmp_path / "run", augment="flip,brightness=0.1"), OneProcess(), dataset=masks)
+    assert not (tmp_path / "run").exists()

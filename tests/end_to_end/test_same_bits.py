@@ -1,7 +1,7 @@
 """Promise 1: the same bits on any number of ranks, whatever is interrupted or resumed."""
 
-import itertools
 import json
+import os
 
 import pytest
 from small_runs import LAST_BATCH_OF_ONE, RAGGED, VERY_RAGGED, remove, small_config, small_run, sub_world
@@ -101,29 +101,36 @@ def test_other_settings_give_other_bits(communicator, shared_tmp_path):
     remove(communicator, shared_tmp_path)
 
 
+#: With dropout, and with batch normalization, a few of the numbers of ranks stand for all.
+STOPPED = [("simple_convnet", ranks) for ranks in range(1, 9)]
+STOPPED += [(model, ranks) for model in ("deep_convnet", "with batch normalization") for ranks in (2, 5)]
+
+
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("model", ["simple_convnet", "deep_convnet", "with batch normalization"])
-def test_stopped_after_any_step_and_resumed_on_any_ranks_gives_the_same_bits(communicator, shared_tmp_path, model):
-    """Every step of two epochs of three steps; every pair of rank counts from 1 to 4 (with dropout, a cycle)."""
-    sizes = range(1, min(communicator.size, 4) + 1)
-    worlds = {size: sub_world(communicator, size) for size in sizes}
-    pairs = list(itertools.product(sizes, sizes))
-    how = {"model": model}
-    if model != "simple_convnet":
-        pairs = [(before, before % len(sizes) + 1) for before in sizes]
-    if model == "with batch normalization":
-        how = {"build_network": normalized_network}
+@pytest.mark.parametrize(("model", "before"), STOPPED)
+def test_stopped_after_any_step_and_resumed_on_any_ranks_gives_the_same_bits(
+    communicator, shared_tmp_path, model, before
+):
+    """Every step of two epochs of three steps; from each number of ranks up to 8 to another, in full to each."""
+    size = min(communicator.size, 8)
+    if before > size:
+        pytest.skip(f"{before} ranks are needed")
+    afters = range(1, size + 1) if os.environ.get("DISTDL_FAULTS") == "full" else [3 * before % size + 1]
+    how = {"build_network": normalized_network} if model == "with batch normalization" else {"model": model}
     expected = small_run(OneProcess(), shared_tmp_path / "one", **how) if communicator.rank == 0 else None
-    for (before, after), step in itertools.product(pairs, range(1, 6)):
-        folder = shared_tmp_path / f"{before}-{after}-{step}"
-        if worlds[before] is not None:
-            small_run(worlds[before], folder, max_steps=step, **how)
-        communicator.barrier()
-        if worlds[after] is not None:
-            found = small_run(worlds[after], folder, resume="auto", **how)
-            if communicator.rank == 0:
-                assert found == expected, f"stopped after step {step} on {before} ranks, resumed on {after}"
-        communicator.barrier()
+    first = sub_world(communicator, before)
+    for after in afters:
+        second = sub_world(communicator, after)
+        for step in range(1, 6):
+            folder = shared_tmp_path / f"{after}-{step}"
+            if first is not None:
+                small_run(first, folder, max_steps=step, **how)
+            communicator.barrier()
+            if second is not None:
+                found = small_run(second, folder, resume="auto", **how)
+                if communicator.rank == 0:
+                    assert found == expected, f"stopped after step {step} on {before} ranks, resumed on {after}"
+            communicator.barrier()
     remove(communicator, shared_tmp_path)
 
 
