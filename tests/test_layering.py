@@ -14,7 +14,7 @@ PACKAGE = Path(distdl.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("*.py"))
 
 ROOT = "distdl"  # distdl/__init__.py itself
-BOTTOM = {"errors", "rng", "arrays", "launcher", "processes", "lifeline", "warden"}
+BOTTOM = {"errors", "rng", "arrays", "launcher", "processes", "lifeline", "warden", "transforms"}
 MIDDLE = {"nn", "optim", "schedules", "data", "parallel"}
 #: Whatever is in none of these is a command, and stands on top.
 BELOW_THE_COMMANDS = {ROOT, "config", "engine", "benchmark"} | BOTTOM | MIDDLE
@@ -48,7 +48,7 @@ def may_import(unit, other):
     if unit in BOTTOM:
         return other in BOTTOM | {ROOT}
     if unit == "config":
-        return other in {ROOT, "errors"}
+        return other in {ROOT, "errors", "transforms"}
     if unit in MIDDLE:
         return other in BOTTOM | {ROOT, unit}
     if unit == "engine":
@@ -175,6 +175,7 @@ def test_all_parts_of_the_package_are_looked_at():
         ("distdl/__init__.py", "from distdl.errors import UserError", "distdl may not import errors"),
         ("distdl/errors.py", "from distdl.config import TrainConfig", "errors may not import config"),
         ("distdl/rng.py", "import distdl.nn", "rng may not import nn"),
+        ("distdl/transforms.py", "from distdl.config import TrainConfig", "transforms may not import config"),
         ("distdl/config.py", "from distdl.optim import OPTIMIZERS", "config may not import optim"),
         ("distdl/config.py", "from distdl.rng import Key", "config may not import rng"),
         ("distdl/optim.py", "from distdl import schedules", "optim may not import schedules"),

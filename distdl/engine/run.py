@@ -38,6 +38,7 @@ from distdl.nn import Sequential
 from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, guard, share_arrays, survive, together, world
 from distdl.rng import Key
+from distdl.transforms import Transforms
 from distdl.warden import Warden
 
 #: Builds a network for inputs (H, W, C) and a number of classes.
@@ -141,6 +142,8 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
     height, width, channels = data.images.shape[1:]
 
     def build() -> TrainingState:
+        if config.augment is not None:
+            Transforms.parse(config.augment).check_fit(height, width, label_per_pixel=data.labels.ndim == 3)
         build = build_network or network_builder(config.model)
         try:
             network = build((height, width, channels), _outputs(config, data)[-1])
