@@ -33,7 +33,7 @@ from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
 from distdl.engine.timeline import Timeline
 from distdl.engine.trace import Trace
-from distdl.errors import PeerLost, UserError
+from distdl.errors import DivergedError, PeerLost
 from distdl.nn import SoftmaxCrossEntropy, count_correct
 from distdl.parallel import (
     REDUCTIONS,
@@ -448,9 +448,10 @@ class Trainer:
         images = self.data.normalization.apply(self.data.images[rows], out=self._images[len(rows)])
         return images, self.data.labels[rows]
 
-    def _diverged(self, what: str) -> UserError:
+    def _diverged(self, what: str) -> DivergedError:
         """Return the error for sums that are no numbers; every rank has the same sums."""
-        error = UserError(f"{what}: training has diverged; start a new run with a smaller --lr than {self.config.lr:g}")
+        advice = f"start a new run with a smaller --lr than {self.config.lr:g}"
+        error = DivergedError(f"{what}: training has diverged; {advice}")
         error.agreed = True
         return error
 

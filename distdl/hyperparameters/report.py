@@ -1,0 +1,137 @@
+"""What a person reads of a search: lines, the table of the best trials, the command that trains so, the picture."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+import distdl
+from distdl.config import NOT_IN_CONFIG_FILE, TrainConfig
+from distdl.hyperparameters.procedure import Record, Trial, standing
+from distdl.hyperparameters.settings import Range, Settings
+
+MOST_ROWS = 10
+#: A panel of the picture, in inches.
+PANEL = (4.0, 3.4)
+
+
+def flag(name: str) -> str:
+    """Return the name as a flag has it."""
+    return name.replace("_", "-")
+
+
+def banner(settings: Settings, ranks: int, groups: int) -> list[str]:
+    """Return the lines that open a search."""
+    config, keep = settings.config, f"the best {settings.share:.0%}"
+    goes = f"ranges narrowed to {keep}" if settings.method == "random" else f"{keep} of a round go on"
+    return [
+        f"distdl {distdl.__version__} search · {config.dataset} · {config.model} · {config.optimizer} · "
+        f"training seed {config.seed} · search seed {settings.seed}",
+        f"{settings.method}: {settings.rounds} round{_s(settings.rounds)} of {settings.trials} trials"
+        f"{' at first' if settings.method == 'halving' else ''}, {goes}, judged by validation accuracy",
+        f"{ranks} rank{_s(ranks)}: {groups} trial{_s(groups)} at once",
+    ]
+
+
+def round_lines(settings: Settings, number: int, trials: Sequence[Trial], ranges: Sequence[Range]) -> list[str]:
+    """Return the lines that open a round."""
+    ends = ", ".join(str(one) for one in ranges)
+    what = f"from {ends}" if settings.method == "random" or number == 1 else "that go on"
+    epochs = f"{trials[0].epochs} epoch{_s(trials[0].epochs)}"
+    return ["", f"round {number}/{settings.rounds}: {len(trials)} trial{_s(len(trials))} of {epochs} {what}"]
+
+
+def trial_line(record: Record, settings: Settings) -> str:
+    """Return the line of a trial that has ended."""
+    outcome = "diverged         " if record.diverged else f"validation {record.validation_accuracy:6.2%}"
+    return f"  trial {record.trial:{len(str(settings.trials))}d}  {outcome}  {_values(record)}"
+
+
+def _values(record: Record) -> str:
+    return "  ".join(f"{flag(name)} {value:g}" for name, value in record.settings.items())
+
+
+def table(records: Sequence[Record], settings: Settings) -> list[str]:
+    """Return the best trials, the best first."""
+    ordered = standing(records)
+    rows = [["round", "trial", "epochs", "validation", "test", *(flag(one.name) for one in settings.ranges)]]
+    for record in ordered[:MOST_ROWS]:
+        accuracies = (record.validation_accuracy, record.test_accuracy)
+        scores = ["diverged" if record.diverged else "-" if one is None else f"{one:.2%}" for one in accuracies]
+        values = [f"{record.settings[one.name]:g}" for one in settings.ranges]
+        rows.append([f"{record.round}", f"{record.trial}", f"{record.epochs}", *scores, *values])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    more = f"; the others are in {'results.jsonl'}" if len(ordered) > MOST_ROWS else ""
+    return ["", f"the best of {len(ordered)} trials{more}", *lines, ""]
+
+
+def summary(records: Sequence[Record], ranges: Sequence[Range]) -> dict[str, Any]:
+    """Return the content of ``summary.json``."""
+    ordered = standing(records)
+    return {
+        "trials": len(ordered),
+        "diverged": sum(record.diverged for record in ordered),
+        "best": None if ordered[0].diverged else ordered[0].to_json(),
+        "last_ranges": [asdict(one) for one in ranges],
+    }
+
+
+def command(config: TrainConfig) -> str:
+    """Return the command line that trains as a config says.
+
+    >>> command(TrainConfig(model="mlp", lr=0.01, balance=True))
+    'python -m distdl.train --model mlp --lr 0.01 --balance'
+    """
+    words = ["python", "-m", "distdl.train"]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value != field.default and field.name not in NOT_IN_CONFIG_FILE:
+            words += [f"--{flag(field.name)}", *([] if value is True else [str(value)])]
+    return shlex.join(words)
+
+
+def picture(records: Sequence[Record], settings: Settings) -> bytes | None:
+    """Return the picture of a search as SVG, a panel for each setting; None where matplotlib is not installed.
+
+    A trial is a dot at its value and accuracy, darker the later its round; one that diverged is a cross at the bottom.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    import matplotlib as mpl  # noqa: PLC0415  half a second, and not always there
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    ordered = standing(records)
+    figure = Figure(figsize=(PANEL[0] * len(settings.ranges), PANEL[1]), layout="constrained")
+    panels = figure.subplots(1, len(settings.ranges), sharey=True, squeeze=False)[0]
+    for one, axes in zip(settings.ranges, panels, strict=True):
+        good = sorted((record for record in ordered if not record.diverged), key=lambda record: record.round)
+        bad = [record.settings[one.name] for record in ordered if record.diverged]
+        dots = axes.scatter(
+            [record.settings[one.name] for record in good],
+            [100 * (record.validation_accuracy or 0) for record in good],
+            c=[record.round for record in good],
+            cmap="viridis_r",
+            vmin=0.5,
+            vmax=settings.rounds + 0.5,
+            s=24,
+        )
+        axes.plot(bad, [0] * len(bad), "x", color="#d55e00", clip_on=False, label="diverged")
+        axes.set(xlabel=flag(one.name), xscale=one.scale, xlim=(one.low, one.high), ylim=(0, 100))
+        axes.grid(visible=True, alpha=0.3)
+    panels[0].set_ylabel("validation accuracy, %")
+    if settings.rounds > 1:
+        figure.colorbar(dots, ax=list(panels), label="round", ticks=range(1, settings.rounds + 1))
+    figure.suptitle(f"{settings.config.model} on {settings.config.dataset}: {len(ordered)} trials", fontsize="medium")
+    content = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "distdl"}):  # the same bytes each time
+        figure.savefig(content, format="svg", metadata={"Date": None})
+    return content.getvalue()
+
+
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"
