@@ -15,8 +15,8 @@ from distdl.hyperparameters.procedure import Record, Trial, standing
 from distdl.hyperparameters.settings import Range, Settings
 
 MOST_ROWS = 10
-#: A panel of the picture, in inches.
-PANEL = (4.0, 3.4)
+#: A panel of the picture, and what is beside the panels, in inches.
+PANEL, LEFT, RIGHT = (4.0, 3.4), 0.7, 1.3
 
 
 def flag(name: str) -> str:
@@ -105,27 +105,28 @@ def picture(records: Sequence[Record], settings: Settings) -> bytes | None:
     import matplotlib as mpl  # noqa: PLC0415  half a second, and not always there
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    ordered = standing(records)
-    figure = Figure(figsize=(PANEL[0] * len(settings.ranges), PANEL[1]), layout="constrained")
+    ordered, colors = standing(records), mpl.colormaps["viridis_r"]
+    width = PANEL[0] * len(settings.ranges) + LEFT + RIGHT
+    figure = Figure(figsize=(width, PANEL[1]))
+    figure.subplots_adjust(left=LEFT / width, right=1 - RIGHT / width, bottom=0.16, top=0.9, wspace=0.12)
     panels = figure.subplots(1, len(settings.ranges), sharey=True, squeeze=False)[0]
     for one, axes in zip(settings.ranges, panels, strict=True):
-        good = sorted((record for record in ordered if not record.diverged), key=lambda record: record.round)
+        for number in range(1, settings.rounds + 1):
+            those = [record for record in ordered if record.round == number and not record.diverged]
+            axes.plot(
+                [record.settings[one.name] for record in those],
+                [100 * (record.validation_accuracy or 0) for record in those],
+                "o",
+                color=colors(number / settings.rounds),
+                label=f"round {number}",
+                clip_on=False,
+            )
         bad = [record.settings[one.name] for record in ordered if record.diverged]
-        dots = axes.scatter(
-            [record.settings[one.name] for record in good],
-            [100 * (record.validation_accuracy or 0) for record in good],
-            c=[record.round for record in good],
-            cmap="viridis_r",
-            vmin=0.5,
-            vmax=settings.rounds + 0.5,
-            s=24,
-        )
-        axes.plot(bad, [0] * len(bad), "x", color="#d55e00", clip_on=False, label="diverged")
+        axes.plot(bad, [0] * len(bad), "x", color="#d55e00", label="diverged", clip_on=False)
         axes.set(xlabel=flag(one.name), xscale=one.scale, xlim=(one.low, one.high), ylim=(0, 100))
         axes.grid(visible=True, alpha=0.3)
     panels[0].set_ylabel("validation accuracy, %")
-    if settings.rounds > 1:
-        figure.colorbar(dots, ax=list(panels), label="round", ticks=range(1, settings.rounds + 1))
+    figure.legend(handles=panels[0].get_lines()[-MOST_ROWS:], loc="upper right")
     figure.suptitle(f"{settings.config.model} on {settings.config.dataset}: {len(ordered)} trials", fontsize="medium")
     content = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "distdl"}):  # the same bytes each time
