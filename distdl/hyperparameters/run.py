@@ -21,6 +21,7 @@ from distdl.config import TrainConfig
 from distdl.data import sources, split
 from distdl.engine import train
 from distdl.engine.progress import Progress
+from distdl.engine.run import BuildNetwork
 from distdl.engine.stop import StopRequest
 from distdl.errors import DistdlError, DivergedError, Stopped, UserError
 from distdl.hyperparameters import report
@@ -48,15 +49,20 @@ class Found:
 
 
 def search(
-    settings: Settings, communicator: Communicator | None = None, *, dataset: sources.Dataset | None = None
+    settings: Settings,
+    communicator: Communicator | None = None,
+    *,
+    build_network: BuildNetwork | None = None,
+    dataset: sources.Dataset | None = None,
 ) -> Found:
     """Search as `settings` say, on all ranks of `communicator` (`world()` if not given), and return what was found.
 
-    `dataset` takes the place of the one that the settings name; it must be the same on every rank. Collective.
-    Raises `UserError`, on every rank, for what the user gave; any other exception on any rank ends the whole job.
+    `build_network` and `dataset` take the place of what the config names, as in `train`; they must be the same on every
+    rank. Collective. Raises `UserError`, on every rank, for what the user gave; any other exception on any rank ends
+    the whole job.
     """
     communicator = world() if communicator is None else communicator
-    one = _Search(settings, dataset)
+    one = _Search(settings, build_network, dataset)
     with guard(communicator), one.stop.listening():
         try:
             _, found, _ = survive(communicator, one.run)
@@ -81,10 +87,11 @@ class _Quiet(Progress):
 
 
 class _Search:
-    """A rank's part of a search; `run` begins again on the ranks that are left where one was lost."""
+    """A rank's part in a search; `run` begins again on the ranks that are left where one was lost."""
 
-    def __init__(self, settings: Settings, dataset: sources.Dataset | None) -> None:
+    def __init__(self, settings: Settings, build_network: BuildNetwork | None, dataset: sources.Dataset | None) -> None:
         self._given = settings
+        self._build_network = build_network
         self._dataset = dataset
         self._place: Path | None = None
         self._open: SearchFolder | None = None
@@ -208,7 +215,12 @@ class _Search:
         known = asdict(trial)
         try:
             summary = train(
-                self._config_of(trial), self._group, dataset=self._dataset, progress=_Quiet(trial), stop=self.stop
+                self._config_of(trial),
+                self._group,
+                build_network=self._build_network,
+                dataset=self._dataset,
+                progress=_Quiet(trial),
+                stop=self.stop,
             )
         except DivergedError:
             return Record(**known, steps=None, validation_accuracy=None, test_accuracy=None, weights_sha256=None)
