@@ -27,12 +27,15 @@ def flag(name: str) -> str:
 def banner(settings: Settings, ranks: int, groups: int) -> list[str]:
     """Return the lines that open a search."""
     config, keep = settings.config, f"the best {settings.share:.0%}"
-    goes = f"ranges narrowed to {keep}" if settings.method == "random" else f"{keep} of a round go on"
+    rounds = f"{settings.method}: {settings.rounds} round{_s(settings.rounds)} of {settings.trials} trials"
+    if settings.method == "halving":
+        rounds += f" at first, of which {keep} go on"
+    elif settings.rounds > 1:
+        rounds += f", ranges narrowed to {keep}"
     return [
         f"distdl {distdl.__version__} search · {config.dataset} · {config.model} · {config.optimizer} · "
         f"training seed {config.seed} · search seed {settings.seed}",
-        f"{settings.method}: {settings.rounds} round{_s(settings.rounds)} of {settings.trials} trials"
-        f"{' at first' if settings.method == 'halving' else ''}, {goes}, judged by validation accuracy",
+        f"{rounds}, judged by validation accuracy",
         f"{ranks} rank{_s(ranks)}: {groups} trial{_s(groups)} at once",
     ]
 
