@@ -148,7 +148,10 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
             network = build((height, width, channels), data.classes)
             network.initialize(Key(config.seed).of("initialization"))
             optimizer = optimizer_class(config.optimizer)(
-                network.parameters.size, weight_decay=config.weight_decay, decay_slices=network.decay_slices
+                network.parameters.size,
+                weight_decay=config.weight_decay,
+                l1=config.l1_decay,
+                decay_slices=network.decay_slices,
             )
         except MemoryError:
             raise UserError(

@@ -34,7 +34,8 @@ from distdl.engine.stop import StopRequest
 from distdl.engine.timeline import Timeline
 from distdl.engine.trace import Trace
 from distdl.errors import DivergedError, PeerLost
-from distdl.nn import SoftmaxCrossEntropy, count_correct
+from distdl.nn import Sequential, SoftmaxCrossEntropy, count_correct
+from distdl.optim import clip_by_norm
 from distdl.parallel import (
     REDUCTIONS,
     Communicator,
@@ -118,10 +119,11 @@ class Trainer:
         self.steps_per_epoch = split.steps_per_epoch(len(data.parts.training), config.batch_size)
         self.schedule = make_schedule(
             config.schedule,
-            config.learning_rate,
+            config.scaled_learning_rate,
             every_steps=config.lr_step_epochs * self.steps_per_epoch,
             factor=config.lr_step_factor,
             total_steps=config.epoch_count * self.steps_per_epoch,
+            warmup_steps=config.warmup_steps,
         )
         self.stop = StopRequest()
         self._leaf = Sums()
@@ -140,8 +142,7 @@ class Trainer:
         config, communicator = self.config, self.communicator
         rank, ranks = communicator.rank, communicator.size
         self._dealer = BalancedDealer(rank, ranks, config.micro_batches) if config.balance else Dealer(rank, ranks)
-        gradient = Field("gradient", "f4", self.state.network.gradients.size)
-        fields = [gradient, *METRIC_FIELDS, *self._dealer.fields, *self.stop.fields]
+        fields = [*_fields_of(self.state.network), *METRIC_FIELDS, *self._dealer.fields, *self.stop.fields]
         self._gradients = REDUCTIONS[config.reduction](communicator, Layout(fields))
         self._metrics = REDUCTIONS[config.reduction](communicator, Layout(METRIC_FIELDS))
         self.timeline = Timeline(communicator)
@@ -172,7 +173,7 @@ class Trainer:
             except (MemoryError, OSError) as error:
                 die_of_the_host(self.communicator, error)
                 raise
-        if self.state.step < self.last_step:
+        if not self._is_at_the_end:
             self.stop.stop(self.state.step)
         return self.summary
 
@@ -199,11 +200,22 @@ class Trainer:
 
     @property
     def _stops_here(self) -> bool:
-        return self.state.step >= self.last_step or self.stop.agreed is not None
+        return self._is_at_the_end or self.stop.agreed is not None
+
+    @property
+    def _is_at_the_end(self) -> bool:
+        return self.state.step >= self.last_step or self._stops_early
 
     @property
     def _is_complete(self) -> bool:
-        return self.state.step >= self.config.epoch_count * self.steps_per_epoch
+        return self.state.step >= self.config.epoch_count * self.steps_per_epoch or self._stops_early
+
+    @property
+    def _stops_early(self) -> bool:
+        """Whether validation has not become better for as many epochs as `--early-stopping` allows."""
+        best, patience = self.state.progress["best_step"], self.config.early_stopping
+        epochs, steps = divmod(self.state.step, self.steps_per_epoch)
+        return bool(patience) and best is not None and not steps and epochs - best // self.steps_per_epoch >= patience
 
     @property
     def position(self) -> Position:
@@ -276,13 +288,16 @@ class Trainer:
             total = self._gradients.total()
             self.timeline.leave_reduction()
             fault = None
-            if (what := nonfinite.what_is_not_finite(total)) is not None:
+            if (what := nonfinite.average(total, len(rows), network.gradients)) is not None:
                 fault, total = self._not_finite(what, rows, shards, key)
 
         learning_rate = self.schedule(state.step)
         if fault is None:
-            gradient = np.divide(total["gradient"], len(rows), out=network.gradients)
-            state.optimizer.update(network.parameters, gradient, learning_rate, state.step + 1)
+            if self.config.clip_norm is not None:
+                clip_by_norm(network.gradients, self.config.clip_norm)
+            state.optimizer.update(network.parameters, network.gradients, learning_rate, state.step + 1)
+            if "statistics" in total:
+                network.update_buffers(total["statistics"])
             state.epoch_sums.add(total)
         else:
             state.progress["skipped_steps"] = state.progress.get("skipped_steps", 0) + 1
@@ -304,7 +319,8 @@ class Trainer:
     ) -> Iterator[tuple[int, Mapping[str, NDArray[Any]]]]:
         """Compute the micro-batches of a shard; yield the index and the record of each, valid until the next."""
         network = self.state.network
-        record = {"gradient": network.gradients, **vars(self._leaf), **self.stop.values()}
+        record = {"gradient": network.gradients, "statistics": network.statistics}
+        record |= {**vars(self._leaf), **self.stop.values()}
         for place, index in enumerate(shard):
             images, labels = self._micro_batch(rows, index)
             changed = place == 0  # by the update at the end of the step before
@@ -454,6 +470,12 @@ class Trainer:
         error = DivergedError(f"{what}: training has diverged; {advice}")
         error.agreed = True
         return error
+
+
+def _fields_of(network: Sequential) -> list[Field]:
+    """Return what a network adds to the record of a micro-batch: its gradient, and what its buffers are made from."""
+    gradient = Field("gradient", "f4", network.gradients.size)
+    return [gradient, *([Field("statistics", "f8", network.statistics.size)] if network.statistics.size else [])]
 
 
 def _ranks(numbers: Sequence[int]) -> str:
