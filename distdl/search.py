@@ -31,7 +31,7 @@ def parse(arguments: Sequence[str]) -> Settings:
         prog="python -m distdl.search",
         usage="%(prog)s --range SETTING=LOW:HIGH[:log] [--range ...] [options] [-- flags of distdl.train]",
         description="Search hyperparameters: short trainings with settings drawn at random, judged on validation data.",
-        epilog=f"Settings that can be searched: {', '.join(sorted(SEARCHABLE)).replace('_', '-')}.",
+        epilog=f"Settings that can be searched: {', '.join(sorted(SEARCHABLE))}.",
         advice="--help lists all flags",
     )
     add, keeps = parser.add_argument, ", ".join(f"{keep} for {name}" for name, keep in DEFAULT_KEEP.items())

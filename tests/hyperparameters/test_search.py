@@ -373,4 +373,4 @@ def test_help_lists_what_can_be_searched():
     )
     assert done.returncode == 0
     assert "--ranks-per-trial" in done.stdout
-    assert "weight-decay" in done.stdout
+    assert "weight_decay" in done.stdout
