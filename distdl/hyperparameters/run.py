@@ -176,12 +176,13 @@ class _Search:
             while done < len(trials):
                 self._train_at_once(trials[done : done + self._groups])
                 done = sum(record.round == number for record in records)
-        found = Found(self._place_known, records, ranges_of(settings, settings.rounds, records))
+        found = Found(self.folder, records, ranges_of(settings, settings.rounds, records))
         together(self._communicator, lambda: self._finish(found))
         return found
 
     @property
-    def _place_known(self) -> Path:
+    def folder(self) -> Path:
+        """The folder of the search, once it is chosen."""
         assert self._place is not None
         return self._place
 
@@ -208,7 +209,7 @@ class _Search:
         if signals:
             stopped = Stopped(
                 f"stopped by {signals[0]} after {len(self._records)} trials: the same command with --resume, and "
-                f"--out {self._place_known}, goes on (exit code {Stopped.exit_code})"
+                f"--out {self.folder}, goes on (exit code {Stopped.exit_code})"
             )
             stopped.agreed = True
             raise stopped
@@ -245,7 +246,7 @@ class _Search:
     def _config_of(self, trial: Trial) -> TrainConfig:
         config = replace(
             self._settings.config_with(trial.settings),
-            run_dir=self._place_known / trial.run_folder,
+            run_dir=self.folder / trial.run_folder,
             resume="auto",
             keep_checkpoints=1,
         )

@@ -36,6 +36,8 @@ RANDOM = Settings(
     trials=5,
 )
 HALVING = replace(RANDOM, method="halving", trials=4, config=replace(CONFIG, epochs=4), rounds=3)
+#: Adam's steps are as long as the learning rate: from about 1e20 on the loss overflows.
+DIVERGING = replace(RANDOM, ranges=(Range("lr", 1e-3, 1e30, "log"),), rounds=2, trials=6)
 FILES = ("search.json", "results.jsonl", "summary.json")
 
 
@@ -57,7 +59,7 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.mpi(min_size=3)
-@pytest.mark.parametrize(("settings", "ranks_per_trial"), [(RANDOM, 1), (RANDOM, 2), (HALVING, 1)])
+@pytest.mark.parametrize(("settings", "ranks_per_trial"), [(RANDOM, 1), (RANDOM, 2), (HALVING, 1), (DIVERGING, 2)])
 def test_every_number_of_ranks_gives_the_same_files(communicator, shared_tmp_path, settings, ranks_per_trial):
     expected = None
     if communicator.rank == 0:
@@ -164,9 +166,7 @@ def test_a_signal_stops_the_search_within_a_trial_and_a_resume_goes_on_there(und
 
 
 def test_a_trial_that_diverges_is_a_result_and_the_worst(tmp_path, capsys):
-    """Adam's steps are as long as the learning rate: from about 1e20 on the loss overflows."""
-    settings = replace(RANDOM, ranges=(Range("lr", 1e-3, 1e30, "log"),), rounds=2, trials=6)
-    found = searched(settings, tmp_path / "search")
+    found = searched(DIVERGING, tmp_path / "search")
     diverged = [record for record in found.records if record.diverged]
     assert 0 < len(diverged) < len(found.records)
     assert found.ranges[0].high < min(record.settings["lr"] for record in diverged), "none is kept"
@@ -176,7 +176,7 @@ def test_a_trial_that_diverges_is_a_result_and_the_worst(tmp_path, capsys):
     assert "training has diverged" not in said
     assert json.loads((tmp_path / "search" / "summary.json").read_text())["diverged"] == len(diverged)
     (tmp_path / "search" / "summary.json").unlink()
-    assert searched(settings, tmp_path / "search", resume=True).records == found.records
+    assert searched(DIVERGING, tmp_path / "search", resume=True).records == found.records
 
 
 def lines_of(folder, *, diverged):
