@@ -86,6 +86,8 @@ class TrainConfig:
     """Samples of one optimizer step, over all ranks together."""
     micro_batch_size: int = 16
     """Samples of one forward and backward pass, the unit dealt to ranks; never depends on their number."""
+    loss: Literal["auto", "cross_entropy", "binary_cross_entropy", "mean_squared_error"] = "auto"
+    """What is made small; auto: cross_entropy where there are labels, mean_squared_error where numbers."""
     optimizer: Literal["adam", "adamw", "momentum", "nesterov", "adagrad", "rmsprop", "sgd"] = "adam"
     """Rule of the update."""
     lr: float | None = None

@@ -21,7 +21,7 @@ from distdl import config as config_module
 from distdl.config import FIELDS, FREE_TO_CHANGE_ON_RESUME, NOT_IN_CONFIG_FILE, TrainConfig, differences, parse
 from distdl.data.sources import SOURCES
 from distdl.errors import UserError
-from distdl.nn import MODELS
+from distdl.nn import LOSSES, MODELS
 from distdl.optim import OPTIMIZERS
 from distdl.parallel import REDUCTIONS
 from distdl.schedules import SCHEDULES
@@ -227,6 +227,7 @@ configs = st.builds(
     epochs=st.none() | st.integers(1, 10**12),
     batch_size=st.integers(64, 10**9),
     micro_batch_size=st.integers(1, 64),
+    loss=st.sampled_from(["auto", *LOSSES]),
     optimizer=st.sampled_from(config_module.OPTIMIZERS),
     lr=st.none() | positive,
     lr_base_batch=st.none() | st.integers(10**9, 10**12),
@@ -300,6 +301,7 @@ OTHER = {
     "epochs": 61,
     "batch_size": 64,
     "micro_batch_size": 8,
+    "loss": "mean_squared_error",
     "optimizer": "sgd",
     "lr": 0.5,
     "lr_base_batch": 32,

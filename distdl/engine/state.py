@@ -30,6 +30,7 @@ class TrainingState:
     progress: dict[str, Any] = field(
         default_factory=lambda: {
             "train_loss": None,
+            "validation_loss": None,
             "validation_accuracy": None,
             "best_step": None,
             "train_seconds": 0.0,

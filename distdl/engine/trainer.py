@@ -34,7 +34,7 @@ from distdl.engine.stop import StopRequest
 from distdl.engine.timeline import Timeline
 from distdl.engine.trace import Trace
 from distdl.errors import DivergedError, PeerLost
-from distdl.nn import Sequential, SoftmaxCrossEntropy, count_correct
+from distdl.nn import Sequential, make_loss
 from distdl.optim import clip_by_norm
 from distdl.parallel import (
     REDUCTIONS,
@@ -62,7 +62,11 @@ class Summary:
     steps: int
     epochs: int
     train_loss: float | None
+    validation_loss: float | None
     validation_accuracy: float | None
+    """None where answers are numbers."""
+    test_loss: float | None
+    """None where the training is not complete."""
     test_accuracy: float | None
     train_seconds: float
     samples_per_second: float
@@ -76,10 +80,20 @@ class Data:
     """The dataset as every rank has it: shared pixels, and the rows of each part."""
 
     images: NDArray[Any]
-    labels: NDArray[np.int64]
+    labels: NDArray[Any]
     parts: split.Split
     normalization: Normalization
     classes: int
+
+    @property
+    def answers(self) -> int:
+        """How many right answers a sample can have: a label, or one a pixel; 0 where they are numbers."""
+        return 0 if self.labels.dtype.kind == "f" else math.prod(self.labels.shape[1:])
+
+    @property
+    def loss(self) -> str:
+        """The name of the loss for such labels."""
+        return "cross_entropy" if self.answers else "mean_squared_error"
 
     def samples(self, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """Return the images, as the dataset has them, and the labels of some rows."""
@@ -115,7 +129,7 @@ class Trainer:
         self.state = state
         self.coordinator = coordinator
         self.key = Key(config.seed)
-        self.objective = SoftmaxCrossEntropy()
+        self.loss = make_loss(data.loss if config.loss == "auto" else config.loss)
         self.steps_per_epoch = split.steps_per_epoch(len(data.parts.training), config.batch_size)
         self.schedule = make_schedule(
             config.schedule,
@@ -127,7 +141,7 @@ class Trainer:
         )
         self.stop = StopRequest()
         self._leaf = Sums()
-        self._batch = Sums()
+        self._batch = Sums(answers=data.answers)
         self._images: dict[int, NDArray[np.float32]] = {}
         self._order = (-1, np.empty(0, np.int64))
         last_step = config.epoch_count * self.steps_per_epoch
@@ -238,7 +252,7 @@ class Trainer:
                 array[...] = received
             state.progress, self.stop.agreed, self.phase = progress, stop, Phase(position[1])
             if test is not None:
-                self._test = Sums()
+                self._test = Sums(answers=self.data.answers)
                 self._test.set(*test)
             if journal is not None:
                 journal.take(journaled)
@@ -324,9 +338,9 @@ class Trainer:
         for place, index in enumerate(shard):
             images, labels = self._micro_batch(rows, index)
             changed = place == 0  # by the update at the end of the step before
-            logits = network.forward(images, training=True, key=key.of(index), parameters_changed=changed)
-            self._leaf.set(self.objective.forward(logits, labels), count_correct(logits, labels), len(labels))
-            network.backward(self.objective.backward())
+            outputs = network.forward(images, training=True, key=key.of(index), parameters_changed=changed)
+            self._leaf.set(self.loss.forward(outputs, labels), self.loss.count_correct(outputs, labels), len(labels))
+            network.backward(self.loss.backward())
             record.update(self._dealer.values(whole=len(labels) == self.config.micro_batch_size))
             yield index, record
 
@@ -358,10 +372,10 @@ class Trainer:
         self._metrics.begin(shards)
         for place, index in enumerate(shards[self.communicator.rank]):
             images, labels = self._micro_batch(rows, index)
-            logits = self.state.network.forward(images, parameters_changed=place == 0)
-            self._leaf.set(self.objective.forward(logits, labels), count_correct(logits, labels), len(labels))
+            outputs = self.state.network.forward(images, parameters_changed=place == 0)
+            self._leaf.set(self.loss.forward(outputs, labels), self.loss.count_correct(outputs, labels), len(labels))
             self._metrics.add(index, vars(self._leaf))
-        sums = Sums()
+        sums = Sums(answers=self.data.answers)
         sums.add(self._metrics.total())
         return sums
 
@@ -374,9 +388,10 @@ class Trainer:
             spent = self.timeline.spent()
         self._check_loss(validation, "validation")
         progress = state.progress
-        if progress["best_step"] is None or validation.accuracy > progress["best_accuracy"]:
-            progress["best_step"], progress["best_accuracy"] = state.step, validation.accuracy
+        if progress["best_step"] is None or validation.score > progress["best_score"]:
+            progress["best_step"], progress["best_score"] = state.step, validation.score
         progress["train_loss"] = state.epoch_sums.loss
+        progress["validation_loss"] = validation.loss
         progress["validation_accuracy"] = validation.accuracy
         counted = {"samples": self._samples, **self._dealer.epoch_record()}
         self._samples = 0
@@ -437,7 +452,9 @@ class Trainer:
             steps=state.step,
             epochs=epochs,
             train_loss=state.progress["train_loss"],
+            validation_loss=state.progress["validation_loss"],
             validation_accuracy=state.progress["validation_accuracy"],
+            test_loss=None if test is None else test.loss,
             test_accuracy=None if test is None else test.accuracy,
             train_seconds=seconds,
             samples_per_second=samples / seconds if seconds else 0.0,
@@ -456,7 +473,7 @@ class Trainer:
         return self._dealer.shards(split.micro_batch_count(samples, self.config.micro_batch_size))
 
     def _micro_batch(self, rows: NDArray[np.int64], index: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return the normalized images (N, H, W, C) and the labels (N,) of one micro-batch."""
+        """Return the normalized images (N, H, W, C) and the labels (N, ...) of one micro-batch."""
         self._micro_batches += 1
         rows = split.micro_batch(rows, index, self.config.micro_batch_size)
         if len(rows) not in self._images:

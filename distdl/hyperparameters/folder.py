@@ -108,13 +108,14 @@ def _json(path: Path, content: bytes) -> Any:
 def _record(path: Path, number: int, values: Any, trial: Trial) -> Record:
     """Return the record of a line; raise `DamagedFileError` where it is not that of the trial."""
     expected = vars(trial)
-    outcome = {"steps": int, "validation_accuracy": float, "test_accuracy": float, "weights_sha256": str}
+    numbers = dict.fromkeys(("validation_loss", "validation_accuracy", "test_accuracy"), float)
+    outcome = {"steps": int, **numbers, "weights_sha256": str}
     if (
         not isinstance(values, dict)
         or set(values) != {field.name for field in fields(Record)}
         or any(values[name] != value for name, value in expected.items())
         or not all(values[name] is None or type(values[name]) is kind for name, kind in outcome.items())
-        or (values["steps"] is None) != (values["validation_accuracy"] is None)
+        or (values["steps"] is None) != (values["validation_loss"] is None)
     ):
         raise DamagedFileError(f"{path} is damaged: line {number} is not that of {expected['run_folder']}")
     return Record(**values)

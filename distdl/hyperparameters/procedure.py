@@ -48,7 +48,9 @@ class Record:
     run_folder: str
     steps: int | None
     """The steps taken; None, as what follows, where the training has diverged."""
+    validation_loss: float | None
     validation_accuracy: float | None
+    """None for tasks that have none, such as regression: the loss alone judges them."""
     test_accuracy: float | None
     """For whoever reads the table; no trial is judged by it. None where the trial may go on in a later round."""
     weights_sha256: str | None
@@ -56,17 +58,17 @@ class Record:
     @property
     def diverged(self) -> bool:
         """Whether the training has left the range of numbers."""
-        return self.validation_accuracy is None
+        return self.steps is None
 
     @property
-    def key(self) -> tuple[bool, int, float, int, int]:
+    def key(self) -> tuple[bool, int, float, float, int, int]:
         """What records are sorted by, the best first: a total order, of nothing but the results.
 
-        Where accuracies are equal, the earlier trial comes first. A longer training comes before a shorter one, which
-        halving has given up.
+        Where accuracies are equal, the smaller loss comes first, and then the earlier trial. A longer training comes
+        before a shorter one, which halving has given up.
         """
-        score = -math.inf if self.validation_accuracy is None else self.validation_accuracy
-        return self.diverged, -self.epochs, -score, self.round, self.trial
+        accuracy, loss = self.validation_accuracy or 0.0, self.validation_loss or 0.0
+        return self.diverged, -self.epochs, -accuracy, loss, self.round, self.trial
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""

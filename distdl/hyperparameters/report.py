@@ -35,7 +35,7 @@ def banner(settings: Settings, ranks: int, groups: int) -> list[str]:
     return [
         f"distdl {distdl.__version__} search · {config.dataset} · {config.model} · {config.optimizer} · "
         f"training seed {config.seed} · search seed {settings.seed}",
-        f"{rounds}, judged by validation accuracy",
+        f"{rounds}, judged on the validation data",
         f"{ranks} rank{_s(ranks)}: {groups} trial{_s(groups)} at once",
     ]
 
@@ -50,8 +50,16 @@ def round_lines(settings: Settings, number: int, trials: Sequence[Trial], ranges
 
 def trial_line(record: Record, settings: Settings) -> str:
     """Return the line of a trial that has ended."""
-    outcome = "diverged         " if record.diverged else f"validation {record.validation_accuracy:6.2%}"
-    return f"  trial {record.trial:{len(str(settings.trials))}d}  {outcome}  {_values(record)}"
+    outcome = "diverged" if record.diverged else f"validation {_score(record)}"
+    return f"  trial {record.trial:{len(str(settings.trials))}d}  {outcome:17}  {_values(record)}"
+
+
+def _score(record: Record) -> str:
+    """Return the accuracy, or the loss where there is none."""
+    if record.diverged:
+        return "diverged"
+    accuracy, loss = record.validation_accuracy, record.validation_loss
+    return f"loss {loss:.4g}" if accuracy is None else f"{accuracy:6.2%}"
 
 
 def _values(record: Record) -> str:
@@ -63,10 +71,9 @@ def table(records: Sequence[Record], settings: Settings) -> list[str]:
     ordered = standing(records)
     rows = [["round", "trial", "epochs", "validation", "test", *(flag(one.name) for one in settings.ranges)]]
     for record in ordered[:MOST_ROWS]:
-        accuracies = (record.validation_accuracy, record.test_accuracy)
-        scores = ["diverged" if record.diverged else "-" if one is None else f"{one:.2%}" for one in accuracies]
+        test = "-" if record.test_accuracy is None else f"{record.test_accuracy:.2%}"
         values = [f"{record.settings[one.name]:g}" for one in settings.ranges]
-        rows.append([f"{record.round}", f"{record.trial}", f"{record.epochs}", *scores, *values])
+        rows.append([f"{record.round}", f"{record.trial}", f"{record.epochs}", _score(record), test, *values])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     more = f"; the others are in {'results.jsonl'}" if len(ordered) > MOST_ROWS else ""
@@ -101,7 +108,8 @@ def command(config: TrainConfig) -> str:
 def picture(records: Sequence[Record], settings: Settings) -> bytes | None:
     """Return the picture of a search as SVG, a panel for each setting; None where matplotlib is not installed.
 
-    A trial is a dot at its value and accuracy, darker the later its round; one that diverged is a cross at the bottom.
+    A trial is a dot at its value and accuracy (or loss), darker the later its round; one that diverged is a cross on the
+    edge.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return None
@@ -109,6 +117,7 @@ def picture(records: Sequence[Record], settings: Settings) -> bytes | None:
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     ordered, colors = standing(records), mpl.colormaps["viridis_r"]
+    has_accuracy = any(record.validation_accuracy is not None for record in ordered)
     width = PANEL[0] * len(settings.ranges) + LEFT + RIGHT
     figure = Figure(figsize=(width, PANEL[1]))
     figure.subplots_adjust(left=LEFT / width, right=1 - RIGHT / width, bottom=0.16, top=0.9, wspace=0.12)
@@ -118,17 +127,25 @@ def picture(records: Sequence[Record], settings: Settings) -> bytes | None:
             those = [record for record in ordered if record.round == number and not record.diverged]
             axes.plot(
                 [record.settings[one.name] for record in those],
-                [100 * (record.validation_accuracy or 0) for record in those],
+                [
+                    100 * (record.validation_accuracy or 0) if has_accuracy else record.validation_loss
+                    for record in those
+                ],
                 "o",
                 color=colors(number / settings.rounds),
                 label=f"round {number}",
                 clip_on=False,
             )
         bad = [record.settings[one.name] for record in ordered if record.diverged]
-        axes.plot(bad, [0] * len(bad), "x", color="#d55e00", label="diverged", clip_on=False)
-        axes.set(xlabel=flag(one.name), xscale=one.scale, xlim=(one.low, one.high), ylim=(0, 100))
+        worst = axes.get_xaxis_transform()  # from 0, the bottom, to 1
+        heights = [0 if has_accuracy else 1] * len(bad)
+        axes.plot(bad, heights, "x", color="#d55e00", label="diverged", clip_on=False, transform=worst)
+        axes.set(xlabel=flag(one.name), xscale=one.scale, xlim=(one.low, one.high))
         axes.grid(visible=True, alpha=0.3)
-    panels[0].set_ylabel("validation accuracy, %")
+    if has_accuracy:
+        panels[0].set(ylabel="validation accuracy, %", ylim=(0, 100))
+    else:
+        panels[0].set_ylabel("validation loss")
     figure.legend(handles=panels[0].get_lines()[-MOST_ROWS:], loc="upper right")
     figure.suptitle(f"{settings.config.model} on {settings.config.dataset}: {len(ordered)} trials", fontsize="medium")
     content = io.BytesIO()

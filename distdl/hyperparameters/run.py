@@ -33,6 +33,9 @@ from distdl.hyperparameters.settings import Range, Settings
 from distdl.parallel import Communicator, guard, survive, together, world
 from distdl.rng import Key
 
+#: What a record takes from the summary of a training.
+OUTCOME = ("steps", "validation_loss", "validation_accuracy", "test_accuracy", "weights_sha256")
+
 
 @dataclass(frozen=True)
 class Found:
@@ -216,7 +219,7 @@ class _Search:
 
     def _trained(self, trial: Trial) -> Record | None:
         """Train a trial on this rank's group; None where a signal has stopped it."""
-        known = asdict(trial)
+        known: dict[str, Any] = asdict(trial)
         try:
             summary = train(
                 self._config_of(trial),
@@ -227,21 +230,13 @@ class _Search:
                 stop=self.stop,
             )
         except DivergedError:
-            return Record(**known, steps=None, validation_accuracy=None, test_accuracy=None, weights_sha256=None)
+            return Record(**(known | dict.fromkeys(OUTCOME)))
         except Stopped:
             return None
         except DistdlError as error:
             error.agreed &= isinstance(error, UserError)  # those of other groups do not know, and must be ended
             raise
-        if summary.validation_accuracy is None:
-            raise UserError("this training has no validation accuracy, by which trials are judged")
-        return Record(
-            **known,
-            steps=summary.steps,
-            validation_accuracy=summary.validation_accuracy,
-            test_accuracy=summary.test_accuracy,
-            weights_sha256=summary.weights_sha256,
-        )
+        return Record(**(known | {name: getattr(summary, name) for name in OUTCOME}))
 
     def _config_of(self, trial: Trial) -> TrainConfig:
         config = replace(

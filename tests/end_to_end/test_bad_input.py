@@ -217,6 +217,7 @@ CHOICES = {
     "dataset": config.DATASETS,
     "model": config.MODELS,
     "optimizer": config.OPTIMIZERS,
+    "loss": ("auto", "cross_entropy", "binary_cross_entropy", "mean_squared_error"),
     "schedule": ("constant", "step", "cosine"),
     "reduction": ("tree", "allreduce"),
 }

@@ -16,11 +16,10 @@ SETTINGS = Settings(ranges=(LR, DECAY), config=TrainConfig(epochs=8), trials=10,
 HALVING = replace(SETTINGS, method="halving", rounds=4, trials=8, keep=0.5).checked()
 
 
-def record_of(trial, accuracy, test_accuracy=None):
-    steps = None if accuracy is None else 10
-    return Record(
-        **vars(trial), steps=steps, validation_accuracy=accuracy, test_accuracy=test_accuracy, weights_sha256=None
-    )
+def record_of(trial, accuracy, test_accuracy=None, loss=1.0):
+    steps, loss = (None, None) if accuracy is None else (10, loss)
+    outcome = {"steps": steps, "validation_loss": loss, "validation_accuracy": accuracy, "test_accuracy": test_accuracy}
+    return Record(**vars(trial), **outcome, weights_sha256=None)
 
 
 def round_of(settings, number, records, accuracies):
@@ -75,7 +74,15 @@ def test_ranges_are_narrowed_to_what_the_best_span():
             assert one.low <= trial.settings[one.name] <= one.high
 
 
-def test_of_equal_accuracies_the_earlier_trials_are_kept():
+def test_of_equal_accuracies_the_smaller_losses_are_kept_and_without_any_they_judge_alone():
+    records = [record_of(trial, 0.5, loss=10.0 - trial.trial) for trial in planned(SETTINGS, 1, [])]
+    for judged in (records, [replace(record, validation_accuracy=None) for record in records]):
+        assert [record.trial for record in standing(judged)] == list(range(10, 0, -1))
+        values = [record.settings["lr"] for record in judged[-3:]]
+        assert narrowed([LR], judged, 0.3) == (replace(LR, low=min(values), high=max(values)),)
+
+
+def test_of_equal_results_the_earlier_trials_are_kept():
     records = round_of(SETTINGS, 1, [], [0.5] * 10)
     values = [record.settings["lr"] for record in records[:3]]
     assert narrowed([LR], records, 0.3) == (replace(LR, low=min(values), high=max(values)),)

@@ -78,7 +78,7 @@ def test_a_record_has_what_the_run_folder_says(undisturbed):
     assert len(lines) == 10
     for record in map(json.loads, lines):
         summary = json.loads((undisturbed / "random" / record["run_folder"] / "summary.json").read_text())
-        for name in ("steps", "validation_accuracy", "test_accuracy", "weights_sha256"):
+        for name in run.OUTCOME:
             assert record[name] == summary[name]
     assert len({json.loads(line)["weights_sha256"] for line in lines}) == 10
 
@@ -172,7 +172,7 @@ def test_a_trial_that_diverges_is_a_result_and_the_worst(tmp_path, capsys):
     assert found.ranges[0].high < min(record.settings["lr"] for record in diverged), "none is kept"
     assert all(json.loads(line)["weights_sha256"] is None for line in lines_of(tmp_path / "search", diverged=True))
     said = capsys.readouterr().out
-    assert said.count("diverged   ") == len(diverged)
+    assert len([line for line in said.splitlines() if "  diverged     " in line]) >= len(diverged)
     assert "training has diverged" not in said
     assert json.loads((tmp_path / "search" / "summary.json").read_text())["diverged"] == len(diverged)
     (tmp_path / "search" / "summary.json").unlink()
@@ -181,7 +181,7 @@ def test_a_trial_that_diverges_is_a_result_and_the_worst(tmp_path, capsys):
 
 def lines_of(folder, *, diverged):
     lines = (folder / "results.jsonl").read_text().splitlines()
-    return [line for line in lines if (json.loads(line)["validation_accuracy"] is None) == diverged]
+    return [line for line in lines if (json.loads(line)["steps"] is None) == diverged]
 
 
 def test_a_search_in_which_all_diverge_ends_in_one_line(tmp_path, capsys):
