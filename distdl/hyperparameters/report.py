@@ -108,8 +108,8 @@ def command(config: TrainConfig) -> str:
 def picture(records: Sequence[Record], settings: Settings) -> bytes | None:
     """Return the picture of a search as SVG, a panel for each setting; None where matplotlib is not installed.
 
-    A trial is a dot at its value and accuracy (or loss), darker the later its round; one that diverged is a cross on the
-    edge.
+    A trial is a dot at its value and accuracy (or loss), darker the later its round; a cross on
+    the edge has diverged.
     """
     if importlib.util.find_spec("matplotlib") is None:
         return None

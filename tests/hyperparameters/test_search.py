@@ -9,10 +9,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from distdl import nn, startup
 from distdl import search as command
-from distdl import startup
 from distdl.config import TrainConfig, parse
 from distdl.engine import train
 from distdl.errors import DamagedFileError, Stopped, UserError
@@ -47,6 +48,26 @@ def searched(settings, folder, communicator=None, **more):
 
 def files(folder):
     return [(folder / name).read_bytes() for name in FILES]
+
+
+def ink(shape, outputs):
+    return nn.Sequential([nn.Flatten(), nn.Affine(outputs)], shape)
+
+
+def test_a_task_without_an_accuracy_is_judged_by_its_validation_loss(tmp_path, capsys):
+    """Halving, and numbers for labels: how much ink is in the rows of a digit."""
+    digits = piece_of_digits(ROWS)
+    numbers = digits.images[..., 0].mean(axis=2).astype(np.float32) / 16
+    data = replace(digits, labels=numbers, classes=numbers.shape[1])
+    found = search(replace(HALVING, out=tmp_path / "search"), OneProcess(), build_network=ink, dataset=data)
+    assert all(record.validation_accuracy is None and not record.diverged for record in found.records)
+    [*others, last] = found.records
+    assert found.best == last
+    at_first = [record for record in others if record.round == 1]
+    assert {record.trial for record in others if record.round == 2} == {
+        record.trial for record in sorted(at_first, key=lambda record: record.validation_loss)[:2]
+    }
+    assert f"validation loss {last.validation_loss:.4g}" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
