@@ -1,4 +1,4 @@
-"""Imports point one way: bottom <- {nn, optim, schedules, data, parallel} <- engine <- benchmark <- the commands.
+"""Imports point one way: bottom <- {nn, optim, schedules, data, parallel} <- engine <- what uses it <- the commands.
 
 The checker below reads sources without running them; the last tests feed it sources that break each rule.
 """
@@ -16,8 +16,10 @@ FILES = sorted(path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.r
 ROOT = "distdl"  # distdl/__init__.py itself
 BOTTOM = {"errors", "rng", "arrays", "launcher", "processes", "lifeline", "warden", "transforms"}
 MIDDLE = {"nn", "optim", "schedules", "data", "parallel"}
+#: What does work of its own with the engine; never each other.
+USES = {"benchmark", "hyperparameters"}
 #: Whatever is in none of these is a command, and stands on top.
-BELOW_THE_COMMANDS = {ROOT, "config", "engine", "benchmark"} | BOTTOM | MIDDLE
+BELOW_THE_COMMANDS = {ROOT, "config", "engine"} | BOTTOM | MIDDLE | USES
 
 #: Modules that turn bytes from a file or a peer into running code.
 PICKLES = {"pickle", "_pickle", "pickletools", "copyreg", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
@@ -52,9 +54,9 @@ def may_import(unit, other):
     if unit in MIDDLE:
         return other in BOTTOM | {ROOT, unit}
     if unit == "engine":
-        return other in BELOW_THE_COMMANDS - {"benchmark"}
-    if unit == "benchmark":
-        return other in BELOW_THE_COMMANDS
+        return other in BELOW_THE_COMMANDS - USES
+    if unit in USES:
+        return other in (BELOW_THE_COMMANDS - USES) | {unit}
     return True
 
 
@@ -188,7 +190,10 @@ def test_all_parts_of_the_package_are_looked_at():
         ("distdl/engine/run.py", "from distdl import train", "engine may not import train"),
         ("distdl/engine/run.py", "from distdl.startup import run", "engine may not import startup"),
         ("distdl/engine/trace.py", "from distdl.benchmark import chart", "engine may not import benchmark"),
+        ("distdl/engine/run.py", "from distdl.hyperparameters import run", "engine may not import hyperparameters"),
         ("distdl/benchmark/run.py", "from distdl import startup", "benchmark may not import startup"),
+        ("distdl/benchmark/run.py", "from distdl.hyperparameters import run", "benchmark may not import hyperpar"),
+        ("distdl/hyperparameters/run.py", "from distdl.benchmark import chart", "may not import benchmark"),
         (
             "distdl/data/sources.py",
             "import importlib\nimportlib.import_module('distdl.engine')",

@@ -51,15 +51,18 @@ def train(
     *,
     build_network: BuildNetwork | None = None,
     dataset: sources.Dataset | None = None,
+    progress: Progress | None = None,
+    stop: StopRequest | None = None,
 ) -> Summary:
     """Train as `config` says, on all ranks of `communicator` (`world()` if not given), and return the summary.
 
     `build_network` and `dataset` take the place of the model and dataset that the config names; they must be
-    the same on every rank, and only rank 0 looks at the dataset. Collective. Raises `UserError`, on every rank,
-    for what the user gave; any other exception on any rank ends the whole job.
+    the same on every rank, and only rank 0 looks at the dataset. `progress` prints, in place of lines on the terminal;
+    `stop` is listened to by whoever gives it. Collective. Raises `UserError`, on every rank, for what the user gave
+    (`DivergedError` where the numbers have become infinite); any other exception on any rank ends the whole job.
     """
     communicator = world() if communicator is None else communicator
-    given, stop = config, StopRequest()
+    given, stop = config, StopRequest() if stop is None else stop
 
     def agree_on_config(communicator: Communicator) -> TrainConfig:
         config = together(communicator, _labelled(given, build_network, dataset).checked)
@@ -73,7 +76,7 @@ def train(
         communicator, watchdog, lost_second = survive(communicator, lambda left: Watchdog(left, stall_warning))
         warden = Warden(f"rank {communicator.world_ranks[communicator.rank]}", config.detect_hangs)
         with numerics(config.threads_per_rank), watchdog, warden:
-            preparation = _Preparation(config, build_network, dataset)
+            preparation = _Preparation(config, build_network, dataset, progress)
             _, trainer, lost_then = survive(communicator, preparation.trainer)
             trainer.stop = stop
             watchdog.progress = lambda: trainer.work_done
@@ -93,6 +96,7 @@ class _Preparation:
     config: TrainConfig
     build_network: BuildNetwork | None
     dataset: sources.Dataset | None
+    printer: Progress | None = None
     #: The run folder, known to all ranks before anything is written there.
     folder: Path | None = None
     environment: dict[str, Any] = field(default_factory=dict)
@@ -171,7 +175,7 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
     _hand_out(communicator, state)
 
     environment = describe(communicator)
-    progress = Progress(live=communicator.size == 1)
+    progress = preparation.printer or Progress(live=communicator.size == 1)
     journal = Journal(config, steps_per_epoch, keeps=communicator.survives_failures)
 
     def open_run() -> Path | None:
@@ -220,8 +224,8 @@ def _check_outputs(config: TrainConfig, output_shape: tuple[int, ...], data: Dat
     if output_shape != expected:
         what = "classes" if data.answers else "numbers"
         raise UserError(
-            f"the network {config.model} puts out {output_shape} for a sample, expected {expected}: {config.dataset} has "
-            f"{data.classes} {what}" + (" for each pixel" if len(expected) > 1 else "")
+            f"the network {config.model} puts out {output_shape} for a sample, expected {expected}: {config.dataset} "
+            f"has {data.classes} {what}" + (" for each pixel" if len(expected) > 1 else "")
         )
 
 

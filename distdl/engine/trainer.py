@@ -34,7 +34,7 @@ from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
 from distdl.engine.timeline import Timeline
 from distdl.engine.trace import Trace
-from distdl.errors import PeerLost, UserError
+from distdl.errors import DivergedError, PeerLost
 from distdl.nn import Sequential, make_loss
 from distdl.optim import clip_by_norm
 from distdl.parallel import (
@@ -487,9 +487,10 @@ class Trainer:
             images = self.augmentation.apply(images, key, out=out)
         return self.data.normalization.apply(images, out=out), self.data.labels[rows]
 
-    def _diverged(self, what: str) -> UserError:
+    def _diverged(self, what: str) -> DivergedError:
         """Return the error for sums that are no numbers; every rank has the same sums."""
-        error = UserError(f"{what}: training has diverged; start a new run with a smaller --lr than {self.config.lr:g}")
+        advice = f"start a new run with a smaller --lr than {self.config.lr:g}"
+        error = DivergedError(f"{what}: training has diverged; {advice}")
         error.agreed = True
         return error
 
