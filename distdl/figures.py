@@ -206,14 +206,17 @@ def activation_histograms(
 
 
 def curves(metrics: Path | Iterable[Mapping[str, Any]]) -> Figure:
-    """Return loss and accuracy over the epochs, in training and validation, from ``metrics.jsonl`` or its records."""
+    """Return loss and accuracy over the epochs, in training and validation, from ``metrics.jsonl`` or its records.
+
+    What the records have none of, such as the accuracy of a regression, is left out.
+    """
     epochs = epochs_of(metrics)
-    figure = _figure(9, 3.6, inches=1)
-    for axes, what in zip(_subplots(figure, 1, 2), ("loss", "accuracy"), strict=True):
+    shown = [what for what in ("loss", "accuracy") if f"train_{what}" in epochs[0]]
+    figure = _figure(4.5 * len(shown), 3.6, inches=1)
+    for axes, what in zip(_subplots(figure, 1, len(shown)), shown, strict=True):
         for part in ("train", "validation"):
-            axes.plot(
-                [record["epoch"] for record in epochs], [record[f"{part}_{what}"] for record in epochs], label=part
-            )
+            values = [record[f"{part}_{what}"] for record in epochs]
+            axes.plot([record["epoch"] for record in epochs], values, label=part)
         axes.set_xlabel("epoch")
         axes.set_title(what)
         axes.legend()
@@ -257,10 +260,14 @@ def _grid(figure: FigureBase, count: int, columns: int | None = None, rows: int 
 
 
 def _draw(axes: Axes, image: NDArray[Any], title: str = "") -> None:
-    """Draw an image (H, W, C): three channels in colour, else the mean of all channels in gray."""
-    if image.shape[-1] == 3:
-        axes.imshow(image if image.dtype == np.uint8 else scaled(image[np.newaxis])[0])
-    else:
-        axes.imshow(image.mean(axis=-1), cmap="gray")
+    """Draw an image (H, W, C), its least number black and its greatest white; the mean of all channels but of three.
+
+    Bytes of three channels are colours as they are.
+    """
+    colours = image.shape[-1] == 3
+    shown = image if colours else image.mean(axis=-1, keepdims=True)
+    if not (colours and image.dtype == np.uint8):
+        shown = scaled(shown[np.newaxis])[0]
+    axes.imshow(shown if colours else shown[..., 0], cmap="gray", vmin=0, vmax=1)
     if title:
         axes.set_title(title, fontsize=8)
