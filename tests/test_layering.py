@@ -1,5 +1,7 @@
 """Imports point one way: bottom <- {nn, optim, schedules, data, parallel} <- engine <- benchmark <- the commands.
 
+Besides, nn <- figures <- the commands: nobody below the commands draws.
+
 The checker below reads sources without running them; the last tests feed it sources that break each rule.
 """
 
@@ -55,6 +57,8 @@ def may_import(unit, other):
         return other in BELOW_THE_COMMANDS - {"benchmark"}
     if unit == "benchmark":
         return other in BELOW_THE_COMMANDS
+    if unit == "figures":  # whoever trains does without matplotlib
+        return other in BOTTOM | {ROOT, "nn"}
     return True
 
 
@@ -188,6 +192,9 @@ def test_all_parts_of_the_package_are_looked_at():
         ("distdl/engine/run.py", "from distdl.startup import run", "engine may not import startup"),
         ("distdl/engine/trace.py", "from distdl.benchmark import chart", "engine may not import benchmark"),
         ("distdl/benchmark/run.py", "from distdl import startup", "benchmark may not import startup"),
+        ("distdl/engine/run.py", "from distdl import figures", "engine may not import figures"),
+        ("distdl/benchmark/run.py", "from distdl.figures import curves", "benchmark may not import figures"),
+        ("distdl/figures.py", "from distdl.engine import train", "figures may not import engine"),
         (
             "distdl/data/sources.py",
             "import importlib\nimportlib.import_module('distdl.engine')",
@@ -244,6 +251,7 @@ def test_the_checker_finds(path, source, said):
         ("distdl/engine/run.py", "import distdl\nfrom distdl import __version__, config\nfrom distdl.nn import MODELS"),
         ("distdl/parallel/mpi.py", "from mpi4py import MPI"),
         ("distdl/verify.py", "from distdl import startup\nfrom distdl.mpirun import environment_for"),
+        ("distdl/evaluate.py", "from distdl import figures\nfrom distdl.engine.evaluation import load"),
         ("distdl/rng.py", "import numpy as np\nnp.random.Philox(key=1).random_raw(2)"),
         ("distdl/data/split.py", "key.random.shuffle()"),
         ("distdl/data/sources.py", "import numpy as np\nnp.load(path, allow_pickle=False)"),
