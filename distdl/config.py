@@ -26,12 +26,12 @@ from distdl.errors import UserError, unknown_name
 
 DATASETS = ("digits", "mnist")
 MODELS = ("mlp", "simple_convnet", "deep_convnet")
-OPTIMIZERS = ("adam", "momentum", "sgd")
+OPTIMIZERS = ("adam", "adamw", "momentum", "nesterov", "adagrad", "rmsprop", "sgd")
 
 #: Where the user gives none. The digits are few, so an epoch of them is only ten steps.
 DEFAULT_EPOCHS = {"digits": 60}
 OTHER_EPOCHS = 20
-DEFAULT_LR = {"adam": 0.001}
+DEFAULT_LR = {"adam": 0.001, "adamw": 0.001, "rmsprop": 0.001}
 OTHER_LR = 0.01
 
 #: A resumed run may differ in these: they change neither the weights at a step nor their meaning.
@@ -43,6 +43,7 @@ FREE_TO_CHANGE_ON_RESUME = frozenset(
         "data_dir",
         "epochs",
         "max_steps",
+        "early_stopping",
         "checkpoint_every",
         "keep_checkpoints",
         "log_every",
@@ -85,14 +86,24 @@ class TrainConfig:
     """Samples of one optimizer step, over all ranks together."""
     micro_batch_size: int = 16
     """Samples of one forward and backward pass, the unit dealt to ranks; never depends on their number."""
-    optimizer: Literal["adam", "momentum", "sgd"] = "adam"
+    loss: Literal["auto", "cross_entropy", "binary_cross_entropy", "mean_squared_error"] = "auto"
+    """What is made small; auto: cross_entropy where there are labels, mean_squared_error where numbers."""
+    optimizer: Literal["adam", "adamw", "momentum", "nesterov", "adagrad", "rmsprop", "sgd"] = "adam"
     """Rule of the update."""
     lr: float | None = None
-    """Learning rate; without it 0.001 for adam and 0.01 for momentum and sgd."""
+    """Learning rate; without it 0.001 for adam, adamw and rmsprop, and 0.01 for the others."""
+    lr_base_batch: int | None = None
+    """Batch size that the learning rate is meant for: with another batch-size it is scaled in proportion."""
     weight_decay: float = 0.0
-    """Lambda of the L2 penalty on weights (not on biases)."""
-    schedule: Literal["constant", "step"] = "constant"
-    """How the learning rate goes on: constant, or multiplied by lr-step-factor each lr-step-epochs."""
+    """Lambda of the L2 penalty on weights (not on biases); with adamw, of its decoupled decay."""
+    l1_decay: float = 0.0
+    """Lambda of the L1 penalty on weights (not on biases)."""
+    clip_norm: float | None = None
+    """Longest gradient: one whose Euclidean norm is greater is scaled down to it."""
+    schedule: Literal["constant", "step", "cosine"] = "constant"
+    """How the rate goes on: constant, multiplied by lr-step-factor each lr-step-epochs, or along a cosine to 0."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises in proportion to what the schedule says."""
     lr_step_epochs: int = 5
     """Epochs between two steps of the step schedule."""
     lr_step_factor: float = 0.1
@@ -103,6 +114,8 @@ class TrainConfig:
     """Folder of the run; without it a new one is made under runs/."""
     max_steps: int | None = None
     """Stop after this step of the whole run with a checkpoint; a resume without it goes on."""
+    early_stopping: int = 0
+    """Epochs without a better validation accuracy after which training ends; 0 for never."""
     resume: str | None = None
     """Checkpoint or run folder to go on from, or auto: the newest intact checkpoint in run-dir, if any."""
     checkpoint_every: int = 0
@@ -146,12 +159,11 @@ class TrainConfig:
         if config.threads_per_rank > MOST_THREADS:
             raise UserError(f"--threads-per-rank must be at most {MOST_THREADS}, not {config.threads_per_rank}")
         _at_least(0, config, "seed", "checkpoint_every", "log_every", "weight_decay")
-        _at_least(0, config, "verify_every", "audit", "stall_warning")
-        if config.max_steps is not None:
-            _at_least(1, config, "max_steps")
-        _above_zero(config, "lr", "lr_step_factor")
-        for name in ("lr", "weight_decay", "lr_step_factor", "stall_warning"):
-            if not math.isfinite(getattr(config, name)):
+        _at_least(0, config, "verify_every", "audit", "stall_warning", "l1_decay", "warmup_steps", "early_stopping")
+        _at_least(1, config, *(name for name in ("max_steps", "lr_base_batch") if getattr(config, name) is not None))
+        _above_zero(config, "lr", "lr_step_factor", *(["clip_norm"] if config.clip_norm is not None else []))
+        for name in ("lr", "weight_decay", "l1_decay", "clip_norm", "lr_step_factor", "stall_warning"):
+            if not math.isfinite(getattr(config, name) or 0):
                 raise UserError(f"{_flag(name)} must be a finite number, not {getattr(config, name)}")
         _possible_hang(config)
         _finite_to_the_end(config)
@@ -177,6 +189,11 @@ class TrainConfig:
         """The learning rate of a checked config."""
         assert self.lr is not None
         return self.lr
+
+    @property
+    def scaled_learning_rate(self) -> float:
+        """The learning rate, scaled to the batch where asked for: the linear rule of Goyal et al. 2017, section 2.1."""
+        return self.learning_rate * (1 if self.lr_base_batch is None else self.batch_size / self.lr_base_batch)
 
     @property
     def micro_batches(self) -> int:
@@ -250,12 +267,14 @@ def _possible_hang(config: TrainConfig) -> None:
 
 
 def _finite_to_the_end(config: TrainConfig) -> None:
-    """Raise `UserError` where a step schedule leaves the range of numbers before the last epoch."""
+    """Raise `UserError` where the learning rate leaves the range of numbers before the last epoch."""
+    if not math.isfinite(config.scaled_learning_rate):
+        raise UserError(f"--lr-base-batch {config.lr_base_batch} makes --lr {config.lr} infinite: give a smaller rate")
     if config.schedule != "step":
         return
     changes = (config.epoch_count - 1) // config.lr_step_epochs
     try:
-        last = config.learning_rate * float(config.lr_step_factor) ** changes
+        last = config.scaled_learning_rate * float(config.lr_step_factor) ** changes
     except OverflowError:
         last = math.inf
     if not math.isfinite(last):
@@ -449,8 +468,11 @@ def _one_line(box: str, arguments: Sequence[str]) -> str:
 def differences(ours: TrainConfig, theirs: Mapping[str, Any]) -> list[str]:
     """Return one clause for each setting that differs from a checkpoint's and may not change on resume."""
     mine = ours.to_json()
+    fixed = mine.keys() - FREE_TO_CHANGE_ON_RESUME
+    if ours.schedule == "cosine":
+        fixed |= {"epochs"}  # where the cosine ends
     return [
         f"{_flag(name)} is {mine[name]!r} here and {theirs.get(name)!r} in the checkpoint"
         for name in mine
-        if name not in FREE_TO_CHANGE_ON_RESUME and mine[name] != theirs.get(name)
+        if name in fixed and mine[name] != theirs.get(name)
     ]

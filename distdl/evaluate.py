@@ -55,43 +55,54 @@ def main(arguments: Sequence[str]) -> int:
     """Load, score and show; return the exit code."""
     given = parse(arguments)
     startup.set_blas_threads(1)
-    from distdl import figures  # noqa: PLC0415  NumPy reads the number of threads when it is loaded
-    from distdl.engine.evaluation import PARTS, evaluate, in_half_precision, load  # noqa: PLC0415
-    from distdl.engine.progress import Progress  # noqa: PLC0415
+    from distdl.engine.evaluation import (  # noqa: PLC0415  NumPy reads the number of threads when it is loaded
+        PARTS,
+        evaluate,
+        in_half_precision,
+        load,
+    )
+    from distdl.figures import need_matplotlib  # noqa: PLC0415
     from distdl.parallel import guard, together, world  # noqa: PLC0415
 
     if given.part not in PARTS:
         raise unknown_name("part", given.part, PARTS)
     if given.confusion_figure or given.misclassified:
-        figures.need_matplotlib()
-    communicator, progress = world(), Progress(live=False)
+        need_matplotlib()
+    communicator = world()
     with guard(communicator):
         speaks = communicator.rank == 0
         together(communicator, lambda: _refuse_outputs(given) if speaks else None)
         trained = load(given.runs, communicator, best=given.best, data_dir=given.data_dir)
+        together(communicator, lambda: _refuse_pictures_of(trained[0], given))
         found = evaluate(trained, given.part, communicator)
         half = evaluate(in_half_precision(trained), given.part, communicator) if given.half else None
-        confusion = figures.confusion_matrix(found.labels, found.predictions, trained[0].data.classes)
-
-        def show() -> None:
-            for complaint in (complaint for one in trained for complaint in one.complaints):
-                progress.warning(f"{complaint}; the one before it is used")
-            for line in report(trained, given.part, found, half):
-                progress.line(line)
-            for line in table_of(confusion.tolist()) if given.confusion else ():
-                progress.line(line)
-            if given.confusion_figure:
-                _save(figures.confusion(confusion), given.confusion_figure)
-            if given.misclassified:
-                images = trained[0].data.images[found.rows]
-                _save(figures.misclassified(images, found.labels, found.predictions), given.misclassified)
-            if given.json:
-                numbers = as_json(trained, given.part, found, half) | {"confusion": confusion.tolist()}
-                _write(given.json, (json.dumps(numbers, indent=2, allow_nan=False) + "\n").encode())
-            progress.line(summary_of(given.part, found, half))
-
-        together(communicator, lambda: show() if speaks else None)
+        together(communicator, lambda: _show(given, trained, found, half) if speaks else None)
     return 0
+
+
+def _show(given: argparse.Namespace, trained: Sequence[Trained], found: Evaluation, half: Evaluation | None) -> None:
+    """Print the scores, and write the files that were asked for."""
+    from distdl import figures  # noqa: PLC0415
+    from distdl.engine.progress import Progress  # noqa: PLC0415
+
+    progress, data = Progress(live=False), trained[0].data
+    for complaint in (complaint for one in trained for complaint in one.complaints):
+        progress.warning(f"{complaint}; the one before it is used")
+    for line in report(trained, given.part, found, half):
+        progress.line(line)
+    matrix = figures.confusion_matrix(found.labels, found.predictions, data.classes) if data.answers else None
+    if given.confusion and matrix is not None:
+        for line in table_of(matrix.tolist()):
+            progress.line(line)
+    if given.confusion_figure and matrix is not None:
+        _save(figures.confusion(matrix), given.confusion_figure)
+    if given.misclassified:
+        _save(figures.misclassified(data.images[found.rows], found.labels, found.predictions), given.misclassified)
+    if given.json:
+        confusion = None if matrix is None else matrix.tolist()
+        numbers = as_json(trained, given.part, found, half) | {"confusion": confusion}
+        _write(given.json, (json.dumps(numbers, indent=2, allow_nan=False) + "\n").encode())
+    progress.line(summary_of(given.part, found, half))
 
 
 def report(trained: Sequence[Trained], part: str, found: Evaluation, half: Evaluation | None) -> list[str]:
@@ -105,10 +116,10 @@ def report(trained: Sequence[Trained], part: str, found: Evaluation, half: Evalu
         scores.append([found.ensemble, half.ensemble if half else found.ensemble])
     wide, wider = max(map(len, names)), max(map(len, kinds))
     columns = ("accuracy", "loss", "float16", "loss") if half else ("accuracy", "loss")
-    lines = [f"{trained[0].config.dataset}, {part} part: {found.ensemble.samples} samples"]
+    lines = [f"{trained[0].config.dataset}, {part} part: {len(found.rows)} samples"]
     lines.append(f"{'':{wide + wider + 2}}" + "".join(f"{column:>10}" for column in columns))
     for name, kind, of_name in zip(names, kinds, scores, strict=True):
-        shown = "".join(f"{score.accuracy:10.2%}{score.loss:10.4f}" for score in of_name[: 2 if half else 1])
+        shown = "".join(f"{_percent(score):>10}{score.loss:10.4f}" for score in of_name[: 2 if half else 1])
         lines.append(f"{name:{wide}}  {kind:{wider}}{shown}")
     return lines
 
@@ -129,11 +140,16 @@ def summary_of(part: str, found: Evaluation, half: Evaluation | None) -> str:
     members = len(found.scores)
     of_several = f"ensemble of {members}, " if members > 1 else ""
     in_half = f"; in float16: {_said(half.ensemble)}" if half else ""
-    return f"{part} accuracy: {of_several}{_said(found.ensemble)}{in_half}"
+    what = "loss" if found.ensemble.accuracy is None else "accuracy"
+    return f"{part} {what}: {of_several}{_said(found.ensemble)}{in_half}"
+
+
+def _percent(score: Score) -> str:
+    return "–" if score.accuracy is None else f"{score.accuracy:.2%}"
 
 
 def _said(score: Score) -> str:
-    return f"{score.accuracy:.2%} ({score.correct} of {score.samples})"
+    return f"{_percent(score)} ({score.correct} of {score.answers})" if score.answers else f"{score.loss:.6f}"
 
 
 def as_json(trained: Sequence[Trained], part: str, found: Evaluation, half: Evaluation | None) -> dict[str, Any]:
@@ -159,7 +175,7 @@ def as_json(trained: Sequence[Trained], part: str, found: Evaluation, half: Eval
     return {
         "dataset": trained[0].config.dataset,
         "part": part,
-        "samples": found.ensemble.samples,
+        "samples": len(found.rows),
         "classes": trained[0].data.classes,
         "members": members,
         "ensemble": numbers(found.ensemble, half.ensemble if half else None),
@@ -182,6 +198,18 @@ def _refuse_outputs(given: argparse.Namespace) -> None:
             try_folder(path.parent)
         except OSError as error:
             raise UserError(f"{name} {path} cannot be written: {error.strerror}; give another file") from None
+
+
+def _refuse_pictures_of(first: Trained, given: argparse.Namespace) -> None:
+    """Raise `UserError` where the answers are none that a flag could show."""
+    answers = first.data.answers
+    for flag, shows in (("confusion", answers > 0), ("confusion_figure", answers > 0), ("misclassified", answers == 1)):
+        if getattr(given, flag) and not shows:
+            what = "numbers" if not answers else "a label for each pixel"
+            raise UserError(
+                f"--{flag.replace('_', '-')} is for {'classes' if flag != 'misclassified' else 'one label an image'}: "
+                f"{first.config.dataset} has {what}; leave the flag out"
+            )
 
 
 def _save(figure: Figure, path: Path) -> None:

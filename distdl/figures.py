@@ -66,14 +66,18 @@ def first_convolution(network: Sequential) -> tuple[str, NDArray[Any]]:
 
 
 def confusion_matrix(labels: NDArray[Any], predictions: NDArray[Any], classes: int) -> NDArray[np.int64]:
-    """Return how many samples of each class (rows) were taken for each class (columns), (K, K).
+    """Return how many labels of each class (rows) were taken for each class (columns), (K, K); any shape, the same.
 
     >>> confusion_matrix(np.array([0, 0, 1]), np.array([0, 1, 1]), 2)
     array([[1, 1],
            [0, 1]])
     """
     pairs = np.asarray(labels, np.int64) * classes + predictions
-    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes).astype(np.int64, copy=False)
+    return (
+        np.bincount(pairs.reshape(-1), minlength=classes * classes)
+        .reshape(classes, classes)
+        .astype(np.int64, copy=False)
+    )
 
 
 def epochs_of(metrics: Path | Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

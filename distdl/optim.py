@@ -255,6 +255,8 @@ def clip_by_norm(gradient: Vector, largest: float) -> float:
     The factor is ``largest / (length + 1e-6)``, as PyTorch's ``clip_grad_norm_`` takes it.
     """
     length = math.sqrt(float(np.vdot(gradient, gradient)))
+    if not math.isfinite(length):  # the squares overflow
+        length = float(np.linalg.norm(gradient.astype(np.float64)))
     if length + 1e-6 > largest:
         gradient *= largest / (length + 1e-6)
     return length

@@ -50,17 +50,6 @@ def warmed_up(schedule: Schedule, steps: int) -> Schedule:
     return lambda step: schedule(step) * min(step + 1, steps) / steps if step < steps else schedule(step)
 
 
-def scaled_to_batch(learning_rate: float, batch_size: int, base_batch_size: int) -> float:
-    """Return the learning rate by the linear rule: `learning_rate` is meant for batches of `base_batch_size`.
-
-    Source: Goyal et al., section 2.1.
-
-    >>> scaled_to_batch(0.1, batch_size=1024, base_batch_size=256)
-    0.4
-    """
-    return learning_rate * batch_size / base_batch_size
-
-
 SCHEDULES = ("constant", "step", "cosine")
 
 

@@ -21,7 +21,7 @@ from distdl import config as config_module
 from distdl.config import FIELDS, FREE_TO_CHANGE_ON_RESUME, NOT_IN_CONFIG_FILE, TrainConfig, differences, parse
 from distdl.data.sources import SOURCES
 from distdl.errors import UserError
-from distdl.nn import MODELS
+from distdl.nn import LOSSES, MODELS
 from distdl.optim import OPTIMIZERS
 from distdl.parallel import REDUCTIONS
 from distdl.schedules import SCHEDULES
@@ -65,7 +65,7 @@ def test_the_names_listed_here_are_those_of_the_registries():
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_each_optimizer_starts_at_its_own_default_rate(optimizer):
-    expected = {"adam": 0.001, "momentum": 0.01, "sgd": 0.01}[optimizer]
+    expected = 0.001 if optimizer in {"adam", "adamw", "rmsprop"} else 0.01
     assert parsed("--optimizer", optimizer).learning_rate == expected
     assert parsed("--optimizer", optimizer, "--lr", "0.5").learning_rate == 0.5
 
@@ -227,15 +227,21 @@ configs = st.builds(
     epochs=st.none() | st.integers(1, 10**12),
     batch_size=st.integers(64, 10**9),
     micro_batch_size=st.integers(1, 64),
+    loss=st.sampled_from(["auto", *LOSSES]),
     optimizer=st.sampled_from(config_module.OPTIMIZERS),
     lr=st.none() | positive,
+    lr_base_batch=st.none() | st.integers(10**9, 10**12),
     weight_decay=st.just(0.0) | positive,
+    l1_decay=st.just(0.0) | positive,
+    clip_norm=st.none() | positive,
+    warmup_steps=st.integers(0, 10**6),
     schedule=st.sampled_from(SCHEDULES),
     lr_step_epochs=st.integers(1, 10**6),
     lr_step_factor=st.floats(0, 1, exclude_min=True),
     seed=st.integers(0, 2**80),
     run_dir=st.none() | paths,
     max_steps=st.none() | st.integers(1, 10**15),
+    early_stopping=st.integers(0, 10**6),
     resume=st.none() | paths.map(str),
     checkpoint_every=st.integers(0, 10**6),
     keep_checkpoints=st.integers(1, 10**6),
@@ -295,15 +301,21 @@ OTHER = {
     "epochs": 61,
     "batch_size": 64,
     "micro_batch_size": 8,
+    "loss": "mean_squared_error",
     "optimizer": "sgd",
     "lr": 0.5,
+    "lr_base_batch": 32,
     "weight_decay": 0.1,
+    "l1_decay": 0.1,
+    "clip_norm": 1.0,
     "schedule": "step",
+    "warmup_steps": 3,
     "lr_step_epochs": 7,
     "lr_step_factor": 0.3,
     "seed": 1,
     "run_dir": Path("run"),
     "max_steps": 5,
+    "early_stopping": 3,
     "resume": "run",
     "checkpoint_every": 7,
     "keep_checkpoints": 9,
@@ -320,6 +332,7 @@ OTHER = {
     "trace": Path("trace.json"),
 }
 FREE = {"config", "run_dir", "resume", "data_dir", "epochs", "max_steps", "checkpoint_every", "keep_checkpoints"} | {
+    "early_stopping",
     "log_every",
     "stall_warning",
     "detect_hangs",
@@ -349,6 +362,16 @@ def test_a_difference_is_named_unless_it_is_free_to_change(name):
     assert differences(ours, json.loads(json.dumps(ours.to_json()))) == []
 
 
+def test_the_length_of_a_cosine_is_not_free_to_change():
+    ours = parsed("--schedule", "cosine", "--epochs", "5")
+    assert differences(ours, ours.to_json() | {"epochs": 4}) == ["--epochs is 5 here and 4 in the checkpoint"]
+
+
+def test_a_learning_rate_is_scaled_to_the_batch_only_where_asked_for():
+    assert parsed("--lr", "0.1", "--batch-size", "512").scaled_learning_rate == 0.1
+    assert parsed("--lr", "0.1", "--batch-size", "512", "--lr-base-batch", "128").scaled_learning_rate == 0.4
+
+
 def test_all_differences_are_named_at_once_and_a_missing_setting_is_one():
     ours = parsed()
     theirs = ours.to_json() | {"seed": 1, "lr": 0.5}
@@ -367,7 +390,8 @@ def test_all_differences_are_named_at_once_and_a_missing_setting_is_one():
         (["--zzzzzz"], "unknown flag --zzzzzz: --help lists them all"),
         (["--model", "simple_convent"], "did you mean 'simple_convnet'?"),
         (["--dataset", "mnits"], "unknown dataset 'mnits': expected one of digits, mnist; did you mean 'mnist'?"),
-        (["--optimizer", "rmsprop"], "rmsprop"),
+        (["--optimizer", "rmsporp"], "rmsporp"),
+        (["--lr", "1e308", "--lr-base-batch", "1"], "--lr-base-batch 1 makes --lr 1e+308 infinite"),
         (["--epochs", "many"], "many"),
         (["--epochs"], "--epochs"),
         (["--epochs", "0"], "--epochs must be at least 1, not 0"),
@@ -418,7 +442,7 @@ def test_what_is_wrong_in_a_file_is_said_in_one_line(text, said, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"schedule": "cosine"}, r"unknown schedule 'cosine': expected one of constant, step"),
+        ({"schedule": "linear"}, r"unknown schedule 'linear': expected one of constant, cosine, step"),
         ({"reduction": "tee"}, r"unknown reduction 'tee': .*did you mean 'tree'\?"),
         ({"optimizer": 3}, r"unknown optimizer '3'"),
         ({"epochs": "3"}, r"--epochs must be a whole number, not '3'"),

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from distdl.errors import UserError
-from distdl.schedules import SCHEDULES, constant, cosine, make_schedule, scaled_to_batch, step_decay, warmed_up
+from distdl.schedules import SCHEDULES, constant, cosine, make_schedule, step_decay, warmed_up
 
 STEPS = [0, 1, 6, 7, 8, 13, 14, 21, 10_000]
 EXPECTED = {
@@ -61,8 +61,3 @@ def test_the_cosine_is_that_of_pytorch():
         optimizer.step()
         theirs.step()
     assert [cosine(0.3, 17)(step) for step in range(18)] == pytest.approx(rates, abs=1e-9)
-
-
-def test_the_linear_rule_scales_with_the_batch():
-    assert scaled_to_batch(0.1, 128, 128) == 0.1
-    assert scaled_to_batch(0.1, 512, 128) == pytest.approx(0.4)

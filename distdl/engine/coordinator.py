@@ -293,9 +293,14 @@ class Coordinator(Follower):
             },
         )
         where_it_went = f"  {spent}" if len(spent.compute) > 1 else ""
+        scores = (
+            f"train {training.accuracy:7.2%}  validation {validation.accuracy:7.2%}"
+            if validation.answers
+            else (f"validation loss {validation.loss:.4f}")
+        )
         self.progress.line(
-            f"epoch {epoch:3d}/{self.config.epoch_count}  loss {training.loss:.4f}  train {training.accuracy:7.2%}  "
-            f"validation {validation.accuracy:7.2%}  {seconds:6.1f} s  {speed:,.0f} samples/s{where_it_went}"
+            f"epoch {epoch:3d}/{self.config.epoch_count}  loss {training.loss:.4f}  {scores}  {seconds:6.1f} s  "
+            f"{speed:,.0f} samples/s{where_it_went}"
         )
 
     def checkpoint(self, state: TrainingState, *, last: bool = False) -> bool:
@@ -379,7 +384,8 @@ class Coordinator(Follower):
     def finished(self, state: TrainingState, test: Sums | None, summary: dict[str, Any]) -> None:
         """Write the summary and print the receipt; once more where ranks were lost meanwhile."""
         if test is not None:
-            self.progress.line(f"test accuracy: {test.accuracy:.2%}")
+            score = f"loss: {test.loss:.6f}" if test.accuracy is None else f"accuracy: {test.accuracy:.2%}"
+            self.progress.line(f"test {score}")
         else:
             self.progress.line(f"stopped after step {state.step}; --resume {self.folder} goes on")
         if state.progress.get("skipped_steps"):

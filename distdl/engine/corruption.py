@@ -21,7 +21,7 @@ from distdl.errors import CorruptionError
 from distdl.parallel import Communicator, Reduction, Shard
 
 #: Those fields of a record that follow from config and step alone, unlike the seconds it took.
-AUDITED = ("gradient", "loss_sum", "counts")
+AUDITED = ("gradient", "statistics", "loss_sum", "counts")
 
 
 def checksum(array: NDArray[np.generic]) -> tuple[int, int]:
@@ -100,7 +100,10 @@ def audit(
 
 def _digest(reduction: Reduction) -> str:
     return sha256_of_arrays(
-        (f"{node.lo}-{node.hi} {name}", record[name]) for node, record in reduction.held() for name in AUDITED
+        (f"{node.lo}-{node.hi} {name}", record[name])
+        for node, record in reduction.held()
+        for name in AUDITED
+        if name in record
     )
 
 

@@ -3,7 +3,8 @@
 `load` reads checkpoints, and never writes to a run; `evaluate` scores a part of their dataset on all ranks. A network
 is given the micro-batches that its training gave it, so its score is that of the run's own summary, bit for bit.
 
-N samples of the part, K classes.
+N samples of the part, K classes, ``...`` the places of a label: none for one a sample, (H, W) for one a pixel; where
+answers are numbers (regression), K of them, they take the place of labels, probabilities and predictions.
 """
 
 from __future__ import annotations
@@ -19,24 +20,25 @@ from numpy.typing import NDArray
 from distdl.arrays import aligned_empty
 from distdl.config import TrainConfig
 from distdl.data import sources, split
-from distdl.data.normalization import Normalization, measure
+from distdl.data.normalization import Normalization
 from distdl.engine import checkpoint as checkpoints
 from distdl.engine.checkpoint import Checkpoint
 from distdl.engine.environment import numerics
 from distdl.engine.metrics import METRIC_FIELDS, Sums
-from distdl.engine.run import BuildNetwork, sha256_of_data
+from distdl.engine.run import BuildNetwork, check_outputs, outputs_of, read_data, sha256_of_data
 from distdl.engine.run_folder import HEADER_FIELDS, refuse_links
 from distdl.engine.state import TrainingState
 from distdl.engine.trainer import Data
 from distdl.errors import DamagedFileError, UserError
-from distdl.nn import Sequential, SoftmaxCrossEntropy, build_model, count_correct
+from distdl.nn import Sequential, build_model, make_loss
 from distdl.nn.between import half_precision
 from distdl.optim import optimizer_class
 from distdl.parallel import REDUCTIONS, Communicator, Layout, contiguous_shards, guard, share_arrays, together, world
-from distdl.rng import Key
 
 Part = Literal["validation", "test"]
 PARTS: tuple[Part, ...] = get_args(Part)
+#: What the split, and so the seed, does not change of a dataset.
+OF_ALL_SEEDS = {"images", "labels", "classes"}
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,16 @@ class Trained:
 
 @dataclass(frozen=True)
 class Score:
-    """Mean loss of a sample, and how many of the samples were named right."""
+    """Mean loss of a sample, and how many answers were right, of how many; of none where answers are numbers."""
 
     loss: float
     correct: int
-    samples: int
+    answers: int
 
     @property
-    def accuracy(self) -> float:
-        """The share of right answers."""
-        return self.correct / self.samples
+    def accuracy(self) -> float | None:
+        """The share of right answers; None where no answer is right or wrong."""
+        return self.correct / self.answers if self.answers else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,14 +77,14 @@ class Evaluation:
 
     rows: NDArray[np.int64]
     """(N,), the part's rows in the dataset."""
-    labels: NDArray[np.int64]
-    """(N,), the true classes."""
+    labels: NDArray[Any]
+    """(N, ...), the true classes; for regression numbers (N, K)."""
     scores: list[Score]
     ensemble: Score
     probabilities: NDArray[np.float64]
-    """(N, K), the ensemble's."""
-    predictions: NDArray[np.int64]
-    """(N,), the ensemble's: the most probable class, the first if several are."""
+    """(N, ..., K), the ensemble's; for regression the mean of the outputs, (N, K)."""
+    predictions: NDArray[Any]
+    """(N, ...), the ensemble's most probable class, the first if several are; for regression as `probabilities`."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +146,12 @@ def load(
 def evaluate(trained: Sequence[Trained], part: Part, communicator: Communicator | None = None) -> Evaluation:
     """Return the scores of networks, and of all of them as an ensemble, on a part of their dataset.
 
-    An ensemble's probabilities are the mean of its members' softmax, in float64 and in the order given; its loss is the
-    mean of ``-log(probability of the label)``. An ensemble of one scores as its member. Source: section 8.1.2.
+    An ensemble's probabilities are the mean of its members' (softmax, or sigmoid for logistic regression), in float64
+    and in the order given; its loss is the mean of ``-log(probability of the label)``. Of numbers the outputs' mean is
+    taken, with its squared error. An ensemble of one scores as its member. Source: section 8.1.2.
 
-    Any number of ranks gives the same bits. Collective. Raises `UserError` where the networks' parts have other
-    samples.
+    Any number of ranks gives the same bits. Collective. Every rank holds the outputs for all samples. Raises
+    `UserError` where the networks' parts have other samples.
     """
     communicator = world() if communicator is None else communicator
     with guard(communicator):
@@ -157,17 +160,21 @@ def evaluate(trained: Sequence[Trained], part: Part, communicator: Communicator 
         labels = trained[0].data.labels[rows[0]]
         scored = [_scored(one, rows[0], communicator) for one in trained]
     scores = [score for score, _ in scored]
-    probabilities = _softmax(scored[0][1])
-    for _, logits in scored[1:]:
-        probabilities += _softmax(logits)
-    probabilities /= len(trained)
+    mean = _probabilities(trained[0], scored[0][1])
+    for one, (_, outputs) in zip(trained[1:], scored[1:], strict=True):
+        mean += _probabilities(one, outputs)
+    mean /= len(trained)
     if len(trained) == 1:
-        return Evaluation(rows[0], labels, scores, scores[0], probabilities, scored[0][1].argmax(axis=1))
-    predictions = probabilities.argmax(axis=1)
+        return Evaluation(rows[0], labels, scores, scores[0], mean, _predictions(trained[0], scored[0][1]))
+    if not trained[0].data.answers:
+        error = mean - labels
+        return Evaluation(rows[0], labels, scores, Score(float((error * error).mean()), 0, 0), mean, mean)
+    predictions = mean.argmax(axis=-1)
+    of_labels = np.take_along_axis(mean, labels[..., np.newaxis], axis=-1)
     with np.errstate(divide="ignore"):  # a probability of 0 is a loss without bound
-        loss = -float(np.log(probabilities[np.arange(len(labels)), labels]).sum()) / len(labels)
-    ensemble = Score(loss, int((predictions == labels).sum()), len(labels))
-    return Evaluation(rows[0], labels, scores, ensemble, probabilities, predictions)
+        loss = -float(np.log(of_labels).sum()) / labels.size
+    ensemble = Score(loss, int((predictions == labels).sum()), labels.size)
+    return Evaluation(rows[0], labels, scores, ensemble, mean, predictions)
 
 
 def in_half_precision(trained: Sequence[Trained]) -> list[Trained]:
@@ -176,37 +183,56 @@ def in_half_precision(trained: Sequence[Trained]) -> list[Trained]:
 
 
 def _scored(one: Trained, rows: NDArray[np.int64], communicator: Communicator) -> tuple[Score, NDArray[np.float32]]:
-    """Return the score of a network on some rows, and its logits (N, K), on every rank. Collective."""
-    size, data, objective = one.config.micro_batch_size, one.data, SoftmaxCrossEntropy()
+    """Return the score of a network on some rows, and its outputs (N, ..., K), on every rank. Collective."""
+    size, data, loss = one.config.micro_batch_size, one.data, make_loss(_loss_of(one))
     shards = contiguous_shards(split.micro_batch_count(len(rows), size), communicator.size)
     reduction = REDUCTIONS["tree"](communicator, Layout(METRIC_FIELDS))
-    logits = np.empty((len(rows), data.classes), np.float32)
+    outputs = np.empty((len(rows), *one.network.output_shape), np.float32)
     images: dict[int, NDArray[np.float32]] = {}
-    leaf, sums = Sums(), Sums()
+    leaf, sums = Sums(), Sums(answers=data.answers)
     with numerics(one.config.threads_per_rank):
         reduction.begin(shards)
         for place, index in enumerate(shards[communicator.rank]):
             where = slice(index * size, (index + 1) * size)
-            chosen, own = rows[where], logits[where]
+            chosen, own = rows[where], outputs[where]
             x = images.setdefault(len(chosen), aligned_empty((len(chosen), *data.images.shape[1:])))
             data.normalization.apply(data.images[chosen], out=x)
             own[...] = one.network.forward(x, parameters_changed=place == 0)
             labels = data.labels[chosen]
-            leaf.set(objective.forward(own, labels), count_correct(own, labels), len(chosen))
+            leaf.set(loss.forward(own, labels), loss.count_correct(own, labels), len(chosen))
             reduction.add(index, vars(leaf))
         sums.add(reduction.total())
     rows_until = [min(shard.stop * size, len(rows)) for shard in shards]
-    counts = np.diff([0, *rows_until]) * logits.itemsize * data.classes
-    communicator.allgatherv(logits.reshape(-1).view(np.uint8), counts.tolist())
-    return Score(sums.loss, int(sums.counts[0]), sums.samples), logits
+    counts = np.diff([0, *rows_until]) * outputs[:1].nbytes
+    communicator.allgatherv(outputs.reshape(-1).view(np.uint8), counts.tolist())
+    return Score(sums.loss, int(sums.counts[0]), sums.samples * data.answers), outputs
 
 
-def _softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return the softmax of each row, (N, K)."""
+def _loss_of(one: Trained) -> str:
+    return one.data.loss if one.config.loss == "auto" else one.config.loss
+
+
+def _probabilities(one: Trained, outputs: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the probability of each class, (N, ..., K); numbers as they are, in float64."""
+    exact = outputs.astype(np.float64)
+    if _loss_of(one) == "mean_squared_error":
+        return exact
+    if _loss_of(one) == "binary_cross_entropy":
+        exact = np.concatenate([np.zeros_like(exact), exact], axis=-1)  # the sigmoid is the softmax of 0 and the logit
     with np.errstate(invalid="ignore"):  # of logits that are infinite in half precision
-        exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-        probabilities: NDArray[np.float64] = exponentials / exponentials.sum(axis=1, keepdims=True)
+        exponentials = np.exp(exact - exact.max(axis=-1, keepdims=True))
+        probabilities: NDArray[np.float64] = exponentials / exponentials.sum(axis=-1, keepdims=True)
     return probabilities
+
+
+def _predictions(one: Trained, outputs: NDArray[np.float32]) -> NDArray[Any]:
+    """Return what a single network says: the class of the greatest output, (N, ...), or the numbers."""
+    if _loss_of(one) == "mean_squared_error":
+        return outputs
+    if _loss_of(one) == "binary_cross_entropy":
+        return np.greater(outputs[:, 0], 0).astype(np.int64)
+    classes: NDArray[np.int64] = outputs.argmax(axis=-1)
+    return classes
 
 
 def _refuse_other_rows(trained: Sequence[Trained], part: Part, rows: Sequence[NDArray[np.int64]]) -> None:
@@ -277,15 +303,12 @@ def _arrays(found: Sequence[_Found], data_dir: Path | None, dataset: sources.Dat
             )
     if dataset is None:
         dataset = sources.load(first.config.dataset, data_dir or first.config.data_dir)
-    else:
-        dataset = dataset.checked()
-    arrays = {"images": dataset.images, "labels": dataset.labels, "classes": np.array([dataset.classes])}
+    arrays: dict[str, NDArray[Any]] = {}
     for one in found:
         seed = one.config.seed
         if f"{seed} mean" not in arrays:
-            parts = split.split(dataset.labels, dataset.test_start, Key(seed))
-            normalization = measure(dataset.images, parts.training)
-            arrays |= {f"{seed} {name}": array for name, array in (vars(parts) | vars(normalization)).items()}
+            read = read_data(one.config, dataset)
+            arrays |= {name if name in OF_ALL_SEEDS else f"{seed} {name}": array for name, array in read.items()}
         if one.checkpoint.header["data_sha256"] != sha256_of_data(_data_of(one.config, arrays)):
             raise UserError(
                 f"{one.path} was trained on other images, labels or split than {dataset.name} has here: give the "
@@ -316,19 +339,14 @@ def _network(config: TrainConfig, path: str, data: Data, build_network: BuildNet
     """Build the network that a config names."""
     height, width, channels = data.images.shape[1:]
     try:
-        if build_network is not None:
-            network = build_network((height, width, channels), data.classes)
-        else:
-            network = build_model(config.model, (height, width, channels), data.classes)
+        build = build_network or (lambda shape, classes: build_model(config.model, shape, classes))
+        network = build((height, width, channels), outputs_of(config, data)[-1])
+        check_outputs(config, network.output_shape, data)
     except UserError as error:
         raise UserError(
             f"cannot build the network of {path}: {error}; one from a script can be evaluated from a script, "
             "with load(…, build_network=…) of distdl.engine.evaluation"
         ) from None
-    if network.output_shape != (data.classes,):
-        raise UserError(
-            f"the network of {path} puts out {network.output_shape}, the dataset has {data.classes} classes"
-        )
     return network
 
 

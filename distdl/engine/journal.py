@@ -43,8 +43,7 @@ class Journal:
             record = {
                 "step": state.step,
                 "epoch": (state.step - 1) // self.steps_per_epoch + 1,
-                "loss": batch.loss,
-                "accuracy": batch.accuracy,
+                **batch.named(),
                 "lr": learning_rate,
             }
             records.append(("metrics", record))
@@ -73,16 +72,14 @@ class Journal:
         record = {
             "step": state.step,
             "epoch": state.step // self.steps_per_epoch,
-            "train_loss": training.loss,
-            "train_accuracy": training.accuracy,
-            "validation_loss": validation.loss,
-            "validation_accuracy": validation.accuracy,
+            **training.named("train"),
+            **validation.named("validation"),
         }
         return self._kept([("metrics", record)])
 
     def tested(self, state: TrainingState, test: Sums) -> Records:
         """Return the record of the test part."""
-        record = {"step": state.step, "test_loss": test.loss, "test_accuracy": test.accuracy}
+        record = {"step": state.step, **test.named("test")}
         return self._kept([("metrics", record)])
 
     def checkpointed(self, *, before_is_saved: bool) -> None:

@@ -26,10 +26,14 @@ METRIC_FIELDS = (Field("loss_sum", "f8", 1), Field("counts", "i8", 2))
 
 @dataclass
 class Sums:
-    """Summed loss (float64), right answers and samples (int64), as arrays so that they reduce and save alike."""
+    """Summed loss (float64), right answers and samples (int64), as arrays so that they reduce and save alike.
+
+    `answers` is how many right answers a sample can have: a label, or one a pixel; 0 where answers are numbers.
+    """
 
     loss_sum: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2, np.int64))
+    answers: int = 1
 
     def set(self, loss_sum: float, correct: int, samples: int) -> None:
         """Overwrite the sums."""
@@ -52,9 +56,20 @@ class Sums:
         return float(self.loss_sum[0]) / self.samples
 
     @property
-    def accuracy(self) -> float:
-        """The share of right answers."""
-        return int(self.counts[0]) / self.samples
+    def accuracy(self) -> float | None:
+        """The share of right answers; None where no answer is right or wrong."""
+        return int(self.counts[0]) / (self.samples * self.answers) if self.answers else None
+
+    @property
+    def score(self) -> float:
+        """What tells the better of two: the greater accuracy, or the smaller loss."""
+        return -self.loss if self.accuracy is None else self.accuracy
+
+    def named(self, part: str = "") -> dict[str, float]:
+        """Return the loss and, if there is one, the accuracy, by their names in the metrics: ``test_loss``."""
+        start = f"{part}_" if part else ""
+        accuracy = {} if self.accuracy is None else {f"{start}accuracy": self.accuracy}
+        return {f"{start}loss": self.loss, **accuracy}
 
 
 def line_of(record: Mapping[str, Any]) -> bytes:

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from distdl.parallel import Communicator, Record, Reduction, Shard
 
+#: Elements of a gradient that fit the second-level cache twice.
+BLOCK = 32768
 #: Computes the micro-batches of a shard of the current step: yields the index and the record of each.
 ComputeShard = Callable[[Shard], Iterable[tuple[int, Mapping[str, NDArray[Any]]]]]
 
@@ -52,6 +54,22 @@ def what_is_not_finite(record: Mapping[str, NDArray[Any]]) -> str | None:
     if not math.isfinite(loss_sum):
         return f"the loss is {loss_sum}"
     return None if is_finite(record["gradient"]) else "the gradient is not finite"
+
+
+def average(total: Mapping[str, NDArray[Any]], samples: int, mean: NDArray[Any]) -> str | None:
+    """Write the mean gradient of a batch into `mean`; return what is not finite in loss or gradient, None if all is.
+
+    Blocks of the gradient are looked at while they are in the cache: this is done in every step.
+    """
+    loss_sum = float(total["loss_sum"][0])
+    squares = 0.0
+    for start in range(0, mean.size, BLOCK):
+        block = mean[start : start + BLOCK]
+        np.divide(total["gradient"][start : start + BLOCK], samples, out=block)
+        squares += float(np.vdot(block, block))
+    if math.isfinite(squares + loss_sum):
+        return None
+    return what_is_not_finite({"loss_sum": total["loss_sum"], "gradient": mean})
 
 
 def trace(

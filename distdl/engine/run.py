@@ -23,6 +23,7 @@ from distdl.engine import checkpoint as checkpoints
 from distdl.engine.coordinator import Coordinator, Follower
 from distdl.engine.environment import describe, numerics
 from distdl.engine.journal import Journal
+from distdl.engine.metrics import Sums
 from distdl.engine.progress import Progress, banner, shares_of
 from distdl.engine.run_folder import Start, find_start
 from distdl.engine.state import TrainingState
@@ -133,7 +134,7 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
     together(communicator, lambda: check_writable(config.trace) if coordinates and config.trace is not None else None)
     start = together(communicator, lambda: find_start(config, preparation.folder) if coordinates else None)
     preparation.folder = Path(communicator.bcast_json(None if start is None else str(start.folder.absolute())))
-    arrays = together(communicator, lambda: _read(config, dataset) if coordinates else {})
+    arrays = together(communicator, lambda: read_data(config, dataset) if coordinates else {})
     data = _shared(communicator, arrays)
     del arrays
     height, width, channels = data.images.shape[1:]
@@ -141,19 +142,21 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
     def build() -> TrainingState:
         build = build_network or (lambda shape, classes: build_model(config.model, shape, classes))
         try:
-            network = build((height, width, channels), data.classes)
+            network = build((height, width, channels), outputs_of(config, data)[-1])
             network.initialize(Key(config.seed).of("initialization"))
             optimizer = optimizer_class(config.optimizer)(
-                network.parameters.size, weight_decay=config.weight_decay, decay_slices=network.decay_slices
+                network.parameters.size,
+                weight_decay=config.weight_decay,
+                l1=config.l1_decay,
+                decay_slices=network.decay_slices,
             )
         except MemoryError:
             raise UserError(
                 f"there is not enough memory for --model {config.model} on images of {height}x{width}x{channels}: "
                 "use smaller images, or fewer ranks on this machine"
             ) from None
-        if network.output_shape != (data.classes,):
-            raise UserError(f"the network puts out {network.output_shape}, the dataset has {data.classes} classes")
-        return TrainingState(network, optimizer)
+        check_outputs(config, network.output_shape, data)
+        return TrainingState(network, optimizer, epoch_sums=Sums(answers=data.answers))
 
     state = together(communicator, build)
     steps_per_epoch = split.steps_per_epoch(len(data.parts.training), config.batch_size)
@@ -191,6 +194,32 @@ def _labelled(config: TrainConfig, build_network: BuildNetwork | None, dataset: 
     return config if dataset is None else replace(config, dataset=dataset.name)
 
 
+def outputs_of(config: TrainConfig, data: Data) -> tuple[int, ...]:
+    """Return the shape of a sample's outputs that the data and the loss ask for."""
+    if config.loss == "binary_cross_entropy":
+        if data.answers != 1 or data.classes != 2:
+            raise UserError(
+                f"--loss binary_cross_entropy is for one label of two classes a sample: {config.dataset} has labels "
+                f"{data.labels.dtype} {data.labels.shape} of {data.classes} classes; leave the flag out"
+            )
+        return (1,)
+    if config.loss not in {"auto", data.loss}:
+        kind = "numbers" if data.answers == 0 else "labels"
+        raise UserError(f"--loss {config.loss} does not go with {config.dataset}, which has {kind}; leave the flag out")
+    return (*(data.labels.shape[1:] if data.answers else ()), data.classes)
+
+
+def check_outputs(config: TrainConfig, output_shape: tuple[int, ...], data: Data) -> None:
+    """Raise `UserError` where a network's outputs have another shape than the data and the loss ask for."""
+    expected = outputs_of(config, data)
+    if output_shape != expected:
+        what = "classes" if data.answers else "numbers"
+        raise UserError(
+            f"the network puts out {output_shape} for a sample, expected {expected}: {config.dataset} has "
+            f"{data.classes} {what}" + (" for each pixel" if len(expected) > 1 else "")
+        )
+
+
 def _check_ranks(config: TrainConfig, ranks: int) -> None:
     if ranks > config.micro_batches:
         raise UserError(
@@ -200,10 +229,11 @@ def _check_ranks(config: TrainConfig, ranks: int) -> None:
         )
 
 
-def _read(config: TrainConfig, dataset: sources.Dataset | None) -> dict[str, NDArray[Any]]:
+def read_data(config: TrainConfig, dataset: sources.Dataset | None) -> dict[str, NDArray[Any]]:
     """Load the dataset, split it, and measure its training part: the coordinator's work."""
     dataset = sources.load(config.dataset, config.data_dir) if dataset is None else dataset.checked()
-    parts = split.split(dataset.labels, dataset.test_start, Key(config.seed))
+    strata = dataset.labels if dataset.labels.ndim == 1 else np.zeros(len(dataset.labels), np.int64)
+    parts = split.split(strata, dataset.test_start, Key(config.seed))
     normalization = measure(dataset.images, parts.training)
     return {
         "images": dataset.images,
@@ -248,7 +278,7 @@ def _restore(state: TrainingState, start: Start | None, data_sha256: str, epochs
     if (
         rest
         or not 0 <= skipped <= state.progress.get("skipped_steps", 0)
-        or not 0 <= correct <= counted
+        or not 0 <= correct <= counted * state.epoch_sums.answers
         or not np.isfinite(state.epoch_sums.loss_sum[0])
     ):
         raise DamagedFileError(f"{start.path} is damaged: its sums of the epoch are not those of {samples} samples")

@@ -40,9 +40,10 @@ HEADER_FIELDS = {
     "versions": dict,
     "kernel_family": str,
 }
-#: What its progress must hold; the best accuracy comes with the best step.
+#: What its progress must hold; the best score comes with the best step.
 PROGRESS_FIELDS: dict[str, tuple[type, ...]] = {
     "train_loss": (float, NoneType),
+    "validation_loss": (float, NoneType),
     "validation_accuracy": (float, NoneType),
     "best_step": (int, NoneType),
     "train_seconds": (float,),
@@ -169,7 +170,7 @@ def _refuse_another_run(config: TrainConfig, path: Path, checkpoint: Checkpoint)
     progress, log_bytes = header["progress"], header["log_bytes"]
     kinds = dict(PROGRESS_FIELDS)
     if progress.get("best_step") is not None:
-        kinds["best_accuracy"] = (float,)
+        kinds["best_score"] = (float,)
     if "skipped_steps" in progress:
         kinds["skipped_steps"] = (int,)
     lengths = [length for name, length in log_bytes.items() if name in LOGS and type(length) is int and length >= 0]

@@ -1,8 +1,8 @@
 """The state of a training: all that survives a step, replicated on every rank.
 
-Parameters, the optimizer's vectors, the step, and the metric sums of the epoch so far. Everything else follows
-from config and step. Checkpoints, the hashes, and the state that one rank hands to another all go through
-`TrainingState.named_arrays`.
+Parameters, the optimizer's vectors, the network's buffers, the step, and the metric sums of the epoch so far.
+Everything else follows from config and step. Checkpoints, the hashes, and the state that one rank hands to another all
+go through `TrainingState.named_arrays`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class TrainingState:
     progress: dict[str, Any] = field(
         default_factory=lambda: {
             "train_loss": None,
+            "validation_loss": None,
             "validation_accuracy": None,
             "best_step": None,
             "train_seconds": 0.0,
@@ -48,14 +49,15 @@ class TrainingState:
             arrays += [(f"{vector_name}/{name}", view) for name, view in self.network.views(vector)]
         return [
             *arrays,
+            *self.network.named_buffers(),
             ("step", self.step_array),
             ("epoch.loss_sum", self.epoch_sums.loss_sum),
             ("epoch.counts", self.epoch_sums.counts),
         ]
 
     def weights_sha256(self) -> str:
-        """Return the receipt: the hash of the parameters."""
-        return sha256_of_arrays(self.network.named_parameters())
+        """Return the receipt: the hash of the parameters, and of what batch normalization keeps besides."""
+        return sha256_of_arrays([*self.network.named_parameters(), *self.network.named_buffers()])
 
     def state_sha256(self) -> str:
         """Return the hash of the whole state."""

@@ -34,7 +34,8 @@ from distdl.engine.stop import StopRequest
 from distdl.engine.timeline import Timeline
 from distdl.engine.trace import Trace
 from distdl.errors import PeerLost, UserError
-from distdl.nn import SoftmaxCrossEntropy, count_correct
+from distdl.nn import Sequential, make_loss
+from distdl.optim import clip_by_norm
 from distdl.parallel import (
     REDUCTIONS,
     Communicator,
@@ -61,7 +62,11 @@ class Summary:
     steps: int
     epochs: int
     train_loss: float | None
+    validation_loss: float | None
     validation_accuracy: float | None
+    """None where answers are numbers."""
+    test_loss: float | None
+    """None where the training is not complete."""
     test_accuracy: float | None
     train_seconds: float
     samples_per_second: float
@@ -75,10 +80,20 @@ class Data:
     """The dataset as every rank has it: shared pixels, and the rows of each part."""
 
     images: NDArray[Any]
-    labels: NDArray[np.int64]
+    labels: NDArray[Any]
     parts: split.Split
     normalization: Normalization
     classes: int
+
+    @property
+    def answers(self) -> int:
+        """How many right answers a sample can have: a label, or one a pixel; 0 where they are numbers."""
+        return 0 if self.labels.dtype.kind == "f" else math.prod(self.labels.shape[1:])
+
+    @property
+    def loss(self) -> str:
+        """The name of the loss for such labels."""
+        return "cross_entropy" if self.answers else "mean_squared_error"
 
     def samples(self, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """Return the images, as the dataset has them, and the labels of some rows."""
@@ -114,18 +129,19 @@ class Trainer:
         self.state = state
         self.coordinator = coordinator
         self.key = Key(config.seed)
-        self.objective = SoftmaxCrossEntropy()
+        self.loss = make_loss(data.loss if config.loss == "auto" else config.loss)
         self.steps_per_epoch = split.steps_per_epoch(len(data.parts.training), config.batch_size)
         self.schedule = make_schedule(
             config.schedule,
-            config.learning_rate,
+            config.scaled_learning_rate,
             every_steps=config.lr_step_epochs * self.steps_per_epoch,
             factor=config.lr_step_factor,
             total_steps=config.epoch_count * self.steps_per_epoch,
+            warmup_steps=config.warmup_steps,
         )
         self.stop = StopRequest()
         self._leaf = Sums()
-        self._batch = Sums()
+        self._batch = Sums(answers=data.answers)
         self._images: dict[int, NDArray[np.float32]] = {}
         self._order = (-1, np.empty(0, np.int64))
         last_step = config.epoch_count * self.steps_per_epoch
@@ -140,8 +156,7 @@ class Trainer:
         config, communicator = self.config, self.communicator
         rank, ranks = communicator.rank, communicator.size
         self._dealer = BalancedDealer(rank, ranks, config.micro_batches) if config.balance else Dealer(rank, ranks)
-        gradient = Field("gradient", "f4", self.state.network.gradients.size)
-        fields = [gradient, *METRIC_FIELDS, *self._dealer.fields, *self.stop.fields]
+        fields = [*_fields_of(self.state.network), *METRIC_FIELDS, *self._dealer.fields, *self.stop.fields]
         self._gradients = REDUCTIONS[config.reduction](communicator, Layout(fields))
         self._metrics = REDUCTIONS[config.reduction](communicator, Layout(METRIC_FIELDS))
         self.timeline = Timeline(communicator)
@@ -172,7 +187,7 @@ class Trainer:
             except (MemoryError, OSError) as error:
                 die_of_the_host(self.communicator, error)
                 raise
-        if self.state.step < self.last_step:
+        if not self._is_at_the_end:
             self.stop.stop(self.state.step)
         return self.summary
 
@@ -199,11 +214,22 @@ class Trainer:
 
     @property
     def _stops_here(self) -> bool:
-        return self.state.step >= self.last_step or self.stop.agreed is not None
+        return self._is_at_the_end or self.stop.agreed is not None
+
+    @property
+    def _is_at_the_end(self) -> bool:
+        return self.state.step >= self.last_step or self._stops_early
 
     @property
     def _is_complete(self) -> bool:
-        return self.state.step >= self.config.epoch_count * self.steps_per_epoch
+        return self.state.step >= self.config.epoch_count * self.steps_per_epoch or self._stops_early
+
+    @property
+    def _stops_early(self) -> bool:
+        """Whether validation has not become better for as many epochs as `--early-stopping` allows."""
+        best, patience = self.state.progress["best_step"], self.config.early_stopping
+        epochs, steps = divmod(self.state.step, self.steps_per_epoch)
+        return bool(patience) and best is not None and not steps and epochs - best // self.steps_per_epoch >= patience
 
     @property
     def position(self) -> Position:
@@ -226,7 +252,7 @@ class Trainer:
                 array[...] = received
             state.progress, self.stop.agreed, self.phase = progress, stop, Phase(position[1])
             if test is not None:
-                self._test = Sums()
+                self._test = Sums(answers=self.data.answers)
                 self._test.set(*test)
             if journal is not None:
                 journal.take(journaled)
@@ -276,13 +302,16 @@ class Trainer:
             total = self._gradients.total()
             self.timeline.leave_reduction()
             fault = None
-            if (what := nonfinite.what_is_not_finite(total)) is not None:
+            if (what := nonfinite.average(total, len(rows), network.gradients)) is not None:
                 fault, total = self._not_finite(what, rows, shards, key)
 
         learning_rate = self.schedule(state.step)
         if fault is None:
-            gradient = np.divide(total["gradient"], len(rows), out=network.gradients)
-            state.optimizer.update(network.parameters, gradient, learning_rate, state.step + 1)
+            if self.config.clip_norm is not None:
+                clip_by_norm(network.gradients, self.config.clip_norm)
+            state.optimizer.update(network.parameters, network.gradients, learning_rate, state.step + 1)
+            if "statistics" in total:
+                network.update_buffers(total["statistics"])
             state.epoch_sums.add(total)
         else:
             state.progress["skipped_steps"] = state.progress.get("skipped_steps", 0) + 1
@@ -304,13 +333,14 @@ class Trainer:
     ) -> Iterator[tuple[int, Mapping[str, NDArray[Any]]]]:
         """Compute the micro-batches of a shard; yield the index and the record of each, valid until the next."""
         network = self.state.network
-        record = {"gradient": network.gradients, **vars(self._leaf), **self.stop.values()}
+        record = {"gradient": network.gradients, "statistics": network.statistics}
+        record |= {**vars(self._leaf), **self.stop.values()}
         for place, index in enumerate(shard):
             images, labels = self._micro_batch(rows, index)
             changed = place == 0  # by the update at the end of the step before
-            logits = network.forward(images, training=True, key=key.of(index), parameters_changed=changed)
-            self._leaf.set(self.objective.forward(logits, labels), count_correct(logits, labels), len(labels))
-            network.backward(self.objective.backward())
+            outputs = network.forward(images, training=True, key=key.of(index), parameters_changed=changed)
+            self._leaf.set(self.loss.forward(outputs, labels), self.loss.count_correct(outputs, labels), len(labels))
+            network.backward(self.loss.backward())
             record.update(self._dealer.values(whole=len(labels) == self.config.micro_batch_size))
             yield index, record
 
@@ -342,10 +372,10 @@ class Trainer:
         self._metrics.begin(shards)
         for place, index in enumerate(shards[self.communicator.rank]):
             images, labels = self._micro_batch(rows, index)
-            logits = self.state.network.forward(images, parameters_changed=place == 0)
-            self._leaf.set(self.objective.forward(logits, labels), count_correct(logits, labels), len(labels))
+            outputs = self.state.network.forward(images, parameters_changed=place == 0)
+            self._leaf.set(self.loss.forward(outputs, labels), self.loss.count_correct(outputs, labels), len(labels))
             self._metrics.add(index, vars(self._leaf))
-        sums = Sums()
+        sums = Sums(answers=self.data.answers)
         sums.add(self._metrics.total())
         return sums
 
@@ -358,9 +388,10 @@ class Trainer:
             spent = self.timeline.spent()
         self._check_loss(validation, "validation")
         progress = state.progress
-        if progress["best_step"] is None or validation.accuracy > progress["best_accuracy"]:
-            progress["best_step"], progress["best_accuracy"] = state.step, validation.accuracy
+        if progress["best_step"] is None or validation.score > progress["best_score"]:
+            progress["best_step"], progress["best_score"] = state.step, validation.score
         progress["train_loss"] = state.epoch_sums.loss
+        progress["validation_loss"] = validation.loss
         progress["validation_accuracy"] = validation.accuracy
         counted = {"samples": self._samples, **self._dealer.epoch_record()}
         self._samples = 0
@@ -421,7 +452,9 @@ class Trainer:
             steps=state.step,
             epochs=epochs,
             train_loss=state.progress["train_loss"],
+            validation_loss=state.progress["validation_loss"],
             validation_accuracy=state.progress["validation_accuracy"],
+            test_loss=None if test is None else test.loss,
             test_accuracy=None if test is None else test.accuracy,
             train_seconds=seconds,
             samples_per_second=samples / seconds if seconds else 0.0,
@@ -440,7 +473,7 @@ class Trainer:
         return self._dealer.shards(split.micro_batch_count(samples, self.config.micro_batch_size))
 
     def _micro_batch(self, rows: NDArray[np.int64], index: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return the normalized images (N, H, W, C) and the labels (N,) of one micro-batch."""
+        """Return the normalized images (N, H, W, C) and the labels (N, ...) of one micro-batch."""
         self._micro_batches += 1
         rows = split.micro_batch(rows, index, self.config.micro_batch_size)
         if len(rows) not in self._images:
@@ -453,6 +486,12 @@ class Trainer:
         error = UserError(f"{what}: training has diverged; start a new run with a smaller --lr than {self.config.lr:g}")
         error.agreed = True
         return error
+
+
+def _fields_of(network: Sequential) -> list[Field]:
+    """Return what a network adds to the record of a micro-batch: its gradient, and what its buffers are made from."""
+    gradient = Field("gradient", "f4", network.gradients.size)
+    return [gradient, *([Field("statistics", "f8", network.statistics.size)] if network.statistics.size else [])]
 
 
 def _ranks(numbers: Sequence[int]) -> str:

@@ -9,7 +9,15 @@ from distdl.nn.convolution import Conv2d, ConvTranspose2d
 from distdl.nn.gradient_check import check_layer, check_network, numerical_gradient
 from distdl.nn.initializers import Constant, He, Initializer, Normal, Xavier, Zeros
 from distdl.nn.layers import Affine, BufferSpec, Dropout, Flatten, Layer, ParameterSpec, Workspace
-from distdl.nn.losses import SoftmaxCrossEntropy, count_correct
+from distdl.nn.losses import (
+    LOSSES,
+    LossFunction,
+    MeanSquaredError,
+    SigmoidCrossEntropy,
+    SoftmaxCrossEntropy,
+    count_correct,
+    make_loss,
+)
 from distdl.nn.models import MODELS, build_model, deep_convnet, mlp, simple_convnet
 from distdl.nn.network import Sequential
 from distdl.nn.normalization import BatchNorm, LocalResponseNorm
@@ -18,6 +26,7 @@ from distdl.nn.upsampling import Upsample2d
 from distdl.nn.windows import Window, patches, patches_adjoint
 
 __all__ = [
+    "LOSSES",
     "MODELS",
     "Affine",
     "AvgPool2d",
@@ -36,13 +45,16 @@ __all__ = [
     "Layer",
     "LeakyReLU",
     "LocalResponseNorm",
+    "LossFunction",
     "MaxPool2d",
+    "MeanSquaredError",
     "Normal",
     "ParameterSpec",
     "ReLU",
     "Residual",
     "Sequential",
     "Sigmoid",
+    "SigmoidCrossEntropy",
     "Softmax",
     "SoftmaxCrossEntropy",
     "Tanh",
@@ -56,6 +68,7 @@ __all__ = [
     "check_network",
     "count_correct",
     "deep_convnet",
+    "make_loss",
     "mlp",
     "numerical_gradient",
     "patches",

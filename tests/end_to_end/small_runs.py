@@ -37,9 +37,10 @@ def proof(folder, summary):
     return summary.weights_sha256, summary.state_sha256, metrics
 
 
-def small_run(communicator, folder, *, rows=VERY_RAGGED, **settings):
+def small_run(communicator, folder, *, rows=VERY_RAGGED, build_network=None, **settings):
     """Train in `folder`, and return what must be equal."""
-    summary = train(small_config(folder, **settings), communicator, dataset=piece_of_digits(rows))
+    config, dataset = small_config(folder, **settings), piece_of_digits(rows)
+    summary = train(config, communicator, build_network=build_network, dataset=dataset)
     communicator.barrier()
     return proof(folder, summary)
 

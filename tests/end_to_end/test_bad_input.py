@@ -181,6 +181,8 @@ NO_FLOATS = ("x", "", "1,5", "0x1", "1e", "--1", "1 2", "\u00bd", "1\x00")
 FLOATS = {
     "lr": ("0", "-0.0", "-1", "nan", "-nan", "inf", "-inf", "1e999"),
     "weight_decay": ("-1", "-1e-300", "nan", "inf", "-inf", "1e999"),
+    "l1_decay": ("-1", "-1e-300", "nan", "inf", "-inf", "1e999"),
+    "clip_norm": ("0", "-1", "nan", "inf", "-inf", "1e999"),
     "lr_step_factor": ("0", "-0.5", "nan", "inf", "-inf", "1e999"),
     "stall_warning": ("-1", "-1e-300", "nan", "inf", "-inf", "1e999"),
     "detect_hangs": ("-1", "0.5", "1e-300", "nan", "inf", "1e999", "86400.01"),
@@ -215,7 +217,8 @@ CHOICES = {
     "dataset": config.DATASETS,
     "model": config.MODELS,
     "optimizer": config.OPTIMIZERS,
-    "schedule": ("constant", "step"),
+    "loss": ("auto", "cross_entropy", "binary_cross_entropy", "mean_squared_error"),
+    "schedule": ("constant", "step", "cosine"),
     "reduction": ("tree", "allreduce"),
 }
 
@@ -229,7 +232,7 @@ def endless_schedules(_workshop) -> Iterator[Case]:
 def unknown_choices(_workshop) -> Iterator[Case]:
     for name, known in CHOICES.items():
         for choice in known:
-            for value in (choice[:-1], choice + "s", choice.upper(), " " + choice, choice + "\n"):
+            for value in {choice[:-1], choice + "s", choice.upper(), " " + choice, choice + "\n"} - set(known):
                 words = [value.strip(), *known]
                 yield Case(f"--{name}={value!r}", [f"--{name}={value}"], USER, words)
         for value in ("", "None", "../x", "\x1b[31m", "x" * 500):
@@ -294,7 +297,7 @@ WRONG_SETTINGS = {
     "model": ("true", "5", '"resnet"', '["mlp"]', '"MLP"', '"mlp\\u0000"'),
     "dataset": ("1", '"cifar"', "{name='digits'}", "true"),
     "optimizer": ("1", '"adamax"', "true", '[ "adam" ]'),
-    "schedule": ('"cosine"', "5", "false"),
+    "schedule": ('"linear"', "5", "false"),
     "reduction": ('"ring"', "1.5", "true"),
     "record_hashes": ('"yes"', "1", "0", '"true"', "[true]"),
     "threads_per_rank": ("0", "-2", '"all"', "100000"),

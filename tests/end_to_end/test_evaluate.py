@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from bad_inputs import changes, mnist_files, picture, write_files
 from small_runs import VERY_RAGGED, piece_of_digits, remove, small_config, worlds
+from test_tasks import TASKS
+from test_tasks import run as run_task
 
+from distdl import evaluate as shown
 from distdl import startup
 from distdl.config import TrainConfig
 from distdl.data.split import micro_batch
@@ -18,9 +21,8 @@ from distdl.engine import checkpoint as checkpoints
 from distdl.engine import train
 from distdl.engine.evaluation import evaluate, in_half_precision, load
 from distdl.errors import UserError
-from distdl.evaluate import main
 from distdl.launcher import read_launch
-from distdl.nn import build_model
+from distdl.nn import Affine, BatchNorm, Conv2d, Flatten, ReLU, Sequential, build_model
 from distdl.parallel import OneProcess
 
 alone = pytest.mark.skipif(read_launch().by is not None, reason="already under a launcher")
@@ -69,7 +71,7 @@ def records_of(folder, name):
 def command(arguments, folder, capsys, monkeypatch):
     """Run the command in this process; return its exit code and what it said."""
     monkeypatch.chdir(folder)
-    code = startup.run(main, list(map(str, arguments)))
+    code = startup.run(shown.main, list(map(str, arguments)))
     return code, *capsys.readouterr()
 
 
@@ -228,6 +230,86 @@ def test_the_data_may_lie_in_another_folder_now(mnist_runs, tmp_path):
     shutil.copytree(mnist_runs / "0", tmp_path / "run")
     found = evaluate(load([tmp_path / "run"], OneProcess(), data_dir=tmp_path / "moved"), "test", OneProcess())
     assert found.ensemble.loss == records_of(mnist_runs / "0", "test_loss")[0]["test_loss"]
+
+
+# -------------------------------------------------------------------------------------------------------- other tasks
+
+
+def with_batch_norm(shape, outputs):
+    return Sequential([Conv2d(4, 3, padding=1), BatchNorm(), ReLU(), Flatten(), Affine(outputs)], shape)
+
+
+def plain_mean(task, outputs):
+    """The mean of the members' answers, and its loss, as they are defined."""
+    labels, members = outputs[0][1], [logits for logits, _ in outputs]
+    if task == "regression":
+        mean = sum(members) / len(members)
+        return mean, ((mean - labels) ** 2).mean()
+    if task == "logistic regression":
+        positive = sum(1 / (1 + np.exp(-logits)) for logits in members) / len(members)
+        mean = np.concatenate([1 - positive, positive], axis=1)
+    else:
+        each = [np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True) for logits in members]
+        mean = sum(each) / len(members)
+    return mean, -np.log(np.take_along_axis(mean, labels[..., np.newaxis], axis=-1)).mean()
+
+
+@alone
+@pytest.mark.parametrize("task", [*TASKS, "batch norm"])
+def test_every_task_is_scored_as_in_its_run_alone_and_as_an_ensemble(task, tmp_path):
+    name = "classification" if task == "batch norm" else task
+    dataset, build_network, settings = TASKS[name]
+    build_network = with_batch_norm if task == "batch norm" else build_network
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for seed, folder in enumerate(folders):
+        config = small_config(folder, seed=seed, lr=0.01, micro_batch_size=4 + seed, **settings)
+        train(config, OneProcess(), dataset=dataset, build_network=build_network)
+    trained = load(folders, OneProcess(), dataset=dataset, build_network=build_network)
+    found = evaluate(trained, "test", OneProcess())
+    outputs = []
+    for one, score, folder in zip(trained, found.scores, folders, strict=True):
+        summary = summary_of(folder)
+        assert (score.loss, score.accuracy) == (summary["test_loss"], summary["test_accuracy"])
+        assert one.weights_sha256 == summary["weights_sha256"]
+        rows = one.data.parts.test
+        images = one.data.normalization.apply(one.data.images[rows])
+        outputs.append((one.network.forward(images).astype(np.float64), dataset.labels[rows]))
+    mean, loss = plain_mean(name, outputs)
+    assert np.allclose(found.probabilities, mean, rtol=1e-4, atol=1e-6)
+    assert np.isclose(found.ensemble.loss, loss, rtol=1e-5)
+    if name == "regression":
+        assert found.ensemble.accuracy is None
+        assert np.array_equal(found.predictions, found.probabilities)
+    else:
+        assert np.array_equal(found.predictions, found.probabilities.argmax(axis=-1))
+        assert found.ensemble.accuracy == (found.predictions == outputs[0][1]).mean()
+    half = evaluate(in_half_precision(trained), "test", OneProcess())
+    assert 0 < abs(half.ensemble.loss - found.ensemble.loss) < 0.02 * abs(found.ensemble.loss)
+    alone = evaluate(trained[:1], "test", OneProcess())
+    assert alone.ensemble == found.scores[0]
+    if name != "regression":
+        assert int((alone.predictions == outputs[0][1]).sum()) == alone.ensemble.correct
+
+
+@alone
+def test_numbers_are_reported_by_their_loss_and_have_no_confusion(tmp_path):
+    dataset, build_network, _ = TASKS["regression"]
+    run_task(OneProcess(), tmp_path / "run", "regression")
+    trained = load([tmp_path / "run"], OneProcess(), dataset=dataset, build_network=build_network)
+    found = evaluate(trained, "test", OneProcess())
+    loss = summary_of(tmp_path / "run")["test_loss"]
+    assert shown.summary_of("test", found, None) == f"test loss: {loss:.6f}"
+    assert shown.report(trained, "test", found, None)[-1].endswith(f"–{loss:10.4f}")
+    numbers = shown.as_json(trained, "test", found, found)
+    assert numbers["ensemble"] == {
+        "accuracy": None,
+        "correct": 0,
+        "loss": loss,
+        "half": {"accuracy": None, "correct": 0, "loss": loss},
+    }
+    for flag in ("--confusion", "--confusion-figure=c.png", "--misclassified=m.png"):
+        with pytest.raises(UserError, match=f"{flag.split('=')[0]} is for .* task has numbers; leave the flag out"):
+            shown._refuse_pictures_of(trained[0], shown.parse([str(tmp_path), flag]))
 
 
 # ------------------------------------------------------------------------------------------- what is shown and written

@@ -1,13 +1,14 @@
 """Promise 1: the same bits on any number of ranks, whatever is interrupted or resumed."""
 
-import itertools
 import json
+import os
 
 import pytest
 from small_runs import LAST_BATCH_OF_ONE, RAGGED, VERY_RAGGED, remove, small_config, small_run, sub_world
 
 from distdl.config import MODELS, OPTIMIZERS
 from distdl.engine import train
+from distdl.nn import Affine, BatchNorm, Conv2d, Flatten, ReLU, Residual, Sequential
 from distdl.parallel import OneProcess
 
 RANKS = (1, 2, 3, 4, 5, 8)
@@ -25,9 +26,22 @@ def assert_every_number_of_ranks_agrees(communicator, folder, **settings):
     remove(communicator, folder)
 
 
+#: Each model, and each optimizer, once.
+TRAININGS = [
+    *((model, "adam") for model in MODELS),
+    *(("mlp", optimizer) for optimizer in sorted({*OPTIMIZERS} - {"adam"})),
+]
+
+
+def normalized_network(shape, classes):
+    """Batch normalization of channels and of features, on one of two ways and behind both."""
+    way = [Conv2d(4, 3, padding=1), BatchNorm(), ReLU(), Conv2d(4, 3, padding=1)]
+    layers = [Conv2d(4, 3, padding=1), Residual(way), BatchNorm(), ReLU(), Flatten(), Affine(8), BatchNorm()]
+    return Sequential([*layers, Affine(classes)], shape)
+
+
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "optimizer"), TRAININGS)
 def test_every_number_of_ranks_gives_the_bits_of_one_process(communicator, shared_tmp_path, model, optimizer):
     """Dropout is on in deep_convnet; the last batch is ragged, and its last micro-batch has one sample."""
     assert_every_number_of_ranks_agrees(
@@ -50,6 +64,35 @@ def test_micro_batches_that_no_rank_count_divides_change_nothing(communicator, s
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("audit", [0, 2])
+def test_batch_normalization_has_the_moments_of_the_whole_batch_on_any_ranks(communicator, shared_tmp_path, audit):
+    settings = {"build_network": normalized_network, "rows": VERY_RAGGED, "audit": audit, "verify_every": 2}
+    assert_every_number_of_ranks_agrees(communicator, shared_tmp_path, **settings)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_what_acts_on_the_gradient_and_the_rate_is_the_same_on_any_ranks(communicator, shared_tmp_path):
+    settings = {"l1_decay": 0.01, "clip_norm": 0.5, "schedule": "cosine", "warmup_steps": 2, "lr_base_batch": 16}
+    assert_every_number_of_ranks_agrees(communicator, shared_tmp_path, optimizer="adamw", weight_decay=0.1, **settings)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_all_ranks_stop_early_after_the_same_epoch(communicator, shared_tmp_path):
+    """At this rate no epoch is better than the first. A resume with more patience goes on as if nothing had been."""
+    never_better = {"lr": 1e-30, "epochs": 8}
+    assert_every_number_of_ranks_agrees(communicator, shared_tmp_path, early_stopping=2, **never_better)
+    folder = shared_tmp_path / "resumed"
+    small_run(communicator, folder, early_stopping=2, **never_better)
+    if communicator.rank == 0:
+        summary = json.loads((folder / "summary.json").read_text())
+        assert (summary["epochs"], summary["test_accuracy"] is None) == (3, False)
+    longer = small_run(communicator, folder, early_stopping=4, resume="auto", **never_better)
+    at_once = small_run(communicator, shared_tmp_path / "at once", early_stopping=4, **never_better)
+    assert longer[:2] == at_once[:2]
+    remove(communicator, shared_tmp_path)
+
+
+@pytest.mark.mpi(min_size=2)
 def test_other_settings_give_other_bits(communicator, shared_tmp_path):
     """The receipts can differ: a seed, a micro-batch size or an optimizer changes them."""
     settings = [{}, {"seed": 1}, {"micro_batch_size": 2}, {"optimizer": "sgd"}, {"weight_decay": 0.1}]
@@ -58,26 +101,36 @@ def test_other_settings_give_other_bits(communicator, shared_tmp_path):
     remove(communicator, shared_tmp_path)
 
 
+#: With dropout, and with batch normalization, a few of the numbers of ranks stand for all.
+STOPPED = [("simple_convnet", ranks) for ranks in range(1, 9)]
+STOPPED += [(model, ranks) for model in ("deep_convnet", "with batch normalization") for ranks in (2, 5)]
+
+
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("model", ["simple_convnet", "deep_convnet"])
-def test_stopped_after_any_step_and_resumed_on_any_ranks_gives_the_same_bits(communicator, shared_tmp_path, model):
-    """Every step of two epochs of three steps; every pair of rank counts from 1 to 4 (with dropout, a cycle)."""
-    sizes = range(1, min(communicator.size, 4) + 1)
-    worlds = {size: sub_world(communicator, size) for size in sizes}
-    pairs = list(itertools.product(sizes, sizes))
-    if model == "deep_convnet":
-        pairs = [(before, before % len(sizes) + 1) for before in sizes]
-    expected = small_run(OneProcess(), shared_tmp_path / "one", model=model) if communicator.rank == 0 else None
-    for (before, after), step in itertools.product(pairs, range(1, 6)):
-        folder = shared_tmp_path / f"{before}-{after}-{step}"
-        if worlds[before] is not None:
-            small_run(worlds[before], folder, model=model, max_steps=step)
-        communicator.barrier()
-        if worlds[after] is not None:
-            found = small_run(worlds[after], folder, model=model, resume="auto")
-            if communicator.rank == 0:
-                assert found == expected, f"stopped after step {step} on {before} ranks, resumed on {after}"
-        communicator.barrier()
+@pytest.mark.parametrize(("model", "before"), STOPPED)
+def test_stopped_after_any_step_and_resumed_on_any_ranks_gives_the_same_bits(
+    communicator, shared_tmp_path, model, before
+):
+    """Every step of two epochs of three steps; from each number of ranks up to 8 to another, in full to each."""
+    size = min(communicator.size, 8)
+    if before > size:
+        pytest.skip(f"{before} ranks are needed")
+    afters = range(1, size + 1) if os.environ.get("DISTDL_FAULTS") == "full" else [3 * before % size + 1]
+    how = {"build_network": normalized_network} if model == "with batch normalization" else {"model": model}
+    expected = small_run(OneProcess(), shared_tmp_path / "one", **how) if communicator.rank == 0 else None
+    first = sub_world(communicator, before)
+    for after in afters:
+        second = sub_world(communicator, after)
+        for step in range(1, 6):
+            folder = shared_tmp_path / f"{after}-{step}"
+            if first is not None:
+                small_run(first, folder, max_steps=step, **how)
+            communicator.barrier()
+            if second is not None:
+                found = small_run(second, folder, resume="auto", **how)
+                if communicator.rank == 0:
+                    assert found == expected, f"stopped after step {step} on {before} ranks, resumed on {after}"
+            communicator.barrier()
     remove(communicator, shared_tmp_path)
 
 

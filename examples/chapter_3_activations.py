@@ -1,0 +1,60 @@
+"""Step, sigmoid and ReLU, drawn together, with tanh, leaky ReLU and all derivatives; softmax (sections 3.2, 3.5).
+
+    python examples/chapter_3_activations.py
+
+The step function is written here, since nothing can learn through it: its derivative is 0. The others are layers
+of the library; `backward` of ones gives the derivative (Ng, week 3).
+"""
+
+import common
+import numpy as np
+
+from distdl import nn
+
+LAYERS = {"sigmoid": nn.Sigmoid(), "ReLU": nn.ReLU(), "tanh": nn.Tanh(), "leaky ReLU": nn.LeakyReLU(0.01)}
+
+
+def step_function(x):
+    """1 where x > 0, else 0 (section 3.2.1)."""
+    return np.where(x > 0, 1, 0)
+
+
+def value_and_derivative(layer, x):
+    """Return what the layer makes of x (N,), and its derivative there."""
+    network = nn.Sequential([layer], (1,), dtype=np.float64)
+    y = network.forward(x[:, None]).ravel().copy()
+    return y, layer.backward(np.ones((len(x), 1))).ravel().copy()
+
+
+def softmax(a):
+    """exp(a) / Σ exp(a); subtracting the maximum changes nothing but that nothing overflows (section 3.5.2)."""
+    exponentials = np.exp(a - a.max())
+    return exponentials / exponentials.sum()
+
+
+def main(options):
+    """Draw the functions of 3.2, and the derivatives; print a few values that are known."""
+    x = np.linspace(-5, 5, 501)
+    figure, (values, derivatives) = common.axes(1, 2)
+    values.plot(x, step_function(x), "k--", label="step")
+    for name, layer in LAYERS.items():
+        y, dy = value_and_derivative(layer, x)
+        values.plot(x, y, label=name)
+        derivatives.plot(x, dy, label=name)
+    values.set(title="activations", xlabel="x", ylim=(-1.1, 2))
+    derivatives.set(title="derivatives", xlabel="x")
+    values.legend()
+    common.save(figure, options)
+
+    options.say(f"step of -1, 0, 1, 2: {step_function(np.array([-1, 0, 1, 2])).tolist()}")
+    points = np.array([-1.0, 0.0, 1.0])
+    for name, layer in LAYERS.items():
+        y, dy = value_and_derivative(layer, points)
+        options.say(f"{name} of -1, 0, 1: {np.round(y, 4).tolist()}, derivative {np.round(dy, 4).tolist()}")
+    probabilities = softmax(np.array([1010.0, 1000.0, 990.0]))
+    options.say(f"softmax of 1010, 1000, 990: {probabilities.tolist()}")
+    options.say(f"it sums to {probabilities.sum():.12f} (the book: 1)")
+
+
+if __name__ == "__main__":
+    common.run(main, __doc__)

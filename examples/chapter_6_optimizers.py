@@ -1,0 +1,50 @@
+"""SGD, Momentum, AdaGrad and Adam on the same network (section 6.1.8).
+
+    python examples/chapter_6_optimizers.py
+    mpirun -n 2 python examples/chapter_6_optimizers.py --dataset mnist --data-dir FOLDER
+
+Four hidden layers of 100 with ReLU, He's initial values, batches of 128, 2,000 steps; all start from the same weights
+and see the same batches.
+"""
+
+from itertools import islice
+
+import common
+import numpy as np
+
+from distdl import nn
+from distdl.optim import SGD, AdaGrad, Adam, Momentum
+
+#: With the learning rates that the book's classes begin with.
+OPTIMIZERS = {SGD: 0.01, Momentum: 0.01, AdaGrad: 0.01, Adam: 0.001}
+
+
+def losses(options, data, optimizer, learning_rate, steps):
+    """Return the loss of each step's batch, before the step."""
+    network = common.multi_layer_net(data, [100] * 4, nn.He())
+    training = common.Training(options, network, optimizer, learning_rate)
+    endless = common.batches(data, 128, steps, options.key)
+    return [training.step(images, labels) for images, labels in islice(endless, steps)]
+
+
+def main(options):
+    """Draw the four curves, and print where they end."""
+    data, steps = common.pixels(options), 60 if options.quick else 2000
+    figure, (ax,) = common.axes(1, 1)
+    means = {}
+    for optimizer, rate in OPTIMIZERS.items():
+        curve = losses(options, data, optimizer, rate, steps)
+        means[optimizer.__name__] = np.mean(curve)
+        smooth = np.convolve(curve, np.ones(20) / 20, mode="valid")
+        ax.plot(smooth, label=optimizer.__name__)
+        last = np.mean(curve[-steps // 10 :])
+        options.say(f"{optimizer.__name__}: mean loss {means[optimizer.__name__]:.4f}, of the last tenth {last:.6f}")
+    ax.set(xlabel="step", ylabel="loss, mean of 20 batches", yscale="log")
+    ax.legend()
+    common.save(figure, options)
+    order = " > ".join(sorted(means, key=means.get, reverse=True))
+    options.say(f"by mean loss over all steps: {order} (the book: SGD slowest, AdaGrad slightly ahead)")
+
+
+if __name__ == "__main__":
+    common.run(main, __doc__, has_data=True)

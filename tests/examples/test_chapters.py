@@ -1,0 +1,387 @@
+"""Every example of a chapter runs, reduced, leaves its picture, and ends with the figure that the book reports."""
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from distdl.launcher import read_launch
+from distdl.nn import numerical_gradient
+from distdl.rng import Key
+
+REPOSITORY = Path(__file__).parents[2]
+EXAMPLES = REPOSITORY / "examples"
+NAMES = [
+    "chapter_2_gates",
+    "chapter_3_activations",
+    "chapter_3_inference",
+    "chapter_3_network",
+    "chapter_4_gradients",
+    "chapter_4_losses",
+    "chapter_4_two_layer_net",
+    "chapter_5_gradient_check",
+    "chapter_5_graph",
+    "chapter_5_softmax_with_loss",
+    "chapter_6_activations",
+    "chapter_6_batch_norm",
+    "chapter_6_initial_values",
+    "chapter_6_optimizers",
+    "chapter_6_overfitting",
+    "chapter_6_paths",
+    "ng_deep_network",
+    "ng_logistic_regression",
+    "ng_shallow_network",
+]
+SECONDS = 120
+PNG = b"\x89PNG\r\n\x1a\n"
+
+pytestmark = [
+    pytest.mark.skipif(read_launch().by is not None, reason="already under a launcher"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("matplotlib") is None,
+        reason="the pictures need matplotlib: pip install 'distdl-mpi[plots]'",
+    ),
+]
+
+
+def started(name, folder, *arguments):
+    return finished([EXAMPLES / f"{name}.py", *arguments], folder)
+
+
+def finished(arguments, folder):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Run an example with --quick in a folder of its own, once; return what it said and its picture."""
+    done_before = {}
+
+    def run(name):
+        if name not in done_before:
+            folder = tmp_path_factory.mktemp(name)
+            done = started(name, folder, "--quick")
+            assert done.returncode == 0, done.stderr
+            assert done.stderr == ""
+            done_before[name] = done.stdout, folder / "runs" / f"{name}.png"
+        return done_before[name]
+
+    return run
+
+
+def module(name, monkeypatch):
+    """The example as a module, for what can be asked of its functions."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return __import__(name)
+
+
+def numbers(text):
+    return [float(number) for number in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", text)]
+
+
+def said(stdout, start):
+    """The part of the one line that begins so, up to what the book reports."""
+    [line] = [line for line in stdout.splitlines() if line.startswith(start)]
+    return line.removeprefix(start).split("(the book")[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_example_is_one_page(name):
+    assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 120
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_example_leaves_a_picture_and_ends_with_the_book_beside_its_own(run, name):
+    stdout, picture = run(name)
+    content = picture.read_bytes()
+    assert content.startswith(PNG)
+    width, height = int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+    assert min(width, height) >= 150
+    assert len(content) > 5000
+    last = stdout.splitlines()[-1]
+    assert "the book" in last or "the course" in last or "paths that end" in last
+    assert f"picture: {Path('runs', name)}.png" in stdout.splitlines()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_example_says_how_it_is_run_and_which_section_it_is_of(name):
+    text = ast.get_docstring(ast.parse((EXAMPLES / f"{name}.py").read_text(encoding="utf-8")))
+    assert re.search(r"\((sections? \d\.\d|Ng, week \d)", text.splitlines()[0])
+    assert f"python examples/{name}.py" in text
+
+
+# ------------------------------------------------------------------------------------------ the book's exact figures
+
+
+def test_the_gates_have_the_truth_tables(run):
+    stdout, _ = run("chapter_2_gates")
+    assert [line.split() for line in stdout.splitlines()[:5]] == [
+        ["x1", "x2", "AND", "NAND", "OR", "XOR"],
+        ["0", "0", "0", "1", "0", "0"],
+        ["1", "0", "0", "1", "1", "1"],
+        ["0", "1", "0", "1", "1", "1"],
+        ["1", "1", "1", "0", "1", "0"],
+    ]
+
+
+def test_the_activations_have_the_known_values_and_derivatives(run):
+    stdout, _ = run("chapter_3_activations")
+    assert "step of -1, 0, 1, 2: [0, 0, 1, 1]" in stdout
+    s, t = 1 / (1 + np.exp(-1)), np.tanh(1)
+    expected = {
+        "sigmoid": [1 - s, 0.5, s, s * (1 - s), 0.25, s * (1 - s)],
+        "ReLU": [0, 0, 1, 0, 0, 1],
+        "tanh": [-t, 0, t, 1 - t**2, 1, 1 - t**2],
+        "leaky ReLU": [-0.01, 0, 1, 0.01, 0.01, 1],
+    }
+    for name, values in expected.items():
+        assert numbers(said(stdout, f"{name} of -1, 0, 1: ")) == pytest.approx(values, abs=1e-4)
+    assert numbers(said(stdout, "it sums to ")) == [1]
+
+
+def test_the_three_layer_network_has_the_numbers_of_the_book(run):
+    stdout, _ = run("chapter_3_network")
+    assert numbers(said(stdout, "A1 = ")) == [0.3, 0.7, 1.1]
+    assert numbers(said(stdout, "Z1 = ")) == [0.57444252, 0.66818777, 0.75026011]
+    assert numbers(said(stdout, "the library's network differs by "))[0] < 1e-12
+
+
+def test_inference_gives_the_same_answers_one_by_one_and_in_batches(run):
+    stdout, _ = run("chapter_3_inference")
+    assert "answers that differ: 0" in stdout
+    assert numbers(said(stdout, "accuracy: "))[0] > 0.8
+
+
+def test_the_losses_are_those_of_the_book_in_each_form(run):
+    stdout, _ = run("chapter_4_losses")
+    assert numbers(said(stdout, "says 2: ")) == [0.0975, 0.5108]
+    assert numbers(said(stdout, "says 7: ")) == [0.5975, 2.3026]
+    one_hot, integers = numbers(said(stdout, "a batch of both, "))
+    assert one_hot == integers == pytest.approx((0.5108 + 2.3026) / 2, abs=1e-4)
+    assert numbers(said(stdout, "the library's loss")) == pytest.approx([one_hot], abs=2e-6)
+
+
+def test_descent_ends_where_the_book_says(run):
+    stdout, _ = run("chapter_4_gradients")
+    assert numbers(said(stdout, "gradient at (3, 4): ")) == [6, 8]
+    assert numbers(said(stdout, "descent from (-3, 4) ends at ")) == [-6.1e-10, 8.1e-10]
+    diverged, stayed = said(stdout, "learning rate 10 diverges to ").split("1e-10 stays at")
+    assert max(map(abs, numbers(diverged))) > 1e12
+    assert numbers(stayed) == pytest.approx([-3, 4], abs=1e-6)
+    assert numbers(said(stdout, "derivative of 0.01 x² + 0.1 x at 5 and 10: "))[:2] == [0.2, 0.3]
+
+
+def test_the_gradient_of_4_4_is_that_of_the_library(monkeypatch):
+    example = module("chapter_4_gradients", monkeypatch)
+    x = np.array([[0.3, -1.2], [2.0, 0.5]])
+    ours = example.numerical_gradient(lambda x: np.sum(np.sin(x) * x), x)
+    assert ours == pytest.approx(numerical_gradient(lambda: float(np.sum(np.sin(x) * x)), x), abs=1e-7)
+    assert ours == pytest.approx(np.cos(x) * x + np.sin(x), abs=1e-7)
+
+
+def test_two_epochs_of_the_two_layer_net_are_a_training_with_a_receipt(run):
+    stdout, picture = run("chapter_4_two_layer_net")
+    assert re.search("^weights sha256: [0-9a-f]{64}$", stdout, re.MULTILINE)
+    assert "test accuracy after 26 steps" in stdout
+    assert picture.with_name("chapter_4_two_layer_net-1").is_dir()
+
+
+def test_apples_and_oranges_cost_what_they_cost_in_the_book(run, monkeypatch):
+    stdout, _ = run("chapter_5_graph")
+    assert "2 apples: 220 (" in stdout
+    assert "and 3 oranges: 715 (" in stdout
+    assert numbers(said(stdout, "derivatives by price, count and tax: ")) == [2.2, 110, 200]
+    example = module("chapter_5_graph", monkeypatch)
+    given = {"apple": 100.0, "apple_count": 2.0, "orange": 150.0, "orange_count": 3.0, "tax": 1.1}
+    lines = example.apples_and_oranges(**given)
+    names = {"apple": "apple", "apple_count": "apples", "orange": "orange", "orange_count": "oranges", "tax": "tax"}
+    for argument, line in names.items():
+        up, down = (
+            example.apples_and_oranges(**given | {argument: given[argument] + h})["total"][0] for h in (1e-3, -1e-3)
+        )
+        assert lines[line][1] == pytest.approx((up - down) / 2e-3)
+
+
+def test_softmax_with_loss_gives_back_y_minus_t(run, monkeypatch):
+    stdout, _ = run("chapter_5_softmax_with_loss")
+    assert numbers(said(stdout, "the library's loss and gradient differ by "))[0] < 1e-12
+    example, a, t = module("chapter_5_softmax_with_loss", monkeypatch), np.array([1.0, -2.0, 0.5, 3.0]), np.eye(4)[2]
+    y, loss, d_a = example.forward_and_backward(a, t)
+    assert d_a == pytest.approx(y - t)
+    assert loss == pytest.approx(-np.log(np.exp(0.5) / np.exp(a).sum()))
+
+
+def test_backpropagation_is_within_1e_7_of_central_differences(run):
+    stdout, _ = run("chapter_5_gradient_check")
+    assert 0 < numbers(said(stdout, "largest mean difference: "))[0] < 1e-7
+
+
+def test_sgd_and_momentum_go_the_way_of_their_formulas(run):
+    """SGD multiplies x by 1 - η/10 and y by 1 - 2η in each step; Momentum is a recurrence of two numbers."""
+    stdout, _ = run("chapter_6_paths")
+    assert numbers(said(stdout, "SGD ends at "))[:2] == pytest.approx([-7 * 0.905**30, 2 * 0.9**30], abs=1e-4)
+    place, velocity = np.array([-7.0, 2.0]), np.zeros(2)
+    for _ in range(30):
+        velocity = 0.9 * velocity - 0.1 * place * [0.1, 2]
+        place = place + velocity
+    assert numbers(said(stdout, "Momentum ends at "))[:2] == pytest.approx(place, abs=1e-4)
+    assert "paths that end below a twentieth of the start: 6" in stdout
+
+
+def test_the_optimizers_come_in_the_order_of_the_book(run):
+    stdout, _ = run("chapter_6_optimizers")
+    order = said(stdout, "by mean loss over all steps: ").split()
+    assert order[0] == "SGD"
+    assert order[-1] == "AdaGrad"
+
+
+def test_relu_with_std_0_01_fades_as_in_the_book(run):
+    stdout, _ = run("chapter_6_activations")
+    means = numbers(said(stdout, "layer means, ReLU, std 0.01: "))
+    assert means == pytest.approx([0.0396, 0.0029, 1.97e-4, 1.32e-5, 9.46e-7], rel=0.15)
+
+
+def test_units_that_start_at_zero_stay_alike(run):
+    stdout, _ = run("chapter_6_initial_values")
+    alike, different = (numbers(said(stdout, f"hidden units from {name}: weights to ")) for name in ("zeros", "Xavier"))
+    assert alike[0] > 1e-3  # they have learned
+    assert alike[1] < 1e-4 * alike[0]
+    assert different[1] > different[0]
+    ends = dict(re.findall(r"(zeros|std 0.01|Xavier|He) (\d\.\d+)", said(stdout, "loss at the end: ")))
+    assert min(float(ends["zeros"]), float(ends["std 0.01"])) > 2.25
+    assert float(ends["He"]) < 2.2
+
+
+def test_batch_normalization_learns_where_nothing_else_does(run):
+    stdout, _ = run("chapter_6_batch_norm")
+    assert len(re.findall("^std .* with, .* without$", stdout, re.MULTILINE)) == 2
+    with_it, without = numbers(said(stdout, "scales that do not learn: "))
+    assert with_it < without
+
+
+def test_overfitting_weight_decay_and_dropout_each_do_what_they_are_for(run, monkeypatch, communicator):
+    stdout, _ = run("chapter_6_overfitting")
+    for name in ("neither", "weight decay 0.1", "Dropout 0.2"):
+        train, test, gap = numbers(said(stdout, f"{name}: "))
+        assert gap == pytest.approx(train - test, abs=1e-3)
+    example = module("chapter_6_overfitting", monkeypatch)
+    options = SimpleNamespace(communicator=communicator, key=Key(0), dataset="digits", data_dir=None, quick=True)
+    data = example.common.pixels(options)
+    data.images, data.labels = data.images[:300], data.labels[:300]
+    ends = {
+        name: example.curves(options, data, 40, **settings)[-1]
+        for name, settings in {"neither": {}, "decay": {"weight_decay": 10.0}, "dropout": {"dropout": 0.8}}.items()
+    }
+    assert ends["neither"][0] > 0.6
+    assert ends["decay"][0] < 0.25  # no weights are left
+    assert ends["dropout"][0] < ends["neither"][0] - 0.2
+
+
+def test_the_vectorized_gradient_of_logistic_regression_is_that_of_the_loop_and_of_differences(run, monkeypatch):
+    stdout, _ = run("ng_logistic_regression")
+    assert numbers(said(stdout, "they differ by "))[0] < 1e-6
+    example = module("ng_logistic_regression", monkeypatch)
+    w, X, Y = np.array([0.3, -0.2]), np.array([[1.0, -1, 2, 0.5], [0.2, 3, -1, 1]]), np.array([1.0, 0, 1, 1])
+    _, dw, db = example.cost_and_gradient(w, 0.1, X, Y)
+    assert dw == pytest.approx(numerical_gradient(lambda: example.cost_and_gradient(w, 0.1, X, Y)[0], w), abs=1e-5)
+    above, below = (example.cost_and_gradient(w, 0.1 + h, X, Y)[0] for h in (1e-5, -1e-5))
+    assert db == pytest.approx((above - below) / 2e-5, abs=1e-5)
+
+
+def test_a_hidden_layer_does_what_a_line_cannot(run, monkeypatch):
+    run("ng_shallow_network")
+    example = module("ng_shallow_network", monkeypatch)
+    x, y = example.flower(Key(0))
+    right = {}
+    for hidden in (0, 4):
+        network = example.network_with(hidden)
+        example.train(network, x, y, Key(0), 1500)
+        right[hidden] = np.mean((network.forward(x)[:, 0] > 0) == y)
+    assert right[0] < 0.65
+    assert right[4] > 0.85
+
+
+def test_the_gradients_of_the_deep_network_are_those_of_differences(run, monkeypatch):
+    stdout, _ = run("ng_deep_network")
+    assert "layer 1: W (20, 64), b (20, 1), Z and A (20, m)" in stdout
+    example = module("ng_deep_network", monkeypatch)
+    X, Y = Key(1).normal(15).reshape(3, 5), np.array([[1.0, 0, 1, 1, 0]])
+    W, b = ([array + 0.1 for array in arrays] for arrays in example.initialize((3, 4, 2, 1), Key(0)))
+    W, b = ([array.astype(np.float64) for array in arrays] for arrays in (W, b))
+
+    def cost():
+        A = example.forward(W, b, X)[-1]
+        return float(-np.mean(Y * np.log(A) + (1 - Y) * np.log(1 - A)))
+
+    dW, db = example.backward(W, b, example.forward(W, b, X), Y)
+    for arrays, gradients in ((W, dW), (b, db)):
+        for array, gradient in zip(arrays, gradients, strict=True):
+            assert gradient == pytest.approx(numerical_gradient(cost, array), abs=1e-8)
+    with pytest.raises(AssertionError, match=r"\(4, 1\) is not \(4, 5\)"):
+        example.has_shape(np.zeros((4, 1)), 4, 5)
+
+
+# ------------------------------------------------------------------------------------------------- any number of ranks
+
+
+def test_two_ranks_say_the_same_figures_as_one(run, run_job, tmp_path):
+    """Batch normalization, whose moments the ranks add up, and all else that a step does."""
+    from distdl.mpirun import mpirun_command
+
+    alone, _ = run("chapter_6_batch_norm")
+    example = str(EXAMPLES / "chapter_6_batch_norm.py")
+    done = run_job(mpirun_command(2, [sys.executable, example, "--quick"]), timeout=SECONDS, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == alone
+
+
+# ------------------------------------------------------------------------------------------------------- what is wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--out", "picture.jpg"], "--out picture.jpg: expected a file name that ends in .png"),
+        (["--out", "file/picture.png"], "--out file/picture.png cannot be written"),
+        (["--dataset", "mnits"], "unknown dataset 'mnits'"),
+        (["--dataset", "mnist", "--data-dir", "nowhere"], "the data folder 'nowhere' cannot be read"),
+    ],
+)
+def test_what_cannot_be_is_one_line(arguments, words, tmp_path):
+    (tmp_path / "file").touch()
+    done = started("chapter_6_optimizers", tmp_path, *arguments)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("distdl: error: ")
+    assert words in line
+    assert done.stdout == ""
+
+
+def test_without_matplotlib_the_line_says_how_to_get_it(tmp_path):
+    script = EXAMPLES / "chapter_2_gates.py"
+    without = f"""
+import runpy, sys
+sys.modules["matplotlib"] = None
+sys.path.insert(0, {str(EXAMPLES)!r})
+sys.argv = [{str(script)!r}]
+runpy.run_path({str(script)!r}, run_name="__main__")
+"""
+    done = finished(["-c", without], tmp_path)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert "pip install 'distdl-mpi[plots]'" in line
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,102 @@
+"""Every loss is the sum over samples that its formula says, its gradient that of this sum; PyTorch has the same."""
+
+import numpy as np
+import pytest
+
+from distdl.errors import UserError
+from distdl.nn import LOSSES, MeanSquaredError, SigmoidCrossEntropy, SoftmaxCrossEntropy, make_loss
+from distdl.rng import Key
+
+
+def normal(*shape):
+    return Key(3).normal(int(np.prod(shape))).reshape(shape)
+
+
+def labels(*shape, classes):
+    return (Key(4).words(int(np.prod(shape))) % np.uint64(classes)).astype(np.int64).reshape(shape)
+
+
+CASES = {
+    "labels": (SoftmaxCrossEntropy, normal(5, 4), labels(5, classes=4)),
+    "a label a pixel": (SoftmaxCrossEntropy, normal(2, 3, 2, 4), labels(2, 3, 2, classes=4)),
+    "two classes": (SigmoidCrossEntropy, 3 * normal(7, 1), labels(7, classes=2)),
+    "numbers": (MeanSquaredError, normal(5, 3), 2 * normal(5, 3)[::-1]),
+    "no samples": (SoftmaxCrossEntropy, normal(0, 4), labels(0, classes=4)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_gradient_is_that_of_the_value(case):
+    kind, outputs, targets = CASES[case]
+    loss, h = kind(), 1e-6
+    loss.forward(outputs, targets)
+    found = loss.backward()
+    for place in np.ndindex(outputs.shape):
+        above, below = outputs.copy(), outputs.copy()
+        above[place] += h
+        below[place] -= h
+        difference = (kind().forward(above, targets) - kind().forward(below, targets)) / (2 * h)
+        assert found[place] == pytest.approx(difference, abs=1e-8)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_value_and_gradient_are_pytorchs(case):
+    torch = pytest.importorskip("torch")
+    kind, outputs, targets = CASES[case]
+    if not len(outputs):
+        pytest.skip("PyTorch's mean over nothing is no number")
+    theirs = torch.tensor(outputs, requires_grad=True)
+    if kind is SoftmaxCrossEntropy:
+        value = torch.nn.functional.cross_entropy(theirs.movedim(-1, 1), torch.tensor(targets))
+    elif kind is SigmoidCrossEntropy:
+        value = torch.nn.functional.binary_cross_entropy_with_logits(theirs[:, 0], torch.tensor(targets).double())
+    else:
+        value = torch.nn.functional.mse_loss(theirs, torch.tensor(targets.copy()))
+    value.backward()
+    loss = kind()
+    assert loss.forward(outputs, targets) / len(outputs) == pytest.approx(value.item(), rel=1e-12)
+    assert loss.backward() / len(outputs) == pytest.approx(theirs.grad.numpy(), abs=1e-12)
+
+
+def test_a_pixels_loss_counts_as_part_of_its_sample():
+    """A picture of one pixel is a sample with a label; of many equal ones, its loss is the same."""
+    logits, label = normal(3, 4), labels(3, classes=4)
+    expected = SoftmaxCrossEntropy().forward(logits, label)
+    wide = np.repeat(logits[:, None, None], 6, axis=1)
+    assert SoftmaxCrossEntropy().forward(wide, np.repeat(label[:, None, None], 6, axis=1)) == pytest.approx(expected)
+
+
+def test_large_logits_do_not_overflow():
+    with np.errstate(all="raise", under="ignore"):
+        loss = SigmoidCrossEntropy()
+        assert loss.forward(np.array([[1e4], [-1e4], [1e4]]), np.array([1, 0, 0])) == 1e4
+        assert loss.backward().tolist() == [[0.0], [0.0], [1.0]]
+        assert SoftmaxCrossEntropy().forward(np.array([[1e4, -1e4]]), np.array([1])) == 2e4
+
+
+def test_right_answers_are_counted():
+    assert SigmoidCrossEntropy().count_correct(np.array([[1.0], [-1.0], [1.0], [0.0]]), np.array([1, 0, 0, 0])) == 3
+    pixels = np.zeros((1, 2, 2, 3))
+    pixels[0, 0, :, 2] = 1
+    assert SoftmaxCrossEntropy().count_correct(pixels, np.array([[[2, 1], [0, 2]]])) == 2
+    assert MeanSquaredError().count_correct(np.zeros((2, 1)), np.zeros((2, 1))) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs", "targets", "said"),
+    [
+        ("binary_cross_entropy", np.zeros((2, 2)), np.array([0, 1]), r"expected a single output .*\(2, 1\)"),
+        ("binary_cross_entropy", np.zeros((2, 1)), np.array([0, 2]), r"2 integers that are 0 or 1"),
+        ("binary_cross_entropy", np.zeros((2, 1)), np.array([0.0, 1.0]), r"labels are float64"),
+        ("mean_squared_error", np.zeros((2, 1)), np.zeros(2), r"outputs are \(2, 1\), targets \(2,\)"),
+        ("cross_entropy", np.zeros((2, 3, 3, 4)), np.array([0, 1]), r"expected 18 integers, one per place of a sample"),
+    ],
+)
+def test_targets_that_do_not_fit_are_named(name, outputs, targets, said):
+    with pytest.raises(UserError, match=said):
+        make_loss(name).forward(outputs, targets)
+
+
+def test_an_unknown_loss_is_named_with_the_known_ones():
+    with pytest.raises(UserError, match=f"unknown loss 'mse': expected one of {', '.join(sorted(LOSSES))}"):
+        make_loss("mse")
