@@ -1,5 +1,7 @@
 """Imports point one way: bottom <- {nn, optim, schedules, data, parallel} <- engine <- what uses it <- the commands.
 
+Besides, nn <- figures <- the commands: nobody below the commands draws.
+
 The checker below reads sources without running them; the last tests feed it sources that break each rule.
 """
 
@@ -57,6 +59,8 @@ def may_import(unit, other):
         return other in BELOW_THE_COMMANDS - USES
     if unit in USES:
         return other in (BELOW_THE_COMMANDS - USES) | {unit}
+    if unit == "figures":  # whoever trains does without matplotlib
+        return other in BOTTOM | {ROOT, "nn"}
     return True
 
 
@@ -194,6 +198,9 @@ def test_all_parts_of_the_package_are_looked_at():
         ("distdl/benchmark/run.py", "from distdl import startup", "benchmark may not import startup"),
         ("distdl/benchmark/run.py", "from distdl.hyperparameters import run", "benchmark may not import hyperpar"),
         ("distdl/hyperparameters/run.py", "from distdl.benchmark import chart", "may not import benchmark"),
+        ("distdl/engine/run.py", "from distdl import figures", "engine may not import figures"),
+        ("distdl/benchmark/run.py", "from distdl.figures import curves", "benchmark may not import figures"),
+        ("distdl/figures.py", "from distdl.engine import train", "figures may not import engine"),
         (
             "distdl/data/sources.py",
             "import importlib\nimportlib.import_module('distdl.engine')",
@@ -250,6 +257,7 @@ def test_the_checker_finds(path, source, said):
         ("distdl/engine/run.py", "import distdl\nfrom distdl import __version__, config\nfrom distdl.nn import MODELS"),
         ("distdl/parallel/mpi.py", "from mpi4py import MPI"),
         ("distdl/verify.py", "from distdl import startup\nfrom distdl.mpirun import environment_for"),
+        ("distdl/evaluate.py", "from distdl import figures\nfrom distdl.engine.evaluation import load"),
         ("distdl/rng.py", "import numpy as np\nnp.random.Philox(key=1).random_raw(2)"),
         ("distdl/data/split.py", "key.random.shuffle()"),
         ("distdl/data/sources.py", "import numpy as np\nnp.load(path, allow_pickle=False)"),

@@ -140,7 +140,7 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
     together(communicator, lambda: check_writable(config.trace) if coordinates and config.trace is not None else None)
     start = together(communicator, lambda: find_start(config, preparation.folder) if coordinates else None)
     preparation.folder = Path(communicator.bcast_json(None if start is None else str(start.folder.absolute())))
-    arrays = together(communicator, lambda: _read(config, dataset) if coordinates else {})
+    arrays = together(communicator, lambda: read_data(config, dataset) if coordinates else {})
     data = _shared(communicator, arrays)
     del arrays
     height, width, channels = data.images.shape[1:]
@@ -150,7 +150,7 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
             Transforms.parse(config.augment).check_fit(height, width, label_per_pixel=data.labels.ndim == 3)
         build = build_network or network_builder(config.model)
         try:
-            network = build((height, width, channels), _outputs(config, data)[-1])
+            network = build((height, width, channels), outputs_of(config, data)[-1])
             network.initialize(Key(config.seed).of("initialization"))
             optimizer = optimizer_class(config.optimizer)(
                 network.parameters.size,
@@ -163,14 +163,14 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
                 f"there is not enough memory for --model {config.model} on images of {height}x{width}x{channels}: "
                 "use smaller images, or fewer ranks on this machine"
             ) from None
-        _check_outputs(config, network.output_shape, data)
+        check_outputs(config, network.output_shape, data)
         return TrainingState(network, optimizer, epoch_sums=Sums(answers=data.answers))
 
     state = together(communicator, build)
     layouts = communicator.allgather_json(layout_of(state.network))
     together(communicator, lambda: check_same(config.model, layouts))
     steps_per_epoch = split.steps_per_epoch(len(data.parts.training), config.batch_size)
-    data_sha256 = communicator.bcast_json(_sha256_of(data) if coordinates else "")
+    data_sha256 = communicator.bcast_json(sha256_of_data(data) if coordinates else "")
     together(communicator, lambda: _restore(state, start, data_sha256, config.epoch_count, steps_per_epoch))
     _hand_out(communicator, state)
 
@@ -204,7 +204,7 @@ def _labelled(config: TrainConfig, build_network: BuildNetwork | None, dataset: 
     return config if dataset is None else replace(config, dataset=dataset.name)
 
 
-def _outputs(config: TrainConfig, data: Data) -> tuple[int, ...]:
+def outputs_of(config: TrainConfig, data: Data) -> tuple[int, ...]:
     """Return the shape of a sample's outputs that the data and the loss ask for."""
     if config.loss == "binary_cross_entropy":
         if data.answers != 1 or data.classes != 2:
@@ -219,8 +219,9 @@ def _outputs(config: TrainConfig, data: Data) -> tuple[int, ...]:
     return (*(data.labels.shape[1:] if data.answers else ()), data.classes)
 
 
-def _check_outputs(config: TrainConfig, output_shape: tuple[int, ...], data: Data) -> None:
-    expected = _outputs(config, data)
+def check_outputs(config: TrainConfig, output_shape: tuple[int, ...], data: Data) -> None:
+    """Raise `UserError` where a network's outputs have another shape than the data and the loss ask for."""
+    expected = outputs_of(config, data)
     if output_shape != expected:
         what = "classes" if data.answers else "numbers"
         raise UserError(
@@ -238,7 +239,7 @@ def _check_ranks(config: TrainConfig, ranks: int) -> None:
         )
 
 
-def _read(config: TrainConfig, dataset: sources.Dataset | None) -> dict[str, NDArray[Any]]:
+def read_data(config: TrainConfig, dataset: sources.Dataset | None) -> dict[str, NDArray[Any]]:
     """Load the dataset, split it, and measure its training part: the coordinator's work."""
     dataset = sources.load(config.dataset, config.data_dir) if dataset is None else dataset.checked()
     strata = dataset.labels if dataset.labels.ndim == 1 else np.zeros(len(dataset.labels), np.int64)
@@ -264,7 +265,7 @@ def _shared(communicator: Communicator, arrays: dict[str, NDArray[Any]]) -> Data
     )
 
 
-def _sha256_of(data: Data) -> str:
+def sha256_of_data(data: Data) -> str:
     """Return the hash of all that a training takes from its dataset: a tenth of a second for MNIST."""
     return sha256_of_arrays([("images", data.images), ("labels", data.labels), *vars(data.parts).items()])
 
