@@ -123,19 +123,20 @@ class _Search:
     def _prepare(self) -> None:
         """Do all that can fail because of what the user gave, and make the folder. Collective."""
         communicator, coordinates = self._communicator, self._communicator.rank == 0
-        begins = self._place is None
+        places = communicator.allgather_json(None if self._place is None else str(self._place))
+        known = next((place for place in places if place is not None), None)  # from before a rank was lost
+        begins = known is None
         self._settings = settings = together(communicator, self._given.checked)
         if begins:
             together(communicator, lambda: _check_ranks(settings, communicator.size))
         self._groups = max(1, communicator.size // settings.ranks_per_trial)
-        place = together(communicator, lambda: choose(settings) if coordinates and begins else self._place)
-        self._place = Path(communicator.bcast_json(str(place)))
+        chosen = together(communicator, lambda: str(choose(settings)) if coordinates and begins else known)
+        self._place = folder = Path(communicator.bcast_json(chosen))
         self._group_number = communicator.rank * self._groups // communicator.size
         group = communicator.split(self._group_number)
         assert group is not None
         self._group = group
         data_sha256, self._training_samples = communicator.bcast_json(together(communicator, self._load))
-        folder = self._place
 
         def take_over() -> list[dict[str, Any]]:
             if not coordinates:
