@@ -217,8 +217,8 @@ def _check_outputs(config: TrainConfig, output_shape: tuple[int, ...], data: Dat
     if output_shape != expected:
         what = "classes" if data.answers else "numbers"
         raise UserError(
-            f"the network {config.model} puts out {output_shape} for a sample, expected {expected}: {config.dataset} has "
-            f"{data.classes} {what}" + (" for each pixel" if len(expected) > 1 else "")
+            f"the network {config.model} puts out {output_shape} for a sample, expected {expected}: "
+            f"{config.dataset} has {data.classes} {what}" + (" for each pixel" if len(expected) > 1 else "")
         )
 
 
