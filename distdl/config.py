@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distdl.errors import UserError, unknown_name
+from distdl.transforms import Transforms
 
 DATASETS = ("digits", "mnist")
 MODELS = (
@@ -112,8 +113,10 @@ class TrainConfig:
     """Epochs between two steps of the step schedule."""
     lr_step_factor: float = 0.1
     """What the step schedule multiplies the learning rate by."""
+    augment: str | None = None
+    """Random changes of training images, such as rotate=10,shift=2; also scale=0.1, crop=2, flip, brightness=0.1."""
     seed: int = 0
-    """Seed of the split, the order, the initial weights and dropout."""
+    """Seed of the split, the order, the initial weights, augmentation and dropout."""
     run_dir: Path | None = None
     """Folder of the run; without it a new one is made under runs/."""
     max_steps: int | None = None
@@ -169,6 +172,8 @@ class TrainConfig:
         for name in ("lr", "weight_decay", "l1_decay", "clip_norm", "lr_step_factor", "stall_warning"):
             if not math.isfinite(getattr(config, name) or 0):
                 raise UserError(f"{_flag(name)} must be a finite number, not {getattr(config, name)}")
+        if config.augment is not None:
+            Transforms.parse(config.augment)
         _possible_hang(config)
         _finite_to_the_end(config)
         for name in ("data_dir", "run_dir", "resume", "trace"):

@@ -47,6 +47,10 @@ class DamagedFileError(UserError):
     exit_code = EXIT_DAMAGED
 
 
+class DivergedError(UserError):
+    """The loss, a gradient or the weights have left the range of numbers: most often the learning rate is too large."""
+
+
 class CorruptionError(DistdlError):
     """Ranks that must have the same bits have not: memory or a computation went wrong, and nothing said so."""
 

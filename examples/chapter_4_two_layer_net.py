@@ -8,9 +8,7 @@ that was not trained on rise together, so nothing was learned by heart. The book
 hours; gradients come from backpropagation here, as in its 5.7.
 """
 
-import itertools
 import json
-from pathlib import Path
 
 import common
 
@@ -26,12 +24,6 @@ def two_layer_net(input_shape, classes):
     return nn.Sequential(layers, input_shape)
 
 
-def new_folder(options):
-    """Return a folder beside the picture that no run has used yet; the same on every rank."""
-    names = (options.out.with_name(f"{options.out.stem}-{number}") for number in itertools.count(1))
-    return Path(options.communicator.bcast_json(str(next(name for name in names if not name.exists()))))
-
-
 def main(options):
     """Train, and draw the accuracy of each epoch."""
     epochs = 19 if options.dataset == "mnist" else 100  # 19 epochs of 54,000 images are 10,260 steps
@@ -44,7 +36,7 @@ def main(options):
         micro_batch_size=25,
         epochs=2 if options.quick else epochs,
         seed=options.seed,
-        run_dir=new_folder(options),
+        run_dir=common.new_folder(options),
     )
     summary = train(config, options.communicator, build_network=two_layer_net)
 

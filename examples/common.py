@@ -5,6 +5,7 @@ examples/…`), where every rank runs all of it, rank 0 alone speaks and draws, 
 """
 
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,6 +73,12 @@ def save(figure, options):
         except OSError as error:
             raise UserError(f"--out {options.out} cannot be written: {error.strerror}; give another file") from error
         options.say(f"picture: {options.out}")
+
+
+def new_folder(options):
+    """Return a folder for a run beside the picture, which none has used yet; the same on every rank."""
+    names = (options.out.with_name(f"{options.out.stem}-{number}") for number in itertools.count(1))
+    return Path(options.communicator.bcast_json(str(next(name for name in names if not name.exists()))))
 
 
 def pixels(options):

@@ -1,4 +1,6 @@
-"""Imports point one way: bottom <- {nn, optim, schedules, data, parallel} <- engine <- benchmark <- the commands.
+"""Imports point one way: bottom <- {nn, optim, schedules, data, parallel} <- engine <- what uses it <- the commands.
+
+Besides, nn <- figures <- the commands: nobody below the commands draws.
 
 The checker below reads sources without running them; the last tests feed it sources that break each rule.
 """
@@ -14,10 +16,12 @@ PACKAGE = Path(distdl.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("*.py"))
 
 ROOT = "distdl"  # distdl/__init__.py itself
-BOTTOM = {"errors", "rng", "arrays", "launcher", "processes", "lifeline", "warden"}
+BOTTOM = {"errors", "rng", "arrays", "launcher", "processes", "lifeline", "warden", "transforms"}
 MIDDLE = {"nn", "optim", "schedules", "data", "parallel"}
+#: What does work of its own with the engine; never each other.
+USES = {"benchmark", "hyperparameters"}
 #: Whatever is in none of these is a command, and stands on top.
-BELOW_THE_COMMANDS = {ROOT, "config", "engine", "benchmark"} | BOTTOM | MIDDLE
+BELOW_THE_COMMANDS = {ROOT, "config", "engine"} | BOTTOM | MIDDLE | USES
 
 #: Modules that turn bytes from a file or a peer into running code.
 PICKLES = {"pickle", "_pickle", "pickletools", "copyreg", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
@@ -48,13 +52,15 @@ def may_import(unit, other):
     if unit in BOTTOM:
         return other in BOTTOM | {ROOT}
     if unit == "config":
-        return other in {ROOT, "errors"}
+        return other in {ROOT, "errors", "transforms"}
     if unit in MIDDLE:
         return other in BOTTOM | {ROOT, unit}
     if unit == "engine":
-        return other in BELOW_THE_COMMANDS - {"benchmark"}
-    if unit == "benchmark":
-        return other in BELOW_THE_COMMANDS
+        return other in BELOW_THE_COMMANDS - USES
+    if unit in USES:
+        return other in (BELOW_THE_COMMANDS - USES) | {unit}
+    if unit == "figures":  # whoever trains does without matplotlib
+        return other in BOTTOM | {ROOT, "nn"}
     return True
 
 
@@ -175,6 +181,7 @@ def test_all_parts_of_the_package_are_looked_at():
         ("distdl/__init__.py", "from distdl.errors import UserError", "distdl may not import errors"),
         ("distdl/errors.py", "from distdl.config import TrainConfig", "errors may not import config"),
         ("distdl/rng.py", "import distdl.nn", "rng may not import nn"),
+        ("distdl/transforms.py", "from distdl.config import TrainConfig", "transforms may not import config"),
         ("distdl/config.py", "from distdl.optim import OPTIMIZERS", "config may not import optim"),
         ("distdl/config.py", "from distdl.rng import Key", "config may not import rng"),
         ("distdl/optim.py", "from distdl import schedules", "optim may not import schedules"),
@@ -187,7 +194,13 @@ def test_all_parts_of_the_package_are_looked_at():
         ("distdl/engine/run.py", "from distdl import train", "engine may not import train"),
         ("distdl/engine/run.py", "from distdl.startup import run", "engine may not import startup"),
         ("distdl/engine/trace.py", "from distdl.benchmark import chart", "engine may not import benchmark"),
+        ("distdl/engine/run.py", "from distdl.hyperparameters import run", "engine may not import hyperparameters"),
         ("distdl/benchmark/run.py", "from distdl import startup", "benchmark may not import startup"),
+        ("distdl/benchmark/run.py", "from distdl.hyperparameters import run", "benchmark may not import hyperpar"),
+        ("distdl/hyperparameters/run.py", "from distdl.benchmark import chart", "may not import benchmark"),
+        ("distdl/engine/run.py", "from distdl import figures", "engine may not import figures"),
+        ("distdl/benchmark/run.py", "from distdl.figures import curves", "benchmark may not import figures"),
+        ("distdl/figures.py", "from distdl.engine import train", "figures may not import engine"),
         (
             "distdl/data/sources.py",
             "import importlib\nimportlib.import_module('distdl.engine')",
@@ -244,6 +257,7 @@ def test_the_checker_finds(path, source, said):
         ("distdl/engine/run.py", "import distdl\nfrom distdl import __version__, config\nfrom distdl.nn import MODELS"),
         ("distdl/parallel/mpi.py", "from mpi4py import MPI"),
         ("distdl/verify.py", "from distdl import startup\nfrom distdl.mpirun import environment_for"),
+        ("distdl/evaluate.py", "from distdl import figures\nfrom distdl.engine.evaluation import load"),
         ("distdl/rng.py", "import numpy as np\nnp.random.Philox(key=1).random_raw(2)"),
         ("distdl/data/split.py", "key.random.shuffle()"),
         ("distdl/data/sources.py", "import numpy as np\nnp.load(path, allow_pickle=False)"),

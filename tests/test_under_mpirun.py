@@ -16,7 +16,7 @@ SECONDS = 400
         (2, ["tests/parallel"]),
         (3, ["tests/parallel"]),
         (4, ["tests/parallel"]),
-        (3, ["tests/engine", "tests/benchmark"]),
+        (3, ["tests/engine", "tests/benchmark", "tests/hyperparameters"]),
         (8, ["tests/end_to_end"]),
     ],
 )

@@ -38,6 +38,7 @@ from distdl.nn import Sequential
 from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, guard, share_arrays, survive, together, world
 from distdl.rng import Key
+from distdl.transforms import Transforms
 from distdl.warden import Warden
 
 #: Builds a network for inputs (H, W, C) and a number of classes.
@@ -50,15 +51,18 @@ def train(
     *,
     build_network: BuildNetwork | None = None,
     dataset: sources.Dataset | None = None,
+    progress: Progress | None = None,
+    stop: StopRequest | None = None,
 ) -> Summary:
     """Train as `config` says, on all ranks of `communicator` (`world()` if not given), and return the summary.
 
     `build_network` and `dataset` take the place of the model and dataset that the config names; they must be
-    the same on every rank, and only rank 0 looks at the dataset. Collective. Raises `UserError`, on every rank,
-    for what the user gave; any other exception on any rank ends the whole job.
+    the same on every rank, and only rank 0 looks at the dataset. `progress` prints, in place of lines on the terminal;
+    `stop` is listened to by whoever gives it. Collective. Raises `UserError`, on every rank, for what the user gave
+    (`DivergedError` where the numbers have become infinite); any other exception on any rank ends the whole job.
     """
     communicator = world() if communicator is None else communicator
-    given, stop = config, StopRequest()
+    given, stop = config, StopRequest() if stop is None else stop
 
     def agree_on_config(communicator: Communicator) -> TrainConfig:
         config = together(communicator, _labelled(given, build_network, dataset).checked)
@@ -72,7 +76,7 @@ def train(
         communicator, watchdog, lost_second = survive(communicator, lambda left: Watchdog(left, stall_warning))
         warden = Warden(f"rank {communicator.world_ranks[communicator.rank]}", config.detect_hangs)
         with numerics(config.threads_per_rank), watchdog, warden:
-            preparation = _Preparation(config, build_network, dataset)
+            preparation = _Preparation(config, build_network, dataset, progress)
             _, trainer, lost_then = survive(communicator, preparation.trainer)
             trainer.stop = stop
             watchdog.progress = lambda: trainer.work_done
@@ -92,6 +96,7 @@ class _Preparation:
     config: TrainConfig
     build_network: BuildNetwork | None
     dataset: sources.Dataset | None
+    printer: Progress | None = None
     #: The run folder, known to all ranks before anything is written there.
     folder: Path | None = None
     environment: dict[str, Any] = field(default_factory=dict)
@@ -135,15 +140,17 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
     together(communicator, lambda: check_writable(config.trace) if coordinates and config.trace is not None else None)
     start = together(communicator, lambda: find_start(config, preparation.folder) if coordinates else None)
     preparation.folder = Path(communicator.bcast_json(None if start is None else str(start.folder.absolute())))
-    arrays = together(communicator, lambda: _read(config, dataset) if coordinates else {})
+    arrays = together(communicator, lambda: read_data(config, dataset) if coordinates else {})
     data = _shared(communicator, arrays)
     del arrays
     height, width, channels = data.images.shape[1:]
 
     def build() -> TrainingState:
+        if config.augment is not None:
+            Transforms.parse(config.augment).check_fit(height, width, label_per_pixel=data.labels.ndim == 3)
         build = build_network or network_builder(config.model)
         try:
-            network = build((height, width, channels), _outputs(config, data)[-1])
+            network = build((height, width, channels), outputs_of(config, data)[-1])
             network.initialize(Key(config.seed).of("initialization"))
             optimizer = optimizer_class(config.optimizer)(
                 network.parameters.size,
@@ -156,19 +163,19 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
                 f"there is not enough memory for --model {config.model} on images of {height}x{width}x{channels}: "
                 "use smaller images, or fewer ranks on this machine"
             ) from None
-        _check_outputs(config, network.output_shape, data)
+        check_outputs(config, network.output_shape, data)
         return TrainingState(network, optimizer, epoch_sums=Sums(answers=data.answers))
 
     state = together(communicator, build)
     layouts = communicator.allgather_json(layout_of(state.network))
     together(communicator, lambda: check_same(config.model, layouts))
     steps_per_epoch = split.steps_per_epoch(len(data.parts.training), config.batch_size)
-    data_sha256 = communicator.bcast_json(_sha256_of(data) if coordinates else "")
+    data_sha256 = communicator.bcast_json(sha256_of_data(data) if coordinates else "")
     together(communicator, lambda: _restore(state, start, data_sha256, config.epoch_count, steps_per_epoch))
     _hand_out(communicator, state)
 
     environment = describe(communicator)
-    progress = Progress(live=communicator.size == 1)
+    progress = preparation.printer or Progress(live=communicator.size == 1)
     journal = Journal(config, steps_per_epoch, keeps=communicator.survives_failures)
 
     def open_run() -> Path | None:
@@ -197,7 +204,7 @@ def _labelled(config: TrainConfig, build_network: BuildNetwork | None, dataset: 
     return config if dataset is None else replace(config, dataset=dataset.name)
 
 
-def _outputs(config: TrainConfig, data: Data) -> tuple[int, ...]:
+def outputs_of(config: TrainConfig, data: Data) -> tuple[int, ...]:
     """Return the shape of a sample's outputs that the data and the loss ask for."""
     if config.loss == "binary_cross_entropy":
         if data.answers != 1 or data.classes != 2:
@@ -212,13 +219,14 @@ def _outputs(config: TrainConfig, data: Data) -> tuple[int, ...]:
     return (*(data.labels.shape[1:] if data.answers else ()), data.classes)
 
 
-def _check_outputs(config: TrainConfig, output_shape: tuple[int, ...], data: Data) -> None:
-    expected = _outputs(config, data)
+def check_outputs(config: TrainConfig, output_shape: tuple[int, ...], data: Data) -> None:
+    """Raise `UserError` where a network's outputs have another shape than the data and the loss ask for."""
+    expected = outputs_of(config, data)
     if output_shape != expected:
         what = "classes" if data.answers else "numbers"
         raise UserError(
-            f"the network {config.model} puts out {output_shape} for a sample, expected {expected}: "
-            f"{config.dataset} has {data.classes} {what}" + (" for each pixel" if len(expected) > 1 else "")
+            f"the network {config.model} puts out {output_shape} for a sample, expected {expected}: {config.dataset} "
+            f"has {data.classes} {what}" + (" for each pixel" if len(expected) > 1 else "")
         )
 
 
@@ -231,7 +239,7 @@ def _check_ranks(config: TrainConfig, ranks: int) -> None:
         )
 
 
-def _read(config: TrainConfig, dataset: sources.Dataset | None) -> dict[str, NDArray[Any]]:
+def read_data(config: TrainConfig, dataset: sources.Dataset | None) -> dict[str, NDArray[Any]]:
     """Load the dataset, split it, and measure its training part: the coordinator's work."""
     dataset = sources.load(config.dataset, config.data_dir) if dataset is None else dataset.checked()
     strata = dataset.labels if dataset.labels.ndim == 1 else np.zeros(len(dataset.labels), np.int64)
@@ -257,7 +265,7 @@ def _shared(communicator: Communicator, arrays: dict[str, NDArray[Any]]) -> Data
     )
 
 
-def _sha256_of(data: Data) -> str:
+def sha256_of_data(data: Data) -> str:
     """Return the hash of all that a training takes from its dataset: a tenth of a second for MNIST."""
     return sha256_of_arrays([("images", data.images), ("labels", data.labels), *vars(data.parts).items()])
 

@@ -56,6 +56,12 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    @property
+    def asked(self) -> str | None:
+        """The name of a signal that has asked this rank, or through a step all of them, to stop; None if none has."""
+        heard = [number.name for number, count in zip(SIGNALS, self._heard, strict=True) if count]
+        return heard[0] if heard else self.agreed
+
     def values(self) -> Mapping[str, NDArray[Any]]:
         """Return what belongs into `fields` for a micro-batch."""
         self._stepping = True

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from distdl.arrays import aligned_empty
 from distdl.config import TrainConfig
 from distdl.data import split
+from distdl.data.augmentation import Augmentation
 from distdl.data.normalization import Normalization
 from distdl.engine import corruption, nonfinite
 from distdl.engine.balance import BalancedDealer, Dealer
@@ -33,7 +34,7 @@ from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
 from distdl.engine.timeline import Timeline
 from distdl.engine.trace import Trace
-from distdl.errors import PeerLost, UserError
+from distdl.errors import DivergedError, PeerLost
 from distdl.nn import Sequential, make_loss
 from distdl.optim import clip_by_norm
 from distdl.parallel import (
@@ -140,6 +141,7 @@ class Trainer:
             warmup_steps=config.warmup_steps,
         )
         self.stop = StopRequest()
+        self.augmentation = None if config.augment is None else Augmentation.parse(config.augment)
         self._leaf = Sums()
         self._batch = Sums(answers=data.answers)
         self._images: dict[int, NDArray[np.float32]] = {}
@@ -336,7 +338,7 @@ class Trainer:
         record = {"gradient": network.gradients, "statistics": network.statistics}
         record |= {**vars(self._leaf), **self.stop.values()}
         for place, index in enumerate(shard):
-            images, labels = self._micro_batch(rows, index)
+            images, labels = self._micro_batch(rows, index, key.of(index, "augmentation"))
             changed = place == 0  # by the update at the end of the step before
             outputs = network.forward(images, training=True, key=key.of(index), parameters_changed=changed)
             self._leaf.set(self.loss.forward(outputs, labels), self.loss.count_correct(outputs, labels), len(labels))
@@ -472,18 +474,23 @@ class Trainer:
     def _shards(self, samples: int) -> Sequence[Shard]:
         return self._dealer.shards(split.micro_batch_count(samples, self.config.micro_batch_size))
 
-    def _micro_batch(self, rows: NDArray[np.int64], index: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return the normalized images (N, H, W, C) and the labels (N, ...) of one micro-batch."""
+    def _micro_batch(
+        self, rows: NDArray[np.int64], index: int, key: Key | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return the normalized images (N, H, W, C), augmented where a key is given, and the labels (N, ...)."""
         self._micro_batches += 1
         rows = split.micro_batch(rows, index, self.config.micro_batch_size)
         if len(rows) not in self._images:
             self._images[len(rows)] = aligned_empty((len(rows), *self.data.images.shape[1:]))
-        images = self.data.normalization.apply(self.data.images[rows], out=self._images[len(rows)])
-        return images, self.data.labels[rows]
+        images, out = self.data.images[rows], self._images[len(rows)]
+        if key is not None and self.augmentation is not None:
+            images = self.augmentation.apply(images, key, out=out)
+        return self.data.normalization.apply(images, out=out), self.data.labels[rows]
 
-    def _diverged(self, what: str) -> UserError:
+    def _diverged(self, what: str) -> DivergedError:
         """Return the error for sums that are no numbers; every rank has the same sums."""
-        error = UserError(f"{what}: training has diverged; start a new run with a smaller --lr than {self.config.lr:g}")
+        advice = f"start a new run with a smaller --lr than {self.config.lr:g}"
+        error = DivergedError(f"{what}: training has diverged; {advice}")
         error.agreed = True
         return error
 

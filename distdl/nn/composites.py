@@ -21,13 +21,13 @@ class Composite(Layer):
     """
 
     def __init__(self, ways: Sequence[tuple[str, Sequence[Layer]]]) -> None:
-        self._ways = [(name, list(layers)) for name, layers in ways]
+        self.ways = [(name, list(layers)) for name, layers in ways]
 
     def build(self, input_shape: Shape, dtype: DTypeLike) -> Shape:
         """Each way's first layer must take such an input."""
         super().build(input_shape, dtype)
         self.paths = [
-            (name, Path(layers, input_shape, dtype, self.form) if layers else None) for name, layers in self._ways
+            (name, Path(layers, input_shape, dtype, self.form) if layers else None) for name, layers in self.ways
         ]
         return self._joined_shape([input_shape if path is None else path.shapes[-1] for _, path in self.paths])
 
@@ -110,7 +110,7 @@ class Composite(Layer):
         return [(name, path) for name, path in self.paths if path is not None]
 
     def __str__(self) -> str:
-        ways = "; ".join(", ".join(map(str, layers)) or "as it is" for _, layers in self._ways)
+        ways = "; ".join(", ".join(map(str, layers)) or "as it is" for _, layers in self.ways)
         return f"{type(self).__name__} ({ways})"
 
 

@@ -21,23 +21,32 @@ WARM_UP_STEPS, STEPS = 3, 5
 MOST_BYTES = 64 * 1024
 
 
-def trainer_of(model, batch_size, micro_batch_size):
+def trainer_of(model, batch_size, micro_batch_size, augment=None):
     samples = batch_size * (WARM_UP_STEPS + STEPS)
     images = Key(0).of("pixels").words(samples * 98).view(np.uint8).reshape(samples, 28, 28, 1)
     rows, none = np.arange(samples), np.arange(0)
     data = Data(images, rows % 10, Split(rows, none, none), measure(images, rows), classes=10)
     network = build_model(model, (28, 28, 1), 10)
     network.initialize(Key(0).of("initialization"))
-    config = TrainConfig(model=model, batch_size=batch_size, micro_batch_size=micro_batch_size).checked()
+    sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
+    config = TrainConfig(model=model, augment=augment, **sizes).checked()
     optimizer = Adam(network.parameters.size, decay_slices=network.decay_slices)
     return Trainer(config, OneProcess(), data, TrainingState(network, optimizer), Follower())
 
 
-@pytest.mark.parametrize("model", ["mlp", "simple_convnet", "deep_convnet"])
+@pytest.mark.parametrize(
+    ("model", "augment"),
+    [
+        ("mlp", None),
+        ("simple_convnet", None),
+        ("deep_convnet", None),
+        ("mlp", "rotate=10,shift=2,scale=0.1,crop=2,flip,brightness=0.1"),
+    ],
+)
 @pytest.mark.parametrize("sizes", [(128, 16), (100, 25)])
-def test_a_steady_step_allocates_less_than_64_kib_at_any_moment_and_keeps_nothing(model, sizes):
+def test_a_steady_step_allocates_less_than_64_kib_at_any_moment_and_keeps_nothing(model, augment, sizes):
     with numerics(threads=1):
-        training = trainer_of(model, *sizes)
+        training = trainer_of(model, *sizes, augment=augment)
         for _ in range(WARM_UP_STEPS):
             training.step()
         tracemalloc.start()

@@ -1,0 +1,187 @@
+"""Images changed at random in training, so that a network sees more of them than there are (section 8.1.2).
+
+What is drawn for an image are the numbers of one affine map (mirrored, then turned and enlarged about the center, then
+moved) and a factor of brightness. For each pixel of the new image the map is followed backwards to a place in the old
+one, and the value there is the bilinear mean of the four pixels around it. Beyond the edge is background: zeros, as
+pixels are before they are normalized.
+
+Places are kept in fixed point, in steps of 1/256 of a pixel. So weights are whole numbers of 1/256: means of bytes are
+exact, no mean leaves the range of its four pixels, and turns by 90 degrees, mirrorings and moves by whole pixels copy.
+
+The random numbers come from a key that names seed, step and micro-batch, never from a rank.
+
+Dimensions: N samples, H height, W width, C channels; y grows downward, x to the right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distdl.arrays import aligned_empty, aligned_zeros
+from distdl.rng import Key
+from distdl.transforms import Transforms
+
+STEPS_PER_PIXEL = 256
+#: Pixels of background kept around an image: one before it, two behind it, so that each place has four pixels around.
+BEFORE, AROUND = 1, 3
+#: Random numbers of an image. All are drawn whatever is asked for, so one transform more leaves the others as they are.
+NUMBERS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """What is done to each of N images; all (N,) float64."""
+
+    angle: NDArray[np.float64]
+    """Radians, counterclockwise."""
+    scale: NDArray[np.float64]
+    down: NDArray[np.float64]
+    """Pixels."""
+    right: NDArray[np.float64]
+    mirror: NDArray[np.float64]
+    """-1 where the image is mirrored left to right, else 1."""
+    brightness: NDArray[np.float64]
+
+
+class Augmentation:
+    """Changes the images of a micro-batch as `transforms` says; keeps work arrays for each number of samples.
+
+    >>> flip = Augmentation.parse("flip,crop=1")
+    >>> images = np.arange(8, dtype=np.uint8).reshape(2, 2, 2, 1)
+    >>> first, again = (flip.apply(images, Key(0).of("training", 5, 3)) for _ in range(2))
+    >>> first.dtype.name, first.shape, bool((first == again).all())
+    ('float32', (2, 2, 2, 1), True)
+    """
+
+    def __init__(self, transforms: Transforms) -> None:
+        self.transforms = transforms
+        self._work: dict[tuple[int, ...], _Work] = {}
+
+    @staticmethod
+    def parse(text: str) -> Augmentation:
+        """Return what a text such as ``rotate=10,shift=2,flip`` asks for; see `Transforms` for names and units.
+
+        Raises `UserError`, in one line that names the part at fault.
+        """
+        return Augmentation(Transforms.parse(text))
+
+    def apply(self, images: NDArray[Any], key: Key, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Return the changed images (N, H, W, C) float32, in `out` where it is given: a function of images and key.
+
+        `images` (N, H, W, C) are uint8 or float32, not yet normalized, and stay as they are unless they are `out`.
+        """
+        return self.change(images, self.draw(key, len(images)), out)
+
+    def draw(self, key: Key, count: int) -> Draws:
+        """Return what is to be done to so many images; all numbers are uniform within what was asked for."""
+        asked = self.transforms
+        turn, grow, down, right, crop_y, crop_x, mirror, brighten = (
+            key.uniform(count * NUMBERS).reshape(count, NUMBERS).T
+        )
+        pieces = 2 * asked.crop + 1  # places along an axis that a piece can be cut from
+        return Draws(
+            angle=np.deg2rad(asked.rotate * (2 * turn - 1)),
+            scale=1 + asked.scale * (2 * grow - 1),
+            down=asked.shift * (2 * down - 1) + np.floor(crop_y * pieces) - asked.crop,
+            right=asked.shift * (2 * right - 1) + np.floor(crop_x * pieces) - asked.crop,
+            mirror=np.where(asked.flip & (mirror < 0.5), -1.0, 1.0),
+            brightness=1 + asked.brightness * (2 * brighten - 1),
+        )
+
+    def change(self, images: NDArray[Any], draws: Draws, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Return the images changed as drawn, as `apply` does."""
+        if out is None:
+            out = np.empty(images.shape, np.float32)
+        moved = self._moved(images, draws) if self.transforms.moves else images
+        np.multiply(moved, draws.brightness.astype(np.float32)[:, None, None, None], out=out)
+        return out
+
+    def _moved(self, images: NDArray[Any], draws: Draws) -> NDArray[np.float32]:
+        """Return the images under their affine maps, in a work array."""
+        N, H, W, C = images.shape
+        work = self._work.get(images.shape)
+        if work is None:
+            work = self._work[images.shape] = _Work(N, H, W, C)
+        work.framed[:, BEFORE : BEFORE + H, BEFORE : BEFORE + W] = images
+        y, x = work.y, work.x
+        terms = row_y, column_y, row_x, column_x = _places(draws, H, W)
+        np.add(row_y, column_y, out=y)
+        np.add(row_x, column_x, out=x)
+        np.clip(y, -STEPS_PER_PIXEL, H * STEPS_PER_PIXEL, out=y)
+        np.clip(x, -STEPS_PER_PIXEL, W * STEPS_PER_PIXEL, out=x)
+        between = any(np.any(term % STEPS_PER_PIXEL) for term in terms)
+        if between:
+            work.parts(y, work.part_y)
+            work.parts(x, work.part_x)
+
+        # Where the upper left of the four pixels is in all framed images, one after the other.
+        line = W + AROUND
+        y //= STEPS_PER_PIXEL
+        x //= STEPS_PER_PIXEL
+        y *= line
+        y += x
+        work.index[...] = y
+        work.index += work.first
+        pixels, places = work.framed.reshape(-1, C), work.index.reshape(-1)
+        upper, upper_right, lower, lower_right = work.corners
+        np.take(pixels, places, axis=0, out=upper, mode="wrap")  # the mode that needs no copy; none wraps
+        if between:
+            np.take(pixels[1:], places, axis=0, out=upper_right, mode="wrap")
+            np.take(pixels[line:], places, axis=0, out=lower, mode="wrap")
+            np.take(pixels[line + 1 :], places, axis=0, out=lower_right, mode="wrap")
+            _mean(upper, upper_right, work.part_x)
+            _mean(lower, lower_right, work.part_x)
+            _mean(upper, lower, work.part_y)
+        return upper.reshape(images.shape)
+
+
+def _places(draws: Draws, H: int, W: int) -> tuple[NDArray[np.int32], ...]:
+    """Return where each pixel's value comes from, in steps: terms y (N, H, 1) and (N, 1, W), then x the same.
+
+    A place is the sum of a term of the pixel's row and one of its column.
+    """
+    center_y, center_x = (H - 1) / 2, (W - 1) / 2
+    angle, scale, mirror = (each[:, None, None] for each in (draws.angle, draws.scale, draws.mirror))
+    cosine, sine = np.cos(angle) / scale, np.sin(angle) / scale
+    dy = np.arange(H)[:, None] - center_y - draws.down[:, None, None]
+    dx = np.arange(W) - center_x - draws.right[:, None, None]
+    return (
+        _in_steps(cosine * dy + center_y),
+        _in_steps(sine * dx),
+        _in_steps(-mirror * sine * dy),
+        _in_steps(mirror * cosine * dx + center_x),
+    )
+
+
+def _in_steps(pixels: NDArray[np.float64]) -> NDArray[np.int32]:
+    return np.rint(pixels * STEPS_PER_PIXEL).astype(np.int32)  # which holds eight million pixels each way
+
+
+def _mean(first: NDArray[np.float32], second: NDArray[np.float32], part: NDArray[np.float32]) -> None:
+    """Put ``first + part (second - first)`` into the first, and overwrite the second."""
+    second -= first
+    second *= part
+    first += second
+
+
+class _Work:
+    """Arrays made once for images (N, H, W, C)."""
+
+    def __init__(self, N: int, H: int, W: int, C: int) -> None:
+        frame = (H + AROUND) * (W + AROUND)
+        self.framed: NDArray[np.float32] = aligned_zeros((N, H + AROUND, W + AROUND, C))
+        self.y, self.x, self.rest = (aligned_empty((N, H, W), np.int32) for _ in range(3))
+        self.index = aligned_empty((N, H, W), np.intp)
+        self.first = (np.arange(N) * frame + BEFORE * (W + AROUND) + BEFORE).reshape(N, 1, 1)
+        self.part_y, self.part_x = (aligned_empty((N * H * W, 1), np.float32) for _ in range(2))
+        self.corners = [aligned_empty((N * H * W, C), np.float32) for _ in range(4)]
+
+    def parts(self, places: NDArray[np.int32], part: NDArray[np.float32]) -> None:
+        """Set `part` to how far each place lies beyond a whole pixel, 0 .. 255/256."""
+        np.bitwise_and(places, STEPS_PER_PIXEL - 1, out=self.rest)
+        part[...] = self.rest.reshape(-1, 1)
+        part *= np.float32(1 / STEPS_PER_PIXEL)

@@ -1,0 +1,233 @@
+"""Score trained networks: ``python -m distdl.evaluate RUN`` or several for an ensemble; ``--help`` lists all flags.
+
+A run folder stands for its newest intact checkpoint. Nothing is written into it. Under mpirun the ranks share the
+samples, and the figures are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distdl import startup
+from distdl.errors import UserError, unknown_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from distdl.engine.evaluation import Evaluation, Score, Trained
+
+#: Files that matplotlib writes, by the ends of their names.
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the flags of a command line; raise `UserError` in one line."""
+    parser = startup.OneLineParser(
+        prog="python -m distdl.evaluate",
+        description="Score trained networks on their test or validation part: each alone, and together as an ensemble.",
+        advice="--help lists all flags",
+    )
+    add = parser.add_argument
+    add(
+        "runs", nargs="+", type=Path, metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint; several: an ensemble"
+    )
+    add("--part", default="test", help="test or validation (default: %(default)s)")
+    add("--best", action="store_true", help="of each run the checkpoint with the best validation accuracy")
+    add("--data-dir", type=Path, help="folder with the dataset's files (default: that of the first run)")
+    add("--half", action="store_true", help="also with weights and activations stored as float16")
+    add("--confusion", action="store_true", help="print how often which class was taken for which")
+    add("--confusion-figure", type=Path, metavar="FILE.png", help="draw that; needs matplotlib")
+    add(
+        "--misclassified", type=Path, metavar="FILE.png", help="draw the images that were named wrong; needs matplotlib"
+    )
+    add("--json", type=Path, metavar="FILE", help="write all numbers there")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Load, score and show; return the exit code."""
+    given = parse(arguments)
+    startup.set_blas_threads(1)
+    from distdl.engine.evaluation import (  # noqa: PLC0415  NumPy reads the number of threads when it is loaded
+        PARTS,
+        evaluate,
+        in_half_precision,
+        load,
+    )
+    from distdl.figures import need_matplotlib  # noqa: PLC0415
+    from distdl.parallel import guard, together, world  # noqa: PLC0415
+
+    if given.part not in PARTS:
+        raise unknown_name("part", given.part, PARTS)
+    if given.confusion_figure or given.misclassified:
+        need_matplotlib()
+    communicator = world()
+    with guard(communicator):
+        speaks = communicator.rank == 0
+        together(communicator, lambda: _refuse_outputs(given) if speaks else None)
+        trained = load(given.runs, communicator, best=given.best, data_dir=given.data_dir)
+        together(communicator, lambda: _refuse_pictures_of(trained[0], given))
+        found = evaluate(trained, given.part, communicator)
+        half = evaluate(in_half_precision(trained), given.part, communicator) if given.half else None
+        together(communicator, lambda: _show(given, trained, found, half) if speaks else None)
+    return 0
+
+
+def _show(given: argparse.Namespace, trained: Sequence[Trained], found: Evaluation, half: Evaluation | None) -> None:
+    """Print the scores, and write the files that were asked for."""
+    from distdl import figures  # noqa: PLC0415
+    from distdl.engine.progress import Progress  # noqa: PLC0415
+
+    progress, data = Progress(live=False), trained[0].data
+    for complaint in (complaint for one in trained for complaint in one.complaints):
+        progress.warning(f"{complaint}; the one before it is used")
+    for line in report(trained, given.part, found, half):
+        progress.line(line)
+    matrix = figures.confusion_matrix(found.labels, found.predictions, data.classes) if data.answers else None
+    if given.confusion and matrix is not None:
+        for line in table_of(matrix.tolist()):
+            progress.line(line)
+    if given.confusion_figure and matrix is not None:
+        _save(figures.confusion(matrix), given.confusion_figure)
+    if given.misclassified:
+        _save(figures.misclassified(data.images[found.rows], found.labels, found.predictions), given.misclassified)
+    if given.json:
+        confusion = None if matrix is None else matrix.tolist()
+        numbers = as_json(trained, given.part, found, half) | {"confusion": confusion}
+        _write(given.json, (json.dumps(numbers, indent=2, allow_nan=False) + "\n").encode())
+    progress.line(summary_of(given.part, found, half))
+
+
+def report(trained: Sequence[Trained], part: str, found: Evaluation, half: Evaluation | None) -> list[str]:
+    """Return the table of scores: a line for each network, and one for all of them together."""
+    names = [str(one.given) for one in trained]
+    kinds = [f"{one.config.model}, step {one.step}" for one in trained]
+    scores = [list(pair) for pair in zip(found.scores, half.scores if half else found.scores, strict=True)]
+    if len(trained) > 1:
+        names.append(f"ensemble of {len(trained)}")
+        kinds.append("")
+        scores.append([found.ensemble, half.ensemble if half else found.ensemble])
+    wide, wider = max(map(len, names)), max(map(len, kinds))
+    columns = ("accuracy", "loss", "float16", "loss") if half else ("accuracy", "loss")
+    lines = [f"{trained[0].config.dataset}, {part} part: {len(found.rows)} samples"]
+    lines.append(f"{'':{wide + wider + 2}}" + "".join(f"{column:>10}" for column in columns))
+    for name, kind, of_name in zip(names, kinds, scores, strict=True):
+        shown = "".join(f"{_percent(score):>10}{score.loss:10.4f}" for score in of_name[: 2 if half else 1])
+        lines.append(f"{name:{wide}}  {kind:{wider}}{shown}")
+    return lines
+
+
+def table_of(confusion: Sequence[Sequence[int]]) -> list[str]:
+    """Return the matrix as lines of text, the true classes downwards, what they were taken for to the right.
+
+    >>> table_of([[5, 1], [0, 12]])
+    ['true/taken   0   1', '         0   5   1', '         1   0  12']
+    """
+    width = max(len(str(number)) for row in [*confusion, [len(confusion)]] for number in row) + 2
+    head = "true/taken" + "".join(f"{taken:{width}}" for taken in range(len(confusion)))
+    return [head, *(f"{true:10}" + "".join(f"{n:{width}}" for n in row) for true, row in enumerate(confusion))]
+
+
+def summary_of(part: str, found: Evaluation, half: Evaluation | None) -> str:
+    """Return the last line."""
+    members = len(found.scores)
+    of_several = f"ensemble of {members}, " if members > 1 else ""
+    in_half = f"; in float16: {_said(half.ensemble)}" if half else ""
+    what = "loss" if found.ensemble.accuracy is None else "accuracy"
+    return f"{part} {what}: {of_several}{_said(found.ensemble)}{in_half}"
+
+
+def _percent(score: Score) -> str:
+    return "–" if score.accuracy is None else f"{score.accuracy:.2%}"
+
+
+def _said(score: Score) -> str:
+    return f"{_percent(score)} ({score.correct} of {score.answers})" if score.answers else f"{score.loss:.6f}"
+
+
+def as_json(trained: Sequence[Trained], part: str, found: Evaluation, half: Evaluation | None) -> dict[str, Any]:
+    """Return all numbers, the same for any number of ranks; a loss that is not finite is None."""
+
+    def numbers(score: Score, in_half: Score | None) -> dict[str, Any]:
+        loss = score.loss if math.isfinite(score.loss) else None
+        said = {"accuracy": score.accuracy, "correct": score.correct, "loss": loss}
+        return said if in_half is None else {**said, "half": numbers(in_half, None)}
+
+    members = [
+        {
+            "run": str(one.given),
+            "checkpoint": str(one.path),
+            "step": one.step,
+            "model": one.config.model,
+            "seed": one.config.seed,
+            "weights_sha256": one.weights_sha256,
+            **numbers(found.scores[i], half.scores[i] if half else None),
+        }
+        for i, one in enumerate(trained)
+    ]
+    return {
+        "dataset": trained[0].config.dataset,
+        "part": part,
+        "samples": len(found.rows),
+        "classes": trained[0].data.classes,
+        "members": members,
+        "ensemble": numbers(found.ensemble, half.ensemble if half else None),
+    }
+
+
+def _refuse_outputs(given: argparse.Namespace) -> None:
+    """Raise `UserError` for a file that could not be written, before any work."""
+    from distdl.engine.files import try_folder  # noqa: PLC0415
+
+    for flag in ("confusion_figure", "misclassified", "json"):
+        path, name = getattr(given, flag), f"--{flag.replace('_', '-')}"
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UserError(f"{name} {path} is a folder: give the name of a file")
+        if flag != "json" and path.suffix.lower() not in PICTURES:
+            raise UserError(f"{name} {path}: expected a name that ends in {', '.join(PICTURES)}")
+        try:
+            try_folder(path.parent)
+        except OSError as error:
+            raise UserError(f"{name} {path} cannot be written: {error.strerror}; give another file") from None
+
+
+def _refuse_pictures_of(first: Trained, given: argparse.Namespace) -> None:
+    """Raise `UserError` where the answers are none that a flag could show."""
+    answers = first.data.answers
+    for flag, shows in (("confusion", answers > 0), ("confusion_figure", answers > 0), ("misclassified", answers == 1)):
+        if getattr(given, flag) and not shows:
+            what = "numbers" if not answers else "a label for each pixel"
+            raise UserError(
+                f"--{flag.replace('_', '-')} is for {'classes' if flag != 'misclassified' else 'one label an image'}: "
+                f"{first.config.dataset} has {what}; leave the flag out"
+            )
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a figure in the format that the name ends in."""
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:].lower())
+    _write(path, content.getvalue())
+
+
+def _write(path: Path, content: bytes) -> None:
+    from distdl.engine.files import write_durably  # noqa: PLC0415
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, content)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}; give another file") from None
+
+
+if __name__ == "__main__":
+    sys.exit(startup.run(main))

@@ -1,0 +1,277 @@
+"""What can be seen of a network, a training or an evaluation: functions that return matplotlib figures.
+
+They neither show nor save: `figure.savefig("name.png")` does, without any display. What they draw is worked out by
+plain NumPy functions beside them. matplotlib comes with ``pip install 'distdl-mpi[plots]'``.
+
+N samples, H height, W width, C channels, F filters, K classes. Sources: sections 6.2.2, 7.6 and 8.1.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distdl.errors import UserError
+from distdl.nn import Sequential
+from distdl.nn.between import activations
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, FigureBase
+
+INCHES_PER_IMAGE = 0.9
+#: Cells of a confusion matrix beyond this number a side have no count written into them.
+MOST_COUNTS = 20
+
+
+# ------------------------------------------------------------------------------------------------ what is to be drawn
+
+
+def scaled(images: NDArray[Any]) -> NDArray[np.float64]:
+    """Return images (N, H, W, C) with the least number of each at 0 and the greatest at 1; a constant one is 0.5.
+
+    >>> scaled(np.array([[-2.0, 0.0, 2.0], [3, 3, 3]]).reshape(2, 1, 3, 1)).reshape(2, 3)
+    array([[0. , 0.5, 1. ],
+           [0.5, 0.5, 0.5]])
+    """
+    exact = images.astype(np.float64)
+    least = exact.min(axis=(1, 2, 3), keepdims=True)
+    span = exact.max(axis=(1, 2, 3), keepdims=True) - least
+    return np.where(span > 0, (exact - least) / np.where(span > 0, span, 1), 0.5)
+
+
+def filter_images(weight: NDArray[Any]) -> NDArray[np.float64]:
+    """Return the filters of a convolution, whose weight is (FH, FW, C, F), as images (F, FH, FW, C or 1) in 0 .. 1.
+
+    Each is scaled by itself. Filters of one or three channels stay so; of other numbers the mean over the channels is
+    taken. Source: section 7.6.1.
+    """
+    images = weight.transpose(3, 0, 1, 2)
+    return scaled(images if images.shape[3] in {1, 3} else images.mean(axis=3, keepdims=True))
+
+
+def first_convolution(network: Sequential) -> tuple[str, NDArray[Any]]:
+    """Return the name and the weight (FH, FW, C, F) of the first convolution; raise `UserError` where there is none."""
+    for name, view in network.named_parameters():
+        if view.ndim == 4:
+            return name.removesuffix(".weight"), view
+    raise UserError("the network has no convolution, so no filters to show: expected one like simple_convnet")
+
+
+def confusion_matrix(labels: NDArray[Any], predictions: NDArray[Any], classes: int) -> NDArray[np.int64]:
+    """Return how many labels of each class (rows) were taken for each class (columns), (K, K); any shape, the same.
+
+    >>> confusion_matrix(np.array([0, 0, 1]), np.array([0, 1, 1]), 2)
+    array([[1, 1],
+           [0, 1]])
+    """
+    pairs = np.asarray(labels, np.int64) * classes + predictions
+    return (
+        np.bincount(pairs.reshape(-1), minlength=classes * classes)
+        .reshape(classes, classes)
+        .astype(np.int64, copy=False)
+    )
+
+
+def epochs_of(metrics: Path | Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the records of whole epochs from a ``metrics.jsonl`` or its records.
+
+    Raises `UserError` where the file cannot be read, or no epoch is in it.
+    """
+    records: Iterable[Mapping[str, Any]]
+    if isinstance(metrics, Path):
+        try:
+            records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {metrics}: {error}; expected the metrics.jsonl of a run") from None
+    else:
+        records = metrics
+    epochs = [record for record in records if "validation_loss" in record]
+    if not epochs:
+        raise UserError("the metrics have no whole epoch, so there are no curves to draw: train for one or more")
+    return epochs
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+def filters(networks: Sequential | Mapping[str, Sequential]) -> Figure:
+    """Return the filters of the first convolution; of several networks side by side, each under its title.
+
+    The least weight of each filter is black, the greatest white. Source: section 7.6.1.
+    """
+    by_title = {"": networks} if isinstance(networks, Sequential) else dict(networks)
+    shown = {title: filter_images(first_convolution(network)[1]) for title, network in by_title.items()}
+    columns = max(_columns(len(images)) for images in shown.values())
+    rows = max(-(-len(images) // columns) for images in shown.values())
+    figure = _figure(columns * len(shown), rows)
+    parts = np.atleast_1d(np.asarray(figure.subfigures(1, len(shown)), dtype=object))
+    for part, (title, images) in zip(parts, shown.items(), strict=True):
+        if title:
+            part.suptitle(title)
+        for axes, image in zip(_grid(part, len(images), columns, rows), images, strict=True):
+            _draw(axes, image)
+    return figure
+
+
+def feature_maps(network: Sequential, image: NDArray[Any], layer: str | None = None) -> Figure:
+    """Return an image (H, W, C), as the network takes it, and what a layer makes of it, a picture a channel.
+
+    `layer` is a name such as ``relu_1``; without it the first convolution is taken. Each map is scaled by itself.
+    Raises `UserError` where the network has no such layer, or the layer puts out no images. Source: section 7.6.
+    """
+    outputs = activations(network, np.ascontiguousarray(image[np.newaxis], network.dtype))
+    name = layer or first_convolution(network)[0].split(".")[0]
+    images = {known: output for known, output in outputs.items() if output.ndim == 4}
+    if name not in images:
+        raise UserError(f"no layer {name!r} puts out images: expected one of {', '.join(images) or 'none here'}")
+    maps = scaled(images[name].transpose(3, 1, 2, 0))
+    figure = _figure(_columns(1 + len(maps)), -(-(1 + len(maps)) // _columns(1 + len(maps))))
+    first, *others = _grid(figure, 1 + len(maps))
+    _draw(first, image, "input")
+    for axes, one in zip(others, maps, strict=True):
+        _draw(axes, one)
+    figure.suptitle(name)
+    return figure
+
+
+def misclassified(
+    images: NDArray[Any],
+    labels: NDArray[Any],
+    predictions: NDArray[Any],
+    names: Sequence[str] | None = None,
+    *,
+    most: int = 40,
+) -> Figure:
+    """Return those of the images (N, H, W, C) that were named wrong, each with its label and what it was taken for.
+
+    `labels` and `predictions` are (N,); `names` those of the classes. At most the first `most` are drawn; the title
+    counts all. Source: section 8.1.1.
+    """
+    wrong = np.flatnonzero(np.asarray(labels) != predictions)
+    shown = wrong[:most]
+    figure = _figure(_columns(len(shown)) * 1.4, -(-max(len(shown), 1) // _columns(len(shown))) * 1.5)
+    for axes, sample in zip(_grid(figure, len(shown)), shown.tolist(), strict=True):
+        true, taken = (str(which) if names is None else names[which] for which in (labels[sample], predictions[sample]))
+        _draw(axes, images[sample], f"{true}, taken for {taken}")
+    first = f", the first {len(shown)}" if len(shown) < len(wrong) else ""
+    figure.suptitle(f"{len(wrong)} of {len(labels)} named wrong{first}")
+    return figure
+
+
+def confusion(matrix: NDArray[Any], names: Sequence[str] | None = None) -> Figure:
+    """Return a confusion matrix (K, K): the true classes downwards, what they were taken for to the right.
+
+    The colour is that of the mistakes; the right answers on the diagonal, which are most, have none.
+    """
+    classes = len(matrix)
+    mistakes = np.where(np.eye(classes, dtype=bool), 0, matrix)
+    figure = _figure(max(classes * 0.6, 4), max(classes * 0.6, 4))
+    axes = figure.subplots()
+    axes.imshow(mistakes, cmap="Reds")
+    if classes <= MOST_COUNTS:
+        for true in range(classes):
+            for taken in range(classes):
+                dark = 2 * mistakes[true, taken] > max(int(mistakes.max()), 1)
+                colour = "white" if dark else "black"
+                axes.text(taken, true, str(matrix[true, taken]), ha="center", va="center", color=colour, fontsize=8)
+    ticks = range(classes) if classes <= MOST_COUNTS or names is not None else None
+    if ticks is not None:
+        labels = [str(which) if names is None else names[which] for which in ticks]
+        axes.set_xticks(ticks, labels, rotation=0 if names is None else 90)
+        axes.set_yticks(ticks, labels)
+    axes.set_xlabel("taken for")
+    axes.set_ylabel("true class")
+    total = int(np.sum(matrix))
+    axes.set_title(f"{int(np.trace(matrix))} of {total} named right")
+    return figure
+
+
+def activation_histograms(
+    of_layers: Mapping[str, NDArray[Any]], *, bins: int = 30, limits: tuple[float, float] | None = None
+) -> Figure:
+    """Return a histogram of what each layer puts out, any shape, side by side; `limits` are those of all, if given.
+
+    `distdl.nn.between.activations` makes such a mapping. Source: section 6.2.2.
+    """
+    figure = _figure(2.6 * max(len(of_layers), 1), 2.4, inches=1)
+    for axes, (name, outputs) in zip(_subplots(figure, 1, len(of_layers)), of_layers.items(), strict=False):
+        counts, edges = np.histogram(outputs, bins=bins, range=limits)
+        axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge")
+        axes.set_title(name)
+    return figure
+
+
+def curves(metrics: Path | Iterable[Mapping[str, Any]]) -> Figure:
+    """Return loss and accuracy over the epochs, in training and validation, from ``metrics.jsonl`` or its records.
+
+    What the records have none of, such as the accuracy of a regression, is left out.
+    """
+    epochs = epochs_of(metrics)
+    shown = [what for what in ("loss", "accuracy") if f"train_{what}" in epochs[0]]
+    figure = _figure(4.5 * len(shown), 3.6, inches=1)
+    for axes, what in zip(_subplots(figure, 1, len(shown)), shown, strict=True):
+        for part in ("train", "validation"):
+            values = [record[f"{part}_{what}"] for record in epochs]
+            axes.plot([record["epoch"] for record in epochs], values, label=part)
+        axes.set_xlabel("epoch")
+        axes.set_title(what)
+        axes.legend()
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------- with matplotlib
+
+
+def need_matplotlib() -> None:
+    """Raise `UserError` where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("drawing needs matplotlib, which is not installed: pip install 'distdl-mpi[plots]'")
+
+
+def _figure(columns: float, rows: float, *, inches: float = INCHES_PER_IMAGE) -> Figure:
+    """Return an empty figure of so many images' width and height."""
+    need_matplotlib()
+    from matplotlib.figure import Figure  # noqa: PLC0415  half a second, and not installed everywhere
+
+    return Figure(figsize=(max(columns * inches, 2.5), max(rows * inches, 1.5) + 0.5), layout="constrained")
+
+
+def _columns(count: int) -> int:
+    """Return how many of so many images stand side by side: about a square of them."""
+    return max(math.ceil(math.sqrt(count)), 1)
+
+
+def _subplots(figure: FigureBase, rows: int, columns: int) -> list[Axes]:
+    """Return the axes of a grid, row by row."""
+    return list(np.asarray(figure.subplots(rows, max(columns, 1), squeeze=False), dtype=object).ravel())
+
+
+def _grid(figure: FigureBase, count: int, columns: int | None = None, rows: int | None = None) -> Iterator[Axes]:
+    """Yield axes for so many images, without ticks; those left over are blank."""
+    columns = columns or _columns(count)
+    axes = _subplots(figure, rows or -(-max(count, 1) // columns), columns)
+    for one in axes:
+        one.set_axis_off()
+    yield from axes[:count]
+
+
+def _draw(axes: Axes, image: NDArray[Any], title: str = "") -> None:
+    """Draw an image (H, W, C), its least number black and its greatest white; the mean of all channels but of three.
+
+    Bytes of three channels are colours as they are.
+    """
+    colours = image.shape[-1] == 3
+    shown = image if colours else image.mean(axis=-1, keepdims=True)
+    if not (colours and image.dtype == np.uint8):
+        shown = scaled(shown[np.newaxis])[0]
+    axes.imshow(shown if colours else shown[..., 0], cmap="gray", vmin=0, vmax=1)
+    if title:
+        axes.set_title(title, fontsize=8)

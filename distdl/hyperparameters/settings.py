@@ -1,0 +1,222 @@
+"""What a search is asked to do, checked once. Neither NumPy nor MPI is imported here."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from distdl.config import FREE_TO_CHANGE_ON_RESUME, TrainConfig
+from distdl.errors import UserError, unknown_name
+
+METHODS = ("random", "halving")
+SCALES = ("linear", "log")
+#: The share of a round's trials that the next round builds on, where the user gives none.
+DEFAULT_KEEP = {"random": 0.25, "halving": 0.5}
+#: Of anything that is counted; more is a mistake.
+MOST = 2**20
+
+#: What does not change the result of a trial; all other settings of two searches must agree where one goes on.
+WITHOUT_EFFECT = (
+    *("config", "run_dir", "resume", "data_dir", "max_steps", "checkpoint_every", "keep_checkpoints", "log_every"),
+    *(
+        "stall_warning",
+        "detect_hangs",
+        "record_hashes",
+        "threads_per_rank",
+        "balance",
+        "verify_every",
+        "audit",
+        "trace",
+    ),
+)
+
+
+def _searchable() -> Iterator[tuple[str, bool]]:
+    for name, kind in typing.get_type_hints(TrainConfig).items():
+        kinds = set(typing.get_args(kind) or (kind,)) - {NoneType}
+        if kinds <= {int, float} and name not in FREE_TO_CHANGE_ON_RESUME | {"seed"}:
+            yield name, float not in kinds
+
+
+#: The settings of a training that can be searched, and whether they are whole numbers.
+SEARCHABLE = dict(_searchable())
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where a setting is looked for: from `low` to `high`, both included, on a linear or logarithmic scale."""
+
+    name: str
+    low: float
+    high: float
+    scale: str = "linear"
+
+    def __str__(self) -> str:
+        """As the command line has it."""
+        return f"{self.name.replace('_', '-')}={self.low!r}:{self.high!r}" + (":log" if self.scale == "log" else "")
+
+    @property
+    def whole(self) -> bool:
+        """Whether the setting is a whole number."""
+        return SEARCHABLE[self.name]
+
+    def checked(self) -> Range:
+        """Return the range, with whole numbers where the setting is one; raise `UserError` where it cannot be."""
+        if self.name not in SEARCHABLE:
+            raise unknown_name("setting to search", self.name, SEARCHABLE)
+        if self.scale not in SCALES:
+            raise unknown_name(f"scale of --range {self.name}", self.scale, SCALES)
+        if not (math.isfinite(self.low) and math.isfinite(self.high)):
+            raise UserError(f"--range {self}: expected two finite numbers")
+        if not self.low < self.high:
+            raise UserError(f"--range {self}: {self.low:g} is not below {self.high:g}; give the lower end first")
+        if self.scale == "log" and not self.low > 0:
+            raise UserError(f"--range {self}: a logarithmic scale begins above 0; give a higher low end, or no :log")
+        if not self.whole:
+            return replace(self, low=float(self.low), high=float(self.high))
+        if self.low != int(self.low) or self.high != int(self.high):
+            raise UserError(f"--range {self}: {self.name.replace('_', '-')} is a whole number; give whole ends")
+        return replace(self, low=int(self.low), high=int(self.high))
+
+
+def parse_range(text: str) -> Range:
+    """Return the range of a text like ``lr=1e-6:1e-2:log``; raise `UserError` otherwise.
+
+    >>> parse_range("weight-decay=1e-8:1e-4:log")
+    Range(name='weight_decay', low=1e-08, high=0.0001, scale='log')
+    """
+    name, _, rest = text.partition("=")
+    numbers = rest.split(":")
+    scale = numbers.pop() if len(numbers) == 3 else "linear"
+    try:
+        low, high = map(float, numbers)
+    except ValueError:
+        raise UserError(
+            f"--range {text[:80]!r}: expected a setting with its lowest and highest value, such as "
+            "lr=1e-6:1e-2:log, or batch-size=16:128 on a linear scale"
+        ) from None
+    return Range(name.replace("-", "_"), low, high, scale).checked()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A search: `config` is what all trials have in common."""
+
+    ranges: tuple[Range, ...]
+    config: TrainConfig = TrainConfig()  # noqa: RUF009  frozen
+    method: str = "random"
+    """random: each round draws new trials, from the ranges that the best of the round before span.
+    halving: all trials are drawn at first, and each round goes on with the best of the round before."""
+    rounds: int = 3
+    trials: int = 16
+    """Of a round; with halving, of the first round."""
+    keep: float | None = None
+    """The share of the trials of a round that the next one builds on; without it .25, and .5 for halving."""
+    seed: int = 0
+    """Of the drawn settings; trainings have that of `config`."""
+    ranks_per_trial: int = 1
+    out: Path | None = None
+    resume: bool = False
+
+    def checked(self) -> Settings:
+        """Return the settings with every default filled in; raise `UserError` for one that cannot be."""
+        if self.method not in METHODS:
+            raise unknown_name("method", self.method, METHODS)
+        settings = replace(
+            self,
+            ranges=tuple(one.checked() for one in self.ranges),
+            config=self.config.checked(),
+            keep=DEFAULT_KEEP[self.method] if self.keep is None else self.keep,
+        )
+        for flag, value in (
+            ("--rounds", self.rounds),
+            ("--trials", self.trials),
+            ("--ranks-per-trial", self.ranks_per_trial),
+        ):
+            if not 1 <= value <= MOST:
+                raise UserError(f"{flag} must be at least 1 and at most {MOST}, not {value}")
+        if self.seed < 0:
+            raise UserError(f"--seed must be at least 0, not {self.seed}")
+        if not 0 < settings.share < 1:
+            raise UserError(f"--keep must be above 0 and below 1, the share of the trials to keep, not {self.keep}")
+        if self.resume and self.out is None:
+            raise UserError("--resume goes on with the search in --out: give that folder too")
+        if "\0" in str(self.out):
+            raise UserError(f"--out {str(self.out)!r} holds a NUL character: no file can have this name")
+        settings._check_ranges()
+        settings._check_rounds()
+        return settings
+
+    @property
+    def share(self) -> float:
+        """The share of trials kept, of checked settings."""
+        assert self.keep is not None
+        return self.keep
+
+    @property
+    def epochs(self) -> list[int]:
+        """The epochs that a trial has been trained for at the end of each round, of checked settings."""
+        last = self.config.epoch_count
+        if self.method == "random":
+            return [last] * self.rounds
+        return [nearest(last * self.share ** (self.rounds - number)) for number in range(1, self.rounds + 1)]
+
+    def config_with(self, values: Mapping[str, Any]) -> TrainConfig:
+        """Return the config of a trial."""
+        return replace(self.config, **values)
+
+    def extremes(self) -> Iterator[TrainConfig]:
+        """Yield the configs at all corners of the ranges; raise `UserError` where one cannot be."""
+        names = [one.name for one in self.ranges]
+        for corner in itertools.product(*((one.low, one.high) for one in self.ranges)):
+            try:
+                yield self.config_with(dict(zip(names, corner, strict=True))).checked()
+            except UserError as error:
+                raise UserError(f"the ranges reach what cannot be: {error}") from None
+
+    def _check_ranges(self) -> None:
+        names = [one.name for one in self.ranges]
+        if not names:
+            raise UserError("there is nothing to search: give --range, such as --range lr=1e-6:1e-2:log")
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"--range {name.replace('_', '-')} is given {names.count(name)} times: give it once")
+        for _ in self.extremes():
+            pass
+
+    def _check_rounds(self) -> None:
+        if self.method == "random" and self.rounds > 1 and self.trials < 2:
+            raise UserError(f"--trials 1 leaves no range to narrow for --rounds {self.rounds}: give 2 trials or more")
+        epochs = self.epochs
+        if self.method == "halving" and not (epochs[0] and len(set(epochs)) == len(epochs)):
+            raise UserError(
+                f"--epochs {epochs[-1]} cannot be divided into --rounds {self.rounds} with --keep {self.share:g}, each "
+                f"longer than the one before ({', '.join(map(str, epochs))}): give more epochs or fewer rounds"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what decides on the results, as plain values."""
+        return {
+            "method": self.method,
+            "ranges": [str(one) for one in self.ranges],
+            "rounds": self.rounds,
+            "trials": self.trials,
+            "keep": self.share,
+            "seed": self.seed,
+            "config": {name: value for name, value in self.config.to_json().items() if name not in WITHOUT_EFFECT},
+        }
+
+
+def nearest(number: float) -> int:
+    """Return the nearest whole number, of two the higher.
+
+    >>> nearest(2.5), nearest(2.4)
+    (3, 2)
+    """
+    return math.floor(number + 0.5)

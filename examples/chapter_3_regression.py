@@ -1,0 +1,64 @@
+"""Numbers instead of classes: the identity as the output's activation, mean squared error as the loss (3.5, 4.2.1).
+
+    python examples/chapter_3_regression.py
+    mpirun -n 2 python examples/chapter_3_regression.py --dataset mnist --data-dir FOLDER
+
+Two numbers are to be told of each image: the row and the column of its ink's centre of mass, both in units of their
+standard deviation. Who always says the mean then has an error of 1.
+"""
+
+import json
+from dataclasses import replace
+
+import common
+import numpy as np
+
+from distdl import nn
+from distdl.config import TrainConfig
+from distdl.data import sources
+from distdl.engine import train
+from distdl.parallel import together
+
+
+def network(input_shape, numbers):
+    """Return a network with 50 hidden units, whose outputs are taken as they are."""
+    return nn.Sequential([nn.Flatten(), nn.Affine(50), nn.ReLU(), nn.Affine(numbers)], input_shape)
+
+
+def with_centres(data):
+    """Return the data set with float32 labels (N, 2): row and column of the centre of the ink, standardized."""
+    images = data.images[..., 0].astype(np.float64)
+    ink = images.sum(axis=(1, 2))
+    rows = images.sum(axis=2) @ np.arange(images.shape[1]) / ink
+    columns = images.sum(axis=1) @ np.arange(images.shape[2]) / ink
+    centres = np.stack([rows, columns], axis=1)
+    centres = (centres - centres.mean(axis=0)) / centres.std(axis=0)
+    return replace(data, name=f"{data.name}, centres", labels=centres.astype(np.float32), classes=2)
+
+
+def main(options):
+    """Train, and draw the loss of each epoch."""
+    loaded = together(options.communicator, lambda: sources.load(options.dataset, options.data_dir))
+    data = with_centres(loaded)
+    config = TrainConfig(
+        epochs=2 if options.quick else 60 if options.dataset == "digits" else 5,
+        lr=0.003,
+        schedule="cosine",
+        seed=options.seed,
+        run_dir=common.new_folder(options),
+    )
+    summary = train(config, options.communicator, dataset=data, build_network=network)
+
+    if options.communicator.rank == 0:
+        records = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+        figure, (ax,) = common.axes(1, 1)
+        for name in ("train_loss", "validation_loss"):
+            ax.semilogy([record[name] for record in records if name in record], label=name.split("_")[0])
+        ax.set(xlabel="epoch", ylabel="mean squared error")
+        ax.legend()
+        common.save(figure, options)
+    options.say(f"mean squared error on test data: {summary.test_loss:.4f} (who says the mean: about 1)")
+
+
+if __name__ == "__main__":
+    common.run(main, __doc__, has_data=True)

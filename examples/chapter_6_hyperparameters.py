@@ -1,0 +1,112 @@
+"""Learning rate and weight decay, searched at random and judged on validation data (section 6.5.2).
+
+    python examples/chapter_6_hyperparameters.py
+    mpirun -n 2 python examples/chapter_6_hyperparameters.py --dataset mnist --data-dir FOLDER
+
+Six hidden layers of 100 with ReLU on few samples, SGD, batches of 100, 50 epochs, 100 trainings: 50 from the book's
+ranges, and 50 from those that the best of them span. Every rank trains trials of its own; the figures are the same.
+"""
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from distdl import nn, startup
+from distdl.config import TrainConfig
+from distdl.data import sources
+from distdl.errors import UserError
+from distdl.hyperparameters.procedure import standing
+from distdl.hyperparameters.run import search
+from distdl.hyperparameters.settings import Range, Settings
+from distdl.parallel import together, world
+from distdl.rng import Key
+
+RANGES = (Range("lr", 1e-6, 1e-2, "log"), Range("weight_decay", 1e-8, 1e-4, "log"))
+#: Of which 15 % are validation and 15 % test data: 500 are seen while the search goes on, as in the book.
+SAMPLES = 588
+BOOK = "the book, on MNIST: .83 with lr .0092 and weight decay 3.86e-07"
+
+
+def multi_layer_net(input_shape, classes):
+    """Return the book's network of seven affine layers."""
+    hidden = [layer for _ in range(6) for layer in (nn.Affine(100, nn.He()), nn.ReLU())]
+    return nn.Sequential([nn.Flatten(), *hidden, nn.Affine(classes, nn.He())], input_shape)
+
+
+def few_samples(options):
+    """Return some samples of the data set, none of them from its own test part."""
+    whole = sources.load(options.dataset, options.data_dir)
+    rows = Key(options.seed).of("few samples").permutation(whole.test_start or len(whole.labels))[:SAMPLES]
+    return replace(whole, images=whole.images[rows], labels=whole.labels[rows], test_start=None)
+
+
+def draw(found, path):
+    """Draw how the best twenty trainings went on: a solid line for validation, a dashed one for training."""
+    from matplotlib.figure import Figure  # noqa: PLC0415  matplotlib is an extra
+
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    axes = figure.subplots(4, 5, sharex=True, sharey=True).flat
+    for number, (ax, record) in enumerate(zip(axes, standing(found.records), strict=False), start=1):
+        lines = (found.folder / record.run_folder / "metrics.jsonl").read_text().splitlines()
+        epochs = [epoch for epoch in map(json.loads, lines) if "validation_accuracy" in epoch]
+        ax.plot([epoch["validation_accuracy"] for epoch in epochs])
+        ax.plot([epoch["train_accuracy"] for epoch in epochs], "--")
+        ax.set(ylim=(0, 1))
+        lr, decay = record.settings["lr"], record.settings["weight_decay"]
+        ax.set_title(f"{number}: lr {lr:.2g}, decay {decay:.1g}", fontsize="small")
+    figure.savefig(path, dpi=100)
+
+
+def checked_options(arguments):
+    """Return the options; raise `UserError` for what cannot be."""
+    parser = startup.OneLineParser(description=__doc__.splitlines()[0], advice="--help lists all flags")
+    add = parser.add_argument
+    add("--dataset", default="digits", help="digits or mnist (default: %(default)s)")
+    add("--data-dir", type=Path, help="folder with the data set's files")
+    add("--seed", type=int, default=0, help="of all random numbers (default: %(default)s)")
+    add("--quick", action="store_true", help="a few steps only, to see whether it runs")
+    add("--out", type=Path, default=Path("runs", f"{Path(__file__).stem}.png"), help="the picture (%(default)s)")
+    options = parser.parse_args(arguments)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("the picture needs matplotlib, which is not installed: pip install 'distdl-mpi[plots]'")
+    if options.out.suffix != ".png":
+        raise UserError(f"--out {options.out}: expected a file name that ends in .png")
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {options.out} cannot be written: {error.strerror}; give another file") from None
+    return options
+
+
+def main(arguments):
+    """Search, draw the best trainings, and print the best beside the book's."""
+    options, communicator = checked_options(arguments), world()
+    dataset = together(communicator, lambda: few_samples(options))
+    trials, epochs = (3, 2) if options.quick else (50, 50)
+    config = TrainConfig(
+        dataset=options.dataset,
+        model=multi_layer_net.__name__,
+        optimizer="sgd",
+        batch_size=100,
+        micro_batch_size=50,
+        epochs=epochs,
+        seed=options.seed,
+    )
+    settings = Settings(ranges=RANGES, config=config, rounds=2, trials=trials, seed=options.seed)
+    found = search(settings, communicator, build_network=multi_layer_net, dataset=dataset)
+    if communicator.rank == 0:
+        draw(found, options.out)
+        print(f"picture: {options.out}")
+        best = found.best
+        lr, decay = best.settings["lr"], best.settings["weight_decay"]
+        print(
+            f"best: validation {best.validation_accuracy:.4f}, test {best.test_accuracy:.4f} "
+            f"with lr {lr:.2g} and weight decay {decay:.2e} ({BOOK})"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(startup.run(main))

@@ -1,0 +1,76 @@
+"""A label for each pixel, from a network of convolutions only: semantic segmentation (section 8.4, FCN).
+
+    python examples/chapter_8_segmentation.py
+    mpirun -n 2 python examples/chapter_8_segmentation.py --dataset mnist --data-dir FOLDER
+
+Every pixel of ink is to be named as the digit that it belongs to, every other one as background. Two poolings let a
+pixel see the whole digit; transposed convolutions bring the maps back to the size of the image.
+"""
+
+from dataclasses import replace
+
+import common
+import numpy as np
+
+from distdl import nn
+from distdl.config import TrainConfig
+from distdl.data import sources
+from distdl.engine import checkpoint, train
+from distdl.parallel import together
+
+BACKGROUND = 10
+
+
+def fully_convolutional(input_shape, classes):
+    """Return a small FCN; its output is (H, W, classes), for H and W that 4 divides."""
+    layers = [nn.Conv2d(32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(64, 3, padding=1), nn.ReLU()]
+    layers += [nn.ConvTranspose2d(32, 2, stride=2), nn.ReLU(), nn.ConvTranspose2d(32, 2, stride=2), nn.ReLU()]
+    return nn.Sequential([*layers, nn.Conv2d(classes, 1)], input_shape)
+
+
+def with_a_label_a_pixel(data):
+    """Return the data set with labels (N, H, W): the digit where there is ink, else the background."""
+    ink = data.images[..., 0] > data.images.max() // 4
+    labels = np.where(ink, data.labels[:, None, None], BACKGROUND)
+    return replace(data, name=f"{data.name}, a label a pixel", labels=labels, classes=BACKGROUND + 1)
+
+
+def trained_weights(folder, network):
+    """Copy the weights of a run's newest checkpoint into the network."""
+    tensors = checkpoint.read(max((folder / "checkpoints").glob("step-*"))).tensors
+    for name, parameter in network.named_parameters():
+        parameter[...] = tensors[name]
+
+
+def main(options):
+    """Train, and draw what the network makes of a few images."""
+    loaded = together(options.communicator, lambda: sources.load(options.dataset, options.data_dir))
+    data = with_a_label_a_pixel(loaded)
+    config = TrainConfig(
+        epochs=1 if options.quick else 40 if options.dataset == "digits" else 4,
+        lr=0.003,
+        seed=options.seed,
+        run_dir=common.new_folder(options),
+    )
+    summary = train(config, options.communicator, dataset=data, build_network=fully_convolutional)
+
+    if options.communicator.rank == 0:
+        network = fully_convolutional(data.images.shape[1:], data.classes)
+        trained_weights(config.run_dir, network)
+        rows = np.arange(len(data.images) - 6, len(data.images))
+        pixels = data.images[rows].astype(np.float32)
+        training = data.images[: len(data.images) // 2].astype(np.float64)
+        found = network.forward(((pixels - training.mean()) / training.std()).astype(np.float32)).argmax(axis=-1)
+        figure, axes = common.axes(3, len(rows))
+        for place, kind in enumerate((pixels[..., 0], data.labels[rows], found)):
+            for number, image in enumerate(kind):
+                ax = axes[place * len(rows) + number]
+                ax.imshow(image, cmap="tab20" if place else "gray", vmin=0, vmax=None if not place else BACKGROUND)
+                ax.set_axis_off()
+        common.save(figure, options)
+    options.say(f"test pixels named right: {summary.test_accuracy:.4f} (the book shows a picture)")
+
+
+if __name__ == "__main__":
+    common.run(main, __doc__, has_data=True)

@@ -1,0 +1,87 @@
+"""Augmented images are the same on any number of ranks and after any resume, and nothing but training sees them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from small_runs import VERY_RAGGED, piece_of_digits, remove, small_config, small_run, worlds
+
+from distdl.data.augmentation import Augmentation
+from distdl.engine import train
+from distdl.errors import UserError
+from distdl.parallel import OneProcess
+
+ALL = "rotate=10,shift=2,scale=0.1,crop=2,flip,brightness=0.1"
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("settings", [{}, {"audit": 1, "balance": True}, {"model": "deep_convnet", "epochs": 1}])
+def test_every_number_of_ranks_gives_the_bits_of_one_process(communicator, shared_tmp_path, settings):
+    """The audit computes micro-batches of other ranks again, and fails unless these see the same images."""
+    settings = {"augment": ALL, "rows": VERY_RAGGED, **settings}
+    expected = small_run(OneProcess(), shared_tmp_path / "one", **settings) if communicator.rank == 0 else None
+    for size, part in worlds(communicator):
+        found = small_run(part, shared_tmp_path / f"{size}", **settings)
+        if part.rank == 0:
+            assert found == expected, f"{size} ranks differ from one process"
+    remove(communicator, shared_tmp_path)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_stopped_on_one_number_of_ranks_and_resumed_on_another_gives_the_same_bits(communicator, shared_tmp_path):
+    expected = small_run(communicator, shared_tmp_path / "straight", augment=ALL)
+    for size, part in worlds(communicator, (1, 2)):
+        small_run(part, shared_tmp_path / f"{size}", augment=ALL, max_steps=4)
+    for size in (1, 2):
+        assert small_run(communicator, shared_tmp_path / f"{size}", augment=ALL, resume="auto") == expected
+    remove(communicator, shared_tmp_path)
+
+
+def test_what_is_asked_for_shows_in_the_receipt(tmp_path):
+    texts = [None, "flip", "rotate=10", "rotate=11", ALL]
+    found = [small_run(OneProcess(), tmp_path / f"{i}", augment=text)[0] for i, text in enumerate(texts)]
+    assert len(set(found)) == len(texts)
+    assert small_run(OneProcess(), tmp_path / "nothing", augment="rotate=0")[0] == found[0]
+
+
+def test_each_micro_batch_of_training_is_augmented_by_its_own_key_and_evaluation_by_none(tmp_path, monkeypatch):
+    """Of 85 samples in batches of 32 and micro-batches of 4; validation and test have 9 and 37 besides."""
+    keys, apply = [], Augmentation.apply
+
+    def watched(self, images, key, out=None):
+        keys.append((key.seed, *key.path, len(images)))
+        return apply(self, images, key, out)
+
+    monkeypatch.setattr(Augmentation, "apply", watched)
+    small_run(OneProcess(), tmp_path / "run", rows=VERY_RAGGED, augment=ALL, seed=3)
+    sizes = [[4] * 8, [4] * 8, [4] * 5 + [1]] * 2
+    assert keys == [
+        (3, "training", step, index, "augmentation", size)
+        for step, of_step in enumerate(sizes)
+        for index, size in enumerate(of_step)
+    ]
+
+
+def test_a_resume_with_another_augmentation_is_refused(tmp_path):
+    small_run(OneProcess(), tmp_path / "run", augment="flip", max_steps=1)
+    for other in (None, "flip,rotate=10"):
+        with pytest.raises(UserError, match=f"--augment is {other!r} here and 'flip' in the checkpoint"):
+            small_run(OneProcess(), tmp_path / "run", augment=other, resume="auto")
+
+
+@pytest.mark.mpi(min_size=2)
+def test_moves_out_of_sight_are_refused_by_all_ranks_before_anything_is_written(communicator, shared_tmp_path):
+    with pytest.raises(UserError, match="--augment crop=8 can move images of 8x8 pixels out of sight") as caught:
+        small_run(communicator, shared_tmp_path / "run", augment="crop=8")
+    assert caught.value.agreed
+    communicator.barrier()
+    assert not (shared_tmp_path / "run").exists()
+    remove(communicator, shared_tmp_path)
+
+
+def test_images_are_not_moved_away_from_the_labels_of_their_pixels(tmp_path):
+    digits = piece_of_digits(VERY_RAGGED)
+    masks = dataclasses.replace(digits, labels=(digits.images[..., 0] > 8).astype(np.int64), classes=2)
+    with pytest.raises(UserError, match="not the labels that they have here: give brightness alone"):
+        train(small_config(tmp_path / "run", augment="flip,brightness=0.1"), OneProcess(), dataset=masks)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,486 @@
+"""An evaluation gives the scores that the run has given itself, on any number of ranks, and leaves the run alone."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from bad_inputs import changes, mnist_files, picture, write_files
+from small_runs import VERY_RAGGED, piece_of_digits, remove, small_config, worlds
+from test_tasks import TASKS
+from test_tasks import run as run_task
+
+from distdl import evaluate as shown
+from distdl import startup
+from distdl.config import TrainConfig
+from distdl.data.split import micro_batch
+from distdl.engine import checkpoint as checkpoints
+from distdl.engine import train
+from distdl.engine.evaluation import evaluate, in_half_precision, load
+from distdl.errors import UserError
+from distdl.launcher import read_launch
+from distdl.nn import Affine, BatchNorm, Conv2d, Flatten, ReLU, Sequential, build_model
+from distdl.parallel import OneProcess
+
+alone = pytest.mark.skipif(read_launch().by is not None, reason="already under a launcher")
+MODELS = {"convnet": "simple_convnet", "mlp": "mlp"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Finished runs on the digits: of two networks with micro-batches of their own, and of another seed."""
+    folder = tmp_path_factory.mktemp("runs")
+    common = {"epochs": 3, "batch_size": 64}
+    for name, settings in {
+        "convnet": {"model": "simple_convnet", "micro_batch_size": 16, "lr": 0.003},
+        "mlp": {"model": "mlp", "micro_batch_size": 7},
+        "seed 1": {"model": "mlp", "seed": 1, "epochs": 1},
+    }.items():
+        train(TrainConfig(**{**common, **settings}, run_dir=folder / name), OneProcess())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mnist_runs(tmp_path_factory):
+    """Runs on a tiny set that has a test part of its own, in ``data``; ``other`` has other images."""
+    folder = tmp_path_factory.mktemp("mnist")
+    write_files(folder / "data", mnist_files())
+    write_files(folder / "other", mnist_files(training=21))
+    settings = {"dataset": "mnist", "data_dir": folder / "data", "model": "mlp", "epochs": 1}
+    for seed in (0, 1):
+        train(
+            TrainConfig(**settings, seed=seed, batch_size=8, micro_batch_size=4, run_dir=folder / f"{seed}"),
+            OneProcess(),
+        )
+    return folder
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def records_of(folder, name):
+    """The records in the metrics that have such a value."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if name in record]
+
+
+def command(arguments, folder, capsys, monkeypatch):
+    """Run the command in this process; return its exit code and what it said."""
+    monkeypatch.chdir(folder)
+    code = startup.run(shown.main, list(map(str, arguments)))
+    return code, *capsys.readouterr()
+
+
+def softmax(logits):
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def plain_logits(folder):
+    """The logits of the test part and its labels, from the tensors of the last checkpoint and little else."""
+    checkpoint = checkpoints.newest_intact(folder / "checkpoints")[1]
+    config = checkpoint.header["config"]
+    [trained] = load([folder], OneProcess())
+    network = build_model(config["model"], (8, 8, 1), 10)
+    for name, view in network.named_parameters():
+        view[...] = checkpoint.tensors[name]
+    rows, size, logits = trained.data.parts.test, config["micro_batch_size"], []
+    for index in range(-(-len(rows) // size)):
+        chosen = micro_batch(rows, index, size)
+        logits.append(network.forward(trained.data.normalization.apply(trained.data.images[chosen])).copy())
+    return np.concatenate(logits).astype(np.float64), trained.data.labels[rows]
+
+
+# ----------------------------------------------------------------------------------------------------------- one model
+
+
+@alone
+@pytest.mark.parametrize("name", MODELS)
+def test_the_test_score_is_that_of_the_run_to_the_last_bit(runs, name, tmp_path, capsys, monkeypatch):
+    code, out, err = command([runs / name, "--json", "numbers.json"], tmp_path, capsys, monkeypatch)
+    assert (code, err) == (0, "")
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    [member], [tested] = numbers["members"], records_of(runs / name, "test_accuracy")
+    assert member["accuracy"] == summary_of(runs / name)["test_accuracy"] == tested["test_accuracy"]
+    assert member["loss"] == tested["test_loss"]
+    assert member["weights_sha256"] == summary_of(runs / name)["weights_sha256"]
+    assert (member["model"], member["step"]) == (MODELS[name], summary_of(runs / name)["steps"])
+    assert numbers["samples"] == 269
+    assert out.splitlines()[-1] == f"test accuracy: {member['accuracy']:.2%} ({member['correct']} of 269)"
+
+
+@alone
+def test_the_validation_score_is_that_of_the_run_for_the_last_and_the_best_checkpoint(runs):
+    epochs = records_of(runs / "convnet", "validation_accuracy")
+    best = max(epochs, key=lambda record: record["validation_accuracy"])
+    for which, record in ((False, epochs[-1]), (True, best)):
+        [trained] = load([runs / "convnet"], OneProcess(), best=which)
+        score = evaluate([trained], "validation", OneProcess()).ensemble
+        assert trained.step == record["step"]
+        assert (score.accuracy, score.loss) == (record["validation_accuracy"], record["validation_loss"])
+
+
+@alone
+def test_a_checkpoint_is_scored_by_itself(runs):
+    epochs = records_of(runs / "convnet", "validation_accuracy")
+    for record in epochs[-2:]:
+        path = checkpoints.path_of_step(runs / "convnet" / "checkpoints", record["step"])
+        score = evaluate(load([path], OneProcess()), "validation", OneProcess()).ensemble
+        assert (score.accuracy, score.loss) == (record["validation_accuracy"], record["validation_loss"])
+
+
+@alone
+def test_two_ranks_print_and_write_what_one_process_does(runs, tmp_path, run_job):
+    from distdl.mpirun import mpirun_command
+
+    flags = [str(runs / "convnet"), str(runs / "mlp"), "--half", "--confusion", "--json=numbers.json"]
+    program = [sys.executable, "-m", "distdl.evaluate", *flags]
+    said = []
+    for ranks in (1, 2):
+        folder = tmp_path / f"{ranks}"
+        folder.mkdir()
+        if ranks == 1:
+            done = subprocess.run(program, cwd=folder, capture_output=True, text=True, check=False, timeout=60)
+        else:
+            done = run_job(mpirun_command(ranks, program), cwd=folder, timeout=60)
+        assert done.returncode == 0, done.stderr
+        said.append((done.stdout, (folder / "numbers.json").read_bytes()))
+    assert said[0] == said[1]
+    members = json.loads(said[1][1])["members"]
+    assert [member["accuracy"] for member in members] == [summary_of(runs / name)["test_accuracy"] for name in MODELS]
+
+
+@pytest.mark.mpi(min_size=2)
+def test_any_number_of_ranks_gives_the_bits_of_one_process(communicator, shared_tmp_path):
+    """The test part has 37 samples, so the last micro-batch is ragged, and some ranks have none at all."""
+    dataset, folders = piece_of_digits(VERY_RAGGED), [shared_tmp_path / "a", shared_tmp_path / "b"]
+
+    def scored(communicator):
+        trained = load(folders, communicator, dataset=dataset)
+        found = [evaluate(trained, "test", communicator), evaluate(in_half_precision(trained), "test", communicator)]
+        return [
+            [one.scores, one.ensemble, one.probabilities.tobytes(), one.predictions.tolist(), one.rows.tolist()]
+            for one in found
+        ]
+
+    expected = None
+    if communicator.rank == 0:
+        summary = train(small_config(folders[0], model="simple_convnet"), OneProcess(), dataset=dataset)
+        train(small_config(folders[1], model="mlp", micro_batch_size=16), OneProcess(), dataset=dataset)
+        expected = scored(OneProcess())
+        assert expected[0][0][0].accuracy == summary.test_accuracy
+    communicator.barrier()
+    for size, world in worlds(communicator, (1, 2, 3, 5, 8)):
+        found = scored(world)
+        given = world.allgather_json([str(one) for one in found])
+        assert given == [given[0]] * size
+        assert expected is None or found == expected
+    remove(communicator, shared_tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------- ensembles
+
+
+@alone
+def test_an_ensemble_is_the_mean_of_its_members_softmax(runs):
+    found = evaluate(load([runs / name for name in MODELS], OneProcess()), "test", OneProcess())
+    members = [plain_logits(runs / name) for name in MODELS]
+    labels = members[0][1]
+    mean = sum(softmax(logits) for logits, _ in members) / 2
+    assert np.allclose(found.probabilities, mean, rtol=1e-12, atol=0)
+    assert found.predictions.tolist() == mean.argmax(axis=1).tolist()
+    assert found.ensemble.correct == int((mean.argmax(axis=1) == labels).sum())
+    assert np.isclose(found.ensemble.loss, -np.log(mean[np.arange(len(labels)), labels]).mean(), rtol=1e-12)
+    for score, (logits, _) in zip(found.scores, members, strict=True):
+        assert score.correct == int((logits.argmax(axis=1) == labels).sum())
+    assert found.predictions.tolist() != members[0][0].argmax(axis=1).tolist()
+
+
+@alone
+def test_an_ensemble_of_one_is_the_one_and_so_is_one_given_twice(runs):
+    once = evaluate(load([runs / "mlp"], OneProcess()), "test", OneProcess())
+    twice = evaluate(load([runs / "mlp"] * 2, OneProcess()), "test", OneProcess())
+    assert once.ensemble == once.scores[0]
+    assert twice.scores == once.scores * 2
+    assert np.array_equal(twice.probabilities, once.probabilities)
+    assert np.array_equal(twice.predictions, once.predictions)
+    assert twice.ensemble.accuracy == once.ensemble.accuracy
+
+
+@alone
+def test_members_of_other_seeds_are_scored_together_where_the_test_part_is_the_sets_own(mnist_runs):
+    folders = [mnist_runs / "0", mnist_runs / "1"]
+    trained = load(folders, OneProcess())
+    found = evaluate(trained, "test", OneProcess())
+    tested = [records_of(folder, "test_loss")[0] for folder in folders]
+    assert [score.loss for score in found.scores] == [record["test_loss"] for record in tested]
+    assert [score.accuracy for score in found.scores] == [record["test_accuracy"] for record in tested]
+    assert not np.array_equal(trained[0].data.normalization.mean, trained[1].data.normalization.mean)
+    with pytest.raises(UserError, match=r"validation part .*--seed 1.*--seed 0"):
+        evaluate(trained, "validation", OneProcess())
+
+
+@alone
+def test_the_data_may_lie_in_another_folder_now(mnist_runs, tmp_path):
+    shutil.copytree(mnist_runs / "data", tmp_path / "moved")
+    shutil.copytree(mnist_runs / "0", tmp_path / "run")
+    found = evaluate(load([tmp_path / "run"], OneProcess(), data_dir=tmp_path / "moved"), "test", OneProcess())
+    assert found.ensemble.loss == records_of(mnist_runs / "0", "test_loss")[0]["test_loss"]
+
+
+# -------------------------------------------------------------------------------------------------------- other tasks
+
+
+def with_batch_norm(shape, outputs):
+    return Sequential([Conv2d(4, 3, padding=1), BatchNorm(), ReLU(), Flatten(), Affine(outputs)], shape)
+
+
+def plain_mean(task, outputs):
+    """The mean of the members' answers, and its loss, as they are defined."""
+    labels, members = outputs[0][1], [logits for logits, _ in outputs]
+    if task == "regression":
+        mean = sum(members) / len(members)
+        return mean, ((mean - labels) ** 2).mean()
+    if task == "logistic regression":
+        positive = sum(1 / (1 + np.exp(-logits)) for logits in members) / len(members)
+        mean = np.concatenate([1 - positive, positive], axis=1)
+    else:
+        each = [np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True) for logits in members]
+        mean = sum(each) / len(members)
+    return mean, -np.log(np.take_along_axis(mean, labels[..., np.newaxis], axis=-1)).mean()
+
+
+@alone
+@pytest.mark.parametrize("task", [*TASKS, "batch norm"])
+def test_every_task_is_scored_as_in_its_run_alone_and_as_an_ensemble(task, tmp_path):
+    name = "classification" if task == "batch norm" else task
+    dataset, build_network, settings = TASKS[name]
+    build_network = with_batch_norm if task == "batch norm" else build_network
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for seed, folder in enumerate(folders):
+        config = small_config(folder, seed=seed, lr=0.01, micro_batch_size=4 + seed, **settings)
+        train(config, OneProcess(), dataset=dataset, build_network=build_network)
+    trained = load(folders, OneProcess(), dataset=dataset, build_network=build_network)
+    found = evaluate(trained, "test", OneProcess())
+    outputs = []
+    for one, score, folder in zip(trained, found.scores, folders, strict=True):
+        summary = summary_of(folder)
+        assert (score.loss, score.accuracy) == (summary["test_loss"], summary["test_accuracy"])
+        assert one.weights_sha256 == summary["weights_sha256"]
+        rows = one.data.parts.test
+        images = one.data.normalization.apply(one.data.images[rows])
+        outputs.append((one.network.forward(images).astype(np.float64), dataset.labels[rows]))
+    mean, loss = plain_mean(name, outputs)
+    assert np.allclose(found.probabilities, mean, rtol=1e-4, atol=1e-6)
+    assert np.isclose(found.ensemble.loss, loss, rtol=1e-5)
+    if name == "regression":
+        assert found.ensemble.accuracy is None
+        assert np.array_equal(found.predictions, found.probabilities)
+    else:
+        assert np.array_equal(found.predictions, found.probabilities.argmax(axis=-1))
+        assert found.ensemble.accuracy == (found.predictions == outputs[0][1]).mean()
+    half = evaluate(in_half_precision(trained), "test", OneProcess())
+    assert 0 < abs(half.ensemble.loss - found.ensemble.loss) < 0.02 * abs(found.ensemble.loss)
+    alone = evaluate(trained[:1], "test", OneProcess())
+    assert alone.ensemble == found.scores[0]
+    if name != "regression":
+        assert int((alone.predictions == outputs[0][1]).sum()) == alone.ensemble.correct
+
+
+@alone
+def test_numbers_are_reported_by_their_loss_and_have_no_confusion(tmp_path):
+    dataset, build_network, _ = TASKS["regression"]
+    run_task(OneProcess(), tmp_path / "run", "regression")
+    trained = load([tmp_path / "run"], OneProcess(), dataset=dataset, build_network=build_network)
+    found = evaluate(trained, "test", OneProcess())
+    loss = summary_of(tmp_path / "run")["test_loss"]
+    assert shown.summary_of("test", found, None) == f"test loss: {loss:.6f}"
+    assert shown.report(trained, "test", found, None)[-1].endswith(f"–{loss:10.4f}")
+    numbers = shown.as_json(trained, "test", found, found)
+    assert numbers["ensemble"] == {
+        "accuracy": None,
+        "correct": 0,
+        "loss": loss,
+        "half": {"accuracy": None, "correct": 0, "loss": loss},
+    }
+    for flag in ("--confusion", "--confusion-figure=c.png", "--misclassified=m.png"):
+        with pytest.raises(UserError, match=f"{flag.split('=')[0]} is for .* task has numbers; leave the flag out"):
+            shown._refuse_pictures_of(trained[0], shown.parse([str(tmp_path), flag]))
+
+
+# ------------------------------------------------------------------------------------------- what is shown and written
+
+
+@alone
+def test_half_precision_stands_beside_full_and_differs_from_it(runs, tmp_path, capsys, monkeypatch):
+    flags = [runs / "convnet", "--half", "--json=numbers.json"]
+    code, out, _ = command(flags, tmp_path, capsys, monkeypatch)
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    [member] = numbers["members"]
+    assert code == 0
+    assert member["half"]["loss"] != member["loss"]
+    assert abs(member["half"]["loss"] - member["loss"]) < 0.01
+    assert abs(member["half"]["accuracy"] - member["accuracy"]) < 0.01
+    said = f"in float16: {member['half']['accuracy']:.2%} ({member['half']['correct']} of 269)"
+    assert out.splitlines()[-1].endswith(said)
+
+
+@alone
+def test_pictures_and_the_confusion_matrix_show_the_ensembles_answers(runs, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    flags = ["--confusion", "--confusion-figure=new/c.png", "--misclassified=m.svg", "--json=new/numbers.json"]
+    code, out, err = command([runs / "mlp", runs / "convnet", *flags], tmp_path, capsys, monkeypatch)
+    assert (code, err) == (0, "")
+    numbers = json.loads((tmp_path / "new" / "numbers.json").read_text())
+    lines = out.splitlines()
+    top = next(place for place, line in enumerate(lines) if line.startswith("true/taken"))
+    printed = [list(map(int, line.split())) for line in lines[top + 1 : top + 11]]
+    assert [line[1:] for line in printed] == numbers["confusion"]
+    found = evaluate(load([runs / "mlp", runs / "convnet"], OneProcess()), "test", OneProcess())
+    for true in range(10):
+        for taken in range(10):
+            both = (found.labels == true) & (found.predictions == taken)
+            assert numbers["confusion"][true][taken] == int(both.sum())
+    assert (tmp_path / "new" / "c.png").read_bytes()[:4] == b"\x89PNG"
+    assert b"<svg" in (tmp_path / "m.svg").read_bytes()[:500]
+
+
+@alone
+def test_the_run_folder_is_left_as_it_is(runs, tmp_path, capsys, monkeypatch):
+    def seen():
+        times = {path: path.stat().st_mtime_ns for path in [runs, *runs.rglob("*")]}
+        return picture(runs), times
+
+    before = seen()
+    for flags in (["--half"], ["--best", "--part=validation"]):
+        assert command([runs / "convnet", runs / "mlp", *flags], tmp_path, capsys, monkeypatch)[0] == 0
+    after = seen()
+    assert changes(before[0], after[0]) == []
+    assert after[1] == before[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@alone
+def test_a_damaged_newest_checkpoint_is_warned_of_and_the_one_before_is_used(runs, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(runs / "mlp", folder)
+    *_, before, newest = checkpoints.steps_in(folder / "checkpoints")
+    flip_a_bit(checkpoints.path_of_step(folder / "checkpoints", newest))
+    code, out, err = command([folder, "--part=validation"], tmp_path, capsys, monkeypatch)
+    assert code == 0
+    assert err.count("distdl: warning: ") == 1
+    assert f"step-{newest:09d}" in err
+    [record] = [record for record in records_of(folder, "validation_accuracy") if record["step"] == before]
+    assert f"{record['validation_accuracy']:.2%}" in out.splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def with_header(source, target, **changed):
+    """Write a checkpoint as an attacker or another version would: sealed, with something else in the header."""
+    found = checkpoints.read(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    header = {name: value for name, value in {**found.header, **changed}.items() if value is not None}
+    checkpoints.write(target, dataclasses.replace(found, header=header))
+
+
+@pytest.fixture(scope="module")
+def wrong(runs, mnist_runs, tmp_path_factory):
+    """A folder with all that cannot be evaluated."""
+    folder = tmp_path_factory.mktemp("wrong")
+    for name in ("mlp", "convnet", "seed 1"):
+        shutil.copytree(runs / name, folder / name)
+    shutil.copytree(mnist_runs / "0", folder / "mnist")
+    shutil.copytree(mnist_runs / "other", folder / "other-data")
+    (folder / "empty").mkdir()
+    (folder / "text").write_text("no checkpoint at all")
+    newest = checkpoints.newest_intact(folder / "mlp" / "checkpoints")[0]
+    config = checkpoints.read(newest).header["config"]
+    shutil.copytree(folder / "mlp", folder / "torn")
+    for path in (folder / "torn" / "checkpoints").iterdir():
+        flip_a_bit(path)
+    (folder / "short").write_bytes(newest.read_bytes()[:-1])
+    with_header(newest, folder / "from a script", config={**config, "model": "__main__:my_network"})
+    with_header(newest, folder / "another model", config={**config, "model": "simple_convnet"})
+    with_header(newest, folder / "another version", config={**config, "warp": 9})
+    with_header(newest, folder / "impossible", config={**config, "batch_size": 0})
+    with_header(newest, folder / "no data", data_sha256=None)
+    with_header(newest, folder / "not validated" / "checkpoints" / newest.name, progress={"best_step": None})
+    (folder / "linked" / "checkpoints").mkdir(parents=True)
+    (folder / "linked" / "checkpoints" / newest.name).symlink_to(newest)
+    return folder
+
+
+USER, DAMAGED = 2, 3
+REFUSED = {
+    "nothing to evaluate": ([], USER, ["RUN_OR_CHECKPOINT", "--help"]),
+    "an unknown flag": (["mlp", "--hlaf"], USER, ["--hlaf"]),
+    "an unknown part": (["mlp", "--part=tests"], USER, ["'tests'", "validation", "did you mean 'test'"]),
+    "no such folder": (["nowhere"], USER, ["nowhere", "no such checkpoint or run folder"]),
+    "a folder without checkpoints": (["empty"], USER, ["empty/checkpoints", "expected a run folder"]),
+    "one of several is none": (["mlp", "empty"], USER, ["empty/checkpoints"]),
+    "a file of another kind": (["text"], DAMAGED, ["text", "damaged"]),
+    "a damaged checkpoint": (["torn"], DAMAGED, ["torn/checkpoints/step-", "checksum"]),
+    "a truncated checkpoint": (["short"], DAMAGED, ["short", "announces"]),
+    "the best of a file": (["short", "--best"], USER, ["--best", "short", "is a file"]),
+    "no best yet": (["not validated", "--best"], USER, ["not validated", "no best checkpoint"]),
+    "a checkpoint that is a link": (["linked"], USER, ["symbolic link"]),
+    "no hash of the data": (["no data"], DAMAGED, ["no data", "data_sha256"]),
+    "another dataset": (["mnist", "--data-dir=other-data"], USER, ["mnist/checkpoints", "other images", "--data-dir"]),
+    "no data": (["mnist", "--data-dir=empty"], USER, ["empty", "--data-dir"]),
+    "members of two datasets": (["mlp", "mnist"], USER, ["mnist", "digits", "expected one dataset"]),
+    "members of two splits": (["mlp", "seed 1"], USER, ["seed 1", "--seed 1", "--seed 0", "other samples"]),
+    "a network from a script": (["from a script"], USER, ["__main__:my_network", "build_network"]),
+    "tensors of another model": (["another model"], USER, ["another model", "affine_1.weight"]),
+    "a setting of another version": (["another version"], USER, ["another version", "warp"]),
+    "a setting that cannot be": (["impossible"], USER, ["impossible", "--batch-size"]),
+    "json into a folder": (["mlp", "--json=empty"], USER, ["--json", "empty", "is a folder"]),
+    "json below a file": (["mlp", "--json=text/numbers"], USER, ["--json", "text/numbers"]),
+    "a picture of no kind": (["mlp", "--misclassified=m.bmp"], USER, ["--misclassified", "m.bmp", ".png"]),
+}
+
+
+@alone
+@pytest.mark.parametrize("what", REFUSED)
+def test_it_is_said_in_one_line_and_nothing_is_left(what, wrong, capsys, monkeypatch):
+    flags, expected, words = REFUSED[what]
+    before = picture(wrong)
+    code, out, err = command(flags, wrong, capsys, monkeypatch)
+    assert (code, out) == (expected, ""), err
+    assert err.startswith("distdl: error: ")
+    assert len(err.splitlines()) == 1
+    assert [word for word in words if word not in err] == []
+    assert changes(before, picture(wrong)) == []
+
+
+@alone
+def test_without_matplotlib_the_extra_is_named_before_any_work(wrong, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, out, err = command(["nowhere", "--confusion-figure=c.png"], wrong, capsys, monkeypatch)
+    assert (code, out) == (USER, "")
+    assert "pip install 'distdl-mpi[plots]'" in err
+
+
+@alone
+@pytest.mark.parametrize("what", ["a damaged checkpoint", "members of two splits"])
+def test_two_ranks_say_it_once_between_them(what, wrong, run_job):
+    from distdl.mpirun import mpirun_command
+
+    flags, expected, words = REFUSED[what]
+    done = run_job(mpirun_command(2, [sys.executable, "-m", "distdl.evaluate", *flags]), cwd=wrong, timeout=60)
+    assert done.returncode == expected, done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("distdl: ")]
+    assert len(told) == 1
+    assert [word for word in words if word not in told[0]] == []
+    assert "Traceback" not in done.stderr
