@@ -41,6 +41,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--part", default="test", help="test or validation (default: %(default)s)")
     add("--best", action="store_true", help="of each run the checkpoint with the best validation accuracy")
     add("--data-dir", type=Path, help="folder with the dataset's files (default: that of the first run)")
+    add("--model", metavar="FILE.py:FUNCTION", help="your own model that the runs were trained with; it is run")
     add("--half", action="store_true", help="also with weights and activations stored as float16")
     add("--confusion", action="store_true", help="print how often which class was taken for which")
     add("--confusion-figure", type=Path, metavar="FILE.png", help="draw that; needs matplotlib")
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str]) -> int:
         in_half_precision,
         load,
     )
+    from distdl.engine.own_model import network_builder  # noqa: PLC0415
     from distdl.figures import need_matplotlib  # noqa: PLC0415
     from distdl.parallel import guard, together, world  # noqa: PLC0415
 
@@ -72,7 +74,8 @@ def main(arguments: Sequence[str]) -> int:
     with guard(communicator):
         speaks = communicator.rank == 0
         together(communicator, lambda: _refuse_outputs(given) if speaks else None)
-        trained = load(given.runs, communicator, best=given.best, data_dir=given.data_dir)
+        build = together(communicator, lambda: network_builder(given.model) if given.model else None)
+        trained = load(given.runs, communicator, best=given.best, data_dir=given.data_dir, build_network=build)
         together(communicator, lambda: _refuse_pictures_of(trained[0], given))
         found = evaluate(trained, given.part, communicator)
         half = evaluate(in_half_precision(trained), given.part, communicator) if given.half else None

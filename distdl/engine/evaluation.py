@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.arrays import aligned_empty
-from distdl.config import TrainConfig
+from distdl.config import TrainConfig, is_own_model
 from distdl.data import sources, split
 from distdl.data.normalization import Normalization
 from distdl.engine import checkpoint as checkpoints
@@ -338,6 +338,10 @@ def _data_of(config: TrainConfig, arrays: dict[str, NDArray[Any]]) -> Data:
 def _network(config: TrainConfig, path: str, data: Data, build_network: BuildNetwork | None) -> Sequential:
     """Build the network that a config names."""
     height, width, channels = data.images.shape[1:]
+    if build_network is None and is_own_model(config.model):  # no file is run because a checkpoint names it
+        raise UserError(
+            f"{path} was trained with a model of its own: if you trust that file, add --model {config.model}"
+        )
     try:
         build = build_network or (lambda shape, classes: build_model(config.model, shape, classes))
         network = build((height, width, channels), outputs_of(config, data)[-1])

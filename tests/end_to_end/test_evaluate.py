@@ -99,6 +99,28 @@ def plain_logits(folder):
 
 
 @alone
+def test_a_model_of_ones_own_is_run_only_where_the_command_names_it(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from pathlib import Path\n"
+        "from distdl.nn import Affine, Flatten, Sequential\n"
+        "Path(__file__).with_name('was run').touch()\n"
+        "def model(shape, classes):\n"
+        "    return Sequential([Flatten(), Affine(classes)], shape)\n"
+    )
+    name = f"{file}:model"
+    summary = train(TrainConfig(model=name, epochs=1, run_dir=tmp_path / "run"), OneProcess())
+    (tmp_path / "was run").unlink()
+    assert command([str(tmp_path / "run")], tmp_path, capsys, monkeypatch)[0] == 2
+    assert not (tmp_path / "was run").exists()
+    with pytest.raises(UserError, match=r"if you trust that file, add --model .*mine\.py:model"):
+        load([tmp_path / "run"], OneProcess())
+    code, output, _ = command([str(tmp_path / "run"), "--model", name], tmp_path, capsys, monkeypatch)
+    assert code == 0
+    assert f"{summary.test_accuracy:.2%}" in output
+
+
+@alone
 @pytest.mark.parametrize("name", MODELS)
 def test_the_test_score_is_that_of_the_run_to_the_last_bit(runs, name, tmp_path, capsys, monkeypatch):
     code, out, err = command([runs / name, "--json", "numbers.json"], tmp_path, capsys, monkeypatch)
