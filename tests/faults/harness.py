@@ -227,14 +227,17 @@ class Job:
 
         return self.wait_until(reached, f"record of step {step}")
 
-    def finish(self, seconds: float = SECONDS) -> Outcome:
-        """Wait for the end and return what is left; raise `Hang`, with the stacks of all ranks, if none comes."""
-        self.wait_until(lambda: self.process.poll() is not None, "end", seconds)
-        return self._outcome(self.process.returncode, wait=True)
+    def finish(self, seconds: float = SECONDS, *, leave: float = SECONDS_TO_LEAVE) -> Outcome:
+        """Wait for the end and return what is left `leave` seconds later, or as soon as no process is.
 
-    def _outcome(self, code: int, *, wait: bool = False) -> Outcome:
-        ends = time.monotonic() + SECONDS_TO_LEAVE
-        while wait and self.processes() and time.monotonic() < ends:
+        Raises `Hang`, with the stacks of all ranks, if no end comes.
+        """
+        self.wait_until(lambda: self.process.poll() is not None, "end", seconds)
+        return self._outcome(self.process.returncode, leave=leave)
+
+    def _outcome(self, code: int, *, leave: float = 0.0) -> Outcome:
+        ends = time.monotonic() + leave
+        while self.processes() and time.monotonic() < ends:
             time.sleep(0.02)
         return Outcome(
             code,

@@ -17,7 +17,7 @@ import threading
 from contextlib import suppress
 
 import pytest
-from harness import LONG, STEPS, Job, assert_resumable
+from harness import LONG, SECONDS, STEPS, Job, assert_resumable
 from test_kills import SURVIVED, assert_as_if_nothing_had_happened
 
 pytestmark = [pytest.mark.usefixtures("ulfm"), pytest.mark.may_skip]
@@ -126,7 +126,7 @@ def test_a_host_that_is_lost_ends_the_job(row, undisturbed, fault):
                 hosts.cut()
             else:
                 hosts.kill(hosts.names[1])
-            outcome = job.finish()
+            outcome = job.finish(leave=SECONDS)  # of a cut cable each host hears in its own time
         said = rf"Remote (daemon|host):.*{hosts.names[1]}"  # of several complaints the one that mpirun comes to first
         assert re.search(said, outcome.output + outcome.errors), str(outcome)
         assert outcome.receipt is None, str(outcome)
