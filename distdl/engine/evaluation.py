@@ -340,7 +340,8 @@ def _network(config: TrainConfig, path: str, data: Data, build_network: BuildNet
     height, width, channels = data.images.shape[1:]
     if build_network is None and is_own_model(config.model):  # no file is run because a checkpoint names it
         raise UserError(
-            f"{path} was trained with a model of its own: if you trust that file, add --model {config.model}"
+            f"cannot build the network of {path}: it was trained with a model of its own; if you trust that code, add "
+            f"--model {config.model}, or give build_network to load(…) of distdl.engine.evaluation from a script"
         )
     try:
         build = build_network or (lambda shape, classes: build_model(config.model, shape, classes))

@@ -113,7 +113,7 @@ def test_a_model_of_ones_own_is_run_only_where_the_command_names_it(tmp_path, ca
     (tmp_path / "was run").unlink()
     assert command([str(tmp_path / "run")], tmp_path, capsys, monkeypatch)[0] == 2
     assert not (tmp_path / "was run").exists()
-    with pytest.raises(UserError, match=r"if you trust that file, add --model .*mine\.py:model"):
+    with pytest.raises(UserError, match=r"if you trust that code, add --model .*mine\.py:model"):
         load([tmp_path / "run"], OneProcess())
     code, output, _ = command([str(tmp_path / "run"), "--model", name], tmp_path, capsys, monkeypatch)
     assert code == 0
