@@ -1,4 +1,4 @@
-"""Numbers instead of classes: the identity as the output's activation, mean squared error as the loss (3.5, 4.2.1).
+"""Numbers instead of classes: the identity as output, mean squared error as the loss (sections 3.5 and 4.2.1).
 
     python examples/chapter_3_regression.py
     mpirun -n 2 python examples/chapter_3_regression.py --dataset mnist --data-dir FOLDER
@@ -57,7 +57,9 @@ def main(options):
         ax.set(xlabel="epoch", ylabel="mean squared error")
         ax.legend()
         common.save(figure, options)
-    options.say(f"mean squared error on test data: {summary.test_loss:.4f} (who says the mean: about 1)")
+    options.say(
+        f"mean squared error on test data: {summary.test_loss:.4f} (who says the mean: about 1; the book has none)"
+    )
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def run_with_traps(run_job, tmp_path, traps, ranks, more=""):
         ),
         pytest.param(
             3,
-            [[0, "distdl.engine.run:_read", "after", 1], [1, "distdl.engine.run:Coordinator", "after", 1]],
+            [[0, "distdl.engine.run:read_data", "after", 1], [1, "distdl.engine.run:Coordinator", "after", 1]],
             [(0, [0, 1], 1)],
             id="while distributing data, and with the run folder made",
         ),

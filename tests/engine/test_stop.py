@@ -75,7 +75,7 @@ def test_a_signal_in_the_last_step_changes_nothing(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_before_the_first_step_stops_at_once(tmp_path, monkeypatch):
-    signal_at(monkeypatch, 1, signal.SIGINT, name="_read", of=engine_run)
+    signal_at(monkeypatch, 1, signal.SIGINT, name="read_data", of=engine_run)
     with pytest.raises(KeyboardInterrupt):
         small_run(OneProcess(), tmp_path / "run")
 
