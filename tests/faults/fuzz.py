@@ -7,6 +7,7 @@ printed as JSON; a failure names seed and number, and ``fuzz.py KIND SEED COUNT 
 
 from __future__ import annotations
 
+import copy
 import gzip
 import hashlib
 import io
@@ -282,9 +283,9 @@ def _alter_json(rng: random.Random, value: dict) -> None:
         if what == 0:
             value.pop(key, None)
         elif what == 1:
-            value[rng.choice(["x", "../../x", key + "x", "/tmp/x", ""])] = rng.choice(VALUES)
+            value[rng.choice(["x", "../../x", key + "x", "/tmp/x", ""])] = copy.deepcopy(rng.choice(VALUES))
         else:
-            value[key] = rng.choice(VALUES)
+            value[key] = copy.deepcopy(rng.choice(VALUES))  # it may be altered next
         return
 
 

@@ -248,9 +248,10 @@ class Job:
             [f"pid {pid} (rank {rank})" for pid, rank in self.processes().items()],
             sorted(name for name in self.shared_files if Path(name).exists())
             + sorted(
-                str(path)
-                for path in self.temporary.rglob("*")
-                if path.is_file() and path.name not in {"output.txt", "errors.txt"}
+                os.path.join(folder, name)
+                for folder, _, names in os.walk(self.temporary)  # which does not mind what vanishes meanwhile
+                for name in names
+                if name not in {"output.txt", "errors.txt"}
             ),
         )
 
