@@ -248,7 +248,7 @@ class Job:
             [f"pid {pid} (rank {rank})" for pid, rank in self.processes().items()],
             sorted(name for name in self.shared_files if Path(name).exists())
             + sorted(
-                os.path.join(folder, name)
+                str(Path(folder, name))
                 for folder, _, names in os.walk(self.temporary)  # which does not mind what vanishes meanwhile
                 for name in names
                 if name not in {"output.txt", "errors.txt"}
