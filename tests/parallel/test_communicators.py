@@ -104,12 +104,13 @@ def leftovers():
     return {path.name for path in Path("/dev/shm").glob("distdl-memory-*")}
 
 
-def nothing_new_but(before):
-    """Return whether what has come since is gone again; another job's file lives for some milliseconds."""
+def assert_nothing_new_but(before, communicator):
+    """What has come since is gone again; another job's file lives for some milliseconds."""
     deadline = time.monotonic() + 5
     while (new := leftovers() - before) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return not new
+    communicator.barrier()  # nobody makes files for the next test while another still looks
+    assert not new
 
 
 def assert_shared(communicator, **keywords):
@@ -124,7 +125,7 @@ def assert_shared(communicator, **keywords):
         with pytest.raises(ValueError, match="read-only"):
             shared[name][...] = 0
     communicator.barrier()
-    assert nothing_new_but(before)
+    assert_nothing_new_but(before, communicator)
 
 
 def test_one_process_shares_arrays_with_itself():
@@ -176,7 +177,7 @@ def test_no_room_anywhere_is_an_error_on_every_rank(communicator, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UserError, match=r"no room for .* MB of the dataset.*No space left on device"):
         share_arrays(communicator, ARRAYS if communicator.rank == 0 else {})
-    assert nothing_new_but(before)
+    assert_nothing_new_but(before, communicator)
 
 
 @pytest.mark.mpi(min_size=2)
@@ -197,7 +198,7 @@ def test_a_node_that_fails_leaves_no_file_on_any_node(what, communicator, monkey
         share_arrays(communicator, ARRAYS if communicator.rank == 0 else {}, node=node)
     node.free()
     communicator.barrier()
-    assert nothing_new_but(before)
+    assert_nothing_new_but(before, communicator)
 
 
 @pytest.mark.mpi(min_size=2)
