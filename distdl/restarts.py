@@ -49,6 +49,8 @@ PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signa
 RUNS = Path("runs")
 #: How long a rank may outlive its launcher and hold the run folder; it should be a second.
 SECONDS_TO_LET_GO = 60.0
+#: How long `mpirun` may take to end at a second signal.
+SECONDS_TO_END = 20.0
 
 #: Returns the command line and the environment that start a job with the given flags of the program.
 CommandOf = Callable[[Sequence[str]], tuple[Sequence[str], dict[str, str]]]
@@ -116,6 +118,7 @@ class _Job:
 
     def __init__(self) -> None:
         self.stopping = False
+        self._told_twice: float | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._pending: list[int] = []
         for number in PASSED_ON:
@@ -140,11 +143,22 @@ class _Job:
         )
         while self._pending:  # came while it was started
             self._process.send_signal(self._pending.pop())
-        code = self._process.wait()
+        code = self._ended(self._process)
         self._process = None
         return code if code >= 0 else 128 - code
 
+    def _ended(self, process: subprocess.Popen[bytes]) -> int:
+        """Wait for the end; kill an `mpirun` that a second signal has not ended, as happens to a busy Open MPI."""
+        while True:
+            try:
+                return process.wait(timeout=1.0)
+            except subprocess.TimeoutExpired:
+                if self._told_twice is not None and time.monotonic() > self._told_twice + SECONDS_TO_END:
+                    process.kill()
+
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
+        if self.stopping and self._told_twice is None:
+            self._told_twice = time.monotonic()
         self.stopping = True
         if self._process is None:
             self._pending.append(number)

@@ -191,6 +191,27 @@ def test_a_signal_ends_the_job_and_the_restarts(tmp_path, number):
     until(lambda: are_gone(ranks_of(tmp_path)))
 
 
+def test_a_launcher_that_hangs_at_a_second_signal_is_killed(tmp_path):
+    program = """
+import os, signal, sys, threading, time
+from distdl import restarts
+restarts.SECONDS_TO_END = 1.0
+deaf = "import pathlib, signal, time; signal.signal(15, signal.SIG_IGN); pathlib.Path('deaf').touch(); time.sleep(600)"
+def tell():
+    while not os.path.exists("deaf"):
+        time.sleep(0.01)
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+threading.Thread(target=tell).start()
+print(restarts._Job().run([sys.executable, "-c", deaf], dict(os.environ)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout == f"{128 + signal.SIGKILL}\n"
+
+
 @needs_mpirun
 def test_a_signal_to_the_supervisor_reaches_every_rank(tmp_path):
     trap = (
