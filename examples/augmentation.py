@@ -8,10 +8,10 @@ learns from 300 images twice, without and with augmentation, and is tested on im
 """
 
 import dataclasses
-import importlib.util
 import sys
 from pathlib import Path
 
+import common
 import numpy as np
 
 from distdl import startup
@@ -19,7 +19,6 @@ from distdl.config import TrainConfig
 from distdl.data import sources
 from distdl.data.augmentation import Augmentation
 from distdl.engine import train
-from distdl.errors import UserError
 from distdl.parallel import guard, together, world
 from distdl.rng import Key
 
@@ -41,18 +40,6 @@ def parsed(arguments):
     parser.add_argument("--epochs", type=int, default=80, help="of each training (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs", "augmentation.png"), help="default: %(default)s")
     return parser.parse_args(arguments)
-
-
-def checked_out(out):
-    """Raise `UserError` where the picture could not be written later on."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("the picture needs matplotlib, which is not installed: pip install 'distdl-mpi[plots]'")
-    if out.suffix != ".png":
-        raise UserError(f"--out {out}: expected a file name that ends in .png")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}; give another file") from error
 
 
 def few_to_learn_from(data):
@@ -77,11 +64,7 @@ def draw(image, texts, out):
             ax.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=1.5 * image.max())
             ax.set_axis_off()
         print(f"{text}: {np.mean(changed != copies):.0%} of the pixels are others than before")
-    try:
-        figure.savefig(out, dpi=100)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}; give another file") from error
-    print(f"picture: {out}")
+    common.write(figure, out)
 
 
 def main(arguments):
@@ -89,7 +72,7 @@ def main(arguments):
     options, communicator = parsed(arguments), world()
     coordinates = communicator.rank == 0
     with guard(communicator):
-        together(communicator, lambda: checked_out(options.out) if coordinates else None)
+        together(communicator, lambda: common.check_picture(options.out) if coordinates else None)
         settings = TrainConfig(epochs=options.epochs, batch_size=30, micro_batch_size=10, lr=0.003)
         together(communicator, settings.checked)
         data = together(communicator, lambda: sources.load(options.dataset, options.data_dir))

@@ -7,20 +7,18 @@ Six hidden layers of 100 with ReLU on few samples, SGD, batches of 100, 50 epoch
 ranges, and 50 from those that the best of them span. Every rank trains trials of its own; the figures are the same.
 """
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
-from distdl import nn, startup
+import common
+
+from distdl import nn
 from distdl.config import TrainConfig
 from distdl.data import sources
-from distdl.errors import UserError
 from distdl.hyperparameters.procedure import standing
 from distdl.hyperparameters.run import search
 from distdl.hyperparameters.settings import Range, Settings
-from distdl.parallel import together, world
+from distdl.parallel import together
 from distdl.rng import Key
 
 RANGES = (Range("lr", 1e-6, 1e-2, "log"), Range("weight_decay", 1e-8, 1e-4, "log"))
@@ -31,8 +29,7 @@ BOOK = "the book, on MNIST: .83 with lr .0092 and weight decay 3.86e-07"
 
 def multi_layer_net(input_shape, classes):
     """Return the book's network of seven affine layers."""
-    hidden = [layer for _ in range(6) for layer in (nn.Affine(100, nn.He()), nn.ReLU())]
-    return nn.Sequential([nn.Flatten(), *hidden, nn.Affine(classes, nn.He())], input_shape)
+    return nn.multilayer_net(input_shape, classes, (100,) * 6)
 
 
 def few_samples(options):
@@ -56,33 +53,12 @@ def draw(found, path):
         ax.set(ylim=(0, 1))
         lr, decay = record.settings["lr"], record.settings["weight_decay"]
         ax.set_title(f"{number}: lr {lr:.2g}, decay {decay:.1g}", fontsize="small")
-    figure.savefig(path, dpi=100)
+    common.write(figure, path)
 
 
-def checked_options(arguments):
-    """Return the options; raise `UserError` for what cannot be."""
-    parser = startup.OneLineParser(description=__doc__.splitlines()[0], advice="--help lists all flags")
-    add = parser.add_argument
-    add("--dataset", default="digits", help="digits or mnist (default: %(default)s)")
-    add("--data-dir", type=Path, help="folder with the data set's files")
-    add("--seed", type=int, default=0, help="of all random numbers (default: %(default)s)")
-    add("--quick", action="store_true", help="a few steps only, to see whether it runs")
-    add("--out", type=Path, default=Path("runs", f"{Path(__file__).stem}.png"), help="the picture (%(default)s)")
-    options = parser.parse_args(arguments)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("the picture needs matplotlib, which is not installed: pip install 'distdl-mpi[plots]'")
-    if options.out.suffix != ".png":
-        raise UserError(f"--out {options.out}: expected a file name that ends in .png")
-    try:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {options.out} cannot be written: {error.strerror}; give another file") from None
-    return options
-
-
-def main(arguments):
+def main(options):
     """Search, draw the best trainings, and print the best beside the book's."""
-    options, communicator = checked_options(arguments), world()
+    communicator = options.communicator
     dataset = together(communicator, lambda: few_samples(options))
     trials, epochs = (3, 2) if options.quick else (50, 50)
     config = TrainConfig(
@@ -98,15 +74,13 @@ def main(arguments):
     found = search(settings, communicator, build_network=multi_layer_net, dataset=dataset)
     if communicator.rank == 0:
         draw(found, options.out)
-        print(f"picture: {options.out}")
         best = found.best
         lr, decay = best.settings["lr"], best.settings["weight_decay"]
         print(
             f"best: validation {best.validation_accuracy:.4f}, test {best.test_accuracy:.4f} "
             f"with lr {lr:.2g} and weight decay {decay:.2e} ({BOOK})"
         )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(startup.run(main))
+    common.run(main, __doc__, has_data=True)

@@ -41,8 +41,7 @@ def main(options):
     if options.communicator.rank == 0:
         image = data.normalization.apply(data.images[data.parts.test[0]])
         maps = options.out.with_stem(f"{options.out.stem}_maps")
-        figures.feature_maps(trained.network, image, "relu_1").savefig(maps)
-        options.say(f"picture: {maps}")
+        common.write(figures.feature_maps(trained.network, image, "relu_1"), maps)
         common.save(figures.filters({"before training": untrained, "after training": trained.network}), options)
     options.say(f"test accuracy: {summary.test_accuracy:.4f} (the book's SimpleConvNet on MNIST, 20 epochs: 0.9896)")
 

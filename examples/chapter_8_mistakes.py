@@ -40,8 +40,7 @@ def main(options):
         data = trained[0].data
         confusion = options.out.with_stem(f"{options.out.stem}_confusion")
         matrix = figures.confusion_matrix(full.labels, full.predictions, data.classes)
-        figures.confusion(matrix).savefig(confusion)
-        options.say(f"picture: {confusion}")
+        common.write(figures.confusion(matrix), confusion)
         common.save(figures.misclassified(data.images[full.rows], full.labels, full.predictions), options)
     changed = int((full.predictions != half.predictions).sum())
     options.say(f"float16 changes {changed} of {len(full.rows)} answers")

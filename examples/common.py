@@ -4,7 +4,6 @@ An example is a function of its options, started by `run`. It also runs on sever
 examples/…`), where every rank runs all of it, rank 0 alone speaks and draws, and the figures are the same.
 """
 
-import importlib.util
 import itertools
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from distdl import nn, startup
+from distdl import figures, nn, startup
 from distdl.data import sources, split
 from distdl.engine.environment import numerics
 from distdl.errors import UserError
@@ -37,7 +36,7 @@ def run(example, description, *, has_data=False):
         options.communicator = communicator = world()
         options.key = Key(options.seed)
         options.say = print if communicator.rank == 0 else lambda *_: None
-        together(communicator, lambda: _can_draw(options.out) if communicator.rank == 0 else None)
+        together(communicator, lambda: check_picture(options.out) if communicator.rank == 0 else None)
         with guard(communicator), numerics(threads=1):
             example(options)
         return 0
@@ -45,10 +44,9 @@ def run(example, description, *, has_data=False):
     sys.exit(startup.run(command))
 
 
-def _can_draw(out):
+def check_picture(out):
     """Raise `UserError` where the picture could not be written in the end."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("the pictures need matplotlib, which is not installed: pip install 'distdl-mpi[plots]'")
+    figures.need_matplotlib()
     if out.suffix != ".png":
         raise UserError(f"--out {out}: expected a file name that ends in .png")
     try:
@@ -68,11 +66,16 @@ def axes(rows, columns, **settings):
 def save(figure, options):
     """Write the picture, on rank 0 alone, and say where it is."""
     if options.communicator.rank == 0:
-        try:
-            figure.savefig(options.out, dpi=100)
-        except OSError as error:
-            raise UserError(f"--out {options.out} cannot be written: {error.strerror}; give another file") from error
-        options.say(f"picture: {options.out}")
+        write(figure, options.out)
+
+
+def write(figure, out):
+    """Write a picture, and say where it is."""
+    try:
+        figure.savefig(out, dpi=100)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}; give another file") from error
+    print(f"picture: {out}")
 
 
 def new_folder(options):
@@ -92,15 +95,9 @@ def pixels(options):
     )
 
 
-def multi_layer_net(data, hidden, initializer, *, batch_norm=False, dropout=0.0):
-    """Return the book's MultiLayerNet, or MultiLayerNetExtend: affine layers with ReLU between them (chapter 6)."""
-    layers = [nn.Flatten()]
-    for units in hidden:
-        layers.append(nn.Affine(units, initializer))
-        layers += [nn.BatchNorm()] if batch_norm else []
-        layers.append(nn.ReLU())
-        layers += [nn.Dropout(dropout)] if dropout else []
-    return nn.Sequential([*layers, nn.Affine(10, initializer)], data.images.shape[1:])
+def multi_layer_net(data, hidden, initializer, **settings):
+    """Return the book's MultiLayerNet, or MultiLayerNetExtend, for such data (chapter 6)."""
+    return nn.multilayer_net(data.images.shape[1:], 10, hidden, initializer=initializer, **settings)
 
 
 def batches(data, batch_size, epochs, key):

@@ -29,11 +29,12 @@ class Split:
 
 
 def split(labels: NDArray[Any], test_start: int | None, key: Key) -> Split:
-    """Split the rows of a data set; `labels` are theirs, (N,).
+    """Split the rows of a data set; `labels` are theirs, (N, ...).
 
     Where the set has its own test part, rows `test_start` and on are the test part, and a tenth of the others
     (rounded down), drawn by the seed, is the validation part. Otherwise each class is split by itself: 15 %
-    are validation, 15 % test (both rounded to the nearest, halves up), drawn by the seed, the rest training.
+    are validation, 15 % test (both rounded to the nearest, halves up), drawn by the seed, the rest training; samples
+    that have a label for each pixel, or numbers, are all of one class here.
 
     Raises `UserError` where a part would be empty.
 
@@ -41,7 +42,8 @@ def split(labels: NDArray[Any], test_start: int | None, key: Key) -> Split:
     >>> len(parts.training), len(parts.validation), len(parts.test)
     (14, 3, 3)
     """
-    parts = _stratified(labels, key) if test_start is None else _with_own_test(len(labels), test_start, key)
+    classes = labels if labels.ndim == 1 else np.zeros(len(labels), np.int64)
+    parts = _stratified(classes, key) if test_start is None else _with_own_test(len(labels), test_start, key)
     for name, rows in (("training", parts.training), ("validation", parts.validation), ("test", parts.test)):
         if not rows.size:
             whole = f"{len(labels)} samples" + ("" if test_start is None else f", the test part from {test_start} on")

@@ -25,12 +25,13 @@ from distdl.engine import checkpoint as checkpoints
 from distdl.engine.checkpoint import Checkpoint
 from distdl.engine.environment import numerics
 from distdl.engine.metrics import METRIC_FIELDS, Sums
+from distdl.engine.own_model import network_builder
 from distdl.engine.run import BuildNetwork, check_outputs, outputs_of, read_data, sha256_of_data
 from distdl.engine.run_folder import HEADER_FIELDS, refuse_links
 from distdl.engine.state import TrainingState
 from distdl.engine.trainer import Data
 from distdl.errors import DamagedFileError, UserError
-from distdl.nn import Sequential, build_model, make_loss
+from distdl.nn import Sequential, make_loss
 from distdl.nn.between import half_precision
 from distdl.optim import optimizer_class
 from distdl.parallel import REDUCTIONS, Communicator, Layout, contiguous_shards, guard, share_arrays, together, world
@@ -184,7 +185,7 @@ def in_half_precision(trained: Sequence[Trained]) -> list[Trained]:
 
 def _scored(one: Trained, rows: NDArray[np.int64], communicator: Communicator) -> tuple[Score, NDArray[np.float32]]:
     """Return the score of a network on some rows, and its outputs (N, ..., K), on every rank. Collective."""
-    size, data, loss = one.config.micro_batch_size, one.data, make_loss(_loss_of(one))
+    size, data, loss = one.config.micro_batch_size, one.data, make_loss(one.data.loss_named(one.config.loss))
     shards = contiguous_shards(split.micro_batch_count(len(rows), size), communicator.size)
     reduction = REDUCTIONS["tree"](communicator, Layout(METRIC_FIELDS))
     outputs = np.empty((len(rows), *one.network.output_shape), np.float32)
@@ -208,16 +209,12 @@ def _scored(one: Trained, rows: NDArray[np.int64], communicator: Communicator) -
     return Score(sums.loss, int(sums.counts[0]), sums.samples * data.answers), outputs
 
 
-def _loss_of(one: Trained) -> str:
-    return one.data.loss if one.config.loss == "auto" else one.config.loss
-
-
 def _probabilities(one: Trained, outputs: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return the probability of each class, (N, ..., K); numbers as they are, in float64."""
     exact = outputs.astype(np.float64)
-    if _loss_of(one) == "mean_squared_error":
+    if one.data.loss_named(one.config.loss) == "mean_squared_error":
         return exact
-    if _loss_of(one) == "binary_cross_entropy":
+    if one.data.loss_named(one.config.loss) == "binary_cross_entropy":
         exact = np.concatenate([np.zeros_like(exact), exact], axis=-1)  # the sigmoid is the softmax of 0 and the logit
     with np.errstate(invalid="ignore"):  # of logits that are infinite in half precision
         exponentials = np.exp(exact - exact.max(axis=-1, keepdims=True))
@@ -227,9 +224,9 @@ def _probabilities(one: Trained, outputs: NDArray[np.float32]) -> NDArray[np.flo
 
 def _predictions(one: Trained, outputs: NDArray[np.float32]) -> NDArray[Any]:
     """Return what a single network says: the class of the greatest output, (N, ...), or the numbers."""
-    if _loss_of(one) == "mean_squared_error":
+    if one.data.loss_named(one.config.loss) == "mean_squared_error":
         return outputs
-    if _loss_of(one) == "binary_cross_entropy":
+    if one.data.loss_named(one.config.loss) == "binary_cross_entropy":
         return np.greater(outputs[:, 0], 0).astype(np.int64)
     classes: NDArray[np.int64] = outputs.argmax(axis=-1)
     return classes
@@ -344,7 +341,7 @@ def _network(config: TrainConfig, path: str, data: Data, build_network: BuildNet
             f"--model {config.model}, or give build_network to load(…) of distdl.engine.evaluation from a script"
         )
     try:
-        build = build_network or (lambda shape, classes: build_model(config.model, shape, classes))
+        build = build_network or network_builder(config.model)
         network = build((height, width, channels), outputs_of(config, data)[-1])
         check_outputs(config, network.output_shape, data)
     except UserError as error:

@@ -242,8 +242,7 @@ def _check_ranks(config: TrainConfig, ranks: int) -> None:
 def read_data(config: TrainConfig, dataset: sources.Dataset | None) -> dict[str, NDArray[Any]]:
     """Load the dataset, split it, and measure its training part: the coordinator's work."""
     dataset = sources.load(config.dataset, config.data_dir) if dataset is None else dataset.checked()
-    strata = dataset.labels if dataset.labels.ndim == 1 else np.zeros(len(dataset.labels), np.int64)
-    parts = split.split(strata, dataset.test_start, Key(config.seed))
+    parts = split.split(dataset.labels, dataset.test_start, Key(config.seed))
     normalization = measure(dataset.images, parts.training)
     return {
         "images": dataset.images,

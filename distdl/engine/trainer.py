@@ -96,6 +96,10 @@ class Data:
         """The name of the loss for such labels."""
         return "cross_entropy" if self.answers else "mean_squared_error"
 
+    def loss_named(self, name: str) -> str:
+        """Return the name of the loss that ``--loss name`` stands for."""
+        return self.loss if name == "auto" else name
+
     def samples(self, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """Return the images, as the dataset has them, and the labels of some rows."""
         return {"images": self.images[rows], "labels": self.labels[rows]}
@@ -130,7 +134,7 @@ class Trainer:
         self.state = state
         self.coordinator = coordinator
         self.key = Key(config.seed)
-        self.loss = make_loss(data.loss if config.loss == "auto" else config.loss)
+        self.loss = make_loss(data.loss_named(config.loss))
         self.steps_per_epoch = split.steps_per_epoch(len(data.parts.training), config.batch_size)
         self.schedule = make_schedule(
             config.schedule,

@@ -16,8 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from distdl.arrays import sha256_of_arrays
 from distdl.config import TrainConfig
 from distdl.data import sources, split
@@ -165,8 +163,7 @@ class _Search:
         if self._dataset is None:
             self._dataset = replace(sources.load(config.dataset, config.data_dir), name=config.dataset)
         self._dataset = data = self._dataset.checked()
-        strata = data.labels if data.labels.ndim == 1 else np.zeros(len(data.labels), np.int64)  # as `train` does
-        training = split.split(strata, data.test_start, Key(config.seed)).training
+        training = split.split(data.labels, data.test_start, Key(config.seed)).training
         return sha256_of_arrays([("images", data.images), ("labels", data.labels)]), len(training)
 
     def _search(self) -> Found:
