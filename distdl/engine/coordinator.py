@@ -8,7 +8,6 @@ coordinator may be lost, followers keep what the logs should hold, and the lowes
 from __future__ import annotations
 
 import io
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from distdl.config import TrainConfig
 from distdl.engine import checkpoint as checkpoints
 from distdl.engine.checkpoint import Checkpoint
-from distdl.engine.files import remove_temporaries, write_durably
+from distdl.engine.files import indented_json, remove_temporaries, write_durably
 from distdl.engine.journal import Journal, Records
 from distdl.engine.metrics import JsonLines, Sums
 from distdl.engine.nonfinite import Fault
@@ -141,7 +140,7 @@ class Coordinator(Follower):
             if start.checkpoint is not None and start.path is not None:
                 self._bring_along(start.checkpoint, start.path, start.origin)
             write_durably(self.folder / "config.toml", config.to_toml().encode())
-            write_durably(self.folder / "env.json", _pretty(environment))
+            write_durably(self.folder / "env.json", indented_json(environment))
             lengths = {}
             if start.checkpoint is not None:
                 # Before the logs are cut: no checkpoint may ever be later than they are.
@@ -393,7 +392,7 @@ class Coordinator(Follower):
                 f"steps skipped, of {state.step}: {state.progress['skipped_steps']}; see metrics.jsonl"
             )
         try:
-            write_durably(self.folder / "summary.json", _pretty(summary))
+            write_durably(self.folder / "summary.json", indented_json(summary))
         except OSError as error:
             self.progress.warning(f"cannot write {self.folder / 'summary.json'}: {error.strerror}")
         self.progress.line(f"run folder: {self.folder}")
@@ -428,7 +427,3 @@ class Coordinator(Follower):
                     f"cannot write to {self._logs[name].path}: {error.strerror}; its records wait until there is room"
                 )
             self._log_is_refused = True
-
-
-def _pretty(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()

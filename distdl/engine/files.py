@@ -10,12 +10,13 @@ as what it is, and where it matters so is the folder around them.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -52,6 +53,11 @@ def write_durably(path: Path, *parts: Buffer, follow: bool = True) -> None:
                 os.unlink(temporary, dir_fd=folder)
             raise
         os.fsync(folder)  # so that the rename survives a crash of the machine
+
+
+def indented_json(value: Mapping[str, Any]) -> bytes:
+    """Return `value` as a JSON file that people read: indented, with a last newline. A NaN is a `ValueError`."""
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _write_all(handle: int, parts: Iterable[Buffer]) -> None:

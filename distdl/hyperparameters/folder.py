@@ -15,7 +15,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
 
-from distdl.engine.files import FOLDER_MODE, TEMPORARY_SUFFIX, remove_temporaries, try_folder, write_durably
+from distdl.engine.files import (
+    FOLDER_MODE,
+    TEMPORARY_SUFFIX,
+    indented_json,
+    remove_temporaries,
+    try_folder,
+    write_durably,
+)
 from distdl.engine.metrics import line_of
 from distdl.engine.run_folder import lock_folder, lock_released, numbered, timestamped
 from distdl.errors import DamagedFileError, UserError
@@ -136,7 +143,7 @@ class SearchFolder:
             folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
             self._lock: IO[bytes] = _locked(folder, ours=ours)
             remove_temporaries(folder)
-            self.write(SEARCH, _pretty(content))
+            self.write(SEARCH, indented_json(content))
         except OSError as error:
             raise _refused(folder, error) from None
 
@@ -146,7 +153,7 @@ class SearchFolder:
 
     def summarize(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``; raise `UserError` where the disk refuses."""
-        self.write(SUMMARY, _pretty(summary))
+        self.write(SUMMARY, indented_json(summary))
 
     def write(self, name: str, content: bytes) -> None:
         """Replace a file; raise `UserError` where the disk refuses."""
@@ -179,7 +186,3 @@ def _locked(folder: Path, *, ours: bool) -> IO[bytes]:
 
 def _refused(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot write {path}: {error.strerror or error}; make room, and --resume goes on from there")
-
-
-def _pretty(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
