@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from bad_inputs import changes, mnist_files, picture, without_launcher, write_files
+from refusals import DAMAGED, USER, outcome
+from refused_runs import RunShop, sealed
 from small_runs import small_run
-from test_bad_input import DAMAGED, USER, RunShop, outcome, sealed, workshop  # noqa: F401  a fixture
 
 from distdl.engine import checkpoint as checkpoints
 from distdl.engine import files, run_folder
@@ -28,7 +29,7 @@ INSIDE = [*run_folder.OWN_FILES, "checkpoints", "checkpoints/step-000000006.safe
 
 @pytest.mark.parametrize("leads", ["to what was there", "to someone else's", "nowhere"])
 @pytest.mark.parametrize("name", INSIDE)
-def test_a_link_inside_a_run_folder_is_refused_and_not_followed(workshop, name, leads):  # noqa: F811
+def test_a_link_inside_a_run_folder_is_refused_and_not_followed(workshop, name, leads):
     shop = RunShop(workshop)
     path, elsewhere = shop.folder / name, workshop / "elsewhere"
     if name == "hashes.jsonl":
@@ -51,7 +52,7 @@ def test_a_link_inside_a_run_folder_is_refused_and_not_followed(workshop, name, 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
 @pytest.mark.parametrize("name", ["lock", "metrics.jsonl", "summary.json", "checkpoints/step-000000006.safetensors"])
-def test_what_is_no_file_inside_a_run_folder_is_refused_and_does_not_block(workshop, name, kind):  # noqa: F811
+def test_what_is_no_file_inside_a_run_folder_is_refused_and_does_not_block(workshop, name, kind):
     shop = RunShop(workshop)
     (shop.folder / name).unlink()
     os.mkfifo(shop.folder / name) if kind == "pipe" else (shop.folder / name).mkdir()
@@ -130,7 +131,7 @@ def forged(header):
     yield {"versions": {"numpy": ["2"]}}, "versions"
 
 
-def test_a_sealed_header_that_leads_elsewhere_or_means_nothing_is_a_damaged_file(workshop):  # noqa: F811
+def test_a_sealed_header_that_leads_elsewhere_or_means_nothing_is_a_damaged_file(workshop):
     shop = RunShop(workshop)
     tensors, header = checkpoints.read(shop.newest).tensors, shop.metadata["header"]
     assert header["progress"]["best_step"] is not None
@@ -147,7 +148,7 @@ def test_a_sealed_header_that_leads_elsewhere_or_means_nothing_is_a_damaged_file
             assert changes(before, picture(".")) == []
 
 
-def test_sums_of_an_epoch_that_cannot_be_are_a_damaged_file(workshop):  # noqa: F811
+def test_sums_of_an_epoch_that_cannot_be_are_a_damaged_file(workshop):
     shop = RunShop(workshop)
     tensors, header = checkpoints.read(shop.newest).tensors, shop.metadata["header"]
     for counts, loss in (([0, -1], 0.0), ([-1, 0], 0.0), ([1, 0], 0.0), ([0, 8], 0.0), ([0, 0], float("nan"))):

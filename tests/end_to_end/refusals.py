@@ -1,0 +1,80 @@
+"""A command line to be refused, and whether it is: exit code, one line of ours, nothing changed, little memory."""
+
+from __future__ import annotations
+
+import io
+import tracemalloc
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from unittest.mock import patch
+
+from bad_inputs import (
+    changes,
+    picture,
+)
+
+from distdl import engine, startup, train
+
+MOST_BYTES = 100e6
+USER, DAMAGED = 2, 3
+
+
+@dataclass
+class Case:
+    """A command line, the exit code it deserves, and what its one line must mention."""
+
+    name: str
+    arguments: list[str]
+    code: int
+    words: list[str] = field(default_factory=list)
+    during: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+class Memory:
+    """Measures the most bytes held inside. Where nothing reads a file it is left out: it takes five times as long."""
+
+    peak = 0
+
+    def __enter__(self):
+        tracemalloc.start()
+
+    def __exit__(self, *_):
+        self.peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+
+
+def outcome(arguments):
+    """Run the command and return its exit code, what it printed, and the most bytes it held."""
+    out, err, memory = io.StringIO(), io.StringIO(), Memory()
+    reads_a_config = any(argument.startswith("--config") for argument in arguments)
+    original = engine.train
+
+    def measured(checked):
+        with nullcontext() if reads_a_config else memory:
+            return original(checked)
+
+    whole = memory if reads_a_config else nullcontext()
+    with patch.object(engine, "train", measured), redirect_stdout(out), redirect_stderr(err), whole:
+        code = startup.run(train.main, arguments)
+    return code, out.getvalue(), err.getvalue(), memory.peak
+
+
+def problems_of(case: Case) -> list[str]:
+    """Run a case and return what is wrong with the way it was refused."""
+    before = picture(".")
+    try:
+        with case.during():
+            code, out, err, peak = outcome(case.arguments)
+    except (Exception, SystemExit) as error:  # noqa: BLE001  what a user would see as a traceback
+        return [f"raised {error!r}", *changes(before, picture("."))]
+    problems = changes(before, picture("."))
+    if code != case.code:
+        problems.append(f"exit code {code} instead of {case.code}")
+    if not (err.startswith("distdl: error: ") and err.endswith("\n") and len(err.splitlines()) == 1):
+        problems.append("not one line of ours")
+    problems += [f"no word of {word!r}" for word in case.words if word not in err]
+    problems += ["a traceback"] if "Traceback" in err else []
+    problems += [f"printed {out[:200]!r}"] if out else []
+    problems += [f"held {peak / 1e6:.0f} MB"] if peak > MOST_BYTES else []
+    return [*problems, f"said {err!r}"] if problems else []
