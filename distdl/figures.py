@@ -195,17 +195,22 @@ def confusion(matrix: NDArray[Any], names: Sequence[str] | None = None) -> Figur
 
 
 def activation_histograms(
-    of_layers: Mapping[str, NDArray[Any]], *, bins: int = 30, limits: tuple[float, float] | None = None
+    of_networks: Mapping[str, Mapping[str, NDArray[Any]]], *, bins: int = 30, limits: tuple[float, float] | None = None
 ) -> Figure:
-    """Return a histogram of what each layer puts out, any shape, side by side; `limits` are those of all, if given.
+    """Return histograms of what layers put out, any shape: a row for each network, under its title.
 
-    `distdl.nn.between.activations` makes such a mapping. Source: section 6.2.2.
+    `distdl.nn.between.activations` makes the mapping of a network; `limits` are those of all, if given. Source:
+    section 6.2.2.
     """
-    figure = _figure(2.6 * max(len(of_layers), 1), 2.4, inches=1)
-    for axes, (name, outputs) in zip(_subplots(figure, 1, len(of_layers)), of_layers.items(), strict=False):
-        counts, edges = np.histogram(outputs, bins=bins, range=limits)
-        axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge")
-        axes.set_title(name)
+    columns = max(map(len, of_networks.values()), default=0)
+    figure = _figure(2.6 * max(columns, 1), 1.9 * max(len(of_networks), 1), inches=1)
+    every = _subplots(figure, max(len(of_networks), 1), columns)
+    for row, (title, of_layers) in enumerate(of_networks.items()):
+        for axes, (name, outputs) in zip(every[row * columns :], of_layers.items(), strict=False):
+            counts, edges = np.histogram(outputs, bins=bins, range=limits)
+            axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge")
+            axes.set_title(f"{title}: {name}" if title else name, fontsize=8)
+            axes.set_yticks([])
     return figure
 
 

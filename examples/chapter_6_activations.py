@@ -9,7 +9,8 @@ values keep the spread through sigmoid and tanh, He's through ReLU.
 import common
 import numpy as np
 
-from distdl import nn
+from distdl import figures, nn
+from distdl.nn import between
 
 LAYERS, UNITS, SAMPLES = 5, 100, 1000
 BOOK = (0.0396, 0.0029, 1.97e-4, 1.32e-5, 9.46e-7)
@@ -30,31 +31,18 @@ def activations(activation, initializer, key):
     network = nn.Sequential(layers, (UNITS,), dtype=np.float64)
     network.initialize(key.of("initialization"))
     x = key.of("inputs").normal(SAMPLES * UNITS).reshape(SAMPLES, UNITS)
-    found = []
-    for layer in network.layers:
-        x = layer.forward(x, training=False, key=None)
-        if isinstance(layer, activation):
-            found.append(x)
-    return found
+    of_layers = list(between.activations(network, x).values())[1::2]
+    return {f"layer {number}": z for number, z in enumerate(of_layers, start=1)}
 
 
 def main(options):
     """Draw a row of histograms for each case, and print the mean and spread of each layer."""
     cases = CASES[4:5] if options.quick else CASES
-    figure, axes = common.axes(len(cases), LAYERS)
-    figure.set_size_inches(11, 1.6 * len(cases))
-    means = {}
-    for row, (name, activation, initializer) in enumerate(cases):
-        of_layers = activations(activation, initializer, options.key)
-        means[name] = [z.mean() for z in of_layers]
-        options.say(f"{name}: deviation of each layer " + ", ".join(f"{z.std():.3g}" for z in of_layers))
-        for number, z in enumerate(of_layers):
-            ax = axes[row * LAYERS + number]
-            ax.hist(z.ravel(), bins=30, range=(-1, 1) if activation is nn.Tanh else (0, 1))
-            ax.set_title(f"{name}: layer {number + 1}", fontsize=8)
-            ax.set(yticks=[], ylim=(0, 7000) if activation is nn.ReLU else None)
-    common.save(figure, options)
-    ours = ", ".join(f"{mean:.3g}" for mean in means["ReLU, std 0.01"])
+    found = {name: activations(activation, initializer, options.key) for name, activation, initializer in cases}
+    for name, of_layers in found.items():
+        options.say(f"{name}: deviation of each layer " + ", ".join(f"{z.std():.3g}" for z in of_layers.values()))
+    common.save(figures.activation_histograms(found, limits=(-1, 1)), options)
+    ours = ", ".join(f"{z.mean():.3g}" for z in found["ReLU, std 0.01"].values())
     options.say(f"layer means, ReLU, std 0.01: {ours} (the book: {', '.join(f'{mean:.3g}' for mean in BOOK)})")
 
 

@@ -153,15 +153,21 @@ def test_a_large_confusion_matrix_has_no_counts_written_into_it():
 
 def test_activation_histograms_count_every_activation():
     outputs = {"relu_1": random(10, 3), "relu_2": np.zeros((4, 4))}
-    figure = figures.activation_histograms(outputs, bins=5)
+    figure = figures.activation_histograms({"": outputs}, bins=5)
     assert titles(figure) == ["relu_1", "relu_2"]
     counts, edges = np.histogram(outputs["relu_1"], bins=5)
     bars = figure.axes[0].patches
     assert [bar.get_height() for bar in bars] == counts.tolist()
     assert np.allclose([bar.get_x() for bar in bars], edges[:-1])
     assert sum(bar.get_height() for bar in figure.axes[1].patches) == 16
-    limited = figures.activation_histograms({"a": np.array([-5, 0.5, 5])}, limits=(0, 1))
+    limited = figures.activation_histograms({"": {"a": np.array([-5, 0.5, 5])}}, limits=(0, 1))
     assert sum(bar.get_height() for bar in limited.axes[0].patches) == 1
+
+
+def test_activation_histograms_of_several_networks_stand_in_rows():
+    figure = figures.activation_histograms({"one": {"a": np.ones(3), "b": np.ones(5)}, "two": {"c": np.ones(7)}})
+    assert titles(figure) == ["one: a", "one: b", "two: c", ""]
+    assert [sum(bar.get_height() for bar in axes.patches) for axes in figure.axes] == [3, 5, 7, 0]
 
 
 RECORDS = [
