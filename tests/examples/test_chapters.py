@@ -35,7 +35,9 @@ NAMES = [
     "chapter_6_optimizers",
     "chapter_6_overfitting",
     "chapter_6_paths",
+    "chapter_7_convolution",
     "chapter_8_segmentation",
+    "chapter_8_small_filters",
     "ng_deep_network",
     "ng_logistic_regression",
     "ng_shallow_network",
@@ -242,6 +244,25 @@ def test_sgd_and_momentum_go_the_way_of_their_formulas(run):
         place = place + velocity
     assert numbers(said(stdout, "Momentum ends at "))[:2] == pytest.approx(place, abs=1e-4)
     assert "paths that end below a twentieth of the start: 6" in stdout
+
+
+def test_convolution_pooling_and_im2col_give_the_numbers_of_the_book(run):
+    stdout, _ = run("chapter_7_convolution")
+    compared = re.findall(r"^.*?: (.*) \(the book: (.*)\)$", stdout, re.MULTILINE)
+    assert len(compared) == 6
+    for ours, book in compared:
+        assert numbers(ours) == numbers(book)
+        assert len(numbers(book)) >= 2
+
+
+def test_stacked_small_filters_see_as_much_with_fewer_weights(run):
+    stdout, _ = run("chapter_8_small_filters")
+    assert re.findall(r"sees (\d+)x(\d+) pixels, (\d+) weights", stdout) == [
+        ("5", "5", "25"),
+        ("5", "5", "18"),
+        ("7", "7", "49"),
+        ("7", "7", "27"),
+    ]
 
 
 def test_the_optimizers_come_in_the_order_of_the_book(run):
