@@ -14,6 +14,14 @@ pytestmark = pytest.mark.usefixtures("ulfm")
 SURVIVED = "rc 0, receipt and metrics of the undisturbed run"
 #: Ranks are killed up to so many seconds after a step: before, in and after the next one.
 SECONDS_OF_A_STEP = 0.03
+#: What else has a state, or draws random numbers, in a step: BatchNorm's running statistics, transforms of images, the
+#: moments of AdamW, warm-up and cosine, the longest gradient, the epochs without a better one.
+EVERY_METHOD = (
+    *FLAGS,
+    *("--model", "resnet20", "--augment", "rotate=10,shift=1,scale=0.1,brightness=0.1"),
+    *("--optimizer", "adamw", "--weight-decay", "0.01", "--l1-decay", "1e-5", "--clip-norm", "1"),
+    *("--schedule", "cosine", "--warmup-steps", "5", "--early-stopping", "6"),
+)
 
 
 def assert_as_if_nothing_had_happened(outcome: Outcome, expected: Undisturbed) -> None:
@@ -36,10 +44,10 @@ def trained_to_the_end(job: Job) -> bool:
     return any(record["step"] == STEPS for record in job.records())
 
 
-def killed(rng, folder, ranks: int, kills: list[list[int]], pauses: list[float | None]) -> Outcome:
+def killed(rng, folder, ranks: int, kills: list[list[int]], pauses: list[float | None], flags=FLAGS) -> Outcome:
     """Run a job whose ranks are killed in turn, at random moments; again, if a moment came after the last step."""
     for attempt in range(10):
-        with Job(folder.with_name(f"{folder.name}-{attempt}"), ranks, *FLAGS) as job:
+        with Job(folder.with_name(f"{folder.name}-{attempt}"), ranks, *flags) as job:
             assert job.wait_for_training()
             step, hit, late = 0, [], False
             for victims, pause in zip(kills, pauses, strict=True):
@@ -63,6 +71,19 @@ def test_a_random_rank_killed_at_a_random_moment(row, undisturbed):
     def one(number, folder):
         rng = table.random(number)
         outcome = killed(rng, folder, 4, [[rng.randrange(4)]], [None])
+        assert_as_if_nothing_had_happened(outcome, expected)
+        return outcome, SURVIVED
+
+    table.runs(one)
+
+
+def test_two_killed_in_a_training_with_batch_norm_augmentation_and_every_other_method(row, undisturbed):
+    table = row("2 kills, BatchNorm, augmentation, AdamW, cosine, clipping; 4 ranks", 2, 20)
+    expected = undisturbed(*EVERY_METHOD)
+
+    def one(number, folder):
+        rng = table.random(number)
+        outcome = killed(rng, folder, 4, [[rank] for rank in rng.sample(range(4), 2)], [None, None], EVERY_METHOD)
         assert_as_if_nothing_had_happened(outcome, expected)
         return outcome, SURVIVED
 
