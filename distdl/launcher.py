@@ -8,8 +8,11 @@ second), and to notice when a launcher and the MPI library do not belong togethe
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 OPEN_MPI = "Open MPI's mpirun"
 MPICH = "MPICH's mpirun"
@@ -86,3 +89,14 @@ def survives_failures(environment: Mapping[str, str] = os.environ) -> bool:
     The MPI library answers its fault-tolerance calls even where it is off, so only the launcher is asked.
     """
     return environment.get("OMPI_MCA_mpi_ft_enable", "").lower() in {"1", "true", "yes"}
+
+
+def remove_session_of(pid: int) -> None:
+    """Remove the folder that an Open MPI launcher of this process number has left when it was killed.
+
+    A launcher that is given the same number again finds it there and refuses to start. `pid` is this process's own,
+    or that of a child that has ended.
+    """
+    folder = Path(tempfile.gettempdir(), f"ompi.{pid}")
+    if folder.is_dir() and folder.lstat().st_uid == os.geteuid():
+        shutil.rmtree(folder, ignore_errors=True)  # it does not follow links

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from distdl import startup
 from distdl.errors import UserError
+from distdl.launcher import remove_session_of
 from distdl.restarts import run_until_done
 
 
@@ -161,6 +162,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.restarts and not options.dry_run and not {"-h", "--help"} & set(flags):
         return run_until_done(start_of, flags, options.restarts)
     if not options.dry_run:
+        remove_session_of(os.getpid())  # which will be mpirun's
         os.execve(command.argv[0], command.argv, environment_for(command))  # noqa: S606  no shell is wanted
     sys.stdout.write(f"{command.shell_line()}\n")
     return 0

@@ -6,9 +6,12 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -229,10 +232,21 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def start(job: Path, ranks: int, program: str, *flags: str) -> subprocess.Popen[str]:
+def start(job: Path, ranks: int, program: str, *flags: str, supervised: Sequence[str] = ()) -> subprocess.Popen[str]:
     (job / "program_of_this_test.py").write_text(program)
     return subprocess.Popen(
-        [sys.executable, "-m", "distdl.mpirun", "-n", str(ranks), "--module", "program_of_this_test", "--", *flags],
+        [
+            sys.executable,
+            "-m",
+            "distdl.mpirun",
+            "-n",
+            str(ranks),
+            *supervised,
+            "--module",
+            "program_of_this_test",
+            "--",
+            *flags,
+        ],
         cwd=job,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -248,6 +262,23 @@ def exit_code_and_output(process: subprocess.Popen[str]) -> tuple[int, str]:
             process.kill()
             raise
     return process.returncode, output
+
+
+@real
+@pytest.mark.parametrize("supervised", [[], ["--restarts", "1"]], ids=["alone", "supervised"])
+def test_what_a_killed_launcher_of_the_same_process_number_has_left_is_no_obstacle(
+    job: Path, supervised: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(job))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    latest = subprocess.Popen(["true"])
+    latest.wait()
+    for pid in range(latest.pid + 1, latest.pid + 300):  # one of the next numbers will be the launcher's
+        (job / f"ompi.{pid}").mkdir()
+        (job / f"ompi.{pid}" / f"pmix.{socket.gethostname()}.tool").write_text("old")
+    output = exit_code_and_output(start(job, 1, "print('started')", supervised=supervised))[1]
+    assert "started" in output
+    assert "listener thread" not in output
 
 
 @real

@@ -65,10 +65,19 @@ needs_mpirun = pytest.mark.skipif(
 
 
 def write_trap(folder, trap):
-    """Write the module `trapped`, whose trap has the variable `rank`, and return the environment it runs in."""
+    """Write the module `trapped`, whose trap has the variable `rank`, and return the environment it runs in.
+
+    What a killed launcher leaves in the folder of temporary files is gone with this folder.
+    """
     lines = [f"    {line}" for line in trap.strip().splitlines()]
     (folder / "trapped.py").write_text(PROGRAM.format(trap="\n".join(lines)))
-    return {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{folder}"}
+    (folder / "tmp").mkdir(exist_ok=True)
+    return {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{folder}",
+        "TMPDIR": str(folder / "tmp"),
+    }
 
 
 def start(folder, trap, *arguments, flags=()):
