@@ -25,7 +25,7 @@ from distdl.engine import checkpoint as checkpoints
 from distdl.engine.checkpoint import Checkpoint
 from distdl.engine.environment import numerics
 from distdl.engine.metrics import METRIC_FIELDS, Sums
-from distdl.engine.own_model import network_builder
+from distdl.engine.own_model import check_same, layout_of, network_builder
 from distdl.engine.run import BuildNetwork, check_outputs, outputs_of, read_data, sha256_of_data
 from distdl.engine.run_folder import HEADER_FIELDS, refuse_links
 from distdl.engine.state import TrainingState
@@ -133,6 +133,8 @@ def load(
             communicator,
             lambda: [_network(configs[i], described[i][1], data[i], build_network) for i in range(len(data))],
         )
+        layouts = zip(*communicator.allgather_json(list(map(layout_of, networks))), strict=True)
+        together(communicator, lambda: [check_same(configs[i].model, one) for i, one in enumerate(layouts)])
         receipts = together(communicator, lambda: list(map(_restored, found, networks)))  # nothing on other ranks
         receipts = communicator.bcast_json(receipts)
         for network in networks:
