@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -134,7 +135,8 @@ def load(
             lambda: [_network(configs[i], described[i][1], data[i], build_network) for i in range(len(data))],
         )
         layouts = zip(*communicator.allgather_json(list(map(layout_of, networks))), strict=True)
-        together(communicator, lambda: [check_same(configs[i].model, one) for i, one in enumerate(layouts)])
+        for config, of_ranks in zip(configs, layouts, strict=True):
+            together(communicator, partial(check_same, config.model, of_ranks))
         receipts = together(communicator, lambda: list(map(_restored, found, networks)))  # nothing on other ranks
         receipts = communicator.bcast_json(receipts)
         for network in networks:
