@@ -114,7 +114,8 @@ class TrainConfig:
     lr_step_factor: float = 0.1
     """What the step schedule multiplies the learning rate by."""
     augment: str | None = None
-    """Random changes of training images, such as rotate=10,shift=2; also scale=0.1, crop=2, flip, brightness=0.1."""
+    """Random changes of training images, such as rotate=10,shift=2; also scale=0.1, crop=2, flip, brightness=0.1.
+    Labels of pixels move along; a pixel that comes from beyond the edge has none, and does not count."""
     seed: int = 0
     """Seed of the split, the order, the initial weights, augmentation and dropout."""
     run_dir: Path | None = None
