@@ -1,4 +1,4 @@
-"""Aligned arrays and the hashes of named arrays: the two things that every part needs of an array.
+"""Aligned arrays and the hashes of named arrays: the two things that every part needs of an array; and a label.
 
 Alignment is for speed alone (an addition of two float32 vectors takes half the time on 64-byte boundaries);
 the hashes are what receipts and replica checks are made of.
@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 ALIGNMENT_BYTES = 64
+#: The label of a pixel that has none: it counts neither in the loss nor among the right answers.
+NO_LABEL = -1
 
 
 def aligned_empty(shape: int | Sequence[int], dtype: DTypeLike = np.float32) -> NDArray[Any]:

@@ -27,7 +27,12 @@ def parse(arguments: Sequence[str]) -> Settings:
         advice="--help lists all flags",
     )
     add = parser.add_argument
-    add("--model", default=usual.model, help=f"network to train: {', '.join(MODELS)} (default: %(default)s)")
+    add(
+        "--model",
+        default=usual.model,
+        help=f"network to train: {', '.join(MODELS)}; or one of your own, file.py:function or package.module:function "
+        "(default: %(default)s)",
+    )
     add("--input", dest="input_shape", metavar="HxWxC", help="random pixels of this shape (default: 28x28x1)")
     add("--dataset", help="a data set in the place of random pixels: digits or mnist")
     add("--data-dir", type=Path, help="folder with the data set's files")

@@ -114,7 +114,8 @@ class TrainConfig:
     lr_step_factor: float = 0.1
     """What the step schedule multiplies the learning rate by."""
     augment: str | None = None
-    """Random changes of training images, such as rotate=10,shift=2; also scale=0.1, crop=2, flip, brightness=0.1."""
+    """Random changes of training images, such as rotate=10,shift=2; also scale=0.1, crop=2, flip, brightness=0.1.
+    Labels of pixels move along; a pixel that comes from beyond the edge has none, and does not count."""
     seed: int = 0
     """Seed of the split, the order, the initial weights, augmentation and dropout."""
     run_dir: Path | None = None
@@ -347,11 +348,8 @@ def is_own_model(model: str) -> bool:
     return ":" in model
 
 
-def _check_model(model: str, arguments: Sequence[str]) -> None:
-    """Raise `UserError` for a name that is no model's, and for code of a user that the command line does not name.
-
-    A config file, also that of a resumed run, may have come from elsewhere, and what it names would be run.
-    """
+def check_model_name(model: str) -> None:
+    """Raise `UserError` for a text that is neither the name of a model of ours nor of a user's own."""
     if not is_own_model(model):
         if model not in MODELS:
             raise UserError(f"{unknown_name('model', model, MODELS)} (one of your own is given as file.py:function)")
@@ -360,7 +358,17 @@ def _check_model(model: str, arguments: Sequence[str]) -> None:
     is_file = place.endswith(".py") and "\0" not in place and _is_text(place)
     if not (function.isidentifier() and (is_file or all(part.isidentifier() for part in place.split(".")))):
         raise UserError(f"--model {model!r} names no function: give file.py:function or package.module:function")
-    if place == "__main__":
+
+
+def _check_model(model: str, arguments: Sequence[str]) -> None:
+    """Raise `UserError` for a name that is no model's, and for code of a user that the command line does not name.
+
+    A config file, also that of a resumed run, may have come from elsewhere, and what it names would be run.
+    """
+    check_model_name(model)
+    if not is_own_model(model):
+        return
+    if model.startswith("__main__:"):
         raise UserError(f"the model {model!r} is that of a script that trained it: resume the run by that script")
     if value_of("model", arguments) != model:
         raise UserError(

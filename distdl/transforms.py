@@ -83,10 +83,8 @@ class Transforms:
         """Whether any of them moves pixels."""
         return bool(self.rotate or self.shift or self.scale or self.crop or self.flip)
 
-    def check_fit(self, height: int, width: int, *, label_per_pixel: bool) -> None:
-        """Raise `UserError` where images of so many pixels could be moved out of sight, or away from their labels."""
-        if label_per_pixel and self.moves:
-            raise UserError("--augment can move pixels, but not the labels that they have here: give brightness alone")
+    def check_fit(self, height: int, width: int) -> None:
+        """Raise `UserError` where images of so many pixels could be moved out of sight."""
         for name in ("shift", "crop"):
             if getattr(self, name) >= min(height, width):
                 raise UserError(

@@ -30,11 +30,13 @@ from distdl.config import TrainConfig
 from distdl.data import sources, split
 from distdl.data.normalization import Normalization, measure
 from distdl.engine.coordinator import Follower
+from distdl.engine.own_model import check_same, layout_of, network_builder
+from distdl.engine.run import check_outputs
 from distdl.engine.state import TrainingState
 from distdl.engine.trace import Trace
 from distdl.engine.trainer import Data, Trainer
 from distdl.errors import UserError
-from distdl.nn import Sequential, build_model
+from distdl.nn import Sequential
 from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, share_arrays, together
 from distdl.rng import Key
@@ -165,23 +167,28 @@ class Bench:
         arrays = together(communicator, lambda: _pictures(settings) if communicator.rank == 0 else {})
         self._shared = share_arrays(communicator, arrays)
         self.network = together(communicator, self._build)
+        layouts = communicator.allgather_json(layout_of(self.network))
+        together(communicator, lambda: check_same(settings.model, layouts))
         self.worlds = {count: communicator.split(0 if communicator.rank < count else None) for count in ranks}
         self.places = places(communicator)
-        self._first_weights = self.network.parameters.copy()
+        self._first_weights, self._first_buffers = self.network.parameters.copy(), self.network.buffers.copy()
         self._trainers: dict[Setup, Trainer] = {}
         self.steps = settings.steps or self._steps_in(MEASUREMENT_SECONDS)
 
     def _build(self) -> Sequential:
         _, height, width, channels = self._shared["images"].shape
         classes = int(self._shared["classes"][0])
+        build = network_builder(self.settings.model)
         try:
-            network = build_model(self.settings.model, (height, width, channels), classes)
+            network = build((height, width, channels), classes)
+            network.initialize(KEY.of("initialization"))
         except MemoryError:
             raise UserError(
                 f"there is not enough memory for --model {self.settings.model} on {height}x{width}x{channels}: "
                 "give smaller images"
             ) from None
-        network.initialize(KEY.of("initialization"))
+        what = TrainConfig(model=self.settings.model, dataset=self.settings.dataset or "the benchmark")
+        check_outputs(what, network.output_shape, self._data(0))
         return network
 
     @property
@@ -230,6 +237,7 @@ class Bench:
         """Put a trainer's state back to before the first step."""
         state = trainer.state
         state.network.parameters[...] = self._first_weights
+        state.network.buffers[...] = self._first_buffers
         for vector in state.optimizer.state.values():
             vector[...] = 0
         state.step_array[...] = 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distdl.config import DATASETS, MODELS, OPTIMIZERS
+from distdl.config import DATASETS, OPTIMIZERS, check_model_name
 from distdl.errors import UserError, unknown_name
 
 SCALINGS = {"both": ("strong", "weak"), "strong": ("strong",), "weak": ("weak",), "none": ()}
@@ -40,6 +40,7 @@ class Settings:
     """What to measure; the defaults take about a minute on two cores."""
 
     model: str = "simple_convnet"
+    """One of ours, or a user's own, as file.py:function or package.module:function."""
     input_shape: tuple[int, int, int] = (28, 28, 1)
     """(H, W, C) of the random pixels that stand for a data set."""
     dataset: str | None = None
@@ -64,8 +65,8 @@ class Settings:
 
     def checked(self) -> Settings:
         """Return the settings; raise `UserError` for one that cannot be."""
+        check_model_name(self.model)
         for kind, name, known in (
-            ("model", self.model, MODELS),
             ("dataset", self.dataset or DATASETS[0], DATASETS),
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("reduction", self.reduction, REDUCTIONS),

@@ -8,6 +8,9 @@ pixels are before they are normalized.
 Places are kept in fixed point, in steps of 1/256 of a pixel. So weights are whole numbers of 1/256: means of bytes are
 exact, no mean leaves the range of its four pixels, and turns by 90 degrees, mirrorings and moves by whole pixels copy.
 
+Labels of pixels are moved by the same map, from the nearest pixel; what comes from beyond the edge has `NO_LABEL`, and
+counts neither in loss nor accuracy.
+
 The random numbers come from a key that names seed, step and micro-batch, never from a rank.
 
 Dimensions: N samples, H height, W width, C channels; y grows downward, x to the right.
@@ -21,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.arrays import aligned_empty, aligned_zeros
+from distdl.arrays import NO_LABEL, aligned_empty, aligned_zeros
 from distdl.rng import Key
 from distdl.transforms import Transforms
 
@@ -75,6 +78,22 @@ class Augmentation:
         `images` (N, H, W, C) are uint8 or float32, not yet normalized, and stay as they are unless they are `out`.
         """
         return self.change(images, self.draw(key, len(images)), out)
+
+    def apply_to_labels(self, labels: NDArray[np.int64], key: Key) -> NDArray[np.int64]:
+        """Return the labels of pixels (N, H, W), moved as `apply` moves the pixels of images with the same key.
+
+        Each is that of the nearest pixel; where that lies outside of the image, it is `NO_LABEL`.
+        """
+        return self.move_labels(labels, self.draw(key, len(labels))) if self.transforms.moves else labels
+
+    def move_labels(self, labels: NDArray[np.int64], draws: Draws) -> NDArray[np.int64]:
+        """Return the labels moved as drawn, as `apply_to_labels` does."""
+        N, H, W = labels.shape
+        row_y, column_y, row_x, column_x = _places(draws, H, W)
+        y, x = ((terms + STEPS_PER_PIXEL // 2) // STEPS_PER_PIXEL for terms in (row_y + column_y, row_x + column_x))
+        inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
+        places = (np.arange(N).reshape(N, 1, 1) * H + y) * W + x
+        return np.where(inside, labels.reshape(-1).take(places, mode="clip"), NO_LABEL)
 
     def draw(self, key: Key, count: int) -> Draws:
         """Return what is to be done to so many images; all numbers are uniform within what was asked for."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,7 +26,7 @@ from distdl.engine import checkpoint as checkpoints
 from distdl.engine.checkpoint import Checkpoint
 from distdl.engine.environment import numerics
 from distdl.engine.metrics import METRIC_FIELDS, Sums
-from distdl.engine.own_model import network_builder
+from distdl.engine.own_model import check_same, layout_of, network_builder
 from distdl.engine.run import BuildNetwork, check_outputs, outputs_of, read_data, sha256_of_data
 from distdl.engine.run_folder import HEADER_FIELDS, refuse_links
 from distdl.engine.state import TrainingState
@@ -133,6 +134,9 @@ def load(
             communicator,
             lambda: [_network(configs[i], described[i][1], data[i], build_network) for i in range(len(data))],
         )
+        layouts = zip(*communicator.allgather_json(list(map(layout_of, networks))), strict=True)
+        for config, of_ranks in zip(configs, layouts, strict=True):
+            together(communicator, partial(check_same, config.model, of_ranks))
         receipts = together(communicator, lambda: list(map(_restored, found, networks)))  # nothing on other ranks
         receipts = communicator.bcast_json(receipts)
         for network in networks:

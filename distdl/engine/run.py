@@ -147,7 +147,7 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
 
     def build() -> TrainingState:
         if config.augment is not None:
-            Transforms.parse(config.augment).check_fit(height, width, label_per_pixel=data.labels.ndim == 3)
+            Transforms.parse(config.augment).check_fit(height, width)
         build = build_network or network_builder(config.model)
         try:
             network = build((height, width, channels), outputs_of(config, data)[-1])

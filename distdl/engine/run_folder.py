@@ -26,6 +26,8 @@ from distdl.engine.checkpoint import Checkpoint
 from distdl.engine.files import FOLDER_MODE, TEMPORARY_SUFFIX, opened_log
 from distdl.errors import DamagedFileError, UserError
 
+#: What is told of a run in the name of its folder; the path of a user's own model may be longer than a name may be.
+LONGEST_NAME = 120
 #: How long the kernel may take to release what a process held that has just died.
 SECONDS_TO_RELEASE = 10.0
 PAUSE_SECONDS = 0.01
@@ -191,8 +193,9 @@ def _refuse_another_run(config: TrainConfig, path: Path, checkpoint: Checkpoint)
 
 
 def timestamped(what: str) -> Path:
-    """Return the name of a folder under ``runs``, after the local time and `what` it is for."""
-    return Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{re.sub(r'[^a-zA-Z0-9_.-]+', '-', what)}"
+    """Return the name of a folder under ``runs``, after the local time and (the end of) `what` it is for."""
+    name = re.sub(r"[^a-zA-Z0-9_.-]+", "-", what)
+    return Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{name[-LONGEST_NAME:]}"
 
 
 def _refuse_no_folder(path: Path) -> None:

@@ -486,10 +486,12 @@ class Trainer:
         rows = split.micro_batch(rows, index, self.config.micro_batch_size)
         if len(rows) not in self._images:
             self._images[len(rows)] = aligned_empty((len(rows), *self.data.images.shape[1:]))
-        images, out = self.data.images[rows], self._images[len(rows)]
+        images, labels, out = self.data.images[rows], self.data.labels[rows], self._images[len(rows)]
         if key is not None and self.augmentation is not None:
             images = self.augmentation.apply(images, key, out=out)
-        return self.data.normalization.apply(images, out=out), self.data.labels[rows]
+            if labels.ndim == 3:
+                labels = self.augmentation.apply_to_labels(labels, key)
+        return self.data.normalization.apply(images, out=out), labels
 
     def _diverged(self, what: str) -> DivergedError:
         """Return the error for sums that are no numbers; every rank has the same sums."""

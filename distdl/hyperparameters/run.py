@@ -16,13 +16,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from distdl.arrays import sha256_of_arrays
-from distdl.config import TrainConfig
+from distdl.config import TrainConfig, is_own_model
 from distdl.data import sources, split
+from distdl.data.normalization import Normalization
 from distdl.engine import train
+from distdl.engine.own_model import check_same, layout_of, network_builder
 from distdl.engine.progress import Progress
-from distdl.engine.run import BuildNetwork
+from distdl.engine.run import BuildNetwork, outputs_of
 from distdl.engine.stop import StopRequest
+from distdl.engine.trainer import Data
 from distdl.errors import DistdlError, DivergedError, Stopped, UserError
 from distdl.hyperparameters import report
 from distdl.hyperparameters.folder import PICTURE, RESULTS, SearchFolder, choose, content_of_search, read
@@ -134,7 +139,12 @@ class _Search:
         group = communicator.split(self._group_number)
         assert group is not None
         self._group = group
-        data_sha256, self._training_samples = communicator.bcast_json(together(communicator, self._load))
+        loaded = communicator.bcast_json(together(communicator, self._load))
+        data_sha256, self._training_samples, shape, outputs = loaded
+        if self._build_network is not None or is_own_model(settings.config.model):
+            layouts = communicator.allgather_json(together(communicator, lambda: self._layout(shape, outputs)))
+            name = getattr(self._build_network, "__qualname__", settings.config.model)
+            together(communicator, lambda: check_same(name, layouts))
 
         def take_over() -> list[dict[str, Any]]:
             if not coordinates:
@@ -155,16 +165,32 @@ class _Search:
         if self._records:
             self._say(f"resumed from {folder} after {len(self._records)} trials")
 
-    def _load(self) -> tuple[str, int]:
-        """Load the dataset on the first rank of each group; return its hash, and how many samples are for training."""
+    def _load(self) -> tuple[str, int, list[int], int]:
+        """Load the dataset on the first rank of each group; return its hash, and how many samples are for training.
+
+        And what a network is built for: the shape of an image, and the number of outputs.
+        """
         if self._group.rank != 0:
-            return "", 0
+            return "", 0, [], 0
         config = self._settings.config
         if self._dataset is None:
             self._dataset = replace(sources.load(config.dataset, config.data_dir), name=config.dataset)
         self._dataset = data = self._dataset.checked()
-        training = split.split(data.labels, data.test_start, Key(config.seed)).training
-        return sha256_of_arrays([("images", data.images), ("labels", data.labels)]), len(training)
+        parts = split.split(data.labels, data.test_start, Key(config.seed))
+        plain = Normalization(np.zeros(1, np.float32), np.ones(1, np.float32))
+        of_labels = Data(data.images, data.labels, parts, plain, data.classes)
+        return (
+            sha256_of_arrays([("images", data.images), ("labels", data.labels)]),
+            len(parts.training),
+            list(data.images.shape[1:]),
+            outputs_of(config, of_labels)[-1],
+        )
+
+    def _layout(self, shape: Sequence[int], outputs: int) -> str:
+        """Build a model that is not ours once, before there is a folder; groups whose files differ train none alike."""
+        height, width, channels = shape
+        build = self._build_network or network_builder(self._settings.config.model)
+        return layout_of(build((height, width, channels), outputs))
 
     def _search(self) -> Found:
         settings, records = self._settings, self._records

@@ -1,6 +1,7 @@
 """What a network is trained to make small, and the count of its right answers.
 
-N samples, K outputs, ``...`` the places of an answer: none for a label a sample, (H, W) for a label a pixel. A loss is
+N samples, K outputs, ``...`` the places of an answer: none for a label a sample, (H, W) for a label a pixel. A place
+whose label is `NO_LABEL`, -1, is not counted, neither in loss nor gradient nor right answers. A loss is
 a *sum* over samples, and so is its gradient, so that those of several micro-batches can be added; the division by
 the batch size comes after. The arithmetic is float64.
 """
@@ -12,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from distdl.arrays import aligned_empty
+from distdl.arrays import NO_LABEL, aligned_empty
 from distdl.errors import UserError, unknown_name
 from distdl.nn.layers import Array
 
@@ -34,7 +35,7 @@ class SoftmaxCrossEntropy:
     """Softmax and cross-entropy in one.
 
     ``loss = sum over n of (log(sum over k of exp(z[n, k])) - z[n, labels[n]])`` for the logits z; where a sample has a
-    label at each of several places, the mean over its places takes the place of its loss.
+    label at each of several places, the mean over its places that have one takes the place of its loss.
 
     The row maximum is subtracted first, so nothing overflows. Source: sections 3.5, 4.2 and 5.6.3, appendix A; for
     pixels section 8.4 and Long et al. 2015.
@@ -47,14 +48,18 @@ class SoftmaxCrossEntropy:
     """
 
     def forward(self, logits: Array, labels: Array) -> float:
-        """Return the summed loss of logits (N, ..., K) and labels (N, ...), which are integers in 0 .. K-1."""
+        """Return the summed loss of logits (N, ..., K) and labels (N, ...).
+
+        They are integers in 0 .. K-1, or `NO_LABEL` for a place that has none.
+        """
         N, *places, K = logits.shape
         if labels.shape != (N, *places) or labels.dtype.kind not in "iu":
             raise UserError(
                 f"labels are {labels.dtype} {labels.shape}; expected {math.prod([N, *places])} integers, "
                 f"one per {'place of a ' if places else ''}sample"
             )
-        if labels.size and not 0 <= labels.min() <= labels.max() < K:
+        least = NO_LABEL if places else 0
+        if labels.size and not least <= labels.min() <= labels.max() < K:
             raise UserError(f"labels lie in {labels.min()} .. {labels.max()}; expected 0 .. {K - 1}, one per class")
         each = math.prod(places)
         rows, columns = np.arange(N * each), labels.reshape(-1)
@@ -64,12 +69,20 @@ class SoftmaxCrossEntropy:
         sums = exponentials.sum(axis=1, keepdims=True)
         gradient = exponentials / sums
         gradient[rows, columns] -= 1
-        if places:
+        losses = np.log(sums[:, 0]) - shifted[rows, columns]
+        if labels.size and labels.min() == NO_LABEL:
+            counted = labels.reshape(N, each) != NO_LABEL
+            share = counted / np.maximum(counted.sum(axis=1, keepdims=True), 1)
+            gradient *= share.reshape(-1, 1)
+            loss = float((losses * share.reshape(-1)).sum())
+        elif places:
             gradient /= each
+            loss = float(losses.sum()) / each
+        else:
+            loss = float(losses.sum())
         self.d_logits: Array = aligned_empty(logits.shape, logits.dtype)
         self.d_logits.reshape(-1, K)[...] = gradient
-        loss = float((np.log(sums[:, 0]) - shifted[rows, columns]).sum())
-        return loss / each if places else loss
+        return loss
 
     def backward(self) -> Array:
         """Return the gradient of the summed loss by the logits, ``softmax(z) - onehot(labels)``, (N, ..., K)."""
@@ -159,7 +172,16 @@ def make_loss(name: str) -> LossFunction:
 def count_correct(logits: Array, labels: Array) -> int:
     """Return how many labels (N, ...) have the greatest of the logits (N, ..., K), the first if several are equal.
 
+    Of a sample some of whose places have no label, the share among the others counts for all places, rounded.
+
     >>> count_correct(np.array([[1, 2], [3, 3]]), np.array([1, 0]))
     2
+    >>> count_correct(np.zeros((1, 2, 3, 2)), np.array([[[-1, 0, 1], [-1, 0, -1]]]))  # two thirds of six
+    4
     """
-    return int((logits.argmax(axis=-1) == labels).sum())
+    right = logits.argmax(axis=-1) == labels
+    if labels.ndim == 1 or not labels.size or labels.min() != NO_LABEL:
+        return int(right.sum())
+    each = math.prod(labels.shape[1:])
+    right_of, counted = (one.reshape(-1, each).sum(axis=1) for one in (right, labels != NO_LABEL))
+    return int(((2 * right_of * each + counted) // np.maximum(2 * counted, 1)).sum())

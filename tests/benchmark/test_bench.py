@@ -134,6 +134,63 @@ def test_layers_alone_need_no_scaling(tmp_path, capsys):
     assert "scaling" not in said
 
 
+#: The network of --model mlp, with batch normalization, whose running moments have to begin anew too.
+OWN_MODEL = """\
+from distdl import nn
+
+def net(input_shape, classes):
+    layers = [nn.Flatten(), nn.Affine(20), nn.BatchNorm(), nn.ReLU(), nn.Affine(classes)]
+    return nn.Sequential(layers, input_shape)
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_model_of_ones_own_is_measured_as_ours_are(tmp_path, run_job, ranks):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "own.py").write_text(OWN_MODEL)
+    flags = [*flags_of_a_run("out"), "--model=models/own.py:net"]
+    if ranks == 1:
+        done = run([sys.executable, "-m", "distdl.bench", *flags], tmp_path)
+    else:
+        done = run_job(bench_on(ranks, flags), cwd=tmp_path, timeout=TIMEOUT_SECONDS)
+    assert done.returncode == 0, done.stderr
+    found = results(tmp_path / "out")
+    check_results(found, done.stdout, list(range(1, ranks + 1)))
+    assert [part["name"] for part in found["layers"]["parts"]][1:3] == ["affine_1", "batchnorm_1"]
+    assert found["settings"]["model"] == "models/own.py:net"
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["own.py"], "no compiled files"
+
+
+BAD_MODELS = {
+    "raises.py": "def net(shape, classes): raise ValueError('too few')\n",
+    "seven.py": "from distdl import nn\ndef net(shape, classes): return nn.mlp(shape, 7)\n",
+    # The two that only one rank meets; PMI_RANK and OMPI_COMM_WORLD_RANK are the launchers'.
+    "there.py": "import os\nif os.environ.get('PMI_RANK', os.environ.get('OMPI_COMM_WORLD_RANK')) == '1': nowhere\n"
+    "from distdl.nn import mlp\n",
+    "differs.py": "import os\nfrom distdl.nn import mlp, logistic\n"
+    "if os.environ.get('PMI_RANK', os.environ.get('OMPI_COMM_WORLD_RANK')) == '1': mlp = logistic\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("there.py:mlp", "there.py cannot be imported: NameError: name 'nowhere' is not defined (line 2 of there.py)"),
+        ("differs.py:mlp", "the network differs.py:mlp of rank 1 is not that of rank 0: give every host the same"),
+    ],
+)
+def test_a_model_that_is_wrong_on_one_rank_ends_all(tmp_path, run_job, name, said):
+    for file, text in BAD_MODELS.items():
+        (tmp_path / file).write_text(text)
+    assert run([sys.executable, "-m", "distdl.bench", *TINY_FLAGS, f"--model={name}"], tmp_path).returncode == 0
+    done = run_job(bench_on(2, [*TINY_FLAGS, f"--model={name}", "--out=out"]), cwd=tmp_path, timeout=TIMEOUT_SECONDS)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("distdl: ")]
+    assert len(errors) == 1, done.stderr
+    assert said in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
 BAD = {
     "more ranks than there are": (["--ranks", "1,64"], "--ranks 64 is more than the"),
     "an output that is a file": (["--out", "file"], "exists and is no empty folder"),
@@ -141,6 +198,9 @@ BAD = {
     "an output below a file": (["--out", "file/deeper"], "cannot be written"),
     "a trace that is a folder": (["--trace", "used"], "is a folder"),
     "an unknown model": (["--model", "perceptron"], "unknown model 'perceptron'"),
+    "no file of a model": (["--model", "nowhere.py:net"], "nowhere.py does not exist"),
+    "a model that raises": (["--model", "raises.py:net"], "raises.py:net raised ValueError: too few (line 1 of"),
+    "a model of other outputs": (["--model", "seven.py:net"], "puts out (7,) for a sample, expected (10,)"),
     "no samples": (["--batch-size", "-3"], "--batch-size must be at least 1"),
     "pictures too small": (["--model", "deep_convnet", "--input", "1x1x1"], "is smaller than the"),
     "pictures too large": (["--input", "100000x100000x3"], "--input 100000x100000x3 is too large"),
@@ -154,6 +214,8 @@ def test_what_cannot_be_measured_is_one_line_and_exit_2(tmp_path, run_job, case)
     (tmp_path / "file").write_text("x")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").write_text("x")
+    for name, text in BAD_MODELS.items():
+        (tmp_path / name).write_text(text)
     before = sorted(tmp_path.rglob("*"))
     alone = run([sys.executable, "-m", "distdl.bench", *flags], tmp_path)
     for done in (alone, run_job(bench_on(2, flags), cwd=tmp_path, timeout=TIMEOUT_SECONDS)):

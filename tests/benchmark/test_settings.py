@@ -63,6 +63,8 @@ def test_flags_become_settings():
         (["--ranks", "0"], "--ranks must be at least 1"),
         (["--ranks", "1;2"], "expected numbers with commas"),
         (["--model", "simple_convet"], "did you mean 'simple_convnet'?"),
+        (["--model", "models/net:net"], "names no function: give file.py:function or package.module:function"),
+        (["--model", "net.py:net()"], "names no function"),
         (["--optimizer", "adma"], "did you mean 'adam'?"),
         (["--reduction", "ring"], "expected one of allreduce, tree"),
         (["--scaling", "week"], "did you mean 'weak'?"),

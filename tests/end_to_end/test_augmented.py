@@ -4,11 +4,15 @@ import dataclasses
 
 import numpy as np
 import pytest
-from small_runs import VERY_RAGGED, piece_of_digits, remove, small_config, small_run, worlds
+from small_runs import VERY_RAGGED, piece_of_digits, proof, remove, small_config, small_run, worlds
+from test_tasks import pixelwise
 
+from distdl.arrays import NO_LABEL
 from distdl.data.augmentation import Augmentation
+from distdl.data.normalization import Normalization
 from distdl.engine import train
 from distdl.errors import UserError
+from distdl.nn import SoftmaxCrossEntropy
 from distdl.parallel import OneProcess
 
 ALL = "rotate=10,shift=2,scale=0.1,crop=2,flip,brightness=0.1"
@@ -79,9 +83,57 @@ def test_moves_out_of_sight_are_refused_by_all_ranks_before_anything_is_written(
     remove(communicator, shared_tmp_path)
 
 
-def test_images_are_not_moved_away_from_the_labels_of_their_pixels(tmp_path):
-    digits = piece_of_digits(VERY_RAGGED)
-    masks = dataclasses.replace(digits, labels=(digits.images[..., 0] > 8).astype(np.int64), classes=2)
-    with pytest.raises(UserError, match="not the labels that they have here: give brightness alone"):
-        train(small_config(tmp_path / "run", augment="flip,brightness=0.1"), OneProcess(), dataset=masks)
-    assert not (tmp_path / "run").exists()
+def masks(rows=VERY_RAGGED):
+    """Each pixel is ink or none."""
+    digits = piece_of_digits(rows)
+    return dataclasses.replace(digits, labels=(digits.images[..., 0] > 8).astype(np.int64), classes=2)
+
+
+def segmentation_run(communicator, folder, **settings):
+    config = small_config(folder, **{"augment": ALL, "lr": 0.01, **settings})
+    summary = train(config, communicator, dataset=masks(), build_network=pixelwise)
+    communicator.barrier()
+    return proof(folder, summary)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_moved_labels_of_pixels_are_the_same_on_any_number_of_ranks_and_after_a_resume(communicator, shared_tmp_path):
+    """The audit computes micro-batches of other ranks again."""
+    expected = segmentation_run(OneProcess(), shared_tmp_path / "one") if communicator.rank == 0 else None
+    for size, part in worlds(communicator):
+        folder = shared_tmp_path / f"{size}"
+        segmentation_run(part, folder, max_steps=size + 1, audit=1)
+        found = segmentation_run(part, folder, resume="auto", audit=1, balance=True)
+        if part.rank == 0:
+            assert found == expected, f"{size} ranks differ from one process"
+    remove(communicator, shared_tmp_path)
+
+
+def test_labels_of_pixels_are_moved_with_their_images_in_training_and_not_in_evaluation(tmp_path, monkeypatch):
+    """All pixels are moved in or out of sight alike, so what has a label is ink if, and only if, its label is 1."""
+    seen, images = [], []
+    forward, apply = SoftmaxCrossEntropy.forward, Normalization.apply
+
+    def watched_labels(self, outputs, labels):
+        seen.append(labels)
+        return forward(self, outputs, labels)
+
+    def watched_images(self, pixels, out=None):
+        images.append(pixels.copy())
+        return apply(self, pixels, out=out)
+
+    monkeypatch.setattr(SoftmaxCrossEntropy, "forward", watched_labels)
+    monkeypatch.setattr(Normalization, "apply", watched_images)
+    config = small_config(tmp_path / "run", augment="crop=3,flip", epochs=1)
+    train(config, OneProcess(), dataset=masks(), build_network=pixelwise)
+    in_training = 22  # micro-batches of 85 samples; then 9 of validation and 37 of the test part
+    assert [len(labels) for labels in seen] == [len(pixels) for pixels in images]
+    assert sum(map(len, seen[:in_training])) == 85
+    for labels, pixels in zip(seen[:in_training], images, strict=False):
+        inside = labels != NO_LABEL
+        np.testing.assert_array_equal(labels[inside], (pixels[..., 0] > 8)[inside])
+        assert not pixels[~inside].any()
+    assert 0.05 < np.mean(np.concatenate(seen[:in_training]) == NO_LABEL) < 0.6
+    evaluated = np.concatenate(seen[in_training:])
+    assert len(evaluated) == 9 + 37
+    np.testing.assert_array_equal(evaluated, np.concatenate(images[in_training:])[..., 0] > 8)

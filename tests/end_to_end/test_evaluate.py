@@ -22,7 +22,7 @@ from distdl.engine import train
 from distdl.engine.evaluation import evaluate, in_half_precision, load
 from distdl.errors import UserError
 from distdl.launcher import read_launch
-from distdl.nn import Affine, BatchNorm, Conv2d, Flatten, ReLU, Sequential, build_model
+from distdl.nn import Affine, BatchNorm, Conv2d, Flatten, ReLU, Sequential, Tanh, build_model
 from distdl.parallel import OneProcess
 
 alone = pytest.mark.skipif(read_launch().by is not None, reason="already under a launcher")
@@ -174,6 +174,26 @@ def test_two_ranks_print_and_write_what_one_process_does(runs, tmp_path, run_job
     assert said[0] == said[1]
     members = json.loads(said[1][1])["members"]
     assert [member["accuracy"] for member in members] == [summary_of(runs / name)["test_accuracy"] for name in MODELS]
+
+
+@pytest.mark.mpi(min_size=2)
+def test_ranks_that_build_different_networks_are_told_apart(communicator, shared_tmp_path):
+    """Of the same sizes, so nothing else would notice; a model's file may differ between hosts."""
+    dataset, folder = piece_of_digits(VERY_RAGGED), shared_tmp_path / "run"
+
+    def network(shape, classes, between=ReLU):
+        return Sequential([Flatten(), Affine(9), between(), Affine(classes)], shape)
+
+    def with_another_on_rank_1(shape, classes):
+        return network(shape, classes, Tanh if communicator.rank == 1 else ReLU)
+
+    if communicator.rank == 0:
+        train(small_config(folder), OneProcess(), dataset=dataset, build_network=network)
+    communicator.barrier()
+    with pytest.raises(UserError, match=r"network of rank 1 is not that of rank 0: give every host the same files"):
+        load([folder], communicator, dataset=dataset, build_network=with_another_on_rank_1)
+    load([folder], communicator, dataset=dataset, build_network=network)
+    remove(communicator, shared_tmp_path)
 
 
 @pytest.mark.mpi(min_size=2)

@@ -90,6 +90,17 @@ def test_a_model_of_a_file_gives_the_receipt_of_the_same_model_of_ours(folder):
     assert "sizes" not in {name for name in sys.modules if name.startswith("own_model_")}
 
 
+def test_a_file_in_deep_folders_gives_the_run_folder_a_name_that_a_folder_can_have(folder):
+    deep = folder.joinpath(*["d" * 60] * 5)
+    deep.mkdir(parents=True)
+    (deep / "good.py").write_text(
+        GOOD.replace("from sizes import HIDDEN", "").replace("import sizes", "").replace("sizes.HIDDEN", "100")
+    )
+    assert outcome(f"--model={deep}/good.py:net")[0] == 0
+    [run_folder] = (folder / "runs").iterdir()
+    assert run_folder.name.endswith("d-good.py-net")
+
+
 def test_a_model_of_a_module_gives_the_receipt_of_the_same_model_of_ours(folder):
     package = folder / "package"
     package.mkdir()

@@ -313,6 +313,41 @@ def test_what_the_first_training_refuses_ends_the_search_and_leaves_nothing(tmp_
     refused(RANDOM, tmp_path / "search", "--ranks-per-trial 2 is more than the 1 rank of this job", ranks_per_trial=2)
 
 
+def test_a_model_of_ones_own_is_searched_by_its_name_and_a_bad_one_is_refused_before_there_is_a_folder(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from distdl import nn\n\ndef net(shape, outputs):\n"
+        "    return nn.Sequential([nn.Flatten(), nn.Affine(outputs)], shape)\n\n"
+        "def bad(shape, outputs): return shape[7]\n"
+    )
+    short = replace(RANDOM, rounds=1, trials=2)
+    by_name = searched(short, tmp_path / "search", config=replace(CONFIG, model=f"{tmp_path / 'own.py'}:net"))
+    short = replace(short, out=tmp_path / "script")
+    by_script = search(short, OneProcess(), build_network=ink, dataset=piece_of_digits(ROWS))
+    assert [one.weights_sha256 for one in by_name.records] == [one.weights_sha256 for one in by_script.records]
+    bad = replace(CONFIG, model=f"{tmp_path / 'own.py'}:bad")
+    refused(
+        RANDOM, tmp_path / "new", "own.py:bad raised IndexError: tuple index out of range .line 6 of own.py", config=bad
+    )
+
+
+@pytest.mark.mpi(min_size=2)
+def test_groups_that_build_different_networks_are_told_apart(communicator, shared_tmp_path):
+    """Each trains trials by itself, so nothing else would notice; a model's file may differ between hosts."""
+
+    def network(shape, outputs):
+        between = nn.Tanh if communicator.rank == 1 else nn.ReLU
+        return nn.Sequential([nn.Flatten(), nn.Affine(9), between(), nn.Affine(outputs)], shape)
+
+    settings, data = replace(RANDOM, out=shared_tmp_path / "search"), piece_of_digits(ROWS)
+    with pytest.raises(
+        UserError, match=r"the network .*\.network of rank 1 is not that of rank 0: give every host the same files"
+    ) as raised:
+        search(settings, communicator, build_network=network, dataset=data)
+    assert raised.value.agreed
+    assert not (shared_tmp_path / "search").exists()
+    remove(communicator, shared_tmp_path)
+
+
 @pytest.mark.mpi(min_size=3)
 def test_more_ranks_for_a_trial_than_micro_batches_are_refused_on_all_ranks(communicator, shared_tmp_path):
     settings = replace(RANDOM, ranges=(Range("batch_size", 8, 32),), config=replace(CONFIG, micro_batch_size=4))

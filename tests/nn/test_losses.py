@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from distdl.arrays import NO_LABEL
 from distdl.errors import UserError
 from distdl.nn import LOSSES, MeanSquaredError, SigmoidCrossEntropy, SoftmaxCrossEntropy, make_loss
 from distdl.rng import Key
@@ -16,9 +17,18 @@ def labels(*shape, classes):
     return (Key(4).words(int(np.prod(shape))) % np.uint64(classes)).astype(np.int64).reshape(shape)
 
 
+def with_gaps(labels):
+    """Some places without a label: two of the first sample, none of the second, all of the third."""
+    labels = labels.copy()
+    labels[0, 0, 1] = labels[0, 2, 0] = NO_LABEL
+    labels[2] = NO_LABEL
+    return labels
+
+
 CASES = {
     "labels": (SoftmaxCrossEntropy, normal(5, 4), labels(5, classes=4)),
     "a label a pixel": (SoftmaxCrossEntropy, normal(2, 3, 2, 4), labels(2, 3, 2, classes=4)),
+    "not each pixel has a label": (SoftmaxCrossEntropy, normal(3, 3, 2, 4), with_gaps(labels(3, 3, 2, classes=4))),
     "two classes": (SigmoidCrossEntropy, 3 * normal(7, 1), labels(7, classes=2)),
     "numbers": (MeanSquaredError, normal(5, 3), 2 * normal(5, 3)[::-1]),
     "no samples": (SoftmaxCrossEntropy, normal(0, 4), labels(0, classes=4)),
@@ -47,7 +57,14 @@ def test_value_and_gradient_are_pytorchs(case):
         pytest.skip("PyTorch's mean over nothing is no number")
     theirs = torch.tensor(outputs, requires_grad=True)
     if kind is SoftmaxCrossEntropy:
-        value = torch.nn.functional.cross_entropy(theirs.movedim(-1, 1), torch.tensor(targets))
+        pairs = zip(theirs.unbind(), torch.tensor(targets).unbind(), strict=True)
+        # PyTorch's mean over a batch is over all its pixels; ours is over samples, of which each is a mean.
+        means = [
+            torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), label.reshape(-1), ignore_index=-1)
+            for logits, label in pairs
+            if (label >= 0).any()
+        ]
+        value = torch.stack(means).sum() / len(outputs)
     elif kind is SigmoidCrossEntropy:
         value = torch.nn.functional.binary_cross_entropy_with_logits(theirs[:, 0], torch.tensor(targets).double())
     else:
@@ -66,6 +83,27 @@ def test_a_pixels_loss_counts_as_part_of_its_sample():
     assert SoftmaxCrossEntropy().forward(wide, np.repeat(label[:, None, None], 6, axis=1)) == pytest.approx(expected)
 
 
+def test_a_place_without_a_label_is_as_if_it_were_not_there():
+    logits, all_labels = normal(2, 3, 2, 4), labels(2, 3, 2, classes=4)
+    some = all_labels.copy()
+    some[:, 2] = NO_LABEL
+    loss, rest = SoftmaxCrossEntropy(), SoftmaxCrossEntropy()
+    assert loss.forward(logits, some) == pytest.approx(rest.forward(logits[:, :2], all_labels[:, :2]), rel=1e-14)
+    np.testing.assert_allclose(loss.backward()[:, :2], rest.backward(), rtol=1e-14)
+    assert not loss.backward()[:, 2].any()
+    # Two thirds of the places are counted, and their share of right answers stands for all.
+    right = [rest.count_correct(logits[n : n + 1, :2], all_labels[n : n + 1, :2]) for n in range(2)]
+    assert 0 < sum(right) < 8
+    assert loss.count_correct(logits, some) == sum((2 * 6 * one + 4) // 8 for one in right)
+
+
+def test_labels_of_places_that_are_all_there_give_the_bits_of_the_plain_mean():
+    logits, of_pixels = normal(2, 3, 2, 4), labels(2, 3, 2, classes=4)
+    loss, flat = SoftmaxCrossEntropy(), SoftmaxCrossEntropy()
+    assert loss.forward(logits, of_pixels) == flat.forward(logits.reshape(-1, 4), of_pixels.reshape(-1)) / 6
+    assert (loss.backward() == flat.backward().reshape(logits.shape) / 6).all()
+
+
 def test_large_logits_do_not_overflow():
     with np.errstate(all="raise", under="ignore"):
         loss = SigmoidCrossEntropy()
@@ -79,6 +117,9 @@ def test_right_answers_are_counted():
     pixels = np.zeros((1, 2, 2, 3))
     pixels[0, 0, :, 2] = 1
     assert SoftmaxCrossEntropy().count_correct(pixels, np.array([[[2, 1], [0, 2]]])) == 2
+    nothing = np.full((1, 2, 2), NO_LABEL)
+    assert SoftmaxCrossEntropy().count_correct(pixels, nothing) == 0
+    assert SoftmaxCrossEntropy().count_correct(pixels, np.array([[[2, 2], [-1, -1]]])) == 4
     assert MeanSquaredError().count_correct(np.zeros((2, 1)), np.zeros((2, 1))) == 0
 
 
@@ -89,6 +130,8 @@ def test_right_answers_are_counted():
         ("binary_cross_entropy", np.zeros((2, 1)), np.array([0, 2]), r"2 integers that are 0 or 1"),
         ("binary_cross_entropy", np.zeros((2, 1)), np.array([0.0, 1.0]), r"labels are float64"),
         ("mean_squared_error", np.zeros((2, 1)), np.zeros(2), r"outputs are \(2, 1\), targets \(2,\)"),
+        ("cross_entropy", np.zeros((2, 4)), np.array([0, -1]), r"labels lie in -1 .. 0; expected 0 .. 3"),
+        ("cross_entropy", np.zeros((1, 2, 1, 4)), np.array([[[-2], [1]]]), r"labels lie in -2 .. 1; expected 0 .. 3"),
         ("cross_entropy", np.zeros((2, 3, 3, 4)), np.array([0, 1]), r"expected 18 integers, one per place of a sample"),
     ],
 )
