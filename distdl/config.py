@@ -247,7 +247,7 @@ def _of_its_kind(name: str, value: object, kind: Any) -> None:
     choices = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         if value not in choices:
-            raise unknown_name(name.replace("_", " "), str(value), choices)
+            raise unknown_name(f"value of {_flag(name)}" if "_" in name else name, str(value), choices)
         return
     kinds = set(choices or (kind,))
     allowed = kinds | ({int} if float in kinds else set()) | ({str} if Path in kinds else set())
@@ -322,6 +322,7 @@ def parse(arguments: Sequence[str], program: str) -> TrainConfig:
     if given is not None:
         from_files |= _settings_of_file(Path(given))
     flags = [*_as_flags(from_files), *arguments]
+    _check_choices(flags)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.ExitStack() as stack:
@@ -394,6 +395,14 @@ def _check_flag_names(arguments: Sequence[str]) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "--help lists them all"
             raise UserError(f"unknown flag {argument.split('=')[0]}: {hint}")
+
+
+def _check_choices(flags: Sequence[str]) -> None:
+    """Raise `UserError` for a value that is none of a flag's choices, with the nearest one."""
+    for name, kind in typing.get_type_hints(TrainConfig).items():
+        value = value_of(name, flags)
+        if typing.get_origin(kind) is Literal and value is not None and not value.startswith("--"):
+            _of_its_kind(name, value, kind)
 
 
 def value_of(name: str, arguments: Sequence[str]) -> str | None:

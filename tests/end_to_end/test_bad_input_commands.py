@@ -152,7 +152,7 @@ def test_on_a_terminal_the_line_has_neither_colors_nor_boxes(used_folder):
         os.close(ours)
         os.close(theirs)
     assert done.returncode == USER
-    assert done.stderr.startswith("distdl: error: invalid choice 'adamant' for argument '--optimizer'")
+    assert done.stderr.startswith("distdl: error: unknown optimizer 'adamant': expected one of adagrad, adam, ")
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.isprintable() or done.stderr[:-1].isprintable()
 
