@@ -13,6 +13,9 @@ from distdl.nn.initializers import Constant, Zeros
 from distdl.nn.layers import Array, BufferSpec, Layer, ParameterSpec, Shape
 from distdl.rng import Key
 
+#: From this many numbers on, what NumPy does once a line of a matrix takes no time.
+LONG_LINE = 512
+
 
 class BatchNorm(Layer):
     """Batch normalization of each channel, or of each feature of flat inputs: any shape (..., C).
@@ -36,7 +39,20 @@ class BatchNorm(Layer):
     def build(self, input_shape: Shape, dtype: DTypeLike) -> Shape:
         """Any input fits."""
         self.channels = input_shape[-1]
+        pixels = input_shape[:-1]
+        self.pixels_in_line = next(
+            (math.prod(pixels[i:]) for i in range(len(pixels), -1, -1) if math.prod(input_shape[i:]) >= LONG_LINE),
+            math.prod(pixels),
+        )
         return super().build(input_shape, dtype)
+
+    def _lines(self, x: Array) -> Array:
+        """Return any (..., C) as a matrix of some pixels a line, because NumPy is slow with lines of few numbers."""
+        return x.reshape(-1, self.pixels_in_line * self.channels)
+
+    def _line(self, of_channels: Array) -> Array:
+        """Return (C,) once for each pixel of a line."""
+        return np.tile(of_channels, self.pixels_in_line)
 
     def parameter_specs(self) -> list[ParameterSpec]:
         """Return gamma, which begins as ones, and beta, as zeros, (C,) each."""
@@ -59,23 +75,26 @@ class BatchNorm(Layer):
         self.training = training
         if not training:
             self.inverse = 1 / np.sqrt(self.buffers["variance"] + self.epsilon)
-            np.subtract(rows, self.buffers["mean"], out=y)
-            y *= self.inverse * gamma
-            y += beta
+            lines = self._lines(y)
+            np.subtract(self._lines(rows), self._line(self.buffers["mean"]), out=lines)
+            lines *= self._line(self.inverse * gamma)
+            lines += self._line(beta)
             return y.reshape(x.shape)
         M = len(rows)
         ones = self.workspace.array("ones", (M,), fill=1)
         mean = np.matmul(ones, rows) / M
         centred = self.workspace.array("centred", rows.shape)
-        np.subtract(rows, mean, out=centred)
+        np.subtract(self._lines(rows), self._line(mean), out=self._lines(centred))
         squares = np.multiply(centred, centred, out=y)
         variance = np.matmul(ones, squares) / M
         self._note(M, mean.astype(np.float64), variance.astype(np.float64))
         self.inverse = (1 / np.sqrt(variance + self.epsilon)).astype(rows.dtype, copy=False)
-        centred *= self.inverse
+        lines = self._lines(centred)
+        lines *= self._line(self.inverse)
         self.normalized = centred
-        np.multiply(centred, gamma, out=y)
-        y += beta
+        outputs = self._lines(y)
+        np.multiply(lines, self._line(gamma), out=outputs)
+        outputs += self._line(beta)
         return y.reshape(x.shape)
 
     def _note(self, M: int, mean: Array, variance: Array) -> None:
@@ -109,10 +128,11 @@ class BatchNorm(Layer):
         np.matmul(ones, dx, out=self.gradients["gamma"])
         np.matmul(ones, d, out=self.gradients["beta"])
         # dx = gamma / sigma (dy - mean of dy - normalized x mean of (dy normalized x))
-        np.multiply(self.normalized, self.gradients["gamma"] / M, out=dx)
-        np.subtract(d, dx, out=dx)
-        dx -= self.gradients["beta"] / M
-        dx *= gamma * self.inverse
+        lines = self._lines(dx)
+        np.multiply(self._lines(self.normalized), self._line(self.gradients["gamma"] / M), out=lines)
+        np.subtract(self._lines(d), lines, out=lines)
+        lines -= self._line(self.gradients["beta"] / M)
+        lines *= self._line(gamma * self.inverse)
         return dx.reshape(dy.shape)
 
     def __str__(self) -> str:
