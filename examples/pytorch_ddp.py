@@ -68,7 +68,35 @@ def deep_convnet():
     )
 
 
-MODELS = {"mlp": mlp, "simple_convnet": simple_convnet, "deep_convnet": deep_convnet}
+class Residual(nn.Module):
+    """Two convolutions, and what goes around them: the input as it is, or halved and widened by a 1x1 convolution."""
+
+    def __init__(self, channels, filters, stride):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, filters, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(filters),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(filters, filters, 3, padding=1, bias=False),
+            nn.BatchNorm2d(filters),
+        )
+        self.shortcut = nn.Sequential()
+        if stride > 1:
+            shrunk = nn.Conv2d(channels, filters, 1, stride=stride, bias=False)
+            self.shortcut = nn.Sequential(shrunk, nn.BatchNorm2d(filters))
+
+    def forward(self, x):
+        return nn.functional.relu(self.body(x) + self.shortcut(x), inplace=True)
+
+
+def resnet20():
+    first = [nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
+    widths = [(16, 16), (16, 16), (16, 16), (16, 32), (32, 32), (32, 32), (32, 64), (64, 64), (64, 64)]
+    blocks = [Residual(channels, filters, filters // channels) for channels, filters in widths]
+    return nn.Sequential(*first, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES))
+
+
+MODELS = {"mlp": mlp, "simple_convnet": simple_convnet, "deep_convnet": deep_convnet, "resnet20": resnet20}
 
 
 class Training:

@@ -54,6 +54,14 @@ TRIALS = 3
 HOLDS_US_BACK = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "NPY_DISABLE_CPU_FEATURES")
 
 
+TITLES = {
+    "mlp": "MLP 784-100-10",
+    "simple_convnet": "SimpleConvNet",
+    "deep_convnet": "DeepConvNet",
+    "resnet20": "ResNet-20",
+}
+
+
 @dataclass(frozen=True)
 class Job:
     """A row of the table: what both sides train."""
@@ -66,8 +74,7 @@ class Job:
 
     @property
     def title(self):
-        name = {"mlp": "MLP 784-100-10", "simple_convnet": "SimpleConvNet", "deep_convnet": "DeepConvNet"}[self.model]
-        return f"{name}, {self.ranks} rank{'s' if self.ranks > 1 else ''}, batch {self.batch_size}"
+        return f"{TITLES[self.model]}, {self.ranks} rank{'s' if self.ranks > 1 else ''}, batch {self.batch_size}"
 
 
 #: The micro-batch is part of our config, and no business of PyTorch's. Here it is what was fastest on one machine of
@@ -78,6 +85,7 @@ ROWS = {
     "simple_convnet-1": Job("simple_convnet", ranks=1, batch_size=100, micro_batch_size=100),
     "deep_convnet-1": Job("deep_convnet", ranks=1, batch_size=100, micro_batch_size=100),
     "mlp-2": Job("mlp", ranks=2, batch_size=128, micro_batch_size=64),
+    "resnet20-2": Job("resnet20", ranks=2, batch_size=128, micro_batch_size=64),
 }
 
 
