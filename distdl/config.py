@@ -115,6 +115,10 @@ class TrainConfig:
     """What the step schedule multiplies the learning rate by."""
     augment: str | None = None
     """Random changes of training images, such as rotate=10,shift=2; also scale=0.1, crop=2, flip, brightness=0.1."""
+    init_from: str | None = None
+    """Run folder or checkpoint whose weights a new run begins with, wherever a tensor's name and shape agree."""
+    freeze: str | None = None
+    """Layers or parameters that keep their values, such as conv2d_1,affine_1.bias."""
     seed: int = 0
     """Seed of the split, the order, the initial weights, augmentation and dropout."""
     run_dir: Path | None = None
@@ -176,7 +180,7 @@ class TrainConfig:
             Transforms.parse(config.augment)
         _possible_hang(config)
         _finite_to_the_end(config)
-        for name in ("data_dir", "run_dir", "resume", "trace"):
+        for name in ("data_dir", "run_dir", "resume", "trace", "init_from"):
             _possible_path(config, name)
         if self.micro_batch_size > self.batch_size:
             raise UserError(
