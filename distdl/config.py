@@ -118,7 +118,7 @@ class TrainConfig:
     init_from: str | None = None
     """Run folder or checkpoint whose weights a new run begins with, wherever a tensor's name and shape agree."""
     freeze: str | None = None
-    """Layers or parameters that keep their values, such as conv2d_1,affine_1.bias."""
+    """Layers or parameters, with commas in between, that keep their values: for example conv2d_1,affine_1.bias."""
     seed: int = 0
     """Seed of the split, the order, the initial weights, augmentation and dropout."""
     run_dir: Path | None = None

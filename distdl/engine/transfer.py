@@ -46,8 +46,9 @@ def take(given: str, network: Sequential, model: str) -> Taken:
         path, checkpoint, complaints = checkpoint_in(Path(given), f"--init-from {given}")
     except OSError as error:
         raise UserError(f"cannot look into {error.filename}: {error.strerror}; give another --init-from") from None
+    own = [*network.named_parameters(), *network.named_buffers()]
     taken, anew = [], []
-    for name, array in [*network.named_parameters(), *network.named_buffers()]:
+    for name, array in own:
         found = checkpoint.tensors.get(name)
         if found is None or (found.shape, found.dtype) != (array.shape, array.dtype):
             anew.append(name)
@@ -55,11 +56,13 @@ def take(given: str, network: Sequential, model: str) -> Taken:
             np.copyto(array, found)
             taken.append(name)
     if not taken:
-        name, array = network.named_parameters()[0]
-        there = described(checkpoint.tensors.get(name))
+        such_as = "".join(
+            f": {name} is {described(checkpoint.tensors.get(name))} there and {described(array)} here"
+            for name, array in own[:1]
+        )
         raise UserError(
-            f"--init-from {path} has no tensor with the name and shape of one in --model {model}: {name} is {there} "
-            f"there and {described(array)} here; give the run of a network with layers of that name and shape"
+            f"--init-from {path} has no tensor with the name and shape of one in --model {model}{such_as}; give the "
+            "run of a network that has such layers"
         )
     return Taken(path, taken, anew, complaints)
 
@@ -92,6 +95,8 @@ def _listed(names: Sequence[str]) -> str:
 
     >>> _listed(["affine_2.weight", "affine_2.bias"]), _listed([])
     ('affine_2.weight, affine_2.bias', 'none')
+    >>> _listed([f"affine_{number}.weight" for number in range(50)])[-46:]
+    'affine_6.weight, affine_7.weight, and 42 more'
     """
     more = [f"and {len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else []
     return ", ".join([*names[:MOST_NAMED], *more]) or "none"
