@@ -95,8 +95,8 @@ def _listed(names: Sequence[str]) -> str:
 
     >>> _listed(["affine_2.weight", "affine_2.bias"]), _listed([])
     ('affine_2.weight, affine_2.bias', 'none')
-    >>> _listed([f"affine_{number}.weight" for number in range(50)])[-46:]
-    'affine_6.weight, affine_7.weight, and 42 more'
+    >>> _listed([f"affine_{number}.weight" for number in range(50)]).split(", ")[-2:]
+    ['affine_7.weight', 'and 42 more']
     """
     more = [f"and {len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else []
     return ", ".join([*names[:MOST_NAMED], *more]) or "none"
