@@ -208,7 +208,7 @@ def transfers(workshop) -> Iterator[Case]:
     yield Case("nothing agrees", [*new, "--model=logistic", "--init-from=run"], USER, words)
     yield shop.resume("another --init-from", USER, ["--init-from is 'run' here and None"], "--init-from=run")
     yield shop.resume("another --freeze", USER, ["--freeze is 'affine_1' here and None"], "--freeze=affine_1")
-    for name, meant in (("afine_1", "affine_1"), ("affine_1.wieght", "affine_1.weight"), ("Affine_2", "affine_2")):
+    for name, meant in (("afine_1", "affine_1"), ("affine_1.weihgt", "affine_1.weight"), ("Affine_2", "affine_2")):
         words = [repr(name), "affine_1.bias", f"did you mean {meant!r}?"]
         yield Case(f"--freeze {name}", [*new, f"--freeze=affine_1,{name}"], USER, words)
     for nothing in ("", ",", "affine_1,", "\0", "x" * 500):

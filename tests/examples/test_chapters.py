@@ -36,6 +36,7 @@ NAMES = [
     "chapter_6_overfitting",
     "chapter_6_paths",
     "chapter_8_segmentation",
+    "chapter_8_transfer",
     "ng_deep_network",
     "ng_logistic_regression",
     "ng_shallow_network",
