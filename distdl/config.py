@@ -85,6 +85,10 @@ class TrainConfig:
     model: str = "simple_convnet"
     """Network to train: logistic, mlp, simple_convnet, deep_convnet, lenet, alexnet, vgg11, vgg16, googlenet, resnet18,
     resnet20, resnet50; or one of your own, file.py:function or package.module:function."""
+    init_from: str | None = None
+    """Run folder or checkpoint whose weights a new run begins with, wherever a tensor's name and shape agree."""
+    freeze: str | None = None
+    """Layers or parameters, with commas in between, that keep their values: for example conv2d_1,affine_1.bias."""
     epochs: int | None = None
     """Passes over the training part; without it 60 for digits and 20 for mnist."""
     batch_size: int = 128
@@ -115,10 +119,6 @@ class TrainConfig:
     """What the step schedule multiplies the learning rate by."""
     augment: str | None = None
     """Random changes of training images, such as rotate=10,shift=2; also scale=0.1, crop=2, flip, brightness=0.1."""
-    init_from: str | None = None
-    """Run folder or checkpoint whose weights a new run begins with, wherever a tensor's name and shape agree."""
-    freeze: str | None = None
-    """Layers or parameters, with commas in between, that keep their values: for example conv2d_1,affine_1.bias."""
     seed: int = 0
     """Seed of the split, the order, the initial weights, augmentation and dropout."""
     run_dir: Path | None = None
