@@ -85,6 +85,10 @@ class TrainConfig:
     model: str = "simple_convnet"
     """Network to train: logistic, mlp, simple_convnet, deep_convnet, lenet, alexnet, vgg11, vgg16, googlenet, resnet18,
     resnet20, resnet50; or one of your own, file.py:function or package.module:function."""
+    init_from: str | None = None
+    """Run folder or checkpoint whose weights a new run begins with, wherever a tensor's name and shape agree."""
+    freeze: str | None = None
+    """Layers or parameters, with commas in between, that keep their values: for example conv2d_1,affine_1.bias."""
     epochs: int | None = None
     """Passes over the training part; without it 60 for digits and 20 for mnist."""
     batch_size: int = 128
@@ -177,7 +181,7 @@ class TrainConfig:
             Transforms.parse(config.augment)
         _possible_hang(config)
         _finite_to_the_end(config)
-        for name in ("data_dir", "run_dir", "resume", "trace"):
+        for name in ("data_dir", "run_dir", "resume", "trace", "init_from"):
             _possible_path(config, name)
         if self.micro_batch_size > self.batch_size:
             raise UserError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,8 +30,8 @@ class Optimizer(ABC):
     """Updates a flat parameter vector in place.
 
     `weight_decay` λ adds λw to the gradient where `decay_slices` say so (weights, not biases), and `l1` adds the
-    sign of w times itself there. `state` holds the vectors that must survive a step, by name, each as long as the
-    parameters.
+    sign of w times itself there. The parts in `frozen`, ascending, are left as they are, to the bit. `state` holds the
+    vectors that must survive a step, by name, each as long as the parameters.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ()
@@ -43,24 +43,25 @@ class Optimizer(ABC):
         weight_decay: float = 0.0,
         l1: float = 0.0,
         decay_slices: Sequence[slice] = (),
+        frozen: Sequence[slice] = (),
         dtype: Any = np.float32,
     ) -> None:
         self.weight_decay = weight_decay
         self.l1 = l1
-        self.decay_slices = tuple(decay_slices)
+        self.frozen = tuple(frozen)
+        self.decay_slices = tuple(where for where in decay_slices if where not in self.frozen)
+        starts, stops = [0, *(where.stop for where in frozen)], [*(where.start for where in frozen), size]
+        self._updated = [slice(*ends) for ends in zip(starts, stops, strict=True)]
         self.state: dict[str, Vector] = {name: aligned_zeros(size, dtype) for name in self.state_names}
         self._scratch = aligned_empty(min(size, BLOCK), dtype)
 
     def update(self, parameters: Vector, gradients: Vector, learning_rate: float, step: int) -> None:
         """Take step number `step` = 1, 2, …; both vectors are overwritten (the gradient serves as scratch)."""
         if self.weight_decay or self.l1:
-            for where in self.decay_slices:
-                for start in range(where.start, where.stop, BLOCK):
-                    block = slice(start, min(start + BLOCK, where.stop))
-                    scratch = self._scratch[: block.stop - block.start]
-                    self._decay(parameters[block], gradients[block], learning_rate, scratch)
-        for start in range(0, parameters.size, BLOCK):
-            block = slice(start, min(start + BLOCK, parameters.size))
+            for block in _blocks(self.decay_slices):
+                scratch = self._scratch[: block.stop - block.start]
+                self._decay(parameters[block], gradients[block], learning_rate, scratch)
+        for block in _blocks(self._updated):
             scratch = self._scratch[: block.stop - block.start]
             state = {name: vector[block] for name, vector in self.state.items()}
             self._rule(parameters[block], gradients[block], state, learning_rate, step, scratch)
@@ -80,6 +81,13 @@ class Optimizer(ABC):
         self, w: Vector, g: Vector, state: dict[str, Vector], learning_rate: float, step: int, scratch: Vector
     ) -> None:
         """Update the block `w` and its `state` in place; `g` and `scratch` may be overwritten."""
+
+
+def _blocks(parts: Iterable[slice]) -> Iterator[slice]:
+    """Yield the parts of a vector in pieces of at most `BLOCK` elements."""
+    for part in parts:
+        for start in range(part.start, part.stop, BLOCK):
+            yield slice(start, min(start + BLOCK, part.stop))
 
 
 class SGD(Optimizer):

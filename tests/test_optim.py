@@ -188,6 +188,23 @@ def test_weight_decay_pulls_on_its_slices_alone(name):
 
 
 @every_optimizer
+def test_what_is_frozen_keeps_its_bits_and_all_else_gets_those_it_would_have_got(name):
+    """A weight of -0.0 is one too: adding a velocity of 0.0 would lose its sign. Decay pulls on no frozen part."""
+    size = 2 * BLOCK + 100
+    start, gradients = gradients_of(size)
+    start[::3] = -0.0
+    whole, half = slice(0, 70), slice(BLOCK - 5, BLOCK + 5)
+    settings = {"weight_decay": 0.1, "l1": 0.1, "decay_slices": (whole, half, slice(BLOCK + 5, size - 1))}
+    without, _ = run(name, start, gradients, 0.01, **settings)
+    found, _ = run(name, start, gradients, 0.01, frozen=[whole, half, slice(size - 1, size)], **settings)
+    frozen = np.zeros(size, bool)
+    frozen[whole], frozen[half], frozen[-1] = True, True, True
+    assert found[frozen].tobytes() == start[frozen].tobytes()
+    assert found[~frozen].tobytes() == without[~frozen].tobytes()
+    assert (without[frozen] != start[frozen]).all()
+
+
+@every_optimizer
 def test_l1_pulls_every_decayed_weight_by_the_same_length(name):
     start = np.array([3.0, -3.0, 0.0, 3.0], np.float32)
     gradient = np.array([0.25, -0.25, 0.0, 0.0], np.float32)  # what l1 = 0.25 adds to the first three

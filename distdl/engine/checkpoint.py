@@ -220,13 +220,12 @@ def restore(checkpoint: Checkpoint, into: list[tuple[str, NDArray[Any]]], name: 
     found = {key: (array.shape, array.dtype) for key, array in checkpoint.tensors.items()}
     if wanted != found:
         differing = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
-        raise UserError(
-            f"{name} is a checkpoint of another model: {differing[0]} is {_described(found.get(differing[0]))} "
-            f"there and {_described(wanted.get(differing[0]))} here"
-        )
+        there, here = (described(arrays.get(differing[0])) for arrays in (checkpoint.tensors, dict(into)))
+        raise UserError(f"{name} is a checkpoint of another model: {differing[0]} is {there} there and {here} here")
     for key, array in into:
         np.copyto(array, checkpoint.tensors[key])
 
 
-def _described(kind: tuple[tuple[int, ...], np.dtype[Any]] | None) -> str:
-    return "absent" if kind is None else f"{kind[1]} {kind[0]}"
+def described(array: NDArray[Any] | None) -> str:
+    """Return dtype and shape of a tensor, for a message."""
+    return "absent" if array is None else f"{array.dtype} {array.shape}"

@@ -28,7 +28,7 @@ from distdl.engine.environment import numerics
 from distdl.engine.metrics import METRIC_FIELDS, Sums
 from distdl.engine.own_model import check_same, layout_of, network_builder
 from distdl.engine.run import BuildNetwork, check_outputs, outputs_of, read_data, sha256_of_data
-from distdl.engine.run_folder import HEADER_FIELDS, refuse_links
+from distdl.engine.run_folder import HEADER_FIELDS, checkpoint_in
 from distdl.engine.state import TrainingState
 from distdl.engine.trainer import Data
 from distdl.errors import DamagedFileError, UserError
@@ -253,25 +253,18 @@ def _refuse_other_rows(trained: Sequence[Trained], part: Part, rows: Sequence[ND
 def _found(given: Path, *, best: bool) -> _Found:
     """Read the checkpoint that is asked for."""
     try:
-        if given.is_file():
-            if best:
-                raise UserError(
-                    f"--best looks for the best checkpoint of a run folder, and {given} is a file: leave it out"
-                )
-            return _checked(given, given, checkpoints.read(given), ())
-        if not given.exists():
-            raise UserError(f"{given}: there is no such checkpoint or run folder")
-        refuse_links(given)
-        newest = checkpoints.newest_intact(given / "checkpoints")
-        if newest is None:
-            raise UserError(f"{given}: there is no checkpoint in {given / 'checkpoints'}; expected a run folder")
-        found = _checked(given, newest[0], newest[1], tuple(newest[2]))
+        if best and given.is_file():
+            raise UserError(
+                f"--best looks for the best checkpoint of a run folder, and {given} is a file: leave it out"
+            )
+        newest, checkpoint, complaints = checkpoint_in(given, str(given))
+        found = _checked(given, newest, checkpoint, complaints)
         if not best:
             return found
         step = found.checkpoint.header["progress"].get("best_step")
         if type(step) is not int:
             raise UserError(f"--best: {given} has no best checkpoint yet, since no epoch of it was validated")
-        path = checkpoints.path_of_step(newest[0].parent, step)
+        path = checkpoints.path_of_step(newest.parent, step)
         return _checked(given, path, checkpoints.read(path, follow=False), found.complaints)
     except OSError as error:
         raise UserError(f"cannot look into {error.filename}: {error.strerror}; give another run folder") from None

@@ -18,7 +18,7 @@ from distdl.arrays import sha256_of_arrays
 from distdl.config import TrainConfig
 from distdl.data import sources, split
 from distdl.data.normalization import Normalization, measure
-from distdl.engine import balance
+from distdl.engine import balance, transfer
 from distdl.engine import checkpoint as checkpoints
 from distdl.engine.coordinator import Coordinator, Follower
 from distdl.engine.environment import describe, numerics
@@ -103,6 +103,8 @@ class _Preparation:
     progress: Progress = field(default_factory=lambda: Progress(live=False))
     #: The coordinator, or the follower, of the newest attempt.
     opened: list[Follower] = field(default_factory=list)
+    #: What `--init-from` had for the weights; rank 0 knows, where it was read.
+    taken: transfer.Taken | None = None
 
     def trainer(self, communicator: Communicator) -> Trainer:
         """Do all that can fail because of what the user gave, and leave nothing behind where it does. Collective."""
@@ -129,6 +131,12 @@ class _Preparation:
                 f"{config.optimizer} lr {config.lr:g} · seed {config.seed}"
             )
             _print_banner(self.progress, config, trainer.communicator, self.environment, described)
+            if self.taken is not None:
+                for complaint in self.taken.complaints:
+                    self.progress.warning(f"{complaint}; the one before it is used")
+                self.progress.line(str(self.taken))
+            if frozen := sum(where.stop - where.start for where in trainer.state.optimizer.frozen):
+                self.progress.line(f"frozen: {frozen:,} of {parameters:,} parameters (--freeze {config.freeze})")
         trainer.coordinator.started()
 
 
@@ -157,6 +165,7 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
                 weight_decay=config.weight_decay,
                 l1=config.l1_decay,
                 decay_slices=network.decay_slices,
+                frozen=transfer.frozen_slices(network, config.freeze),
             )
         except MemoryError:
             raise UserError(
@@ -171,6 +180,10 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
     together(communicator, lambda: check_same(config.model, layouts))
     steps_per_epoch = split.steps_per_epoch(len(data.parts.training), config.batch_size)
     data_sha256 = communicator.bcast_json(sha256_of_data(data) if coordinates else "")
+    source = config.init_from if start is not None and start.checkpoint is None else None
+    preparation.taken = together(
+        communicator, lambda: None if source is None else transfer.take(source, state.network, config.model)
+    )
     together(communicator, lambda: _restore(state, start, data_sha256, config.epoch_count, steps_per_epoch))
     _hand_out(communicator, state)
 

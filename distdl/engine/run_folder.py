@@ -119,22 +119,31 @@ def _newest_in_own_folder(config: TrainConfig, ours: Path | None) -> Start:
 
 
 def _given_checkpoint(config: TrainConfig, source: Path) -> Start:
+    origin = run_folder_of(source)
+    if origin is not None and source.is_file():
+        refuse_links(origin)
+    path, checkpoint, complaints = checkpoint_in(source, f"--resume {source}")
+    folder = config.run_dir or origin
+    if folder is None:
+        raise UserError(f"--resume {source} lies in no run folder: give a new --run-dir for what comes after it")
+    return Start(folder, path, checkpoint, complaints, origin=origin)
+
+
+def checkpoint_in(source: Path, named: str) -> tuple[Path, Checkpoint, tuple[str, ...]]:
+    """Return a checkpoint, or the newest intact one of a run folder, and what was wrong with those after it.
+
+    `named` stands for `source` in messages. Raises `UserError` where there is none, `DamagedFileError` for a damaged
+    one, and `OSError` where the disk refuses.
+    """
     if source.is_file():
-        origin = run_folder_of(source)
-        if origin is not None:
-            refuse_links(origin)
-        checkpoint = checkpoints.read(source)
-        folder = config.run_dir or origin
-        if folder is None:
-            raise UserError(f"--resume {source} lies in no run folder: give a new --run-dir for what comes after it")
-        return Start(folder, source, checkpoint, origin=origin)
+        return source, checkpoints.read(source), ()
     if not source.exists():
-        raise UserError(f"--resume {source}: there is no such checkpoint or run folder")
+        raise UserError(f"{named}: there is no such checkpoint or run folder")
     refuse_links(source)
     found = checkpoints.newest_intact(source / "checkpoints")
     if found is None:
-        raise UserError(f"--resume {source}: there is no checkpoint in {source / 'checkpoints'}")
-    return Start(source, found[0], found[1], tuple(found[2]), origin=source)
+        raise UserError(f"{named}: there is no checkpoint in {source / 'checkpoints'}; expected a run folder")
+    return found[0], found[1], tuple(found[2])
 
 
 def refuse_links(folder: Path) -> None:

@@ -313,6 +313,8 @@ class Trainer:
 
         learning_rate = self.schedule(state.step)
         if fault is None:
+            for where in state.optimizer.frozen:  # so that it does not count where gradients are clipped
+                network.gradients[where] = 0
             if self.config.clip_norm is not None:
                 clip_by_norm(network.gradients, self.config.clip_norm)
             state.optimizer.update(network.parameters, network.gradients, learning_rate, state.step + 1)

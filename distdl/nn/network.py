@@ -56,7 +56,7 @@ class Sequential:
     of fused blocks (see `distdl.nn.fused`); in the plain form every layer runs as it is written, which is the oracle.
 
     `parameters` and `gradients` are the flat vectors, `decay_slices` the parts of them where weight decay
-    applies, `parameter_count` the number of parameters without padding.
+    applies, `slices` where each parameter lies, by name, `parameter_count` the number of parameters without padding.
 
     Raises `UserError`, naming the layer, if a layer's input does not fit.
 
@@ -95,9 +95,8 @@ class Sequential:
         self.parameters = aligned_zeros(self._places.size, self.dtype)
         self.gradients = aligned_zeros(self._places.size, self.dtype)
         self.parameter_count = sum(where.stop - where.start for where in self._places.where)
-        self.decay_slices = [
-            where for spec, where in zip(self._places.specs, self._places.where, strict=True) if spec.decay
-        ]
+        self.slices = {spec.name: where for spec, where in zip(specs, self._places.where, strict=True)}
+        self.decay_slices = [self.slices[spec.name] for spec in specs if spec.decay]
         kept = self.path.buffer_specs()
         self._buffer_places = _Places(kept, [math.prod(spec.shape) for spec in kept], self.dtype)
         self._statistics_places = _Places(kept, [spec.statistics for spec in kept], np.dtype(np.float64))

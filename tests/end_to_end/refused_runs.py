@@ -195,6 +195,34 @@ def other_runs(workshop) -> Iterator[Case]:
         yield Case(f"all checkpoints damaged, {arguments}", arguments, DAMAGED, words)
 
 
+def transfers(workshop) -> Iterator[Case]:
+    shop = RunShop(workshop)
+    new = [*shop.settings, "--run-dir=new"]
+    os.mkfifo(workshop / "pipe")
+    (workshop / "loop").symlink_to("loop")
+    (workshop / "bare" / "checkpoints").mkdir(parents=True)
+    for path in ("", "missing", "run/checkpoints/step-000000009.safetensors", "bare", "pipe", "loop", "/dev/zero"):
+        yield Case(f"--init-from {path}", [*new, f"--init-from={path}"], USER, [f"--init-from {path}"])
+    yield Case("--init-from of a text", [*new, "--init-from=run/config.toml"], DAMAGED, ["config.toml", "damaged"])
+    words = [str(shop.newest.relative_to(workshop)), "--model logistic", "(16, 100) there", "(16, 10) here"]
+    yield Case("nothing agrees", [*new, "--model=logistic", "--init-from=run"], USER, words)
+    yield shop.resume("another --init-from", USER, ["--init-from is 'run' here and None"], "--init-from=run")
+    yield shop.resume("another --freeze", USER, ["--freeze is 'affine_1' here and None"], "--freeze=affine_1")
+    for name, meant in (("afine_1", "affine_1"), ("affine_1.weihgt", "affine_1.weight"), ("Affine_2", "affine_2")):
+        words = [repr(name), "affine_1.bias", f"did you mean {meant!r}?"]
+        yield Case(f"--freeze {name}", [*new, f"--freeze=affine_1,{name}"], USER, words)
+    for nothing in ("", ",", "affine_1,", "\0", "x" * 500):
+        yield Case(f"--freeze {nothing[:9]!r}", [*new, f"--freeze={nothing}"], USER, ["--freeze", "affine_1.bias"])
+    for everything in ("affine_1,affine_2", "affine_2.bias,affine_1, affine_2.weight"):
+        yield Case(f"--freeze {everything}", [*new, f"--freeze={everything}"], USER, [everything, "nothing to train"])
+    shop.newest.write_bytes(shop.whole[:-1])
+    path = str(shop.newest.relative_to(workshop))
+    yield Case("--init-from a damaged file", [*new, f"--init-from={path}"], DAMAGED, [path, "damaged"])
+    for one in shop.paths:
+        one.write_bytes(one.read_bytes()[:-1])
+    yield Case("--init-from with all damaged", [*new, "--init-from=run"], DAMAGED, ["no checkpoint in", "intact"])
+
+
 # --------------------------------------------------------------------------------------------------- run folders
 
 
@@ -318,6 +346,7 @@ FAMILIES = [
     torn_checkpoints,
     foreign_checkpoints,
     other_runs,
+    transfers,
     unusable_run_folders,
     refusing_disks,
 ]

@@ -16,7 +16,7 @@ from refusals import USER, Case
 from distdl import config
 
 TOO_LONG = "x" * 300
-PATH_FLAGS = ("--config", "--data-dir", "--run-dir", "--resume")
+PATH_FLAGS = ("--config", "--data-dir", "--run-dir", "--resume", "--init-from")
 
 
 def flag_of(name):

@@ -38,6 +38,7 @@ NAMES = [
     "chapter_7_convolution",
     "chapter_8_segmentation",
     "chapter_8_small_filters",
+    "chapter_8_transfer",
     "ng_deep_network",
     "ng_logistic_regression",
     "ng_shallow_network",
