@@ -68,6 +68,8 @@ NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace"})
 LARGEST_CONFIG_BYTES = 2**14
 #: No BLAS starts more threads than this.
 MOST_THREADS = 1024
+#: No whole number but the seed is greater: beyond, not every one is a float, and quotients overflow.
+MOST = 2**53
 #: A day: so long no hang is waited for.
 LONGEST_HANG = 86_400
 
@@ -161,6 +163,8 @@ class TrainConfig:
         """Return the config with every default filled in; raise `UserError` for a setting that cannot be."""
         for name, kind in typing.get_type_hints(TrainConfig).items():
             _of_its_kind(name, getattr(self, name), kind)
+            if isinstance(getattr(self, name), int) and name != "seed" and getattr(self, name) > MOST:
+                raise UserError(f"{_flag(name)} must be at most {MOST}, not a number as great as that given")
         config = dataclasses.replace(
             self,
             epochs=DEFAULT_EPOCHS.get(self.dataset, OTHER_EPOCHS) if self.epochs is None else self.epochs,

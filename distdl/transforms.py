@@ -91,6 +91,11 @@ class Transforms:
                     f"--augment {name}={getattr(self, name):g} can move images of {height}x{width} pixels out of "
                     f"sight: give less than {min(height, width)}"
                 )
+        if self.shift + self.crop >= min(height, width):
+            raise UserError(
+                f"--augment shift={self.shift:g},crop={self.crop} together can move images of {height}x{width} pixels "
+                f"out of sight: give a sum of less than {min(height, width)}"
+            )
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(Transforms))

@@ -403,6 +403,8 @@ def test_all_differences_are_named_at_once_and_a_missing_setting_is_one():
         (["--epochs", "many"], "many"),
         (["--epochs"], "--epochs"),
         (["--epochs", "0"], "--epochs must be at least 1, not 0"),
+        (["--epochs", "1" * 400, "--schedule", "cosine"], "--epochs must be at most 9007199254740992, not a number"),
+        (["--batch-size", str(2**53 + 1)], "--batch-size must be at most 9007199254740992, not a number"),
         (["--batch-size=-1"], "--batch-size must be at least 1, not -1"),
         (["--seed=-1"], "--seed must be at least 0, not -1"),
         (["--max-steps", "0"], "--max-steps must be at least 1, not 0"),

@@ -25,6 +25,7 @@ from distdl.config import is_own_model
 from distdl.errors import PeerLost, UserError
 from distdl.nn import Sequential, build_model
 from distdl.nn.layers import Shape, show_shape
+from distdl.rng import Key
 
 EXPECTED = "expected a function(input_shape, classes) that returns nn.Sequential(layers, input_shape)"
 
@@ -67,7 +68,24 @@ def _built(
         raise UserError(
             f"--model {model} returned a network in {network.dtype}, and trainings are in float32: leave dtype out"
         )
+    with _as_imported(file):
+        try:
+            _tried(network)
+        except (MemoryError, PeerLost):
+            raise
+        except Exception as error:  # noqa: BLE001  whatever the user's layers raise is theirs to mend
+            raise UserError(
+                f"--model {model}: the network cannot be trained: {_said(error, file)}; mend its layers"
+            ) from None
     return network
+
+
+def _tried(network: Sequential) -> None:
+    """Run one sample forwards and backwards, so that a layer that cannot is known before there is a run."""
+    with np.errstate(all="ignore"):
+        x = np.zeros((1, *network.input_shape), np.float32)
+        network.backward(np.zeros_like(network.forward(x, training=True, key=Key(0))))
+        network.forward(x)
 
 
 def _module_of_file(file: Path) -> ModuleType:

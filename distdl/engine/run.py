@@ -65,7 +65,7 @@ def train(
     given, stop = config, StopRequest() if stop is None else stop
 
     def agree_on_config(communicator: Communicator) -> TrainConfig:
-        config = together(communicator, _labelled(given, build_network, dataset).checked)
+        config = together(communicator, labelled(given, build_network, dataset).checked)
         communicator.spin_seconds = balance.SPIN_SECONDS if config.balance else Communicator.spin_seconds
         return TrainConfig.from_json(communicator.bcast_json(config.to_json()))
 
@@ -209,7 +209,7 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
     return Trainer(config, communicator, data, state, preparation.opened[0])
 
 
-def _labelled(config: TrainConfig, build_network: BuildNetwork | None, dataset: sources.Dataset | None) -> TrainConfig:
+def labelled(config: TrainConfig, build_network: BuildNetwork | None, dataset: sources.Dataset | None) -> TrainConfig:
     """Return the config that names what a script has given in place of the config's own model and dataset."""
     if build_network is not None:
         name = getattr(build_network, "__qualname__", type(build_network).__qualname__)

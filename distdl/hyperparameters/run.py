@@ -25,7 +25,7 @@ from distdl.data.normalization import Normalization
 from distdl.engine import train
 from distdl.engine.own_model import check_same, layout_of, network_builder
 from distdl.engine.progress import Progress
-from distdl.engine.run import BuildNetwork, outputs_of
+from distdl.engine.run import BuildNetwork, labelled, outputs_of
 from distdl.engine.stop import StopRequest
 from distdl.engine.trainer import Data
 from distdl.errors import DistdlError, DivergedError, Stopped, UserError
@@ -98,7 +98,7 @@ class _Search:
     """A rank's part in a search; `run` begins again on the ranks that are left where one was lost."""
 
     def __init__(self, settings: Settings, build_network: BuildNetwork | None, dataset: sources.Dataset | None) -> None:
-        self._given = settings
+        self._given = replace(settings, config=labelled(settings.config, build_network, dataset))
         self._build_network = build_network
         self._dataset = dataset
         self._place: Path | None = None

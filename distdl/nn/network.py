@@ -9,7 +9,7 @@ the sums over the input that it is updated from are a fourth, `statistics`, whic
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import DTypeLike
 
 from distdl.arrays import ALIGNMENT_BYTES, aligned_zeros
 from distdl.errors import UserError
+from distdl.nn.composites import Composite
 from distdl.nn.layers import Array, BufferSpec, Layer, ParameterSpec, Products, Shape, Vectors
 from distdl.nn.path import Form, Path, Watch
 from distdl.rng import Key
@@ -79,7 +80,8 @@ class Sequential:
         self.layers = list(layers)
         self.input_shape = tuple(input_shape)
         self.dtype = np.dtype(dtype)
-        if not self.layers or len(set(map(id, self.layers))) < len(self.layers):
+        every = list(_with_those_inside(self.layers))
+        if not every or len(set(map(id, every))) < len(every):
             raise UserError("a network needs at least one layer, and each layer only once; make a new one instead")
         if not all(n >= 1 for n in self.input_shape):
             raise UserError(f"input shape {self.input_shape} given, expected sizes of at least 1")
@@ -177,6 +179,15 @@ class Sequential:
         if self.watch:
             self.watch("backward", None)
         self.path.backward(d_logits, watch=self.watch)
+
+
+def _with_those_inside(layers: Sequence[Layer]) -> Iterator[Layer]:
+    """Yield the layers, and behind each one those that it is made of."""
+    for layer in layers:
+        yield layer
+        if isinstance(layer, Composite):
+            for _, way in layer.ways:
+                yield from _with_those_inside(way)
 
 
 def _aligned(count: int, dtype: np.dtype[Any]) -> int:

@@ -351,7 +351,10 @@ def test_settings_of_a_script_are_checked_too(given):
 
 
 def test_a_move_out_of_sight_is_refused_once_the_size_is_known():
-    Transforms.parse("shift=7.5,crop=7").check_fit(8, 20)
+    for text in ("shift=7.5", "crop=7", "shift=4.5,crop=3"):
+        Transforms.parse(text).check_fit(8, 20)
+    with pytest.raises(UserError, match=r"--augment shift=7.5,crop=7 together can move images of 8x20 pixels out of"):
+        Transforms.parse("shift=7.5,crop=7").check_fit(8, 20)
     for text in ("shift=8", "crop=8"):
         with pytest.raises(UserError, match=f"--augment {text} can move images of 8x20 pixels out of sight"):
             Transforms.parse(text).check_fit(8, 20)

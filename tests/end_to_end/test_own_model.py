@@ -178,6 +178,13 @@ WRONG = {
         "net",
         ["conv2d_1", "8x8x1 is smaller than the 9x9 kernel", "line 5 of wrong.py"],
     ),
+    "a layer that raises": (
+        "from distdl import nn\n\nclass Own(nn.Layer):\n    def backward(self, dy): return dy[:, 99]\n\n"
+        "def net(shape, classes):\n    layers = [nn.Flatten(), nn.Affine(9), Own(), nn.Affine(classes)]\n"
+        "    return nn.Sequential(layers, shape)\n",
+        "net",
+        ["cannot be trained", "IndexError", "line 4 of wrong.py"],
+    ),
     "another number of classes": (
         "from distdl import nn\ndef net(shape, classes): return nn.mlp(shape, 7)\n",
         "net",

@@ -323,6 +323,8 @@ def test_a_model_of_ones_own_is_searched_by_its_name_and_a_bad_one_is_refused_be
     by_name = searched(short, tmp_path / "search", config=replace(CONFIG, model=f"{tmp_path / 'own.py'}:net"))
     short = replace(short, out=tmp_path / "script")
     by_script = search(short, OneProcess(), build_network=ink, dataset=piece_of_digits(ROWS))
+    written = json.loads((by_script.folder / "search.json").read_bytes())["config"]
+    assert (written["model"], written["dataset"]) == (f"{__name__}:ink", piece_of_digits(ROWS).name)
     assert [one.weights_sha256 for one in by_name.records] == [one.weights_sha256 for one in by_script.records]
     bad = replace(CONFIG, model=f"{tmp_path / 'own.py'}:bad")
     refused(

@@ -10,12 +10,14 @@ import pytest
 from distdl.errors import UserError
 from distdl.nn import (
     Affine,
+    Branches,
     Conv2d,
     Dropout,
     Flatten,
     Layer,
     MaxPool2d,
     ReLU,
+    Residual,
     Sequential,
     Sigmoid,
     SoftmaxCrossEntropy,
@@ -241,6 +243,7 @@ def test_a_layer_draws_from_the_key_of_its_name():
     assert layers[1].seen == (False, None)
 
 
+SHARED = ReLU()
 IMPOSSIBLE = [
     (
         [Conv2d(30, 5)],
@@ -262,6 +265,7 @@ IMPOSSIBLE = [
     ([], (4,), "at least one layer"),
     ([Affine(2)], (0,), "expected sizes of at least 1"),
     ([ReLU()] * 2, (4,), "each layer only once"),
+    ([Residual([SHARED]), Branches([ReLU()], [SHARED])], (4,), "each layer only once"),
 ]
 
 
