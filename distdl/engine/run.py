@@ -34,7 +34,7 @@ from distdl.engine.trace import check_writable
 from distdl.engine.trainer import Data, Summary, Trainer
 from distdl.engine.watchdog import Watchdog
 from distdl.errors import DamagedFileError, UserError
-from distdl.nn import Sequential
+from distdl.nn import BatchNorm, Sequential
 from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, guard, share_arrays, survive, together, world
 from distdl.rng import Key
@@ -173,6 +173,7 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
                 "use smaller images, or fewer ranks on this machine"
             ) from None
         check_outputs(config, network.output_shape, data)
+        _check_moments(config, network)
         return TrainingState(network, optimizer, epoch_sums=Sums(answers=data.answers))
 
     state = together(communicator, build)
@@ -240,6 +241,17 @@ def check_outputs(config: TrainConfig, output_shape: tuple[int, ...], data: Data
         raise UserError(
             f"the network {config.model} puts out {output_shape} for a sample, expected {expected}: {config.dataset} "
             f"has {data.classes} {what}" + (" for each pixel" if len(expected) > 1 else "")
+        )
+
+
+def _check_moments(config: TrainConfig, network: Sequential) -> None:
+    """Raise `UserError` where each micro-batch would be a single number to BatchNorm: it is its own mean."""
+    if config.micro_batch_size > 1:
+        return
+    if any(isinstance(layer, BatchNorm) and layer.pixels == 1 for layer in network.every_layer()):
+        raise UserError(
+            f"the network {config.model} normalizes each feature over a micro-batch (BatchNorm), and with "
+            "--micro-batch-size 1 that is one number, which leaves 0: give 2 or more"
         )
 
 

@@ -80,7 +80,7 @@ class Sequential:
         self.layers = list(layers)
         self.input_shape = tuple(input_shape)
         self.dtype = np.dtype(dtype)
-        every = list(_with_those_inside(self.layers))
+        every = list(self.every_layer())
         if not every or len(set(map(id, every))) < len(every):
             raise UserError("a network needs at least one layer, and each layer only once; make a new one instead")
         if not all(n >= 1 for n in self.input_shape):
@@ -173,6 +173,10 @@ class Sequential:
         if self.watch:
             self.watch("forward", None)
         return self.path.forward(x, training=training, key=key, parameters_changed=parameters_changed, watch=self.watch)
+
+    def every_layer(self) -> Iterator[Layer]:
+        """Yield all layers, and behind each one those that it is made of."""
+        return _with_those_inside(self.layers)
 
     def backward(self, d_logits: Array) -> None:
         """Overwrite `gradients`, given the gradient of the loss by the logits of the latest `forward`."""

@@ -40,9 +40,10 @@ class BatchNorm(Layer):
         """Any input fits."""
         self.channels = input_shape[-1]
         pixels = input_shape[:-1]
+        self.pixels = math.prod(pixels)
         self.pixels_in_line = next(
             (math.prod(pixels[i:]) for i in range(len(pixels), -1, -1) if math.prod(input_shape[i:]) >= LONG_LINE),
-            math.prod(pixels),
+            self.pixels,
         )
         return super().build(input_shape, dtype)
 

@@ -256,3 +256,14 @@ def test_ranks_that_have_built_different_networks_are_told_apart():
     check_same("net.py:net", [one, one, one])
     with pytest.raises(UserError, match=r"net\.py:net of rank 2 is not that of rank 0: give every host the same files"):
         check_same("net.py:net", [one, one, other])
+
+
+def test_flat_batch_norm_needs_more_than_one_sample(folder):
+    (folder / "flat.py").write_text(
+        "from distdl import nn\n"
+        "def net(shape, classes):\n"
+        "    inside = nn.Residual([nn.BatchNorm()])\n"
+        "    return nn.Sequential([nn.Flatten(), nn.Affine(4), inside, nn.Affine(classes)], shape)\n"
+    )
+    assert "--micro-batch-size 1 " in refusal(folder, "--model=flat.py:net", "--micro-batch-size=1")
+    assert outcome("--model=flat.py:net", "--micro-batch-size=2")[0] == 0
