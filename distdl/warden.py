@@ -53,12 +53,14 @@ class Warden:
             assert self._process.stdin is not None
             self._signs = self._process.stdin.fileno()
             os.set_blocking(self._signs, False)
-            threading.Thread(target=self._give_signs, name="signs for the warden", daemon=True).start()
+            self._thread = threading.Thread(target=self._give_signs, name="signs for the warden", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, *_error: object) -> None:
         self._over.set()
         if self._process is not None:
+            self._thread.join()  # or its last sign would go to whatever has the number of the closed pipe by then
             self._process.kill()
             self._process.communicate()
 

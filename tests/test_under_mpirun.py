@@ -8,6 +8,7 @@ import pytest
 from distdl.mpirun import mpirun_command
 
 SECONDS = 400
+UP_TO_EIGHT_RANKS = [f"tests/end_to_end/test_{name}.py" for name in ("same_bits", "balance_bits", "evaluate")]
 
 
 @pytest.mark.parametrize(
@@ -15,10 +16,10 @@ SECONDS = 400
     [
         (2, ["tests/parallel"]),
         (3, ["tests/parallel"]),
-        (4, ["tests/parallel"]),
         (3, ["tests/engine", "tests/benchmark", "tests/hyperparameters"]),
-        (8, ["tests/end_to_end/test_same_bits.py"]),
-        (8, ["tests/end_to_end", "--ignore=tests/end_to_end/test_same_bits.py"]),
+        (4, ["tests/parallel", "tests/end_to_end", *(f"--ignore={path}" for path in UP_TO_EIGHT_RANKS)]),
+        (8, UP_TO_EIGHT_RANKS[:1]),
+        (8, UP_TO_EIGHT_RANKS[1:]),
     ],
 )
 def test_all_mpi_tests_pass_with(ranks, where, pytestconfig, run_job):
