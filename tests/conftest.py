@@ -71,14 +71,13 @@ def ulfm(survives):
 
 
 @pytest.fixture(scope="session")
-def run_job(needs_mpirun):
-    """Run a job, as `mpirun_command` gives it, to its end; `timeout` is against hanging."""
-    from distdl.mpirun import environment_for
+def run_program():
+    """Run a command line to its end; `timeout` is against hanging."""
 
-    def run(launch, *, timeout, cwd=None):
+    def run(argv, *, timeout, cwd=None, env=None):
         return subprocess.run(
-            launch.argv,
-            env=environment_for(launch),
+            argv,
+            env=env,
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -86,6 +85,17 @@ def run_job(needs_mpirun):
             timeout=timeout,
             check=False,
         )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_job(needs_mpirun, run_program):
+    """Run a job, as `mpirun_command` gives it, to its end; `timeout` is against hanging."""
+    from distdl.mpirun import environment_for
+
+    def run(launch, *, timeout, cwd=None):
+        return run_program(launch.argv, env=environment_for(launch), cwd=cwd, timeout=timeout)
 
     return run
 

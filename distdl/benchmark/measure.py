@@ -30,7 +30,7 @@ from distdl.config import TrainConfig
 from distdl.data import sources, split
 from distdl.data.normalization import Normalization, measure
 from distdl.engine.coordinator import Follower
-from distdl.engine.own_model import check_same, layout_of, network_builder
+from distdl.engine.own_model import agree_on, network_builder
 from distdl.engine.run import check_outputs
 from distdl.engine.state import TrainingState
 from distdl.engine.trace import Trace
@@ -167,8 +167,7 @@ class Bench:
         arrays = together(communicator, lambda: _pictures(settings) if communicator.rank == 0 else {})
         self._shared = share_arrays(communicator, arrays)
         self.network = together(communicator, self._build)
-        layouts = communicator.allgather_json(layout_of(self.network))
-        together(communicator, lambda: check_same(settings.model, layouts))
+        agree_on(communicator, settings.model, self.network)
         self.worlds = {count: communicator.split(0 if communicator.rank < count else None) for count in ranks}
         self.places = places(communicator)
         self._first_weights, self._first_buffers = self.network.parameters.copy(), self.network.buffers.copy()

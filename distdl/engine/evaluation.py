@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,7 +25,7 @@ from distdl.engine import checkpoint as checkpoints
 from distdl.engine.checkpoint import Checkpoint
 from distdl.engine.environment import numerics
 from distdl.engine.metrics import METRIC_FIELDS, Sums
-from distdl.engine.own_model import check_same, layout_of, network_builder
+from distdl.engine.own_model import agree_on, network_builder
 from distdl.engine.run import BuildNetwork, check_outputs, outputs_of, read_data, sha256_of_data
 from distdl.engine.run_folder import HEADER_FIELDS, checkpoint_in
 from distdl.engine.state import TrainingState
@@ -134,9 +133,8 @@ def load(
             communicator,
             lambda: [_network(configs[i], described[i][1], data[i], build_network) for i in range(len(data))],
         )
-        layouts = zip(*communicator.allgather_json(list(map(layout_of, networks))), strict=True)
-        for config, of_ranks in zip(configs, layouts, strict=True):
-            together(communicator, partial(check_same, config.model, of_ranks))
+        for config, network in zip(configs, networks, strict=True):
+            agree_on(communicator, config.model, network)
         receipts = together(communicator, lambda: list(map(_restored, found, networks)))  # nothing on other ranks
         receipts = communicator.bcast_json(receipts)
         for network in networks:

@@ -25,6 +25,7 @@ from distdl.config import is_own_model
 from distdl.errors import PeerLost, UserError
 from distdl.nn import Sequential, build_model
 from distdl.nn.layers import Shape, show_shape
+from distdl.parallel import Communicator, together
 from distdl.rng import Key
 
 EXPECTED = "expected a function(input_shape, classes) that returns nn.Sequential(layers, input_shape)"
@@ -169,6 +170,12 @@ def layout_of(network: Sequential) -> str:
     layers: Sequence[Any] = network.layers
     shapes = [(name, view.shape) for name, view in network.named_parameters()]
     return hashlib.sha256(repr(([str(layer) for layer in layers], shapes)).encode()).hexdigest()
+
+
+def agree_on(communicator: Communicator, model: str, network: Sequential) -> None:
+    """Raise `UserError`, on every rank, where ranks have built different networks. Collective."""
+    layouts = communicator.allgather_json(layout_of(network))
+    together(communicator, lambda: check_same(model, layouts))
 
 
 def check_same(model: str, layouts: Sequence[str]) -> None:

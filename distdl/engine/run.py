@@ -24,7 +24,7 @@ from distdl.engine.coordinator import Coordinator, Follower
 from distdl.engine.environment import describe, numerics
 from distdl.engine.journal import Journal
 from distdl.engine.metrics import Sums
-from distdl.engine.own_model import check_same, layout_of, network_builder
+from distdl.engine.own_model import agree_on, network_builder
 from distdl.engine.progress import Progress, banner, shares_of
 from distdl.engine.run_folder import Start, find_start
 from distdl.engine.state import TrainingState
@@ -177,8 +177,7 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
         return TrainingState(network, optimizer, epoch_sums=Sums(answers=data.answers))
 
     state = together(communicator, build)
-    layouts = communicator.allgather_json(layout_of(state.network))
-    together(communicator, lambda: check_same(config.model, layouts))
+    agree_on(communicator, config.model, state.network)
     steps_per_epoch = split.steps_per_epoch(len(data.parts.training), config.batch_size)
     data_sha256 = communicator.bcast_json(sha256_of_data(data) if coordinates else "")
     source = config.init_from if start is not None and start.checkpoint is None else None

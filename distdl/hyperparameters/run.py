@@ -23,7 +23,7 @@ from distdl.config import TrainConfig, is_own_model
 from distdl.data import sources, split
 from distdl.data.normalization import Normalization
 from distdl.engine import train
-from distdl.engine.own_model import check_same, layout_of, network_builder
+from distdl.engine.own_model import agree_on, network_builder
 from distdl.engine.progress import Progress
 from distdl.engine.run import BuildNetwork, labelled, outputs_of
 from distdl.engine.stop import StopRequest
@@ -33,6 +33,7 @@ from distdl.hyperparameters import report
 from distdl.hyperparameters.folder import PICTURE, RESULTS, SearchFolder, choose, content_of_search, read
 from distdl.hyperparameters.procedure import Record, Trial, planned, ranges_of, standing
 from distdl.hyperparameters.settings import Range, Settings
+from distdl.nn import Sequential
 from distdl.parallel import Communicator, guard, survive, together, world
 from distdl.rng import Key
 
@@ -142,9 +143,8 @@ class _Search:
         loaded = communicator.bcast_json(together(communicator, self._load))
         data_sha256, self._training_samples, shape, outputs = loaded
         if self._build_network is not None or is_own_model(settings.config.model):
-            layouts = communicator.allgather_json(together(communicator, lambda: self._layout(shape, outputs)))
             name = getattr(self._build_network, "__qualname__", settings.config.model)
-            together(communicator, lambda: check_same(name, layouts))
+            agree_on(communicator, name, together(communicator, lambda: self._network(shape, outputs)))
 
         def take_over() -> list[dict[str, Any]]:
             if not coordinates:
@@ -186,11 +186,11 @@ class _Search:
             outputs_of(config, of_labels)[-1],
         )
 
-    def _layout(self, shape: Sequence[int], outputs: int) -> str:
+    def _network(self, shape: Sequence[int], outputs: int) -> Sequential:
         """Build a model that is not ours once, before there is a folder; groups whose files differ train none alike."""
         height, width, channels = shape
         build = self._build_network or network_builder(self._settings.config.model)
-        return layout_of(build((height, width, channels), outputs))
+        return build((height, width, channels), outputs)
 
     def _search(self) -> Found:
         settings, records = self._settings, self._records

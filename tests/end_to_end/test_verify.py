@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,37 +17,37 @@ from distdl.verify import Outcome, first_difference
 REPOSITORY = Path(__file__).parents[2]
 
 
-def verified(tmp_path, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "distdl.verify", *arguments],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(tmp_path)},
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+@pytest.fixture
+def verified(run_program, tmp_path):
+    """Run `distdl.verify` in an empty folder, which is that of temporary files too."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(tmp_path)}
+
+    def run(*arguments):
+        return run_program(
+            [sys.executable, "-m", "distdl.verify", *arguments], env=environment, cwd=tmp_path, timeout=120
+        )
+
+    return run
 
 
 @pytest.mark.usefixtures("needs_mpirun")
-def test_equal_bits_are_proved_and_nothing_is_left(tmp_path):
-    done = verified(tmp_path, "--ranks", "1,2,3", "--", "--max-steps", "12", "--model", "deep_convnet")
+def test_equal_bits_are_proved_and_nothing_is_left(verified, tmp_path):
+    done = verified("--ranks", "1,2,3", "--", "--max-steps", "12", "--model", "deep_convnet")
     assert done.returncode == 0, done.stderr
     assert "same bits on 1,2,3 ranks: weights, state and metrics.jsonl agree after 12 steps" in done.stdout
     assert not list(tmp_path.glob("distdl-verify-*"))
 
 
 @pytest.mark.usefixtures("needs_mpirun")
-def test_a_reduction_whose_bits_depend_on_the_ranks_is_caught_at_its_first_step(tmp_path):
-    done = verified(tmp_path, "--ranks", "1,3", "--", "--max-steps", "3", "--reduction", "allreduce")
+def test_a_reduction_whose_bits_depend_on_the_ranks_is_caught_at_its_first_step(verified, tmp_path):
+    done = verified("--ranks", "1,3", "--", "--max-steps", "3", "--reduction", "allreduce")
     assert done.returncode == 1, done.stderr
     assert re.search(r"DIFFERENT: first at step 1, tensor \w+\.\w+: [0-9a-f]{16} with 1 ranks", done.stdout)
 
 
 @pytest.mark.usefixtures("needs_mpirun")
-def test_a_training_that_fails_is_reported_in_one_line(tmp_path):
-    done = verified(tmp_path, "--ranks", "1,2", "--", "--model", "simple_convet")
+def test_a_training_that_fails_is_reported_in_one_line(verified, tmp_path):
+    done = verified("--ranks", "1,2", "--", "--model", "simple_convet")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         f"distdl: error: with 1 ranks: unknown model 'simple_convet': expected one of {', '.join(sorted(MODELS))}; "
@@ -59,10 +58,10 @@ def test_a_training_that_fails_is_reported_in_one_line(tmp_path):
 
 
 @pytest.mark.usefixtures("needs_mpirun")
-def test_a_damaged_file_keeps_its_exit_code_and_nothing_is_left(tmp_path):
+def test_a_damaged_file_keeps_its_exit_code_and_nothing_is_left(verified, tmp_path):
     files = mnist_files()
     write_files(tmp_path / "data", {**files, TRAIN_IMAGES: files[TRAIN_IMAGES][:-1]})
-    done = verified(tmp_path, "--ranks", "1,2", "--", "--dataset", "mnist", "--data-dir", "data")
+    done = verified("--ranks", "1,2", "--", "--dataset", "mnist", "--data-dir", "data")
     assert done.returncode == 3
     assert TRAIN_IMAGES in done.stderr
     assert not list(tmp_path.glob("distdl-verify-*"))

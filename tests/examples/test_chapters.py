@@ -3,7 +3,6 @@
 import ast
 import importlib.util
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,24 +54,18 @@ pytestmark = [
 ]
 
 
-def started(name, folder, *arguments):
-    return finished([EXAMPLES / f"{name}.py", *arguments], folder)
+@pytest.fixture(scope="module")
+def started(run_program):
+    """Run an example in a folder."""
 
+    def start(name, folder, *arguments):
+        return run_program([sys.executable, EXAMPLES / f"{name}.py", *arguments], cwd=folder, timeout=SECONDS)
 
-def finished(arguments, folder):
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
+    return start
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(started, tmp_path_factory):
     """Run an example with --quick in a folder of its own, once; return what it said and its picture."""
     done_before = {}
 
@@ -385,7 +378,7 @@ def test_two_ranks_say_the_same_figures_as_one(run, run_job, tmp_path):
         (["--dataset", "mnist", "--data-dir", "nowhere"], "the data folder 'nowhere' cannot be read"),
     ],
 )
-def test_what_cannot_be_is_one_line(arguments, words, tmp_path):
+def test_what_cannot_be_is_one_line(started, arguments, words, tmp_path):
     (tmp_path / "file").touch()
     done = started("chapter_6_optimizers", tmp_path, *arguments)
     assert done.returncode == 2
@@ -395,7 +388,7 @@ def test_what_cannot_be_is_one_line(arguments, words, tmp_path):
     assert done.stdout == ""
 
 
-def test_without_matplotlib_the_line_says_how_to_get_it(tmp_path):
+def test_without_matplotlib_the_line_says_how_to_get_it(run_program, tmp_path):
     script = EXAMPLES / "chapter_2_gates.py"
     without = f"""
 import runpy, sys
@@ -404,7 +397,7 @@ sys.path.insert(0, {str(EXAMPLES)!r})
 sys.argv = [{str(script)!r}]
 runpy.run_path({str(script)!r}, run_name="__main__")
 """
-    done = finished(["-c", without], tmp_path)
+    done = run_program([sys.executable, "-c", without], cwd=tmp_path, timeout=SECONDS)
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert "pip install 'distdl-mpi[plots]'" in line

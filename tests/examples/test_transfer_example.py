@@ -2,7 +2,6 @@
 
 import importlib.util
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -56,16 +55,8 @@ def test_the_second_network_learns_from_a_few_images_of_its_own_digits_and_is_as
 
 
 @pytest.mark.skipif(read_launch().by is not None, reason="already under a launcher")
-def test_only_the_convolution_is_taken_and_it_is_frozen_in_one_of_three(tmp_path):
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "chapter_8_transfer.py", "--quick"],
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def test_only_the_convolution_is_taken_and_it_is_frozen_in_one_of_three(run_program, tmp_path):
+    done = run_program([sys.executable, EXAMPLES / "chapter_8_transfer.py", "--quick"], cwd=tmp_path, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("begins with 2 of 6 tensors") == 2
     assert done.stdout.count("frozen: 780 of 7,340 parameters (--freeze conv2d_1)") == 1
