@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 for name in ("OPENBLAS", "OMP", "MKL"):
@@ -98,6 +99,33 @@ def run_job(needs_mpirun, run_program):
         return run_program(launch.argv, env=environment_for(launch), cwd=cwd, timeout=timeout)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def side_by_side(request):
+    """Do the slow part of one test's cases side by side, as many at a time as there are cores.
+
+    ``side_by_side(test, work)`` begins ``work(**parameters)`` for each chosen case of that test of this module, and
+    returns a function that waits for one of them: its parameters in, what `work` returned or raised out.
+    """
+
+    def begin(test, work):
+        begun = {}
+
+        def result(**parameters):
+            key = repr(sorted(parameters.items()))
+            if key not in begun:
+                begun[key] = pool.submit(work, **parameters)
+            return begun[key]
+
+        for item in request.session.items:
+            if item.path == request.path and getattr(item, "originalname", None) == test.__name__:
+                result(**item.callspec.params)
+        return lambda **parameters: result(**parameters).result()
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield begin
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -84,6 +85,7 @@ def _system() -> str:
     return "-".join([kernel.sysname, kernel.release, kernel.machine, "with", "".join(platform.libc_ver())])
 
 
+@cache
 def _package_versions() -> dict[str, str]:
     found = {}
     for name in ("numpy", "mpi4py", "safetensors", "tyro", "threadpoolctl"):

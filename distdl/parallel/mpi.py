@@ -57,7 +57,7 @@ from distdl.parallel.starting import together_or_not_at_all  # noqa: E402
 
 SHORTEST_PAUSE_SECONDS = 20e-6
 #: Nobody comes later than by this share of the time waited.
-PAUSE_SHARE = 1 / 8
+PAUSE_SHARE = 1 / 32
 #: Up to here ranks do not meet first: what moves in a call or two is not held up much by one who sleeps.
 LARGEST_UNMET_BYTES = 2**15
 #: A launcher that is told to end the job may do so before it has passed on what we printed last.
@@ -238,6 +238,7 @@ class MpiCommunicator(Communicator):
 
     def split(self, color: int | None) -> Communicator | None:
         """Return the communicator of the ranks that gave the same color; None for those that gave None."""
+        self.barrier()  # asleep: a split spins, and on a full machine takes the core of those it waits for
         with self._told_of_losses():
             part = self._comm.Split(MPI.UNDEFINED if color is None else color, self.rank)
         if part == MPI.COMM_NULL:
@@ -249,6 +250,7 @@ class MpiCommunicator(Communicator):
         if self._node is None and survives_failures() and len(set(self.allgather_json(_memory()))) == 1:
             self._node = self
         if self._node is None:
+            self.barrier()
             with self._told_of_losses():
                 part = self._comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank)
             self._node = MpiCommunicator(part, of=self)

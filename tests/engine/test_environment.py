@@ -108,6 +108,7 @@ def test_a_library_that_is_not_installed_is_recorded_as_absent(monkeypatch):
         return "1.2"
 
     monkeypatch.setattr(environment, "version", version)
+    monkeypatch.setattr(environment, "_package_versions", environment._package_versions.__wrapped__)  # not from memory
     versions = describe(OneProcess())["versions"]
     assert versions["mpi4py"] == "absent"
     assert versions["tyro"] == "1.2"

@@ -65,18 +65,20 @@ def started(run_program):
 
 
 @pytest.fixture(scope="module")
-def run(started, tmp_path_factory):
+def run(side_by_side, started, tmp_path_factory):
     """Run an example with --quick in a folder of its own, once; return what it said and its picture."""
-    done_before = {}
+
+    def start(name):
+        folder = tmp_path_factory.mktemp(name)
+        return started(name, folder, "--quick"), folder / "runs" / f"{name}.png"
+
+    finished = side_by_side(test_the_example_leaves_a_picture_and_ends_with_the_book_beside_its_own, start)
 
     def run(name):
-        if name not in done_before:
-            folder = tmp_path_factory.mktemp(name)
-            done = started(name, folder, "--quick")
-            assert done.returncode == 0, done.stderr
-            assert done.stderr == ""
-            done_before[name] = done.stdout, folder / "runs" / f"{name}.png"
-        return done_before[name]
+        done, picture = finished(name=name)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        return done.stdout, picture
 
     return run
 

@@ -26,13 +26,14 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "end_to_end"))
 
 import numpy as np
 import safetensors.numpy
+import tyro
 from bad_inputs import MNIST_FILES, TINY, mnist_files, write_files
 
 from distdl import config, startup, train
@@ -98,6 +99,7 @@ class Idx(Kind):
 
     def __init__(self) -> None:
         self.files = mnist_files()
+        self.words = [gzip.compress(bytes(2**20), mtime=0), bytes(5000)]
 
     def alter(self, rng: random.Random) -> None:
         shutil.rmtree("data", ignore_errors=True)
@@ -107,7 +109,7 @@ class Idx(Kind):
         if self.gzipped:
             content = gzip.compress(content, rng.choice([0, 1, 9]), mtime=0)
             Path("data", self.name).unlink()
-        self.changed = altered(rng, content, [content[:20], gzip.compress(bytes(2**20), mtime=0), bytes(5000)])
+        self.changed = altered(rng, content, [content[:20], *self.words])
         Path("data", self.name + (".gz" if self.gzipped else "")).write_bytes(self.changed)
 
     def is_valid(self) -> bool:
@@ -300,6 +302,19 @@ KINDS: dict[str, Callable[[], Kind]] = {
 RUN = Trainer.run
 
 
+def _remembering(cli: Callable[..., Any]) -> Callable[..., Any]:
+    """Parse flags that have been parsed once no more: most kinds never change them, and it is most of the time."""
+    known: dict[tuple[str, ...], Any] = {}
+
+    def remembered(of: type, *, args: list[str], **options: Any) -> Any:
+        key = tuple(args)
+        if key not in known:
+            known[key] = cli(of, args=args, **options)
+        return known[key]
+
+    return remembered
+
+
 def _run(arguments: list[str]) -> tuple[int, str]:
     err = io.StringIO()
     with redirect_stdout(io.StringIO()), redirect_stderr(err):
@@ -344,7 +359,11 @@ def main(name: str, seed: int, count: int, only: int | None = None) -> int:
     codes: Counter[str] = Counter()
     failures, slowest, heaviest = [], (0.0, -1), (0, -1)
     sys.modules["pooch"] = None  # type: ignore[assignment]  nothing is downloaded, whatever a config says
-    with tempfile.TemporaryDirectory() as folder, patch.object(Trainer, "run", lambda _: None):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(Trainer, "run", lambda _: None),
+        patch("tyro.cli", _remembering(tyro.cli)),
+    ):
         os.chdir(folder)
         kind = KINDS[name]()
         for number in range(count) if only is None else [only]:

@@ -36,10 +36,17 @@ def fuzz(kind, *numbers):
     )
 
 
+@pytest.fixture(scope="module")
+def fuzzed(side_by_side):
+    return side_by_side(
+        test_files_altered_at_random_are_refused_in_one_line_or_are_valid, lambda kind, seed: fuzz(kind, seed, COUNT)
+    )
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_altered_at_random_are_refused_in_one_line_or_are_valid(kind, seed):
-    done = fuzz(kind, seed, COUNT)
+def test_files_altered_at_random_are_refused_in_one_line_or_are_valid(kind, seed, fuzzed):
+    done = fuzzed(kind=kind, seed=seed)
     assert done.stdout, done.stderr
     found = json.loads(done.stdout)
     assert found["failures"] == [], "\n".join(found["failures"][:5])

@@ -81,12 +81,13 @@ def test_the_guard_passes_on_what_every_rank_raises():
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_waiting_rank_leaves_its_core_to_others(communicator):
+@pytest.mark.parametrize("meet", [lambda ranks: ranks.barrier(), lambda ranks: ranks.split(0).free()])
+def test_a_waiting_rank_leaves_its_core_to_others(communicator, meet):
     communicator.barrier()
     before, waited = time.process_time(), communicator.seconds_waiting
     if communicator.rank == 0:
         time.sleep(1.0)
-    communicator.barrier()
+    meet(communicator)
     if communicator.rank > 0:
         assert communicator.seconds_waiting - waited > 0.5
         assert time.process_time() - before < 0.5  # a rank that spins would burn the whole second
