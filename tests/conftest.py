@@ -12,6 +12,9 @@ from pathlib import Path
 for name in ("OPENBLAS", "OMP", "MKL"):
     os.environ[f"{name}_NUM_THREADS"] = "1"
 
+# The processes that tests start, hundreds of them, need not compile the package each anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # Commands that tests start find the package from any folder, whether or not it is installed.
 REPOSITORY = Path(__file__).parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))

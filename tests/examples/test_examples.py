@@ -25,18 +25,16 @@ pytestmark = pytest.mark.skipif(read_launch().by is not None, reason="already un
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(side_by_side, tmp_path_factory):
     """Run a command line in a folder of its own that has the examples; each only once."""
-    finished = {}
 
-    def run(command):
-        if command not in finished:
-            folder = tmp_path_factory.mktemp("run")
-            (folder / "examples").symlink_to(REPOSITORY / "examples")
-            finished[command] = finish(command, folder)
-        return finished[command]
+    def start(command):
+        folder = tmp_path_factory.mktemp("run")
+        (folder / "examples").symlink_to(REPOSITORY / "examples")
+        return finish(command, folder)
 
-    return run
+    finished = side_by_side(test_the_command_ends_well_and_prints_its_receipt_once, start)
+    return lambda command: finished(command=command)
 
 
 def finish(command, folder):
