@@ -56,7 +56,8 @@ from distdl.parallel.shared import SHARED_MEMORY  # noqa: E402
 from distdl.parallel.starting import together_or_not_at_all  # noqa: E402
 
 SHORTEST_PAUSE_SECONDS = 20e-6
-#: Nobody comes later than by this share of the time waited.
+#: Nobody comes later than by this share of the time waited. Larger shares cost more where ranks share cores: most
+#: collectives go on only when a rank that waits has looked, more than once.
 PAUSE_SHARE = 1 / 32
 #: Up to here ranks do not meet first: what moves in a call or two is not held up much by one who sleeps.
 LARGEST_UNMET_BYTES = 2**15

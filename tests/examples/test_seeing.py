@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,21 +20,20 @@ PICTURES = {
 }
 
 
-def run(name, folder, *flags):
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / "examples" / f"{name}.py"), *flags],
-        env={name: value for name, value in os.environ.items() if name not in {"DISPLAY", "MPLBACKEND"}},
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
+@pytest.fixture(scope="module")
+def run(run_program):
+    """Run an example in a folder, on a machine without a screen."""
+
+    def run(name, folder, *flags):
+        program = [sys.executable, str(REPOSITORY / "examples" / f"{name}.py"), *flags]
+        env = {name: value for name, value in os.environ.items() if name not in {"DISPLAY", "MPLBACKEND"}}
+        return run_program(program, env=env, cwd=folder, timeout=SECONDS)
+
+    return run
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_it_draws_and_ends_with_its_accuracy_beside_the_books(name, tmp_path):
+def test_it_draws_and_ends_with_its_accuracy_beside_the_books(run, name, tmp_path):
     done = run(name, tmp_path, "--quick")
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == PICTURES[name]
@@ -48,7 +46,7 @@ def test_it_draws_and_ends_with_its_accuracy_beside_the_books(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_a_wrong_flag_is_one_line(name, tmp_path):
+def test_a_wrong_flag_is_one_line(run, name, tmp_path):
     done = run(name, tmp_path, "--dataset", "mnst")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("distdl: error: ")

@@ -5,7 +5,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,28 +17,27 @@ from distdl.launcher import read_launch
 
 pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts processes of its own")
 
+HERE = Path(__file__).parent
 FULL = os.environ.get("DISTDL_FULL") == "1" or os.environ.get("DISTDL_FAULTS") == "full"
 COUNT = 500
 SEED = int(os.environ.get("DISTDL_FAULTS_SEED", "0"))
 SEEDS = range(SEED, SEED + 20) if FULL else [SEED]
 KINDS = ["IDX", "gzip", "npz", "config", "checkpoint", "sealed"]
-
-
-def fuzz(kind, *numbers):
-    return subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "fuzz.py"), kind, *map(str, numbers)],
-        env={**without_launcher(os.environ), "OPENBLAS_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,  # against hanging
-        check=False,
-    )
+SECONDS = 280  # against hanging
 
 
 @pytest.fixture(scope="module")
-def fuzzed(side_by_side):
+def run_python(run_program):
+    """Run Python in one thread of BLAS and without a launcher."""
+    env = {**without_launcher(os.environ), "OPENBLAS_NUM_THREADS": "1"}
+    return lambda *arguments: run_program([sys.executable, *map(str, arguments)], env=env, timeout=SECONDS)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(side_by_side, run_python):
     return side_by_side(
-        test_files_altered_at_random_are_refused_in_one_line_or_are_valid, lambda kind, seed: fuzz(kind, seed, COUNT)
+        test_files_altered_at_random_are_refused_in_one_line_or_are_valid,
+        lambda kind, seed: run_python(HERE / "fuzz.py", kind, seed, COUNT),
     )
 
 
@@ -72,11 +70,10 @@ def test_files_altered_at_random_are_refused_in_one_line_or_are_valid(kind, seed
         ("fuzz.MOST_SECONDS = 0.0", "took"),
     ],
 )
-def test_the_fuzzer_finds(defect, said, tmp_path):
+def test_the_fuzzer_finds(defect, said, run_python):
     """What it is there for, each put in by hand."""
-    here = Path(__file__).parent
     program = (
-        f"import sys; sys.path.insert(0, {str(here)!r}); import fuzz\n"
+        f"import sys; sys.path.insert(0, {str(HERE)!r}); import fuzz\n"
         "from distdl import config, startup, train\nfrom distdl.engine import checkpoint as checkpoints\n"
         "kind = fuzz.KINDS['checkpoint']\n"
         "class Defective(kind):\n"
@@ -85,13 +82,6 @@ def test_the_fuzzer_finds(defect, said, tmp_path):
         "fuzz.KINDS['checkpoint'] = Defective\n"
         "sys.exit(fuzz.main('checkpoint', 0, 2))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**without_launcher(os.environ), "OPENBLAS_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    done = run_python("-c", program)
     assert done.returncode == 1, done.stderr
     assert any(said in failure for failure in json.loads(done.stdout)["failures"])
