@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,7 +24,30 @@ pytestmark = pytest.mark.skipif(read_launch().by is not None, reason="already un
 
 
 @pytest.fixture(scope="module")
-def run(side_by_side, tmp_path_factory):
+def finish(run_program):
+    """Run a command line in a folder to its end."""
+
+    def finish(command, folder):
+        words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+        variables = {}
+        if "mpirun" in command:
+            try:
+                find_mpirun()
+            except UserError as error:
+                pytest.skip(str(error))
+        if words[0] == "mpirun":
+            assert words[1] == "-n"
+            launch = mpirun_command(int(words[2]), words[3:])
+            words, variables = launch.argv, launch.environment
+        # As on a user's machine: the threads that the tests' own process is limited to are not handed on.
+        env = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+        return run_program(words, env=env | {"PYTHONPATH": str(REPOSITORY)} | variables, cwd=folder, timeout=SECONDS)
+
+    return finish
+
+
+@pytest.fixture(scope="module")
+def run(side_by_side, finish, tmp_path_factory):
     """Run a command line in a folder of its own that has the examples; each only once."""
 
     def start(command):
@@ -35,33 +57,6 @@ def run(side_by_side, tmp_path_factory):
 
     finished = side_by_side(test_the_command_ends_well_and_prints_its_receipt_once, start)
     return lambda command: finished(command=command)
-
-
-def finish(command, folder):
-    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
-    variables = {}
-    if "mpirun" in command:
-        try:
-            find_mpirun()
-        except UserError as error:
-            pytest.skip(str(error))
-    if words[0] == "mpirun":
-        assert words[1] == "-n"
-        launch = mpirun_command(int(words[2]), words[3:])
-        words, variables = launch.argv, launch.environment
-    return subprocess.run(
-        words,
-        # As on a user's machine: the threads that the tests' own process is limited to are not handed on.
-        env={name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
-        | {"PYTHONPATH": str(REPOSITORY)}
-        | variables,
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
 
 
 def ranks_of(command):
@@ -109,7 +104,7 @@ def test_the_gradients_of_the_own_network_are_checked_and_told_once(run, command
     assert float(error) < 1e-7
 
 
-def test_a_wrong_backward_ends_in_one_line_before_any_training(tmp_path):
+def test_a_wrong_backward_ends_in_one_line_before_any_training(finish, tmp_path):
     text = (REPOSITORY / "examples" / "own_network.py").read_text(encoding="utf-8")
     right, wrong = "np.minimum(self.x, 0)", "np.maximum(self.x, 0)"
     assert text.count(right) == 1
@@ -121,7 +116,7 @@ def test_a_wrong_backward_ends_in_one_line_before_any_training(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_too_many_ranks_end_in_one_line_before_any_training(tmp_path):
+def test_too_many_ranks_end_in_one_line_before_any_training(finish, tmp_path):
     (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
     done = finish("mpirun -n 5 python examples/own_network.py", tmp_path)
     assert done.returncode == 2
