@@ -1,7 +1,6 @@
 """The example of augmentation leaves its picture, and ends with the same figures on any number of ranks."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,22 +11,19 @@ from distdl.mpirun import mpirun_command
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "augmentation.py")
 SHORT = ["--epochs", "10"]
+SECONDS = 120
 
 pytestmark = pytest.mark.usefixtures("needs_mpirun")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(run_program, tmp_path_factory):
     """What one process has printed, and the folder it ran in."""
     pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'distdl-mpi[plots]'")
     folder = tmp_path_factory.mktemp("augmentation")
-    done = started([sys.executable, EXAMPLE, *SHORT], folder)
+    done = run_program([sys.executable, EXAMPLE, *SHORT], cwd=folder, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
     return done.stdout, folder
-
-
-def started(command, folder):
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_the_picture_shows_every_transform_and_no_two_draws_are_alike(finished):
@@ -62,7 +58,7 @@ def test_it_ends_with_two_accuracies_that_two_ranks_find_too(finished, run_job, 
     plain, augmented = map(float, found.groups())
     assert plain != augmented
     assert min(plain, augmented) > 50
-    done = run_job(mpirun_command(2, [sys.executable, EXAMPLE, *SHORT]), cwd=tmp_path, timeout=120)
+    done = run_job(mpirun_command(2, [sys.executable, EXAMPLE, *SHORT]), cwd=tmp_path, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == last
 
@@ -75,9 +71,9 @@ def test_it_ends_with_two_accuracies_that_two_ranks_find_too(finished, run_job, 
         (["--epochs", "0"], "--epochs must be at least 1, not 0"),
     ],
 )
-def test_what_is_wrong_ends_in_one_line(tmp_path, arguments, said):
+def test_what_is_wrong_ends_in_one_line(run_program, tmp_path, arguments, said):
     pytest.importorskip("matplotlib")
-    done = started([sys.executable, EXAMPLE, *arguments], tmp_path)
+    done = run_program([sys.executable, EXAMPLE, *arguments], cwd=tmp_path, timeout=SECONDS)
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr

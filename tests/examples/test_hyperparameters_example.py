@@ -1,7 +1,6 @@
 """The book's search, reduced: it draws its picture, and ends with the book's figure beside its own, on any ranks."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,17 +20,9 @@ def of_search(folder, name):
     return found
 
 
-def test_the_search_ends_with_the_figure_of_the_book_beside_its_own(tmp_path):
+def test_the_search_ends_with_the_figure_of_the_book_beside_its_own(run_program, tmp_path):
     pytest.importorskip("matplotlib")
-    done = subprocess.run(
-        [sys.executable, EXAMPLE, "--quick", "--seed", "1"],
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
+    done = run_program([sys.executable, EXAMPLE, "--quick", "--seed", "1"], cwd=tmp_path, timeout=SECONDS)
     assert (done.returncode, done.stderr) == (0, "")
     best = json.loads(of_search(tmp_path, "summary.json").read_text())["best"]
     last = done.stdout.splitlines()[-1]

@@ -6,7 +6,6 @@ PyTorch is taken from this environment, or from the interpreter that DISTDL_TORC
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,15 +20,10 @@ SECONDS = 300
 pytestmark = pytest.mark.skipif(read_launch().by is not None, reason="already under a launcher")
 
 
-def versus_pytorch(*arguments):
-    return subprocess.run(
-        [sys.executable, EXAMPLE, *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
+@pytest.fixture(scope="module")
+def versus_pytorch(run_program):
+    """Run the comparison to its end."""
+    return lambda *arguments: run_program([sys.executable, EXAMPLE, *arguments], timeout=SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +48,16 @@ def cells_of(done, rows):
     return cells
 
 
-def test_one_rank_takes_turns_with_pytorch(torch_python):
+def test_one_rank_takes_turns_with_pytorch(versus_pytorch, torch_python):
     done = versus_pytorch("--quick", "--rows", "simple_convnet-1,deep_convnet-1", "--torch-python", torch_python)
     cells = cells_of(done, 2)
     assert [row[0] for row in cells] == ["SimpleConvNet, 1 rank, batch 100", "DeepConvNet, 1 rank, batch 100"]
     assert all(row[3] != "–" for row in cells)
-    assert "simple_convnet-1 25, deep_convnet-1 25" in done.stdout
+    assert "simple_convnet-1 100, deep_convnet-1 100" in done.stdout
     assert [line for line in done.stdout.splitlines() if line.startswith("DeepConvNet, 1 rank, batch 100: ")]
 
 
-def test_two_ranks_take_turns_with_ddp(torch_python, needs_mpirun):
+def test_two_ranks_take_turns_with_ddp(versus_pytorch, torch_python, needs_mpirun):
     rows = ("--rows", "mlp-2", "--micro-batch-size", "32")
     done = versus_pytorch("--quick", *rows, "--torch-python", torch_python)
     [cells] = cells_of(done, 1)
@@ -83,18 +77,18 @@ def test_two_ranks_take_turns_with_ddp(torch_python, needs_mpirun):
         (["--torch-python", "no/such/python"], "cannot run no/such/python: No such file or directory"),
     ],
 )
-def test_what_cannot_be_ends_in_one_line(arguments, said):
+def test_what_cannot_be_ends_in_one_line(versus_pytorch, arguments, said):
     assert_one_line(versus_pytorch(*arguments), said)
 
 
-def test_without_pytorch_the_line_says_how_to_get_it(tmp_path):
+def test_without_pytorch_the_line_says_how_to_get_it(versus_pytorch, tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexit 1\n")
     python.chmod(0o755)
     assert_one_line(versus_pytorch("--torch-python", python), "pip install torch")
 
 
-def test_a_side_that_dies_ends_the_comparison(tmp_path):
+def test_a_side_that_dies_ends_the_comparison(versus_pytorch, tmp_path):
     """It finds PyTorch, and then ends instead of connecting."""
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\n[ \"$1\" = -c ] && exit 0\necho 'it broke' >&2\nexit 3\n")
