@@ -17,7 +17,7 @@ import os
 import re
 import tomllib
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,8 @@ from distdl.errors import UserError, unknown_name
 from distdl.transforms import Transforms
 
 DATASETS = ("digits", "mnist")
+#: What the path of a user's own .npz file has in front of it, as a dataset.
+NPZ = "npz:"
 MODELS = (
     *("logistic", "mlp", "simple_convnet", "deep_convnet", "lenet", "alexnet"),
     *("vgg11", "vgg16", "googlenet", "resnet18", "resnet20", "resnet50"),
@@ -81,12 +83,16 @@ class TrainConfig:
     config: Path | None = None
     """TOML file with any of the settings below, named as the flags with underscores; flags win over it."""
     dataset: str = "digits"
-    """What to learn: digits (1,797 real 8x8 images inside the package) or mnist."""
+    """What to learn: digits (1,797 real 8x8 images inside the package), mnist, npz:FILE.npz (arrays images and labels),
+    or one of your own, file.py:function or package.module:function."""
     data_dir: Path | None = None
     """Folder with the dataset's files; without it mnist is downloaded into the user's cache."""
     model: str = "simple_convnet"
     """Network to train: logistic, mlp, simple_convnet, deep_convnet, lenet, alexnet, vgg11, vgg16, googlenet, resnet18,
     resnet20, resnet50; or one of your own, file.py:function or package.module:function."""
+    model_settings: str | None = None
+    """What the network is built with besides, for mlp such as "hidden=100-50, batch_norm, dropout=0.2"; a function of
+    your own is given them as keywords."""
     init_from: str | None = None
     """Run folder or checkpoint whose weights a new run begins with, wherever a tensor's name and shape agree."""
     freeze: str | None = None
@@ -183,6 +189,7 @@ class TrainConfig:
                 raise UserError(f"{_flag(name)} must be a finite number, not {getattr(config, name)}")
         if config.augment is not None:
             Transforms.parse(config.augment)
+        parse_model_settings(config.model_settings)
         _possible_hang(config)
         _finite_to_the_end(config)
         for name in ("data_dir", "run_dir", "resume", "trace", "init_from"):
@@ -346,44 +353,99 @@ def parse(arguments: Sequence[str], program: str) -> TrainConfig:
         if stop.code:
             raise UserError(_one_line(said.getvalue(), flags)) from None
         raise
-    if config.dataset not in DATASETS:
-        raise unknown_name("dataset", config.dataset, DATASETS)
-    _check_model(config.model, arguments)
+    check_dataset_name(config.dataset)
+    check_model_name(config.model)
+    for setting in ("dataset", "model"):
+        _check_code(setting, getattr(config, setting), arguments)
     return config.checked()
 
 
-def is_own_model(model: str) -> bool:
-    """Whether the name of a model is that of a user's own: file.py:function or package.module:function."""
-    return ":" in model
+def is_own(name: str) -> bool:
+    """Whether the name of a model or dataset is that of a user's own: file.py:function or package.module:function."""
+    return ":" in name and not name.startswith(NPZ)
 
 
 def check_model_name(model: str) -> None:
     """Raise `UserError` for a text that is neither the name of a model of ours nor of a user's own."""
-    if not is_own_model(model):
-        if model not in MODELS:
-            raise UserError(f"{unknown_name('model', model, MODELS)} (one of your own is given as file.py:function)")
-        return
-    place, _, function = model.rpartition(":")
+    if is_own(model):
+        _check_function_name("--model", model)
+    elif model not in MODELS:
+        raise UserError(f"{unknown_name('model', model, MODELS)} (one of your own is given as file.py:function)")
+
+
+def check_dataset_name(dataset: str) -> None:
+    """Raise `UserError` for a text that is neither the name of a dataset of ours nor of a user's own."""
+    if is_own(dataset):
+        _check_function_name("--dataset", dataset)
+    elif dataset.startswith(NPZ):
+        if "\0" in dataset or not _is_text(dataset):
+            raise UserError(f"--dataset {dataset!r} names no file: give npz:FILE.npz")
+    elif dataset not in DATASETS:
+        raise UserError(
+            f"{unknown_name('dataset', dataset, DATASETS)} (one of your own is given as npz:FILE.npz or "
+            "file.py:function; one that a script gave is known to that script alone)"
+        )
+
+
+def _check_function_name(flag: str, name: str) -> None:
+    place, _, function = name.rpartition(":")
     is_file = place.endswith(".py") and "\0" not in place and _is_text(place)
     if not (function.isidentifier() and (is_file or all(part.isidentifier() for part in place.split(".")))):
-        raise UserError(f"--model {model!r} names no function: give file.py:function or package.module:function")
+        raise UserError(f"{flag} {name!r} names no function: give file.py:function or package.module:function")
 
 
-def _check_model(model: str, arguments: Sequence[str]) -> None:
-    """Raise `UserError` for a name that is no model's, and for code of a user that the command line does not name.
+def _check_code(setting: str, name: str, arguments: Sequence[str]) -> None:
+    """Raise `UserError` for code of a user that the command line does not name.
 
     A config file, also that of a resumed run, may have come from elsewhere, and what it names would be run.
     """
-    check_model_name(model)
-    if not is_own_model(model):
+    if not is_own(name):
         return
-    if model.startswith("__main__:"):
-        raise UserError(f"the model {model!r} is that of a script that trained it: resume the run by that script")
-    if value_of("model", arguments) != model:
+    if name.startswith("__main__:"):
+        raise UserError(f"the {setting} {name!r} is that of a script that trained it: resume the run by that script")
+    if value_of(setting, arguments) != name:
         raise UserError(
-            f"a config file names the model {model!r}, which is code and no model of ours: to run it, give "
-            f"--model {model} on the command line too"
+            f"a config file names the {setting} {name!r}, which is code and no {setting} of ours: to run it, give "
+            f"--{setting} {name} on the command line too"
         )
+
+
+#: What a value of `--model-settings` may be, and what it is then taken for.
+SETTING_KINDS: tuple[tuple[str, Callable[[str], Any]], ...] = (
+    ("[0-9]{1,9}", int),
+    ("[0-9]{1,9}(-[0-9]{1,9})+", lambda text: tuple(map(int, text.split("-")))),
+    (r"-?([0-9]+\.?[0-9]*|\.[0-9]+)(e-?[0-9]{1,3})?", float),
+    ("true|false", lambda text: text == "true"),
+    ("[A-Za-z_][A-Za-z0-9_]*", str),
+)
+
+
+def parse_model_settings(text: str | None) -> dict[str, Any]:
+    """Return what `--model-settings` says; raise `UserError`.
+
+    >>> parse_model_settings("hidden=100-50,batch_norm,dropout=0.2,activation=tanh")
+    {'hidden': (100, 50), 'batch_norm': True, 'dropout': 0.2, 'activation': 'tanh'}
+    """
+    settings: dict[str, Any] = {}
+    for part in [] if text is None else text.split(","):
+        name, equals, value = (piece.strip(" ") for piece in part.partition("="))
+        shown = f"--model-settings {part[:80].strip(' ')!r}"
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+            raise UserError(f"{shown} names no setting: give name=value, with commas in between")
+        if name in settings:
+            raise UserError(f"{shown}: {name} is there twice; give it once")
+        for pattern, kind in SETTING_KINDS:
+            if equals and re.fullmatch(pattern, value):
+                settings[name] = kind(value)
+                break
+        else:
+            if equals:
+                raise UserError(
+                    f"{shown}: expected a number, a word, true, false, or whole numbers with - in between, such as "
+                    "hidden=100-50"
+                )
+            settings[name] = True
+    return settings
 
 
 def _is_text(name: str) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distdl import startup
+from distdl.config import check_dataset_name, check_model_name
 from distdl.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
@@ -41,7 +42,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--part", default="test", help="test or validation (default: %(default)s)")
     add("--best", action="store_true", help="of each run the checkpoint with the best validation accuracy")
     add("--data-dir", type=Path, help="folder with the dataset's files (default: that of the first run)")
-    add("--model", metavar="FILE.py:FUNCTION", help="your own model that the runs were trained with; it is run")
+    own = "FILE.py:FUNCTION"
+    add(
+        "--model",
+        metavar=own,
+        action="append",
+        default=[],
+        help="your own model that a run was trained with; it is run",
+    )
+    add("--dataset", metavar=own, help="your own dataset that the runs were trained on; it is run")
     add("--half", action="store_true", help="also with weights and activations stored as float16")
     add("--confusion", action="store_true", help="print how often which class was taken for which")
     add("--confusion-figure", type=Path, metavar="FILE.png", help="draw that; needs matplotlib")
@@ -62,10 +71,13 @@ def main(arguments: Sequence[str]) -> int:
         in_half_precision,
         load,
     )
-    from distdl.engine.own_model import network_builder  # noqa: PLC0415
     from distdl.figures import need_matplotlib  # noqa: PLC0415
     from distdl.parallel import guard, together, world  # noqa: PLC0415
 
+    for model in given.model:
+        check_model_name(model)
+    if given.dataset is not None:
+        check_dataset_name(given.dataset)
     if given.part not in PARTS:
         raise unknown_name("part", given.part, PARTS)
     if given.confusion_figure or given.misclassified:
@@ -74,8 +86,14 @@ def main(arguments: Sequence[str]) -> int:
     with guard(communicator):
         speaks = communicator.rank == 0
         together(communicator, lambda: _refuse_outputs(given) if speaks else None)
-        build = together(communicator, lambda: network_builder(given.model) if given.model else None)
-        trained = load(given.runs, communicator, best=given.best, data_dir=given.data_dir, build_network=build)
+        trained = load(
+            given.runs,
+            communicator,
+            best=given.best,
+            data_dir=given.data_dir,
+            dataset=given.dataset,
+            models=given.model,
+        )
         together(communicator, lambda: _refuse_pictures_of(trained[0], given))
         found = evaluate(trained, given.part, communicator)
         half = evaluate(in_half_precision(trained), given.part, communicator) if given.half else None

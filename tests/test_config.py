@@ -302,6 +302,7 @@ OTHER = {
     "dataset": "mnist",
     "data_dir": Path("there"),
     "model": "mlp",
+    "model_settings": "hidden=50",
     "epochs": 61,
     "batch_size": 64,
     "micro_batch_size": 8,

@@ -30,7 +30,7 @@ from distdl.config import TrainConfig
 from distdl.data import sources, split
 from distdl.data.normalization import Normalization, measure
 from distdl.engine.coordinator import Follower
-from distdl.engine.own_model import agree_on, network_builder
+from distdl.engine.own_code import agree_on, network_builder
 from distdl.engine.run import check_outputs
 from distdl.engine.state import TrainingState
 from distdl.engine.trace import Trace

@@ -20,7 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.data.idx import quoted, read_idx
+from distdl.data.npz import read_npz
 from distdl.errors import DamagedFileError, UserError, unknown_name
+
+MOST_CLASSES = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +63,7 @@ class Dataset:
         if images.dtype == np.float32 and not np.isfinite(images).all():
             sample = int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))
             raise self._wrong(f"NaN or infinity in images, first in sample {sample}", "finite pixels")
-        if not isinstance(classes, int | np.integer) or classes < 1:
+        if not isinstance(classes, int | np.integer) or not 1 <= classes <= MOST_CLASSES:
             raise self._wrong(f"classes {classes!r}", "an int, how many classes there are")
         labels = self._checked_numbers() if labels.dtype == np.float32 and labels.ndim == 2 else self._checked_labels()
         if test_start is not None and not (isinstance(test_start, int | np.integer) and 0 < test_start < count):
@@ -100,13 +103,15 @@ class Dataset:
 
 
 def load(name: str, data_dir: Path | None) -> Dataset:
-    """Return the data set of that name, read from `data_dir` where it comes in files.
+    """Return the data set of that name, read from `data_dir` where it comes in files, or that of ``npz:PATH``.
 
     Raises `UserError` where the name is unknown or a file is not to be had, `DamagedFileError` if damaged.
 
     >>> load("digits", None).images.shape
     (1797, 8, 8, 1)
     """
+    if name.startswith(NPZ):
+        return npz(Path(name.removeprefix(NPZ)))
     if name not in SOURCES:
         raise unknown_name("dataset", name, SOURCES)
     return SOURCES[name](data_dir)
@@ -297,6 +302,38 @@ def _fetch(size: int, url: str, output: str, _pooch: Any) -> None:
                 file.write(block)
         if left:
             raise ValueError(f"it ends {left} of {size} bytes early")
+
+
+# ----------------------------------------------------------------------------------------------- a file of the user's
+
+#: What the path of such a file has in front of it, as the name of a data set.
+NPZ = "npz:"
+
+
+def npz(path: Path) -> Dataset:
+    """Return the data set in an ``.npz`` file; see `distdl.data.npz` for what it holds.
+
+    As many classes as the greatest label says, or as many numbers as each image has.
+    """
+    images, labels, *test = read_npz(path)
+    for part, (of_part, its_labels) in {"training": (images, labels), "test": test or (images, labels)}.items():
+        if len(of_part) != len(its_labels):
+            raise UserError(
+                f"the {part} part of {quoted(path)} has {len(of_part)} images and {len(its_labels)} labels: expected "
+                "as many of both"
+            )
+    start = None
+    if test:
+        for what, array, of_test in (("images", images, test[0]), ("labels", labels, test[1])):
+            if array.shape[1:] != of_test.shape[1:] or array.dtype.kind != of_test.dtype.kind:
+                raise UserError(
+                    f"{quoted(path)} has {what} {array.dtype} {array.shape} for training and {of_test.dtype} "
+                    f"{of_test.shape} for the test: expected one kind, and the same shape but for how many there are"
+                )
+        start = len(images)
+        images, labels = np.concatenate([images, test[0]]), np.concatenate([labels, test[1]])
+    classes = labels.shape[-1] if labels.dtype.kind == "f" else int(labels.max(initial=0)) + 1
+    return Dataset(f"{NPZ}{path}", images, labels, classes, start).checked()
 
 
 SOURCES: dict[str, Callable[[Path | None], Dataset]] = {"digits": digits, "mnist": mnist}

@@ -18,15 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.arrays import aligned_empty
-from distdl.config import TrainConfig, is_own_model
+from distdl.config import DATASETS, TrainConfig, is_own
 from distdl.data import sources, split
 from distdl.data.normalization import Normalization
 from distdl.engine import checkpoint as checkpoints
 from distdl.engine.checkpoint import Checkpoint
 from distdl.engine.environment import numerics
 from distdl.engine.metrics import METRIC_FIELDS, Sums
-from distdl.engine.own_model import agree_on, network_builder
-from distdl.engine.run import BuildNetwork, check_outputs, outputs_of, read_data, sha256_of_data
+from distdl.engine.own_code import BuildNetwork, agree_on, load_dataset, network_builder, same_function
+from distdl.engine.run import check_outputs, outputs_of, read_data, sha256_of_data
 from distdl.engine.run_folder import HEADER_FIELDS, checkpoint_in
 from distdl.engine.state import TrainingState
 from distdl.engine.trainer import Data
@@ -106,13 +106,16 @@ def load(
     best: bool = False,
     data_dir: Path | None = None,
     build_network: BuildNetwork | None = None,
-    dataset: sources.Dataset | None = None,
+    dataset: sources.Dataset | str | None = None,
+    models: Sequence[str] = (),
 ) -> list[Trained]:
     """Return the networks of run folders (each one's newest intact checkpoint, or the `best`) or checkpoints.
 
     `communicator` is `world()` if not given. `data_dir` takes the place of the folder that the run had its data from,
-    `build_network` and `dataset` those of the model and dataset that its config names. Only rank 0 looks at files and
-    dataset. Collective. Raises `UserError` on every rank where a checkpoint, its data or its network cannot be had,
+    `dataset`, which may be a name like that of ``--dataset``, that of the dataset that its config names. Networks that
+    are not ours are built by `build_network`, or by that of the functions `models` (``file.py:function``) which the
+    run was trained with: none is called because a file names it. Only rank 0 looks at files and dataset. Collective.
+    Raises `UserError` on every rank where a checkpoint, its data or its network cannot be had,
     `DamagedFileError` where a file is damaged.
     """
     communicator = world() if communicator is None else communicator
@@ -126,12 +129,13 @@ def load(
             ]
         )
         configs = [TrainConfig.from_json(config) for _, _, config, _, _ in described]
+        together(communicator, lambda: _refuse_strangers(models, configs))
         arrays = together(communicator, lambda: _arrays(found, data_dir, dataset) if reads else {})
         shared = share_arrays(communicator, arrays)
         data = [_data_of(config, shared) for config in configs]
         networks = together(
             communicator,
-            lambda: [_network(configs[i], described[i][1], data[i], build_network) for i in range(len(data))],
+            lambda: [_network(configs[i], described[i][1], data[i], build_network, models) for i in range(len(data))],
         )
         for config, network in zip(configs, networks, strict=True):
             agree_on(communicator, config.model, network)
@@ -284,7 +288,9 @@ def _checked(given: Path, path: Path, checkpoint: Checkpoint, complaints: tuple[
     return _Found(given, path, checkpoint, config, complaints)
 
 
-def _arrays(found: Sequence[_Found], data_dir: Path | None, dataset: sources.Dataset | None) -> dict[str, NDArray[Any]]:
+def _arrays(
+    found: Sequence[_Found], data_dir: Path | None, dataset: sources.Dataset | str | None
+) -> dict[str, NDArray[Any]]:
     """Load the dataset, split it as each run did, and hold it against what each checkpoint was trained on."""
     first = found[0]
     for other in found[1:]:
@@ -293,8 +299,15 @@ def _arrays(found: Sequence[_Found], data_dir: Path | None, dataset: sources.Dat
                 f"{other.given} was trained on {other.config.dataset}, {first.given} on {first.config.dataset}: "
                 "expected one dataset; evaluate them one by one"
             )
-    if dataset is None:
-        dataset = sources.load(first.config.dataset, data_dir or first.config.data_dir)
+    if not isinstance(dataset, sources.Dataset):
+        trained_on = first.config.dataset
+        if dataset is not None and trained_on in DATASETS and dataset != trained_on:
+            raise UserError(f"{first.given} was trained on {trained_on}: leave --dataset {dataset} out")
+        if dataset is None and is_own(trained_on):  # no file is run because a checkpoint names it
+            raise UserError(
+                f"{first.given} was trained on a dataset of its own; if you trust that code, add --dataset {trained_on}"
+            )
+        dataset = load_dataset(dataset or trained_on, data_dir or first.config.data_dir)
     arrays: dict[str, NDArray[Any]] = {}
     for one in found:
         seed = one.config.seed
@@ -327,16 +340,21 @@ def _data_of(config: TrainConfig, arrays: dict[str, NDArray[Any]]) -> Data:
 # ---------------------------------------------------------------------------------------------------------- networks
 
 
-def _network(config: TrainConfig, path: str, data: Data, build_network: BuildNetwork | None) -> Sequential:
+def _network(
+    config: TrainConfig, path: str, data: Data, build_network: BuildNetwork | None, models: Sequence[str]
+) -> Sequential:
     """Build the network that a config names."""
     height, width, channels = data.images.shape[1:]
-    if build_network is None and is_own_model(config.model):  # no file is run because a checkpoint names it
-        raise UserError(
-            f"cannot build the network of {path}: it was trained with a model of its own; if you trust that code, add "
-            f"--model {config.model}, or give build_network to load(…) of distdl.engine.evaluation from a script"
-        )
+    named, given = config.model, build_network if is_own(config.model) else None
+    if is_own(named) and given is None:
+        named = next((model for model in models if same_function(model, config.model)), "")
+        if not named:  # no file is run because a checkpoint names it
+            raise UserError(
+                f"cannot build the network of {path}: it was trained with a model of its own; if you trust that code, "
+                f"add --model {config.model}, or from a script give build_network to load() of distdl.engine.evaluation"
+            )
     try:
-        build = build_network or network_builder(config.model)
+        build = network_builder(named, config.model_settings, given)
         network = build((height, width, channels), outputs_of(config, data)[-1])
         check_outputs(config, network.output_shape, data)
     except UserError as error:
@@ -345,6 +363,17 @@ def _network(config: TrainConfig, path: str, data: Data, build_network: BuildNet
             "with load(…, build_network=…) of distdl.engine.evaluation"
         ) from None
     return network
+
+
+def _refuse_strangers(models: Sequence[str], configs: Sequence[TrainConfig]) -> None:
+    """Raise `UserError` for a model that none of the runs was trained with."""
+    for model in models:
+        if not any(is_own(config.model) and same_function(model, config.model) for config in configs):
+            trained_with = ", ".join(sorted({config.model for config in configs}))
+            raise UserError(
+                f"--model {model}: no run was trained with it, but with {trained_with}; name that function, or leave "
+                "out what is a model of ours"
+            )
 
 
 def _restored(found: _Found, network: Sequential) -> str:

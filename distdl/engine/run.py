@@ -6,7 +6,6 @@ lost meanwhile, the others begin again, in the same run folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from distdl.engine.coordinator import Coordinator, Follower
 from distdl.engine.environment import describe, numerics
 from distdl.engine.journal import Journal
 from distdl.engine.metrics import Sums
-from distdl.engine.own_model import agree_on, network_builder
+from distdl.engine.own_code import BuildNetwork, agree_on, load_dataset, network_builder
 from distdl.engine.progress import Progress, banner, shares_of
 from distdl.engine.run_folder import Start, find_start
 from distdl.engine.state import TrainingState
@@ -40,9 +39,6 @@ from distdl.parallel import Communicator, guard, share_arrays, survive, together
 from distdl.rng import Key
 from distdl.transforms import Transforms
 from distdl.warden import Warden
-
-#: Builds a network for inputs (H, W, C) and a number of classes.
-BuildNetwork = Callable[[tuple[int, int, int], int], Sequential]
 
 
 def train(
@@ -65,7 +61,7 @@ def train(
     given, stop = config, StopRequest() if stop is None else stop
 
     def agree_on_config(communicator: Communicator) -> TrainConfig:
-        config = together(communicator, labelled(given, build_network, dataset).checked)
+        config = together(communicator, lambda: labelled(given, build_network, dataset).checked())
         communicator.spin_seconds = balance.SPIN_SECONDS if config.balance else Communicator.spin_seconds
         return TrainConfig.from_json(communicator.bcast_json(config.to_json()))
 
@@ -156,7 +152,7 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
     def build() -> TrainingState:
         if config.augment is not None:
             Transforms.parse(config.augment).check_fit(height, width)
-        build = build_network or network_builder(config.model)
+        build = network_builder(config.model, config.model_settings, build_network)
         try:
             network = build((height, width, channels), outputs_of(config, data)[-1])
             network.initialize(Key(config.seed).of("initialization"))
@@ -214,6 +210,11 @@ def labelled(config: TrainConfig, build_network: BuildNetwork | None, dataset: s
     if build_network is not None:
         name = getattr(build_network, "__qualname__", type(build_network).__qualname__)
         config = replace(config, model=f"{build_network.__module__}:{name}")
+    if dataset is not None and not isinstance(dataset, sources.Dataset):
+        raise UserError(
+            f"the dataset is a {type(dataset).__name__}, expected a distdl.data.sources.Dataset(name, images, labels, "
+            "classes, test_start)"
+        )
     return config if dataset is None else replace(config, dataset=dataset.name)
 
 
@@ -265,7 +266,7 @@ def _check_ranks(config: TrainConfig, ranks: int) -> None:
 
 def read_data(config: TrainConfig, dataset: sources.Dataset | None) -> dict[str, NDArray[Any]]:
     """Load the dataset, split it, and measure its training part: the coordinator's work."""
-    dataset = sources.load(config.dataset, config.data_dir) if dataset is None else dataset.checked()
+    dataset = load_dataset(config.dataset, config.data_dir) if dataset is None else dataset.checked()
     parts = split.split(dataset.labels, dataset.test_start, Key(config.seed))
     normalization = measure(dataset.images, parts.training)
     return {

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from distdl.arrays import sha256_of_arrays
-from distdl.config import TrainConfig, is_own_model
+from distdl.config import TrainConfig, is_own
 from distdl.data import sources, split
 from distdl.data.normalization import Normalization
 from distdl.engine import train
-from distdl.engine.own_model import agree_on, network_builder
+from distdl.engine.own_code import BuildNetwork, agree_on, load_dataset, network_builder
 from distdl.engine.progress import Progress
-from distdl.engine.run import BuildNetwork, labelled, outputs_of
+from distdl.engine.run import labelled, outputs_of
 from distdl.engine.stop import StopRequest
 from distdl.engine.trainer import Data
 from distdl.errors import DistdlError, DivergedError, Stopped, UserError
@@ -142,7 +142,7 @@ class _Search:
         self._group = group
         loaded = communicator.bcast_json(together(communicator, self._load))
         data_sha256, self._training_samples, shape, outputs = loaded
-        if self._build_network is not None or is_own_model(settings.config.model):
+        if self._build_network is not None or is_own(settings.config.model) or settings.config.model_settings:
             name = getattr(self._build_network, "__qualname__", settings.config.model)
             agree_on(communicator, name, together(communicator, lambda: self._network(shape, outputs)))
 
@@ -174,7 +174,7 @@ class _Search:
             return "", 0, [], 0
         config = self._settings.config
         if self._dataset is None:
-            self._dataset = replace(sources.load(config.dataset, config.data_dir), name=config.dataset)
+            self._dataset = replace(load_dataset(config.dataset, config.data_dir), name=config.dataset)
         self._dataset = data = self._dataset.checked()
         parts = split.split(data.labels, data.test_start, Key(config.seed))
         plain = Normalization(np.zeros(1, np.float32), np.ones(1, np.float32))
@@ -189,7 +189,8 @@ class _Search:
     def _network(self, shape: Sequence[int], outputs: int) -> Sequential:
         """Build a model that is not ours once, before there is a folder; groups whose files differ train none alike."""
         height, width, channels = shape
-        build = self._build_network or network_builder(self._settings.config.model)
+        config = self._settings.config
+        build = network_builder(config.model, config.model_settings, self._build_network)
         return build((height, width, channels), outputs)
 
     def _search(self) -> Found:

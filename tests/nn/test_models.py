@@ -131,6 +131,7 @@ def test_the_multilayer_net_of_the_book_has_any_depth():
     assert str(extended.layers[4]) == "Dropout 0.2"
     assert kinds(multilayer_net((28, 28, 1), 10, ())) == ["flatten", "affine"]
     assert build_model("mlp", (28, 28, 1), 10, hidden=(7, 6)).parameter_count == 785 * 7 + 8 * 6 + 7 * 10
+    assert build_model("mlp", (28, 28, 1), 10, hidden=50).parameter_count == 785 * 50 + 51 * 10  # section 4.5
 
 
 @pytest.mark.parametrize(("activation", "gain"), [("relu", 2), ("leaky_relu", 2), ("sigmoid", 1), ("tanh", 1)])
@@ -151,8 +152,10 @@ def test_the_mlp_is_a_multilayer_net_of_one_hidden_layer_bit_for_bit():
 def test_wrong_settings_of_a_multilayer_net_are_refused():
     with pytest.raises(UserError, match=r"unknown activation 'rely': .*did you mean 'relu'\?"):
         multilayer_net((8, 8, 1), 10, activation="rely")
-    with pytest.raises(UserError, match=r"hidden=100 given.* such as \(100,\)"):
-        multilayer_net((8, 8, 1), 10, hidden=100)
+    with pytest.raises(UserError, match=r"hidden=1\.5 given.* such as \(100, 50\)"):
+        multilayer_net((8, 8, 1), 10, hidden=1.5)
+    with pytest.raises(UserError, match=r"unknown setting of the model mlp 'hiddn': .*did you mean 'hidden'\?"):
+        build_model("mlp", (8, 8, 1), 10, hiddn=3)
     with pytest.raises(UserError, match="0 outputs"):
         multilayer_net((8, 8, 1), 10, hidden=(5, 0))
 

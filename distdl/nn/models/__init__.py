@@ -7,6 +7,7 @@ made for larger images than 28x28 and 32x32 have two forms, and the image's size
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -61,7 +62,7 @@ MODELS: dict[str, Model] = {
 def build_model(name: str, input_shape: Shape, classes: int, **settings: Any) -> Sequential:
     """Return the model of this name; `settings` may give ``dtype`` (float32), and those of `mlp` and `lenet`.
 
-    Raises `UserError` for an unknown name, or a size that does not fit, naming the layer.
+    Raises `UserError` for an unknown name or setting, or a size that does not fit, naming the layer.
 
     >>> build_model("simple_convnet", (28, 28, 1), 10).parameter_count
     433890
@@ -70,4 +71,8 @@ def build_model(name: str, input_shape: Shape, classes: int, **settings: Any) ->
         raise unknown_name("model", name, MODELS)
     if classes < 1:
         raise UserError(f"{classes} classes given, expected at least 1")
+    known = list(inspect.signature(MODELS[name]).parameters)[2:]
+    for setting in settings:
+        if setting not in known:
+            raise unknown_name(f"setting of the model {name}", setting, known)
     return MODELS[name](input_shape, classes, **settings)

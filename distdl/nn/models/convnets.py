@@ -67,7 +67,7 @@ def lenet(input_shape: Shape, classes: int, *, activation: str = "tanh", dtype: 
     is affine. Sources: section 7.7.1; LeCun et al. 1998.
     """
     if activation not in ACTIVATIONS:
-        raise unknown_name("activation", activation, ACTIVATIONS)
+        raise unknown_name("activation", str(activation), ACTIVATIONS)
     activate, initializer = ACTIVATIONS[activation]
     layers = [
         Conv2d(6, 5, padding=2 if min(input_shape[:2]) < 32 else 0, initializer=initializer),

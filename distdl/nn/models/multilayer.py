@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from distdl.errors import UserError, unknown_name
 from distdl.nn.activations import LeakyReLU, ReLU, Sigmoid, Tanh
-from distdl.nn.initializers import He, Initializer, Normal, Xavier
+from distdl.nn.initializers import He, Initializer, Normal, Xavier, Zeros
 from distdl.nn.layers import Affine, Dropout, Flatten, Layer, Shape
 from distdl.nn.network import Sequential
 from distdl.nn.normalization import BatchNorm
@@ -32,12 +31,16 @@ def logistic(input_shape: Shape, classes: int, *, dtype: DTypeLike = np.float32)
     return Sequential([Flatten(), Affine(classes, Normal(0.01))], input_shape, dtype=dtype)
 
 
+#: Initial weights by name; a number is the deviation of `Normal`, as the book's `weight_init_std`.
+INITIALIZERS: dict[str, Initializer] = {"he": He(), "xavier": Xavier(), "zeros": Zeros()}
+
+
 def multilayer_net(
     input_shape: Shape,
     classes: int,
-    hidden: Sequence[int] = (100,),
+    hidden: Sequence[int] | int = (100,),
     activation: str = "relu",
-    initializer: Initializer | None = None,
+    initializer: Initializer | str | float | None = None,
     *,
     batch_norm: bool = False,
     dropout: float = 0.0,
@@ -46,35 +49,71 @@ def multilayer_net(
     """Return the book's MultiLayerNet of any depth, or with `batch_norm` or `dropout` its MultiLayerNetExtend.
 
     For each of the `hidden` sizes it has affine - BatchNorm - activation - Dropout (a ratio), and at the end an affine
-    layer. Activations are relu, leaky_relu, sigmoid and tanh. All weights begin by `initializer`; without one by that
-    which is made for the activation, He for both ReLUs and Xavier else. Weight decay is the optimizer's. Raises
-    `UserError`. Source: sections 6.1.8 to 6.4.
+    layer. Activations are relu, leaky_relu, sigmoid and tanh. All weights begin by `initializer` (also he, xavier,
+    zeros, or a standard deviation); without one by that which is made for the activation, He for both ReLUs and Xavier
+    else. Weight decay is the optimizer's. Raises `UserError`. Source: sections 6.1.8 to 6.4.
 
     >>> net = multilayer_net((28, 28, 1), 10, hidden=(100,) * 4, batch_norm=True)
     >>> net.layer_names[:4], net.parameter_count
     (['flatten_1', 'affine_1', 'batchnorm_1', 'relu_1'], 110610)
     """
     if activation not in ACTIVATIONS:
-        raise unknown_name("activation", activation, ACTIVATIONS)
-    if isinstance(hidden, int):
-        raise UserError(f"hidden={hidden} given, expected the size of each hidden layer, such as ({hidden},)")
+        raise unknown_name("activation", str(activation), ACTIVATIONS)
+    sizes = tuple(hidden) if isinstance(hidden, Sequence) else (hidden,)
+    if any(isinstance(size, bool) or not isinstance(size, int | np.integer) for size in sizes):
+        raise UserError(f"hidden={hidden!r} given, expected the size of each hidden layer, such as (100, 50)")
+    if not isinstance(batch_norm, bool):
+        raise UserError(f"batch_norm={batch_norm!r} given, expected true or false")
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float):
+        raise UserError(f"dropout={dropout!r} given, expected a ratio from 0 to below 1")
     activate, made_for_it = ACTIVATIONS[activation]
-    initializer = initializer or made_for_it
+    start = made_for_it if initializer is None else _initializer(initializer)
     layers: list[Layer] = [Flatten()]
-    for size in hidden:
-        layers.append(Affine(size, initializer))
+    for size in sizes:
+        layers.append(Affine(size, start))
         if batch_norm:
             layers.append(BatchNorm())
         layers.append(activate())
         if dropout:
             layers.append(Dropout(dropout))
-    layers.append(Affine(classes, initializer))
+    layers.append(Affine(classes, start))
     return Sequential(layers, input_shape, dtype=dtype)
 
 
-def mlp(input_shape: Shape, classes: int, **settings: Any) -> Sequential:
-    """Return the two-layer network of section 4.5 with 100 hidden units and ReLU, Normal(0.01).
+def _initializer(given: Initializer | str | float) -> Initializer:
+    """Return the initializer that a name or a standard deviation stands for; raise `UserError`."""
+    if isinstance(given, str):
+        if given not in INITIALIZERS:
+            raise unknown_name("initializer", given, INITIALIZERS)
+        return INITIALIZERS[given]
+    if isinstance(given, bool | tuple) or (isinstance(given, int | float) and not given > 0):
+        raise UserError(f"initializer={given} given, expected {', '.join(INITIALIZERS)}, or a deviation above 0")
+    return Normal(given) if isinstance(given, int | float) else given
 
-    `settings` are those of `multilayer_net`, so ``build_model("mlp", shape, 10, hidden=(100,) * 4)`` is a deeper one.
+
+def mlp(
+    input_shape: Shape,
+    classes: int,
+    hidden: Sequence[int] | int | None = None,
+    activation: str = "relu",
+    initializer: Initializer | str | float | None = None,
+    *,
+    batch_norm: bool = False,
+    dropout: float = 0.0,
+    dtype: DTypeLike = np.float32,
+) -> Sequential:
+    """Return the two-layer network of chapter 5 (5.7.2), 100 hidden units with ReLU, all weights by Normal(0.01).
+
+    With `hidden`, one or more sizes, it is `multilayer_net`, whose settings are the same; its weights then begin by
+    what is made for the activation, since by Normal(0.01) a deep network does not learn (section 6.2).
     """
-    return multilayer_net(input_shape, classes, **{"initializer": Normal(0.01), **settings})
+    return multilayer_net(
+        input_shape,
+        classes,
+        (100,) if hidden is None else hidden,
+        activation,
+        0.01 if hidden is None and initializer is None else initializer,
+        batch_norm=batch_norm,
+        dropout=dropout,
+        dtype=dtype,
+    )

@@ -1,15 +1,22 @@
-"""A user's own model: it trains as ours do, and whatever is wrong with it is one line that names it."""
+"""A user's own model or dataset: it trains as ours do, and whatever is wrong with it is one line that names it."""
 
 import io
+import json
 import os
 import sys
+import textwrap
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
+import numpy as np
 import pytest
 from bad_inputs import TINY, changes, picture, without_launcher
 
-from distdl import startup, train
-from distdl.engine.own_model import check_same, layout_of
+from distdl import evaluate, startup, train
+from distdl.config import TrainConfig
+from distdl.data.sources import Dataset
+from distdl.engine import train as train_from_a_script
+from distdl.engine.own_code import check_same, layout_of
 from distdl.errors import UserError
 from distdl.launcher import read_launch
 from distdl.nn import build_model
@@ -29,10 +36,10 @@ from sizes import HIDDEN
 class Settings:
     spread: float = 0.01
 
-def net(input_shape, classes):
+def net(input_shape, classes, hidden=None):
     import sizes
     start = nn.Normal(Settings().spread)
-    layers = [nn.Flatten(), nn.Affine(sizes.HIDDEN, start), nn.ReLU(), nn.Affine(classes, start)]
+    layers = [nn.Flatten(), nn.Affine(hidden or sizes.HIDDEN, start), nn.ReLU(), nn.Affine(classes, start)]
     return nn.Sequential(layers, input_shape)
 """
 
@@ -87,7 +94,7 @@ def test_a_model_of_a_file_gives_the_receipt_of_the_same_model_of_ours(folder):
     assert receipt("--run-dir=own", "--model=models/good.py:net") == ours
     assert receipt("--run-dir=whole", f"--model={folder}/models/good.py:net") == ours
     assert changes(before, picture(folder / "models")) == [], "no compiled files"
-    assert "sizes" not in {name for name in sys.modules if name.startswith("own_model_")}
+    assert "sizes" not in {name for name in sys.modules if name.startswith("own_code_")}
 
 
 def test_a_file_in_deep_folders_gives_the_run_folder_a_name_that_a_folder_can_have(folder):
@@ -115,7 +122,7 @@ def test_a_model_of_a_module_gives_the_receipt_of_the_same_model_of_ours(folder)
     assert changes(before, picture(package)) == [], "no compiled files"
 
 
-def test_a_run_of_an_own_model_is_resumed_by_the_same_command_alone(folder):
+def test_a_run_of_an_own_code_is_resumed_by_the_same_command_alone(folder):
     own = "--model=models/good.py:net"
     whole = receipt("--run-dir=whole", own, "--max-steps=6")
     receipt("--run-dir=run", own)
@@ -161,7 +168,7 @@ WRONG = {
     "bytes that are no text": ("x = '\udcff'\n", "net", ["wrong.py cannot be imported", "SyntaxError"]),
     "no such function": ("def nett(shape, classes): ...\n", "net", ["no function 'net'", "it has nett"]),
     "an empty file": ("", "net", ["no function 'net'", "write one", "function(input_shape, classes)"]),
-    "no function but a number": ("net = 3\n", "net", ["net is a int", "function(input_shape, classes)"]),
+    "no function but a number": ("net = 3\n", "net", ["net is an int", "function(input_shape, classes)"]),
     "other arguments": (
         "def net(shape):\n    return None\n",
         "net",
@@ -184,6 +191,49 @@ WRONG = {
         "    return nn.Sequential(layers, shape)\n",
         "net",
         ["cannot be trained", "IndexError", "line 4 of wrong.py"],
+    ),
+    "a layer that is wrong for several samples": (
+        "from distdl import nn\n\nclass Own(nn.Layer):\n"
+        "    def forward(self, x, *, training, key): return x.sum(axis=0, keepdims=True)\n"
+        "    def backward(self, dy): return dy\n\n"
+        "def net(shape, classes): return nn.Sequential([nn.Flatten(), nn.Affine(classes), Own()], shape)\n",
+        "net",
+        ["cannot be trained", "for 2 samples its output is (1, 10), expected (2, 10)"],
+    ),
+    "a gradient of another shape": (
+        "from distdl import nn\n\nclass Own(nn.Layer):\n"
+        "    def backward(self, dy): return dy.mean(axis=0, keepdims=True)\n\n"
+        "def net(shape, classes): return nn.Sequential([nn.Flatten(), nn.Affine(classes), Own()], shape)\n",
+        "net",
+        ["cannot be trained"],
+    ),
+    "a layer that fails in evaluation": (
+        "from distdl import nn\n\nclass Own(nn.Layer):\n"
+        "    def forward(self, x, *, training, key): return x if training else x[7]\n"
+        "    def backward(self, dy): return dy\n\n"
+        "def net(shape, classes): return nn.Sequential([nn.Flatten(), nn.Affine(classes), Own()], shape)\n",
+        "net",
+        ["cannot be trained", "IndexError", "line 4 of wrong.py"],
+    ),
+    "a layer without a backward": (
+        "from distdl import nn\n\nclass Own(nn.Layer):\n"
+        "    def forward(self, x, *, training, key): return 2 * x\n\n"
+        "def net(shape, classes): return nn.Sequential([nn.Flatten(), nn.Affine(classes), Own()], shape)\n",
+        "net",
+        ["the layer Own has a forward of its own but no backward"],
+    ),
+    "initial values of another shape": (
+        "from distdl import nn\nimport numpy as np\n"
+        "def net(shape, classes):\n"
+        "    affine = nn.Affine(classes, lambda key, shape, fan_in: np.zeros(3))\n"
+        "    return nn.Sequential([nn.Flatten(), affine], shape)\n",
+        "net",
+        ["cannot be trained", "could not broadcast"],
+    ),
+    "nothing to train": (
+        "from distdl import nn\ndef net(shape, classes): return nn.Sequential([nn.Flatten()], shape)\n",
+        "net",
+        ["wrong.py:net", "without parameters", "nothing to train"],
     ),
     "another number of classes": (
         "from distdl import nn\ndef net(shape, classes): return nn.mlp(shape, 7)\n",
@@ -267,3 +317,179 @@ def test_flat_batch_norm_needs_more_than_one_sample(folder):
     )
     assert "--micro-batch-size 1 " in refusal(folder, "--model=flat.py:net", "--micro-batch-size=1")
     assert outcome("--model=flat.py:net", "--micro-batch-size=2")[0] == 0
+
+
+def test_model_settings_are_the_keywords_of_the_function(folder):
+    own = ["--model=models/good.py:net", "--model-settings=hidden=30"]
+    assert receipt("--run-dir=own", *own) == receipt(
+        "--run-dir=ours", "--model=mlp", "--model-settings=hidden=30,initializer=0.01"
+    )
+    assert 'model_settings = "hidden=30"' in (folder / "own" / "config.toml").read_text()
+    said = refusal(folder, "--resume=own", own[0], "--model-settings=hidden=31")
+    assert "--model-settings is 'hidden=31' here and 'hidden=30' in the checkpoint" in said
+    said = refusal(folder, "--model=models/good.py:net", "--model-settings=width=30")
+    assert [word for word in ("good.py:net raised TypeError", "'width'") if word not in said] == []
+
+
+def test_an_mlp_has_the_depth_that_its_settings_say(folder):
+    out = outcome("--run-dir=deep", "--model=mlp", "--model-settings=hidden=40-30-20,batch_norm,dropout=0.2")[1]
+    parameters = 65 * 40 + 41 * 30 + 31 * 20 + 2 * (40 + 30 + 20) + 21 * 10
+    assert f"mlp ({parameters:,} parameters)" in out
+
+
+MODEL_SETTINGS = {
+    "an unknown name": ("hiddn=3", ["setting of the model mlp 'hiddn'", "did you mean 'hidden'?"]),
+    "no size": ("hidden=abc", ["hidden='abc'", "the size of each hidden layer"]),
+    "a switch with a number": ("batch_norm=3", ["batch_norm=3", "true or false"]),
+    "a ratio out of range": ("dropout=1.5", ["1.5", "below 1"]),
+    "a word for a number": ("dropout=much", ["dropout='much'"]),
+    "unknown initial values": ("initializer=hee", ["'hee'", "did you mean 'he'?"]),
+    "a deviation of 0": ("initializer=0", ["initializer=0", "above 0"]),
+    "twice the same": ("hidden=3,hidden=4", ["hidden is there twice"]),
+    "no name": ("=3", ["names no setting", "name=value"]),
+    "no value": ("hidden=3;4", ["such as hidden=100-50"]),
+    "another dtype": ("dtype=float64", ["float32"]),
+}
+
+
+@pytest.mark.parametrize("what", MODEL_SETTINGS)
+def test_wrong_model_settings_are_one_line(what, folder):
+    text, words = MODEL_SETTINGS[what]
+    said = refusal(folder, "--model=mlp", f"--model-settings={text}")
+    assert [word for word in words if word not in said] == [], said
+
+
+# --------------------------------------------------------------------------------------------------- datasets
+
+DATA = """\
+import numpy as np
+from distdl.data.sources import Dataset, load
+import sizes
+
+def digits(data_dir):
+    return load("digits", None)
+
+def numbers(data_dir):
+    # Where the ink of each digit has its middle: row and column.
+    images = load("digits", None).images
+    ink = images.reshape(-1, 64).astype(np.float32)
+    places = np.moveaxis(np.indices((8, 8)), 0, -1).reshape(64, 2)
+    middles = ink @ places / ink.sum(axis=1)[:, None]
+    return Dataset("middles", images, middles.astype(np.float32), 2, None)
+
+def pixels(data_dir):
+    # Whether there is ink, for each pixel.
+    images = load("digits", None).images
+    return Dataset("ink", images, (images[..., 0] > 8).astype(np.int64), 2, 1500)
+
+def from_folder(data_dir):
+    return load("digits", None) if data_dir.name == "here" else None
+
+def wrong_type(data_dir): return 3
+def wrong_labels(data_dir): return Dataset("x", load("digits", None).images, np.full(1797, 12), 10, None)
+def fails(data_dir): return 1 / 0
+"""
+SEGMENTS = """\
+from distdl import nn
+def net(shape, classes): return nn.Sequential([nn.Conv2d(classes, 3, padding=1)], shape)
+"""
+
+
+@pytest.fixture
+def data(folder):
+    (folder / "data.py").write_text(DATA)
+    (folder / "sizes.py").write_text(NEIGHBOUR)
+    (folder / "segments.py").write_text(SEGMENTS)
+    return folder
+
+
+def test_a_dataset_of_a_file_gives_the_receipt_of_the_same_dataset_of_ours(data):
+    assert receipt("--run-dir=own", "--dataset=data.py:digits") == receipt("--run-dir=ours", "--dataset=digits")
+    assert receipt("--run-dir=third", "--dataset=data.py:from_folder", "--data-dir=here") == receipt("--run-dir=again")
+
+
+@pytest.mark.parametrize(
+    ("task", "flags", "score"),
+    [("numbers", [], "test loss"), ("pixels", ["--model=segments.py:net"], "test accuracy")],
+)
+def test_commands_train_resume_and_evaluate_regression_and_segmentation(task, flags, score, data):
+    flags = [f"--dataset=data.py:{task}", *flags]
+    whole = receipt("--run-dir=whole", *flags, "--epochs=1", "--max-steps=999")
+    receipt("--run-dir=run", *flags)
+    assert receipt("--resume=run", *flags, "--epochs=1", "--max-steps=999") == whole
+    assert "--dataset data.py:" in refusal(data, "--resume=run")
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        assert startup.run(evaluate.main, ["run", *flags, "--json=scores.json"]) == 0, err.getvalue()
+        assert startup.run(evaluate.main, ["run", *flags[1:]]) == USER
+    assert score in out.getvalue()
+    assert "if you trust that code, add --dataset data.py:" in err.getvalue()
+    [member] = json.loads((data / "scores.json").read_text())["members"]
+    assert member["loss"] == json.loads((data / "run" / "summary.json").read_text())["test_loss"]
+
+
+def test_code_of_a_dataset_that_a_config_file_names_is_not_run_unless_the_command_line_names_it_too(data):
+    (data / "bad.py").write_text("open('written', 'w').close()\n" + DATA)
+    (data / "given.toml").write_text('dataset = "bad.py:digits"\n')
+    said = refusal(data, "--config=given.toml")
+    assert "a config file names the dataset 'bad.py:digits'" in said
+    assert "--dataset bad.py:digits on the command line too" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("data.py:wrong_type", ["data.py:wrong_type returned an int", "a function(data_dir)"]),
+        ("data.py:wrong_labels", ["data.py:wrong_labels", "labels 12 to 12", "0 to 9"]),
+        ("data.py:fails", ["data.py:fails raised ZeroDivisionError", "of data.py"]),
+        ("data.py:from_folder", ["AttributeError", "of data.py"]),
+        ("data.py:nothing", ["no function 'nothing'", "it has digits"]),
+        ("nowhere.py:digits", ["nowhere.py does not exist"]),
+        ("data.py:", ["names no function"]),
+        ("mine", ["unknown dataset 'mine'", "file.py:function"]),
+        ("npz:", ["npz"]),
+        ("npz:a\0b", ["names no file"]),
+    ],
+)
+def test_what_is_wrong_with_a_dataset_is_one_line_that_names_it(name, words, data):
+    said = refusal(data, f"--dataset={name}")
+    assert [word for word in words if word not in said] == [], said
+
+
+def test_evaluate_calls_only_the_function_that_a_run_was_trained_with(data):
+    (data / "same.py").write_text(GOOD.replace("nn.ReLU", "nn.Sigmoid"))
+    receipt("--run-dir=ours", "--model=mlp")
+    receipt("--run-dir=own", "--model=models/good.py:net")
+    for runs, model, said in (
+        (["ours"], "same.py:net", "no run was trained with it, but with mlp"),
+        (["own"], "same.py:net", "but with models/good.py:net"),
+        (["own"], "mlp", "no run was trained with it"),
+        (["ours", "own"], f"{data}/models/good.py:net", None),
+    ):
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            code = startup.run(evaluate.main, [*runs, f"--model={model}"])
+        assert (code, said is None or said in err.getvalue()) == (0 if said is None else USER, True), err.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"build_network": lambda _shape, _classes: None}, "returned None; expected a function"),
+        ({"build_network": build_model("mlp", (8, 8, 1), 10)}, "build_network is a Sequential; expected a function"),
+        ({"build_network": lambda _, classes: build_model("mlp", (4, 4, 1), classes)}, "the images are 8x8x1"),
+        ({"dataset": (np.zeros((9, 8, 8, 1)), np.zeros(9))}, "the dataset is a tuple, expected a distdl.data.sources"),
+        ({"dataset": Dataset("x", np.zeros((9, 8, 8, 1), np.uint8), np.zeros(9, int), 10**30, None)}, "classes 1000"),
+    ],
+)
+def test_what_a_script_gives_wrongly_is_an_error_before_there_is_a_run(given, words, folder):
+    with pytest.raises(UserError, match=words):
+        train_from_a_script(TrainConfig(model="mlp", max_steps=1), **given)
+    assert sorted(path.name for path in folder.iterdir()) == ["models"]
+
+
+def test_the_dataset_of_the_documentation_trains(folder):
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    code = text[text.index("    import numpy as np\n    from distdl") :].partition("    python -m distdl.train")[0]
+    (folder / "data.py").write_text(textwrap.dedent(code))
+    assert "weights sha256: " in receipt("--run-dir=run", "--dataset=data.py:middles")

@@ -1,0 +1,132 @@
+"""A data set in an .npz file: what is right is taken as NumPy has it, and what is not is one line."""
+
+import io
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+
+from distdl.data.sources import load
+from distdl.errors import DamagedFileError, UserError
+
+IMAGES = np.arange(12 * 3 * 4, dtype=np.uint8).reshape(12, 3, 4)
+LABELS = np.arange(12) % 3
+
+
+def loaded(path, save=np.savez, **arrays):
+    save(path, **arrays)
+    return load(f"npz:{path}", None)
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "data.npz"
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_images_and_labels_are_taken_as_numpy_wrote_them(save, file):
+    data = loaded(file, save, images=IMAGES, labels=LABELS.astype(np.uint8))
+    assert np.array_equal(data.images, IMAGES[..., None])
+    assert (data.labels.dtype, data.labels.tolist()) == (np.int64, LABELS.tolist())
+    assert (data.classes, data.test_start, data.name) == (3, None, f"npz:{file}")
+
+
+@pytest.mark.parametrize(
+    "names", [("images", "labels", "test_images", "test_labels"), ("x_train", "y_train", "x_test", "y_test")]
+)
+def test_the_test_part_is_behind_the_training_part(names, file):
+    arrays = (IMAGES[:9], LABELS[:9], IMAGES[9:], LABELS[9:])
+    data = loaded(file, **dict(zip(names, arrays, strict=True)))
+    assert np.array_equal(data.images, IMAGES[..., None])
+    assert (data.labels.tolist(), data.test_start) == (LABELS.tolist(), 9)
+
+
+def test_every_order_of_bytes_and_axes_gives_the_same_numbers(file):
+    pixels = IMAGES / 255
+    for stored in (pixels, pixels.astype(">f8"), np.asfortranarray(pixels), pixels.astype(np.float32)):
+        data = loaded(file, images=stored, labels=LABELS.astype(">i4"))
+        assert data.images.dtype == np.float32
+        assert np.array_equal(data.images, pixels.astype(np.float32)[..., None])
+        assert data.images.flags.c_contiguous
+        assert data.labels.tolist() == LABELS.tolist()
+
+
+def test_floats_are_numbers_to_predict_and_a_label_a_pixel_is_segmentation(file):
+    assert loaded(file, images=IMAGES, labels=LABELS / 2).labels.shape == (12, 1)
+    data = loaded(file, images=IMAGES, labels=np.ones((12, 5)))
+    assert (data.labels.dtype, data.labels.shape, data.classes) == (np.float32, (12, 5), 5)
+    assert loaded(file, images=IMAGES, labels=IMAGES % 4).classes == 4
+
+
+REFUSED = {
+    "no labels": ({"images": IMAGES}, "holds 'images'; expected the arrays images and labels"),
+    "half a test part": ({"images": IMAGES, "labels": LABELS, "test_images": IMAGES}, "no test_labels"),
+    "fewer labels": ({"images": IMAGES, "labels": LABELS[1:]}, "12 images and 11 labels"),
+    "fewer test labels": (
+        {"images": IMAGES, "labels": LABELS, "test_images": IMAGES, "test_labels": LABELS[1:]},
+        "test part .* 12 images and 11 labels",
+    ),
+    "another size in the test part": (
+        {"images": IMAGES, "labels": LABELS, "test_images": IMAGES[:, 1:], "test_labels": LABELS},
+        "for training and uint8",
+    ),
+    "words": ({"images": IMAGES, "labels": np.array(["a"] * 12)}, "labels .* <U1; expected whole numbers or floats"),
+    "a single image": ({"images": IMAGES[0], "labels": LABELS[:3]}, r"images uint8 \(3, 4\)"),
+    "labels below 0": ({"images": IMAGES, "labels": LABELS - 1}, "labels -1 to 1"),
+    "whole numbers of many bytes as images": ({"images": IMAGES.astype(int), "labels": LABELS}, "images int64"),
+    "an infinite pixel": ({"images": IMAGES + np.inf, "labels": LABELS}, "NaN or infinity in images"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_no_data_set_is_one_line(what, file):
+    arrays, said = REFUSED[what]
+    with pytest.raises(UserError, match=said) as caught:
+        loaded(file, **arrays)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_unpickled(file):
+    with pytest.raises(DamagedFileError, match="labels"):
+        loaded(file, images=IMAGES, labels=np.array([print] * 12, dtype=object))
+
+
+def npy(shape, dtype="|u1", content=b""):
+    head = repr({"descr": dtype, "fortran_order": False, "shape": shape}).encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(head)) + head + content
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        npy((2**40, 3, 4)),
+        npy((2**62, 2**62, 4)),
+        npy((-1, 3, 4)),
+        npy((12, 3, 4), "|O"),
+        npy((1, 1)),
+        b"",
+        b"\x93NUMPY\3\0",
+    ],
+)
+def test_sizes_that_an_array_announces_and_does_not_have_are_refused_before_they_are_allocated(images, file):
+    labels = io.BytesIO()
+    np.save(labels, LABELS)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("images.npy", images)
+        archive.writestr("labels.npy", labels.getvalue())
+    with pytest.raises(DamagedFileError, match="is damaged"):
+        load(f"npz:{file}", None)
+
+
+def test_what_is_no_such_file_is_named(tmp_path, file):
+    np.save(tmp_path / "array.npz.npy", LABELS)
+    file.write_bytes(b"PK\3\4 and no more")
+    for name, said in (
+        ("nowhere.npz", "does not exist"),
+        (".", "is not a regular file"),
+        ("array.npz.npy", "is no .npz file"),
+        ("data.npz", "is damaged"),
+    ):
+        with pytest.raises((UserError, DamagedFileError), match=said):
+            load(f"npz:{tmp_path / name}", None)
