@@ -1,0 +1,119 @@
+"""A run on one page, with what its own files say, and with nothing that would have to be loaded."""
+
+import base64
+import io
+import json
+import re
+from contextlib import redirect_stderr, redirect_stdout
+
+import numpy as np
+import pytest
+from bad_inputs import changes, picture
+
+from distdl import report, startup
+from distdl.config import TrainConfig
+from distdl.data.sources import load
+from distdl.engine import train
+from distdl.launcher import read_launch
+from distdl.parallel import OneProcess
+
+pytestmark = pytest.mark.skipif(read_launch().by is not None, reason="already under a launcher")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    train(TrainConfig(epochs=2, lr=0.003, run_dir=folder / "digits"), OneProcess())
+    train(TrainConfig(model="mlp", max_steps=3, run_dir=folder / "stopped"), OneProcess())
+    data = load("digits", None)
+    numbers = data.images.mean(axis=(1, 2)).astype(np.float32)
+    np.savez(folder / "<b>.npz", images=data.images, labels=numbers)
+    train(TrainConfig(dataset=f"npz:{folder}/<b>.npz", epochs=1, run_dir=folder / "numbers"), OneProcess())
+    return folder
+
+
+def outcome(*arguments):
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = startup.run(report.main, list(map(str, arguments)))
+    return code, out.getvalue(), err.getvalue()
+
+
+def page_of(run, **flags):
+    code, out, err = outcome(run, *(f"--{name}={value}" for name, value in flags.items()))
+    page = flags.get("out", run / "report.html")
+    assert (code, out, err) == (0, f"report: {page}\n", "")
+    return page.read_text(encoding="utf-8")
+
+
+def heads(page):
+    return re.findall("<h2>(.*?)</h2>", page)
+
+
+PICTURES = ["Filters of the first convolution", "What it makes of an image", "What the layers put out"]
+
+
+@pytest.fixture(scope="module")
+def digits(runs):
+    """The page of the run on the digits."""
+    return page_of(runs / "digits")
+
+
+def test_the_page_says_what_the_files_of_the_run_say(runs, digits):
+    page, run = digits, runs / "digits"
+    summary = json.loads((run / "summary.json").read_text())
+    assert f"weights sha256: {summary['weights_sha256']}" in page
+    assert f"{summary['test_accuracy']:.2%}" in page
+    assert "<tr><th>lr</th><td>0.003</td></tr>" in page
+    assert "<tr><th>model</th>" not in page, "the default"
+    assert heads(page)[1:7] == [
+        "Learning curves",
+        "Which class is taken for which",
+        "Images named wrong",
+        *PICTURES,
+    ]
+    assert "Where the time went" in heads(page)
+
+
+def test_every_picture_is_inside_of_the_page(digits):
+    page = digits
+    images = re.findall(r'<img alt="" src="data:image/png;base64,([^"]*)">', page)
+    assert len(images) == page.count("<img") == 6
+    assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
+    assert not re.search(r"https?:|<script|<link", page)
+
+
+def test_a_regression_and_a_run_without_an_epoch_have_what_they_can_have(runs):
+    page = page_of(runs / "numbers")
+    assert heads(page)[1:5] == ["Learning curves", *PICTURES]
+    assert "&lt;b&gt;.npz" in page
+    assert "<b>" not in page
+    assert heads(page_of(runs / "stopped", out=runs / "elsewhere.html"))[1:4] == [
+        "Which class is taken for which",
+        "Images named wrong",
+        "What the layers put out",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "nowhere is no run folder"),
+        (["digits/config.toml"], "is no run folder"),
+        (["digits", "--out=/dev/null"], "not a regular file"),
+        (["digits", "--out=page.txt"], "ends in .html"),
+        (["digits", "--out=nowhere/page.html"], "there is no folder nowhere"),
+        (["digits", "--model=net.py:net"], "no run was trained with it"),
+        (["digits", "--dataset=mnist"], "was trained on digits"),
+        (["digits", "--model=net"], "unknown model 'net'"),
+        (["digits", "numbers"], "unrecognized arguments: numbers"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_nothing_is_written(arguments, said, runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    before = picture(runs)
+    code, out, err = outcome(*arguments)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert changes(before, picture(runs)) == []
