@@ -5,7 +5,8 @@ decay, and hands each block to the rule of the subclass. Everything is elementwi
 computes the same bits from the same gradient.
 
 Legend: w parameters, g gradient (mean over the batch), λ weight decay, η learning rate, t = 1, 2, … the step.
-Where the book and PyTorch differ (the form of Nesterov's rule, the place of ε and its size), these are PyTorch's.
+Where the book and PyTorch differ (where η stands in Momentum, the form of Nesterov's rule, the place of ε and its
+size), these are PyTorch's.
 """
 
 from __future__ import annotations
@@ -107,9 +108,13 @@ class SGD(Optimizer):
 
 
 class Momentum(Optimizer):
-    """SGD with momentum: v ← αv - ηg, w ← w + v with α = 0.9 (book 6.1.4)."""
+    """SGD with momentum, as PyTorch has it: v ← αv + g, w ← w - ηv with α = 0.9 (book 6.1.4).
 
-    state_names = ("velocity",)
+    The book keeps η inside of v: v ← αv - ηg, w ← w + v. At a constant rate the steps are the same. Where a schedule
+    changes the rate, the book's v goes on with the rates of earlier steps, and this one takes the new rate at once.
+    """
+
+    state_names = ("momentum_buffer",)  # "velocity" is the book's v, in checkpoints of earlier versions
     momentum = 0.9
 
     def _rule(
@@ -121,11 +126,11 @@ class Momentum(Optimizer):
         step: int,  # noqa: ARG002
         scratch: Vector,  # noqa: ARG002
     ) -> None:
-        velocity = state["velocity"]
-        velocity *= self.momentum
-        g *= learning_rate
-        velocity -= g
-        w += velocity
+        v = state["momentum_buffer"]
+        v *= self.momentum
+        v += g
+        np.multiply(v, learning_rate, out=g)
+        w -= g
 
 
 class Nesterov(Optimizer):
