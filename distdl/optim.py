@@ -4,7 +4,7 @@ The base class owns the update: it walks over the vectors in blocks that stay in
 decay, and hands each block to the rule of the subclass. Everything is elementwise and in place, so every rank
 computes the same bits from the same gradient.
 
-Legend: w parameters, g gradient (mean over the batch), λ weight decay, η learning rate, t = 1, 2, … the step.
+Legend: w parameters, g gradient (mean over the batch), λ weight decay, η learning rate, t = 1, 2, … the update.
 Where the book and PyTorch differ (where η stands in Momentum, the form of Nesterov's rule, the place of ε and its
 size), these are PyTorch's.
 """
@@ -57,7 +57,7 @@ class Optimizer(ABC):
         self._scratch = aligned_empty(min(size, BLOCK), dtype)
 
     def update(self, parameters: Vector, gradients: Vector, learning_rate: float, step: int) -> None:
-        """Take step number `step` = 1, 2, …; both vectors are overwritten (the gradient serves as scratch)."""
+        """Take update number `step` = 1, 2, …; both vectors are overwritten (the gradient serves as scratch)."""
         if self.weight_decay or self.l1:
             for block in _blocks(self.decay_slices):
                 scratch = self._scratch[: block.stop - block.start]
