@@ -100,7 +100,16 @@ STATE = {
     "adamw": ["first_moment", "second_moment"],
 }
 
-#: Learning rate and steps: for the valley x²/20 + y² of the book, from (-7, 2), for Rosenbrock's, and for x² + y².
+#: Learning rate and steps: for the parabola x² + y², for the book's valley x²/20 + y², and for Rosenbrock's.
+PARABOLA = {
+    "sgd": (0.1, 100),  # the book's own
+    "momentum": (0.1, 300),
+    "nesterov": (0.1, 200),
+    "adagrad": (1.5, 100),
+    "rmsprop": (0.003, 5000),
+    "adam": (0.3, 500),
+    "adamw": (0.3, 500),
+}
 VALLEY = {
     "sgd": (0.9, 200),
     "momentum": (0.1, 300),
@@ -124,7 +133,7 @@ every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
 def test_every_optimizer_is_in_the_tables_of_these_tests():
-    for table in (TEXTBOOK, STATE, VALLEY, ROSENBROCK):
+    for table in (TEXTBOOK, STATE, PARABOLA, VALLEY, ROSENBROCK):
         assert set(table) == set(OPTIMIZERS)
 
 
@@ -276,6 +285,16 @@ def test_clipping_is_that_of_pytorch():
         ours = gradient.copy()
         assert clip_by_norm(ours, largest) == pytest.approx(float(length), rel=1e-6)
         np.testing.assert_allclose(ours, theirs.grad.numpy(), rtol=1e-6)
+
+
+@every_optimizer
+def test_every_optimizer_finds_the_bottom_of_a_parabola(name):
+    """From (-3, 4), as section 4.4.1 does, whose figures for SGD are (-6.1e-10, 8.1e-10)."""
+    lr, steps = PARABOLA[name]
+    near = lr if name == "rmsprop" else 1e-4  # its steps have the length of the learning rate to the end
+    found = minimized(name, [-3.0, 4.0], lambda x, y: (2 * x, 2 * y), lr, steps)
+    assert found == pytest.approx([0, 0], abs=near)
+    assert name != "sgd" or found == pytest.approx([-6.1e-10, 8.1e-10], rel=0.01)
 
 
 @every_optimizer
