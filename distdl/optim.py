@@ -28,7 +28,7 @@ BLOCK = 32768  # elements; four float32 vectors of this length fit the second-le
 
 
 class Optimizer(ABC):
-    """Updates a flat parameter vector in place.
+    """Updates a flat parameter vector in place (book 6.1).
 
     `weight_decay` λ adds λw to the gradient where `decay_slices` say so (weights, not biases), and `l1` adds the
     sign of w times itself there. The parts in `frozen`, ascending, are left as they are, to the bit. `state` holds the
@@ -265,7 +265,8 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 def clip_by_norm(gradient: Vector, largest: float) -> float:
     """Scale the flat gradient down in place so that its length is at most `largest`; return its length before.
 
-    The factor is ``largest / (length + 1e-6)``, as PyTorch's ``clip_grad_norm_`` takes it.
+    The factor is ``largest / (length + 1e-6)``, as PyTorch's ``clip_grad_norm_`` takes it. Not in the book. Source:
+    Pascanu, Mikolov and Bengio 2013.
     """
     length = math.sqrt(float(np.vdot(gradient, gradient)))
     if not math.isfinite(length):  # the squares overflow

@@ -55,7 +55,7 @@ class Sigmoid(Layer):
 
 
 class Tanh(Layer):
-    """``y = tanh(x)``. Backward: ``dx = dy (1 - y²)``."""
+    """``y = tanh(x)``. Backward: ``dx = dy (1 - y²)``. Source: Ng's course, week 3; in the book section 6.2.2."""
 
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         """Return the hyperbolic tangent of each element, any shape."""
@@ -71,7 +71,10 @@ class Tanh(Layer):
 
 
 class LeakyReLU(Layer):
-    """``y = x`` where x > 0, else ``slope x``; the gradient at 0 is that of the negative side."""
+    """``y = x`` where x > 0, else ``slope x``; the gradient at 0 is that of the negative side.
+
+    Not in the book. Sources: Ng's course, week 3; Maas, Hannun and Ng 2013.
+    """
 
     def __init__(self, slope: float = 0.01) -> None:
         if not 0 <= slope < math.inf:

@@ -129,6 +129,7 @@ class Workspace:
 class Layer:
     """The base of all layers. Here it passes its input on; a subclass overrides what it does differently.
 
+    That a layer is a class with `forward` and `backward` is from section 5.4.
     A network calls `build` once, makes the parameters that `parameter_specs` then lists, and puts them with
     their gradients, as views of its two flat vectors, into the dictionaries `parameters` and `gradients`.
 
@@ -195,7 +196,7 @@ class Layer:
 
 
 class Flatten(Layer):
-    """Each sample as one row: (N, H, W, C) becomes (N, H * W * C)."""
+    """Each sample as one row: (N, H, W, C) becomes (N, H * W * C). In section 7.5 the affine layer does it itself."""
 
     def build(self, input_shape: Shape, dtype: DTypeLike) -> Shape:
         """Any input fits."""

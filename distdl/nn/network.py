@@ -47,7 +47,7 @@ class _Places(Generic[Spec]):
 
 
 class Sequential:
-    """Layers in a row.
+    """Layers in a row: what the networks of the book keep in an ordered dictionary (section 5.7).
 
     `input_shape` and `output_shape` are those of one sample, without N. A layer is named after its class
     and its number among its kind: ``conv2d_1``, ``affine_2``; a parameter after its layer:

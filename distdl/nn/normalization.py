@@ -145,8 +145,8 @@ class LocalResponseNorm(Layer):
 
     ``y[c] = x[c] / (k + alpha / size * sum over the window of x[j]²)^beta``; the window of channel c reaches from
     ``c - size // 2`` to ``c + (size - 1) // 2``, cut off at both ends. (The paper multiplies alpha with the plain
-    sum; here it is divided by the size first, as in PyTorch.) Any shape (..., C). Source: Krizhevsky et al. 2012,
-    section 3.3.
+    sum; here it is divided by the size first, as in PyTorch.) Any shape (..., C). Sources: section 7.7.2;
+    Krizhevsky et al. 2012, section 3.3 of the paper.
     """
 
     def __init__(self, size: int = 5, *, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> None:

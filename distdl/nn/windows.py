@@ -21,7 +21,7 @@ Pair: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True)
 class Window:
-    """The geometry of a convolution or a pooling: (FH, FW), (SH, SW) and (PH, PW)."""
+    """The geometry of a convolution or a pooling: (FH, FW), (SH, SW) and (PH, PW). Source: section 7.2."""
 
     kernel: Pair
     stride: Pair = (1, 1)
@@ -110,7 +110,7 @@ def patches_adjoint(d: Array, size: Pair, window: Window, workspace: Workspace |
     """Return images (N, H, W, C), each pixel the sum of the elements of `d` that `patches` copies it to.
 
     `d` is (N * OH * OW, FH * FW * C), `size` is (H, W). The adjoint of `patches`: ``<patches(x), d>`` equals
-    ``<x, patches_adjoint(d)>``. The book's col2im. With a workspace, the result is a buffer of it.
+    ``<x, patches_adjoint(d)>``. The book's col2im (section 7.4.3). With a workspace, the result is a buffer of it.
     """
     workspace = workspace or Workspace(d.dtype)
     (H, W), (FH, FW), (PH, PW) = size, window.kernel, window.padding
