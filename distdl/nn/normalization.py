@@ -10,7 +10,7 @@ from numpy.typing import DTypeLike
 
 from distdl.errors import UserError
 from distdl.nn.initializers import Constant, Zeros
-from distdl.nn.layers import Array, BufferSpec, Layer, ParameterSpec, Shape
+from distdl.nn.layers import Array, BufferSpec, Layer, ParameterSpec, Shape, whole_number
 from distdl.rng import Key
 
 #: From this many numbers on, what NumPy does once a line of a matrix takes no time.
@@ -150,12 +150,10 @@ class LocalResponseNorm(Layer):
     """
 
     def __init__(self, size: int = 5, *, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> None:
-        if size < 1 or not all(math.isfinite(number) for number in (alpha, beta, k)):
-            raise UserError(
-                f"LocalResponseNorm: size {size}, alpha {alpha}, beta {beta}, k {k} given, expected a size of at least "
-                "1 and finite numbers"
-            )
-        self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
+        self.size = whole_number("LocalResponseNorm", "size", size)
+        if not all(math.isfinite(number) for number in (alpha, beta, k)):
+            raise UserError(f"LocalResponseNorm: alpha {alpha}, beta {beta}, k {k} given, expected finite numbers")
+        self.alpha, self.beta, self.k = alpha, beta, k
 
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         """Return the normalized elements, any shape (..., C)."""

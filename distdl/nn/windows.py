@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from distdl.errors import UserError
-from distdl.nn.layers import Array, Shape, Workspace, show_shape
+from distdl.nn.layers import Array, Shape, Workspace, as_whole, show_shape
 
 Pair: TypeAlias = tuple[int, int]
 
@@ -139,8 +139,11 @@ def window_of(kind: str, kernel: int | Pair, stride: int | Pair, padding: int | 
     """Return the window of a layer; raise `UserError` if its numbers make no sense."""
     pairs = []
     for name, given, least in (("size", kernel, 1), ("stride", stride, 1), ("padding", padding, 0)):
-        pair = (given, given) if isinstance(given, int) else tuple(given)
-        if len(pair) != 2 or not all(isinstance(n, int) and n >= least for n in pair):
+        try:
+            pair = [as_whole(n, least) for n in given]  # type: ignore[union-attr]
+        except TypeError:  # one number
+            pair = [as_whole(given, least)] * 2
+        if len(pair) != 2 or pair[0] is None or pair[1] is None:
             raise UserError(f"{kind}: {name} {given!r} given, expected one or two whole numbers from {least} on")
         pairs.append((pair[0], pair[1]))
     return Window(*pairs)

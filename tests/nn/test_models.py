@@ -153,7 +153,7 @@ def test_wrong_settings_of_a_multilayer_net_are_refused():
         multilayer_net((8, 8, 1), 10, activation="rely")
     with pytest.raises(UserError, match=r"hidden=100 given.* such as \(100,\)"):
         multilayer_net((8, 8, 1), 10, hidden=100)
-    with pytest.raises(UserError, match="0 outputs"):
+    with pytest.raises(UserError, match="outputs 0 given"):
         multilayer_net((8, 8, 1), 10, hidden=(5, 0))
 
 
