@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from distdl.errors import UserError
 from distdl.nn.layers import Array, Layer, Shape
-from distdl.nn.losses import SoftmaxCrossEntropy
+from distdl.nn.losses import LossFunction, SoftmaxCrossEntropy
 from distdl.nn.network import Sequential
 from distdl.rng import Key
 
@@ -61,7 +61,7 @@ def check_network(
     network: Sequential,
     x: Array,
     labels: Array,
-    loss: SoftmaxCrossEntropy | None = None,
+    loss: LossFunction | None = None,
     *,
     elements: int = 20,
     training: bool = False,
@@ -69,9 +69,9 @@ def check_network(
 ) -> float:
     """Return the largest relative error among the gradients of all parameters of a float64 network.
 
-    At most `elements` elements of each parameter are compared, the same ones each time. With
-    ``training=True`` a network with dropout needs a `key`; masks are then the same in every evaluation. Source:
-    section 5.7.
+    At most `elements` elements of each parameter are compared, the same ones each time. The loss is
+    `SoftmaxCrossEntropy` unless given; `labels` are what it takes. With ``training=True`` a network with dropout
+    needs a `key`; masks are then the same in every evaluation. Source: section 5.7.
     """
     loss = loss or SoftmaxCrossEntropy()
 
