@@ -4,8 +4,9 @@ The base class owns the update: it walks over the vectors in blocks that stay in
 decay, and hands each block to the rule of the subclass. Everything is elementwise and in place, so every rank
 computes the same bits from the same gradient.
 
-Legend: w parameters, g gradient (mean over the batch), λ weight decay, η learning rate, t = 1, 2, … the step.
-Where the book and PyTorch differ (the form of Nesterov's rule, the place of ε and its size), these are PyTorch's.
+Legend: w parameters, g gradient (mean over the batch), λ weight decay, η learning rate, t = 1, 2, … the update.
+Where the book and PyTorch differ (where η stands in Momentum, the form of Nesterov's rule, the place of ε and its
+size), these are PyTorch's.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ BLOCK = 32768  # elements; four float32 vectors of this length fit the second-le
 
 
 class Optimizer(ABC):
-    """Updates a flat parameter vector in place.
+    """Updates a flat parameter vector in place (book 6.1).
 
     `weight_decay` λ adds λw to the gradient where `decay_slices` say so (weights, not biases), and `l1` adds the
     sign of w times itself there. The parts in `frozen`, ascending, are left as they are, to the bit. `state` holds the
@@ -56,7 +57,7 @@ class Optimizer(ABC):
         self._scratch = aligned_empty(min(size, BLOCK), dtype)
 
     def update(self, parameters: Vector, gradients: Vector, learning_rate: float, step: int) -> None:
-        """Take step number `step` = 1, 2, …; both vectors are overwritten (the gradient serves as scratch)."""
+        """Take update number `step` = 1, 2, …; both vectors are overwritten (the gradient serves as scratch)."""
         if self.weight_decay or self.l1:
             for block in _blocks(self.decay_slices):
                 scratch = self._scratch[: block.stop - block.start]
@@ -107,9 +108,13 @@ class SGD(Optimizer):
 
 
 class Momentum(Optimizer):
-    """SGD with momentum: v ← αv - ηg, w ← w + v with α = 0.9 (book 6.1.4)."""
+    """SGD with momentum, as PyTorch has it: v ← αv + g, w ← w - ηv with α = 0.9 (book 6.1.4).
 
-    state_names = ("velocity",)
+    The book keeps η inside of v: v ← αv - ηg, w ← w + v. At a constant rate the steps are the same. Where a schedule
+    changes the rate, the book's v goes on with the rates of earlier steps, and this one takes the new rate at once.
+    """
+
+    state_names = ("momentum_buffer",)  # "velocity" is the book's v, in checkpoints of earlier versions
     momentum = 0.9
 
     def _rule(
@@ -121,11 +126,11 @@ class Momentum(Optimizer):
         step: int,  # noqa: ARG002
         scratch: Vector,  # noqa: ARG002
     ) -> None:
-        velocity = state["velocity"]
-        velocity *= self.momentum
-        g *= learning_rate
-        velocity -= g
-        w += velocity
+        v = state["momentum_buffer"]
+        v *= self.momentum
+        v += g
+        np.multiply(v, learning_rate, out=g)
+        w -= g
 
 
 class Nesterov(Optimizer):
@@ -260,7 +265,8 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 def clip_by_norm(gradient: Vector, largest: float) -> float:
     """Scale the flat gradient down in place so that its length is at most `largest`; return its length before.
 
-    The factor is ``largest / (length + 1e-6)``, as PyTorch's ``clip_grad_norm_`` takes it.
+    The factor is ``largest / (length + 1e-6)``, as PyTorch's ``clip_grad_norm_`` takes it. Not in the book. Source:
+    Pascanu, Mikolov and Bengio 2013.
     """
     length = math.sqrt(float(np.vdot(gradient, gradient)))
     if not math.isfinite(length):  # the squares overflow

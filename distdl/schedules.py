@@ -11,12 +11,14 @@ Schedule = Callable[[int], float]
 
 
 def constant(learning_rate: float) -> Schedule:
-    """Return the schedule that always gives `learning_rate`."""
+    """Return the schedule that always gives `learning_rate`, as all trainings of the book do (section 4.5)."""
     return lambda step: learning_rate  # noqa: ARG005
 
 
 def step_decay(learning_rate: float, every_steps: int, factor: float) -> Schedule:
     """Return the schedule ``learning_rate · factor^⌊step / every_steps⌋``.
+
+    Sources: the book names learning-rate decay (section 8.1.2); in steps, He et al. 2015.
 
     >>> [step_decay(1.0, every_steps=2, factor=0.5)(step) for step in range(5)]
     [1.0, 1.0, 0.5, 0.5, 0.25]
@@ -29,7 +31,7 @@ def step_decay(learning_rate: float, every_steps: int, factor: float) -> Schedul
 def cosine(learning_rate: float, total_steps: int) -> Schedule:
     """Return ``learning_rate · (1 + cos(π · step / total_steps)) / 2``: from the full rate down to 0.
 
-    Source: Loshchilov and Hutter, *SGDR*, 2017, without restarts.
+    Sources: the book names learning-rate decay (section 8.1.2); Loshchilov and Hutter 2017, *SGDR*, without restarts.
 
     >>> [round(cosine(1.0, total_steps=4)(step), 3) for step in range(5)]
     [1.0, 0.854, 0.5, 0.146, 0.0]
@@ -42,7 +44,7 @@ def cosine(learning_rate: float, total_steps: int) -> Schedule:
 def warmed_up(schedule: Schedule, steps: int) -> Schedule:
     """Return `schedule` with its first `steps` rates reduced to 1/n, 2/n … n/n of what it says.
 
-    Source: Goyal et al., *Accurate, large minibatch SGD*, 2017, section 2.2.
+    Not in the book. Source: Goyal et al. 2017, *Accurate, large minibatch SGD*, section 2.2 of the paper.
 
     >>> [warmed_up(constant(1.0), 4)(step) for step in range(5)]
     [0.25, 0.5, 0.75, 1.0, 1.0]

@@ -1,67 +1,73 @@
 """Every optimizer is its textbook formula, elementwise, in place, and the same bits in any blocks."""
 
+import math
 import tracemalloc
 
 import numpy as np
 import pytest
 
 from distdl import optim
+from distdl.engine.checkpoint import Checkpoint, restore
+from distdl.engine.state import TrainingState
 from distdl.errors import UserError
+from distdl.nn import Affine, Sequential
 from distdl.optim import BLOCK, OPTIMIZERS, clip_by_norm, optimizer_class
 
 SIZES = (1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7)
 STEPS = 50
+#: As a schedule has them: a warm-up, a fall to a tenth, and then from step to step.
+RATES = [0.004, 0.008, 0.012, *[0.016] * 17, *[0.0016] * 10, *[0.01 * (1.5 + math.sin(step)) for step in range(20)]]
 
 
-#: Each takes the start, the gradients, the learning rate and the weight decay of each element.
+#: Each takes the start, the gradient and the learning rate of each step, and the weight decay of each element.
 
 
-def textbook_sgd(w, gradients, lr, decay):
-    for g in gradients:
+def textbook_sgd(w, gradients, rates, decay):
+    for g, lr in zip(gradients, rates, strict=True):
         w = w - lr * (g + decay * w)
     return w
 
 
-def textbook_momentum(w, gradients, lr, decay):
+def textbook_momentum(w, gradients, rates, decay):
+    """As PyTorch documents it."""
     v = np.zeros_like(w)
-    for g in gradients:
-        v = 0.9 * v - lr * (g + decay * w)
-        w = w + v
+    for g, lr in zip(gradients, rates, strict=True):
+        v = 0.9 * v + (g + decay * w)
+        w = w - lr * v
     return w
 
 
-def textbook_nesterov(w, gradients, lr, decay):
-    """As first written: look ahead along the velocity, take the gradient there. `w` is kept at the place ahead."""
+def textbook_nesterov(w, gradients, rates, decay):
+    """As PyTorch documents it."""
     v = np.zeros_like(w)
-    for g in gradients:
+    for g, lr in zip(gradients, rates, strict=True):
         gradient = g + decay * w
-        before = w - 0.9 * v
-        v = 0.9 * v - lr * gradient
-        w = before + v + 0.9 * v
+        v = 0.9 * v + gradient
+        w = w - lr * (gradient + 0.9 * v)
     return w
 
 
-def textbook_adagrad(w, gradients, lr, decay):
+def textbook_adagrad(w, gradients, rates, decay):
     h = np.zeros_like(w)
-    for g in gradients:
+    for g, lr in zip(gradients, rates, strict=True):
         gradient = g + decay * w
         h = h + gradient**2
         w = w - lr * gradient / (np.sqrt(h) + 1e-10)
     return w
 
 
-def textbook_rmsprop(w, gradients, lr, decay):
+def textbook_rmsprop(w, gradients, rates, decay):
     h = np.zeros_like(w)
-    for g in gradients:
+    for g, lr in zip(gradients, rates, strict=True):
         gradient = g + decay * w
         h = 0.99 * h + (1 - 0.99) * gradient**2
         w = w - lr * gradient / (np.sqrt(h) + 1e-8)
     return w
 
 
-def textbook_adam(w, gradients, lr, decay, decoupled=0.0):
+def textbook_adam(w, gradients, rates, decay, decoupled=0.0):
     m, v = np.zeros_like(w), np.zeros_like(w)
-    for t, g in enumerate(gradients, start=1):
+    for t, (g, lr) in enumerate(zip(gradients, rates, strict=True), start=1):
         gradient = g + decay * w
         m = 0.9 * m + (1 - 0.9) * gradient
         v = 0.999 * v + (1 - 0.999) * gradient**2
@@ -71,8 +77,8 @@ def textbook_adam(w, gradients, lr, decay, decoupled=0.0):
     return w
 
 
-def textbook_adamw(w, gradients, lr, decay):
-    return textbook_adam(w, gradients, lr, 0.0, decoupled=decay)
+def textbook_adamw(w, gradients, rates, decay):
+    return textbook_adam(w, gradients, rates, 0.0, decoupled=decay)
 
 
 TEXTBOOK = {
@@ -86,7 +92,7 @@ TEXTBOOK = {
 }
 STATE = {
     "sgd": [],
-    "momentum": ["velocity"],
+    "momentum": ["momentum_buffer"],
     "nesterov": ["velocity"],
     "adagrad": ["sum_of_squares"],
     "rmsprop": ["mean_of_squares"],
@@ -94,7 +100,16 @@ STATE = {
     "adamw": ["first_moment", "second_moment"],
 }
 
-#: Learning rate and steps: for the valley x²/20 + y² of the book, from (-7, 2), for Rosenbrock's, and for x² + y².
+#: Learning rate and steps: for the parabola x² + y², for the book's valley x²/20 + y², and for Rosenbrock's.
+PARABOLA = {
+    "sgd": (0.1, 100),  # the book's own
+    "momentum": (0.1, 300),
+    "nesterov": (0.1, 200),
+    "adagrad": (1.5, 100),
+    "rmsprop": (0.003, 5000),
+    "adam": (0.3, 500),
+    "adamw": (0.3, 500),
+}
 VALLEY = {
     "sgd": (0.9, 200),
     "momentum": (0.1, 300),
@@ -118,7 +133,7 @@ every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
 def test_every_optimizer_is_in_the_tables_of_these_tests():
-    for table in (TEXTBOOK, STATE, VALLEY, ROSENBROCK):
+    for table in (TEXTBOOK, STATE, PARABOLA, VALLEY, ROSENBROCK):
         assert set(table) == set(OPTIMIZERS)
 
 
@@ -132,10 +147,12 @@ def gradients_of(size, dtype=np.float32):
 
 
 def run(name, start, gradients, lr, **settings):
+    """Take a step for each gradient; `lr` is the rate of all, or a list of those of each."""
     w = start.copy()
     optimizer = OPTIMIZERS[name](w.size, dtype=w.dtype, **settings)
-    for step, gradient in enumerate(gradients, start=1):
-        optimizer.update(w, gradient.copy(), lr, step)
+    rates = lr if isinstance(lr, list) else [lr] * len(gradients)
+    for step, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        optimizer.update(w, gradient.copy(), rate, step)
     return w, optimizer
 
 
@@ -143,18 +160,47 @@ def run(name, start, gradients, lr, **settings):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1], ids=["no decay", "decay"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 2e-5), (np.float64, 1e-12)], ids=["f4", "f8"])
-def test_fifty_steps_are_those_of_the_textbook(name, size, weight_decay, dtype, tolerance):
+def test_fifty_steps_of_changing_rates_are_those_of_the_textbook(name, size, weight_decay, dtype, tolerance):
     start, gradients = gradients_of(size, dtype)
     decay_slices = (slice(0, size // 3), slice(size // 2, size))
-    got, _ = run(name, start, gradients, 0.01, weight_decay=weight_decay, decay_slices=decay_slices)
+    got, _ = run(name, start, gradients, RATES, weight_decay=weight_decay, decay_slices=decay_slices)
 
     decay = np.zeros(size)
     for where in decay_slices:
         decay[where] = weight_decay
-    oracle = TEXTBOOK[name](start.astype(np.float64), [g.astype(np.float64) for g in gradients], 0.01, decay)
+    oracle = TEXTBOOK[name](start.astype(np.float64), [g.astype(np.float64) for g in gradients], RATES, decay)
     moved = np.abs(oracle - start).max()
     assert moved > 1e-3 or size == 1
     np.testing.assert_allclose(got, oracle, rtol=tolerance, atol=tolerance * max(1.0, moved) / 10)
+
+
+def momentum_of_the_book(w, gradients, rates):
+    v = np.zeros_like(w)
+    for g, lr in zip(gradients, rates, strict=True):
+        v = 0.9 * v - lr * g
+        w = w + v
+    return w
+
+
+def nesterov_as_first_written(w, gradients, rates):
+    """Look ahead along the velocity, take the gradient there. `w` is kept at the place ahead."""
+    v = np.zeros_like(w)
+    for g, lr in zip(gradients, rates, strict=True):
+        before = w - 0.9 * v
+        v = 0.9 * v - lr * g
+        w = before + v + 0.9 * v
+    return w
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("momentum", momentum_of_the_book), ("nesterov", nesterov_as_first_written)]
+)
+def test_the_other_form_of_momentum_takes_the_same_steps_as_long_as_the_rate_stays(name, other):
+    start, gradients = gradients_of(100, np.float64)
+    for rates, same in (([0.01] * STEPS, True), (RATES, False)):
+        got, _ = run(name, start, gradients, rates)
+        difference = np.abs(got - other(start, gradients, rates)).max()
+        assert difference < 1e-12 if same else difference > 0.01
 
 
 @every_optimizer
@@ -242,6 +288,16 @@ def test_clipping_is_that_of_pytorch():
 
 
 @every_optimizer
+def test_every_optimizer_finds_the_bottom_of_a_parabola(name):
+    """From (-3, 4), as section 4.4.1 does, whose figures for SGD are (-6.1e-10, 8.1e-10)."""
+    lr, steps = PARABOLA[name]
+    near = lr if name == "rmsprop" else 1e-4  # its steps have the length of the learning rate to the end
+    found = minimized(name, [-3.0, 4.0], lambda x, y: (2 * x, 2 * y), lr, steps)
+    assert found == pytest.approx([0, 0], abs=near)
+    assert name != "sgd" or found == pytest.approx([-6.1e-10, 8.1e-10], rel=0.01)
+
+
+@every_optimizer
 def test_every_optimizer_finds_the_bottom_of_a_long_valley(name):
     lr, steps = VALLEY[name]
     near = lr if name == "rmsprop" else 1e-4  # its steps have the length of the learning rate to the end
@@ -289,6 +345,20 @@ def test_the_state_is_all_that_a_later_step_needs(name):
     assert w.tobytes() == straight.tobytes()
 
 
+def test_a_checkpoint_with_the_velocity_of_the_book_is_refused():
+    """Earlier versions kept momentum as the book does: with the learning rate inside."""
+    network = Sequential([Affine(2)], (3,))
+    state = TrainingState(network, OPTIMIZERS["momentum"](network.parameters.size))
+    now = {name: array.copy() for name, array in state.named_arrays()}
+    then = {name.replace("momentum_buffer/", "velocity/"): array for name, array in now.items()}
+    assert now.keys() != then.keys()
+    restore(Checkpoint(now, {}), state.named_arrays(), "run/checkpoints/step-000000002.safetensors")
+    with pytest.raises(
+        UserError, match=r"step-000000002.safetensors .*: momentum_buffer/affine_1.bias is absent there"
+    ):
+        restore(Checkpoint(then, {}), state.named_arrays(), "run/checkpoints/step-000000002.safetensors")
+
+
 @every_optimizer
 def test_an_update_works_in_place_and_allocates_next_to_nothing(name):
     size = 3 * BLOCK + 7
@@ -317,8 +387,9 @@ def test_an_unknown_optimizer_is_an_error_that_lists_the_known():
 
 @every_optimizer
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05], ids=["no decay", "decay"])
+@pytest.mark.parametrize("rates", [[0.02] * 100, RATES + RATES[::-1]], ids=["constant", "changing"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-6), ("float32", 1e-4)])
-def test_a_hundred_steps_are_those_of_pytorch(name, weight_decay, dtype, tolerance):
+def test_a_hundred_steps_are_those_of_pytorch(name, weight_decay, rates, dtype, tolerance):
     torch = pytest.importorskip("torch")
     made = {
         "sgd": lambda w: torch.optim.SGD([w], lr=0.02, weight_decay=weight_decay),
@@ -337,13 +408,14 @@ def test_a_hundred_steps_are_those_of_pytorch(name, weight_decay, dtype, toleran
 
     theirs = torch.tensor(start, requires_grad=True)
     optimizer = made[name](theirs)
-    for _ in range(100):
+    for rate in rates:
+        optimizer.param_groups[0]["lr"] = rate
         theirs.grad = torch.tensor(curvature) * (theirs.detach() - torch.tensor(centre))
         optimizer.step()
 
     ours = start.copy()
     mine = OPTIMIZERS[name](size, weight_decay=weight_decay, decay_slices=(slice(0, size),), dtype=dtype)
-    for step in range(1, 101):
-        mine.update(ours, curvature * (ours - centre), 0.02, step)
-    assert np.abs(ours - start).max() > 0.3
+    for step, rate in enumerate(rates, start=1):
+        mine.update(ours, curvature * (ours - centre), rate, step)
+    assert np.abs(ours - start).max() > 0.2
     np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=tolerance, atol=tolerance / 10)

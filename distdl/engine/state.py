@@ -21,7 +21,7 @@ from distdl.optim import Optimizer
 
 @dataclass
 class TrainingState:
-    """Where a training stands. `progress` holds what is reported but does not act on the weights."""
+    """Where a training stands. `progress` holds what is reported; only its `skipped_steps` act on later weights."""
 
     network: Sequential
     optimizer: Optimizer

@@ -317,7 +317,8 @@ class Trainer:
                 network.gradients[where] = 0
             if self.config.clip_norm is not None:
                 clip_by_norm(network.gradients, self.config.clip_norm)
-            state.optimizer.update(network.parameters, network.gradients, learning_rate, state.step + 1)
+            update = state.step + 1 - state.progress.get("skipped_steps", 0)  # what Adam's correction counts
+            state.optimizer.update(network.parameters, network.gradients, learning_rate, update)
             if "statistics" in total:
                 network.update_buffers(total["statistics"])
             state.epoch_sums.add(total)

@@ -32,19 +32,19 @@ class ReLU(Layer):
 
 
 class Sigmoid(Layer):
-    """``y = 1 / (1 + exp(-x))``, computed as ``(1 + tanh(x / 2)) / 2``, which cannot overflow.
+    """``y = 1 / (1 + exp(-x))``, to the last digits in both tails; where ``exp(-x)`` overflows, ``1 / inf`` is 0.
 
-    Backward: ``dx = dy y (1 - y)``. Source: section 5.5.2.
+    Backward: ``dx = dy y (1 - y)``. Source: sections 3.2.4 and 5.5.2.
     """
 
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         """Return the sigmoid of each element, any shape."""
         self.y = y = self.workspace.array("y", x.shape)
-        np.multiply(x, 0.5, out=y)
-        np.tanh(y, out=y)
-        y *= 0.5
-        y += 0.5
-        return y
+        np.multiply(x, -1, out=y)
+        with np.errstate(over="ignore"):
+            np.exp(y, out=y)
+        y += 1
+        return np.divide(1, y, out=y)
 
     def backward(self, dy: Array) -> Array:
         """Return ``dy y (1 - y)``."""
@@ -55,7 +55,7 @@ class Sigmoid(Layer):
 
 
 class Tanh(Layer):
-    """``y = tanh(x)``. Backward: ``dx = dy (1 - y²)``."""
+    """``y = tanh(x)``. Backward: ``dx = dy (1 - y²)``. Source: Ng's course, week 3; in the book section 6.2.2."""
 
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         """Return the hyperbolic tangent of each element, any shape."""
@@ -71,7 +71,10 @@ class Tanh(Layer):
 
 
 class LeakyReLU(Layer):
-    """``y = x`` where x > 0, else ``slope x``; the gradient at 0 is that of the negative side."""
+    """``y = x`` where x > 0, else ``slope x``; the gradient at 0 is that of the negative side.
+
+    Not in the book. Sources: Ng's course, week 3; Maas, Hannun and Ng 2013.
+    """
 
     def __init__(self, slope: float = 0.01) -> None:
         if not 0 <= slope < math.inf:

@@ -30,7 +30,8 @@ class Kept(Layer):
 class HalfStorage(Layer):
     """Stores its input as float16, to nearest with ties to even, and returns that in the network's own dtype.
 
-    Beyond 65,504 a number becomes infinite, below 2⁻²⁴ / 2 zero. The gradient passes as it is. Source: section 8.3.4.
+    The largest is 65,504: from 65,520 on a number becomes infinite. The least is 2⁻²⁴: up to half of it one becomes
+    zero. The gradient passes as it is. Source: section 8.3.4.
     """
 
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:

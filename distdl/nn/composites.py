@@ -8,7 +8,17 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from distdl.errors import UserError
-from distdl.nn.layers import Array, BufferSpec, Layer, ParameterSpec, Products, Shape, Vectors, show_shape
+from distdl.nn.layers import (
+    Array,
+    BufferSpec,
+    Layer,
+    ParameterSpec,
+    Products,
+    Shape,
+    Vectors,
+    list_of_layers,
+    show_shape,
+)
 from distdl.nn.path import Path
 from distdl.rng import Key
 
@@ -21,7 +31,7 @@ class Composite(Layer):
     """
 
     def __init__(self, ways: Sequence[tuple[str, Sequence[Layer]]]) -> None:
-        self.ways = [(name, list(layers)) for name, layers in ways]
+        self.ways = [(name, list_of_layers(f"{type(self).__name__}, {name}", layers)) for name, layers in ways]
 
     def build(self, input_shape: Shape, dtype: DTypeLike) -> Shape:
         """Each way's first layer must take such an input."""

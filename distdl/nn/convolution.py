@@ -19,7 +19,7 @@ from numpy.typing import DTypeLike
 
 from distdl.errors import UserError
 from distdl.nn.initializers import He, Initializer, Zeros
-from distdl.nn.layers import Array, Layer, ParameterSpec, Product, Products, Shape, Workspace, show_shape
+from distdl.nn.layers import Array, Layer, ParameterSpec, Product, Products, Shape, Workspace, show_shape, whole_number
 from distdl.nn.windows import Pair, Window, patches, patches_adjoint, window_of
 from distdl.rng import Key
 
@@ -45,9 +45,7 @@ class Conv2d(Layer):
         initializer: Initializer | None = None,
         bias: bool = True,
     ) -> None:
-        if filters < 1:
-            raise UserError(f"Conv2d: {filters} filters given, expected at least 1")
-        self.filters, self.bias = filters, bias
+        self.filters, self.bias = whole_number("Conv2d", "filters", filters), bias
         self.window = window_of("Conv2d", kernel, stride, padding)
         self.initializer = initializer or He()
 
@@ -136,9 +134,7 @@ class ConvTranspose2d(Layer):
         padding: int | Pair = 0,
         initializer: Initializer | None = None,
     ) -> None:
-        if filters < 1:
-            raise UserError(f"ConvTranspose2d: {filters} filters given, expected at least 1")
-        self.filters = filters
+        self.filters = whole_number("ConvTranspose2d", "filters", filters)
         self.window = window_of("ConvTranspose2d", kernel, stride, padding)
         self.initializer = initializer or He()
 

@@ -24,7 +24,7 @@ Initializer: TypeAlias = Callable[[Key, tuple[int, ...], int], NDArray[Any]]
 
 @dataclass(frozen=True)
 class Zeros:
-    """All zeros: for biases (weights that start equal stay equal)."""
+    """All zeros: for biases; weights that start equal stay equal. Source: section 6.2.1."""
 
     def __call__(self, key: Key, shape: tuple[int, ...], fan_in: int) -> NDArray[Any]:  # noqa: ARG002
         """Return zeros of the given shape."""
@@ -33,7 +33,7 @@ class Zeros:
 
 @dataclass(frozen=True)
 class Constant:
-    """The same number everywhere."""
+    """The same number everywhere: the 1 of gamma in batch normalization (section 6.3)."""
 
     value: float
 
@@ -44,7 +44,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Normal:
-    """Normal numbers of mean 0 and standard deviation `std`, whatever the fan-in.
+    """Normal numbers of mean 0 and standard deviation `std`, whatever the fan-in. Source: section 6.2.2.
 
     >>> Normal(std=0.01)(Key(0), (2, 3), 2).shape
     (2, 3)
@@ -59,7 +59,10 @@ class Normal:
 
 @dataclass(frozen=True)
 class Xavier:
-    """Normal numbers with standard deviation ``1 / sqrt(fan_in)``: keeps the scale through tanh."""
+    """Normal numbers with standard deviation ``1 / sqrt(fan_in)``: keeps the scale through tanh.
+
+    Sources: section 6.2.2; Glorot and Bengio 2010, who divide by the mean of fan-in and fan-out.
+    """
 
     def __call__(self, key: Key, shape: tuple[int, ...], fan_in: int) -> NDArray[Any]:
         """Return normal numbers of the given shape."""
@@ -68,7 +71,10 @@ class Xavier:
 
 @dataclass(frozen=True)
 class He:
-    """Normal numbers with standard deviation ``sqrt(2 / fan_in)``: keeps the scale through ReLU."""
+    """Normal numbers with standard deviation ``sqrt(2 / fan_in)``: keeps the scale through ReLU.
+
+    Sources: section 6.2.3; He et al. 2015 (*Delving deep into rectifiers*).
+    """
 
     def __call__(self, key: Key, shape: tuple[int, ...], fan_in: int) -> NDArray[Any]:
         """Return normal numbers of the given shape."""

@@ -17,7 +17,8 @@ What every layer keeps to:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -129,6 +130,7 @@ class Workspace:
 class Layer:
     """The base of all layers. Here it passes its input on; a subclass overrides what it does differently.
 
+    That a layer is a class with `forward` and `backward` is from section 5.4.
     A network calls `build` once, makes the parameters that `parameter_specs` then lists, and puts them with
     their gradients, as views of its two flat vectors, into the dictionaries `parameters` and `gradients`.
 
@@ -195,7 +197,7 @@ class Layer:
 
 
 class Flatten(Layer):
-    """Each sample as one row: (N, H, W, C) becomes (N, H * W * C)."""
+    """Each sample as one row: (N, H, W, C) becomes (N, H * W * C). In section 7.5 the affine layer does it itself."""
 
     def build(self, input_shape: Shape, dtype: DTypeLike) -> Shape:
         """Any input fits."""
@@ -219,9 +221,7 @@ class Affine(Layer):
     """
 
     def __init__(self, outputs: int, initializer: Initializer | None = None) -> None:
-        if outputs < 1:
-            raise UserError(f"Affine: {outputs} outputs given, expected at least 1")
-        self.outputs = outputs
+        self.outputs = whole_number("Affine", "outputs", outputs)
         self.initializer = initializer or He()
 
     def build(self, input_shape: Shape, dtype: DTypeLike) -> Shape:
@@ -301,6 +301,38 @@ class Dropout(Layer):
 
     def __str__(self) -> str:
         return f"Dropout {self.ratio}"
+
+
+def as_whole(given: Any, least: int) -> int | None:
+    """Return a whole number of any integer type as an `int`; None if it is no such number, or below `least`."""
+    if isinstance(given, bool):
+        return None
+    try:
+        number = operator.index(given)
+    except TypeError:
+        return None
+    return number if number >= least else None
+
+
+def whole_number(layer: str, name: str, given: Any, least: int = 1) -> int:
+    """Return the setting `name` of a layer as an `int`; raise `UserError` if it is none, or below `least`."""
+    number = as_whole(given, least)
+    if number is None:
+        raise UserError(f"{layer}: {name} {given!r} given, expected a whole number of at least {least}")
+    return number
+
+
+def list_of_layers(owner: str, given: Any) -> list[Layer]:
+    """Return the layers that `owner` is made of; raise `UserError` if something else is among them."""
+    if isinstance(given, Layer | str) or not isinstance(given, Iterable):
+        raise UserError(f"{owner}: {given} given, expected a list of layers")
+    layers = list(given)
+    for layer in layers:
+        if isinstance(layer, type):
+            raise UserError(f"{owner}: the class {layer.__name__} given, expected a layer: {layer.__name__}(...)")
+        if not isinstance(layer, Layer):
+            raise UserError(f"{owner}: {layer!r} given, expected a layer")
+    return layers
 
 
 def show_shape(shape: Shape) -> str:

@@ -19,7 +19,7 @@ from distdl.nn.layers import Array
 
 
 class LossFunction(Protocol):
-    """A loss; `backward` belongs to the latest `forward`."""
+    """A loss (section 4.2), with the output's activation in it (5.6.3); `backward` belongs to the latest `forward`."""
 
     def forward(self, outputs: Array, targets: Array) -> float:
         """Return the sum over the samples, of outputs (N, ...) and what they should be."""
@@ -129,8 +129,8 @@ class SigmoidCrossEntropy:
 class MeanSquaredError:
     """The mean over a sample's outputs of the squared error: regression, with the identity as the output's activation.
 
-    ``loss = sum over n of (mean over k of (y[n, k] - targets[n, k])²)``; the book has half the sum over k (4.2.1),
-    this is the field's and PyTorch's.
+    ``loss = sum over n of (mean over k of (y[n, k] - targets[n, k])²)``. Sources: sections 3.5 and 4.2.1; the book has
+    half the sum over k, the mean is the field's and PyTorch's.
 
     >>> MeanSquaredError().forward(np.array([[1.0, 2.0]]), np.array([[0.0, 0.0]]))
     2.5
@@ -172,7 +172,8 @@ def make_loss(name: str) -> LossFunction:
 def count_correct(logits: Array, labels: Array) -> int:
     """Return how many labels (N, ...) have the greatest of the logits (N, ..., K), the first if several are equal.
 
-    Of a sample some of whose places have no label, the share among the others counts for all places, rounded.
+    Divided by their number it is the accuracy of section 3.6. Of a sample some of whose places have no label, the share
+    among the others counts for all places, rounded.
 
     >>> count_correct(np.array([[1, 2], [3, 3]]), np.array([1, 0]))
     2

@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike
 from distdl.arrays import ALIGNMENT_BYTES, aligned_zeros
 from distdl.errors import UserError
 from distdl.nn.composites import Composite
-from distdl.nn.layers import Array, BufferSpec, Layer, ParameterSpec, Products, Shape, Vectors
+from distdl.nn.layers import Array, BufferSpec, Layer, ParameterSpec, Products, Shape, Vectors, as_whole, list_of_layers
 from distdl.nn.path import Form, Path, Watch
 from distdl.rng import Key
 
@@ -47,7 +47,7 @@ class _Places(Generic[Spec]):
 
 
 class Sequential:
-    """Layers in a row.
+    """Layers in a row: what the networks of the book keep in an ordered dictionary (section 5.7).
 
     `input_shape` and `output_shape` are those of one sample, without N. A layer is named after its class
     and its number among its kind: ``conv2d_1``, ``affine_2``; a parameter after its layer:
@@ -77,14 +77,12 @@ class Sequential:
         dtype: DTypeLike = np.float32,
         form: Form = "fast",
     ) -> None:
-        self.layers = list(layers)
-        self.input_shape = tuple(input_shape)
+        self.layers = list_of_layers("Sequential", layers)
         self.dtype = np.dtype(dtype)
         every = list(self.every_layer())
         if not every or len(set(map(id, every))) < len(every):
             raise UserError("a network needs at least one layer, and each layer only once; make a new one instead")
-        if not all(n >= 1 for n in self.input_shape):
-            raise UserError(f"input shape {self.input_shape} given, expected sizes of at least 1")
+        self.input_shape = _checked_shape(input_shape)
         #: If set, it is called with "forward" or "backward" and the name of each part that has just been done,
         #: and with None for a name when a pass begins. Fused layers are one part, done once for each tile.
         self.watch: Watch | None = None
@@ -192,6 +190,16 @@ def _with_those_inside(layers: Sequence[Layer]) -> Iterator[Layer]:
         if isinstance(layer, Composite):
             for _, way in layer.ways:
                 yield from _with_those_inside(way)
+
+
+def _checked_shape(given: Any) -> Shape:
+    try:
+        sizes = [as_whole(n, 1) for n in given]
+    except TypeError:
+        sizes = [None]
+    if None in sizes:
+        raise UserError(f"input shape {given} given, expected sizes of at least 1, such as (28, 28, 1)")
+    return tuple(size for size in sizes if size is not None)
 
 
 def _aligned(count: int, dtype: np.dtype[Any]) -> int:

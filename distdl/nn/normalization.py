@@ -10,7 +10,7 @@ from numpy.typing import DTypeLike
 
 from distdl.errors import UserError
 from distdl.nn.initializers import Constant, Zeros
-from distdl.nn.layers import Array, BufferSpec, Layer, ParameterSpec, Shape
+from distdl.nn.layers import Array, BufferSpec, Layer, ParameterSpec, Shape, whole_number
 from distdl.rng import Key
 
 #: From this many numbers on, what NumPy does once a line of a matrix takes no time.
@@ -145,17 +145,15 @@ class LocalResponseNorm(Layer):
 
     ``y[c] = x[c] / (k + alpha / size * sum over the window of x[j]²)^beta``; the window of channel c reaches from
     ``c - size // 2`` to ``c + (size - 1) // 2``, cut off at both ends. (The paper multiplies alpha with the plain
-    sum; here it is divided by the size first, as in PyTorch.) Any shape (..., C). Source: Krizhevsky et al. 2012,
-    section 3.3.
+    sum; here it is divided by the size first, as in PyTorch.) Any shape (..., C). Sources: section 7.7.2;
+    Krizhevsky et al. 2012, section 3.3 of the paper.
     """
 
     def __init__(self, size: int = 5, *, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> None:
-        if size < 1 or not all(math.isfinite(number) for number in (alpha, beta, k)):
-            raise UserError(
-                f"LocalResponseNorm: size {size}, alpha {alpha}, beta {beta}, k {k} given, expected a size of at least "
-                "1 and finite numbers"
-            )
-        self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
+        self.size = whole_number("LocalResponseNorm", "size", size)
+        if not all(math.isfinite(number) for number in (alpha, beta, k)):
+            raise UserError(f"LocalResponseNorm: alpha {alpha}, beta {beta}, k {k} given, expected finite numbers")
+        self.alpha, self.beta, self.k = alpha, beta, k
 
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         """Return the normalized elements, any shape (..., C)."""

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from distdl.errors import UserError
-from distdl.nn.layers import Array, Layer, Shape, show_shape
+from distdl.nn.layers import Array, Layer, Shape, show_shape, whole_number
 from distdl.rng import Key
 
 
@@ -19,9 +19,7 @@ class Upsample2d(Layer):
     """
 
     def __init__(self, factor: int = 2) -> None:
-        if factor < 1:
-            raise UserError(f"Upsample2d: factor {factor} given, expected a whole number of at least 1")
-        self.factor = factor
+        self.factor = whole_number("Upsample2d", "factor", factor)
 
     def build(self, input_shape: Shape, dtype: DTypeLike) -> Shape:
         """The input must be an image (H, W, C)."""

@@ -14,14 +14,14 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from distdl.errors import UserError
-from distdl.nn.layers import Array, Shape, Workspace, show_shape
+from distdl.nn.layers import Array, Shape, Workspace, as_whole, show_shape
 
 Pair: TypeAlias = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Window:
-    """The geometry of a convolution or a pooling: (FH, FW), (SH, SW) and (PH, PW)."""
+    """The geometry of a convolution or a pooling: (FH, FW), (SH, SW) and (PH, PW). Source: section 7.2."""
 
     kernel: Pair
     stride: Pair = (1, 1)
@@ -110,7 +110,7 @@ def patches_adjoint(d: Array, size: Pair, window: Window, workspace: Workspace |
     """Return images (N, H, W, C), each pixel the sum of the elements of `d` that `patches` copies it to.
 
     `d` is (N * OH * OW, FH * FW * C), `size` is (H, W). The adjoint of `patches`: ``<patches(x), d>`` equals
-    ``<x, patches_adjoint(d)>``. The book's col2im. With a workspace, the result is a buffer of it.
+    ``<x, patches_adjoint(d)>``. The book's col2im (section 7.4.3). With a workspace, the result is a buffer of it.
     """
     workspace = workspace or Workspace(d.dtype)
     (H, W), (FH, FW), (PH, PW) = size, window.kernel, window.padding
@@ -139,8 +139,11 @@ def window_of(kind: str, kernel: int | Pair, stride: int | Pair, padding: int | 
     """Return the window of a layer; raise `UserError` if its numbers make no sense."""
     pairs = []
     for name, given, least in (("size", kernel, 1), ("stride", stride, 1), ("padding", padding, 0)):
-        pair = (given, given) if isinstance(given, int) else tuple(given)
-        if len(pair) != 2 or not all(isinstance(n, int) and n >= least for n in pair):
+        try:
+            pair = [as_whole(n, least) for n in given]  # type: ignore[union-attr]
+        except TypeError:  # one number
+            pair = [as_whole(given, least)] * 2
+        if len(pair) != 2 or pair[0] is None or pair[1] is None:
             raise UserError(f"{kind}: {name} {given!r} given, expected one or two whole numbers from {least} on")
         pairs.append((pair[0], pair[1]))
     return Window(*pairs)

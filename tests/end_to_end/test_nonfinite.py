@@ -13,6 +13,7 @@ from distdl.engine import coordinator as coordinator_module
 from distdl.engine import train
 from distdl.engine.trainer import Trainer
 from distdl.errors import CorruptionError, UserError
+from distdl.optim import Adam
 from distdl.parallel import OneProcess, contiguous_shards, deal, share
 from distdl.rng import Key
 
@@ -117,6 +118,31 @@ def test_a_skipped_step_counts_and_changes_neither_weights_nor_optimizer(tmp_pat
     ]
     assert changed[0] == {"step"}
     assert len(changed[1]) > 10
+
+
+@pytest.mark.parametrize("skipped", [{1}, {3, 4}], ids=str)
+def test_adam_counts_the_updates_and_not_the_steps_that_are_skipped(tmp_path, monkeypatch, skipped):
+    """As in PyTorch. The gradients are the run's own; the moments, and what corrects them, are the formula's."""
+    for step in skipped:
+        spoil_records(monkeypatch, nan_gradient, step=step)
+    weights, gradients, update = [], [], Adam.update
+
+    def watched(self, w, g, *arguments):
+        weights.append(w.astype(np.float64))
+        gradients.append(g.astype(np.float64))
+        update(self, w, g, *arguments)
+        weights.append(w.astype(np.float64))
+
+    monkeypatch.setattr(Adam, "update", watched)
+    small_run(OneProcess(), tmp_path / "first", on_nonfinite="skip", lr=0.01, max_steps=4)
+    small_run(OneProcess(), tmp_path / "first", on_nonfinite="skip", lr=0.01, resume="auto")
+    assert len(gradients) == 6 - len(skipped)
+    w, m, v = weights[0], 0.0, 0.0
+    for t, g in enumerate(gradients, start=1):
+        m = 0.9 * m + 0.1 * g
+        v = 0.999 * v + 0.001 * g**2
+        w = w - 0.01 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    np.testing.assert_allclose(weights[-1], w, rtol=0, atol=1e-5)
 
 
 def test_a_run_with_a_skipped_step_resumes_to_the_same_bits(tmp_path, monkeypatch):

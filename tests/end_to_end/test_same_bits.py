@@ -9,7 +9,24 @@ from small_runs import LAST_BATCH_OF_ONE, RAGGED, VERY_RAGGED, remove, small_con
 
 from distdl.config import OPTIMIZERS
 from distdl.engine import train
-from distdl.nn import Affine, BatchNorm, Conv2d, Flatten, ReLU, Residual, Sequential
+from distdl.nn import (
+    Affine,
+    AvgPool2d,
+    BatchNorm,
+    Branches,
+    Conv2d,
+    ConvTranspose2d,
+    Flatten,
+    GlobalAvgPool2d,
+    LeakyReLU,
+    LocalResponseNorm,
+    ReLU,
+    Residual,
+    Sequential,
+    Sigmoid,
+    Tanh,
+    Upsample2d,
+)
 from distdl.parallel import OneProcess
 
 RANKS = (1, 2, 3, 4, 5, 8)
@@ -43,6 +60,16 @@ def normalized_network(shape, classes):
     return Sequential([*layers, Affine(classes)], shape)
 
 
+def network_of_many_layers(shape, classes):
+    """The layers that are neither in the book's own models nor in the network above."""
+    around = [AvgPool2d(3, stride=1, padding=1), Conv2d(3, 1), Tanh()]
+    smaller_and_back = [Conv2d(3, 2, stride=2), Sigmoid(), Upsample2d(2)]
+    larger_and_back = [ConvTranspose2d(3, 2, stride=2), LeakyReLU(), AvgPool2d(2)]
+    first = [Conv2d(4, 3, padding=1), LeakyReLU(0.1), LocalResponseNorm(3, alpha=0.5)]
+    ways = Branches(around, smaller_and_back, larger_and_back)
+    return Sequential([*first, ways, Conv2d(6, 3), Tanh(), GlobalAvgPool2d(), Affine(classes)], shape)
+
+
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize(("model", "optimizer"), TRAININGS)
 def test_every_number_of_ranks_gives_the_bits_of_one_process(communicator, shared_tmp_path, model, optimizer):
@@ -70,6 +97,12 @@ def test_micro_batches_that_no_rank_count_divides_change_nothing(communicator, s
 @pytest.mark.parametrize("audit", [0, 2])
 def test_batch_normalization_has_the_moments_of_the_whole_batch_on_any_ranks(communicator, shared_tmp_path, audit):
     settings = {"build_network": normalized_network, "rows": VERY_RAGGED, "audit": audit, "verify_every": 2}
+    assert_every_number_of_ranks_agrees(communicator, shared_tmp_path, **settings)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_every_further_layer_gives_the_same_bits_on_any_ranks(communicator, shared_tmp_path):
+    settings = {"build_network": network_of_many_layers, "rows": VERY_RAGGED, "audit": 2}
     assert_every_number_of_ranks_agrees(communicator, shared_tmp_path, **settings)
 
 

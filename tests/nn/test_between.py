@@ -118,9 +118,11 @@ def test_the_original_stays_as_it_is(model):
 
 def test_numbers_beyond_float16_become_infinite_and_are_no_error():
     layer = HalfStorage()
-    layer.build((4,), np.float32)
-    stored = layer.forward(np.array([[70000, -70000, 65504, 1e-9]], np.float32), training=False, key=None)
-    assert stored.tolist() == [[np.inf, -np.inf, 65504, 0]]
+    layer.build((6,), np.float32)
+    stored = layer.forward(
+        np.array([[70000, -65520, 65519, 65504, 2.0**-25, 1e-9]], np.float32), training=False, key=None
+    )
+    assert stored.tolist() == [[np.inf, -np.inf, 65504, 65504, 0, 0]]
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -156,7 +156,7 @@ def test_pooling_a_blank_image_passes_the_whole_gradient_on_once():
         (lambda: Conv2d(30, 0), "Conv2d: size 0 given"),
         (lambda: Conv2d(30, 3, stride=(1, 0)), r"Conv2d: stride \(1, 0\) given"),
         (lambda: Conv2d(30, 3, padding=-1), "Conv2d: padding -1 given"),
-        (lambda: Conv2d(0, 3), "0 filters given, expected at least 1"),
+        (lambda: Conv2d(0, 3), "filters 0 given, expected a whole number of at least 1"),
         (lambda: MaxPool2d(2, padding=2), "padding 2x2 given, expected less than the window 2x2"),
         (lambda: MaxPool2d((2, 2, 2)), r"MaxPool2d: size \(2, 2, 2\) given, expected one or two"),
     ],

@@ -13,9 +13,12 @@ from distdl.nn import (
     Flatten,
     Layer,
     MaxPool2d,
+    MeanSquaredError,
     ParameterSpec,
     ReLU,
     Sigmoid,
+    SigmoidCrossEntropy,
+    SoftmaxCrossEntropy,
     Zeros,
     build_model,
     check_layer,
@@ -96,6 +99,27 @@ def test_a_wrong_gradient_is_found_in_a_network():
     right = network.layers[2].backward
     network.layers[2].backward = lambda dy: 1.01 * right(dy)
     assert check_network(network, normal((2, 4, 4, 1)), np.array([0, 2])) > 5e-3
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs", "targets"),
+    [
+        (None, 3, np.array([0, 2])),
+        (SoftmaxCrossEntropy(), 3, np.array([0, 2])),
+        (SigmoidCrossEntropy(), 1, np.array([0, 1])),
+        (MeanSquaredError(), 2, np.array([[0.5, -1.0], [3.0, 0.0]])),
+    ],
+    ids=["none", "softmax", "sigmoid", "squares"],
+)
+def test_a_network_can_be_checked_with_any_loss(loss, outputs, targets):
+    network = build_model("mlp", (4, 4, 1), outputs, dtype=np.float64)
+    network.initialize(Key(0))
+    x = normal((2, 4, 4, 1))
+    assert check_network(network, x, targets, loss) < 1e-6
+    if loss is not None:
+        right = loss.backward
+        loss.backward = lambda: 1.01 * right()
+        assert check_network(network, x, targets, loss) > 5e-3
 
 
 def test_a_backward_without_a_gradient_is_named():

@@ -62,11 +62,22 @@ def test_relu_passes_no_gradient_at_zero():
 
 def test_sigmoid_does_not_overflow():
     layer = built(Sigmoid(), (5,), np.float32)
-    y = layer.forward(np.array([[-1e4, -1, 0, 1, 1e4]], np.float32), training=True, key=None)
-    expected = [0, 1 / (1 + math.e), 0.5, 1 / (1 + math.exp(-1)), 1]
-    assert y[0] == pytest.approx(expected, abs=1e-7)
-    dx = layer.backward(np.ones((1, 5), np.float32))
-    assert dx[0] == pytest.approx([p * (1 - p) for p in expected], abs=1e-6)
+    y = layer.forward(np.array([[-np.inf, -1e4, -90, 1e4, np.inf]], np.float32), training=True, key=None)
+    assert y[0] == pytest.approx([0, 0, 0, 1, 1], rel=0, abs=1e-38)
+    assert layer.backward(np.ones((1, 5), np.float32))[0] == pytest.approx([0] * 5, rel=0, abs=1e-38)
+    assert np.isnan(layer.forward(np.full((1, 5), np.nan, np.float32), training=True, key=None)).all()
+
+
+@pytest.mark.parametrize(("dtype", "least", "tolerance"), [(np.float32, -87, 5e-7), (np.float64, -708, 1e-15)])
+def test_sigmoid_is_exact_in_both_tails(dtype, least, tolerance):
+    x = np.linspace(least, 50, 10_001).astype(dtype)
+    layer = built(Sigmoid(), x.shape, dtype)
+    y = layer.forward(x[None], training=True, key=None)[0]
+    exact = np.array([math.exp(z) / (1 + math.exp(z)) for z in x.tolist()])
+    assert np.abs(y / exact - 1).max() < tolerance
+    dx = layer.backward(np.ones((1, x.size), dtype))[0]
+    left = x < -1
+    assert np.abs(dx[left] / (exact * (1 - exact))[left] - 1).max() < tolerance
 
 
 def test_flatten_keeps_the_order_height_width_channels():

@@ -156,7 +156,7 @@ def test_wrong_settings_of_a_multilayer_net_are_refused():
         multilayer_net((8, 8, 1), 10, hidden=1.5)
     with pytest.raises(UserError, match=r"unknown setting of the model mlp 'hiddn': .*did you mean 'hidden'\?"):
         build_model("mlp", (8, 8, 1), 10, hiddn=3)
-    with pytest.raises(UserError, match="0 outputs"):
+    with pytest.raises(UserError, match="outputs 0 given"):
         multilayer_net((8, 8, 1), 10, hidden=(5, 0))
 
 

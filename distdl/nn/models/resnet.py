@@ -33,17 +33,17 @@ def resnet50(input_shape: Shape, classes: int, *, dtype: DTypeLike = np.float32)
     """Return ResNet-50: stages of 3, 4, 6 and 3 blocks of 1x1, 3x3 and 1x1; 25,557,032 parameters for 1,000 classes.
 
     Its forms are those of `resnet18`. Where a stage begins the 3x3 has the stride, as in PyTorch; in the paper it is
-    the 1x1 in front.
+    the 1x1 in front. Sources: section 8.2.4; He et al. 2015.
     """
     stages = _stages((64, 128, 256, 512), (3, 4, 6, 3), channels=64, bottleneck=True)
     return _resnet([*_beginning("resnet50", input_shape), *stages], input_shape, classes, dtype)
 
 
 def resnet20(input_shape: Shape, classes: int, *, dtype: DTypeLike = np.float32) -> Sequential:
-    """Return the ResNet-20 made for 32x32 (section 4.2 of the paper): three stages of three blocks, 16 to 64 filters.
+    """Return the ResNet-20 made for 32x32: three stages of three blocks, 16 to 64 filters.
 
     It takes images of any size. Where a stage begins, the shortcut is a 1x1 convolution (the paper's option B): 272,474
-    parameters for three channels and ten classes.
+    parameters for three channels and ten classes. Sources: section 8.2.4; He et al. 2015, section 4.2 of the paper.
     """
     layers = [*_convolution(16, 3), ReLU(), *_stages((16, 32, 64), (3, 3, 3), channels=16)]
     return _resnet(layers, input_shape, classes, dtype)
