@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ NAMES = [
     "chapter_6_overfitting",
     "chapter_6_paths",
     "chapter_7_convolution",
+    "chapter_7_simple_convnet",
     "chapter_8_segmentation",
     "chapter_8_small_filters",
     "chapter_8_transfer",
@@ -249,6 +251,15 @@ def test_convolution_pooling_and_im2col_give_the_numbers_of_the_book(run):
     for ours, book in compared:
         assert numbers(ours) == numbers(book)
         assert len(numbers(book)) >= 2
+
+
+def test_simple_convnet_ends_with_the_accuracies_of_its_run(run):
+    stdout, picture = run("chapter_7_simple_convnet")
+    folder = picture.with_name("chapter_7_simple_convnet-1")
+    train, test = numbers(said(stdout, "accuracy after 2 epochs: "))
+    *_, epoch, last = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    assert (train, test) == (round(epoch["train_accuracy"], 4), round(last["test_accuracy"], 4))
+    assert 'optimizer = "adam"' in (folder / "config.toml").read_text()
 
 
 def test_stacked_small_filters_see_as_much_with_fewer_weights(run):
