@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from distdl.launcher import read_launch
-from distdl.nn import numerical_gradient
+from distdl.nn import build_model, numerical_gradient
 from distdl.rng import Key
 
 REPOSITORY = Path(__file__).parents[2]
@@ -39,6 +39,7 @@ NAMES = [
     "chapter_7_simple_convnet",
     "chapter_8_segmentation",
     "chapter_8_small_filters",
+    "chapter_8_time_by_layer",
     "chapter_8_transfer",
     "ng_deep_network",
     "ng_logistic_regression",
@@ -270,6 +271,21 @@ def test_stacked_small_filters_see_as_much_with_fewer_weights(run):
         ("7", "7", "49"),
         ("7", "7", "27"),
     ]
+
+
+def test_the_share_of_the_convolutions_is_that_of_all_layers_of_alexnet(run, monkeypatch):
+    stdout, _ = run("chapter_8_time_by_layer")
+    names = [name for name, *_ in build_model("alexnet", (28, 28, 1), 10).parts(1)]
+    rows = dict(re.findall(r"^(\w+) +(forward +[0-9.]+ ms, backward +[0-9.]+ ms)$", stdout, re.MULTILINE))
+    assert list(rows) == names
+    told = numbers(said(stdout, "convolutions, of the time of AlexNet for 28x28: "))
+    for direction, percent in enumerate(told):
+        all_of_it = {name: numbers(row)[direction] for name, row in rows.items()}
+        convolutions = sum(all_of_it[f"conv2d_{number}"] for number in range(1, 6))
+        assert 0 < convolutions < sum(all_of_it.values())
+        assert percent == pytest.approx(100 * convolutions / sum(all_of_it.values()), abs=1)
+    example = module("chapter_8_time_by_layer", monkeypatch)
+    assert example.share_of_convolutions({"conv2d_1": 2.0, "relu_1": 1.0, "conv2d_2": 4.0, "affine_1": 1.0}) == 0.75
 
 
 def test_the_optimizers_come_in_the_order_of_the_book(run):
