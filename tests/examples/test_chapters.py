@@ -37,6 +37,7 @@ NAMES = [
     "chapter_6_paths",
     "chapter_7_convolution",
     "chapter_7_simple_convnet",
+    "chapter_8_augmentation",
     "chapter_8_segmentation",
     "chapter_8_small_filters",
     "chapter_8_time_by_layer",
@@ -288,6 +289,31 @@ def test_the_share_of_the_convolutions_is_that_of_all_layers_of_alexnet(run, mon
     assert example.share_of_convolutions({"conv2d_1": 2.0, "relu_1": 1.0, "conv2d_2": 4.0, "affine_1": 1.0}) == 0.75
 
 
+def test_each_transform_changes_some_of_the_pixels_and_no_two_draws_are_alike(run):
+    from matplotlib.image import imread
+
+    stdout, path = run("chapter_8_augmentation")
+    changed = dict(re.findall(r"^(\S+): (\d+)% of the pixels are others than before$", stdout, re.MULTILINE))
+    texts = ["rotate=20", "scale=0.3", "flip", "brightness=0.5", "shift=1", "rotate=10,scale=0.1,crop=1", "crop=1"]
+    assert list(changed) == texts
+    assert all(10 < int(share) < 95 for share in changed.values())
+    picture = imread(path)
+    height, width = picture.shape[:2]
+    rows = np.split(picture[: height - height % 7], 7)
+    columns = [np.split(row[:, : width - width % 9], 9, axis=1) for row in rows]
+    drawn = [{column.tobytes() for column in row[1:]} for row in columns]
+    assert [len(row) for row, text in zip(drawn, texts, strict=True) if text not in {"flip", "crop=1"}] == [8] * 5
+
+
+def test_augmentation_changes_what_is_learned_from_a_few_images(run):
+    stdout, _ = run("chapter_8_augmentation")
+    plain, augmented = re.findall(r"^test accuracy: ([0-9.]+)%$", stdout, re.MULTILINE)
+    assert plain != augmented
+    assert min(float(plain), float(augmented)) > 50
+    told = numbers(said(stdout, "test accuracy, learned from 300 images: "))
+    assert [f"{accuracy:.2%}" for accuracy in told[:2]] == [f"{plain}%", f"{augmented}%"]
+
+
 def test_the_optimizers_come_in_the_order_of_the_book(run):
     stdout, _ = run("chapter_6_optimizers")
     order = said(stdout, "by mean loss over all steps: ").split()
@@ -384,15 +410,34 @@ def test_the_gradients_of_the_deep_network_are_those_of_differences(run, monkeyp
 # ------------------------------------------------------------------------------------------------- any number of ranks
 
 
-def test_two_ranks_say_the_same_figures_as_one(run, run_job, tmp_path):
-    """Batch normalization, whose moments the ranks add up, and all else that a step does."""
+@pytest.fixture
+def run_on_two_ranks(run_job, tmp_path):
+    """Run an example with --quick on two ranks, and return what it said."""
     from distdl.mpirun import mpirun_command
 
-    alone, _ = run("chapter_6_batch_norm")
-    example = str(EXAMPLES / "chapter_6_batch_norm.py")
-    done = run_job(mpirun_command(2, [sys.executable, example, "--quick"]), timeout=SECONDS, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == alone
+    def run(name):
+        launch = mpirun_command(2, [sys.executable, str(EXAMPLES / f"{name}.py"), "--quick"])
+        done = run_job(launch, timeout=SECONDS, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_two_ranks_say_the_same_figures_as_one(run, run_on_two_ranks):
+    """Batch normalization, whose moments the ranks add up, and all else that a step does."""
+    assert run_on_two_ranks("chapter_6_batch_norm") == run("chapter_6_batch_norm")[0]
+
+
+def test_two_ranks_draw_and_train_with_the_same_changes_of_images(run, run_on_two_ranks):
+    def of_no_rank(stdout):
+        return re.findall(
+            r"^(?:.*of the pixels are others.*|weights sha256: .*|test accuracy.*)$", stdout, re.MULTILINE
+        )
+
+    alone = of_no_rank(run("chapter_8_augmentation")[0])
+    assert len(alone) == 7 + 2 + 3
+    assert of_no_rank(run_on_two_ranks("chapter_8_augmentation")) == alone
 
 
 # ------------------------------------------------------------------------------------------------------- what is wrong
