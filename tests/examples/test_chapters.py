@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from distdl.data import sources
+from distdl.engine.evaluation import evaluate, load
 from distdl.launcher import read_launch
 from distdl.nn import build_model, numerical_gradient
 from distdl.rng import Key
@@ -312,6 +314,20 @@ def test_augmentation_changes_what_is_learned_from_a_few_images(run):
     assert min(float(plain), float(augmented)) > 50
     told = numbers(said(stdout, "test accuracy, learned from 300 images: "))
     assert [f"{accuracy:.2%}" for accuracy in told[:2]] == [f"{plain}%", f"{augmented}%"]
+
+
+def test_the_segmentation_that_is_drawn_is_that_of_the_score_on_the_test_part(run, monkeypatch, communicator):
+    _, picture = run("chapter_8_segmentation")
+    example = module("chapter_8_segmentation", monkeypatch)
+    data = example.with_a_label_a_pixel(sources.load("digits", None))
+    folder = picture.with_name("chapter_8_segmentation-1")
+    [trained] = load([folder], communicator, build_network=example.fully_convolutional, dataset=data)
+    found = evaluate([trained], "test", communicator)
+    images, labels, named = example.first_of_test_part(trained, 6)
+    assert np.array_equal(images, data.images[found.rows[:6], ..., 0])
+    assert np.array_equal(labels, found.labels[:6])
+    assert np.array_equal(named, found.predictions[:6])
+    assert len(np.unique(named)) > 2, "it has learned more than the background"
 
 
 def test_the_optimizers_come_in_the_order_of_the_book(run):
