@@ -17,6 +17,11 @@ def has_shape(array, *shape):
     return array
 
 
+def sigmoid(Z):
+    """Return 1 / (1 + exp(-Z)), in a form that cannot overflow and keeps small probabilities."""
+    return np.exp(np.minimum(Z, 0)) / (1 + np.exp(-np.abs(Z)))
+
+
 def initialize(n, key):
     """Return W[l] and b[l] for the layers l = 1 .. L, where n[0] are the inputs."""
     W, b = [], []
@@ -32,7 +37,7 @@ def forward(W, b, X):
     A, m = [X], X.shape[1]
     for layer, (w, offset) in enumerate(zip(W, b, strict=True), start=1):
         Z = has_shape(w @ A[-1] + offset, len(w), m)
-        A.append(np.maximum(Z, 0) if layer < len(W) else (1 + np.tanh(Z / 2)) / 2)
+        A.append(np.maximum(Z, 0) if layer < len(W) else sigmoid(Z))
     return A
 
 

@@ -12,8 +12,8 @@ import numpy as np
 
 
 def sigmoid(z):
-    """1 / (1 + exp(-z)), which cannot overflow in this form."""
-    return (1 + np.tanh(z / 2)) / 2
+    """Return 1 / (1 + exp(-z)), in a form that cannot overflow and keeps small probabilities."""
+    return np.exp(np.minimum(z, 0)) / (1 + np.exp(-np.abs(z)))
 
 
 def cost_and_gradient(w, b, X, Y):

@@ -28,12 +28,17 @@ def network_with(hidden):
     return nn.Sequential([*layers, nn.Affine(1, nn.Normal(0.5))], (2,), dtype=np.float64)
 
 
+def sigmoid(z):
+    """Return 1 / (1 + exp(-z)), in a form that cannot overflow and keeps small probabilities."""
+    return np.exp(np.minimum(z, 0)) / (1 + np.exp(-np.abs(z)))
+
+
 def train(network, x, y, key, steps, learning_rate=1.0):
     """Train on all points at once; the gradient of the binary cross-entropy by the logit z is sigmoid(z) - y."""
     network.initialize(key.of("initialization"))
     optimizer = SGD(network.parameters.size, dtype=np.float64)
     for step in range(1, steps + 1):
-        probability = (1 + np.tanh(network.forward(x, training=True) / 2)) / 2
+        probability = sigmoid(network.forward(x, training=True))
         network.backward((probability - y[:, None]) / len(y))
         optimizer.update(network.parameters, network.gradients, learning_rate, step)
 

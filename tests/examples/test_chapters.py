@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -377,6 +378,16 @@ def test_overfitting_weight_decay_and_dropout_each_do_what_they_are_for(run, mon
     assert ends["neither"][0] > 0.6
     assert ends["decay"][0] < 0.25  # no weights are left
     assert ends["dropout"][0] < ends["neither"][0] - 0.2
+
+
+@pytest.mark.parametrize("name", ["ng_logistic_regression", "ng_shallow_network", "ng_deep_network"])
+def test_small_probabilities_are_kept_in_float32_and_large_inputs_do_not_overflow(name, monkeypatch):
+    z = np.array([-1000, -80, -30, -5, 0, 5, 30, 1000], np.float32)
+    with np.errstate(over="raise", invalid="raise"):
+        found = module(name, monkeypatch).sigmoid(z)
+    assert found.dtype == np.float32
+    exact = [1 / (1 + math.exp(-x)) if x > -700 else 0 for x in z.tolist()]
+    assert found == pytest.approx(exact, rel=1e-6, abs=1e-44)
 
 
 def test_the_vectorized_gradient_of_logistic_regression_is_that_of_the_loop_and_of_differences(run, monkeypatch):
