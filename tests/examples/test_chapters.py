@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from distdl.data import sources
+from distdl.data import sources, split
 from distdl.engine.evaluation import evaluate, load
 from distdl.launcher import read_launch
 from distdl.nn import build_model, numerical_gradient
@@ -20,35 +20,8 @@ from distdl.rng import Key
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = REPOSITORY / "examples"
-NAMES = [
-    "chapter_2_gates",
-    "chapter_3_activations",
-    "chapter_3_inference",
-    "chapter_3_network",
-    "chapter_3_regression",
-    "chapter_4_gradients",
-    "chapter_4_losses",
-    "chapter_4_two_layer_net",
-    "chapter_5_gradient_check",
-    "chapter_5_graph",
-    "chapter_5_softmax_with_loss",
-    "chapter_6_activations",
-    "chapter_6_batch_norm",
-    "chapter_6_initial_values",
-    "chapter_6_optimizers",
-    "chapter_6_overfitting",
-    "chapter_6_paths",
-    "chapter_7_convolution",
-    "chapter_7_simple_convnet",
-    "chapter_8_augmentation",
-    "chapter_8_segmentation",
-    "chapter_8_small_filters",
-    "chapter_8_time_by_layer",
-    "chapter_8_transfer",
-    "ng_deep_network",
-    "ng_logistic_regression",
-    "ng_shallow_network",
-]
+#: All there are: a new one is checked too.
+NAMES = sorted(path.stem for pattern in ("chapter_*.py", "ng_*.py") for path in EXAMPLES.glob(pattern))
 SECONDS = 120
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -292,6 +265,70 @@ def test_the_share_of_the_convolutions_is_that_of_all_layers_of_alexnet(run, mon
     assert example.share_of_convolutions({"conv2d_1": 2.0, "relu_1": 1.0, "conv2d_2": 4.0, "affine_1": 1.0}) == 0.75
 
 
+@pytest.mark.parametrize(
+    ("name", "second"),
+    [("chapter_7_filters", "maps"), ("chapter_8_mistakes", "confusion")],
+    ids=["filters", "mistakes"],
+)
+def test_a_trained_network_is_drawn_in_two_pictures_and_nothing_else_is_left(run, name, second):
+    stdout, picture = run(name)
+    other = picture.with_stem(f"{name}_{second}")
+    assert sorted(picture.parent.parent.rglob("*.*")) == [picture, other]
+    assert other.read_bytes().startswith(PNG)
+    [trained] = re.findall(r"^test accuracy: ([0-9.]+)%$", stdout, re.MULTILINE)
+    *_, last = stdout.splitlines()
+    [ours] = re.findall(r"^test accuracy: (0\.\d+).*the book's.*0\.9", last)
+    assert f"{float(ours):.2%}" == f"{trained}%"
+
+
+def test_the_best_of_the_search_is_that_of_its_summary(run):
+    stdout, picture = run("chapter_6_hyperparameters")
+    [folder] = picture.parent.glob("*-search")
+    best = json.loads((folder / "summary.json").read_text())["best"]
+    *_, last = stdout.splitlines()
+    assert last.startswith(
+        f"best: validation {best['validation_accuracy']:.4f}, test {best['test_accuracy']:.4f} with lr"
+    )
+    assert last.endswith("(the book, on MNIST: .83 with lr .0092 and weight decay 3.86e-07)")
+    samples = json.loads((folder / "search.json").read_text())
+    assert samples["ranges"] == ["lr=1e-06:0.01:log", "weight-decay=1e-08:0.0001:log"]
+
+
+def test_only_the_convolution_is_transferred_and_it_is_frozen_in_one_of_three(run):
+    stdout, picture = run("chapter_8_transfer")
+    assert stdout.count("begins with 2 of 6 tensors") == 2
+    assert stdout.count("frozen: 780 of 7,340 parameters (--freeze conv2d_1)") == 1
+    tested = re.findall(r"^test accuracy: ([0-9.]+)%", stdout, re.MULTILINE)
+    told = re.findall(r": test accuracy (0\.\d+)$", stdout, re.MULTILINE)
+    assert [f"{float(accuracy):.2%}" for accuracy in told] == [f"{accuracy}%" for accuracy in tested]
+    assert len(told) == 4
+    assert [*picture.parent.parent.rglob("*.*")] == [picture], "and no run is left behind"
+
+
+def test_the_ensembles_are_of_the_networks_that_were_trained(run):
+    stdout, picture = run("chapter_8_ensemble")
+    trained = re.findall(r"^test accuracy: ([0-9.]+)%$", stdout, re.MULTILINE)
+    lines = [numbers(said(stdout, f"{name}: ")) for name in ("constant rate", "decayed rate")]
+    assert [f"{accuracy:.2%}" for *alone, _ in lines for accuracy in alone] == [f"{accuracy}%" for accuracy in trained]
+    gains = [ensemble - np.mean(alone) for *alone, ensemble in lines]
+    decay = np.mean(lines[1][:-1]) - np.mean(lines[0][:-1])
+    *told, together = map(float, re.findall(r"[+-]?0\.\d{4}", said(stdout, "test accuracy: ensembles gain ")))
+    assert told == pytest.approx([*gains, decay], abs=2e-4)
+    assert together == lines[1][-1]
+    assert [*picture.parent.parent.rglob("*.*")] == [picture]
+
+
+@pytest.mark.parametrize("test_start", [None, 30])
+def test_an_ensemble_is_scored_on_images_that_none_of_it_was_trained_on(monkeypatch, test_start):
+    example, rows = module("chapter_8_ensemble", monkeypatch), np.arange(40)
+    images = rows.astype(np.float32).reshape(-1, 1, 1, 1)
+    data = example.with_test_part(sources.Dataset("rows", images, rows % 10, 10, test_start), Key(0)).checked()
+    assert sorted(data.images.ravel()) == rows.tolist()
+    assert data.labels.tolist() == (data.images.ravel() % 10).tolist()
+    tests = [split.split(data.labels, data.test_start, Key(seed)).test.tolist() for seed in range(3)]
+    assert tests == [list(range(20 if test_start is None else 30, 40))] * 3
+
+
 def test_each_transform_changes_some_of_the_pixels_and_no_two_draws_are_alike(run):
     from matplotlib.image import imread
 
@@ -487,6 +524,15 @@ def test_what_cannot_be_is_one_line(started, arguments, words, tmp_path):
     assert line.startswith("distdl: error: ")
     assert words in line
     assert done.stdout == ""
+
+
+def test_what_cannot_be_is_one_line_on_two_ranks_too(run_job, tmp_path):
+    from distdl.mpirun import mpirun_command
+
+    launch = mpirun_command(2, [sys.executable, str(EXAMPLES / "chapter_6_hyperparameters.py"), "--dataset", "mnits"])
+    done = run_job(launch, timeout=SECONDS, cwd=tmp_path)
+    assert done.returncode == 2
+    assert (done.stdout + done.stderr).count("distdl: error: unknown dataset 'mnits'") == 1
 
 
 def test_without_matplotlib_the_line_says_how_to_get_it(run_program, tmp_path):
