@@ -9,7 +9,7 @@ standard deviation. Who always says the mean then has an error of 1.
 
 from dataclasses import replace
 
-import common
+import chapter
 import numpy as np
 
 from distdl import figures, nn
@@ -44,18 +44,18 @@ def main(options):
         lr=0.003,
         schedule="cosine",
         seed=options.seed,
-        run_dir=common.new_folder(options),
+        run_dir=chapter.new_folder(options),
     )
     summary = train(config, options.communicator, dataset=data, build_network=network)
 
     if options.communicator.rank == 0:
         figure = figures.curves(config.run_dir / "metrics.jsonl")
         figure.axes[0].set(yscale="log", title="mean squared error")
-        common.save(figure, options)
+        chapter.save(figure, options)
     options.say(
         f"mean squared error on test data: {summary.test_loss:.4f} (who says the mean: about 1; the book has none)"
     )
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__, has_data=True)
+    chapter.run(main, __doc__, has_data=True)

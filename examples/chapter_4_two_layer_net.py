@@ -8,7 +8,7 @@ that was not trained on rise together, so nothing was learned by heart. The book
 hours; gradients come from backpropagation here, as in its 5.7.
 """
 
-import common
+import chapter
 
 from distdl import figures, nn
 from distdl.config import TrainConfig
@@ -34,16 +34,16 @@ def main(options):
         micro_batch_size=25,
         epochs=2 if options.quick else epochs,
         seed=options.seed,
-        run_dir=common.new_folder(options),
+        run_dir=chapter.new_folder(options),
     )
     summary = train(config, options.communicator, build_network=two_layer_net)
 
     if options.communicator.rank == 0:
-        common.save(figures.curves(config.run_dir / "metrics.jsonl"), options)
+        chapter.save(figures.curves(config.run_dir / "metrics.jsonl"), options)
     options.say(
         f"test accuracy after {summary.steps} steps: {summary.test_accuracy:.4f} (the book, on MNIST: about 0.94)"
     )
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__, has_data=True)
+    chapter.run(main, __doc__, has_data=True)

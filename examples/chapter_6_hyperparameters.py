@@ -9,7 +9,7 @@ ranges, and 50 from those that the best of them span. Every rank trains trials o
 
 from dataclasses import replace
 
-import common
+import chapter
 
 from distdl import figures, nn
 from distdl.config import TrainConfig
@@ -52,7 +52,7 @@ def draw(found, path):
         ax.set(ylim=(0, 1))
         lr, decay = record.settings["lr"], record.settings["weight_decay"]
         ax.set_title(f"{number}: lr {lr:.2g}, decay {decay:.1g}", fontsize="small")
-    common.write(figure, path)
+    chapter.write(figure, path)
 
 
 def main(options):
@@ -82,4 +82,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__, has_data=True)
+    chapter.run(main, __doc__, has_data=True)

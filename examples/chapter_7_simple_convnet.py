@@ -8,7 +8,7 @@ A convolution of 30 filters of 5x5, ReLU, pooling, and two affine layers, all fr
 of an epoch's batches, each named before its step.
 """
 
-import common
+import chapter
 
 from distdl import figures
 from distdl.config import TrainConfig
@@ -27,13 +27,13 @@ def main(options):
         micro_batch_size=50,
         epochs=2 if options.quick else None,
         seed=options.seed,
-        run_dir=common.new_folder(options),
+        run_dir=chapter.new_folder(options),
     )
     summary = train(config, options.communicator)
 
     if options.communicator.rank == 0:
         epochs = figures.epochs_of(config.run_dir / "metrics.jsonl")
-        common.save(figures.curves(epochs), options)
+        chapter.save(figures.curves(epochs), options)
         options.say(
             f"accuracy after {len(epochs)} epochs: train {epochs[-1]['train_accuracy']:.4f}, "
             f"test {summary.test_accuracy:.4f} (the book, on MNIST, 20 epochs: train 0.9982, test 0.9896)"
@@ -41,4 +41,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__, has_data=True)
+    chapter.run(main, __doc__, has_data=True)

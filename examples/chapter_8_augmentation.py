@@ -11,7 +11,7 @@ import dataclasses
 import tempfile
 from pathlib import Path
 
-import common
+import chapter
 import numpy as np
 
 from distdl.config import TrainConfig
@@ -37,7 +37,7 @@ def few_to_learn_from(data):
 
 def draw(image, texts, options):
     """Draw an image (H, W, C) under each of the texts, and print how many pixels each changes."""
-    figure, axes = common.axes(len(texts), DRAWS + 1)
+    figure, axes = chapter.axes(len(texts), DRAWS + 1)
     figure.set_size_inches(1.1 * (DRAWS + 1), 1.3 * len(texts))
     copies = np.repeat(image[None], DRAWS, axis=0)
     for row, text in enumerate(texts):
@@ -50,7 +50,7 @@ def draw(image, texts, options):
             ax.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=1.5 * image.max())
             ax.set_axis_off()
         options.say(f"{text}: {np.mean(changed != copies):.0%} of the pixels are others than before")
-    common.save(figure, options)
+    chapter.save(figure, options)
 
 
 def main(options):
@@ -74,4 +74,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__, has_data=True)
+    chapter.run(main, __doc__, has_data=True)

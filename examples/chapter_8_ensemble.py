@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import common
+import chapter
 import numpy as np
 
 from distdl import figures
@@ -54,7 +54,7 @@ def main(options):
                 losses[schedule] = np.mean([[epoch["validation_loss"] for epoch in one] for one in each], axis=0)
 
     if options.communicator.rank == 0:
-        figure, (curves, scores) = common.axes(1, 2)
+        figure, (curves, scores) = chapter.axes(1, 2)
         for number, (schedule, name) in enumerate(RATES.items()):
             curves.semilogy(range(1, epochs + 1), losses[schedule], label=name)
             alone = [score.accuracy for score in found[schedule].scores]
@@ -64,7 +64,7 @@ def main(options):
         curves.legend()
         scores.set(title="circles: each alone; stars: ensembles", ylabel="test accuracy")
         scores.set(xticks=range(2), xticklabels=RATES.values(), xlim=(-0.5, 1.5))
-        common.save(figure, options)
+        chapter.save(figure, options)
     for schedule, name in RATES.items():
         alone = ", ".join(f"{score.accuracy:.4f}" for score in found[schedule].scores)
         options.say(f"{name}: each alone {alone}, the ensemble {found[schedule].ensemble.accuracy:.4f}")
@@ -77,4 +77,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__, has_data=True)
+    chapter.run(main, __doc__, has_data=True)

@@ -9,7 +9,7 @@ pixel see the whole digit; transposed convolutions bring the maps back to the si
 
 from dataclasses import replace
 
-import common
+import chapter
 import numpy as np
 
 from distdl import nn
@@ -53,21 +53,21 @@ def main(options):
         epochs=1 if options.quick else 40 if options.dataset == "digits" else 4,
         lr=0.003,
         seed=options.seed,
-        run_dir=common.new_folder(options),
+        run_dir=chapter.new_folder(options),
     )
     summary = train(config, options.communicator, dataset=data, build_network=fully_convolutional)
     [trained] = load([config.run_dir], options.communicator, build_network=fully_convolutional, dataset=data)
 
     if options.communicator.rank == 0:
-        figure, axes = common.axes(3, SHOWN)
+        figure, axes = chapter.axes(3, SHOWN)
         for place, kind in enumerate(first_of_test_part(trained, SHOWN)):
             for number, image in enumerate(kind):
                 ax = axes[place * SHOWN + number]
                 ax.imshow(image, cmap="tab20" if place else "gray", vmin=0, vmax=None if not place else BACKGROUND)
                 ax.set_axis_off()
-        common.save(figure, options)
+        chapter.save(figure, options)
     options.say(f"test pixels named right: {summary.test_accuracy:.4f} (the book shows a picture)")
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__, has_data=True)
+    chapter.run(main, __doc__, has_data=True)

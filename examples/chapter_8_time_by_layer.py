@@ -8,7 +8,7 @@ a few times; of each layer the median counts. Where ReLU is computed together wi
 The seconds are those of one rank with one thread, and differ from run to run.
 """
 
-import common
+import chapter
 import numpy as np
 
 from distdl import nn
@@ -46,7 +46,7 @@ def main(options):
         return
     shape, classes = ((224, 224, 3), 1000) if options.original else ((28, 28, 1), 10)
     found = seconds_by_layer(nn.alexnet(shape, classes), 1 if options.quick else 9, options.key)
-    figure, axes = common.axes(1, 2, sharey=True)
+    figure, axes = chapter.axes(1, 2, sharey=True)
     figure.set_size_inches(9, 5)
     for ax, (direction, seconds) in zip(axes, found.items(), strict=True):
         total = sum(seconds.values())
@@ -56,7 +56,7 @@ def main(options):
     axes[0].invert_yaxis()  # the first layer is at the top
     for name, forward in found["forward"].items():
         options.say(f"{name:20} forward {1000 * forward:8.2f} ms, backward {1000 * found['backward'][name]:8.2f} ms")
-    common.save(figure, options)
+    chapter.save(figure, options)
     forward, backward = (share_of_convolutions(found[direction]) for direction in DIRECTIONS)
     options.say(
         f"convolutions, of the time of AlexNet for {shape[0]}x{shape[1]}: forward {forward:.0%}, backward "
@@ -65,4 +65,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__, switches=SWITCHES)
+    chapter.run(main, __doc__, switches=SWITCHES)

@@ -406,7 +406,7 @@ def test_overfitting_weight_decay_and_dropout_each_do_what_they_are_for(run, mon
         assert gap == pytest.approx(train - test, abs=1e-3)
     example = module("chapter_6_overfitting", monkeypatch)
     options = SimpleNamespace(communicator=communicator, key=Key(0), dataset="digits", data_dir=None, quick=True)
-    data = example.common.pixels(options)
+    data = example.chapter.pixels(options)
     data.images, data.labels = data.images[:300], data.labels[:300]
     ends = {
         name: example.curves(options, data, 40, **settings)[-1]
