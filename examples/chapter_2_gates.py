@@ -6,7 +6,7 @@ A perceptron says 1 where w1 x1 + w2 x2 + b > 0, else 0. One draws a straight li
 on one side, but NAND and OR draw two, and AND keeps what lies between them.
 """
 
-import common
+import chapter
 import numpy as np
 
 CORNERS = [(0, 0), (1, 0), (0, 1), (1, 1)]
@@ -37,7 +37,7 @@ GATES = {
 
 def main(options):
     """Print the truth tables, and draw where each gate says 1."""
-    figure, axes = common.axes(1, 4)
+    figure, axes = chapter.axes(1, 4)
     x1, x2 = np.meshgrid(np.linspace(-0.5, 1.5, 200), np.linspace(-0.5, 1.5, 200))
     options.say("x1 x2   " + "  ".join(f"{name:>4}" for name in GATES))
     for corner in CORNERS:
@@ -47,10 +47,10 @@ def main(options):
         for corner, expected in zip(CORNERS, table, strict=True):
             ax.plot(*corner, "k^" if expected else "ko")
         ax.set(title=name, xlabel="x1", ylabel="x2")
-    common.save(figure, options)
+    chapter.save(figure, options)
     right = sum(tuple(int(gate(*corner)) for corner in CORNERS) == table for gate, table in GATES.values())
     options.say(f"{right} of {len(GATES)} truth tables are those of the book")
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__)
+    chapter.run(main, __doc__)

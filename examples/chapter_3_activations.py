@@ -6,7 +6,7 @@ The step function is written here, since nothing can learn through it: its deriv
 of the library; `backward` of ones gives the derivative (Ng, week 3).
 """
 
-import common
+import chapter
 import numpy as np
 
 from distdl import nn
@@ -35,7 +35,7 @@ def softmax(a):
 def main(options):
     """Draw the functions of 3.2, and the derivatives; print a few values that are known."""
     x = np.linspace(-5, 5, 501)
-    figure, (values, derivatives) = common.axes(1, 2)
+    figure, (values, derivatives) = chapter.axes(1, 2)
     values.plot(x, step_function(x), "k--", label="step")
     for name, layer in LAYERS.items():
         y, dy = value_and_derivative(layer, x)
@@ -44,7 +44,7 @@ def main(options):
     values.set(title="activations", xlabel="x", ylim=(-1.1, 2))
     derivatives.set(title="derivatives", xlabel="x")
     values.legend()
-    common.save(figure, options)
+    chapter.save(figure, options)
 
     options.say(f"step of -1, 0, 1, 2: {step_function(np.array([-1, 0, 1, 2])).tolist()}")
     points = np.array([-1.0, 0.0, 1.0])
@@ -57,4 +57,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__)
+    chapter.run(main, __doc__)

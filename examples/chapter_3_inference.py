@@ -8,7 +8,7 @@ answers in fewer, larger products of matrices, and in a fraction of the time.
 
 import time
 
-import common
+import chapter
 import numpy as np
 
 from distdl import nn
@@ -19,9 +19,9 @@ def trained(options, data):
     """Return the network after some epochs of Adam."""
     layers = [nn.Flatten(), nn.Affine(50, nn.Xavier()), nn.Sigmoid(), nn.Affine(100, nn.Xavier()), nn.Sigmoid()]
     network = nn.Sequential([*layers, nn.Affine(10, nn.Xavier())], data.images.shape[1:])
-    training = common.Training(options, network, Adam, 0.002)
+    training = chapter.Training(options, network, Adam, 0.002)
     # Two epochs of MNIST come to about the book's figure; the digits are 40 times fewer.
-    for images, labels in common.batches(data, 100, 2 if len(data.labels) > 10_000 else 30, options.key):
+    for images, labels in chapter.batches(data, 100, 2 if len(data.labels) > 10_000 else 30, options.key):
         training.step(images, labels)
     return network
 
@@ -35,20 +35,20 @@ def answers(network, images, batch_size):
 
 def main(options):
     """Train, infer both ways, and draw images with the digits they are taken for."""
-    data = common.pixels(options)
+    data = chapter.pixels(options)
     network = trained(options, data)
     one_by_one, seconds = answers(network, data.test_images, 1)
     in_batches, seconds_of_batches = answers(network, data.test_images, 100)
     options.say(f"{len(one_by_one)} images one by one in {seconds:.2f} s, in batches of 100 {seconds_of_batches:.2f} s")
     options.say(f"answers that differ: {np.count_nonzero(one_by_one != in_batches)}")
 
-    figure, axes = common.axes(2, 5)
+    figure, axes = chapter.axes(2, 5)
     for ax, image, label, answer in zip(axes, data.test_images, data.test_labels, in_batches, strict=False):
         ax.imshow(image[..., 0], cmap="gray_r")
         ax.set(title=f"{label}, taken for {answer}", xticks=[], yticks=[])
-    common.save(figure, options)
+    chapter.save(figure, options)
     options.say(f"accuracy: {np.mean(in_batches == data.test_labels):.4f} (the book, on MNIST: 0.9352)")
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__, has_data=True)
+    chapter.run(main, __doc__, has_data=True)

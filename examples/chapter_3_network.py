@@ -5,7 +5,7 @@
 Here it is three products of matrices. The same weights in a network of the library give the same output.
 """
 
-import common
+import chapter
 import numpy as np
 
 from distdl import nn
@@ -40,7 +40,7 @@ def library_network():
 def main(options):
     """Print the book's steps, and draw the network with its numbers."""
     neurons = forward(X)
-    figure, (ax,) = common.axes(1, 1)
+    figure, (ax,) = chapter.axes(1, 1)
     places = [[(layer, (len(held) - 1) / 2 - i) for i in range(len(held))] for layer, held in enumerate(neurons)]
     for weights, left, right in zip((W1, W2, W3), places[:-1], places[1:], strict=True):
         for i, start in enumerate(left):
@@ -50,7 +50,7 @@ def main(options):
         for value, place in zip(held, at, strict=True):
             ax.text(*place, f"{value:.3f}", ha="center", bbox={"boxstyle": "circle", "facecolor": "white"}, fontsize=8)
     ax.set(xlim=(-0.5, 3.5), ylim=(-1.7, 1.7), xticks=range(4), xticklabels=["x", "Z1", "Z2", "y"], yticks=[])
-    common.save(figure, options)
+    chapter.save(figure, options)
 
     y = library_network().forward(X[None])[0]
     options.say(f"Z2 = {neurons[2].round(8).tolist()}, y = {neurons[3].round(8).tolist()}")
@@ -60,4 +60,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__)
+    chapter.run(main, __doc__)

@@ -7,13 +7,12 @@ Two numbers are to be told of each image: the row and the column of its ink's ce
 standard deviation. Who always says the mean then has an error of 1.
 """
 
-import json
 from dataclasses import replace
 
-import common
+import chapter
 import numpy as np
 
-from distdl import nn
+from distdl import figures, nn
 from distdl.config import TrainConfig
 from distdl.data import sources
 from distdl.engine import train
@@ -45,22 +44,18 @@ def main(options):
         lr=0.003,
         schedule="cosine",
         seed=options.seed,
-        run_dir=common.new_folder(options),
+        run_dir=chapter.new_folder(options),
     )
     summary = train(config, options.communicator, dataset=data, build_network=network)
 
     if options.communicator.rank == 0:
-        records = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
-        figure, (ax,) = common.axes(1, 1)
-        for name in ("train_loss", "validation_loss"):
-            ax.semilogy([record[name] for record in records if name in record], label=name.split("_")[0])
-        ax.set(xlabel="epoch", ylabel="mean squared error")
-        ax.legend()
-        common.save(figure, options)
+        figure = figures.curves(config.run_dir / "metrics.jsonl")
+        figure.axes[0].set(yscale="log", title="mean squared error")
+        chapter.save(figure, options)
     options.say(
         f"mean squared error on test data: {summary.test_loss:.4f} (who says the mean: about 1; the book has none)"
     )
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__, has_data=True)
+    chapter.run(main, __doc__, has_data=True)

@@ -3,7 +3,7 @@
 python examples/chapter_4_gradients.py
 """
 
-import common
+import chapter
 import numpy as np
 
 
@@ -54,7 +54,7 @@ def main(options):
     start = np.array([-3.0, 4.0])
     path = gradient_descent(bowl, start, learning_rate=0.1)
 
-    figure, (field, descent) = common.axes(1, 2)
+    figure, (field, descent) = chapter.axes(1, 2)
     places = [np.array([x0, x1]) for x0 in np.arange(-2, 2.1, 0.5) for x1 in np.arange(-2, 2.1, 0.5)]
     arrows = [-numerical_gradient(bowl, place) for place in places]
     field.quiver(*np.transpose(places), *np.transpose(arrows))
@@ -63,7 +63,7 @@ def main(options):
     descent.set(
         title="gradient descent, learning rate 0.1", xlabel="x0", ylabel="x1", xlim=(-4.5, 4.5), ylim=(-4.5, 4.5)
     )
-    common.save(figure, options)
+    chapter.save(figure, options)
 
     too_large, too_small = (gradient_descent(bowl, start, rate)[-1] for rate in (10.0, 1e-10))
     options.say(f"learning rate 10 diverges to {too_large}, 1e-10 stays at {too_small}")
@@ -74,4 +74,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__)
+    chapter.run(main, __doc__)

@@ -5,7 +5,7 @@
 y are probabilities (K,) or (N, K); t is one-hot, of the shape of y, or for cross-entropy the classes themselves.
 """
 
-import common
+import chapter
 import numpy as np
 
 from distdl import nn
@@ -37,7 +37,7 @@ def main(options):
     loss = nn.SoftmaxCrossEntropy().forward(np.log(batch + SMALL), np.array([2, 2])) / len(batch)
     options.say(f"the library's loss of the same probabilities, as logits: {loss:.6f}")
 
-    figure, (ax, curve) = common.axes(1, 2)
+    figure, (ax, curve) = chapter.axes(1, 2)
     ax.bar(np.arange(10) - 0.2, SAYS_2, 0.4, label="says 2")
     ax.bar(np.arange(10) + 0.2, SAYS_7, 0.4, label="says 7")
     ax.set(title="two outputs for a 2", xlabel="class", ylabel="probability", xticks=range(10))
@@ -45,11 +45,11 @@ def main(options):
     probability = np.linspace(0.005, 1, 200)
     curve.plot(probability, -np.log(probability))
     curve.set(title="cross-entropy", xlabel="probability of the right class", ylabel="loss")
-    common.save(figure, options)
+    chapter.save(figure, options)
     for name, y, reported in (("says 2", SAYS_2, "0.0975, 0.5108"), ("says 7", SAYS_7, "0.5975, 2.3026")):
         squared, entropy = mean_squared_error(y, IS_A_2), cross_entropy_error(y, IS_A_2)
         options.say(f"{name}: squared error {squared:.4f}, cross-entropy {entropy:.4f} (the book: {reported})")
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__)
+    chapter.run(main, __doc__)

@@ -8,11 +8,9 @@ that was not trained on rise together, so nothing was learned by heart. The book
 hours; gradients come from backpropagation here, as in its 5.7.
 """
 
-import json
+import chapter
 
-import common
-
-from distdl import nn
+from distdl import figures, nn
 from distdl.config import TrainConfig
 from distdl.engine import train
 
@@ -25,7 +23,7 @@ def two_layer_net(input_shape, classes):
 
 
 def main(options):
-    """Train, and draw the accuracy of each epoch."""
+    """Train, and draw loss and accuracy of each epoch."""
     epochs = 19 if options.dataset == "mnist" else 100  # 19 epochs of 54,000 images are 10,260 steps
     config = TrainConfig(
         dataset=options.dataset,
@@ -36,22 +34,16 @@ def main(options):
         micro_batch_size=25,
         epochs=2 if options.quick else epochs,
         seed=options.seed,
-        run_dir=common.new_folder(options),
+        run_dir=chapter.new_folder(options),
     )
     summary = train(config, options.communicator, build_network=two_layer_net)
 
     if options.communicator.rank == 0:
-        records = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
-        figure, (ax,) = common.axes(1, 1)
-        for name in ("train_accuracy", "validation_accuracy"):
-            ax.plot([record[name] for record in records if name in record], label=name.split("_")[0])
-        ax.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1))
-        ax.legend()
-        common.save(figure, options)
+        chapter.save(figures.curves(config.run_dir / "metrics.jsonl"), options)
     options.say(
         f"test accuracy after {summary.steps} steps: {summary.test_accuracy:.4f} (the book, on MNIST: about 0.94)"
     )
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__, has_data=True)
+    chapter.run(main, __doc__, has_data=True)

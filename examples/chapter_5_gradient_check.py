@@ -8,7 +8,7 @@ work of one backward pass, which is why nobody trains like that.
 
 import time
 
-import common
+import chapter
 import numpy as np
 
 from distdl import nn
@@ -35,7 +35,7 @@ def numerical_gradient(loss, parameter, h=1e-4):
 
 def main(options):
     """Compare both for every parameter, and draw one against the other."""
-    data = common.pixels(options)
+    data = chapter.pixels(options)
     images, labels = data.images[:3].astype(np.float64), data.labels[:3]
     network, objective = two_layer_net(images.shape[1:]), nn.SoftmaxCrossEntropy()
     network.initialize(options.key)
@@ -52,16 +52,16 @@ def main(options):
     seconds = time.perf_counter() - middle
     options.say(f"backpropagation {middle - start:.4f} s, numerical differentiation {seconds:.1f} s")
 
-    figure, axes = common.axes(1, 4)
+    figure, axes = chapter.axes(1, 4)
     for ax, (name, gradient) in zip(axes, backward.items(), strict=True):
         ax.plot(gradient.ravel(), numerical[name].ravel(), ".")
         ax.set(title=name, xlabel="backpropagation")
     axes[0].set_ylabel("numerical")
-    common.save(figure, options)
+    chapter.save(figure, options)
     differences = {name: np.abs(gradient - numerical[name]).mean() for name, gradient in backward.items()}
     options.say(", ".join(f"{name} {difference:.1e}" for name, difference in differences.items()))
     options.say(f"largest mean difference: {max(differences.values()):.1e} (the book: 2e-13 to 1e-10)")
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__, has_data=True)
+    chapter.run(main, __doc__, has_data=True)

@@ -6,7 +6,7 @@ Each node knows its own derivative and nothing else; the chain rule does the res
 the local derivative, goes on to the left.
 """
 
-import common
+import chapter
 
 
 class Multiply:
@@ -84,7 +84,7 @@ LINES = {
 def main(options):
     """Print totals and derivatives, and draw the graph with both on its lines."""
     lines = apples_and_oranges(apple=100, apple_count=2, orange=150, orange_count=3, tax=1.1)
-    figure, (ax,) = common.axes(1, 1)
+    figure, (ax,) = chapter.axes(1, 1)
     figure.set_size_inches(10, 5)
     for name, ends in LINES.items():
         (x0, y0), (x1, y1) = (NODES.get(end, end) for end in ends)
@@ -97,7 +97,7 @@ def main(options):
             *place, name[0], ha="center", va="center", fontsize=14, bbox={"boxstyle": "circle", "facecolor": "white"}
         )
     ax.axis("off")
-    common.save(figure, options)
+    chapter.save(figure, options)
 
     total, (d_price, d_count, d_tax) = apples(price=100, count=2, tax=1.1)
     for name, (value, derivative) in lines.items():
@@ -107,4 +107,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__)
+    chapter.run(main, __doc__)

@@ -5,7 +5,7 @@
 Forward through exp, sum, divide, log, multiply; backward through the same nodes. What arrives at the logits is y - t.
 """
 
-import common
+import chapter
 import numpy as np
 
 from distdl import nn
@@ -41,13 +41,13 @@ def main(options):
     library = nn.SoftmaxCrossEntropy()
     library_loss = library.forward(a[None], np.array([label]))
 
-    figure, (ax,) = common.axes(1, 1)
+    figure, (ax,) = chapter.axes(1, 1)
     for place, (name, values) in enumerate({"probability y": y, "label t": t, "gradient": d_a}.items()):
         ax.bar(np.arange(3) + 0.25 * (place - 1), values, 0.25, label=name)
     ax.axhline(0, color="black", linewidth=0.5)
     ax.set(xlabel="class", xticks=range(3))
     ax.legend()
-    common.save(figure, options)
+    chapter.save(figure, options)
     options.say(f"y = {y.round(8).tolist()}, loss {loss:.8f}, gradient {d_a.round(8).tolist()}")
     difference = max(abs(loss - library_loss), np.abs(d_a - library.backward()[0]).max())
     options.say(f"the library's loss and gradient differ by {difference:.1e}")
@@ -55,4 +55,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__)
+    chapter.run(main, __doc__)

@@ -6,7 +6,7 @@ Weights too large: sigmoids sit at 0 and 1, where they have no gradient. Too sma
 values keep the spread through sigmoid and tanh, He's through ReLU.
 """
 
-import common
+import chapter
 import numpy as np
 
 from distdl import figures, nn
@@ -41,10 +41,10 @@ def main(options):
     found = {name: activations(activation, initializer, options.key) for name, activation, initializer in cases}
     for name, of_layers in found.items():
         options.say(f"{name}: deviation of each layer " + ", ".join(f"{z.std():.3g}" for z in of_layers.values()))
-    common.save(figures.activation_histograms(found, limits=(-1, 1)), options)
+    chapter.save(figures.activation_histograms(found, limits=(-1, 1)), options)
     ours = ", ".join(f"{z.mean():.3g}" for z in found["ReLU, std 0.01"].values())
     options.say(f"layer means, ReLU, std 0.01: {ours} (the book: {', '.join(f'{mean:.3g}' for mean in BOOK)})")
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__)
+    chapter.run(main, __doc__)

@@ -7,7 +7,7 @@
 are those of a micro-batch of 50, so that two ranks can share a batch and normalize alike.
 """
 
-import common
+import chapter
 import numpy as np
 
 from distdl import nn
@@ -20,22 +20,22 @@ GUESSING = 0.2
 
 def accuracies(options, data, scale, epochs, *, batch_norm):
     """Return the accuracy on the training samples after each epoch."""
-    network = common.multi_layer_net(data, [100] * 5, nn.Normal(scale), batch_norm=batch_norm)
-    training = common.Training(options, network, SGD, 0.01)
+    network = chapter.multi_layer_net(data, [100] * 5, nn.Normal(scale), batch_norm=batch_norm)
+    training = chapter.Training(options, network, SGD, 0.01)
     curve = []
-    for step, (images, labels) in enumerate(common.batches(data, 100, epochs, options.key), start=1):
+    for step, (images, labels) in enumerate(chapter.batches(data, 100, epochs, options.key), start=1):
         training.step(images, labels, micro_batch_size=50)
         if step % 10 == 0:
-            curve.append(common.accuracy(network, data.images, data.labels))
+            curve.append(chapter.accuracy(network, data.images, data.labels))
     return curve
 
 
 def main(options):
     """Draw both curves at each scale, and count."""
-    data = common.pixels(options)
+    data = chapter.pixels(options)
     scales, epochs = (SCALES[5:11:5], 7) if options.quick else (SCALES, 20)
     data.images, data.labels = data.images[:1000], data.labels[:1000]
-    figure, axes = common.axes(4, 4, sharex=True, sharey=True)
+    figure, axes = chapter.axes(4, 4, sharex=True, sharey=True)
     figure.set_size_inches(12, 9)
     ends = []
     for ax, scale in zip(axes, scales, strict=False):
@@ -46,11 +46,11 @@ def main(options):
         ax.set(title=f"std {scale:.2g}", ylim=(0, 1))
         options.say(f"std {scale:.5f}: {curves[0][-1]:.3f} with, {curves[1][-1]:.3f} without")
     axes[0].legend()
-    common.save(figure, options)
+    chapter.save(figure, options)
     with_it, without = np.transpose(ends)
     options.say(f"scales that do not learn: {sum(with_it < GUESSING)} with, {sum(without < GUESSING)} without")
     options.say(f"ahead with it: at {sum(with_it > without)} of {len(ends)} scales (the book: nearly everywhere)")
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__, has_data=True)
+    chapter.run(main, __doc__, has_data=True)

@@ -7,12 +7,11 @@ Six hidden layers of 100 with ReLU on few samples, SGD, batches of 100, 50 epoch
 ranges, and 50 from those that the best of them span. Every rank trains trials of its own; the figures are the same.
 """
 
-import json
 from dataclasses import replace
 
-import common
+import chapter
 
-from distdl import nn
+from distdl import figures, nn
 from distdl.config import TrainConfig
 from distdl.data import sources
 from distdl.hyperparameters.procedure import standing
@@ -45,15 +44,15 @@ def draw(found, path):
 
     figure = Figure(figsize=(10, 7.5), layout="constrained")
     axes = figure.subplots(4, 5, sharex=True, sharey=True).flat
-    for number, (ax, record) in enumerate(zip(axes, standing(found.records), strict=False), start=1):
-        lines = (found.folder / record.run_folder / "metrics.jsonl").read_text().splitlines()
-        epochs = [epoch for epoch in map(json.loads, lines) if "validation_accuracy" in epoch]
+    best = [record for record in standing(found.records) if not record.diverged]
+    for number, (ax, record) in enumerate(zip(axes, best, strict=False), start=1):
+        epochs = figures.epochs_of(found.folder / record.run_folder / "metrics.jsonl")
         ax.plot([epoch["validation_accuracy"] for epoch in epochs])
         ax.plot([epoch["train_accuracy"] for epoch in epochs], "--")
         ax.set(ylim=(0, 1))
         lr, decay = record.settings["lr"], record.settings["weight_decay"]
         ax.set_title(f"{number}: lr {lr:.2g}, decay {decay:.1g}", fontsize="small")
-    common.write(figure, path)
+    chapter.write(figure, path)
 
 
 def main(options):
@@ -83,4 +82,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__, has_data=True)
+    chapter.run(main, __doc__, has_data=True)

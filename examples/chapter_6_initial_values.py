@@ -9,7 +9,7 @@ will do: hidden units that start alike get the same gradient and stay alike, how
 
 from itertools import islice
 
-import common
+import chapter
 import numpy as np
 
 from distdl import nn
@@ -20,8 +20,8 @@ INITIALIZERS = {"zeros": nn.Zeros(), "std 0.01": nn.Normal(0.01), "Xavier": nn.X
 
 def losses(options, data, network, learning_rate, steps):
     """Train the network, and return the loss of each step's batch."""
-    training = common.Training(options, network, SGD, learning_rate)
-    endless = common.batches(data, 128, steps, options.key)
+    training = chapter.Training(options, network, SGD, learning_rate)
+    endless = chapter.batches(data, 128, steps, options.key)
     return [training.step(images, labels) for images, labels in islice(endless, steps)]
 
 
@@ -35,11 +35,11 @@ def hidden_weights(options, data, initializer, steps):
 
 def main(options):
     """Draw the four curves and the units of both networks; print how far each got."""
-    data, steps = common.pixels(options), 60 if options.quick else 2000
-    figure, (ax, alike, different) = common.axes(1, 3)
+    data, steps = chapter.pixels(options), 60 if options.quick else 2000
+    figure, (ax, alike, different) = chapter.axes(1, 3)
     last = {}
     for name, initializer in INITIALIZERS.items():
-        curve = losses(options, data, common.multi_layer_net(data, [100] * 4, initializer), 0.01, steps)
+        curve = losses(options, data, chapter.multi_layer_net(data, [100] * 4, initializer), 0.01, steps)
         last[name] = np.mean(curve[-steps // 20 :])
         ax.plot(np.convolve(curve, np.ones(20) / 20, mode="valid"), label=name)
     ax.set(xlabel="step", ylabel="loss, mean of 20 batches", ylim=(0, 2.5))
@@ -51,10 +51,10 @@ def main(options):
         middle = len(weights) // 2  # where images are not blank
         place.imshow(weights[middle - 25 : middle + 25], cmap="gray", aspect="auto")
         place.set(title=f"weights learned from {name}", xlabel="hidden unit", ylabel="input")
-    common.save(figure, options)
+    chapter.save(figure, options)
     ours = ", ".join(f"{name} {loss:.4f}" for name, loss in last.items())
     options.say(f"loss at the end: {ours}; of guessing: {np.log(10):.4f} (the book: std 0.01 does not learn)")
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__, has_data=True)
+    chapter.run(main, __doc__, has_data=True)

@@ -9,7 +9,7 @@ and see the same batches.
 
 from itertools import islice
 
-import common
+import chapter
 import numpy as np
 
 from distdl import nn
@@ -21,16 +21,16 @@ OPTIMIZERS = {SGD: 0.01, Momentum: 0.01, AdaGrad: 0.01, Adam: 0.001}
 
 def losses(options, data, optimizer, learning_rate, steps):
     """Return the loss of each step's batch, before the step."""
-    network = common.multi_layer_net(data, [100] * 4, nn.He())
-    training = common.Training(options, network, optimizer, learning_rate)
-    endless = common.batches(data, 128, steps, options.key)
+    network = chapter.multi_layer_net(data, [100] * 4, nn.He())
+    training = chapter.Training(options, network, optimizer, learning_rate)
+    endless = chapter.batches(data, 128, steps, options.key)
     return [training.step(images, labels) for images, labels in islice(endless, steps)]
 
 
 def main(options):
     """Draw the four curves, and print where they end."""
-    data, steps = common.pixels(options), 60 if options.quick else 2000
-    figure, (ax,) = common.axes(1, 1)
+    data, steps = chapter.pixels(options), 60 if options.quick else 2000
+    figure, (ax,) = chapter.axes(1, 1)
     means = {}
     for optimizer, rate in OPTIMIZERS.items():
         curve = losses(options, data, optimizer, rate, steps)
@@ -41,10 +41,10 @@ def main(options):
         options.say(f"{optimizer.__name__}: mean loss {means[optimizer.__name__]:.4f}, of the last tenth {last:.6f}")
     ax.set(xlabel="step", ylabel="loss, mean of 20 batches", yscale="log")
     ax.legend()
-    common.save(figure, options)
+    chapter.save(figure, options)
     order = " > ".join(sorted(means, key=means.get, reverse=True))
     options.say(f"by mean loss over all steps: {order} (the book: SGD slowest, AdaGrad slightly ahead)")
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__, has_data=True)
+    chapter.run(main, __doc__, has_data=True)

@@ -7,7 +7,7 @@ Six hidden layers of 100 with ReLU, SGD with learning rate 0.01, batches of 100:
 301 with Dropout, and 301 with neither.
 """
 
-import common
+import chapter
 
 from distdl import nn
 from distdl.optim import SGD
@@ -18,23 +18,23 @@ EPOCHS = {"neither": 301, "weight decay 0.1": 201, "Dropout 0.2": 301}
 
 def curves(options, data, epochs, *, weight_decay=0.0, dropout=0.0):
     """Return the accuracy on the 300 samples and on the test part after epochs 1, 6, 11 and so on."""
-    network = common.multi_layer_net(data, [100] * 6, nn.He(), dropout=dropout)
-    training = common.Training(options, network, SGD, 0.01, weight_decay=weight_decay)
+    network = chapter.multi_layer_net(data, [100] * 6, nn.He(), dropout=dropout)
+    training = chapter.Training(options, network, SGD, 0.01, weight_decay=weight_decay)
     found = []
-    for step, (images, labels) in enumerate(common.batches(data, 100, epochs, options.key), start=1):
+    for step, (images, labels) in enumerate(chapter.batches(data, 100, epochs, options.key), start=1):
         training.step(images, labels, micro_batch_size=50)
         epoch, batch = divmod(step, 3)
         if batch == 0 and epoch % 5 == 1:
-            on_training = common.accuracy(network, data.images, data.labels)
-            found.append((on_training, common.accuracy(network, data.test_images, data.test_labels)))
+            on_training = chapter.accuracy(network, data.images, data.labels)
+            found.append((on_training, chapter.accuracy(network, data.test_images, data.test_labels)))
     return found
 
 
 def main(options):
     """Draw both curves of each case, and print where they end."""
-    data = common.pixels(options)
+    data = chapter.pixels(options)
     data.images, data.labels = data.images[:300], data.labels[:300]
-    figure, axes = common.axes(1, 3, sharey=True)
+    figure, axes = chapter.axes(1, 3, sharey=True)
     ends = {}
     for ax, (name, settings) in zip(axes, CASES.items(), strict=True):
         found = curves(options, data, 3 if options.quick else EPOCHS[name], **settings)
@@ -46,11 +46,11 @@ def main(options):
         if name == "neither" and not options.quick:
             options.say("neither, after 201 epochs: train {:.4f}, test {:.4f}".format(*found[40]))
     axes[0].legend()
-    common.save(figure, options)
+    chapter.save(figure, options)
     reported = ("train about 1.0", "train below 1.0, gap smaller", "gap smaller")
     for (name, (train, test)), book in zip(ends.items(), reported, strict=True):
         options.say(f"{name}: train {train:.4f}, test {test:.4f}, gap {train - test:.4f} (the book: {book})")
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__, has_data=True)
+    chapter.run(main, __doc__, has_data=True)

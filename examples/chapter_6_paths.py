@@ -6,7 +6,7 @@ The gradient points across the valley, hardly along it. SGD zigzags; Momentum ro
 measure each direction by itself.
 """
 
-import common
+import chapter
 import numpy as np
 
 from distdl.optim import SGD, AdaGrad, Adam, Momentum, Nesterov, RMSProp
@@ -39,7 +39,7 @@ def path(optimizer_class, learning_rate):
 
 def main(options):
     """Draw the six paths, and print where they end."""
-    figure, axes = common.axes(2, 3)
+    figure, axes = chapter.axes(2, 3)
     x, y = np.meshgrid(np.linspace(-10, 10, 200), np.linspace(-5, 5, 200))
     ends = {}
     for ax, (optimizer, rate) in zip(axes, OPTIMIZERS.items(), strict=True):
@@ -48,7 +48,7 @@ def main(options):
         ax.contour(x, y, f(x, y), levels=[0.1, 0.5, 1, 2, 4, 7], colors="lightgray")
         ax.plot(*places.T, "o-", markersize=3)
         ax.set(title=f"{optimizer.__name__}, learning rate {rate}", xlabel="x", ylabel="y")
-    common.save(figure, options)
+    chapter.save(figure, options)
     for name, (x_end, y_end) in ends.items():
         options.say(f"{name} ends at ({x_end:.4f}, {y_end:.4f}), {f(x_end, y_end):.5f} high")
     options.say(
@@ -57,4 +57,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__)
+    chapter.run(main, __doc__)

@@ -6,7 +6,7 @@ A convolution is a matrix product once each patch is a row of a matrix: im2col. 
 (N, C, H, W) in the book, so a row has the same numbers in another order.
 """
 
-import common
+import chapter
 import numpy as np
 
 from distdl import nn
@@ -54,12 +54,12 @@ def main(options):
     options.say(f"im2col: {im2col_shape(1)}, {im2col_shape(10)} (the book: (9, 75), (90, 75))")
 
     digit = sources.load("digits", None).images[0, :, :, 0]
-    figure, axes = common.axes(1, 1 + len(EDGES))
+    figure, axes = chapter.axes(1, 1 + len(EDGES))
     found = {"a digit": digit, **{name: convolve(digit, weights, padding=1) for name, weights in EDGES.items()}}
     for ax, (name, image) in zip(axes, found.items(), strict=True):
         ax.imshow(image, cmap="gray")
         ax.set(title=name, xticks=[], yticks=[])
-    common.save(figure, options)
+    chapter.save(figure, options)
     ours = convolve(IMAGE, FILTER), convolve(IMAGE, FILTER, bias=3)
     options.say(
         f"convolution: {ours[0].tolist()}, with bias {ours[1].tolist()} "
@@ -68,4 +68,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__)
+    chapter.run(main, __doc__)

@@ -10,7 +10,7 @@ the first, has the maps that they make of a test image, which show where in it e
 import tempfile
 from pathlib import Path
 
-import common
+import chapter
 
 from distdl import figures, nn
 from distdl.config import TrainConfig
@@ -41,10 +41,10 @@ def main(options):
     if options.communicator.rank == 0:
         image = data.normalization.apply(data.images[data.parts.test[0]])
         maps = options.out.with_stem(f"{options.out.stem}_maps")
-        common.write(figures.feature_maps(trained.network, image, "relu_1"), maps)
-        common.save(figures.filters({"before training": untrained, "after training": trained.network}), options)
+        chapter.write(figures.feature_maps(trained.network, image, "relu_1"), maps)
+        chapter.save(figures.filters({"before training": untrained, "after training": trained.network}), options)
     options.say(f"test accuracy: {summary.test_accuracy:.4f} (the book's SimpleConvNet on MNIST, 20 epochs: 0.9896)")
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__, has_data=True)
+    chapter.run(main, __doc__, has_data=True)

@@ -11,7 +11,7 @@ picture, beside the first, has the confusion matrix.
 import tempfile
 from pathlib import Path
 
-import common
+import chapter
 
 from distdl import figures
 from distdl.config import TrainConfig
@@ -40,8 +40,8 @@ def main(options):
         data = trained[0].data
         confusion = options.out.with_stem(f"{options.out.stem}_confusion")
         matrix = figures.confusion_matrix(full.labels, full.predictions, data.classes)
-        common.write(figures.confusion(matrix), confusion)
-        common.save(figures.misclassified(data.images[full.rows], full.labels, full.predictions), options)
+        chapter.write(figures.confusion(matrix), confusion)
+        chapter.save(figures.misclassified(data.images[full.rows], full.labels, full.predictions), options)
     changed = int((full.predictions != half.predictions).sum())
     options.say(f"float16 changes {changed} of {len(full.rows)} answers")
     options.say(
@@ -51,4 +51,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__, has_data=True)
+    chapter.run(main, __doc__, has_data=True)

@@ -9,16 +9,17 @@ pixel see the whole digit; transposed convolutions bring the maps back to the si
 
 from dataclasses import replace
 
-import common
+import chapter
 import numpy as np
 
 from distdl import nn
 from distdl.config import TrainConfig
 from distdl.data import sources
-from distdl.engine import checkpoint, train
+from distdl.engine import train
+from distdl.engine.evaluation import load
 from distdl.parallel import together
 
-BACKGROUND = 10
+BACKGROUND, SHOWN = 10, 6
 
 
 def fully_convolutional(input_shape, classes):
@@ -36,41 +37,37 @@ def with_a_label_a_pixel(data):
     return replace(data, name=f"{data.name}, a label a pixel", labels=labels, classes=BACKGROUND + 1)
 
 
-def trained_weights(folder, network):
-    """Copy the weights of a run's newest checkpoint into the network."""
-    tensors = checkpoint.read(max((folder / "checkpoints").glob("step-*"))).tensors
-    for name, parameter in network.named_parameters():
-        parameter[...] = tensors[name]
+def first_of_test_part(trained, count):
+    """Return the first test images, their labels, and what the network names each pixel, all of them (count, H, W)."""
+    rows = trained.data.parts.test[:count]
+    images = trained.data.images[rows]
+    named = trained.network.forward(trained.data.normalization.apply(images)).argmax(axis=-1)
+    return images[..., 0], trained.data.labels[rows], named
 
 
 def main(options):
-    """Train, and draw what the network makes of a few images."""
+    """Train, and draw a few test images, their labels, and what the network makes of them."""
     loaded = together(options.communicator, lambda: sources.load(options.dataset, options.data_dir))
     data = with_a_label_a_pixel(loaded)
     config = TrainConfig(
         epochs=1 if options.quick else 40 if options.dataset == "digits" else 4,
         lr=0.003,
         seed=options.seed,
-        run_dir=common.new_folder(options),
+        run_dir=chapter.new_folder(options),
     )
     summary = train(config, options.communicator, dataset=data, build_network=fully_convolutional)
+    [trained] = load([config.run_dir], options.communicator, build_network=fully_convolutional, dataset=data)
 
     if options.communicator.rank == 0:
-        network = fully_convolutional(data.images.shape[1:], data.classes)
-        trained_weights(config.run_dir, network)
-        rows = np.arange(len(data.images) - 6, len(data.images))
-        pixels = data.images[rows].astype(np.float32)
-        training = data.images[: len(data.images) // 2].astype(np.float64)
-        found = network.forward(((pixels - training.mean()) / training.std()).astype(np.float32)).argmax(axis=-1)
-        figure, axes = common.axes(3, len(rows))
-        for place, kind in enumerate((pixels[..., 0], data.labels[rows], found)):
+        figure, axes = chapter.axes(3, SHOWN)
+        for place, kind in enumerate(first_of_test_part(trained, SHOWN)):
             for number, image in enumerate(kind):
-                ax = axes[place * len(rows) + number]
+                ax = axes[place * SHOWN + number]
                 ax.imshow(image, cmap="tab20" if place else "gray", vmin=0, vmax=None if not place else BACKGROUND)
                 ax.set_axis_off()
-        common.save(figure, options)
+        chapter.save(figure, options)
     options.say(f"test pixels named right: {summary.test_accuracy:.4f} (the book shows a picture)")
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__, has_data=True)
+    chapter.run(main, __doc__, has_data=True)

@@ -5,7 +5,7 @@
 Images of a single bright pixel each are put in: where the middle output answers, it sees that pixel.
 """
 
-import common
+import chapter
 import numpy as np
 
 from distdl import nn
@@ -27,7 +27,7 @@ def seen(kernels):
 
 def main(options):
     """Print what each stack sees and how many weights it has, and draw it."""
-    figure, axes = common.axes(1, len(STACKS))
+    figure, axes = chapter.axes(1, len(STACKS))
     counts = []
     for ax, (name, (kernels, book)) in zip(axes, STACKS.items(), strict=True):
         answers, weights = seen(kernels)
@@ -36,10 +36,10 @@ def main(options):
         options.say(f"{name}: sees {rows}x{columns} pixels, {weights} weights")
         ax.imshow(answers, cmap="gray")
         ax.set(title=f"{name}: {weights} weights", xticks=[], yticks=[])
-    common.save(figure, options)
+    chapter.save(figure, options)
     ours = ", ".join(f"{name} {weights}" for name, weights, _ in counts)
     options.say(f"weights: {ours} (the book: {', '.join(str(book) for *_, book in counts)})")
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__)
+    chapter.run(main, __doc__)

@@ -11,7 +11,7 @@ import dataclasses
 import tempfile
 from pathlib import Path
 
-import common
+import chapter
 import numpy as np
 
 from distdl import figures, nn
@@ -75,12 +75,12 @@ def main(options):
                 losses[name] = [one["train_loss"] for one in figures.epochs_of(folder / name / "metrics.jsonl")]
 
     if options.communicator.rank == 0:
-        figure, [axes] = common.axes(1, 1)
+        figure, [axes] = chapter.axes(1, 1)
         for name, loss in losses.items():
             axes.plot(range(1, len(loss) + 1), loss, label=f"{name}: test {scores[name]:.3f}")
         axes.set(title=f"5 to 9, from {LABELLED} images", xlabel="epoch", ylabel="training loss")
         figure.legend(loc="outside lower center", fontsize="small")
-        common.save(figure, options)
+        chapter.save(figure, options)
     options.say(f"0 to 4, from all images: test accuracy {first.test_accuracy:.4f}")
     for name, score in scores.items():
         options.say(f"5 to 9, from {LABELLED} images, {name}: test accuracy {score:.4f}")
@@ -91,4 +91,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__, has_data=True)
+    chapter.run(main, __doc__, has_data=True)

@@ -7,7 +7,7 @@ Notation of the course: n[l] units in layer l, m samples as columns. W[l] (n[l],
 units, learning rate, steps) are chosen. Hidden layers are ReLU; one sigmoid at the end says whether a digit is odd.
 """
 
-import common
+import chapter
 import numpy as np
 
 
@@ -15,6 +15,11 @@ def has_shape(array, *shape):
     """Return the array, whose shape must be this one."""
     assert array.shape == shape, f"{array.shape} is not {shape}"
     return array
+
+
+def sigmoid(Z):
+    """Return 1 / (1 + exp(-Z)), in a form that cannot overflow and keeps small probabilities."""
+    return np.exp(np.minimum(Z, 0)) / (1 + np.exp(-np.abs(Z)))
 
 
 def initialize(n, key):
@@ -32,7 +37,7 @@ def forward(W, b, X):
     A, m = [X], X.shape[1]
     for layer, (w, offset) in enumerate(zip(W, b, strict=True), start=1):
         Z = has_shape(w @ A[-1] + offset, len(w), m)
-        A.append(np.maximum(Z, 0) if layer < len(W) else (1 + np.tanh(Z / 2)) / 2)
+        A.append(np.maximum(Z, 0) if layer < len(W) else sigmoid(Z))
     return A
 
 
@@ -62,7 +67,7 @@ def train(n, X, Y, key, steps, learning_rate=0.1, batch_size=500):
 
 def main(options):
     """Print the table of shapes, train with more and more layers, and draw what that brings."""
-    data = common.pixels(options)
+    data = chapter.pixels(options)
     X, Y = data.images.reshape(len(data.images), -1).T.copy(), (data.labels % 2).astype(np.float32)[None]
     test = data.test_images.reshape(len(data.test_images), -1).T
     accuracies = {}
@@ -75,13 +80,13 @@ def main(options):
     parameters = sum(array.size for array in (*W, *b))
     options.say(f"parameters of the last: {parameters}; hyperparameters: layers, units {n[1:]}, learning rate, steps")
 
-    figure, (ax,) = common.axes(1, 1)
+    figure, (ax,) = chapter.axes(1, 1)
     ax.plot(list(accuracies), list(accuracies.values()), "o-")
     ax.set(xlabel="layers L", ylabel="test accuracy, even or odd", xticks=list(accuracies))
-    common.save(figure, options)
+    chapter.save(figure, options)
     ours = ", ".join(f"L = {layers} {accuracy:.4f}" for layers, accuracy in accuracies.items())
     options.say(f"even or odd, test accuracy: {ours} (the course has data of its own)")
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__, has_data=True)
+    chapter.run(main, __doc__, has_data=True)

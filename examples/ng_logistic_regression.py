@@ -7,13 +7,13 @@ Notation of the course: m samples are the columns of X (n, m); A = sigmoid(w' X 
 
 import time
 
-import common
+import chapter
 import numpy as np
 
 
 def sigmoid(z):
-    """1 / (1 + exp(-z)), which cannot overflow in this form."""
-    return (1 + np.tanh(z / 2)) / 2
+    """Return 1 / (1 + exp(-z)), in a form that cannot overflow and keeps small probabilities."""
+    return np.exp(np.minimum(z, 0)) / (1 + np.exp(-np.abs(z)))
 
 
 def cost_and_gradient(w, b, X, Y):
@@ -38,7 +38,7 @@ def gradient_by_loop(w, b, X, Y):
 
 def main(options):
     """Compare both gradients, train with the fast one, and draw the cost and the weights."""
-    data = common.pixels(options)
+    data = chapter.pixels(options)
     X, Y = data.images.reshape(len(data.images), -1).T.copy(), (data.labels % 2).astype(np.float32)
     w, b = np.zeros(len(X), np.float32), 0.0
 
@@ -56,16 +56,16 @@ def main(options):
         w, b = w - np.float32(0.5) * dw, b - 0.5 * db
         costs.append(cost)
 
-    figure, (curve, picture) = common.axes(1, 2)
+    figure, (curve, picture) = chapter.axes(1, 2)
     curve.plot(costs)
     curve.set(xlabel="step", ylabel="cost")
     picture.imshow(w.reshape(data.images.shape[1:3]), cmap="RdBu")
     picture.set(title="weights: blue says odd", xticks=[], yticks=[])
-    common.save(figure, options)
+    chapter.save(figure, options)
     test = data.test_images.reshape(len(data.test_images), -1).T
     right = np.mean((sigmoid(w @ test + b) > 0.5) == data.test_labels % 2)
     options.say(f"even or odd, test accuracy: {right:.4f} (a guess: 0.5; the course has data of its own)")
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__, has_data=True)
+    chapter.run(main, __doc__, has_data=True)

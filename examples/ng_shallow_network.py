@@ -5,7 +5,7 @@
 The points are the petals of a flower, of two colors in turn. Without a hidden layer the network is logistic regression.
 """
 
-import common
+import chapter
 import numpy as np
 
 from distdl import nn
@@ -28,12 +28,17 @@ def network_with(hidden):
     return nn.Sequential([*layers, nn.Affine(1, nn.Normal(0.5))], (2,), dtype=np.float64)
 
 
+def sigmoid(z):
+    """Return 1 / (1 + exp(-z)), in a form that cannot overflow and keeps small probabilities."""
+    return np.exp(np.minimum(z, 0)) / (1 + np.exp(-np.abs(z)))
+
+
 def train(network, x, y, key, steps, learning_rate=1.0):
     """Train on all points at once; the gradient of the binary cross-entropy by the logit z is sigmoid(z) - y."""
     network.initialize(key.of("initialization"))
     optimizer = SGD(network.parameters.size, dtype=np.float64)
     for step in range(1, steps + 1):
-        probability = (1 + np.tanh(network.forward(x, training=True) / 2)) / 2
+        probability = sigmoid(network.forward(x, training=True))
         network.backward((probability - y[:, None]) / len(y))
         optimizer.update(network.parameters, network.gradients, learning_rate, step)
 
@@ -42,7 +47,7 @@ def main(options):
     """Train with 0, 2, 4 and 12 hidden units, and draw where each says 1."""
     x, y = flower(options.key)
     grid = np.stack(np.meshgrid(np.linspace(-5, 5, 150), np.linspace(-5, 5, 150)), axis=-1)
-    figure, axes = common.axes(1, 4, sharey=True)
+    figure, axes = chapter.axes(1, 4, sharey=True)
     accuracies = {}
     for ax, hidden in zip(axes, (0, 2, 4, 12), strict=True):
         network = network_with(hidden)
@@ -52,10 +57,10 @@ def main(options):
         ax.contourf(grid[..., 0], grid[..., 1], says_1, levels=[-0.5, 0.5, 1.5], colors=["mistyrose", "lightblue"])
         ax.scatter(*x.T, c=y, s=4, cmap="RdBu")
         ax.set(title=f"{hidden} hidden units: {accuracies[hidden]:.1%}", aspect="equal")
-    common.save(figure, options)
+    chapter.save(figure, options)
     ours = ", ".join(f"{hidden} hidden units {accuracy:.3f}" for hidden, accuracy in accuracies.items())
     options.say(f"accuracy on the {POINTS} points: {ours} (the course has points of its own)")
 
 
 if __name__ == "__main__":
-    common.run(main, __doc__)
+    chapter.run(main, __doc__)

@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -10,38 +12,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from distdl.data import sources, split
+from distdl.engine.evaluation import evaluate, load
 from distdl.launcher import read_launch
-from distdl.nn import numerical_gradient
+from distdl.nn import build_model, numerical_gradient
 from distdl.rng import Key
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = REPOSITORY / "examples"
-NAMES = [
-    "chapter_2_gates",
-    "chapter_3_activations",
-    "chapter_3_inference",
-    "chapter_3_network",
-    "chapter_3_regression",
-    "chapter_4_gradients",
-    "chapter_4_losses",
-    "chapter_4_two_layer_net",
-    "chapter_5_gradient_check",
-    "chapter_5_graph",
-    "chapter_5_softmax_with_loss",
-    "chapter_6_activations",
-    "chapter_6_batch_norm",
-    "chapter_6_initial_values",
-    "chapter_6_optimizers",
-    "chapter_6_overfitting",
-    "chapter_6_paths",
-    "chapter_7_convolution",
-    "chapter_8_segmentation",
-    "chapter_8_small_filters",
-    "chapter_8_transfer",
-    "ng_deep_network",
-    "ng_logistic_regression",
-    "ng_shallow_network",
-]
+#: All there are: a new one is checked too.
+NAMES = sorted(path.stem for pattern in ("chapter_*.py", "ng_*.py") for path in EXAMPLES.glob(pattern))
 SECONDS = 120
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -251,6 +231,15 @@ def test_convolution_pooling_and_im2col_give_the_numbers_of_the_book(run):
         assert len(numbers(book)) >= 2
 
 
+def test_simple_convnet_ends_with_the_accuracies_of_its_run(run):
+    stdout, picture = run("chapter_7_simple_convnet")
+    folder = picture.with_name("chapter_7_simple_convnet-1")
+    train, test = numbers(said(stdout, "accuracy after 2 epochs: "))
+    *_, epoch, last = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    assert (train, test) == (round(epoch["train_accuracy"], 4), round(last["test_accuracy"], 4))
+    assert 'optimizer = "adam"' in (folder / "config.toml").read_text()
+
+
 def test_stacked_small_filters_see_as_much_with_fewer_weights(run):
     stdout, _ = run("chapter_8_small_filters")
     assert re.findall(r"sees (\d+)x(\d+) pixels, (\d+) weights", stdout) == [
@@ -259,6 +248,124 @@ def test_stacked_small_filters_see_as_much_with_fewer_weights(run):
         ("7", "7", "49"),
         ("7", "7", "27"),
     ]
+
+
+def test_the_share_of_the_convolutions_is_that_of_all_layers_of_alexnet(run, monkeypatch):
+    stdout, _ = run("chapter_8_time_by_layer")
+    names = [name for name, *_ in build_model("alexnet", (28, 28, 1), 10).parts(1)]
+    rows = dict(re.findall(r"^(\w+) +(forward +[0-9.]+ ms, backward +[0-9.]+ ms)$", stdout, re.MULTILINE))
+    assert list(rows) == names
+    told = numbers(said(stdout, "convolutions, of the time of AlexNet for 28x28: "))
+    for direction, percent in enumerate(told):
+        all_of_it = {name: numbers(row)[direction] for name, row in rows.items()}
+        convolutions = sum(all_of_it[f"conv2d_{number}"] for number in range(1, 6))
+        assert 0 < convolutions < sum(all_of_it.values())
+        assert percent == pytest.approx(100 * convolutions / sum(all_of_it.values()), abs=1)
+    example = module("chapter_8_time_by_layer", monkeypatch)
+    assert example.share_of_convolutions({"conv2d_1": 2.0, "relu_1": 1.0, "conv2d_2": 4.0, "affine_1": 1.0}) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("name", "second"),
+    [("chapter_7_filters", "maps"), ("chapter_8_mistakes", "confusion")],
+    ids=["filters", "mistakes"],
+)
+def test_a_trained_network_is_drawn_in_two_pictures_and_nothing_else_is_left(run, name, second):
+    stdout, picture = run(name)
+    other = picture.with_stem(f"{name}_{second}")
+    assert sorted(picture.parent.parent.rglob("*.*")) == [picture, other]
+    assert other.read_bytes().startswith(PNG)
+    [trained] = re.findall(r"^test accuracy: ([0-9.]+)%$", stdout, re.MULTILINE)
+    *_, last = stdout.splitlines()
+    [ours] = re.findall(r"^test accuracy: (0\.\d+).*the book's.*0\.9", last)
+    assert f"{float(ours):.2%}" == f"{trained}%"
+
+
+def test_the_best_of_the_search_is_that_of_its_summary(run):
+    stdout, picture = run("chapter_6_hyperparameters")
+    [folder] = picture.parent.glob("*-search")
+    best = json.loads((folder / "summary.json").read_text())["best"]
+    *_, last = stdout.splitlines()
+    assert last.startswith(
+        f"best: validation {best['validation_accuracy']:.4f}, test {best['test_accuracy']:.4f} with lr"
+    )
+    assert last.endswith("(the book, on MNIST: .83 with lr .0092 and weight decay 3.86e-07)")
+    samples = json.loads((folder / "search.json").read_text())
+    assert samples["ranges"] == ["lr=1e-06:0.01:log", "weight-decay=1e-08:0.0001:log"]
+
+
+def test_only_the_convolution_is_transferred_and_it_is_frozen_in_one_of_three(run):
+    stdout, picture = run("chapter_8_transfer")
+    assert stdout.count("begins with 2 of 6 tensors") == 2
+    assert stdout.count("frozen: 780 of 7,340 parameters (--freeze conv2d_1)") == 1
+    tested = re.findall(r"^test accuracy: ([0-9.]+)%", stdout, re.MULTILINE)
+    told = re.findall(r": test accuracy (0\.\d+)$", stdout, re.MULTILINE)
+    assert [f"{float(accuracy):.2%}" for accuracy in told] == [f"{accuracy}%" for accuracy in tested]
+    assert len(told) == 4
+    assert [*picture.parent.parent.rglob("*.*")] == [picture], "and no run is left behind"
+
+
+def test_the_ensembles_are_of_the_networks_that_were_trained(run):
+    stdout, picture = run("chapter_8_ensemble")
+    trained = re.findall(r"^test accuracy: ([0-9.]+)%$", stdout, re.MULTILINE)
+    lines = [numbers(said(stdout, f"{name}: ")) for name in ("constant rate", "decayed rate")]
+    assert [f"{accuracy:.2%}" for *alone, _ in lines for accuracy in alone] == [f"{accuracy}%" for accuracy in trained]
+    gains = [ensemble - np.mean(alone) for *alone, ensemble in lines]
+    decay = np.mean(lines[1][:-1]) - np.mean(lines[0][:-1])
+    *told, together = map(float, re.findall(r"[+-]?0\.\d{4}", said(stdout, "test accuracy: ensembles gain ")))
+    assert told == pytest.approx([*gains, decay], abs=2e-4)
+    assert together == lines[1][-1]
+    assert [*picture.parent.parent.rglob("*.*")] == [picture]
+
+
+@pytest.mark.parametrize("test_start", [None, 30])
+def test_an_ensemble_is_scored_on_images_that_none_of_it_was_trained_on(monkeypatch, test_start):
+    example, rows = module("chapter_8_ensemble", monkeypatch), np.arange(40)
+    images = rows.astype(np.float32).reshape(-1, 1, 1, 1)
+    data = example.with_test_part(sources.Dataset("rows", images, rows % 10, 10, test_start), Key(0)).checked()
+    assert sorted(data.images.ravel()) == rows.tolist()
+    assert data.labels.tolist() == (data.images.ravel() % 10).tolist()
+    tests = [split.split(data.labels, data.test_start, Key(seed)).test.tolist() for seed in range(3)]
+    assert tests == [list(range(20 if test_start is None else 30, 40))] * 3
+
+
+def test_each_transform_changes_some_of_the_pixels_and_no_two_draws_are_alike(run):
+    from matplotlib.image import imread
+
+    stdout, path = run("chapter_8_augmentation")
+    changed = dict(re.findall(r"^(\S+): (\d+)% of the pixels are others than before$", stdout, re.MULTILINE))
+    texts = ["rotate=20", "scale=0.3", "flip", "brightness=0.5", "shift=1", "rotate=10,scale=0.1,crop=1", "crop=1"]
+    assert list(changed) == texts
+    assert all(10 < int(share) < 95 for share in changed.values())
+    picture = imread(path)
+    height, width = picture.shape[:2]
+    rows = np.split(picture[: height - height % 7], 7)
+    columns = [np.split(row[:, : width - width % 9], 9, axis=1) for row in rows]
+    drawn = [{column.tobytes() for column in row[1:]} for row in columns]
+    assert [len(row) for row, text in zip(drawn, texts, strict=True) if text not in {"flip", "crop=1"}] == [8] * 5
+
+
+def test_augmentation_changes_what_is_learned_from_a_few_images(run):
+    stdout, _ = run("chapter_8_augmentation")
+    plain, augmented = re.findall(r"^test accuracy: ([0-9.]+)%$", stdout, re.MULTILINE)
+    assert plain != augmented
+    assert min(float(plain), float(augmented)) > 50
+    told = numbers(said(stdout, "test accuracy, learned from 300 images: "))
+    assert [f"{accuracy:.2%}" for accuracy in told[:2]] == [f"{plain}%", f"{augmented}%"]
+
+
+def test_the_segmentation_that_is_drawn_is_that_of_the_score_on_the_test_part(run, monkeypatch, communicator):
+    _, picture = run("chapter_8_segmentation")
+    example = module("chapter_8_segmentation", monkeypatch)
+    data = example.with_a_label_a_pixel(sources.load("digits", None))
+    folder = picture.with_name("chapter_8_segmentation-1")
+    [trained] = load([folder], communicator, build_network=example.fully_convolutional, dataset=data)
+    found = evaluate([trained], "test", communicator)
+    images, labels, named = example.first_of_test_part(trained, 6)
+    assert np.array_equal(images, data.images[found.rows[:6], ..., 0])
+    assert np.array_equal(labels, found.labels[:6])
+    assert np.array_equal(named, found.predictions[:6])
+    assert len(np.unique(named)) > 2, "it has learned more than the background"
 
 
 def test_the_optimizers_come_in_the_order_of_the_book(run):
@@ -299,7 +406,7 @@ def test_overfitting_weight_decay_and_dropout_each_do_what_they_are_for(run, mon
         assert gap == pytest.approx(train - test, abs=1e-3)
     example = module("chapter_6_overfitting", monkeypatch)
     options = SimpleNamespace(communicator=communicator, key=Key(0), dataset="digits", data_dir=None, quick=True)
-    data = example.common.pixels(options)
+    data = example.chapter.pixels(options)
     data.images, data.labels = data.images[:300], data.labels[:300]
     ends = {
         name: example.curves(options, data, 40, **settings)[-1]
@@ -308,6 +415,16 @@ def test_overfitting_weight_decay_and_dropout_each_do_what_they_are_for(run, mon
     assert ends["neither"][0] > 0.6
     assert ends["decay"][0] < 0.25  # no weights are left
     assert ends["dropout"][0] < ends["neither"][0] - 0.2
+
+
+@pytest.mark.parametrize("name", ["ng_logistic_regression", "ng_shallow_network", "ng_deep_network"])
+def test_small_probabilities_are_kept_in_float32_and_large_inputs_do_not_overflow(name, monkeypatch):
+    z = np.array([-1000, -80, -30, -5, 0, 5, 30, 1000], np.float32)
+    with np.errstate(over="raise", invalid="raise"):
+        found = module(name, monkeypatch).sigmoid(z)
+    assert found.dtype == np.float32
+    exact = [1 / (1 + math.exp(-x)) if x > -700 else 0 for x in z.tolist()]
+    assert found == pytest.approx(exact, rel=1e-6, abs=1e-44)
 
 
 def test_the_vectorized_gradient_of_logistic_regression_is_that_of_the_loop_and_of_differences(run, monkeypatch):
@@ -357,15 +474,34 @@ def test_the_gradients_of_the_deep_network_are_those_of_differences(run, monkeyp
 # ------------------------------------------------------------------------------------------------- any number of ranks
 
 
-def test_two_ranks_say_the_same_figures_as_one(run, run_job, tmp_path):
-    """Batch normalization, whose moments the ranks add up, and all else that a step does."""
+@pytest.fixture
+def run_on_two_ranks(run_job, tmp_path):
+    """Run an example with --quick on two ranks, and return what it said."""
     from distdl.mpirun import mpirun_command
 
-    alone, _ = run("chapter_6_batch_norm")
-    example = str(EXAMPLES / "chapter_6_batch_norm.py")
-    done = run_job(mpirun_command(2, [sys.executable, example, "--quick"]), timeout=SECONDS, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == alone
+    def run(name):
+        launch = mpirun_command(2, [sys.executable, str(EXAMPLES / f"{name}.py"), "--quick"])
+        done = run_job(launch, timeout=SECONDS, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_two_ranks_say_the_same_figures_as_one(run, run_on_two_ranks):
+    """Batch normalization, whose moments the ranks add up, and all else that a step does."""
+    assert run_on_two_ranks("chapter_6_batch_norm") == run("chapter_6_batch_norm")[0]
+
+
+def test_two_ranks_draw_and_train_with_the_same_changes_of_images(run, run_on_two_ranks):
+    def of_no_rank(stdout):
+        return re.findall(
+            r"^(?:.*of the pixels are others.*|weights sha256: .*|test accuracy.*)$", stdout, re.MULTILINE
+        )
+
+    alone = of_no_rank(run("chapter_8_augmentation")[0])
+    assert len(alone) == 7 + 2 + 3
+    assert of_no_rank(run_on_two_ranks("chapter_8_augmentation")) == alone
 
 
 # ------------------------------------------------------------------------------------------------------- what is wrong
@@ -388,6 +524,15 @@ def test_what_cannot_be_is_one_line(started, arguments, words, tmp_path):
     assert line.startswith("distdl: error: ")
     assert words in line
     assert done.stdout == ""
+
+
+def test_what_cannot_be_is_one_line_on_two_ranks_too(run_job, tmp_path):
+    from distdl.mpirun import mpirun_command
+
+    launch = mpirun_command(2, [sys.executable, str(EXAMPLES / "chapter_6_hyperparameters.py"), "--dataset", "mnits"])
+    done = run_job(launch, timeout=SECONDS, cwd=tmp_path)
+    assert done.returncode == 2
+    assert (done.stdout + done.stderr).count("distdl: error: unknown dataset 'mnits'") == 1
 
 
 def test_without_matplotlib_the_line_says_how_to_get_it(run_program, tmp_path):

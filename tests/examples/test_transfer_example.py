@@ -1,15 +1,12 @@
 """The example of transfer learning: what each network sees, and what the second takes from the first."""
 
 import importlib.util
-import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from distdl.data import sources, split
-from distdl.launcher import read_launch
 from distdl.rng import Key
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -52,16 +49,3 @@ def test_the_second_network_learns_from_a_few_images_of_its_own_digits_and_is_as
     assert len(set(rows)) == len(rows)
     other = example.with_few(example.of_digits(data, range(5, 10)), 11, Key(1))
     assert rows_of(other)[:11] != rows_of(few)[:11], "another seed draws others"
-
-
-@pytest.mark.skipif(read_launch().by is not None, reason="already under a launcher")
-def test_only_the_convolution_is_taken_and_it_is_frozen_in_one_of_three(run_program, tmp_path):
-    done = run_program([sys.executable, EXAMPLES / "chapter_8_transfer.py", "--quick"], cwd=tmp_path, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("begins with 2 of 6 tensors") == 2
-    assert done.stdout.count("frozen: 780 of 7,340 parameters (--freeze conv2d_1)") == 1
-    tested = re.findall(r"^test accuracy: ([0-9.]+)%", done.stdout, re.MULTILINE)
-    said = re.findall(r": test accuracy (0\.\d+)$", done.stdout, re.MULTILINE)
-    assert [f"{float(accuracy):.2%}" for accuracy in said] == [f"{accuracy}%" for accuracy in tested]
-    assert len(said) == 4
-    assert [path.name for path in tmp_path.rglob("*.*")] == ["chapter_8_transfer.png"], "and no run is left behind"

@@ -19,8 +19,11 @@ from distdl.parallel import REDUCTIONS, Field, Layout, contiguous_shards, guard,
 from distdl.rng import Key
 
 
-def run(example, description, *, has_data=False):
-    """Run `example(options)` with the flags of the command line, and end with its exit code."""
+def run(example, description, *, has_data=False, switches=None):
+    """Run `example(options)` with the flags of the command line, and end with its exit code.
+
+    `switches` are flags of the example's own, which are on or off: what each does, by name.
+    """
     name = Path(sys.argv[0]).stem
 
     def command(arguments):
@@ -31,6 +34,8 @@ def run(example, description, *, has_data=False):
             add("--data-dir", type=Path, help="folder with the data set's files")
         add("--seed", type=int, default=0, help="of all random numbers (default: %(default)s)")
         add("--quick", action="store_true", help="a few steps only, to see whether it runs")
+        for switch, what_it_does in (switches or {}).items():
+            add(f"--{switch}", action="store_true", help=what_it_does)
         add("--out", type=Path, default=Path("runs", f"{name}.png"), help="the picture (default: %(default)s)")
         options = parser.parse_args(arguments)
         options.communicator = communicator = world()
