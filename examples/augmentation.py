@@ -93,4 +93,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    sys.exit(startup.run(main))
+    sys.exit(startup.run(main, trains=True))

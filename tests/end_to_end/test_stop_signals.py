@@ -104,3 +104,24 @@ def test_a_second_signal_ends_the_job_at_once(tmp_path):
     _, error = process.communicate(timeout=60)
     assert process.returncode not in {0, 75}
     assert "KeyboardInterrupt: SIGUSR1, the second signal to stop" in error
+
+
+@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1)])
+def test_a_signal_during_start_up_waits_for_the_first_step(tmp_path, run_program, ranks, number):
+    """Each rank gets it before NumPy is imported and MPI started."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\n"
+        "from distdl import startup, train\n\n"
+        "def main(arguments):\n"
+        f"    os.kill(os.getpid(), {number:d})\n"
+        "    assert 'numpy' not in sys.modules\n"
+        "    return train.main(arguments)\n\n"
+        "sys.exit(startup.run(main, trains=True))\n"
+    )
+    arguments = [sys.executable, str(program), *FLAGS, "--run-dir", str(tmp_path / "run")]
+    launch = mpirun_command(ranks, arguments)
+    done = run_program(arguments if ranks == 1 else launch.argv, env=environment_for(launch), timeout=60)
+    assert done.returncode == 75, done.stderr
+    assert f"stopped by {number.name} after step 1, which is saved" in done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
