@@ -11,7 +11,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-STOPPING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+STOPPING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: Ctrl-C ends a start at once: Python sees to that.
 HELD = frozenset(STOPPING) - {signal.SIGINT}
 

@@ -2,7 +2,7 @@
 
 Plain lines by default; on a terminal, and only in one process, a line that rewrites itself as well: under a
 launcher nobody can tell whether a terminal is behind the pipe (Open MPI always says yes, MPICH always no).
-Where nobody reads any more (a closed pipe, a lost terminal) the training goes on unseen.
+Where nobody reads any more (a closed pipe, the lost terminal of a run under `nohup`) the training goes on unseen.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Stopping when a signal asks for it: at the same step on all ranks, after a checkpoint.
 
-SIGUSR1 is the warning that schedulers send before a job's time is up; SIGTERM and Ctrl-C (SIGINT) are taken alike.
+SIGUSR1 is the warning that schedulers send before a job's time is up; SIGTERM, Ctrl-C (SIGINT) and the loss of the
+terminal (SIGHUP, unless `nohup` has it ignored) are taken alike.
 A handler only notes the signal. The note travels in the record of the next step's reduction, in a field with one
 count a signal, so all ranks learn of it together, whichever of them was told; the other fields of the record keep
 their bits. A rank that has no micro-batch in a step sends nothing, and what it was told waits for its next one; so

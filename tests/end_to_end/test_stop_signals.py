@@ -1,6 +1,7 @@
 """Signals to mpirun: the job stops with a checkpoint and exit code 75, and goes on to the undisturbed receipt."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -91,6 +92,21 @@ def test_a_signal_to_mpirun_saves_the_step_and_resume_gives_the_undisturbed_rece
     assert "Traceback" not in error
     resumed = receipt(tmp_path, ranks % 4 + 1, "--run-dir", "run", "--resume", "auto")
     assert resumed == receipt(tmp_path, 1, "--run-dir", "undisturbed")
+
+
+def test_a_training_whose_terminal_is_lost_saves_the_step(tmp_path):
+    master, terminal = os.openpty()
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(step=STEP))
+    process = subprocess.Popen(
+        [sys.executable, str(program), str(tmp_path), "free", *FLAGS, "--run-dir", str(tmp_path / "run")],
+        preexec_fn=lambda: os.login_tty(terminal),  # noqa: PLW1509  nothing else runs in this process
+    )
+    os.close(terminal)
+    wait_for(tmp_path, "there-*", 1, process)
+    os.close(master)
+    assert process.wait(timeout=60) == 75
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == STEP
 
 
 def test_a_second_signal_ends_the_job_at_once(tmp_path):

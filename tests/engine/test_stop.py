@@ -179,9 +179,9 @@ def test_a_start_that_fails_restores_the_handlers(tmp_path, monkeypatch):
 
 def test_the_first_signal_that_any_rank_was_told_is_the_one_named():
     request = StopRequest()
-    request.observe({"stop": np.array([0, 3, 1])})
+    request.observe({"stop": np.array([0, 3, 1, 0])})
     assert request.agreed == "SIGTERM"
-    request.observe({"stop": np.zeros(3, np.int64)})
+    request.observe({"stop": np.zeros(len(SIGNALS), np.int64)})
     assert request.agreed is None
 
 
