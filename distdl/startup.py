@@ -43,8 +43,8 @@ def split_at_dashes(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def set_blas_threads(count: int) -> None:
     """Tell every BLAS that NumPy may be linked with how many threads to start; must come before NumPy."""
-    for name in ("OPENBLAS", "OMP", "MKL", "BLIS", "VECLIB_MAXIMUM"):
-        os.environ[f"{name}_NUM_THREADS"] = str(count)
+    for name in ("OPENBLAS_NUM", "OMP_NUM", "MKL_NUM", "BLIS_NUM", "VECLIB_MAXIMUM"):
+        os.environ[f"{name}_THREADS"] = str(count)
 
 
 def run(

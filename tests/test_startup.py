@@ -168,7 +168,7 @@ def test_a_character_that_the_terminal_lacks_does_not_end_the_command(monkeypatc
 
 
 def test_the_number_of_threads_is_told_to_every_blas(monkeypatch):
-    names = [f"{name}_NUM_THREADS" for name in ("OPENBLAS", "OMP", "MKL", "BLIS", "VECLIB_MAXIMUM")]
+    names = [f"{name}_NUM_THREADS" for name in ("OPENBLAS", "OMP", "MKL", "BLIS")] + ["VECLIB_MAXIMUM_THREADS"]
     for name in names:
         monkeypatch.setenv(name, "9")
     startup.set_blas_threads(3)

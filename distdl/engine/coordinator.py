@@ -160,6 +160,7 @@ class Coordinator(Follower):
             names = ["timing", *journal.names]
             self._logs = {name: JsonLines(self.folder / f"{name}.jsonl", lengths.get(name, 0)) for name in names}
             journal.lengths = {name: self._logs[name].length for name in journal.names}
+            (self.folder / "summary.json").unlink(missing_ok=True)  # whoever finds one knows that the run has ended
 
     def _set_up(
         self,

@@ -381,6 +381,21 @@ def test_a_checkpoint_is_resumed_from_inside_its_folder(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "straight"]
 
 
+def test_a_run_that_goes_on_has_no_summary_before_it_ends(tmp_path, monkeypatch):
+    small_run(OneProcess(), tmp_path / "run", max_steps=2)
+    assert (tmp_path / "run" / "summary.json").is_file()
+    step, seen = Trainer.step, []
+
+    def looks(self):
+        seen.append((tmp_path / "run" / "summary.json").exists())
+        step(self)
+
+    monkeypatch.setattr(Trainer, "step", looks)
+    small_run(OneProcess(), tmp_path / "run", resume="auto", max_steps=3)
+    assert seen == [False]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3
+
+
 def test_checkpoints_later_than_the_one_resumed_from_go(tmp_path):
     expected = small_run(OneProcess(), tmp_path / "straight")
     folder = tmp_path / "run"
