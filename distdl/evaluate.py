@@ -205,20 +205,15 @@ def as_json(trained: Sequence[Trained], part: str, found: Evaluation, half: Eval
 
 def _refuse_outputs(given: argparse.Namespace) -> None:
     """Raise `UserError` for a file that could not be written, before any work."""
-    from distdl.engine.files import try_folder  # noqa: PLC0415
+    from distdl.engine.files import check_output  # noqa: PLC0415
 
     for flag in ("confusion_figure", "misclassified", "json"):
         path, name = getattr(given, flag), f"--{flag.replace('_', '-')}"
         if path is None:
             continue
-        if path.is_dir():
-            raise UserError(f"{name} {path} is a folder: give the name of a file")
         if flag != "json" and path.suffix.lower() not in PICTURES:
             raise UserError(f"{name} {path}: expected a name that ends in {', '.join(PICTURES)}")
-        try:
-            try_folder(path.parent)
-        except OSError as error:
-            raise UserError(f"{name} {path} cannot be written: {error.strerror}; give another file") from None
+        check_output(path, name)
 
 
 def _refuse_pictures_of(first: Trained, given: argparse.Namespace) -> None:

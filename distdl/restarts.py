@@ -66,7 +66,7 @@ def run_until_done(command_of: CommandOf, flags: Sequence[str], restarts: int) -
     for attempt in itertools.count(1):
         before = _identity(folder / "summary.json")
         code = job.run(*command_of(flags_now))
-        unfinished = code == 0 and _identity(folder / "summary.json") == before
+        unfinished = code == 0 and _identity(folder / "summary.json") in {None, before}
         if job.stopping:
             code = EXIT_INTERRUPTED if unfinished else code  # mpirun may call it well
             break

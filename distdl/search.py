@@ -78,4 +78,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(startup.run(main))
+    sys.exit(startup.run(main, trains=True))

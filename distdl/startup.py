@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from distdl import signals
 from distdl.errors import EXIT_INTERRUPTED, DistdlError, UserError, one_line
 from distdl.launcher import read_launch
 from distdl.lifeline import end_with_the_launcher
@@ -42,24 +43,27 @@ def split_at_dashes(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def set_blas_threads(count: int) -> None:
     """Tell every BLAS that NumPy may be linked with how many threads to start; must come before NumPy."""
-    for name in ("OPENBLAS", "OMP", "MKL", "BLIS", "VECLIB_MAXIMUM"):
-        os.environ[f"{name}_NUM_THREADS"] = str(count)
+    for name in ("OPENBLAS_NUM", "OMP_NUM", "MKL_NUM", "BLIS_NUM", "VECLIB_MAXIMUM"):
+        os.environ[f"{name}_THREADS"] = str(count)
 
 
-def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> int:
+def run(
+    command: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None, *, trains: bool = False
+) -> int:
     """Run a command with the process's arguments and return its exit code; `UserError` becomes one line.
 
     Under a launcher every rank meets the same wrong flag; rank 0 alone says so. The others wait a little, so
     that it has spoken before the launcher sees one of them end, and then end by themselves: not every launcher
     ends them.
+
+    Of a command that `trains` the signals that stop a training wait until it listens, in `distdl.engine.train`.
     """
+    if trains:
+        signals.hold()  # before there is a second thread
     launch = read_launch()
     if launch.by is not None:
         end_with_the_launcher()
-    for stream in (sys.stdout, sys.stderr):
-        # What the terminal's encoding lacks is shown as an escape; a dot in the banner must not end a training.
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="backslashreplace")
+    _escape_what_the_terminal_lacks()
     try:
         if not launch.speaks and _asks_for_help(arguments):
             return 0
@@ -74,6 +78,13 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str] | None
         if launch.speaks:
             _say("interrupted; --resume goes on from the last checkpoint")
         return EXIT_INTERRUPTED
+
+
+def _escape_what_the_terminal_lacks() -> None:
+    """Show as an escape what its encoding has no character for; a dot in the banner must not end a training."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _say(text: str) -> None:

@@ -20,4 +20,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(startup.run(main))
+    sys.exit(startup.run(main, trains=True))

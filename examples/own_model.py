@@ -25,4 +25,4 @@ def main(_arguments):
 
 
 if __name__ == "__main__":
-    sys.exit(startup.run(main))
+    sys.exit(startup.run(main, trains=True))

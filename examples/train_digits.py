@@ -34,4 +34,4 @@ def main(_arguments):
 
 if __name__ == "__main__":
     # `run` turns a wrong setting, or more ranks than the batch can feed, into one line and exit code 2.
-    sys.exit(startup.run(main))
+    sys.exit(startup.run(main, trains=True))

@@ -16,7 +16,7 @@ PACKAGE = Path(distdl.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("*.py"))
 
 ROOT = "distdl"  # distdl/__init__.py itself
-BOTTOM = {"errors", "rng", "arrays", "launcher", "processes", "lifeline", "warden", "transforms"}
+BOTTOM = {"errors", "rng", "arrays", "launcher", "processes", "lifeline", "warden", "signals", "transforms"}
 MIDDLE = {"nn", "optim", "schedules", "data", "parallel"}
 #: What does work of its own with the engine; never each other.
 USES = {"benchmark", "hyperparameters"}

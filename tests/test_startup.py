@@ -2,12 +2,14 @@
 
 import io
 import os
+import runpy
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from distdl import startup
+from distdl import signals, startup
 from distdl.errors import DamagedFileError, DistdlError, PeerLost, UserError
 from distdl.launcher import RANK_AND_SIZE
 
@@ -166,7 +168,7 @@ def test_a_character_that_the_terminal_lacks_does_not_end_the_command(monkeypatc
 
 
 def test_the_number_of_threads_is_told_to_every_blas(monkeypatch):
-    names = [f"{name}_NUM_THREADS" for name in ("OPENBLAS", "OMP", "MKL", "BLIS", "VECLIB_MAXIMUM")]
+    names = [f"{name}_NUM_THREADS" for name in ("OPENBLAS", "OMP", "MKL", "BLIS")] + ["VECLIB_MAXIMUM_THREADS"]
     for name in names:
         monkeypatch.setenv(name, "9")
     startup.set_blas_threads(3)
@@ -200,3 +202,31 @@ def test_a_wrong_flag_ends_the_real_command_with_one_line_and_code_2(pytestconfi
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "distdl: error: unknown flag --epohcs: did you mean --epochs?\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "trains"),
+    [("train", True), ("search", True), ("evaluate", False), ("bench", False), ("verify", False), ("mpirun", False)],
+)
+def test_commands_that_train_hold_signals_from_the_start_and_no_others_do(module, trains, monkeypatch):
+    """Who never listens must be ended by SIGTERM, and so must what it starts: programs keep what is blocked."""
+    asked = []
+    monkeypatch.setattr(startup, "run", lambda _, trains=False: asked.append(trains))
+    monkeypatch.delitem(sys.modules, f"distdl.{module}", raising=False)
+    with pytest.raises(SystemExit):
+        runpy.run_module(f"distdl.{module}", run_name="__main__")
+    assert asked == [trains]
+
+
+def test_signals_are_held_before_a_command_that_trains_and_for_no_other(monkeypatch):
+    monkeypatch.setattr("distdl.signals._held", set())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    seen = []
+    try:
+        for trains in (False, True):
+            startup.run(
+                lambda _: seen.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()) - before) or 0, [], trains=trains
+            )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert seen == [set(), signals.HELD]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ class Follower:
         """Take in the records that `make` makes."""
         if self.journal is not None and self.journal.keeps:
             make(self.journal)
+
+    def open_run(self) -> None:
+        """Write what a run folder holds from the start."""
 
     def started(self) -> None:
         """Say where the run goes on from, below the banner."""
@@ -119,7 +123,7 @@ class Follower:
 class Coordinator(Follower):
     """Keeps the run folder and speaks to the person.
 
-    Raises `UserError` where the folder cannot be made or is in use.
+    Raises `UserError` where the folder cannot be made or is in use. Nothing is written into it before `open_run`.
     """
 
     def __init__(
@@ -133,15 +137,22 @@ class Coordinator(Follower):
     ) -> None:
         self._set_up(config, environment, data_sha256, progress, journal)
         self._start = start
-        with claim(start) as (self.folder, self._lock):
-            self._checkpoints = self.folder / "checkpoints"
+        self._opening = ExitStack()
+        self.folder, self._lock = self._opening.enter_context(claim(start))
+        self._checkpoints = self.folder / "checkpoints"
+        self._logs: dict[str, JsonLines] = {}
+
+    def open_run(self) -> None:
+        """Write what the folder holds from the start; take away all of it, and raise `UserError`, if that fails."""
+        config, start, journal = self.config, self._start, self._records_of
+        with self._opening:
             for folder in (self.folder, self._checkpoints):
                 remove_temporaries(folder)
             if start.checkpoint is not None and start.path is not None:
                 self._bring_along(start.checkpoint, start.path, start.origin)
             write_durably(self.folder / "config.toml", config.to_toml().encode())
-            write_durably(self.folder / "env.json", indented_json(environment))
-            lengths = {}
+            write_durably(self.folder / "env.json", indented_json(self._environment))
+            lengths: dict[str, int] = {}
             if start.checkpoint is not None:
                 # Before the logs are cut: no checkpoint may ever be later than they are.
                 checkpoints.remove_later(self._checkpoints, start.checkpoint.header["step"])
@@ -149,6 +160,7 @@ class Coordinator(Follower):
             names = ["timing", *journal.names]
             self._logs = {name: JsonLines(self.folder / f"{name}.jsonl", lengths.get(name, 0)) for name in names}
             journal.lengths = {name: self._logs[name].length for name in journal.names}
+            (self.folder / "summary.json").unlink(missing_ok=True)  # whoever finds one knows that the run has ended
 
     def _set_up(
         self,
@@ -168,6 +180,7 @@ class Coordinator(Follower):
         self._writer = CheckpointWriter(config.keep_checkpoints)
         self._log_is_refused = False
         self._data_sha256 = data_sha256
+        self._environment = environment
         self._kernel_families = environment["kernel_families"]
         self._versions = environment["versions"]
         self._shares_to_say: Sequence[int] | None = None
@@ -400,6 +413,8 @@ class Coordinator(Follower):
 
     def close(self) -> None:
         """Wait for the checkpoint that is being written, close the logs and unlock the run folder."""
+        if self._lock.closed:  # it could not be used after all
+            return
         with self._lock:
             self._writer.close()
             unsaid = self._writer.outcome(wait=False)  # only where the run ends by an error or Ctrl-C

@@ -12,11 +12,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from distdl.errors import UserError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -96,6 +99,22 @@ def try_folder(folder: Path) -> None:
         folder = folder.parent
     with tempfile.TemporaryFile(dir=folder):
         pass
+
+
+def check_output(path: Path, flag: str) -> None:
+    """Raise `UserError` where the file that `flag` names could not be written in the end; nothing is left behind.
+
+    A file takes the place of what is there, so that may be nothing but a regular file: no pipe, device or link.
+    """
+    try:
+        if path.is_dir():
+            raise UserError(f"{flag} {path} is a folder: give the name of a file")
+        with suppress(FileNotFoundError):
+            if not stat.S_ISREG(path.lstat().st_mode):
+                raise UserError(f"{flag} {path} is no regular file, and would be replaced by one: give another name")
+        try_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror}; give another file") from None
 
 
 def remove(folder: Path, names: Iterable[str]) -> None:

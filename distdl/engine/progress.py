@@ -2,11 +2,13 @@
 
 Plain lines by default; on a terminal, and only in one process, a line that rewrites itself as well: under a
 launcher nobody can tell whether a terminal is behind the pipe (Open MPI always says yes, MPICH always no).
-Where nobody reads any more (a closed pipe, a lost terminal) the training goes on unseen.
+A full disk costs the lines that it has no room for. Where nobody reads any more (a closed pipe, the lost terminal of
+a run under `nohup`) the training goes on unseen.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -52,17 +54,25 @@ class Progress:
 
 
 def _write(stream: TextIO | None, text: str) -> None:
-    """Write at once. A stream that fails once leads nowhere from then on, so that nothing fails at exit either."""
+    """Write at once. A stream that fails leads nowhere from then on, so that nothing fails at exit either.
+
+    A full disk costs what was to be written, and no more: there may be room for the next.
+    """
     if stream is None:  # closed before Python was started
         return
     try:
         stream.write(text)
         stream.flush()
-    except OSError:
+    except OSError as error:
         with suppress(OSError):  # a stream that a script has put in place may have no file behind it
+            kept = os.dup(stream.fileno()) if error.errno in {errno.ENOSPC, errno.EDQUOT} else None
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
+            if kept is not None:
+                stream.flush()  # of what is left in its buffer
+                os.dup2(kept, stream.fileno())
+                os.close(kept)
 
 
 def banner(

@@ -93,8 +93,10 @@ class _Preparation:
     build_network: BuildNetwork | None
     dataset: sources.Dataset | None
     printer: Progress | None = None
-    #: The run folder, known to all ranks before anything is written there.
+    #: The run folder, once it is made; known to all ranks before anything is written there.
     folder: Path | None = None
+    #: Whether an attempt before has come to nothing, because a rank was lost.
+    again: bool = False
     environment: dict[str, Any] = field(default_factory=dict)
     progress: Progress = field(default_factory=lambda: Progress(live=False))
     #: The coordinator, or the follower, of the newest attempt.
@@ -110,6 +112,8 @@ class _Preparation:
         except UserError:
             self.close()
             raise
+        finally:
+            self.again = True
 
     def close(self) -> None:
         """Let go of the run folder."""
@@ -142,8 +146,8 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
     coordinates = communicator.rank == 0
     together(communicator, lambda: _check_ranks(config, communicator.size))
     together(communicator, lambda: check_writable(config.trace) if coordinates and config.trace is not None else None)
-    start = together(communicator, lambda: find_start(config, preparation.folder) if coordinates else None)
-    preparation.folder = Path(communicator.bcast_json(None if start is None else str(start.folder.absolute())))
+    folder, again = preparation.folder, preparation.again
+    start = together(communicator, lambda: find_start(config, folder, again=again) if coordinates else None)
     arrays = together(communicator, lambda: read_data(config, dataset) if coordinates else {})
     data = _shared(communicator, arrays)
     del arrays
@@ -187,21 +191,23 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
     progress = preparation.printer or Progress(live=communicator.size == 1)
     journal = Journal(config, steps_per_epoch, keeps=communicator.survives_failures)
 
-    def open_run() -> Path | None:
+    def claim_folder() -> str | None:
         if start is None:
             preparation.opened.append(Follower(journal, succeed))
             return None
         coordinator = Coordinator(config, start, environment, data_sha256, progress, journal)
         preparation.opened.append(coordinator)
-        return coordinator.folder.absolute()
+        return str(coordinator.folder.absolute())
 
     def succeed() -> Coordinator:
         assert preparation.folder is not None
         return Successor(config, preparation.folder, environment, data_sha256, progress, journal)
 
-    folder = together(communicator, open_run)
-    folder, journal.lengths = communicator.bcast_json([None if folder is None else str(folder), journal.lengths])
-    preparation.folder, preparation.environment, preparation.progress = Path(folder), environment, progress
+    preparation.folder = Path(communicator.bcast_json(together(communicator, claim_folder)))
+    communicator.barrier()  # now all know it: should the coordinator be lost, whoever begins again goes on with it
+    together(communicator, preparation.opened[0].open_run)
+    journal.lengths = communicator.bcast_json(journal.lengths)
+    preparation.environment, preparation.progress = environment, progress
     return Trainer(config, communicator, data, state, preparation.opened[0])
 
 

@@ -1,6 +1,7 @@
 """The run folder: which one a run gets, from which checkpoint it goes on, and whose it is.
 
-Deciding (`find_start`) writes nothing; `claim` makes the folder and locks it as long as the process lives.
+Deciding (`find_start`) writes nothing; `claim` makes the folder and locks it as long as the process lives. In between
+data are loaded, which takes its time: what another run has done to the folder meanwhile `claim` sees, and refuses.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ class Start:
     """Where a run begins: its folder, and the checkpoint it goes on from, if any.
 
     `origin` is the run folder that the checkpoint lies in, if it lies in one. A `numbered` folder gets a number
-    behind its name where another run has the name already. A folder is `ours` if this job had it before it lost its
-    coordinator.
+    behind its name where another run has the name already. `held` is the step of the newest checkpoint that was in the
+    folder when this was decided, 0 without any, None if no run was there. `again`: this job has lost its coordinator,
+    which may have had the folder.
     """
 
     folder: Path
@@ -70,23 +72,27 @@ class Start:
     complaints: tuple[str, ...] = ()
     origin: Path | None = None
     numbered: bool = False
-    ours: bool = False
+    held: int | None = None
+    again: bool = False
 
 
-def find_start(config: TrainConfig, ours: Path | None = None) -> Start:
+def find_start(config: TrainConfig, ours: Path | None = None, *, again: bool = False) -> Start:
     """Decide where the run begins; nothing is written. Raises `UserError` for a folder or resume that cannot be.
 
-    `ours` is the folder that this very job has decided on before: it lost its coordinator, and begins again there.
+    `again`: this very job has lost its coordinator, and begins again: in `ours`, if it has made a folder before.
     """
     try:
-        if config.resume is None:
-            if ours is not None:
-                return Start(ours, ours=True)
-            if config.run_dir is None:
-                return Start(timestamped(f"{config.dataset}-{config.model}"), numbered=True)
-            _refuse_used(config.run_dir)
-            return Start(config.run_dir)
-        return replace(_resumed(config, config.resume, ours), ours=ours is not None)
+        if config.resume is not None:
+            return replace(_resumed(config, config.resume, ours), again=again)
+        if ours is not None:
+            start = Start(ours, held=_held(ours), again=again)
+            if start.held:  # we have not come so far as to write a checkpoint
+                raise _used_meanwhile(ours)
+            return start
+        if config.run_dir is None:
+            return Start(timestamped(f"{config.dataset}-{config.model}"), numbered=True)
+        _refuse_used(config.run_dir)
+        return Start(config.run_dir, again=again)
     except OSError as error:
         raise UserError(
             f"cannot look into {error.filename}: {error.strerror}; give another --run-dir or --resume"
@@ -110,23 +116,25 @@ def _newest_in_own_folder(config: TrainConfig, ours: Path | None) -> Start:
     assert folder is not None, "config.checked() has seen to it"
     _refuse_no_folder(folder)
     refuse_links(folder)
+    held = _held(folder)  # before it is read, which takes its time
     found = checkpoints.newest_intact(folder / "checkpoints")
     if found is not None:
-        return Start(folder, found[0], found[1], tuple(found[2]), origin=folder)
+        return Start(folder, found[0], found[1], tuple(found[2]), origin=folder, held=held)
     if ours is None and not (folder / "config.toml").is_file():
         _refuse_used(folder)  # no run was ever here
-    return Start(folder)
+    return Start(folder, held=held)
 
 
 def _given_checkpoint(config: TrainConfig, source: Path) -> Start:
     origin = run_folder_of(source)
     if origin is not None and source.is_file():
         refuse_links(origin)
-    path, checkpoint, complaints = checkpoint_in(source, f"--resume {source}")
     folder = config.run_dir or origin
+    held = None if folder is None else _held(folder)
+    path, checkpoint, complaints = checkpoint_in(source, f"--resume {source}")
     if folder is None:
         raise UserError(f"--resume {source} lies in no run folder: give a new --run-dir for what comes after it")
-    return Start(folder, path, checkpoint, complaints, origin=origin)
+    return Start(folder, path, checkpoint, complaints, origin=origin, held=held)
 
 
 def checkpoint_in(source: Path, named: str) -> tuple[Path, Checkpoint, tuple[str, ...]]:
@@ -231,13 +239,25 @@ def _holds_anything(folder: Path) -> bool:
     return not all(path.name.endswith(TEMPORARY_SUFFIX) for path in found)
 
 
+def _held(folder: Path) -> int | None:
+    """Return the step of the newest checkpoint in a run folder, 0 without any; None where no run has been."""
+    if not folder.is_dir() or not _holds_anything(folder):
+        return None
+    inside = folder / "checkpoints"
+    return max(checkpoints.steps_in(inside), default=0) if inside.is_dir() else 0
+
+
+def _used_meanwhile(folder: Path) -> UserError:
+    return UserError(f"the run folder {folder} was used by another run meanwhile: start again")
+
+
 @contextmanager
 def claim(start: Start) -> Iterator[tuple[Path, IO[bytes]]]:
     """Make the run folder and lock it; if that or the code inside fails, take away again what was made.
 
-    Raises `UserError` where the folder is in use, or the disk refuses. What another run may have written in the
-    meantime stays: ``checkpoints/`` is made, and files are removed, under the lock alone; the folders around them
-    only while they are empty.
+    Raises `UserError` where the folder is in use, or was used since the start was decided, or the disk refuses. What
+    another run may have written in the meantime stays: ``checkpoints/`` is made, and files are removed, under the lock
+    alone; the folders around them only while they are empty.
     """
     folder, made, present = start.folder, list[Path](), set[Path]()
     lock = None
@@ -245,9 +265,11 @@ def claim(start: Start) -> Iterator[tuple[Path, IO[bytes]]]:
         _make_folders(folder.parent, made)
         folder = _make_numbered(folder, made) if start.numbered else _make_folders(folder, made)
         lock_is_old = (folder / "lock").exists()
-        lock = lock_released(folder) if start.ours else lock_folder(folder)
-        refuse_links(folder)
+        lock = lock_released(folder) if start.again else lock_folder(folder)
         present = set(folder.rglob("*")) - (set() if lock_is_old else {folder / "lock"})
+        refuse_links(folder)
+        if _held(folder) != start.held:
+            raise _used_meanwhile(folder)
         _make_folders(folder / "checkpoints", made)
         yield folder, lock
     except (OSError, UserError) as error:

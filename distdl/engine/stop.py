@@ -1,11 +1,12 @@
 """Stopping when a signal asks for it: at the same step on all ranks, after a checkpoint.
 
-SIGUSR1 is the warning that schedulers send before a job's time is up; SIGTERM and Ctrl-C (SIGINT) are taken alike.
+SIGUSR1 is the warning that schedulers send before a job's time is up; SIGTERM, Ctrl-C (SIGINT) and the loss of the
+terminal (SIGHUP, unless `nohup` has it ignored) are taken alike.
 A handler only notes the signal. The note travels in the record of the next step's reduction, in a field with one
 count a signal, so all ranks learn of it together, whichever of them was told; the other fields of the record keep
 their bits. A rank that has no micro-batch in a step sends nothing, and what it was told waits for its next one; so
-does what comes during validation, a checkpoint or start-up. Only Ctrl-C before the first step stops at once: there is
-nothing to save. A second signal stops at once too.
+does what comes during validation, a checkpoint or start-up (before there is a handler: `distdl.signals`). Only Ctrl-C
+before the first step stops at once: there is nothing to save. A second signal stops at once too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -23,8 +24,9 @@ from numpy.typing import NDArray
 
 from distdl.errors import Stopped
 from distdl.parallel import Field
+from distdl.signals import STOPPING as SIGNALS
+from distdl.signals import let_in
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 #: A terminal tells a process of Ctrl-C and so does the launcher: signals so close to the first are the same request.
 SAME_REQUEST_SECONDS = 0.5
 
@@ -46,12 +48,14 @@ class StopRequest:
     def listening(self) -> Iterator[StopRequest]:
         """Handle the signals while inside, in the main thread; those that a script handles or ignores stay with it."""
         before = {}
-        if threading.current_thread() is threading.main_thread():
+        handles = threading.current_thread() is threading.main_thread()
+        if handles:
             for number in SIGNALS:
                 if signal.getsignal(number) in {signal.SIG_DFL, signal.default_int_handler}:
                     before[number] = signal.signal(number, self._hear)
         try:
-            yield self
+            with let_in() if handles else nullcontext():
+                yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -26,9 +26,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.engine.files import try_folder, write_durably
+from distdl.engine.files import check_output, write_durably
 from distdl.engine.timeline import Clock, Timeline
-from distdl.errors import UserError
 from distdl.parallel import Communicator
 
 #: Steps that are kept over all ranks together; about 30 MB of JSON.
@@ -144,12 +143,7 @@ def _events(rank: int, steps: Sequence[Sequence[int]], first_step: int) -> Itera
 
 def check_writable(path: Path) -> None:
     """Raise `UserError` where the trace could not be written; nothing is left behind."""
-    try:
-        if path.is_dir():
-            raise UserError(f"--trace {path} is a folder: give the name of a file")
-        try_folder(path.parent)
-    except OSError as error:
-        raise UserError(f"--trace {path} cannot be written: {error.strerror}; give another file") from None
+    check_output(path, "--trace")
 
 
 def write(path: Path, trace: Mapping[str, Any]) -> None:

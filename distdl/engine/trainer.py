@@ -356,7 +356,10 @@ class Trainer:
     def _not_finite(
         self, what: str, rows: NDArray[np.int64], shards: Sequence[Shard], key: Key
     ) -> tuple[nonfinite.Fault, Record]:
-        """Trace what is not finite in the current step's sum, save it, and stop if so configured. Collective."""
+        """Trace what is not finite in the current step's sum, save it, and stop if so configured. Collective.
+
+        What is finite when computed again always ends the run: no bit may depend on what a machine did wrong.
+        """
         corruption.compare_replicas(self.communicator, self.state)  # weights that one rank alone has
         self.state.network.gradients.fill(0)  # between parameters too, where no backward pass writes
         fault, total = nonfinite.trace(
@@ -367,13 +370,15 @@ class Trainer:
             step=self.state.step + 1,
             what=what,
         )
+        if fault.transient:
+            raise corruption.agreed(f"{fault}; go on")
         if fault.micro_batch is not None:
             rows = split.micro_batch(rows, fault.micro_batch, self.config.micro_batch_size)
             saved = self.coordinator.not_finite(fault, {"rows": rows, **self.data.samples(rows)})
             fault = replace(fault, saved_in=self.communicator.bcast_json(saved))
         if self.config.on_nonfinite == "skip":
             return fault, total
-        raise corruption.agreed(f"{fault}; go on") if fault.transient else self._diverged(str(fault))
+        raise self._diverged(str(fault))
 
     def evaluate(self, rows: NDArray[np.int64]) -> Sums:
         """Return the sums of loss and right answers over the given rows, each counted once. Collective."""

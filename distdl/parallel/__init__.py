@@ -86,6 +86,9 @@ def world() -> Communicator:
         # The mpirun of another MPI: we say so below, once and not once a rank, and only where it matters.
         warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
         communicator = mpi.world_of_mpi()
+    leftovers.register(shared.folders())
+    if launch.local_rank == 0:
+        leftovers.sweep(shared.folders())
     if mpi.ranks_started() == 1 and launch.size > 1:
         raise _not_one_job(
             launch.by,
@@ -94,9 +97,6 @@ def world() -> Communicator:
             "or srun with --mpi=pmi2 for MPICH and --mpi=pmix for Open MPI",
         )
     _end_the_job_on_uncaught_exceptions(communicator)
-    leftovers.register(shared.folders())
-    if launch.local_rank == 0:
-        leftovers.sweep(shared.folders())
     return communicator
 
 

@@ -5,9 +5,11 @@ own segments, Open MPI's session folder. Names and ages do not tell whether a fi
 *held*: locked (`flock`) by its owner as long as that needs it. The kernel lets go of the lock when the owner ends,
 however it ends; a file that can be locked has no owner any more.
 
-For what the MPI library makes, each rank holds a register: a file that lists what of it the rank has mapped, and
-the launchers it descends from. It is removed at an ordinary end. What the register of a dead rank lists is removed
-once no living rank's register lists it (a session folder: once its launcher is gone), and then the register itself.
+For what the MPI library makes, each rank holds a register: a file that lists what of it the rank has mapped, and the
+launchers it descends from. It is removed at an ordinary end where there is an `mpirun`, which removes what its ranks
+have made; without one Open MPI leaves its segments, and the register stays to tell of them. What the register of a dead
+rank lists is removed once no living rank's register lists it (a session folder: once its launcher is gone), and then
+the register itself.
 
 Nothing else is touched: neither what other programs leave, nor what belongs to another user, nor anything on hosts on
 which no run is started.
@@ -29,7 +31,7 @@ from fcntl import LOCK_EX, LOCK_NB, flock
 from functools import cache
 from pathlib import Path
 
-from distdl.lifeline import LAUNCHERS
+from distdl.lifeline import LAUNCHERS, STEP_DAEMONS
 from distdl.processes import Process, ancestors
 
 MEMORY = "distdl-memory-"
@@ -60,17 +62,16 @@ def create_held(folder: Path, prefix: str) -> tuple[int, str]:
 @cache
 def register(folders: tuple[Path, ...]) -> None:
     """List what the MPI library has made for this rank in a file in the first of `folders` that takes it."""
-    text = json.dumps(
-        {
-            "made": sorted(made_by_mpi(Path("/proc/self/maps").read_text(errors="replace"), folders)),
-            "launchers": [asdict(one) for one in ancestors() if one.name in LAUNCHERS],
-        }
-    )
+    made = sorted(made_by_mpi(Path("/proc/self/maps").read_text(errors="replace"), folders))
+    launchers = [one for one in ancestors() if one.name in LAUNCHERS]
+    text = json.dumps({"made": made, "launchers": [asdict(one) for one in launchers]})
+    tidied = not made or any(one.name not in STEP_DAEMONS for one in launchers)
     for folder in folders:
         with suppress(OSError):  # a rank without a register runs as well; what it leaves is not found
             handle, path = create_held(folder, REGISTER)
             os.write(handle, text.encode())
-            atexit.register(Path(path).unlink, missing_ok=True)
+            if tidied:
+                atexit.register(Path(path).unlink, missing_ok=True)
             return
 
 

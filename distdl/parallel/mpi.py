@@ -45,6 +45,8 @@ from numpy.typing import NDArray
 mpi4py.rc.initialize = False
 from distdl.errors import PeerLost  # noqa: E402
 from distdl.launcher import survives_failures, take_the_word  # noqa: E402
+from distdl.lifeline import LAUNCHERS  # noqa: E402
+from distdl.processes import ancestors  # noqa: E402
 
 mpi4py.rc.finalize = not survives_failures()  # at exit, as it would be had the import started it
 
@@ -270,13 +272,16 @@ class MpiCommunicator(Communicator):
 
         Where the launcher lets survivors of a failure go on, it lets them go on after MPI_Abort too, and would
         wait for ever for ranks that wait for us. There the ranks in a collective call are woken by revoking the
-        communicator, and the launcher's daemon, our parent, is told to end the job.
+        communicator, and that of all who are left, since a recovery may have taken this one's place; and the
+        launcher's daemon on this host is told to end the job. It is our parent, or that of a shell that started us.
         """
         say()
         time.sleep(SECONDS_TO_BE_HEARD)
         if survives_failures():
-            self._family.revoke()
-            os.kill(os.getppid(), signal.SIGTERM)
+            for one in {self, _everyone or self}:
+                one._family.revoke()
+            daemons = (process.pid for process in ancestors() if process.name in LAUNCHERS)
+            os.kill(next(daemons, os.getppid()), signal.SIGTERM)
         else:
             MPI.COMM_WORLD.Abort(exit_code)
         os._exit(exit_code)

@@ -20,8 +20,8 @@ SECONDS_BETWEEN_LOOKS = 0.25
 SECONDS_MISSED = 3.0
 #: And so long if it has never been seen: the launcher may not have started it yet.
 SECONDS_NEVER_SEEN = 10.0
-#: Names of processes whose children are ranks.
-LAUNCHERS = ("prte", "mpirun", "mpiexec")
+#: How the names of Open MPI's programs begin whose children are ranks.
+PARENTS = ("prte", "mpirun", "mpiexec")
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def _watch(ended: int, launcher: int, rank: int) -> None:
 def _children(launcher: int) -> int | None:
     """Return how many children the launcher has; None where that cannot be told."""
     try:
-        if not Path(f"/proc/{launcher}/comm").read_text().startswith(LAUNCHERS):
+        if not Path(f"/proc/{launcher}/comm").read_text().startswith(PARENTS):
             return None
         return len(Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split())
     except OSError:

@@ -447,6 +447,7 @@ def wrong(runs, mnist_runs, tmp_path_factory):
     shutil.copytree(mnist_runs / "other", folder / "other-data")
     (folder / "empty").mkdir()
     (folder / "text").write_text("no checkpoint at all")
+    (folder / "to text").symlink_to(folder / "text")
     newest = checkpoints.newest_intact(folder / "mlp" / "checkpoints")[0]
     config = checkpoints.read(newest).header["config"]
     shutil.copytree(folder / "mlp", folder / "torn")
@@ -488,6 +489,7 @@ REFUSED = {
     "a setting of another version": (["another version"], USER, ["another version", "warp"]),
     "a setting that cannot be": (["impossible"], USER, ["impossible", "--batch-size"]),
     "json into a folder": (["mlp", "--json=empty"], USER, ["--json", "empty", "is a folder"]),
+    "json in place of a link": (["mlp", "--json=to text"], USER, ["--json", "to text", "no regular file"]),
     "json below a file": (["mlp", "--json=text/numbers"], USER, ["--json", "text/numbers"]),
     "a picture of no kind": (["mlp", "--misclassified=m.bmp"], USER, ["--misclassified", "m.bmp", ".png"]),
 }

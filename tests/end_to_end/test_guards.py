@@ -65,6 +65,17 @@ def test_a_rank_that_raises_in_an_epoch_ends_the_job_with_its_traceback(run_job,
     assert "[rank 1] RuntimeError: a defect in rank 1" in lines
 
 
+def test_a_rank_that_raises_behind_a_shell_ends_the_job(run_job, tmp_path):
+    """Were it the shell that ended, by a signal, the launcher would take it for the loss of a rank."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(trap="raise RuntimeError('a defect in rank 1')"))
+    launch = mpirun_command(2, ["sh", "-c", f"{sys.executable} {program} {tmp_path / 'run'}; exit $?"])
+    done = run_job(launch, timeout=60)
+    assert done.returncode != 0
+    assert "the end was reached" not in done.stdout
+    assert "[rank 1] RuntimeError: a defect in rank 1" in done.stderr.splitlines()
+
+
 @pytest.mark.parametrize(
     ("trap", "message"),
     [

@@ -82,7 +82,11 @@ def test_a_skipped_step_gives_the_same_bits_on_any_number_of_ranks(
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_fault_of_the_moment_on_one_rank_is_told_from_divergence(communicator, shared_tmp_path, monkeypatch):
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+def test_a_fault_of_the_moment_on_one_rank_is_told_from_divergence(
+    communicator, shared_tmp_path, monkeypatch, on_nonfinite
+):
+    """It ends the run in any case: with the step skipped, the weights would depend on a machine's fault."""
     for size, part in worlds(communicator):
         for victim in range(size):
             with monkeypatch.context() as patch:
@@ -90,7 +94,7 @@ def test_a_fault_of_the_moment_on_one_rank_is_told_from_divergence(communicator,
                 with pytest.raises(
                     CorruptionError, match="not finite at step 2, but not when computed again"
                 ) as caught:
-                    small_run(part, shared_tmp_path / f"{size}-{victim}")
+                    small_run(part, shared_tmp_path / f"{size}-{victim}", on_nonfinite=on_nonfinite)
                 assert (caught.value.agreed, caught.value.exit_code) == (True, 4)
     remove(communicator, shared_tmp_path)
 

@@ -1,6 +1,7 @@
 """Signals to mpirun: the job stops with a checkpoint and exit code 75, and goes on to the undisturbed receipt."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -93,6 +94,21 @@ def test_a_signal_to_mpirun_saves_the_step_and_resume_gives_the_undisturbed_rece
     assert resumed == receipt(tmp_path, 1, "--run-dir", "undisturbed")
 
 
+def test_a_training_whose_terminal_is_lost_saves_the_step(tmp_path):
+    master, terminal = os.openpty()
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(step=STEP))
+    process = subprocess.Popen(
+        [sys.executable, str(program), str(tmp_path), "free", *FLAGS, "--run-dir", str(tmp_path / "run")],
+        preexec_fn=lambda: os.login_tty(terminal),  # noqa: PLW1509  nothing else runs in this process
+    )
+    os.close(terminal)
+    wait_for(tmp_path, "there-*", 1, process)
+    os.close(master)
+    assert process.wait(timeout=60) == 75
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == STEP
+
+
 def test_a_second_signal_ends_the_job_at_once(tmp_path):
     """All ranks are stuck in a step."""
     process = start(tmp_path, 2, "stuck")
@@ -104,3 +120,24 @@ def test_a_second_signal_ends_the_job_at_once(tmp_path):
     _, error = process.communicate(timeout=60)
     assert process.returncode not in {0, 75}
     assert "KeyboardInterrupt: SIGUSR1, the second signal to stop" in error
+
+
+@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1)])
+def test_a_signal_during_start_up_waits_for_the_first_step(tmp_path, run_program, ranks, number):
+    """Each rank gets it before NumPy is imported and MPI started."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\n"
+        "from distdl import startup, train\n\n"
+        "def main(arguments):\n"
+        f"    os.kill(os.getpid(), {number:d})\n"
+        "    assert 'numpy' not in sys.modules\n"
+        "    return train.main(arguments)\n\n"
+        "sys.exit(startup.run(main, trains=True))\n"
+    )
+    arguments = [sys.executable, str(program), *FLAGS, "--run-dir", str(tmp_path / "run")]
+    launch = mpirun_command(ranks, arguments)
+    done = run_program(arguments if ranks == 1 else launch.argv, env=environment_for(launch), timeout=60)
+    assert done.returncode == 75, done.stderr
+    assert f"stopped by {number.name} after step 1, which is saved" in done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1

@@ -23,7 +23,7 @@ from distdl.engine.environment import describe
 from distdl.engine.files import TEMPORARY_SUFFIX
 from distdl.engine.metrics import JsonLines
 from distdl.engine.trainer import Trainer
-from distdl.errors import UserError
+from distdl.errors import PeerLost, UserError
 from distdl.nn import Sequential
 from distdl.parallel import OneProcess
 
@@ -271,6 +271,77 @@ def test_two_default_runs_of_the_same_second_get_folders_of_their_own(tmp_path, 
         assert (second / "checkpoints").is_dir()
 
 
+def while_data_are_loaded(monkeypatch, do):
+    """Let something happen between the choice of the run folder and its use, once."""
+    load = engine_run.read_data
+
+    def loaded(*arguments):
+        monkeypatch.setattr(engine_run, "read_data", load)
+        do()
+        return load(*arguments)
+
+    monkeypatch.setattr(engine_run, "read_data", loaded)
+
+
+def content_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("settings", "before"), [({}, 0), ({"resume": "auto"}, 0), ({"resume": "auto"}, 2)])
+def test_a_folder_that_another_run_has_used_meanwhile_is_left_as_it_is(tmp_path, monkeypatch, settings, before):
+    """The other is a job that was started at the same time, or one that was just ending."""
+    folder, left = tmp_path / "run", {}
+    if before:
+        small_run(OneProcess(), folder, max_steps=before)
+
+    def other_run():
+        small_run(OneProcess(), folder, **settings)
+        left.update(content_of(folder))
+
+    while_data_are_loaded(monkeypatch, other_run)
+    with pytest.raises(UserError, match=r"run was used by another run meanwhile: start again"):
+        small_run(OneProcess(), folder, max_steps=3, **settings)
+    assert content_of(folder) == left != {}
+    lock = run_folder.lock_folder(folder)
+    lock.close()
+
+
+def losing_a_rank(*_):
+    raise PeerLost("a rank was lost")
+
+
+def test_a_job_that_loses_a_rank_before_it_has_a_folder_takes_none_from_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_folder, "datetime", type("Noon", (), {"now": lambda: datetime(2026, 1, 1, 12)}))
+    preparation = engine_run._Preparation(small_config(None).checked(), None, piece_of_digits(94))
+    while_data_are_loaded(monkeypatch, losing_a_rank)
+    with pytest.raises(PeerLost):
+        preparation.trainer(OneProcess())
+    with run_folder.claim(run_folder.find_start(small_config(None).checked())) as (theirs, lock), lock:
+        preparation.trainer(OneProcess())
+        assert preparation.folder == tmp_path / f"{theirs}-2"
+    preparation.close()
+
+
+def test_a_job_that_loses_a_rank_when_it_has_a_folder_goes_on_in_it(tmp_path, monkeypatch):
+    config = small_config(tmp_path / "run").checked()
+    preparation = engine_run._Preparation(config, None, piece_of_digits(94))
+    opened = Coordinator.open_run
+
+    def loses_a_rank(self):
+        opened(self)
+        losing_a_rank()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Coordinator, "open_run", loses_a_rank)
+        with pytest.raises(PeerLost):
+            preparation.trainer(OneProcess())
+    assert (tmp_path / "run" / "config.toml").is_file()
+    preparation.trainer(OneProcess())
+    assert preparation.folder == tmp_path / "run"
+    preparation.close()
+
+
 def test_a_run_that_loses_a_folder_to_another_takes_nothing_from_it(tmp_path, monkeypatch):
     """The other run locks the folder just before us, when its checkpoints/ is still empty."""
     folder = tmp_path / "run"
@@ -308,6 +379,21 @@ def test_a_checkpoint_is_resumed_from_inside_its_folder(tmp_path, monkeypatch):
     train(small_config(None, resume="step-000000002.safetensors"), OneProcess(), dataset=piece_of_digits(94))
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == expected[2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "straight"]
+
+
+def test_a_run_that_goes_on_has_no_summary_before_it_ends(tmp_path, monkeypatch):
+    small_run(OneProcess(), tmp_path / "run", max_steps=2)
+    assert (tmp_path / "run" / "summary.json").is_file()
+    step, seen = Trainer.step, []
+
+    def looks(self):
+        seen.append((tmp_path / "run" / "summary.json").exists())
+        step(self)
+
+    monkeypatch.setattr(Trainer, "step", looks)
+    small_run(OneProcess(), tmp_path / "run", resume="auto", max_steps=3)
+    assert seen == [False]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3
 
 
 def test_checkpoints_later_than_the_one_resumed_from_go(tmp_path):

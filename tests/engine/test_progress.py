@@ -1,8 +1,10 @@
 """Advice on ranks is true by counting; the live line is for a person at a terminal only."""
 
 import io
+import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -113,6 +115,22 @@ def test_there_is_no_live_line_without_a_terminal_or_under_a_launcher(live, stre
     shown.live(1, 1, 1, 2, 0.5)
     shown.line("epoch 1")
     assert sys.stdout.getvalue() == "epoch 1\n"
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_line_but_those(monkeypatch, tmp_path):
+    """Nor does a disk that is full at the end make Python fail when it flushes what is left."""
+    with (tmp_path / "train.log").open("w") as stream, Path("/dev/full").open("wb") as full:
+        monkeypatch.setattr(sys, "stdout", stream)
+        shown, disk = Progress(live=False), os.dup(stream.fileno())
+        shown.line("epoch 1")
+        os.dup2(full.fileno(), stream.fileno())
+        shown.line("epoch 2")
+        os.dup2(disk, stream.fileno())
+        shown.line("epoch 3")
+        os.dup2(full.fileno(), stream.fileno())
+        shown.line("epoch 4")
+        os.close(disk)
+    assert (tmp_path / "train.log").read_text() == "epoch 1\nepoch 3\n"
 
 
 def environment(ranks, hosts):

@@ -21,6 +21,7 @@ from distdl.engine.trainer import Trainer
 from distdl.errors import Stopped
 from distdl.nn import Sequential
 from distdl.parallel import OneProcess
+from distdl.signals import HELD, hold
 
 #: A backward pass that is neither the first nor the last of its step; steps have 8, 8 and 6 micro-batches.
 PASS_IN_STEP = {1: 2, 3: 18, 5: 32, 6: 40}
@@ -115,6 +116,39 @@ def test_handlers_are_restored_and_those_of_a_script_left_alone(monkeypatch):
         signal.signal(signal.SIGUSR1, ignored)
 
 
+@pytest.fixture
+def blocked():
+    """Says what is blocked, and puts back what was before the test."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def test_what_a_command_has_held_is_heard_by_the_training_and_held_again(blocked, monkeypatch):
+    monkeypatch.setattr("distdl.signals._held", set())
+    hold()
+    for number in HELD:
+        tell(number)
+    request = StopRequest()
+    with request.listening():
+        assert not blocked() & HELD
+        assert request.asked in {number.name for number in HELD}
+    assert blocked() >= HELD
+
+
+def test_what_a_script_has_blocked_stays_blocked(blocked, monkeypatch):
+    monkeypatch.setattr("distdl.signals._held", set())
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    hold()
+    request = StopRequest()
+    with request.listening():
+        tell(signal.SIGUSR1)
+        assert request.asked is None
+        tell(signal.SIGTERM)
+        assert request.asked == "SIGTERM"
+    signal.sigtimedwait({signal.SIGUSR1}, 0)
+
+
 def test_training_in_a_thread_leaves_the_signals_alone(tmp_path, monkeypatch):
     expected = small_run(OneProcess(), tmp_path / "straight")
     handlers, seen, found = [signal.getsignal(number) for number in SIGNALS], [], []
@@ -145,9 +179,9 @@ def test_a_start_that_fails_restores_the_handlers(tmp_path, monkeypatch):
 
 def test_the_first_signal_that_any_rank_was_told_is_the_one_named():
     request = StopRequest()
-    request.observe({"stop": np.array([0, 3, 1])})
+    request.observe({"stop": np.array([0, 3, 1, 0])})
     assert request.agreed == "SIGTERM"
-    request.observe({"stop": np.zeros(3, np.int64)})
+    request.observe({"stop": np.zeros(len(SIGNALS), np.int64)})
     assert request.agreed is None
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -188,6 +189,26 @@ def test_a_trace_that_cannot_be_written_is_refused_before_anything_is(tmp_path, 
     with pytest.raises(UserError, match="--trace"):
         train(small_config(tmp_path / "run", trace=tmp_path / name), OneProcess())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "dangling link", "device"])
+def test_a_trace_takes_the_place_of_nothing_but_a_file(tmp_path, kind):
+    path = Path("/dev/null") if kind == "device" else tmp_path / "trace.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind != "device":
+        (tmp_path / "file").touch()
+        path.symlink_to(tmp_path / ("file" if kind == "link" else "nothing"))
+    with pytest.raises(UserError, match=r"^--trace .* is no regular file, and would be replaced by one: give another"):
+        train(small_config(tmp_path / "run", trace=path), OneProcess())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trace_takes_the_place_of_a_trace(tmp_path):
+    path = tmp_path / "trace.json"
+    path.write_text("an older one")
+    check_writable(path)
+    assert path.read_text() == "an older one"
 
 
 def test_a_trace_may_go_into_a_folder_that_is_not_there_yet(tmp_path):

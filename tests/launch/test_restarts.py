@@ -50,6 +50,8 @@ if ends[0] == "refused":
 if ends[0] != "before it began":
     folder.mkdir(exist_ok=True)
     (folder / "config.toml").touch()
+if ends[0] == "killed when it had begun":
+    (folder / "summary.json").unlink(missing_ok=True)
 if ends[0] == 0:
     (folder / "summary.json.partial").touch()
     (folder / "summary.json.partial").rename(folder / "summary.json")
@@ -101,10 +103,11 @@ def test_no_more_restarts_than_allowed_and_the_last_exit_code(tmp_path):
     assert said[-1] == ("distdl: the job ended with exit code 15, 3 times in all; --run-dir run --resume auto goes on")
 
 
-def test_all_well_without_a_new_summary_is_not_believed(tmp_path):
+@pytest.mark.parametrize("end", ["killed", "killed when it had begun"])
+def test_all_well_without_a_new_summary_is_not_believed(tmp_path, end):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").touch()  # of the run as it ended before
-    code, starts, said = run_scripted(tmp_path, ["killed", "killed"], "--run-dir=run", restarts=1)
+    code, starts, said = run_scripted(tmp_path, [end, end], "--run-dir=run", restarts=1)
     assert code == 1
     assert len(starts) == 2
     assert all(line.startswith("distdl: the job ended without a summary") for line in said)

@@ -1,9 +1,11 @@
 """One process and MPI keep the same contract; errors are shared by all ranks; waiting ranks leave the core."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from distdl.errors import DamagedFileError, UserError
 from distdl.parallel import OneProcess, guard, hosts, share_arrays, together, world
 from distdl.parallel import shared as shared_module
+from distdl.processes import Process
 
 
 def assert_contract(communicator):
@@ -232,3 +235,25 @@ def test_an_error_that_each_rank_finds_alone_is_not_taken_for_agreed(monkeypatch
     with pytest.raises(UserError, match="4 separate processes") as caught:
         world()
     assert not caught.value.agreed  # so a silent rank waits for rank 0 to speak
+
+
+def test_an_abort_after_a_recovery_wakes_those_that_are_left_and_ends_the_launcher_not_a_shell(monkeypatch):
+    """Whoever aborts may know of the group before the loss alone."""
+    mpi = pytest.importorskip("distdl.parallel.mpi", exc_type=(ImportError, RuntimeError))
+    done = []
+
+    class Left:
+        _family = SimpleNamespace(revoke=lambda: done.append("those left"))
+
+    before = object.__new__(mpi.MpiCommunicator)
+    before._family = SimpleNamespace(revoke=lambda: done.append("those before"))
+    above = [Process(22, "sh", "S", 11, 0), Process(11, "prterun", "S", 7, 0), Process(7, "mpirun", "S", 1, 0)]
+    monkeypatch.setattr(mpi, "_everyone", Left())
+    monkeypatch.setattr(mpi, "SECONDS_TO_BE_HEARD", 0.0)
+    monkeypatch.setattr(mpi, "survives_failures", lambda: True)
+    monkeypatch.setattr(mpi, "ancestors", lambda: iter(above))
+    monkeypatch.setattr(mpi.os, "kill", lambda *told: done.append(told))
+    monkeypatch.setattr(mpi.os, "_exit", done.append)
+    before.abort(3)
+    assert sorted(done[:2]) == ["those before", "those left"]
+    assert done[2:] == [(11, signal.SIGTERM), 3]

@@ -116,6 +116,29 @@ def test_the_session_folder_of_a_living_launcher_stays(folder):
     assert register.exists()
 
 
+@pytest.mark.parametrize(
+    ("launchers", "left"), [([], True), (["slurmstepd"], True), (["prted"], False), (["mpirun", "slurmstepd"], False)]
+)
+def test_what_mpi_leaves_where_no_mpirun_tidies_up_is_removed_by_the_next_start(folder, launchers, left):
+    """Open MPI in one process that srun, or nobody, has started."""
+    program = """
+import mmap, pathlib, sys
+from distdl.parallel import leftovers
+from distdl.processes import Process
+folder = pathlib.Path(sys.argv[1])
+segment = folder / "sm_segment.host.0.1.0"
+segment.write_bytes(bytes(4096))
+with segment.open("r+b") as file:
+    mapped = mmap.mmap(file.fileno(), 4096)
+leftovers.ancestors = lambda: [Process(1, name, "S", 0, 0) for name in ("sh", *sys.argv[2:])]
+leftovers.register((folder,))
+assert leftovers.sweep([folder]) == []
+"""
+    subprocess.run([sys.executable, "-c", program, folder, *launchers], check=True)
+    assert len(leftovers.sweep([folder])) == 2 * left
+    assert [path.name for path in folder.iterdir()] == ([] if left else ["sm_segment.host.0.1.0"])
+
+
 @pytest.mark.parametrize("name", ["results.npz", "ompi.12x", "my_mpich_shm_1"])
 def test_a_register_cannot_make_us_remove_what_no_mpi_has_made(folder, name):
     mine = made(folder / name)
