@@ -147,6 +147,11 @@ class Settings:
             raise UserError(f"--keep must be above 0 and below 1, the share of the trials to keep, not {self.keep}")
         if self.resume and self.out is None:
             raise UserError("--resume goes on with the search in --out: give that folder too")
+        if self.config.max_steps is not None:
+            raise UserError(
+                f"max_steps = {self.config.max_steps} of the config: a search itself says where its trials stop; leave "
+                "it out of the file"
+            )
         if "\0" in str(self.out):
             raise UserError(f"--out {str(self.out)!r} holds a NUL character: no file can have this name")
         settings._check_ranges()
