@@ -349,7 +349,9 @@ def parse(arguments: Sequence[str], program: str) -> TrainConfig:
     if config.dataset not in DATASETS:
         raise unknown_name("dataset", config.dataset, DATASETS)
     _check_model(config.model, arguments)
-    return config.checked()
+    config = config.checked()
+    _refuse_without_effect(config, arguments)
+    return config
 
 
 def is_own_model(model: str) -> bool:
@@ -384,6 +386,17 @@ def _check_model(model: str, arguments: Sequence[str]) -> None:
             f"a config file names the model {model!r}, which is code and no model of ours: to run it, give "
             f"--model {model} on the command line too"
         )
+
+
+def _refuse_without_effect(config: TrainConfig, arguments: Sequence[str]) -> None:
+    """Raise `UserError` for a flag that does nothing beside the other settings; a file may hold it all the same."""
+    if config.dataset == "digits" and value_of("data_dir", arguments) is not None:
+        raise UserError("--data-dir does nothing for --dataset digits: give --dataset mnist, or leave it out")
+    for name in ("lr_step_epochs", "lr_step_factor"):
+        if config.schedule != "step" and value_of(name, arguments) is not None:
+            raise UserError(
+                f"{_flag(name)} does nothing for --schedule {config.schedule}: give --schedule step, or leave it out"
+            )
 
 
 def _is_text(name: str) -> bool:

@@ -294,6 +294,8 @@ def _arrays(found: Sequence[_Found], data_dir: Path | None, dataset: sources.Dat
                 "expected one dataset; evaluate them one by one"
             )
     if dataset is None:
+        if data_dir is not None and first.config.dataset == "digits":
+            raise UserError(f"--data-dir does nothing for digits, which {first.given} was trained on: leave it out")
         dataset = sources.load(first.config.dataset, data_dir or first.config.data_dir)
     arrays: dict[str, NDArray[Any]] = {}
     for one in found:

@@ -170,7 +170,8 @@ OTHER_SETTINGS = {
 def other_runs(workshop) -> Iterator[Case]:
     shop = RunShop(workshop)
     for flag, value in OTHER_SETTINGS.items():
-        yield shop.resume(f"{flag} {value}", USER, [f"{flag} is", value, "in the checkpoint"], flag, value)
+        more = ["--schedule=step"] if flag.startswith("--lr-step") else []  # they do nothing without
+        yield shop.resume(f"{flag} {value}", USER, [f"{flag} is", value, "in the checkpoint"], flag, value, *more)
     yield shop.resume("fewer epochs", USER, ["--epochs 1 ", "--epochs 2 or more"], "--epochs=1")
     changed = mnist_files()
     changed[TRAIN_IMAGES] = changed[TRAIN_IMAGES][:-1] + bytes([changed[TRAIN_IMAGES][-1] ^ 1])
