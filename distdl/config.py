@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from distdl.errors import UserError, unknown_name
+from distdl.errors import DamagedFileError, UserError, unknown_name
 from distdl.transforms import Transforms
 
 DATASETS = ("digits", "mnist")
@@ -447,11 +447,24 @@ def _config_of_resumed_run(arguments: Sequence[str]) -> Path | None:
         return None
     try:
         found = run_folder_of(Path(folder))
+        if found is None:
+            return None
+        own = found / "config.toml"
+        is_lost = not os.path.lexists(own) or (own.is_file() and not own.stat().st_size)
+        if is_lost and value_of("config", arguments) is None and _has_checkpoints(found):
+            raise DamagedFileError(
+                f"{own} is missing or empty, and the run would go on with other settings than it had: put back what "
+                "it held, or give that by --config FILE"
+            )
         # The folder may be a link, nothing in it may: the search for the checkpoint says so.
-        own = None if found is None else found / "config.toml"
-        return own if own is not None and own.is_file() and not own.is_symlink() else None
+        return own if own.is_file() and not own.is_symlink() else None
     except OSError:
         return None  # the search for the checkpoint says what is wrong with the folder
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    inside = folder / "checkpoints"
+    return inside.is_dir() and any(path.is_file() for path in inside.glob("step-*.safetensors"))
 
 
 def run_folder_of(path: Path) -> Path | None:

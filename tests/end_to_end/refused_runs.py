@@ -188,6 +188,15 @@ def other_runs(workshop) -> Iterator[Case]:
     for broken in ("epochs = [", "\0", "nonsense = 1", "batch_size = -1"):
         (shop.folder / "config.toml").write_text(text + broken)
         yield shop.resume(f"config.toml with {broken}", USER, ["config.toml"])
+    words = ["run/config.toml", "missing or empty", "--config"]
+    (shop.folder / "config.toml").write_text("")
+    for arguments in (["--resume=run"], ["--resume=auto", "--run-dir=run"], [f"--resume={shop.newest}"]):
+        yield Case(f"config.toml empty, {arguments[0][:13]}", arguments, DAMAGED, words)
+    (shop.folder / "config.toml").unlink()
+    for arguments in (["--resume=run"], ["--resume=auto", "--run-dir=run"]):
+        yield Case(f"config.toml missing, {arguments[0]}", [*arguments, "--seed=0"], DAMAGED, words)
+    (workshop / "mine.toml").write_text(text)
+    yield shop.resume("config.toml missing, and another", USER, ["--seed is 1 here"], "--config=mine.toml", "--seed=1")
     (shop.folder / "config.toml").write_text(text)
     for path in shop.paths:
         path.write_bytes(path.read_bytes()[:-1])
