@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import json
 import math
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from distdl.errors import DamagedFileError, UserError, unknown_name
+from distdl.errors import DamagedFileError, UserError, nearest, unknown_name
 from distdl.transforms import Transforms
 
 DATASETS = ("digits", "mnist")
@@ -37,6 +36,15 @@ DEFAULT_EPOCHS = {"digits": 60}
 OTHER_EPOCHS = 20
 DEFAULT_LR = {"adam": 0.001, "adamw": 0.001, "rmsprop": 0.001}
 OTHER_LR = 0.01
+
+#: What others call our settings: to be suggested, never taken.
+OTHER_NAMES = {
+    "learning_rate": "lr",
+    "l2": "weight_decay",
+    "patience": "early_stopping",
+    "network": "model",
+    **dict.fromkeys(("out", "output", "output_dir", "save_dir", "log_dir"), "run_dir"),
+}
 
 #: A resumed run may differ in these: they change neither the weights at a step nor their meaning.
 FREE_TO_CHANGE_ON_RESUME = frozenset(
@@ -409,13 +417,14 @@ def _is_text(name: str) -> bool:
 
 def _check_flag_names(arguments: Sequence[str]) -> None:
     """Raise `UserError` for a flag that is none of ours, with the nearest one."""
-    known = [_flag(name) for name in FIELDS] + ["--help"]
+    known = [*FIELDS, "help"]
     for argument in arguments:
-        name = argument.split("=")[0].replace("_", "-")
+        given = argument.split("=")[0]
+        name = given.replace("-", "_").removeprefix("__")
         if argument.startswith("--") and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "--help lists them all"
-            raise UserError(f"unknown flag {argument.split('=')[0]}: {hint}")
+            near = nearest(name, known, OTHER_NAMES)
+            hint = f"did you mean {_flag(near)}?" if near else "--help lists them all"
+            raise UserError(f"unknown flag {given}: {'leave it out' if given == '--' else hint}")
 
 
 def _check_choices(flags: Sequence[str]) -> None:
@@ -508,7 +517,7 @@ def _settings_of_file(path: Path, without: frozenset[str] = frozenset()) -> dict
         if name not in FIELDS or name in NOT_IN_CONFIG_FILE:
             raise UserError(
                 f"in the config file {path}: "
-                + str(unknown_name("setting", name, [known for known in FIELDS if known not in NOT_IN_CONFIG_FILE]))
+                + str(unknown_name("setting", name, FIELDS.keys() - NOT_IN_CONFIG_FILE, OTHER_NAMES))
             )
         is_switch = isinstance(FIELDS[name].default, bool)
         if isinstance(value, bool) != is_switch or not isinstance(value, str | int | float):

@@ -63,6 +63,11 @@ def test_the_names_listed_here_are_those_of_the_registries():
     assert set(REDUCTIONS) == choices["reduction"]
 
 
+def test_what_is_suggested_for_other_names_is_there():
+    assert set(config_module.OTHER_NAMES.values()) <= set(FIELDS)
+    assert not set(config_module.OTHER_NAMES) & set(FIELDS)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_each_optimizer_starts_at_its_own_default_rate(optimizer):
     expected = 0.001 if optimizer in {"adam", "adamw", "rmsprop"} else 0.01
@@ -401,6 +406,12 @@ def test_all_differences_are_named_at_once_and_a_missing_setting_is_one():
         (["--epohcs", "3"], "unknown flag --epohcs: did you mean --epochs?"),
         (["--batch_sise=3"], "unknown flag --batch_sise: did you mean --batch-size?"),
         (["--zzzzzz"], "unknown flag --zzzzzz: --help lists them all"),
+        (["--learning-rate", "0.1"], "unknown flag --learning-rate: did you mean --lr?"),
+        (["--output_dir=x"], "unknown flag --output_dir: did you mean --run-dir?"),
+        (["--LR", "0.1"], "unknown flag --LR: did you mean --lr?"),
+        (["--", "--epochs", "3"], "unknown flag --: leave it out"),
+        (["--optimizer", "SGD"], "did you mean 'sgd'?"),
+        (["--model", "MLP"], "did you mean 'mlp'?"),
         (["--model", "simple_convent"], "did you mean 'simple_convnet'?"),
         (["--dataset", "mnits"], "unknown dataset 'mnits': expected one of digits, mnist; did you mean 'mnist'?"),
         (["--optimizer", "rmsporp"], "unknown optimizer 'rmsporp': expected one of"),
@@ -426,7 +437,7 @@ def test_all_differences_are_named_at_once_and_a_missing_setting_is_one():
         (["--weight-decay", "nan"], "--weight-decay must be a finite number, not nan"),
         (["--lr-step-factor", "inf"], "--lr-step-factor must be a finite number, not inf"),
         (["--batch-size", "8"], "--micro-batch-size 16 is larger than --batch-size 8"),
-        (["--data-dir", "/nonexistent"], "--data-dir does nothing for --dataset digits: give --dataset mnist, or leave"),
+        (["--data-dir", "/nonexistent"], "--data-dir does nothing for --dataset digits: give --dataset mnist, or"),
         (["--lr-step-epochs", "5"], "--lr-step-epochs does nothing for --schedule constant: give --schedule step, or"),
         (["--lr-step-factor=.1", "--schedule=cosine"], "--lr-step-factor does nothing for --schedule cosine"),
         (["--resume", "auto"], "--resume auto looks for checkpoints in --run-dir"),
@@ -443,7 +454,8 @@ def test_what_is_wrong_is_said_in_one_line(arguments, said):
     ("text", "said"),
     [
         ("lr = ", "is no valid TOML"),
-        ("learning_rate = 0.1", "unknown setting 'learning_rate': expected one of "),
+        ("learnrate = 0.1", "unknown setting 'learnrate': expected one of "),
+        ("learning_rate = 0.1", "did you mean 'lr'?"),
         ("epoch = 3", "did you mean 'epochs'?"),
         ('run_dir = "x"', "unknown setting 'run_dir'"),
         ('config = "x"', "unknown setting 'config'"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from distdl.config import FREE_TO_CHANGE_ON_RESUME, TrainConfig
+from distdl.config import FREE_TO_CHANGE_ON_RESUME, OTHER_NAMES, TrainConfig
 from distdl.errors import UserError, unknown_name
 
 METHODS = ("random", "halving")
@@ -69,7 +69,7 @@ class Range:
     def checked(self) -> Range:
         """Return the range, with whole numbers where the setting is one; raise `UserError` where it cannot be."""
         if self.name not in SEARCHABLE:
-            raise unknown_name("setting to search", self.name, SEARCHABLE)
+            raise unknown_name("setting to search", self.name, SEARCHABLE, OTHER_NAMES)
         if self.scale not in SCALES:
             raise unknown_name(f"scale of --range {self.name}", self.scale, SCALES)
         if not (math.isfinite(self.low) and math.isfinite(self.high)):

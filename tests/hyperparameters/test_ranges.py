@@ -99,7 +99,7 @@ def test_what_cannot_be_searched_is_refused_in_one_line(line, said):
 def test_the_config_of_a_run_that_was_stopped_after_a_step_is_searched_without_that(tmp_path):
     file = tmp_path / "config.toml"
     file.write_text(TrainConfig(model="mlp", max_steps=5).checked().to_toml())
-    with pytest.raises(UserError, match="max_steps = 5 of the config: .* leave it out of the file"):
+    with pytest.raises(UserError, match=r"max_steps = 5 of the config: .* leave it out of the file"):
         parse(flags(f"{LR}-- --config {file} --epochs 1"))
     file.write_text(TrainConfig(model="mlp", lr=0.3).checked().to_toml())
     assert parse(flags(f"{LR}-- --config {file}")).config.model == "mlp", "a range wins over the file, as a flag does"
