@@ -173,6 +173,7 @@ def other_runs(workshop) -> Iterator[Case]:
         more = ["--schedule=step"] if flag.startswith("--lr-step") else []  # they do nothing without
         yield shop.resume(f"{flag} {value}", USER, [f"{flag} is", value, "in the checkpoint"], flag, value, *more)
     yield shop.resume("fewer epochs", USER, ["--epochs 1 ", "--epochs 2 or more"], "--epochs=1")
+    yield shop.resume("fewer steps", USER, ["taken 6 steps", "--max-steps is 5"], "--max-steps=5")
     changed = mnist_files()
     changed[TRAIN_IMAGES] = changed[TRAIN_IMAGES][:-1] + bytes([changed[TRAIN_IMAGES][-1] ^ 1])
     write_files("other", changed)
