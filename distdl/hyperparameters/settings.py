@@ -192,6 +192,11 @@ class Settings:
         for name in names:
             if names.count(name) > 1:
                 raise UserError(f"--range {name.replace('_', '-')} is given {names.count(name)} times: give it once")
+            if name in {"lr_step_epochs", "lr_step_factor"} and self.config.schedule != "step":
+                raise UserError(
+                    f"--range {name.replace('_', '-')} does nothing for --schedule {self.config.schedule}: give "
+                    "-- --schedule step, or leave it out"
+                )
         for _ in self.extremes():
             pass
 
