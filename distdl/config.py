@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import json
 import math
@@ -17,12 +16,13 @@ import os
 import re
 import tomllib
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from distdl.errors import UserError, unknown_name
+from distdl.errors import DamagedFileError, UserError, nearest, unknown_name
+from distdl.model_settings import parse_model_settings
 from distdl.transforms import Transforms
 
 DATASETS = ("digits", "mnist")
@@ -39,6 +39,15 @@ DEFAULT_EPOCHS = {"digits": 60}
 OTHER_EPOCHS = 20
 DEFAULT_LR = {"adam": 0.001, "adamw": 0.001, "rmsprop": 0.001}
 OTHER_LR = 0.01
+
+#: What others call our settings: to be suggested, never taken.
+OTHER_NAMES = {
+    "learning_rate": "lr",
+    "l2": "weight_decay",
+    "patience": "early_stopping",
+    "network": "model",
+    **dict.fromkeys(("out", "output", "output_dir", "save_dir", "log_dir"), "run_dir"),
+}
 
 #: A resumed run may differ in these: they change neither the weights at a step nor their meaning.
 FREE_TO_CHANGE_ON_RESUME = frozenset(
@@ -357,7 +366,9 @@ def parse(arguments: Sequence[str], program: str) -> TrainConfig:
     check_model_name(config.model)
     for setting in ("dataset", "model"):
         _check_code(setting, getattr(config, setting), arguments)
-    return config.checked()
+    config = config.checked()
+    _refuse_without_effect(config, arguments)
+    return config
 
 
 def is_own(name: str) -> bool:
@@ -410,42 +421,15 @@ def _check_code(setting: str, name: str, arguments: Sequence[str]) -> None:
         )
 
 
-#: What a value of `--model-settings` may be, and what it is then taken for.
-SETTING_KINDS: tuple[tuple[str, Callable[[str], Any]], ...] = (
-    ("[0-9]{1,9}", int),
-    ("[0-9]{1,9}(-[0-9]{1,9})+", lambda text: tuple(map(int, text.split("-")))),
-    (r"-?([0-9]+\.?[0-9]*|\.[0-9]+)(e-?[0-9]{1,3})?", float),
-    ("true|false", lambda text: text == "true"),
-    ("[A-Za-z_][A-Za-z0-9_]*", str),
-)
-
-
-def parse_model_settings(text: str | None) -> dict[str, Any]:
-    """Return what `--model-settings` says; raise `UserError`.
-
-    >>> parse_model_settings("hidden=100-50,batch_norm,dropout=0.2,activation=tanh")
-    {'hidden': (100, 50), 'batch_norm': True, 'dropout': 0.2, 'activation': 'tanh'}
-    """
-    settings: dict[str, Any] = {}
-    for part in [] if text is None else text.split(","):
-        name, equals, value = (piece.strip(" ") for piece in part.partition("="))
-        shown = f"--model-settings {part[:80].strip(' ')!r}"
-        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
-            raise UserError(f"{shown} names no setting: give name=value, with commas in between")
-        if name in settings:
-            raise UserError(f"{shown}: {name} is there twice; give it once")
-        for pattern, kind in SETTING_KINDS:
-            if equals and re.fullmatch(pattern, value):
-                settings[name] = kind(value)
-                break
-        else:
-            if equals:
-                raise UserError(
-                    f"{shown}: expected a number, a word, true, false, or whole numbers with - in between, such as "
-                    "hidden=100-50"
-                )
-            settings[name] = True
-    return settings
+def _refuse_without_effect(config: TrainConfig, arguments: Sequence[str]) -> None:
+    """Raise `UserError` for a flag that does nothing beside the other settings; a file may hold it all the same."""
+    if config.dataset == "digits" and value_of("data_dir", arguments) is not None:
+        raise UserError("--data-dir does nothing for --dataset digits: give --dataset mnist, or leave it out")
+    for name in ("lr_step_epochs", "lr_step_factor"):
+        if config.schedule != "step" and value_of(name, arguments) is not None:
+            raise UserError(
+                f"{_flag(name)} does nothing for --schedule {config.schedule}: give --schedule step, or leave it out"
+            )
 
 
 def _is_text(name: str) -> bool:
@@ -458,13 +442,14 @@ def _is_text(name: str) -> bool:
 
 def _check_flag_names(arguments: Sequence[str]) -> None:
     """Raise `UserError` for a flag that is none of ours, with the nearest one."""
-    known = [_flag(name) for name in FIELDS] + ["--help"]
+    known = [*FIELDS, "help"]
     for argument in arguments:
-        name = argument.split("=")[0].replace("_", "-")
+        given = argument.split("=")[0]
+        name = given.replace("-", "_").removeprefix("__")
         if argument.startswith("--") and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "--help lists them all"
-            raise UserError(f"unknown flag {argument.split('=')[0]}: {hint}")
+            near = nearest(name, known, OTHER_NAMES)
+            hint = f"did you mean {_flag(near)}?" if near else "--help lists them all"
+            raise UserError(f"unknown flag {given}: {'leave it out' if given == '--' else hint}")
 
 
 def _check_choices(flags: Sequence[str]) -> None:
@@ -496,11 +481,24 @@ def _config_of_resumed_run(arguments: Sequence[str]) -> Path | None:
         return None
     try:
         found = run_folder_of(Path(folder))
+        if found is None:
+            return None
+        own = found / "config.toml"
+        is_lost = not os.path.lexists(own) or (own.is_file() and not own.stat().st_size)
+        if is_lost and value_of("config", arguments) is None and _has_checkpoints(found):
+            raise DamagedFileError(
+                f"{own} is missing or empty, and the run would go on with other settings than it had: put back what "
+                "it held, or give that by --config FILE"
+            )
         # The folder may be a link, nothing in it may: the search for the checkpoint says so.
-        own = None if found is None else found / "config.toml"
-        return own if own is not None and own.is_file() and not own.is_symlink() else None
+        return own if own.is_file() and not own.is_symlink() else None
     except OSError:
         return None  # the search for the checkpoint says what is wrong with the folder
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    inside = folder / "checkpoints"
+    return inside.is_dir() and any(path.is_file() for path in inside.glob("step-*.safetensors"))
 
 
 def run_folder_of(path: Path) -> Path | None:
@@ -544,7 +542,7 @@ def _settings_of_file(path: Path, without: frozenset[str] = frozenset()) -> dict
         if name not in FIELDS or name in NOT_IN_CONFIG_FILE:
             raise UserError(
                 f"in the config file {path}: "
-                + str(unknown_name("setting", name, [known for known in FIELDS if known not in NOT_IN_CONFIG_FILE]))
+                + str(unknown_name("setting", name, FIELDS.keys() - NOT_IN_CONFIG_FILE, OTHER_NAMES))
             )
         is_switch = isinstance(FIELDS[name].default, bool)
         if isinstance(value, bool) != is_switch or not isinstance(value, str | int | float):

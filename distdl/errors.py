@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 EXIT_DEFECT = 1
 EXIT_USER = 2
@@ -80,13 +80,25 @@ def one_line(text: str) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(text.split()))
 
 
-def unknown_name(kind: str, given: str, known: Iterable[str]) -> UserError:
-    """Return the error for a name that is not known, with the nearest known one suggested.
+def unknown_name(kind: str, given: str, known: Iterable[str], other: Mapping[str, str] | None = None) -> UserError:
+    """Return the error for a name that is not known, with the nearest known one suggested: see `nearest`.
 
     >>> str(unknown_name("optimizer", "adma", ["adam", "sgd"]))
     "unknown optimizer 'adma': expected one of adam, sgd; did you mean 'adam'?"
     """
     known = sorted(known)
-    near = difflib.get_close_matches(given, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    near = nearest(given, known, other or {})
+    hint = f"; did you mean {near!r}?" if near else ""
     return UserError(f"unknown {kind} {given!r}: expected one of {', '.join(known)}{hint}")
+
+
+def nearest(given: str, known: Iterable[str], other: Mapping[str, str]) -> str | None:
+    """Return the known name that may be meant, None if none is near; `other` has what else one is called.
+
+    >>> nearest("SDG", ["adam", "sgd"], {}), nearest("learning_rate", ["lr", "seed"], {"learning_rate": "lr"})
+    ('sgd', 'lr')
+    """
+    of_lower_case = {name.lower(): name for name in known}
+    given = given.lower()
+    near = difflib.get_close_matches(other.get(given, given), of_lower_case, n=1)
+    return of_lower_case[near[0]] if near else None

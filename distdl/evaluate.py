@@ -136,12 +136,13 @@ def report(trained: Sequence[Trained], part: str, found: Evaluation, half: Evalu
         kinds.append("")
         scores.append([found.ensemble, half.ensemble if half else found.ensemble])
     wide, wider = max(map(len, names)), max(map(len, kinds))
-    columns = ("accuracy", "loss", "float16", "loss") if half else ("accuracy", "loss")
+    columns = ["accuracy", "loss", "float16", "loss"] if half else ["accuracy", "loss"]
     lines = [f"{trained[0].config.dataset}, {part} part: {len(found.rows)} samples"]
-    lines.append(f"{'':{wide + wider + 2}}" + "".join(f"{column:>10}" for column in columns))
-    for name, kind, of_name in zip(names, kinds, scores, strict=True):
-        shown = "".join(f"{_percent(score):>10}{score.loss:10.4f}" for score in of_name[: 2 if half else 1])
-        lines.append(f"{name:{wide}}  {kind:{wider}}{shown}")
+    cells = ([cell for score in pair for cell in (_percent(score), f"{score.loss:.4f}")] for pair in scores)
+    rows = [columns, *(row[: len(columns)] for row in cells)]
+    width = max(10, 2 + max(len(cell) for row in rows for cell in row))
+    for name, kind, row in zip(["", *names], ["", *kinds], rows, strict=True):
+        lines.append(f"{name:{wide}}  {kind:{wider}}" + "".join(f"{cell:>{width}}" for cell in row))
     return lines
 
 

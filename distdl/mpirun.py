@@ -153,6 +153,8 @@ def main(arguments: Sequence[str]) -> int:
     options, flags = _parse(arguments)
     if options.restarts < 0:
         raise UserError(f"cannot restart {options.restarts} times: expected 0 or more")
+    if options.restarts and options.module.startswith("distdl.") and options.module != "distdl.train":
+        raise UserError(f"--restarts is for trainings, and {options.module} is none: leave it out")
     command = _command_of(options, flags)
 
     def start_of(flags: Sequence[str]) -> tuple[Sequence[str], dict[str, str]]:

@@ -35,11 +35,16 @@ def parse(arguments: Sequence[str]) -> Settings:
         advice="--help lists all flags",
     )
     add, keeps = parser.add_argument, ", ".join(f"{keep} for {name}" for name, keep in DEFAULT_KEEP.items())
-    add("--range", dest="ranges", action="append", default=[], metavar="lr=1e-6:1e-2:log", help="give one a setting")
-    add("--method", default=usual.method, help=f"{' or '.join(METHODS)} (default: %(default)s)")
     add(
-        "--rounds", type=int, default=usual.rounds, help="how often to narrow, or halve, and one (default: %(default)s)"
+        "--range",
+        dest="ranges",
+        action="append",
+        default=[],
+        metavar="lr=1e-6:1e-2:log",
+        help="give one for each setting to search; a range wins over a config file behind --",
     )
+    add("--method", default=usual.method, help=f"{' or '.join(METHODS)} (default: %(default)s)")
+    add("--rounds", type=int, default=usual.rounds, help="number of rounds (default: %(default)s)")
     add(
         "--trials", type=int, default=usual.trials, help="trials of a (halving: the first) round (default: %(default)s)"
     )

@@ -46,7 +46,7 @@ def run(example, description, *, has_data=False, switches=None):
             example(options)
         return 0
 
-    sys.exit(startup.run(command, trains=has_data))
+    sys.exit(startup.run(command))
 
 
 def check_picture(out):

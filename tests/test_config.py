@@ -63,6 +63,11 @@ def test_the_names_listed_here_are_those_of_the_registries():
     assert set(REDUCTIONS) == choices["reduction"]
 
 
+def test_what_is_suggested_for_other_names_is_there():
+    assert set(config_module.OTHER_NAMES.values()) <= set(FIELDS)
+    assert not set(config_module.OTHER_NAMES) & set(FIELDS)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_each_optimizer_starts_at_its_own_default_rate(optimizer):
     expected = 0.001 if optimizer in {"adam", "adamw", "rmsprop"} else 0.01
@@ -107,7 +112,7 @@ def test_flags_are_read_before_numpy_and_mpi_are_imported(pytestconfig):
 import sys
 import distdl, distdl.config, distdl.errors, distdl.launcher, distdl.startup, distdl.train, distdl.mpirun
 {HEAVY}
-distdl.config.parse(["--lr", "0.1", "--data-dir", "here"], "program")
+distdl.config.parse(["--lr", "0.1", "--dataset", "mnist", "--data-dir", "here"], "program")
 try:
     distdl.config.parse(["--lr", "much"], "program")
 except distdl.errors.UserError:
@@ -169,6 +174,12 @@ def test_flags_win_over_the_file_which_wins_over_the_defaults(tmp_path):
     for arguments in (["--lr", "2", "--config", file], [f"--config={file}", "--lr=2"], ["--lr=2", "--config", file]):
         over = parsed(*arguments)
         assert (over.lr, over.epochs, over.optimizer) == (2.0, 7, "sgd")
+
+
+def test_a_file_may_hold_what_flags_make_meaningless(tmp_path):
+    file = written(tmp_path, 'dataset = "mnist"\ndata_dir = "there"\nschedule = "step"\nlr_step_factor = 0.5\n')
+    config = parsed("--config", file, "--dataset", "digits", "--schedule", "constant")
+    assert (config.dataset, config.schedule, config.lr_step_factor) == ("digits", "constant", 0.5)
 
 
 def test_a_resumed_run_supplies_the_flags_below_those_of_a_file(tmp_path):
@@ -396,6 +407,12 @@ def test_all_differences_are_named_at_once_and_a_missing_setting_is_one():
         (["--epohcs", "3"], "unknown flag --epohcs: did you mean --epochs?"),
         (["--batch_sise=3"], "unknown flag --batch_sise: did you mean --batch-size?"),
         (["--zzzzzz"], "unknown flag --zzzzzz: --help lists them all"),
+        (["--learning-rate", "0.1"], "unknown flag --learning-rate: did you mean --lr?"),
+        (["--output_dir=x"], "unknown flag --output_dir: did you mean --run-dir?"),
+        (["--LR", "0.1"], "unknown flag --LR: did you mean --lr?"),
+        (["--", "--epochs", "3"], "unknown flag --: leave it out"),
+        (["--optimizer", "SGD"], "did you mean 'sgd'?"),
+        (["--model", "MLP"], "did you mean 'mlp'?"),
         (["--model", "simple_convent"], "did you mean 'simple_convnet'?"),
         (["--dataset", "mnits"], "unknown dataset 'mnits': expected one of digits, mnist; did you mean 'mnist'?"),
         (["--optimizer", "rmsporp"], "unknown optimizer 'rmsporp': expected one of"),
@@ -421,6 +438,9 @@ def test_all_differences_are_named_at_once_and_a_missing_setting_is_one():
         (["--weight-decay", "nan"], "--weight-decay must be a finite number, not nan"),
         (["--lr-step-factor", "inf"], "--lr-step-factor must be a finite number, not inf"),
         (["--batch-size", "8"], "--micro-batch-size 16 is larger than --batch-size 8"),
+        (["--data-dir", "/nonexistent"], "--data-dir does nothing for --dataset digits: give --dataset mnist, or"),
+        (["--lr-step-epochs", "5"], "--lr-step-epochs does nothing for --schedule constant: give --schedule step, or"),
+        (["--lr-step-factor=.1", "--schedule=cosine"], "--lr-step-factor does nothing for --schedule cosine"),
         (["--resume", "auto"], "--resume auto looks for checkpoints in --run-dir"),
         (["--config", "/nowhere/c.toml"], "cannot read the config file /nowhere/c.toml: No such file or directory"),
         (["--data-dir", "a\udcff"], "is not valid UTF-8"),
@@ -435,7 +455,8 @@ def test_what_is_wrong_is_said_in_one_line(arguments, said):
     ("text", "said"),
     [
         ("lr = ", "is no valid TOML"),
-        ("learning_rate = 0.1", "unknown setting 'learning_rate': expected one of "),
+        ("learnrate = 0.1", "unknown setting 'learnrate': expected one of "),
+        ("learning_rate = 0.1", "did you mean 'lr'?"),
         ("epoch = 3", "did you mean 'epochs'?"),
         ('run_dir = "x"', "unknown setting 'run_dir'"),
         ('config = "x"', "unknown setting 'config'"),

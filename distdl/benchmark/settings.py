@@ -96,9 +96,17 @@ class Settings:
             )
         if not (SCALINGS[self.scaling] or self.layers or self.communication):
             raise UserError("--scaling none leaves nothing to measure: give --layers or --communication too")
+        self._refuse_without_effect()
         if "\0" in f"{self.data_dir}{self.out}{self.trace}":
             raise UserError("a path holds a NUL character: no file can have this name")
         return self
+
+    def _refuse_without_effect(self) -> None:
+        """Raise `UserError` for a setting that does nothing beside the others."""
+        if self.network is not None and not SCALINGS[self.scaling]:
+            raise UserError("--network is what --scaling is projected to, which is none: leave one of them out")
+        if self.data_dir is not None and self.dataset in {None, "digits"}:
+            raise UserError("--data-dir does nothing without --dataset mnist: give that too, or leave it out")
 
     @property
     def micro_batches(self) -> int:

@@ -101,7 +101,10 @@ def _metadata(data: bytes, size: int, name: str) -> tuple[dict[str, Any], int]:
     if size < 8:
         raise DamagedFileError(f"{name} is damaged: it has {size} bytes, too few for a checkpoint")
     if length > min(size - 8, LARGEST_HEADER_BYTES):
-        raise DamagedFileError(f"{name} is damaged: its {size} bytes announce a header of {length} bytes")
+        raise DamagedFileError(
+            f"{name} is damaged, or no checkpoint of distdl (give a run folder, or a file of its checkpoints/): its "
+            f"{size} bytes announce a header of {length} bytes"
+        )
     try:
         header = _parsed(data[8 : 8 + length])
         metadata = _parsed(header.pop("__metadata__")["distdl"])

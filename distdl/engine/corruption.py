@@ -68,12 +68,15 @@ def audit(
     shards: Sequence[Shard],
     compute: ComputeShard,
     state: TrainingState,
+    *,
+    own_model: bool = False,
 ) -> None:
     """Raise `CorruptionError` on every rank unless each gets the partial sums that the rank after it has. Collective.
 
     Called when all micro-batches are added and before they are reduced, so nothing wrong has gone further. Alone, a
-    rank computes its own shard a second time.
+    rank computes its own shard a second time. The layers of a user's `own_model` may be at fault themselves.
     """
+    impure = " (or a layer of the model is no pure function of its input and key: mend that)" if own_model else ""
     rank, size = communicator.rank, communicator.size
 
     def computed(owner: int) -> str:
@@ -92,10 +95,10 @@ def audit(
     step = state.step + 1
     fickle = [one for one in range(size) if first[one] != second[one]]
     if fickle:
-        raise found(communicator, fickle, f"a shard of step {step} has other bits when computed again")
+        raise found(communicator, fickle, f"a shard of step {step} has other bits when computed again{impure}")
     compare_replicas(communicator, state)
     suspects = set.intersection(*pairs) or set.union(*pairs)
-    raise found(communicator, sorted(suspects), f"the same shard of step {step} has other bits on another rank")
+    raise found(communicator, sorted(suspects), f"the same shard of step {step} has other bits on another rank{impure}")
 
 
 def _digest(reduction: Reduction) -> str:

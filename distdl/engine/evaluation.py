@@ -307,6 +307,8 @@ def _arrays(
             raise UserError(
                 f"{first.given} was trained on a dataset of its own; if you trust that code, add --dataset {trained_on}"
             )
+        if data_dir is not None and trained_on == "digits":
+            raise UserError(f"--data-dir does nothing for digits, which {first.given} was trained on: leave it out")
         dataset = load_dataset(dataset or trained_on, data_dir or first.config.data_dir)
     arrays: dict[str, NDArray[Any]] = {}
     for one in found:

@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from distdl.config import is_own, parse_model_settings
+from distdl.config import is_own
 from distdl.data import sources
 from distdl.errors import PeerLost, UserError
+from distdl.model_settings import parse_model_settings
 from distdl.nn import Sequential, build_model
 from distdl.nn.layers import Layer, Shape, show_shape
 from distdl.parallel import Communicator, together

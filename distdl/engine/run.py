@@ -184,7 +184,7 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
     preparation.taken = together(
         communicator, lambda: None if source is None else transfer.take(source, state.network, config.model)
     )
-    together(communicator, lambda: _restore(state, start, data_sha256, config.epoch_count, steps_per_epoch))
+    together(communicator, lambda: _restore(state, start, data_sha256, config, steps_per_epoch))
     _hand_out(communicator, state)
 
     environment = describe(communicator)
@@ -300,7 +300,9 @@ def sha256_of_data(data: Data) -> str:
     return sha256_of_arrays([("images", data.images), ("labels", data.labels), *vars(data.parts).items()])
 
 
-def _restore(state: TrainingState, start: Start | None, data_sha256: str, epochs: int, steps_per_epoch: int) -> None:
+def _restore(
+    state: TrainingState, start: Start | None, data_sha256: str, config: TrainConfig, steps_per_epoch: int
+) -> None:
     """Put the checkpoint's content into the state; raise `UserError` where the run cannot go on from there."""
     if start is None or start.checkpoint is None:
         return
@@ -322,6 +324,12 @@ def _restore(state: TrainingState, start: Start | None, data_sha256: str, epochs
         or not np.isfinite(state.epoch_sums.loss_sum[0])
     ):
         raise DamagedFileError(f"{start.path} is damaged: its sums of the epoch are not those of {samples} samples")
+    if config.max_steps is not None and state.step > config.max_steps:
+        raise UserError(
+            f"cannot resume from {start.path}: it has taken {state.step} steps, and --max-steps is "
+            f"{config.max_steps}; give more, leave the flag out, or start a new run"
+        )
+    epochs = config.epoch_count
     if state.step > epochs * steps_per_epoch:
         raise UserError(
             f"cannot resume from {start.path}: it has taken {state.step} steps, and --epochs {epochs} are "

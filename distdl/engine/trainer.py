@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.arrays import aligned_empty
-from distdl.config import TrainConfig
+from distdl.config import TrainConfig, is_own_model
 from distdl.data import split
 from distdl.data.augmentation import Augmentation
 from distdl.data.normalization import Normalization
@@ -303,7 +303,8 @@ class Trainer:
             self._gradients.add(index, record)
         with committed(self.communicator):
             if self.config.audit and (state.step + 1) % self.config.audit == 0:
-                corruption.audit(self.communicator, self._gradients, shards, compute, state)
+                own_model = is_own_model(self.config.model)
+                corruption.audit(self.communicator, self._gradients, shards, compute, state, own_model=own_model)
             self.timeline.enter_reduction()
             total = self._gradients.total()
             self.timeline.leave_reduction()
@@ -503,8 +504,14 @@ class Trainer:
 
     def _diverged(self, what: str) -> DivergedError:
         """Return the error for sums that are no numbers; every rank has the same sums."""
-        advice = f"start a new run with a smaller --lr than {self.config.lr:g}"
-        error = DivergedError(f"{what}: training has diverged; {advice}")
+        if self.state.step == self.state.progress.get("skipped_steps", 0):
+            advice = "no update was made before; look at the data, the initial weights and the model, not at --lr"
+        else:
+            given = {"--lr": self.config.lr, "--weight-decay": self.config.weight_decay}
+            given["--l1-decay"] = self.config.l1_decay
+            smaller = " or ".join(f"{flag} than {value:g}" for flag, value in given.items() if value)
+            advice = f"training has diverged; start a new run with a smaller {smaller}"
+        error = DivergedError(f"{what}: {advice}")
         error.agreed = True
         return error
 

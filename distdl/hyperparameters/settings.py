@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from distdl.config import FREE_TO_CHANGE_ON_RESUME, TrainConfig
+from distdl.config import FREE_TO_CHANGE_ON_RESUME, OTHER_NAMES, TrainConfig
 from distdl.errors import UserError, unknown_name
 
 METHODS = ("random", "halving")
@@ -69,7 +69,7 @@ class Range:
     def checked(self) -> Range:
         """Return the range, with whole numbers where the setting is one; raise `UserError` where it cannot be."""
         if self.name not in SEARCHABLE:
-            raise unknown_name("setting to search", self.name, SEARCHABLE)
+            raise unknown_name("setting to search", self.name, SEARCHABLE, OTHER_NAMES)
         if self.scale not in SCALES:
             raise unknown_name(f"scale of --range {self.name}", self.scale, SCALES)
         if not (math.isfinite(self.low) and math.isfinite(self.high)):
@@ -147,6 +147,11 @@ class Settings:
             raise UserError(f"--keep must be above 0 and below 1, the share of the trials to keep, not {self.keep}")
         if self.resume and self.out is None:
             raise UserError("--resume goes on with the search in --out: give that folder too")
+        if self.config.max_steps is not None:
+            raise UserError(
+                f"max_steps = {self.config.max_steps} of the config: a search itself says where its trials stop; leave "
+                "it out of the file"
+            )
         if "\0" in str(self.out):
             raise UserError(f"--out {str(self.out)!r} holds a NUL character: no file can have this name")
         settings._check_ranges()
@@ -187,6 +192,11 @@ class Settings:
         for name in names:
             if names.count(name) > 1:
                 raise UserError(f"--range {name.replace('_', '-')} is given {names.count(name)} times: give it once")
+            if name in {"lr_step_epochs", "lr_step_factor"} and self.config.schedule != "step":
+                raise UserError(
+                    f"--range {name.replace('_', '-')} does nothing for --schedule {self.config.schedule}: give "
+                    "-- --schedule step, or leave it out"
+                )
         for _ in self.extremes():
             pass
 

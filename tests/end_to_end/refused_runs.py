@@ -170,8 +170,10 @@ OTHER_SETTINGS = {
 def other_runs(workshop) -> Iterator[Case]:
     shop = RunShop(workshop)
     for flag, value in OTHER_SETTINGS.items():
-        yield shop.resume(f"{flag} {value}", USER, [f"{flag} is", value, "in the checkpoint"], flag, value)
+        more = ["--schedule=step"] if flag.startswith("--lr-step") else []  # they do nothing without
+        yield shop.resume(f"{flag} {value}", USER, [f"{flag} is", value, "in the checkpoint"], flag, value, *more)
     yield shop.resume("fewer epochs", USER, ["--epochs 1 ", "--epochs 2 or more"], "--epochs=1")
+    yield shop.resume("fewer steps", USER, ["taken 6 steps", "--max-steps is 5"], "--max-steps=5")
     changed = mnist_files()
     changed[TRAIN_IMAGES] = changed[TRAIN_IMAGES][:-1] + bytes([changed[TRAIN_IMAGES][-1] ^ 1])
     write_files("other", changed)
@@ -187,6 +189,15 @@ def other_runs(workshop) -> Iterator[Case]:
     for broken in ("epochs = [", "\0", "nonsense = 1", "batch_size = -1"):
         (shop.folder / "config.toml").write_text(text + broken)
         yield shop.resume(f"config.toml with {broken}", USER, ["config.toml"])
+    words = ["run/config.toml", "missing or empty", "--config"]
+    (shop.folder / "config.toml").write_text("")
+    for arguments in (["--resume=run"], ["--resume=auto", "--run-dir=run"], [f"--resume={shop.newest}"]):
+        yield Case(f"config.toml empty, {arguments[0][:13]}", arguments, DAMAGED, words)
+    (shop.folder / "config.toml").unlink()
+    for arguments in (["--resume=run"], ["--resume=auto", "--run-dir=run"]):
+        yield Case(f"config.toml missing, {arguments[0]}", [*arguments, "--seed=0"], DAMAGED, words)
+    (workshop / "mine.toml").write_text(text)
+    yield shop.resume("config.toml missing, and another", USER, ["--seed is 1 here"], "--config=mine.toml", "--seed=1")
     (shop.folder / "config.toml").write_text(text)
     for path in shop.paths:
         path.write_bytes(path.read_bytes()[:-1])

@@ -115,3 +115,11 @@ def test_a_resume_without_max_steps_goes_on_to_the_end(workshop):
     code, out, err, _ = outcome(["--resume=run"])
     assert (code, err) == (0, "")
     assert "test accuracy" in out
+
+
+def test_a_resume_may_end_at_the_step_where_the_run_is(workshop):
+    shop = RunShop(workshop, "--max-steps=2")
+    code, out, err, _ = outcome(["--resume=run", "--max-steps=2"])  # as another start of the same job does
+    assert (code, err) == (0, "")
+    assert "weights sha256: " in out
+    assert shop.newest.read_bytes() == shop.whole

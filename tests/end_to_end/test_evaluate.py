@@ -19,7 +19,7 @@ from distdl.config import TrainConfig
 from distdl.data.split import micro_batch
 from distdl.engine import checkpoint as checkpoints
 from distdl.engine import train
-from distdl.engine.evaluation import evaluate, in_half_precision, load
+from distdl.engine.evaluation import Score, evaluate, in_half_precision, load
 from distdl.errors import UserError
 from distdl.launcher import read_launch
 from distdl.nn import Affine, BatchNorm, Conv2d, Flatten, ReLU, Sequential, Tanh, build_model
@@ -342,6 +342,8 @@ def test_numbers_are_reported_by_their_loss_and_have_no_confusion(tmp_path):
     loss = summary_of(tmp_path / "run")["test_loss"]
     assert shown.summary_of("test", found, None) == f"test loss: {loss:.6f}"
     assert shown.report(trained, "test", found, None)[-1].endswith(f"–{loss:10.4f}")
+    large = dataclasses.replace(found, scores=[Score(9073030.6755, 0, 0)])
+    assert shown.report(trained, "test", large, found)[-1].split()[-4:] == ["–", "9073030.6755", "–", f"{loss:.4f}"]
     numbers = shown.as_json(trained, "test", found, found)
     assert numbers["ensemble"] == {
         "accuracy": None,
@@ -473,7 +475,7 @@ REFUSED = {
     "no such folder": (["nowhere"], USER, ["nowhere", "no such checkpoint or run folder"]),
     "a folder without checkpoints": (["empty"], USER, ["empty/checkpoints", "expected a run folder"]),
     "one of several is none": (["mlp", "empty"], USER, ["empty/checkpoints"]),
-    "a file of another kind": (["text"], DAMAGED, ["text", "damaged"]),
+    "a file of another kind": (["text"], DAMAGED, ["text", "no checkpoint of distdl", "run folder"]),
     "a damaged checkpoint": (["torn"], DAMAGED, ["torn/checkpoints/step-", "checksum"]),
     "a truncated checkpoint": (["short"], DAMAGED, ["short", "announces"]),
     "the best of a file": (["short", "--best"], USER, ["--best", "short", "is a file"]),
@@ -481,6 +483,7 @@ REFUSED = {
     "a checkpoint that is a link": (["linked"], USER, ["symbolic link"]),
     "no hash of the data": (["no data"], DAMAGED, ["no data", "data_sha256"]),
     "another dataset": (["mnist", "--data-dir=other-data"], USER, ["mnist/checkpoints", "other images", "--data-dir"]),
+    "data for digits": (["mlp", "--data-dir=nowhere"], USER, ["--data-dir does nothing for digits", "mlp"]),
     "no data": (["mnist", "--data-dir=empty"], USER, ["empty", "--data-dir"]),
     "members of two datasets": (["mlp", "mnist"], USER, ["mnist", "digits", "expected one dataset"]),
     "members of two splits": (["mlp", "seed 1"], USER, ["seed 1", "--seed 1", "--seed 0", "other samples"]),

@@ -2,10 +2,12 @@
 
 import sys
 
+import numpy as np
 import pytest
 from injected import flip, spoil_records, spoil_state
 from small_runs import remove, small_run, worlds
 
+from distdl import nn
 from distdl.engine import checkpoint as checkpoints
 from distdl.engine.balance import Balance
 from distdl.errors import CorruptionError
@@ -122,9 +124,27 @@ def test_an_audit_finds_flipped_weights_before_the_step_is_taken(communicator, s
     remove(communicator, shared_tmp_path)
 
 
+class Counting(nn.Flatten):
+    """Not pure: what it puts out depends on how often it was asked."""
+
+    calls = 0
+
+    def forward(self, x, *, training, key):
+        self.calls += 1
+        return super().forward(x, training=training, key=key) + np.float32(self.calls)
+
+
+def test_an_audit_of_a_network_of_ones_own_names_its_layers_too(tmp_path):
+    def build(input_shape, classes):
+        return nn.Sequential([Counting(), nn.Affine(classes)], input_shape)
+
+    with pytest.raises(CorruptionError, match=r"computed again \(or a layer of the model is no pure function"):
+        small_run(OneProcess(), tmp_path / "run", build_network=build, audit=1)
+
+
 def test_alone_a_rank_audits_itself(tmp_path, monkeypatch):
     spoil_records(monkeypatch, lambda record: flip(record["gradient"]), step=2, once=True)
-    with pytest.raises(CorruptionError, match=r"on rank 0 .*step 2 has other bits when computed again"):
+    with pytest.raises(CorruptionError, match=r"on rank 0 .*step 2 has other bits when computed again; leave"):
         small_run(OneProcess(), tmp_path / "run", audit=1)
 
 
@@ -148,6 +168,7 @@ def test_audits_and_comparisons_do_not_act_on_the_bits(communicator, shared_tmp_
 PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
+import numpy as np
 import pytest
 from injected import flip, spoil_records, spoil_state
 from distdl import startup, train

@@ -157,6 +157,22 @@ def test_a_training_that_diverges_stops_with_one_line_and_saves_nothing(tmp_path
     assert not checkpoints.steps_in(tmp_path / "run" / "checkpoints")
 
 
+def test_a_decay_is_named_beside_the_learning_rate_where_there_is_one(tmp_path):
+    settings = {"optimizer": "sgd", "lr": 0.1, "weight_decay": 1e39, "max_steps": 1}
+    with pytest.raises(UserError, match=r"with a smaller --lr than 0.1 or --weight-decay than 1e\+39$"):
+        small_run(OneProcess(), tmp_path / "l2", **settings)
+    settings |= {"weight_decay": 0.0, "l1_decay": 1e39}
+    with pytest.raises(UserError, match=r"with a smaller --lr than 0.1 or --l1-decay than 1e\+39$"):
+        small_run(OneProcess(), tmp_path / "l1", **settings)
+
+
+#: What cannot be the learning rate's fault.
+WITHOUT_AN_UPDATE = [
+    f"{what}: no update was made before; look at the data, the initial weights and the model, not at --lr"
+    for what in ("the gradient is not finite at step 1, .*", "every step of epoch 1 was skipped")
+]
+
+
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch):
     """The loss of the step is a number; the gradient's last element is none."""
     backward = Sequential.backward
@@ -166,8 +182,10 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, monke
         self.gradients[-1] = np.inf
 
     monkeypatch.setattr(Sequential, "backward", overflowing)
-    with pytest.raises(UserError, match=r"the gradient is not finite at step 1, .*: training has diverged"):
-        small_run(OneProcess(), tmp_path / "run", optimizer="momentum")
+    for more in ({}, {"on_nonfinite": "skip"}):
+        with pytest.raises(UserError, match=WITHOUT_AN_UPDATE[len(more)]) as caught:
+            small_run(OneProcess(), tmp_path / f"run {len(more)}", optimizer="momentum", **more)
+        assert "diverged" not in str(caught.value)
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run_before_the_checkpoint(tmp_path, monkeypatch):

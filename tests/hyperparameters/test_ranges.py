@@ -69,6 +69,14 @@ LR = "--range lr=1e-3:1e-1:log "
             "the ranges reach what cannot be: --micro-batch-size 16 is larger than --batch-size 8",
         ),
         (LR + "--range lr=1e-3:1e-2", "--range lr is given 2 times"),
+        (
+            "--range lr-step-factor=.1:.9",
+            "lr-step-factor does nothing for --schedule constant: give -- --schedule",
+        ),
+        (
+            "--range lr-step-epochs=1:9 -- --schedule cosine",
+            "lr-step-epochs does nothing for --schedule cosine",
+        ),
         (LR + "--trials 0", "--trials must be at least 1"),
         (LR + "--trials 1", "--trials 1 leaves no range to narrow for --rounds 3"),
         (LR + "--trials some", "invalid int value: 'some'"),
@@ -94,6 +102,19 @@ def test_what_cannot_be_searched_is_refused_in_one_line(line, said):
         parse(flags(line))
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_the_config_of_a_run_that_was_stopped_after_a_step_is_searched_without_that(tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text(TrainConfig(model="mlp", max_steps=5).checked().to_toml())
+    with pytest.raises(UserError, match=r"max_steps = 5 of the config: .* leave it out of the file"):
+        parse(flags(f"{LR}-- --config {file} --epochs 1"))
+    file.write_text(TrainConfig(model="mlp", lr=0.3).checked().to_toml())
+    assert parse(flags(f"{LR}-- --config {file}")).config.model == "mlp", "a range wins over the file, as a flag does"
+
+
+def test_a_step_of_the_schedule_can_be_searched_where_there_is_one():
+    assert parse(flags("--range lr-step-factor=.1:.9 -- --schedule step")).ranges[0].name == "lr_step_factor"
 
 
 def test_a_range_reads_as_it_was_given():

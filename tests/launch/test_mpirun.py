@@ -186,6 +186,9 @@ def test_the_dry_run_line_does_the_same_when_pasted_into_a_shell(
         (["-n", "2", "--dry"], "--dry"),
         (["-n", "2", "--module", "distdl.nothing"], "no Python module 'distdl.nothing'"),
         (["-n", "2", "--module", "nowhere.at_all"], "no Python module 'nowhere.at_all'"),
+        (["-n", "2", "--restarts", "-1"], "cannot restart -1 times"),
+        (["-n", "2", "--restarts", "1", "--module", "distdl.search"], "--restarts is for trainings, and distdl.search"),
+        (["-n", "2", "--restarts", "1", "--module", "distdl.evaluate"], "leave it out"),
         (["-n", "2", "--module", ""], "no Python module ''"),
     ],
 )

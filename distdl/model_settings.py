@@ -1,0 +1,49 @@
+"""What `--model-settings` asks for, parsed and checked; the model that is given it says whether it has such settings.
+
+This module imports neither NumPy nor MPI, so that the config can check the flag before either is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from distdl.errors import UserError
+
+#: What a value of `--model-settings` may be, and what it is then taken for.
+KINDS: tuple[tuple[str, Callable[[str], Any]], ...] = (
+    ("[0-9]{1,9}", int),
+    ("[0-9]{1,9}(-[0-9]{1,9})+", lambda text: tuple(map(int, text.split("-")))),
+    (r"-?([0-9]+\.?[0-9]*|\.[0-9]+)(e-?[0-9]{1,3})?", float),
+    ("true|false", lambda text: text == "true"),
+    ("[A-Za-z_][A-Za-z0-9_]*", str),
+)
+
+
+def parse_model_settings(text: str | None) -> dict[str, Any]:
+    """Return what `--model-settings` says; raise `UserError`.
+
+    >>> parse_model_settings("hidden=100-50,batch_norm,dropout=0.2,activation=tanh")
+    {'hidden': (100, 50), 'batch_norm': True, 'dropout': 0.2, 'activation': 'tanh'}
+    """
+    settings: dict[str, Any] = {}
+    for part in [] if text is None else text.split(","):
+        name, equals, value = (piece.strip(" ") for piece in part.partition("="))
+        shown = f"--model-settings {part[:80].strip(' ')!r}"
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+            raise UserError(f"{shown} names no setting: give name=value, with commas in between")
+        if name in settings:
+            raise UserError(f"{shown}: {name} is there twice; give it once")
+        for pattern, kind in KINDS:
+            if equals and re.fullmatch(pattern, value):
+                settings[name] = kind(value)
+                break
+        else:
+            if equals:
+                raise UserError(
+                    f"{shown}: expected a number, a word, true, false, or whole numbers with - in between, such as "
+                    "hidden=100-50"
+                )
+            settings[name] = True
+    return settings
