@@ -16,7 +16,10 @@ PACKAGE = Path(distdl.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("*.py"))
 
 ROOT = "distdl"  # distdl/__init__.py itself
-BOTTOM = {"errors", "rng", "arrays", "launcher", "processes", "lifeline", "warden", "signals", "transforms"}
+BOTTOM = {"errors", "rng", "arrays", "launcher", "processes", "lifeline", "warden", "signals"} | {
+    "transforms",
+    "model_settings",
+}
 MIDDLE = {"nn", "optim", "schedules", "data", "parallel"}
 #: What does work of its own with the engine; never each other.
 USES = {"benchmark", "hyperparameters"}
@@ -52,7 +55,7 @@ def may_import(unit, other):
     if unit in BOTTOM:
         return other in BOTTOM | {ROOT}
     if unit == "config":
-        return other in {ROOT, "errors", "transforms"}
+        return other in {ROOT, "errors", "transforms", "model_settings"}
     if unit in MIDDLE:
         return other in BOTTOM | {ROOT, unit}
     if unit == "engine":

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.arrays import aligned_empty
-from distdl.config import TrainConfig, is_own_model
+from distdl.config import TrainConfig, is_own
 from distdl.data import split
 from distdl.data.augmentation import Augmentation
 from distdl.data.normalization import Normalization
@@ -303,7 +303,7 @@ class Trainer:
             self._gradients.add(index, record)
         with committed(self.communicator):
             if self.config.audit and (state.step + 1) % self.config.audit == 0:
-                own_model = is_own_model(self.config.model)
+                own_model = is_own(self.config.model)
                 corruption.audit(self.communicator, self._gradients, shards, compute, state, own_model=own_model)
             self.timeline.enter_reduction()
             total = self._gradients.total()
