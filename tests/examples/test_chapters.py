@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -37,9 +38,10 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def started(run_program):
     """Run an example in a folder."""
+    env = dict(os.environ)  # a copy: pytest changes its own at every test, while threads start programs
 
     def start(name, folder, *arguments):
-        return run_program([sys.executable, EXAMPLES / f"{name}.py", *arguments], cwd=folder, timeout=SECONDS)
+        return run_program([sys.executable, EXAMPLES / f"{name}.py", *arguments], env=env, cwd=folder, timeout=SECONDS)
 
     return start
 

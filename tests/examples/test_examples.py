@@ -26,6 +26,9 @@ pytestmark = pytest.mark.skipif(read_launch().by is not None, reason="already un
 @pytest.fixture(scope="module")
 def finish(run_program):
     """Run a command line in a folder to its end."""
+    # As on a user's machine: the threads that the tests' own process is limited to are not handed on. A copy, since
+    # pytest changes its own environment at every test, while threads start programs.
+    env = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
 
     def finish(command, folder):
         words = [sys.executable if word == "python" else word for word in shlex.split(command)]
@@ -39,8 +42,6 @@ def finish(run_program):
             assert words[1] == "-n"
             launch = mpirun_command(int(words[2]), words[3:])
             words, variables = launch.argv, launch.environment
-        # As on a user's machine: the threads that the tests' own process is limited to are not handed on.
-        env = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
         return run_program(words, env=env | {"PYTHONPATH": str(REPOSITORY)} | variables, cwd=folder, timeout=SECONDS)
 
     return finish
