@@ -224,7 +224,9 @@ def restore(checkpoint: Checkpoint, into: list[tuple[str, NDArray[Any]]], name: 
     if wanted != found:
         differing = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
         there, here = (described(arrays.get(differing[0])) for arrays in (checkpoint.tensors, dict(into)))
-        raise UserError(f"{name} is a checkpoint of another model: {differing[0]} is {there} there and {here} here")
+        raise UserError(
+            f"{name} is a checkpoint of another model or version: {differing[0]} is {there} there and {here} here"
+        )
     for key, array in into:
         np.copyto(array, checkpoint.tensors[key])
 

@@ -366,7 +366,7 @@ def test_a_header_that_is_no_json_is_never_written(tmp_path):
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused_and_the_tensor_named(other, named):
-    with pytest.raises(UserError, match=f"x is a checkpoint of another model: {named}"):
+    with pytest.raises(UserError, match=f"x is a checkpoint of another model or version: {named}"):
         checkpoints.restore(small(1), list(other.items()), "x")
     assert not any(array.any() for array in other.values())
 
