@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,16 @@ def mnist_dir():
         if folder and Path(folder).is_dir():
             return Path(folder)
     pytest.skip("the real MNIST is not here: set DISTDL_MNIST_DIR to the folder of its four files")
+
+
+@pytest.fixture
+def signals_at_their_defaults():
+    """Let SIGINT and SIGHUP do what they do at a terminal; in the background, or under nohup, they are ignored."""
+    before = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in before.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

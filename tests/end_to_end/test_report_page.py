@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 from contextlib import redirect_stderr, redirect_stdout
 
@@ -100,7 +101,7 @@ def test_a_regression_and_a_run_without_an_epoch_have_what_they_can_have(runs):
     [
         (["nowhere"], "nowhere is no run folder"),
         (["digits/config.toml"], "is no run folder"),
-        (["digits", "--out=/dev/null"], "not a regular file"),
+        (["digits", "--out=pipe.html"], "not a regular file"),
         (["digits", "--out=page.txt"], "ends in .html"),
         (["digits", "--out=nowhere/page.html"], "there is no folder nowhere"),
         (["digits", "--model=net.py:net"], "no run was trained with it"),
@@ -111,6 +112,8 @@ def test_a_regression_and_a_run_without_an_epoch_have_what_they_can_have(runs):
 )
 def test_what_is_wrong_is_one_line_and_nothing_is_written(arguments, said, runs, monkeypatch):
     monkeypatch.chdir(runs)
+    if not (runs / "pipe.html").exists():
+        os.mkfifo(runs / "pipe.html")
     before = picture(runs)
     code, out, err = outcome(*arguments)
     assert (code, out) == (2, "")

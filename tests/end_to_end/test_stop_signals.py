@@ -38,7 +38,7 @@ sys.exit(startup.run(train.main, sys.argv[3:]))
 """
 
 
-pytestmark = pytest.mark.usefixtures("needs_mpirun")
+pytestmark = pytest.mark.usefixtures("needs_mpirun", "signals_at_their_defaults")
 
 
 def wait_for(folder, pattern, count, process):

@@ -23,6 +23,8 @@ from distdl.nn import Sequential
 from distdl.parallel import OneProcess
 from distdl.signals import HELD, hold
 
+pytestmark = pytest.mark.usefixtures("signals_at_their_defaults")
+
 #: A backward pass that is neither the first nor the last of its step; steps have 8, 8 and 6 micro-batches.
 PASS_IN_STEP = {1: 2, 3: 18, 5: 32, 6: 40}
 

@@ -191,12 +191,12 @@ def test_a_trace_that_cannot_be_written_is_refused_before_anything_is(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("kind", ["pipe", "link", "dangling link", "device"])
+@pytest.mark.parametrize("kind", ["pipe", "link", "dangling link"])
 def test_a_trace_takes_the_place_of_nothing_but_a_file(tmp_path, kind):
-    path = Path("/dev/null") if kind == "device" else tmp_path / "trace.json"
+    path = tmp_path / "trace.json"
     if kind == "pipe":
         os.mkfifo(path)
-    elif kind != "device":
+    else:
         (tmp_path / "file").touch()
         path.symlink_to(tmp_path / ("file" if kind == "link" else "nothing"))
     with pytest.raises(UserError, match=r"^--trace .* is no regular file, and would be replaced by one: give another"):

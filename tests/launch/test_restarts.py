@@ -198,6 +198,8 @@ def test_a_launcher_that_hangs_at_a_second_signal_is_killed(tmp_path):
     program = """
 import os, signal, sys, threading, time
 from distdl import restarts
+
+pytestmark = pytest.mark.usefixtures("signals_at_their_defaults")
 restarts.SECONDS_TO_END = 1.0
 deaf = "import pathlib, signal, time; signal.signal(15, signal.SIG_IGN); pathlib.Path('deaf').touch(); time.sleep(600)"
 def tell():
