@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from functools import partial
@@ -193,6 +194,10 @@ class Trainer:
             except (MemoryError, OSError) as error:
                 die_of_the_host(self.communicator, error)
                 raise
+        if not self.recoveries:  # or MPI might wait for who was lost
+            with suppress(PeerLost):  # all is done
+                for reduction in (self._gradients, self._metrics):
+                    reduction.close()
         if not self._is_at_the_end:
             self.stop.stop(self.state.step)
         return self.summary
