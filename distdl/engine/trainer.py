@@ -119,7 +119,10 @@ class Phase(IntEnum):
 
 
 class Trainer:
-    """Takes the steps that are left, on every rank alike."""
+    """Takes the steps that are left, on every rank alike.
+
+    Making one is collective, and raises `UserError` on every rank where a host has no room for the partial sums.
+    """
 
     def __init__(
         self,
@@ -159,7 +162,7 @@ class Trainer:
         self._make_buffers()
 
     def _make_buffers(self) -> None:
-        """Make all that depends on the group of ranks. Collective."""
+        """Make all that depends on the group of ranks; `UserError` on all where a host has no room. Collective."""
         config, communicator = self.config, self.communicator
         rank, ranks = communicator.rank, communicator.size
         self._dealer = BalancedDealer(rank, ranks, config.micro_batches) if config.balance else Dealer(rank, ranks)
@@ -170,6 +173,9 @@ class Trainer:
         self._trace = None if config.trace is None else Trace(self.timeline)
         self._samples = 0
         self._micro_batches = 0
+        full, training = config.batch_size, len(self.data.parts.training)
+        for samples in sorted({min(full, training), training % full or full}):
+            self._gradients.begin(self._shards(samples))  # which makes room for their partial sums
 
     @property
     def work_done(self) -> tuple[int, int]:
