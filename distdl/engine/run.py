@@ -191,6 +191,8 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
     progress = preparation.printer or Progress(live=communicator.size == 1)
     journal = Journal(config, steps_per_epoch, keeps=communicator.survives_failures)
 
+    trainer = Trainer(config, communicator, data, state, Follower())
+
     def claim_folder() -> str | None:
         if start is None:
             preparation.opened.append(Follower(journal, succeed))
@@ -208,7 +210,8 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
     together(communicator, preparation.opened[0].open_run)
     journal.lengths = communicator.bcast_json(journal.lengths)
     preparation.environment, preparation.progress = environment, progress
-    return Trainer(config, communicator, data, state, preparation.opened[0])
+    trainer.coordinator = preparation.opened[0]
+    return trainer
 
 
 def labelled(config: TrainConfig, build_network: BuildNetwork | None, dataset: sources.Dataset | None) -> TrainConfig:

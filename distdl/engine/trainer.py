@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from functools import partial
@@ -118,7 +119,10 @@ class Phase(IntEnum):
 
 
 class Trainer:
-    """Takes the steps that are left, on every rank alike."""
+    """Takes the steps that are left, on every rank alike.
+
+    Making one is collective, and raises `UserError` on every rank where a host has no room for the partial sums.
+    """
 
     def __init__(
         self,
@@ -158,7 +162,7 @@ class Trainer:
         self._make_buffers()
 
     def _make_buffers(self) -> None:
-        """Make all that depends on the group of ranks. Collective."""
+        """Make all that depends on the group of ranks; `UserError` on all where a host has no room. Collective."""
         config, communicator = self.config, self.communicator
         rank, ranks = communicator.rank, communicator.size
         self._dealer = BalancedDealer(rank, ranks, config.micro_batches) if config.balance else Dealer(rank, ranks)
@@ -169,6 +173,9 @@ class Trainer:
         self._trace = None if config.trace is None else Trace(self.timeline)
         self._samples = 0
         self._micro_batches = 0
+        full, training = config.batch_size, len(self.data.parts.training)
+        for samples in sorted({min(full, training), training % full or full}):
+            self._gradients.begin(self._shards(samples))  # which makes room for their partial sums
 
     @property
     def work_done(self) -> tuple[int, int]:
@@ -193,6 +200,10 @@ class Trainer:
             except (MemoryError, OSError) as error:
                 die_of_the_host(self.communicator, error)
                 raise
+        if not self.recoveries:  # or MPI might wait for who was lost
+            with suppress(PeerLost):  # all is done
+                for reduction in (self._gradients, self._metrics):
+                    reduction.close()
         if not self._is_at_the_end:
             self.stop.stop(self.state.step)
         return self.summary

@@ -163,6 +163,9 @@ class Reduction:
         """Return the sum over all micro-batches of the step, the same bits on every rank. Collective."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Give back what MPI keeps for it; it is of no use after. Collective."""
+
 
 class TreeReduction(Reduction):
     """The canonical tree over a communicator: same bits on any number of ranks.
@@ -208,6 +211,12 @@ class TreeReduction(Reduction):
         for act in way.actions:
             act()
         return way.total
+
+    def close(self) -> None:
+        """Give back what MPI keeps for the leaders of the hosts, of which it has about two thousand in all."""
+        if self._leaders is not None:
+            self._leaders.free()
+            self._leaders = None
 
     def _new_way(self) -> _Way:
         """Return what to do for shards that were never dealt before. Collective."""

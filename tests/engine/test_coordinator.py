@@ -26,6 +26,7 @@ from distdl.engine.trainer import Trainer
 from distdl.errors import PeerLost, UserError
 from distdl.nn import Sequential
 from distdl.parallel import OneProcess
+from distdl.parallel import shared as shared_module
 
 
 def failing_writes(monkeypatch, fails):
@@ -484,6 +485,22 @@ def test_the_speed_after_a_resume_counts_the_samples_since(tmp_path):
     small_run(OneProcess(), tmp_path / "run", resume="auto")
     timing = [json.loads(line) for line in (tmp_path / "run" / "timing.jsonl").read_text().splitlines()]
     assert [record["samples"] for record in timing] == [21, 85]
+
+
+@pytest.mark.mpi(min_size=2)
+def test_no_room_for_partial_sums_is_said_before_anything_is_written(communicator, shared_tmp_path, monkeypatch):
+    reserve = shared_module._reserve
+
+    def full(nbytes, purpose):
+        if "partial sums of gradients" in purpose:
+            raise UserError(f"no room for {purpose}")
+        return reserve(nbytes, purpose)
+
+    monkeypatch.setattr(shared_module, "_reserve", full)
+    with pytest.raises(UserError, match="no room for partial sums"):
+        small_run(communicator, shared_tmp_path / "new" / "run")
+    assert not (shared_tmp_path / "new").exists()
+    communicator.barrier()
 
 
 @pytest.mark.mpi(min_size=2)

@@ -10,6 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "end_to_end"))
+from small_runs import remove, small_run
+
 from distdl.errors import DamagedFileError, UserError
 from distdl.parallel import OneProcess, guard, hosts, share_arrays, together, world
 from distdl.parallel import shared as shared_module
@@ -223,6 +226,19 @@ def test_no_number_of_trainings_uses_up_the_communicators_of_mpi(communicator, m
     assert len(made) - len(freed) == kept
     assert len(freed) == 3  # the leaders' groups
     world().barrier()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_no_number_of_trainings_on_several_hosts_uses_up_the_communicators(communicator, shared_tmp_path, monkeypatch):
+    """Each rank is taken for a host of its own."""
+    own = communicator.split(communicator.rank)
+    monkeypatch.setattr(type(communicator), "node", lambda _: own)
+    for number in range(2):
+        before = list(communicator._family.comms)
+        small_run(communicator, shared_tmp_path / str(number), epochs=1)
+        assert communicator._family.comms == before
+    remove(communicator, shared_tmp_path)
+    own.free()
 
 
 def test_an_error_that_each_rank_finds_alone_is_not_taken_for_agreed(monkeypatch):
