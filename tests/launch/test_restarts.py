@@ -27,6 +27,8 @@ from trapped_training import (
 from distdl.engine.stop import SAME_REQUEST_SECONDS
 from distdl.restarts import run_folder
 
+pytestmark = pytest.mark.usefixtures("signals_at_their_defaults")
+
 #: Runs a job of one process that ends as the list in `ends` says, one start after the other.
 DRIVER = """
 import json, os, sys
@@ -198,8 +200,6 @@ def test_a_launcher_that_hangs_at_a_second_signal_is_killed(tmp_path):
     program = """
 import os, signal, sys, threading, time
 from distdl import restarts
-
-pytestmark = pytest.mark.usefixtures("signals_at_their_defaults")
 restarts.SECONDS_TO_END = 1.0
 deaf = "import pathlib, signal, time; signal.signal(15, signal.SIG_IGN); pathlib.Path('deaf').touch(); time.sleep(600)"
 def tell():
