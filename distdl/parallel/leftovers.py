@@ -37,6 +37,8 @@ from distdl.processes import Process, ancestors
 MEMORY = "distdl-memory-"
 REGISTER = "distdl-rank-"
 #: The segments of MPICH and of Open MPI, and Open MPI's session folder, which is named after its launcher's number.
+#: MPICH removes its own segments at an ordinary end, whoever has started it.
+TIDIED_BY_MPICH = "mpich_shm_"
 SEGMENT = re.compile(r"/.*/(mpich_shm_|sm_segment\.|vader_segment\.)[^/]+")
 SESSION = re.compile(r"/.*/ompi\.(\d+)")
 
@@ -65,7 +67,8 @@ def register(folders: tuple[Path, ...]) -> None:
     made = sorted(made_by_mpi(Path("/proc/self/maps").read_text(errors="replace"), folders))
     launchers = [one for one in ancestors() if one.name in LAUNCHERS]
     text = json.dumps({"made": made, "launchers": [asdict(one) for one in launchers]})
-    tidied = not made or any(one.name not in STEP_DAEMONS for one in launchers)
+    by_library = all(Path(path).name.startswith(TIDIED_BY_MPICH) for path in made)
+    tidied = by_library or any(one.name not in STEP_DAEMONS for one in launchers)
     for folder in folders:
         with suppress(OSError):  # a rank without a register runs as well; what it leaves is not found
             handle, path = create_held(folder, REGISTER)

@@ -118,6 +118,11 @@ def test_handlers_are_restored_and_those_of_a_script_left_alone(monkeypatch):
         signal.signal(signal.SIGUSR1, ignored)
 
 
+def tell_this_thread(number):
+    """What is sent to the process any thread of it may take, and those that other tests have left block nothing."""
+    signal.pthread_kill(threading.get_ident(), number)
+
+
 @pytest.fixture
 def blocked():
     """Says what is blocked, and puts back what was before the test."""
@@ -130,7 +135,7 @@ def test_what_a_command_has_held_is_heard_by_the_training_and_held_again(blocked
     monkeypatch.setattr("distdl.signals._held", set())
     hold()
     for number in HELD:
-        tell(number)
+        tell_this_thread(number)
     request = StopRequest()
     with request.listening():
         assert not blocked() & HELD
@@ -144,9 +149,9 @@ def test_what_a_script_has_blocked_stays_blocked(blocked, monkeypatch):
     hold()
     request = StopRequest()
     with request.listening():
-        tell(signal.SIGUSR1)
+        tell_this_thread(signal.SIGUSR1)
         assert request.asked is None
-        tell(signal.SIGTERM)
+        tell_this_thread(signal.SIGTERM)
         assert request.asked == "SIGTERM"
     signal.sigtimedwait({signal.SIGUSR1}, 0)
 
