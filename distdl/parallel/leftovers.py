@@ -37,10 +37,10 @@ from distdl.processes import Process, ancestors
 MEMORY = "distdl-memory-"
 REGISTER = "distdl-rank-"
 #: The segments of MPICH and of Open MPI, and Open MPI's session folder, which is named after its launcher's number.
-#: MPICH removes its own segments at an ordinary end, whoever has started it.
-TIDIED_BY_MPICH = "mpich_shm_"
 SEGMENT = re.compile(r"/.*/(mpich_shm_|sm_segment\.|vader_segment\.)[^/]+")
 SESSION = re.compile(r"/.*/ompi\.(\d+)")
+#: MPICH removes its own segments at an ordinary end, whoever has started it.
+TIDIED_BY_MPICH = "mpich_shm_"
 
 
 def create_held(folder: Path, prefix: str) -> tuple[int, str]:
