@@ -77,8 +77,14 @@ def nothing_new_in_shared_memory(before):
     return not new
 
 
-def assert_refused_once(argv, folder, code, words, environment=None, **settings):
-    """Run a command that must fail with one line of ours, which mentions the words, and change nothing."""
+SWEEP = "from distdl.parallel import leftovers, shared; leftovers.sweep(shared.folders())"
+
+
+def assert_refused_once(argv, folder, code, words, environment=None, *, sweeps=False, **settings):
+    """Run a command that must fail with one line of ours, which mentions the words, and change nothing.
+
+    With `sweeps`, what it has left in shared memory is gone once the next start has swept.
+    """
     before, shared = picture(folder), shared_files()
     done = run(argv, folder, environment or environment_with(), **settings)
     everything = done.stdout + done.stderr
@@ -91,6 +97,8 @@ def assert_refused_once(argv, folder, code, words, environment=None, **settings)
     assert "Warning" not in everything
     assert "survives failures" not in everything, "the banner of a run that never was"
     assert changes(before, picture(folder)) == []
+    if sweeps:
+        subprocess.run([sys.executable, "-c", SWEEP], env=environment_with(), check=True)
     assert nothing_new_in_shared_memory(shared)
     return done
 
@@ -287,7 +295,8 @@ def test_one_process_in_a_batch_script_of_slurm_trains(tmp_path):
 def test_srun_without_the_right_mpi_is_named_with_what_to_do(used_folder, library):
     words = ["srun", "4 separate processes", "--mpi=pmi2", "--mpi=pmix"]
     environment = environment_with(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="4")
-    assert_refused_once([*TRAIN, *TINY], used_folder, USER, words, environment)
+    # Open MPI leaves a segment where nobody has started it but srun, and the register that tells of it stays.
+    assert_refused_once([*TRAIN, *TINY], used_folder, USER, words, environment, sweeps=library == "Open MPI")
 
 
 NO_MPI4PY = """
