@@ -74,10 +74,7 @@ def main(arguments: Sequence[str]) -> int:
     from distdl.figures import need_matplotlib  # noqa: PLC0415
     from distdl.parallel import guard, together, world  # noqa: PLC0415
 
-    for model in given.model:
-        check_model_name(model)
-    if given.dataset is not None:
-        check_dataset_name(given.dataset)
+    check_names(given)
     if given.part not in PARTS:
         raise unknown_name("part", given.part, PARTS)
     if given.confusion_figure or given.misclassified:
@@ -99,6 +96,14 @@ def main(arguments: Sequence[str]) -> int:
         half = evaluate(in_half_precision(trained), given.part, communicator) if given.half else None
         together(communicator, lambda: _show(given, trained, found, half) if speaks else None)
     return 0
+
+
+def check_names(given: argparse.Namespace) -> None:
+    """Raise `UserError` where `--model` or `--dataset` is the name of nothing that there could be."""
+    for model in given.model:
+        check_model_name(model)
+    if given.dataset is not None:
+        check_dataset_name(given.dataset)
 
 
 def _show(given: argparse.Namespace, trained: Sequence[Trained], found: Evaluation, half: Evaluation | None) -> None:

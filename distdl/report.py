@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distdl import startup
-from distdl.config import TrainConfig, check_dataset_name, check_model_name
+from distdl.config import TrainConfig
 from distdl.errors import UserError
+from distdl.evaluate import check_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,10 +66,7 @@ def main(arguments: Sequence[str]) -> int:
     from distdl.figures import need_matplotlib  # noqa: PLC0415
     from distdl.parallel import guard, together, world  # noqa: PLC0415
 
-    for model in given.model:
-        check_model_name(model)
-    if given.dataset is not None:
-        check_dataset_name(given.dataset)
+    check_names(given)
     need_matplotlib()
     communicator = world()
     with guard(communicator):
@@ -157,8 +155,8 @@ def _figures(run: Path, trained: Trained, found: Evaluation) -> Iterator[tuple[s
     from distdl.nn.between import activations  # noqa: PLC0415
 
     data, networks = trained.data, _before_and_after(trained)
-    if _lines(run / "metrics.jsonl", "validation_loss"):
-        yield "Learning curves", figures.curves(run / "metrics.jsonl")
+    if epochs := _lines(run / "metrics.jsonl", "validation_loss"):
+        yield "Learning curves", figures.curves(epochs)
     if data.answers:
         matrix = figures.confusion_matrix(found.labels, found.predictions, data.classes)
         yield "Which class is taken for which", figures.confusion(matrix)

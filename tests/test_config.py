@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from distdl import config as config_module
 from distdl.config import FIELDS, FREE_TO_CHANGE_ON_RESUME, NOT_IN_CONFIG_FILE, TrainConfig, differences, parse
-from distdl.data.sources import SOURCES
+from distdl.data.sources import NPZ, SOURCES
 from distdl.errors import UserError
 from distdl.nn import LOSSES, MODELS
 from distdl.optim import OPTIMIZERS
@@ -58,6 +58,7 @@ def test_the_names_listed_here_are_those_of_the_registries():
     choices = {name: set(typing.get_args(kind)) for name, kind in typing.get_type_hints(TrainConfig).items()}
     assert set(config_module.MODELS) == set(MODELS)
     assert set(config_module.DATASETS) == set(SOURCES)
+    assert config_module.NPZ == NPZ
     assert set(config_module.OPTIMIZERS) == set(OPTIMIZERS) == choices["optimizer"]
     assert set(SCHEDULES) == choices["schedule"]
     assert set(REDUCTIONS) == choices["reduction"]

@@ -82,7 +82,7 @@ def _taken(archive: NpzFile, path: Path, name: str) -> NDArray[Any]:
         raise UserError(f"{name} of {quoted(path)} is {array.dtype}; expected whole numbers or floats")
     if array.dtype.kind == "f":
         with np.errstate(over="ignore"):  # what is infinite in float32 is told of later, with its place
-            array = array.astype(np.float32)
+            array = array.astype(np.float32, copy=False)
     if name in {names[place] for names in NAMES for place in (0, 2)}:
         return array[..., np.newaxis] if array.ndim == 3 else array
     return array[:, np.newaxis] if array.dtype.kind == "f" and array.ndim == 1 else array
