@@ -42,6 +42,7 @@ POINTS = {
     "fsync": ("os:fsync", "before"),
     "finished": ("distdl.engine.coordinator:Coordinator.finished", "before"),
     "recovery": ("distdl.parallel.recovery:_act", "before"),
+    "shrink": ("distdl.parallel.mpi:MpiCommunicator.shrink", "before"),
     "told": ("distdl.engine.coordinator:Coordinator.finished", "after"),
 }
 

@@ -14,6 +14,9 @@ pytestmark = pytest.mark.usefixtures("ulfm")
 SURVIVED = "rc 0, receipt and metrics of the undisturbed run"
 #: Ranks are killed up to so many seconds after a step: before, in and after the next one.
 SECONDS_OF_A_STEP = 0.03
+#: A rank may be killed up to so many seconds after it began to make the new group with the others: before it is made,
+#: meanwhile, and afterwards.
+SECONDS_OF_A_SHRINK = 0.003
 #: What else has a state, or draws random numbers, in a step: BatchNorm's running statistics, transforms of images, the
 #: moments of AdamW, warm-up and cosine, the longest gradient, the epochs without a better one.
 EVERY_METHOD = (
@@ -117,6 +120,26 @@ def test_two_or_three_killed_together_or_during_recovery(row, undisturbed):
             outcome = killed(rng, folder, 4, [[rank] for rank in victims], pauses)
         else:
             outcome = killed_in_a_recovery(rng, folder)
+        assert_as_if_nothing_had_happened(outcome, expected)
+        return outcome, SURVIVED
+
+    table.runs(one)
+
+
+def test_killed_while_the_new_group_is_made(row, undisturbed):
+    """Where Open MPI 5.0.10 and 5.0.11 crash in all ranks that are left, one time in thirty."""
+    table = row("a second rank killed while the group of those left is made, 4 ranks", 5, 200)
+    expected = undisturbed(*FLAGS)
+
+    def one(number, folder):
+        rng = table.random(number)
+        first, second = rng.sample(range(4), 2)
+        rules = [
+            {"rank": first, "point": "reduction", "step": rng.randrange(1, STEPS), "do": "kill"},
+            {"rank": second, "point": "shrink", "do": f"kill-soon:{rng.random() * SECONDS_OF_A_SHRINK}"},
+        ]
+        outcome = run(folder, 4, *FLAGS, sabotage=rules)
+        assert_told(outcome, [first, second])
         assert_as_if_nothing_had_happened(outcome, expected)
         return outcome, SURVIVED
 
