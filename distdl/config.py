@@ -25,9 +25,9 @@ from distdl.errors import DamagedFileError, UserError, nearest, unknown_name
 from distdl.model_settings import parse_model_settings
 from distdl.transforms import Transforms
 
-DATASETS = ("digits", "mnist")
-#: What the path of a user's own .npz file has in front of it, as a dataset.
-NPZ = "npz:"
+DATASETS = ("digits", "mnist", "fashion-mnist")
+#: What the path of a user's own file or folder has in front of it, as a dataset.
+FROM_PATH = ("npz:", "folder:")
 MODELS = (
     *("logistic", "mlp", "simple_convnet", "deep_convnet", "lenet", "alexnet"),
     *("vgg11", "vgg16", "googlenet", "resnet18", "resnet20", "resnet50"),
@@ -92,10 +92,10 @@ class TrainConfig:
     config: Path | None = None
     """TOML file with any of the settings below, named as the flags with underscores; flags win over it."""
     dataset: str = "digits"
-    """What to learn: digits (1,797 real 8x8 images inside the package), mnist, npz:FILE.npz (arrays images and labels),
-    or one of your own, file.py:function or package.module:function."""
+    """What to learn: digits (1,797 real 8x8 images inside the package), mnist, fashion-mnist, npz:FILE.npz (arrays
+    images and labels), folder:PATH (a folder of images for each class), file.py:function or package.module:function."""
     data_dir: Path | None = None
-    """Folder with the dataset's files; without it mnist is downloaded into the user's cache."""
+    """Folder with the dataset's files; without it mnist and fashion-mnist are downloaded into the user's cache."""
     model: str = "simple_convnet"
     """Network to train: logistic, mlp, simple_convnet, deep_convnet, lenet, alexnet, vgg11, vgg16, googlenet, resnet18,
     resnet20, resnet50; or one of your own, file.py:function or package.module:function."""
@@ -373,7 +373,7 @@ def parse(arguments: Sequence[str], program: str) -> TrainConfig:
 
 def is_own(name: str) -> bool:
     """Whether the name of a model or dataset is that of a user's own: file.py:function or package.module:function."""
-    return ":" in name and not name.startswith(NPZ)
+    return ":" in name and not name.startswith(FROM_PATH)
 
 
 def check_model_name(model: str) -> None:
@@ -388,13 +388,13 @@ def check_dataset_name(dataset: str) -> None:
     """Raise `UserError` for a text that is neither the name of a dataset of ours nor of a user's own."""
     if is_own(dataset):
         _check_function_name("--dataset", dataset)
-    elif dataset.startswith(NPZ):
-        if "\0" in dataset or not _is_text(dataset):
-            raise UserError(f"--dataset {dataset!r} names no file: give npz:FILE.npz")
+    elif dataset.startswith(FROM_PATH):
+        if dataset in FROM_PATH or "\0" in dataset or not _is_text(dataset):
+            raise UserError(f"--dataset {dataset!r} names no file: give npz:FILE.npz or folder:PATH")
     elif dataset not in DATASETS:
         raise UserError(
-            f"{unknown_name('dataset', dataset, DATASETS)} (one of your own is given as npz:FILE.npz or "
-            "file.py:function; one that a script gave is known to that script alone)"
+            f"{unknown_name('dataset', dataset, DATASETS)} (one of your own is given as npz:FILE.npz, "
+            "folder:PATH or file.py:function; one that a script gave is known to that script alone)"
         )
 
 
@@ -423,8 +423,11 @@ def _check_code(setting: str, name: str, arguments: Sequence[str]) -> None:
 
 def _refuse_without_effect(config: TrainConfig, arguments: Sequence[str]) -> None:
     """Raise `UserError` for a flag that does nothing beside the other settings; a file may hold it all the same."""
-    if config.dataset == "digits" and value_of("data_dir", arguments) is not None:
-        raise UserError("--data-dir does nothing for --dataset digits: give --dataset mnist, or leave it out")
+    has_no_folder = config.dataset == "digits" or config.dataset.startswith(FROM_PATH)
+    if has_no_folder and value_of("data_dir", arguments) is not None:
+        raise UserError(
+            f"--data-dir does nothing for --dataset {config.dataset}: give --dataset mnist, or leave it out"
+        )
     for name in ("lr_step_epochs", "lr_step_factor"):
         if config.schedule != "step" and value_of(name, arguments) is not None:
             raise UserError(

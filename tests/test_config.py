@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from distdl import config as config_module
 from distdl.config import FIELDS, FREE_TO_CHANGE_ON_RESUME, NOT_IN_CONFIG_FILE, TrainConfig, differences, parse
-from distdl.data.sources import NPZ, SOURCES
+from distdl.data.sources import FROM_PATH, SOURCES
 from distdl.errors import UserError
 from distdl.nn import LOSSES, MODELS
 from distdl.optim import OPTIMIZERS
@@ -58,7 +58,7 @@ def test_the_names_listed_here_are_those_of_the_registries():
     choices = {name: set(typing.get_args(kind)) for name, kind in typing.get_type_hints(TrainConfig).items()}
     assert set(config_module.MODELS) == set(MODELS)
     assert set(config_module.DATASETS) == set(SOURCES)
-    assert config_module.NPZ == NPZ
+    assert set(config_module.FROM_PATH) == set(FROM_PATH)
     assert set(config_module.OPTIMIZERS) == set(OPTIMIZERS) == choices["optimizer"]
     assert set(SCHEDULES) == choices["schedule"]
     assert set(REDUCTIONS) == choices["reduction"]
@@ -415,7 +415,7 @@ def test_all_differences_are_named_at_once_and_a_missing_setting_is_one():
         (["--optimizer", "SGD"], "did you mean 'sgd'?"),
         (["--model", "MLP"], "did you mean 'mlp'?"),
         (["--model", "simple_convent"], "did you mean 'simple_convnet'?"),
-        (["--dataset", "mnits"], "unknown dataset 'mnits': expected one of digits, mnist; did you mean 'mnist'?"),
+        (["--dataset", "mnits"], "expected one of digits, fashion-mnist, mnist; did you mean 'mnist'?"),
         (["--optimizer", "rmsporp"], "unknown optimizer 'rmsporp': expected one of"),
         (["--schedule", "cosin"], "did you mean 'cosine'?"),
         (["--lr", "1e308", "--lr-base-batch", "1"], "--lr-base-batch 1 makes --lr 1e+308 infinite"),

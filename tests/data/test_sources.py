@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 from distdl.config import TrainConfig
-from distdl.data import sources
+from distdl.data import mnist, sources
 from distdl.data.sources import SOURCES, Dataset, load
 from distdl.engine import train
 from distdl.errors import DamagedFileError, UserError
@@ -81,7 +81,8 @@ def assert_is_the_small_mnist(dataset):
 def test_an_unknown_name_lists_the_known_ones_and_the_nearest():
     with pytest.raises(UserError) as caught:
         load("mnits", None)
-    assert one_line(caught) == "unknown dataset 'mnits': expected one of digits, mnist; did you mean 'mnist'?"
+    known = "digits, fashion-mnist, mnist"
+    assert one_line(caught) == f"unknown dataset 'mnits': expected one of {known}; did you mean 'mnist'?"
 
 
 # ---------------------------------------------------------------------------------------------------- digits
@@ -130,6 +131,15 @@ def test_missing_digits_are_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("compressed", [(), ALL, ("train_images", "test_labels")], ids=["plain", "gzip", "mixed"])
 def test_training_rows_come_first_then_the_test_part(tmp_path, compressed):
     assert_is_the_small_mnist(load("mnist", write_mnist(tmp_path, compressed)))
+
+
+def test_fashion_mnist_is_read_as_mnist_is_and_keeps_its_own_name(tmp_path):
+    dataset = load("fashion-mnist", write_mnist(tmp_path))
+    assert dataset.name == "fashion-mnist"
+    assert_is_the_small_mnist(replace(dataset, name="mnist"))
+    (tmp_path / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(UserError, match="the four Fashion-MNIST files"):
+        load("fashion-mnist", tmp_path)
 
 
 def test_files_are_only_read(tmp_path):
@@ -231,34 +241,47 @@ def mirror(tmp_path, monkeypatch):
     """A folder with gzipped files whose sha256 are pinned instead of MNIST's; an empty cache folder."""
     pytest.importorskip("pooch", reason="pooch is not installed: pip install 'distdl-mpi[data]'")
     folder = write_mnist(tmp_path / "mirror", ALL)
-    pins = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in sources.MNIST_SHA256}
-    monkeypatch.setattr(sources, "MNIST_SHA256", pins)
-    monkeypatch.setattr(sources, "MNIST_BYTES", {name: (folder / name).stat().st_size for name in pins})
-    monkeypatch.setattr(sources, "DOWNLOADS_FROM", "http://127.0.0.1")  # and HTTPS alone but for these tests
+    pins = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in mnist.FILES}
+    sizes = {name: (folder / name).stat().st_size for name in pins}
+    for name in ("MNIST", "FASHION_MNIST"):
+        monkeypatch.setattr(sources, name, replace(getattr(sources, name), sha256=pins, sizes=sizes))
+    monkeypatch.setattr(mnist, "DOWNLOADS_FROM", "http://127.0.0.1")  # and HTTPS alone but for these tests
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return folder
 
 
+def ask(monkeypatch, *urls):
+    """Let these be the mirrors."""
+    for name in ("MNIST", "FASHION_MNIST"):
+        monkeypatch.setattr(sources, name, replace(getattr(sources, name), mirrors=urls))
+
+
 def test_downloaded_files_are_kept_in_the_cache(mirror, tmp_path, monkeypatch):
     with served(mirror) as url:
-        monkeypatch.setattr(sources, "MNIST_MIRRORS", (url,))
+        ask(monkeypatch, url)
         assert_is_the_small_mnist(load("mnist", None))
     assert len(list((tmp_path / "cache" / "distdl" / "mnist").iterdir())) == 4
     assert_is_the_small_mnist(load("mnist", None))  # the server is gone
+    with pytest.raises(UserError, match="could not be downloaded"):
+        load("fashion-mnist", None)  # has the same names, and a folder of its own
+    with served(mirror) as url:
+        ask(monkeypatch, url)
+        load("fashion-mnist", None)
+    assert len(list((tmp_path / "cache" / "distdl" / "fashion-mnist").iterdir())) == 4
 
 
 def test_what_a_mirror_lacks_or_has_altered_comes_from_the_next(mirror, tmp_path, monkeypatch):
     broken = write_mnist(tmp_path / "broken", ALL, train_images=TRAIN_IMAGES + 1)
     (broken / "t10k-labels-idx1-ubyte.gz").unlink()
     with served(broken) as first, served(mirror) as second:
-        monkeypatch.setattr(sources, "MNIST_MIRRORS", (first, second))
+        ask(monkeypatch, first, second)
         assert_is_the_small_mnist(load("mnist", None))
 
 
 def test_a_file_altered_in_the_cache_is_downloaded_again(mirror, tmp_path, monkeypatch):
     with served(mirror) as url:
-        monkeypatch.setattr(sources, "MNIST_MIRRORS", (url,))
+        ask(monkeypatch, url)
         load("mnist", None)
         (tmp_path / "cache" / "distdl" / "mnist" / "train-images-idx3-ubyte.gz").write_bytes(b"altered")
         assert_is_the_small_mnist(load("mnist", None))
@@ -269,7 +292,7 @@ def test_a_download_that_fails_everywhere_says_what_to_do(tmp_path, monkeypatch)
     with served(tmp_path / "empty") as first, served(write_mnist(tmp_path / "altered")) as second:
         pass
     with served(tmp_path / "empty") as third:
-        monkeypatch.setattr(sources, "MNIST_MIRRORS", (first, second, third))
+        ask(monkeypatch, first, second, third)
         with pytest.raises(UserError) as caught:
             load("mnist", None)
     message = one_line(caught)
@@ -294,7 +317,7 @@ def test_a_long_reason_of_a_failed_download_is_cut_to_one_line(monkeypatch):
 def test_a_cache_that_cannot_be_written_says_what_to_do(mirror, tmp_path, monkeypatch):
     (tmp_path / "cache").touch()  # a file where the folder should be
     with served(mirror) as url:
-        monkeypatch.setattr(sources, "MNIST_MIRRORS", (url,))
+        ask(monkeypatch, url)
         with pytest.raises(UserError, match="could not be downloaded") as caught:
             load("mnist", None)
     assert str(tmp_path / "cache") in one_line(caught)
@@ -332,7 +355,7 @@ def misbehaving(answer):
 
 
 def refusal_of(url, monkeypatch):
-    monkeypatch.setattr(sources, "MNIST_MIRRORS", (url,))
+    ask(monkeypatch, url)
     with pytest.raises(UserError, match="could not be downloaded") as caught:
         load("mnist", None)
     return one_line(caught)
@@ -353,7 +376,7 @@ def test_a_mirror_that_sends_without_end_is_left_at_the_first_byte_too_many(tmp_
             pass
 
     with misbehaving(endless) as (url, _):
-        size = sources.MNIST_BYTES["train-images-idx3-ubyte.gz"]
+        size = sources.MNIST.sizes["train-images-idx3-ubyte.gz"]
         assert f"longer than the {size} bytes" in refusal_of(url, monkeypatch)
     assert len(sent) < 1000
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
@@ -401,13 +424,14 @@ def test_a_mirror_that_leads_in_circles_is_left(monkeypatch):
     assert asked.asked == 5
 
 
-def test_every_mirror_is_reached_over_https_and_every_file_is_pinned():
-    assert sources.DOWNLOADS_FROM == "https://"
-    assert sources.MNIST_BYTES.keys() == sources.MNIST_SHA256.keys()
-    assert len(sources.MNIST_MIRRORS) >= 2
-    assert all(url.startswith("https://") and url.endswith("/") for url in sources.MNIST_MIRRORS)
-    assert len(set(sources.MNIST_SHA256.values())) == 4
-    assert all(len(bytes.fromhex(digest)) == 32 for digest in sources.MNIST_SHA256.values())
+@pytest.mark.parametrize("published", [mnist.MNIST, mnist.FASHION_MNIST], ids=lambda one: one.name)
+def test_every_mirror_is_reached_over_https_and_every_file_is_pinned(published):
+    assert mnist.DOWNLOADS_FROM == "https://"
+    assert set(published.sizes) == set(published.sha256) == set(mnist.FILES)
+    assert len(published.mirrors) >= 2
+    assert all(url.startswith("https://") and url.endswith("/") for url in published.mirrors)
+    assert len(set(published.sha256.values())) == 4
+    assert all(len(bytes.fromhex(digest)) == 32 for digest in published.sha256.values())
 
 
 # --------------------------------------------------------------------------------------------- the true MNIST

@@ -32,6 +32,7 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).parents[1] / "end_to_end"))
 
 import numpy as np
+import PIL.Image
 import safetensors.numpy
 import tyro
 from bad_inputs import MNIST_FILES, TINY, mnist_files, write_files
@@ -150,6 +151,33 @@ class Npz(Kind):
 
     def is_valid(self) -> bool | None:
         return True if self.changed in self.wholes else None  # a time in an archive is as good as another
+
+
+class Images(Kind):
+    """One of a user's own images."""
+
+    arguments: ClassVar = [*Kind.arguments, "--dataset=folder:data"]
+
+    def __init__(self) -> None:
+        self.wholes = []
+        for mode in ("L", "P", "RGB"):
+            content = io.BytesIO()
+            PIL.Image.linear_gradient("L").resize((4, 4)).convert(mode).save(content, "PNG")
+            self.wholes.append(content.getvalue())
+        self.names = [f"{number}.png" for number in range(20)]
+
+    def alter(self, rng: random.Random) -> None:
+        shutil.rmtree("data", ignore_errors=True)
+        whole = rng.choice(self.wholes)
+        self.changed = altered(
+            rng, whole, [b"IHDR", b"IDAT", b"IEND", b"tRNS", b"\xff\xd8\xff\xe0", b"P5 4 4 255\n", whole]
+        )
+        for part in "ab":
+            write_files(f"data/{part}", dict.fromkeys(self.names, whole))
+        Path("data", rng.choice("ab"), rng.choice(self.names)).write_bytes(self.changed)
+
+    def is_valid(self) -> bool | None:
+        return True if self.changed in self.wholes else None  # not all of an image is under a checksum
 
 
 class Config(Kind):
@@ -300,6 +328,7 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "IDX": Idx,
     "gzip": Gzip,
     "npz": Npz,
+    "images": Images,
     "config": Config,
     "checkpoint": Checkpoint,
     "sealed": Sealed,

@@ -1,0 +1,145 @@
+"""A user's own images in a folder, with a folder for each class, read without trust.
+
+    shells/cone/a.png …       one folder for each class: the classes are numbered in the order of their names
+    shells/cowrie/b.jpg …
+
+or, with a test part of its own, ``train`` and ``test`` in it, and the same classes in both:
+
+    shells/train/cone/a.png …
+    shells/test/cone/z.png …
+
+PNG, JPEG, BMP, PPM and WebP files of 8 bits a channel, all of one size; nothing is resized. Where all are gray there is
+one channel, else there are three. Transparency is dropped, and what a camera noted of its orientation. Names that begin
+with a dot are passed over, and so are files beside the folders; anything else that is no image is refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distdl.data.idx import quoted
+from distdl.errors import DamagedFileError, DistdlError, UserError
+
+FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".ppm", ".webp")
+#: The two parts, where the set has its own test part.
+PARTS = ("train", "test")
+GRAY, COLORS = {"1", "L", "LA"}, {"P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
+
+
+def read_folder(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64], int, int | None]:
+    """Return images (N, H, W, C), labels (N,), the number of classes, and the first row of the test part or None.
+
+    The order is that of the names, so the same files are the same data set wherever they lie.
+
+    Raises `UserError` where Pillow or an image is missing or an image does not fit the others, `DamagedFileError` where
+    one is damaged.
+    """
+    pillow = _pillow()
+    parts = [path / part for part in PARTS] if {entry.name for entry in _folders(path)} == set(PARTS) else [path]
+    names = [folder.name for folder in _folders(parts[0])]
+    files: list[Path] = []
+    labels: list[int] = []
+    starts = []
+    for part in parts:
+        starts.append(len(files))
+        classes = _folders(part)
+        if [folder.name for folder in classes] != names:
+            other = min({folder.name for folder in classes} ^ set(names))
+            raise UserError(f"{quoted(path)} has the class {other!r} in one of train and test only: expected in both")
+        for label, folder in enumerate(classes):
+            found = _images_in(folder)
+            files += found
+            labels += [label] * len(found)
+    if len(names) < 2:
+        raise UserError(
+            f"{quoted(path)} has {len(names)} folders with images: expected one for each class, two or more, with the "
+            "images in them"
+        )
+    try:
+        images = _decoded(pillow, files)
+    except MemoryError:
+        raise UserError(f"there is not enough memory for {quoted(path)}: give a smaller data set") from None
+    return images, np.array(labels, np.int64), len(names), starts[1] if len(parts) > 1 else None
+
+
+def _pillow() -> Any:
+    try:
+        return importlib.import_module("PIL.Image")
+    except ImportError as error:
+        raise UserError(
+            "reading images needs Pillow, which is not installed: pip install 'distdl-mpi[images]', or give arrays by "
+            "--dataset npz:FILE.npz"
+        ) from error
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(
+            f"the folder of images {quoted(folder)} cannot be read ({error.strerror or error}): expected a folder for "
+            "each class, with the images in them"
+        ) from error
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [entry for entry in _entries(folder) if entry.is_dir()]
+
+
+def _images_in(folder: Path) -> list[Path]:
+    files = _entries(folder)
+    for file in files:
+        if file.suffix.lower() not in SUFFIXES or not file.is_file():
+            raise UserError(f"{quoted(file)} is no image: expected only {', '.join(SUFFIXES)} in the folder of a class")
+    if not files:
+        raise UserError(f"{quoted(folder)} has no images: every folder is a class, and a class needs some")
+    return files
+
+
+def _decoded(pillow: Any, files: list[Path]) -> NDArray[np.uint8]:
+    """Return the images (N, H, W, C); only their heads are read before it is known that they fit each other."""
+    size, modes = None, set()
+    for file in files:
+        with _opened(pillow, file) as image:
+            size = size or image.size
+            if image.size != size:
+                raise UserError(
+                    f"{quoted(file)} has {image.width}x{image.height} pixels, {quoted(files[0])} has "
+                    f"{size[0]}x{size[1]}: expected one size; resize them first"
+                )
+            if image.mode not in GRAY | COLORS:
+                raise UserError(f"{quoted(file)} has pixels of the kind {image.mode}: expected 8 bits a channel")
+            modes.add(image.mode)
+    mode, channels = ("L", 1) if modes <= GRAY else ("RGB", 3)
+    assert size is not None, "there is a file"
+    images = np.empty((len(files), size[1], size[0], channels), np.uint8)
+    for file, target in zip(files, images, strict=True):
+        with _opened(pillow, file) as image:
+            target[...] = np.asarray(image.convert(mode)).reshape(target.shape)
+    return images
+
+
+@contextmanager
+def _opened(pillow: Any, file: Path) -> Iterator[Any]:
+    try:
+        stream = file.open("rb")
+    except OSError as error:
+        raise UserError(f"the image {quoted(file)} cannot be read: {error.strerror or error}") from error
+    try:
+        with stream, warnings.catch_warnings():
+            warnings.simplefilter("error", pillow.DecompressionBombWarning)
+            with pillow.open(stream, formats=FORMATS) as image:
+                yield image
+    except (DistdlError, MemoryError):
+        raise
+    except Exception as error:  # whatever Pillow says of bytes that are no image
+        raise DamagedFileError(f"{quoted(file)} is damaged or no image: {error}; write or copy it again") from error
