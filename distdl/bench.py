@@ -34,7 +34,7 @@ def parse(arguments: Sequence[str]) -> Settings:
         "(default: %(default)s)",
     )
     add("--input", dest="input_shape", metavar="HxWxC", help="random pixels of this shape (default: 28x28x1)")
-    add("--dataset", help="a data set in the place of random pixels: digits or mnist")
+    add("--dataset", help="a data set in the place of random pixels: digits, mnist or fashion-mnist")
     add("--data-dir", type=Path, help="folder with the data set's files")
     add("--batch-size", type=int, default=usual.batch_size, help="samples of a step (default: %(default)s)")
     add("--micro-batch-size", type=int, default=usual.micro_batch_size, help="unit of compute (default: %(default)s)")

@@ -50,7 +50,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         default=[],
         help="your own model that a run was trained with; it is run",
     )
-    add("--dataset", metavar=own, help="your own dataset that the runs were trained on; it is run")
+    add(
+        "--dataset",
+        metavar=own,
+        help="your own dataset that the runs were trained on; it is run; or npz:FILE.npz, folder:PATH as it is called now",
+    )
     add("--half", action="store_true", help="also with weights and activations stored as float16")
     add("--confusion", action="store_true", help="print how often which class was taken for which")
     add("--confusion-figure", type=Path, metavar="FILE.png", help="draw that; needs matplotlib")

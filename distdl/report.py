@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--out", type=Path, metavar="FILE.html", help=f"file to write (default: {NAME} in the run folder)")
     add("--data-dir", type=Path, help="folder with the dataset's files (default: that of the run)")
     add("--model", metavar=own, action="append", default=[], help="your own model that the run was trained with")
-    add("--dataset", metavar=own, help="your own dataset that the run was trained on")
+    add("--dataset", metavar=own, help="your own dataset that the run was trained on, or npz:FILE.npz …")
     return parser.parse_args(arguments)
 
 

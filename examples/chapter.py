@@ -30,7 +30,7 @@ def run(example, description, *, has_data=False, switches=None):
         parser = startup.OneLineParser(description=description.splitlines()[0], advice="--help lists all flags")
         add = parser.add_argument
         if has_data:
-            add("--dataset", default="digits", help="digits or mnist (default: %(default)s)")
+            add("--dataset", default="digits", help="digits, mnist or fashion-mnist (default: %(default)s)")
             add("--data-dir", type=Path, help="folder with the data set's files")
         add("--seed", type=int, default=0, help="of all random numbers (default: %(default)s)")
         add("--quick", action="store_true", help="a few steps only, to see whether it runs")

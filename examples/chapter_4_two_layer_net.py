@@ -24,7 +24,7 @@ def two_layer_net(input_shape, classes):
 
 def main(options):
     """Train, and draw loss and accuracy of each epoch."""
-    epochs = 19 if options.dataset == "mnist" else 100  # 19 epochs of 54,000 images are 10,260 steps
+    epochs = 100 if options.dataset == "digits" else 19  # 19 epochs of 54,000 images are 10,260 steps
     config = TrainConfig(
         dataset=options.dataset,
         data_dir=options.data_dir,

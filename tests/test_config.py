@@ -440,6 +440,8 @@ def test_all_differences_are_named_at_once_and_a_missing_setting_is_one():
         (["--lr-step-factor", "inf"], "--lr-step-factor must be a finite number, not inf"),
         (["--batch-size", "8"], "--micro-batch-size 16 is larger than --batch-size 8"),
         (["--data-dir", "/nonexistent"], "--data-dir does nothing for --dataset digits: give --dataset mnist, or"),
+        (["--dataset=npz:a.npz", "--data-dir=b"], "--data-dir does nothing for --dataset npz:a.npz"),
+        (["--dataset=folder:a", "--data-dir=b"], "--data-dir does nothing for --dataset folder:a"),
         (["--lr-step-epochs", "5"], "--lr-step-epochs does nothing for --schedule constant: give --schedule step, or"),
         (["--lr-step-factor=.1", "--schedule=cosine"], "--lr-step-factor does nothing for --schedule cosine"),
         (["--resume", "auto"], "--resume auto looks for checkpoints in --run-dir"),

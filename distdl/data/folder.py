@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,9 +81,10 @@ def _pillow() -> Any:
         ) from error
 
 
-def _entries(folder: Path) -> list[Path]:
+def _entries(folder: Path, belongs: Callable[[Path], bool]) -> dict[Path, bool]:
+    """Return what is in a folder, in the order of the names, and whether it belongs to what is looked for."""
     try:
-        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+        return {entry: belongs(entry) for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")}
     except OSError as error:
         raise UserError(
             f"the folder of images {quoted(folder)} cannot be read ({error.strerror or error}): expected a folder for "
@@ -92,17 +93,20 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return [entry for entry in _entries(folder) if entry.is_dir()]
+    return [entry for entry, is_folder in _entries(folder, Path.is_dir).items() if is_folder]
 
 
 def _images_in(folder: Path) -> list[Path]:
-    files = _entries(folder)
-    for file in files:
-        if file.suffix.lower() not in SUFFIXES or not file.is_file():
-            raise UserError(f"{quoted(file)} is no image: expected only {', '.join(SUFFIXES)} in the folder of a class")
+    files = _entries(folder, lambda entry: entry.suffix.lower() in SUFFIXES and entry.is_file())
+    for file, is_image in files.items():
+        if not is_image:
+            raise UserError(
+                f"{quoted(file)} is no image: expected only {', '.join(SUFFIXES)} in the folder of a class (each folder "
+                f"of {quoted(folder.parent)} is one, unless these are train and test)"
+            )
     if not files:
         raise UserError(f"{quoted(folder)} has no images: every folder is a class, and a class needs some")
-    return files
+    return list(files)
 
 
 def _decoded(pillow: Any, files: list[Path]) -> NDArray[np.uint8]:
@@ -116,8 +120,8 @@ def _decoded(pillow: Any, files: list[Path]) -> NDArray[np.uint8]:
                     f"{quoted(file)} has {image.width}x{image.height} pixels, {quoted(files[0])} has "
                     f"{size[0]}x{size[1]}: expected one size; resize them first"
                 )
-            if image.mode not in GRAY | COLORS:
-                raise UserError(f"{quoted(file)} has pixels of the kind {image.mode}: expected 8 bits a channel")
+            if image.mode not in GRAY | COLORS or _is_deep(image):
+                raise UserError(f"{quoted(file)} has more than 8 bits a channel, or other numbers: expected 8 bits")
             modes.add(image.mode)
     mode, channels = ("L", 1) if modes <= GRAY else ("RGB", 3)
     assert size is not None, "there is a file"
@@ -128,6 +132,14 @@ def _decoded(pillow: Any, files: list[Path]) -> NDArray[np.uint8]:
     return images
 
 
+def _is_deep(image: Any) -> bool:
+    """Whether a channel has more bits than the 8 that Pillow would keep of them."""
+    _, _, _, how = image.tile[0] if image.tile else (None, None, None, ())
+    if image.format == "PPM":
+        return isinstance(how, tuple) and how[1] > 255
+    return image.format == "PNG" and ";16" in str(how)
+
+
 @contextmanager
 def _opened(pillow: Any, file: Path) -> Iterator[Any]:
     try:
@@ -136,10 +148,13 @@ def _opened(pillow: Any, file: Path) -> Iterator[Any]:
         raise UserError(f"the image {quoted(file)} cannot be read: {error.strerror or error}") from error
     try:
         with stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is dropped anyway
             warnings.simplefilter("error", pillow.DecompressionBombWarning)
             with pillow.open(stream, formats=FORMATS) as image:
                 yield image
     except (DistdlError, MemoryError):
         raise
+    except (pillow.DecompressionBombWarning, pillow.DecompressionBombError) as error:
+        raise UserError(f"{quoted(file)} has more pixels than Pillow takes ({error}): resize it first") from error
     except Exception as error:  # whatever Pillow says of bytes that are no image
         raise DamagedFileError(f"{quoted(file)} is damaged or no image: {error}; write or copy it again") from error

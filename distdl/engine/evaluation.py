@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.arrays import aligned_empty
-from distdl.config import DATASETS, TrainConfig, is_own
+from distdl.config import DATASETS, FROM_PATH, TrainConfig, is_own
 from distdl.data import sources, split
 from distdl.data.normalization import Normalization
 from distdl.engine import checkpoint as checkpoints
@@ -307,8 +307,10 @@ def _arrays(
             raise UserError(
                 f"{first.given} was trained on a dataset of its own; if you trust that code, add --dataset {trained_on}"
             )
-        if data_dir is not None and trained_on == "digits":
-            raise UserError(f"--data-dir does nothing for digits, which {first.given} was trained on: leave it out")
+        if data_dir is not None and (trained_on == "digits" or trained_on.startswith(FROM_PATH)):
+            raise UserError(
+                f"--data-dir does nothing for {trained_on}, which {first.given} was trained on: leave it out"
+            )
         dataset = load_dataset(dataset or trained_on, data_dir or first.config.data_dir)
     arrays: dict[str, NDArray[Any]] = {}
     for one in found:
@@ -319,7 +321,7 @@ def _arrays(
         if one.checkpoint.header["data_sha256"] != sha256_of_data(_data_of(one.config, arrays)):
             raise UserError(
                 f"{one.path} was trained on other images, labels or split than {dataset.name} has here: give the "
-                "same data by --data-dir"
+                f"same data by {'--dataset' if one.config.dataset.startswith(FROM_PATH) else '--data-dir'}"
             )
     return arrays
 

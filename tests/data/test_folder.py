@@ -1,7 +1,10 @@
 """A data set of images in folders: classes in the order of their names, and what does not fit is one line."""
 
+import struct
 import sys
+import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,24 +92,72 @@ def test_what_does_not_fit_is_named(tmp_path):
     Image.fromarray(GRAY[0, :4]).save(write(tmp_path / "size", GRAY) / "cowrie/b.ppm")
     assert "b.ppm' has 4x4 pixels" in (message := refusal(tmp_path / "size"))
     assert "1.png' has 4x5: expected one size" in message
-    Image.fromarray(GRAY[0].astype(np.uint16) * 256).save(write(tmp_path / "deep16", GRAY) / "cone/1.png")
-    assert "pixels of the kind I;16: expected 8 bits" in refusal(tmp_path / "deep16")
     names = ["train/a/1.png", "train/b/1.png", "train/c/1.png", "test/a/1.png", "test/b/1.png", "test/d/1.png"]
     assert "the class 'c' in one of train and test only" in refusal(write(tmp_path / "parts", GRAY, names))
 
 
 def test_a_damaged_image_is_named(tmp_path):
     whole = (write(tmp_path, GRAY) / "cone/1.png").read_bytes()
-    for content in (b"", whole[:20], whole[:-30], whole[:45] + b"\xff" + whole[46:], b"GIF89a" + whole[6:]):
+    for content in (b"", whole[:20], whole[:-30], whole[:45] + b"\xff" + whole[46:]):
         (tmp_path / "cone/1.png").write_bytes(content)
         assert "1.png' is damaged" in refusal(tmp_path, DamagedFileError)
+    for other_format in ("GIF", "TIFF", "TGA"):  # whose readers are larger than what is wanted of them
+        Image.fromarray(GRAY[0]).save(tmp_path / "cone/1.png", other_format)
+        assert "1.png' is damaged or no image" in refusal(tmp_path, DamagedFileError)
 
 
 def test_an_image_that_announces_more_pixels_than_memory_has_is_refused_from_its_head(tmp_path):
     write(tmp_path, GRAY)
     (tmp_path / "cone/1.png").unlink()
     (tmp_path / "cone/1.ppm").write_bytes(b"P5 2000000 2000000 255\n")
-    assert "1.ppm' is damaged or no image: " in refusal(tmp_path, DamagedFileError)
+    assert "1.ppm' has more pixels than Pillow takes" in refusal(tmp_path)
+
+
+def png_of_16_bits(kind, channels):
+    """Return a PNG of 4x5 pixels, as the format's own document has it: Pillow writes none but gray ones."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    rows = (b"\0" + bytes(range(4 * channels * 2))) * 5
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 5, 16, kind, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [(f"{kind}.png", png_of_16_bits(kind, channels)) for kind, channels in {0: 1, 2: 3, 4: 2, 6: 4}.items()]
+    + [("1.pgm", b"P5 4 5 65535\n" + bytes(40)), ("1.ppm", b"P6 4 5 65535\n" + bytes(120))],
+    ids=["gray", "colored", "gray with alpha", "colored with alpha", "pgm", "ppm"],
+)
+def test_more_than_8_bits_a_channel_are_refused_and_never_cut_off(name, content, tmp_path):
+    (write(tmp_path, COLORED) / "cone" / name).write_bytes(content)
+    assert f"{name}' has more than 8 bits a channel" in refusal(tmp_path)
+
+
+def test_a_gray_map_with_a_smaller_range_is_no_deep_one(tmp_path):
+    (write(tmp_path, GRAY) / "cone/0.pgm").write_bytes(b"P5 4 5 7\n" + bytes([0, 7] * 10))
+    assert loaded(tmp_path).images[0].ravel().tolist() == [0, 255] * 10
+
+
+def test_what_pillow_warns_of_is_not_passed_on(tmp_path, recwarn):
+    file = write(tmp_path, COLORED) / "cone/1.png"
+    Image.fromarray(COLORED[0]).quantize(8).save(file, transparency=bytes([0, 128, 255]))
+    expected = np.asarray(Image.fromarray(COLORED[0]).quantize(8).convert("RGB"))
+    assert np.array_equal(loaded(tmp_path).images[0], expected)
+    assert not recwarn.list
+
+
+def test_what_the_system_refuses_is_named(tmp_path, monkeypatch):
+    (write(tmp_path / "link", GRAY) / "cone/x.png").symlink_to("x" * 300)
+    assert "cone' cannot be read (File name too long)" in refusal(tmp_path / "link")
+    write(tmp_path / "data", GRAY)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "empty", lambda *_: (_ for _ in ()).throw(MemoryError))
+        assert "there is not enough memory for" in refusal(tmp_path / "data")
+    with monkeypatch.context() as patch:  # root may read every file, so the refusal is played
+        patch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        assert "1.png' cannot be read: Permission denied" in refusal(tmp_path / "data")
 
 
 def test_a_folder_is_trained_on_resumed_and_evaluated_like_any_other_dataset(tmp_path, capsys):
@@ -118,10 +169,19 @@ def test_a_folder_is_trained_on_resumed_and_evaluated_like_any_other_dataset(tmp
     train(replace(config, run_dir=tmp_path / "halves", max_steps=3), OneProcess())
     assert train(replace(config, resume="auto", run_dir=tmp_path / "halves"), OneProcess()).weights_sha256 == receipt
     assert evaluate.main([str(tmp_path / "whole")]) == 0
+    with pytest.raises(UserError, match="--data-dir does nothing for folder:"):
+        evaluate.main([str(tmp_path / "whole"), "--data-dir=elsewhere"])
+
+    moved = f"folder:{(tmp_path / 'data').rename(tmp_path / 'moved')}"
+    further = replace(config, resume="auto", run_dir=tmp_path / "halves", dataset=moved, epochs=3)
+    train(further, OneProcess())
+    assert evaluate.main([str(tmp_path / "whole"), f"--dataset={moved}"]) == 0
+    (tmp_path / "moved/a/0.png").unlink()
+    with pytest.raises(UserError, match="other images, labels or split than these"):
+        train(replace(further, epochs=4), OneProcess())
+    with pytest.raises(UserError, match="give the same data by --dataset"):
+        evaluate.main([str(tmp_path / "whole"), f"--dataset={moved}"])
     capsys.readouterr()
-    (tmp_path / "data/a/0.png").unlink()
-    with pytest.raises(UserError, match="data"):
-        train(replace(config, resume="auto", run_dir=tmp_path / "halves"), OneProcess())
 
 
 def test_without_pillow_the_way_to_get_it_is_named(tmp_path, monkeypatch):

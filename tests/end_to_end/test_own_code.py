@@ -449,6 +449,8 @@ def test_code_of_a_dataset_that_a_config_file_names_is_not_run_unless_the_comman
         ("mine", ["unknown dataset 'mine'", "file.py:function"]),
         ("npz:", ["npz"]),
         ("npz:a\0b", ["names no file"]),
+        ("folder:", ["names no file", "folder:PATH"]),
+        ("folder:nowhere", ["'nowhere' cannot be read"]),
     ],
 )
 def test_what_is_wrong_with_a_dataset_is_one_line_that_names_it(name, words, data):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import gzip
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -32,7 +33,6 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).parents[1] / "end_to_end"))
 
 import numpy as np
-import PIL.Image
 import safetensors.numpy
 import tyro
 from bad_inputs import MNIST_FILES, TINY, mnist_files, write_files
@@ -159,10 +159,11 @@ class Images(Kind):
     arguments: ClassVar = [*Kind.arguments, "--dataset=folder:data"]
 
     def __init__(self) -> None:
+        image = importlib.import_module("PIL.Image").linear_gradient("L").resize((4, 4))
         self.wholes = []
         for mode in ("L", "P", "RGB"):
             content = io.BytesIO()
-            PIL.Image.linear_gradient("L").resize((4, 4)).convert(mode).save(content, "PNG")
+            image.convert(mode).save(content, "PNG")
             self.wholes.append(content.getvalue())
         self.names = [f"{number}.png" for number in range(20)]
 

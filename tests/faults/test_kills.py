@@ -127,7 +127,7 @@ def test_two_or_three_killed_together_or_during_recovery(row, undisturbed):
 
 
 def test_killed_while_the_new_group_is_made(row, undisturbed):
-    """Where Open MPI 5.0.10 and 5.0.11 crash in all ranks that are left, one time in thirty."""
+    """Where Open MPI 5.0.11 now and then crashes in all ranks that are left: docs/reliability.md."""
     table = row("a second rank killed while the group of those left is made, 4 ranks", 5, 200)
     expected = undisturbed(*FLAGS)
 
