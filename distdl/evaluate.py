@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add(
         "--dataset",
         metavar=own,
-        help="your own dataset that the runs were trained on; it is run; or npz:FILE.npz, folder:PATH as it is called now",
+        help="your own dataset that the runs were trained on; it is run. Or npz:FILE.npz, folder:PATH: where it is now",
     )
     add("--half", action="store_true", help="also with weights and activations stored as float16")
     add("--confusion", action="store_true", help="print how often which class was taken for which")

@@ -101,8 +101,8 @@ def _images_in(folder: Path) -> list[Path]:
     for file, is_image in files.items():
         if not is_image:
             raise UserError(
-                f"{quoted(file)} is no image: expected only {', '.join(SUFFIXES)} in the folder of a class (each folder "
-                f"of {quoted(folder.parent)} is one, unless these are train and test)"
+                f"{quoted(file)} is no image: expected only {', '.join(SUFFIXES)} in the folder of a class (each of "
+                f"the folders in {quoted(folder.parent)} is one, unless they are train and test)"
             )
     if not files:
         raise UserError(f"{quoted(folder)} has no images: every folder is a class, and a class needs some")
