@@ -376,6 +376,11 @@ def is_own(name: str) -> bool:
     return ":" in name and not name.startswith(FROM_PATH)
 
 
+def reads_data_dir(dataset: str) -> bool:
+    """Whether a dataset takes files from `--data-dir`: not what the package has, nor what is a path itself."""
+    return dataset != "digits" and not dataset.startswith(FROM_PATH)
+
+
 def check_model_name(model: str) -> None:
     """Raise `UserError` for a text that is neither the name of a model of ours nor of a user's own."""
     if is_own(model):
@@ -423,8 +428,7 @@ def _check_code(setting: str, name: str, arguments: Sequence[str]) -> None:
 
 def _refuse_without_effect(config: TrainConfig, arguments: Sequence[str]) -> None:
     """Raise `UserError` for a flag that does nothing beside the other settings; a file may hold it all the same."""
-    has_no_folder = config.dataset == "digits" or config.dataset.startswith(FROM_PATH)
-    if has_no_folder and value_of("data_dir", arguments) is not None:
+    if not reads_data_dir(config.dataset) and value_of("data_dir", arguments) is not None:
         raise UserError(
             f"--data-dir does nothing for --dataset {config.dataset}: give --dataset mnist, or leave it out"
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distdl.config import DATASETS, OPTIMIZERS, check_model_name
+from distdl.config import DATASETS, OPTIMIZERS, check_model_name, reads_data_dir
 from distdl.errors import UserError, unknown_name
 
 SCALINGS = {"both": ("strong", "weak"), "strong": ("strong",), "weak": ("weak",), "none": ()}
@@ -105,7 +105,7 @@ class Settings:
         """Raise `UserError` for a setting that does nothing beside the others."""
         if self.network is not None and not SCALINGS[self.scaling]:
             raise UserError("--network is what --scaling is projected to, which is none: leave one of them out")
-        if self.data_dir is not None and self.dataset in {None, "digits"}:
+        if self.data_dir is not None and not (self.dataset and reads_data_dir(self.dataset)):
             raise UserError("--data-dir does nothing without --dataset mnist: give that too, or leave it out")
 
     @property

@@ -44,14 +44,15 @@ def read_folder(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64], int, 
     one is damaged.
     """
     pillow = _pillow()
-    parts = [path / part for part in PARTS] if {entry.name for entry in _folders(path)} == set(PARTS) else [path]
-    names = [folder.name for folder in _folders(parts[0])]
+    parts = [_folders(path)]
+    if {folder.name for folder in parts[0]} == set(PARTS):
+        parts = [_folders(path / part) for part in PARTS]
+    names = [folder.name for folder in parts[0]]
     files: list[Path] = []
     labels: list[int] = []
     starts = []
-    for part in parts:
+    for classes in parts:
         starts.append(len(files))
-        classes = _folders(part)
         if [folder.name for folder in classes] != names:
             other = min({folder.name for folder in classes} ^ set(names))
             raise UserError(f"{quoted(path)} has the class {other!r} in one of train and test only: expected in both")

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.arrays import aligned_empty
-from distdl.config import DATASETS, FROM_PATH, TrainConfig, is_own
+from distdl.config import DATASETS, FROM_PATH, TrainConfig, is_own, reads_data_dir
 from distdl.data import sources, split
 from distdl.data.normalization import Normalization
 from distdl.engine import checkpoint as checkpoints
@@ -307,7 +307,7 @@ def _arrays(
             raise UserError(
                 f"{first.given} was trained on a dataset of its own; if you trust that code, add --dataset {trained_on}"
             )
-        if data_dir is not None and (trained_on == "digits" or trained_on.startswith(FROM_PATH)):
+        if data_dir is not None and not reads_data_dir(trained_on):
             raise UserError(
                 f"--data-dir does nothing for {trained_on}, which {first.given} was trained on: leave it out"
             )
