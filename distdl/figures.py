@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.errors import UserError
+from distdl.errors import DamagedFileError, UserError
 from distdl.nn import Sequential
 from distdl.nn.between import activations
 
@@ -80,19 +80,25 @@ def confusion_matrix(labels: NDArray[Any], predictions: NDArray[Any], classes: i
     )
 
 
+def records_of(log: Path) -> list[dict[str, Any]]:
+    """Return the records of a log: raise `UserError` where it cannot be read, `DamagedFileError` where it is none."""
+    try:
+        records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise UserError(f"cannot read {log}: {error.strerror or error}; expected a log of a run") from None
+    except (ValueError, RecursionError):
+        records = [None]
+    if not all(isinstance(record, dict) for record in records):
+        raise DamagedFileError(f"{log} is damaged: its lines are not the records that distdl.train writes")
+    return records
+
+
 def epochs_of(metrics: Path | Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the records of whole epochs from a ``metrics.jsonl`` or its records.
 
-    Raises `UserError` where the file cannot be read, or no epoch is in it.
+    Raises `UserError` where the file cannot be read, or no epoch is in it, `DamagedFileError` where it is no log.
     """
-    records: Iterable[Mapping[str, Any]]
-    if isinstance(metrics, Path):
-        try:
-            records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {metrics}: {error}; expected the metrics.jsonl of a run") from None
-    else:
-        records = metrics
+    records = records_of(metrics) if isinstance(metrics, Path) else metrics
     epochs = [record for record in records if "validation_loss" in record]
     if not epochs:
         raise UserError("the metrics have no whole epoch, so there are no curves to draw: train for one or more")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from distdl import startup
 from distdl.config import TrainConfig
-from distdl.errors import UserError
+from distdl.errors import DamagedFileError, UserError
 from distdl.evaluate import check_names
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     startup.set_blas_threads(1)
     from distdl.engine.evaluation import evaluate, load  # noqa: PLC0415  NumPy reads the threads when it is loaded
     from distdl.engine.files import write_durably  # noqa: PLC0415
+    from distdl.engine.progress import Progress  # noqa: PLC0415
     from distdl.figures import need_matplotlib  # noqa: PLC0415
     from distdl.parallel import guard, together, world  # noqa: PLC0415
 
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
                 write_durably(out, page_of(given.run, trained, found).encode())
             except OSError as error:
                 raise UserError(f"{out} cannot be written: {error.strerror or error}; give another --out") from None
-            sys.stdout.write(f"report: {out}\n")
+            Progress(live=False).line(f"report: {out}")
 
         together(communicator, lambda: write() if speaks else None)
     return 0
@@ -223,20 +224,20 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; expected a file that distdl.train has written") from None
-    return found if isinstance(found, dict) else {}
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise DamagedFileError(f"{path} is damaged: it is not what distdl.train writes")
+    return found
 
 
 def _lines(path: Path, having: str) -> list[dict[str, Any]]:
     """Return the records of a log that have a field; none where there is no log."""
-    if not path.is_file():
-        return []
-    try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; expected a log that distdl.train has written") from None
-    return [record for record in records if having in record]
+    from distdl.figures import records_of  # noqa: PLC0415
+
+    return [record for record in records_of(path) if having in record] if path.is_file() else []
 
 
 def _table(rows: Mapping[str, Any]) -> str:

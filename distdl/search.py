@@ -69,7 +69,8 @@ def main(arguments: Sequence[str]) -> int:
     """Search, print and write; return the exit code."""
     settings = parse(arguments)
     startup.set_blas_threads(settings.config.threads_per_rank)
-    from distdl.hyperparameters.report import command  # noqa: PLC0415  NumPy reads the threads when it is loaded
+    from distdl.engine.progress import Progress  # noqa: PLC0415  NumPy reads the threads when it is loaded
+    from distdl.hyperparameters.report import command  # noqa: PLC0415
     from distdl.hyperparameters.run import search  # noqa: PLC0415
 
     found = search(settings)
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
         error.agreed = True
         raise error
     if read_launch().speaks:
-        sys.stdout.write(f"best: {command(settings.config_with(found.best.settings))}\n")
+        Progress(live=False).line(f"best: {command(settings.config_with(found.best.settings))}")
     return 0
 
 

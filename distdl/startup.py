@@ -63,11 +63,14 @@ def run(
     launch = read_launch()
     if launch.by is not None:
         end_with_the_launcher()
+    _open_what_is_closed()
     _escape_what_the_terminal_lacks()
+    if arguments is None:
+        arguments = sys.argv[1:]
     try:
-        if not launch.speaks and _asks_for_help(arguments):
-            return 0
-        return command(sys.argv[1:] if arguments is None else arguments)
+        if {"-h", "--help"} & set(arguments):
+            return _show_help(command, arguments) if launch.speaks else 0
+        return command(arguments)
     except DistdlError as error:
         if launch.speaks:
             _say(f"{error.label}{error}")
@@ -80,6 +83,28 @@ def run(
         return EXIT_INTERRUPTED
 
 
+def _show_help(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Run a command that is asked for its help; that nobody reads it to the end is no error."""
+    try:
+        try:
+            return command(arguments)
+        finally:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left in its buffer at exit
+        return 0
+
+
+def _open_what_is_closed() -> None:
+    """Let what is printed lead nowhere where a stream was closed before Python was started.
+
+    No file that is opened later then gets the number of the stream, which libraries write to.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+
+
 def _escape_what_the_terminal_lacks() -> None:
     """Show as an escape what its encoding has no character for; a dot in the banner must not end a training."""
     for stream in (sys.stdout, sys.stderr):
@@ -90,11 +115,6 @@ def _escape_what_the_terminal_lacks() -> None:
 def _say(text: str) -> None:
     """Print one line to the error stream, whatever line breaks the text has."""
     for stream, line in ((sys.stdout, ""), (sys.stderr, f"distdl: {one_line(text)}\n")):
-        if stream is not None:
-            with suppress(OSError):  # nobody is there to be told; the exit code still tells
-                stream.write(line)
-                stream.flush()
-
-
-def _asks_for_help(arguments: Sequence[str] | None) -> bool:
-    return bool({"-h", "--help"} & set(sys.argv[1:] if arguments is None else arguments))
+        with suppress(OSError):  # nobody is there to be told; the exit code still tells
+            stream.write(line)
+            stream.flush()

@@ -21,6 +21,7 @@ from typing import Any
 
 from distdl import startup
 from distdl.errors import EXIT_DAMAGED, EXIT_DEFECT, DamagedFileError, UserError
+from distdl.launcher import read_launch
 from distdl.mpirun import environment_for, mpirun_command
 
 OURS = ("--run-dir", "--resume", "--record-hashes", "--log-every")
@@ -61,7 +62,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks to compare, with commas (default: 1,2,4)")
     given = parser.parse_args(own)
     ranks = _numbers(given.ranks)
+    if read_launch().size > 1:
+        raise UserError("distdl.verify starts its ranks itself: call it without mpirun")
     for flag in flags:
+        if flag in {"-h", "--help"}:
+            raise UserError(f"{flag} behind -- trains nothing: python -m distdl.train --help lists the flags")
         if flag.split("=")[0].replace("_", "-") in OURS:
             raise UserError(f"{flag.split('=')[0]} is set by distdl.verify itself: leave it out")
 
@@ -77,24 +82,24 @@ def main(arguments: Sequence[str]) -> int:
 
 def _are_different(ranks: Sequence[int], flags: Sequence[str], folder: Path) -> bool:
     """Run on each number of ranks, in folders below `folder`, and say whether the runs differ."""
+    from distdl.engine.progress import Progress  # noqa: PLC0415  it brings NumPy
+
+    progress = Progress(live=False)
     outcomes = []
     for count in ranks:
         outcomes.append(_trained(count, flags, folder / f"{count}-ranks"))
         weights, state = (digest[:16] for digest in outcomes[-1].proof[:2])
         seconds = outcomes[-1].seconds
-        print(
-            f"{count:3d} rank{'s' if count > 1 else ' '}  weights {weights}  state {state}  {seconds:.1f} s",
-            flush=True,
-        )
+        progress.line(f"{count:3d} rank{'s' if count > 1 else ' '}  weights {weights}  state {state}  {seconds:.1f} s")
     first = outcomes[0]
     for other in outcomes[1:]:
         if other.proof != first.proof:
-            print(f"DIFFERENT: {first_difference(first, other)}; the runs are kept in {folder}")
+            progress.line(f"DIFFERENT: {first_difference(first, other)}; the runs are kept in {folder}")
             return True
     steps = first.summary["steps"]
     numbers = ",".join(map(str, ranks))
-    print(f"same bits on {numbers} ranks: weights, state and metrics.jsonl agree after {steps} steps")
-    print(f"weights sha256: {first.proof[0]}")
+    progress.line(f"same bits on {numbers} ranks: weights, state and metrics.jsonl agree after {steps} steps")
+    progress.line(f"weights sha256: {first.proof[0]}")
     return False
 
 

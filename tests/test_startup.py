@@ -91,6 +91,15 @@ class Unread(io.StringIO):
 def test_an_error_that_nobody_can_read_still_has_its_exit_code(name, stream, monkeypatch):
     monkeypatch.setattr(sys, name, stream)
     assert startup.run(raising(UserError("--lr is 0")), []) == 2
+    if stream is None:
+        getattr(sys, name).close()
+
+
+@pytest.mark.parametrize("output", [">&-", "| true", "> /dev/full"])
+def test_help_that_nobody_can_read_ends_quietly(output):
+    command = f"set -o pipefail; {sys.executable} -m distdl.train --help {output}"
+    done = subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_error_that_all_ranks_agreed_on_needs_no_waiting(launched, slept, capsys):

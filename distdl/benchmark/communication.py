@@ -1,4 +1,4 @@
-"""How long the reduction takes, by size: the canonical tree beside MPI's own Allreduce.
+"""How long the reduction takes, by size: the canonical tree beside MPI's own Allreduce; and the agreement of a step.
 
 Each call is timed on every rank, after a barrier; the rank that spent least came last and waited for nobody, so
 its time is that of the reduction itself. The two take turns. Every rank holds one node of the tree, as it does
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ FEW_SIZES = (2**12, 2**18, 2**21)
 
 #: Each is called so often, and less often where that takes long.
 MOST_CALLS, LEAST_CALLS = 20, 3
+AGREEMENTS = 200
 SECONDS_PER_SIZE = 0.5
 
 
@@ -43,15 +44,42 @@ class Timed:
 
 def measure_communication(bench: Bench, sizes: Sequence[int]) -> list[Timed]:
     """Time the reductions in every world of more than one rank. Whole on rank 0. Collective."""
-    found = []
+    return [
+        Timed(world.size, nbytes, oversubscribed(bench.places, world.size), time_reductions(world, nbytes))
+        for world in _worlds_of_several(bench)
+        for nbytes in sizes
+    ]
+
+
+def measure_agreement(bench: Bench) -> dict[int, float]:
+    """Return the median seconds of the agreement that ends a step, by the number of ranks. Collective.
+
+    Where no failure is survived there is none.
+    """
+    if not bench.communicator.survives_failures:
+        return {}
+    return {world.size: statistics.median(time_agreements(world, AGREEMENTS)) for world in _worlds_of_several(bench)}
+
+
+def _worlds_of_several(bench: Bench) -> Iterator[Communicator]:
+    """Go through the worlds of more than one rank; in each, those that are not of it sleep. Collective."""
     for count in sorted(bench.worlds):
         if count > 1:
             with bench.world(count) as world:
-                for nbytes in sizes if world is not None else ():
-                    assert world is not None
-                    seconds = time_reductions(world, nbytes)
-                    found.append(Timed(count, nbytes, oversubscribed(bench.places, count), seconds))
-    return found
+                if world is not None:
+                    yield world
+
+
+def time_agreements(world: Communicator, calls: int) -> list[float]:
+    """Return the seconds of each agreement; the first is left out. Collective."""
+    own = []
+    for call in range(calls + 1):
+        world.barrier()
+        started = time.perf_counter()
+        world.agree(True)
+        if call:
+            own.append(time.perf_counter() - started)
+    return [min(call) for call in zip(*world.allgather_json(own), strict=True)]
 
 
 def time_reductions(world: Communicator, nbytes: int) -> dict[str, list[float]]:

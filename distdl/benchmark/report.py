@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 from distdl.benchmark.chart import ChartPoint, Line
@@ -128,8 +128,8 @@ def _rates(one: TimedPass) -> list[str]:
     return ["" if rate is None else f"{rate / 1e9:.1f}" for rate in rates]
 
 
-def communication_table(timed: Sequence[Timed]) -> list[str]:
-    """Return a table of the reductions by size for each number of ranks."""
+def communication_table(timed: Sequence[Timed], agreements: Mapping[int, float]) -> list[str]:
+    """Return a table of the reductions by size for each number of ranks, and the seconds of an agreement by ranks."""
     lines = []
     for ranks, group in groupby(timed, lambda one: one.ranks):
         rows = []
@@ -149,6 +149,9 @@ def communication_table(timed: Sequence[Timed]) -> list[str]:
         lines.append("reduction of a vector: there is but one rank")
     if any(one.oversubscribed for one in timed):
         lines.append(f"  {FOOTNOTE}")
+    lines += [
+        f"agreement of {ranks} ranks, one a step: {seconds * 1e6:,.1f} us" for ranks, seconds in agreements.items()
+    ]
     return lines
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distdl.benchmark.chart import scaling_svg
-from distdl.benchmark.communication import FEW_SIZES, SIZES, Timed, measure_communication
+from distdl.benchmark.communication import FEW_SIZES, SIZES, Timed, measure_agreement, measure_communication
 from distdl.benchmark.layers import LayerTimes, measure_layers
 from distdl.benchmark.measure import Bench, Measured, Sample, measure_scaling, setups_of, traced
 from distdl.benchmark.projection import Check, Model, Point, Reduced, check, fit
@@ -29,6 +29,7 @@ from distdl.benchmark.report import (
 from distdl.benchmark.settings import SCALINGS, Settings, sweep
 from distdl.engine.environment import describe, numerics
 from distdl.engine.files import try_folder, write_durably
+from distdl.engine.progress import Progress
 from distdl.engine.run_folder import numbered, timestamped
 from distdl.engine.trace import check_writable
 from distdl.engine.trace import write as write_trace
@@ -46,6 +47,8 @@ class Report:
     environment: dict[str, Any]
     measured: list[Measured]
     communication: list[Timed]
+    agreements: dict[int, float]
+    """Median seconds, by the number of ranks."""
     layers: LayerTimes | None
     fitted: Model | None
     """Of the network that was measured."""
@@ -62,9 +65,11 @@ def benchmark(settings: Settings, communicator: Communicator | None = None) -> P
     communicator = world() if communicator is None else communicator
     speaks = communicator.rank == 0
 
+    progress = Progress(live=False)
+
     def say(text: str) -> None:
         if speaks:
-            print(text, flush=True)
+            progress.line(text)
 
     with guard(communicator), numerics(threads=1):
         settings = together(communicator, settings.checked)
@@ -116,6 +121,7 @@ def _measured(bench: Bench, environment: dict[str, Any], ranks: Sequence[int], s
     layers = measure_layers(bench) if settings.layers else None
     sizes = SIZES if settings.communication else FEW_SIZES
     communication = measure_communication(bench, sizes) if settings.communication or setups else []
+    agreements = measure_agreement(bench) if settings.communication else {}
     measured = measure_scaling(bench, setups, say)
     fitted = projected = None
     checks: list[Check] = []
@@ -126,7 +132,7 @@ def _measured(bench: Bench, environment: dict[str, Any], ranks: Sequence[int], s
         checks = [] if fitted is None else check(points, reduced, fitted)
         if settings.network is not None:
             projected = fit(points, reduced, settings.reduction, gradient_bytes, settings.network)
-    report = Report(settings, environment, measured, communication, layers, fitted, checks, projected)
+    report = Report(settings, environment, measured, communication, agreements, layers, fitted, checks, projected)
     if bench.communicator.rank == 0:
         for line in report_lines(report):
             say(line)
@@ -196,7 +202,7 @@ def report_lines(report: Report) -> list[str]:
     if report.layers is not None:
         lines += ["", *layers_table(report.layers)]
     if settings.communication:
-        lines += ["", *communication_table(report.communication)]
+        lines += ["", *communication_table(report.communication, report.agreements)]
     if report.fitted is not None:
         lines += ["", *fit_lines(report.fitted, report.checks)]
     if report.projected is not None:
@@ -285,6 +291,7 @@ def to_json(report: Report) -> dict[str, Any]:
             for one in report.measured
         ],
         "communication": [asdict(one) for one in report.communication],
+        "agreements": [{"ranks": ranks, "seconds": seconds} for ranks, seconds in report.agreements.items()],
         "layers": None if report.layers is None else asdict(report.layers),
         "projection": projection,
     }

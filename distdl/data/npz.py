@@ -101,8 +101,12 @@ def _array(archive: NpzFile, path: Path, name: str) -> NDArray[Any]:
         raise ValueError(f"{name} cannot have the {member.file_size} bytes that it announces")
     with container.open(member) as stream:
         shape, is_fortran, dtype, start = _header(stream)
+        if dtype.hasobject:
+            raise UserError(
+                f"{name} of {quoted(path)} holds objects and not numbers, as arrays of several sizes do: give one array"
+            )
         announced = dtype.itemsize * int(np.prod(shape, dtype=object))
-        if dtype.hasobject or announced != member.file_size - start:
+        if announced != member.file_size - start:
             raise ValueError(f"{name}: {dtype} {shape} is not what its {member.file_size} bytes can hold")
         content = stream.read()
     array = np.frombuffer(content, dtype).reshape(shape, order="F" if is_fortran else "C")

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 #: Whatever bears this suffix is ours, and is swept at the next start; a name nobody else would give.
 TEMPORARY_SUFFIX = ".distdl-partial"
+#: The logs of a run.
+LOGS = ("metrics", "timing", "hashes")
+#: What we write, cut or remove in a run folder, besides the checkpoints.
+OWN_FILES = ("config.toml", "env.json", "summary.json", "lock", *(f"{name}.jsonl" for name in LOGS))
 #: Less what the umask takes: never writable by everyone, whatever the umask.
 FILE_MODE = 0o664
 FOLDER_MODE = 0o775
@@ -104,8 +108,11 @@ def try_folder(folder: Path) -> None:
 def check_output(path: Path, flag: str) -> None:
     """Raise `UserError` where the file that `flag` names could not be written in the end; nothing is left behind.
 
-    A file takes the place of what is there, so that may be nothing but a regular file: no pipe, device or link.
+    A file takes the place of what is there, so that may be nothing but a regular file: no pipe, device or link, and
+    nothing that bears the name of a run's own files.
     """
+    if path.name in OWN_FILES or path.suffix == ".safetensors":
+        raise UserError(f"{flag} {path} has the name of a file of a run's own: give another name")
     try:
         if path.is_dir():
             raise UserError(f"{flag} {path} is a folder: give the name of a file")

@@ -24,7 +24,7 @@ from typing import IO
 from distdl.config import TrainConfig, differences, run_folder_of
 from distdl.engine import checkpoint as checkpoints
 from distdl.engine.checkpoint import Checkpoint
-from distdl.engine.files import FOLDER_MODE, TEMPORARY_SUFFIX, opened_log
+from distdl.engine.files import FOLDER_MODE, LOGS, OWN_FILES, TEMPORARY_SUFFIX, opened_log
 from distdl.errors import DamagedFileError, UserError
 
 #: What is told of a run in the name of its folder; the path of a user's own model may be longer than a name may be.
@@ -51,9 +51,6 @@ PROGRESS_FIELDS: dict[str, tuple[type, ...]] = {
     "best_step": (int, NoneType),
     "train_seconds": (float,),
 }
-LOGS = ("metrics", "timing", "hashes")
-#: What we write, cut or remove in a run folder, besides the checkpoints.
-OWN_FILES = ("config.toml", "env.json", "summary.json", "lock", *(f"{name}.jsonl" for name in LOGS))
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,8 @@ def read(folder: Path, settings: Settings, data_sha256: str) -> list[Record]:
     if not (folder / SEARCH).exists():
         return []
     before, ours = _json(folder / SEARCH, _bytes(folder / SEARCH)), content_of_search(settings, data_sha256)
+    if not isinstance(before, dict):
+        raise DamagedFileError(f"{folder / SEARCH} is damaged: it is not what a search writes")
     different = _differences(json.loads(json.dumps(ours)), before)
     if different:
         raise UserError(
@@ -138,7 +140,7 @@ class SearchFolder:
     def __init__(self, folder: Path, content: Mapping[str, Any], *, ours: bool) -> None:
         self.folder = folder
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
-        self._is_new = not (folder / SEARCH).exists()
+        self.is_new = not (folder / SEARCH).exists()
         try:
             folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
             self._lock: IO[bytes] = _locked(folder, ours=ours)
@@ -164,7 +166,7 @@ class SearchFolder:
 
     def undo(self) -> None:
         """Take away again what a search has made that could not begin; what has been trained stays."""
-        if self._is_new and not any(self.folder.glob(f"{TRIALS}/*/checkpoints/*")):
+        if self.is_new and not any(self.folder.glob(f"{TRIALS}/*/checkpoints/*")):
             shutil.rmtree(self.folder / TRIALS, ignore_errors=True)
             for name in (SEARCH, LOCK):
                 (self.folder / name).unlink(missing_ok=True)

@@ -164,6 +164,8 @@ class _Search:
             self._say(line)
         if self._records:
             self._say(f"resumed from {folder} after {len(self._records)} trials")
+        elif settings.resume and self._open is not None and self._open.is_new:
+            self._say(f"there is no search in {folder} yet: a new one begins")
 
     def _load(self) -> tuple[str, int, list[int], int]:
         """Load the dataset on the first rank of each group; return its hash, and how many samples are for training.

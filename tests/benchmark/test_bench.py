@@ -76,6 +76,8 @@ def check_results(found, said, ranks):
     assert found["projection"]["speedups"]["strong"][-1][0] == 4, "one micro-batch a rank"
     assert found["projection"]["speedups"]["weak"][-1][0] == 1024
     assert {one["ranks"] for one in found["communication"]} == set(ranks) - {1}
+    agreeing = set(ranks) - {1} if "Open MPI" in found["environment"]["communicator"] else set()
+    assert {one["ranks"] for one in found["agreements"] if one["seconds"] > 0} == agreeing
     assert [part["name"] for part in found["layers"]["parts"]][-1] == "affine_2"
     assert found["environment"]["versions"]["numpy"]
     strong = [one for one in found["scaling"] if one["setup"]["kind"] == "strong"]

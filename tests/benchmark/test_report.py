@@ -126,11 +126,12 @@ def test_the_reduction_is_shown_by_size_beside_allreduce():
         Timed(2, 1000, False, {"tree": [2e-6, 1e-6, 9e-6], "allreduce": [1e-6] * 3}),
         Timed(4, 1000, True, {"tree": [1e-6], "allreduce": [2e-6]}),
     ]
-    lines = communication_table(timed)
+    lines = communication_table(timed, {2: 3.5e-5})
     assert lines[0] == "reduction of a vector over 2 ranks"
     assert cells(lines[2]) == ["1,000", "2.0", "0.500", "1.0", "1.000", "2.00"]
     assert lines[3] == f"reduction of a vector over 4{MARK} ranks"
-    assert communication_table([]) == ["reduction of a vector: there is but one rank"]
+    assert "agreement of 2 ranks, one a step: 35.0 us" in lines
+    assert communication_table([], {}) == ["reduction of a vector: there is but one rank"]
 
 
 def test_predictions_say_that_they_are_predictions():

@@ -63,6 +63,21 @@ def run(argv, folder, environment, **settings):
     )
 
 
+def started(argv, folder, output):
+    """Start a command that prints into a file descriptor, which is closed here; its errors go into a pipe."""
+    process = subprocess.Popen(
+        argv,
+        cwd=folder,
+        env=environment_with(),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(output)
+    return process
+
+
 def shared_files():
     return {path.name for path in Path("/dev/shm").glob("distdl-*")} if Path("/dev/shm").is_dir() else set()
 
@@ -216,22 +231,38 @@ PRINTS_MORE = (
 def test_when_nobody_reads_any_more_the_training_goes_on(output, tmp_path):
     ours, theirs = os.openpty() if output == "a lost terminal" else os.pipe()
     without_output = ["sh", "-c", 'exec "$@" >&-', "sh"] if output == "closed from the start" else []
-    with subprocess.Popen(
-        [*without_output, sys.executable, "-c", PRINTS_MORE, *TINY, "--epochs=2", "--run-dir=new"],
-        cwd=tmp_path,
-        env=environment_with(),
-        stdin=subprocess.DEVNULL,
-        stdout=theirs,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        os.close(theirs)
+    argv = [*without_output, sys.executable, "-c", PRINTS_MORE, *TINY, "--epochs=2", "--run-dir=new"]
+    with started(argv, tmp_path, theirs) as process:
         if not without_output:
             assert os.read(ours, 7) == b"distdl "
         os.close(ours)
         said = process.communicate(timeout=TIMEOUT_SECONDS)[1]
     assert (process.returncode, said) == (0, "")
     assert (tmp_path / "new" / "summary.json").is_file()
+
+
+UNREAD = {
+    "bench": ["--model=mlp", "--input=8x8x1", "--steps=2", "--repetitions=1", "--out={out}"],
+    "evaluate": ["run", "--data-dir=data", "--json={out}"],
+    "report": ["run", "--data-dir=data", "--out={out}.html"],
+    "search": ["--range=lr=0.001:0.01", "--rounds=1", "--trials=2", "--out={out}", "--", *TINY, "--epochs=1"],
+    "verify": ["--ranks=1,2", "--", *TINY, "--epochs=1"],
+}
+
+
+@pytest.mark.parametrize("command", UNREAD)
+def test_when_nobody_reads_it_a_command_does_its_work_all_the_same(command, used_folder, tmp_path, request):
+    if command == "report":
+        pytest.importorskip("matplotlib")
+    if command == "verify":
+        request.getfixturevalue("needs_mpirun")
+    ours, theirs = os.pipe()
+    os.close(ours)
+    flags = [flag.format(out=tmp_path / "new") for flag in UNREAD[command]]
+    with started([sys.executable, "-m", f"distdl.{command}", *flags], used_folder, theirs) as process:
+        said = process.communicate(timeout=TIMEOUT_SECONDS)[1]
+    assert (process.returncode, said) == (0, "")
+    assert len(list(tmp_path.iterdir())) == (0 if command == "verify" else 1)
 
 
 # ----------------------------------------------------------------------------------------------------- under mpirun

@@ -339,7 +339,7 @@ def test_an_mlp_has_the_depth_that_its_settings_say(folder):
 
 MODEL_SETTINGS = {
     "an unknown name": ("hiddn=3", ["setting of the model mlp 'hiddn'", "did you mean 'hidden'?"]),
-    "no size": ("hidden=abc", ["hidden='abc'", "the size of each hidden layer"]),
+    "no size": ("hidden=abc", ["hidden='abc'", "or by flag hidden=100-50"]),
     "a switch with a number": ("batch_norm=3", ["batch_norm=3", "true or false"]),
     "a ratio out of range": ("dropout=1.5", ["1.5", "below 1"]),
     "a word for a number": ("dropout=much", ["dropout='much'"]),
@@ -349,6 +349,8 @@ MODEL_SETTINGS = {
     "no name": ("=3", ["names no setting", "name=value"]),
     "no value": ("hidden=3;4", ["such as hidden=100-50"]),
     "another dtype": ("dtype=float64", ["float32"]),
+    "what is no setting": ("input_shape=3", ["setting of the model mlp 'input_shape'", "hidden"]),
+    "another name": ("name=3", ["setting of the model mlp 'name'", "hidden"]),
 }
 
 

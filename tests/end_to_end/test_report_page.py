@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
@@ -120,3 +121,15 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(arguments, said, runs,
     assert said in err
     assert len(err.splitlines()) == 1
     assert changes(before, picture(runs)) == []
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl", "summary.json", "env.json"])
+@pytest.mark.parametrize("content", [b"garbage", b"[1]", b"\xff"], ids=["no JSON", "a list", "no text"])
+def test_a_damaged_file_of_the_run_is_named(name, content, runs, tmp_path, monkeypatch):
+    shutil.copytree(runs / "digits", tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = outcome("run")
+    assert (code, out) == (3, "")
+    assert f"run/{name} is damaged" in err
+    assert len(err.splitlines()) == 1

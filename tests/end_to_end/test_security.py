@@ -24,7 +24,7 @@ from distdl.parallel import OneProcess, shared
 
 pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts trainings of one process")
 
-INSIDE = [*run_folder.OWN_FILES, "checkpoints", "checkpoints/step-000000006.safetensors"]
+INSIDE = [*files.OWN_FILES, "checkpoints", "checkpoints/step-000000006.safetensors"]
 
 
 @pytest.mark.parametrize("leads", ["to what was there", "to someone else's", "nowhere"])
@@ -231,7 +231,7 @@ def test_a_training_opens_what_it_is_given_to_read_only_and_runs_and_connects_to
         assert given <= {str(tmp_path / what) for kind, what in events if kind == "read"}
         own = "run" if "--run-dir=run" in arguments else "new"
         # In the run folder files are named relative to an open folder, and a number is a file opened before.
-        names = {f"step-{step:09d}.safetensors" for step in range(9)} | set(run_folder.OWN_FILES)
+        names = {f"step-{step:09d}.safetensors" for step in range(9)} | set(files.OWN_FILES)
         names |= {f"{name}{files.TEMPORARY_SUFFIX}" for name in names}
         for kind, what in events:
             inside = what in names or what.isdecimal() or (Path(own) in (Path(what), *Path(what).parents))

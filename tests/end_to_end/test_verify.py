@@ -12,6 +12,7 @@ from bad_inputs import TRAIN_IMAGES, mnist_files, write_files
 from distdl import verify
 from distdl.config import MODELS
 from distdl.errors import UserError
+from distdl.launcher import Launch
 from distdl.verify import Outcome, first_difference
 
 REPOSITORY = Path(__file__).parents[2]
@@ -75,11 +76,18 @@ def test_a_damaged_file_keeps_its_exit_code_and_nothing_is_left(verified, tmp_pa
         (["--ranks", "one,2"], "at least two different numbers"),
         (["--rank", "x"], "usage: python -m distdl.verify"),
         (["--ranks", "1,2", "--", "--run-dir", "x"], "--run-dir is set by distdl.verify itself"),
+        (["--ranks", "1,2", "--", "-h"], "-h behind -- trains nothing: python -m distdl.train --help"),
     ],
 )
 def test_what_cannot_be_compared_is_said(arguments, message):
     with pytest.raises(UserError, match=message):
         verify.main(arguments)
+
+
+def test_under_mpirun_it_says_that_it_starts_its_ranks_itself(monkeypatch):
+    monkeypatch.setattr(verify, "read_launch", lambda: Launch("MPICH's mpirun", 0, 2))
+    with pytest.raises(UserError, match="starts its ranks itself: call it without mpirun"):
+        verify.main([])
 
 
 def outcome(folder, ranks, hashes, *, metrics=b"", weights="w"):

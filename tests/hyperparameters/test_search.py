@@ -291,6 +291,13 @@ def test_a_damaged_table_is_named_and_left_as_it_is(undisturbed, tmp_path, spoil
     refused(RANDOM, folder, "results.jsonl is damaged", kind=DamagedFileError, resume=True)
 
 
+@pytest.mark.parametrize("content", ["[1]", "{", "[" * 100_000], ids=["a list", "torn", "nested"])
+def test_damaged_settings_of_a_search_are_named(tmp_path, content):
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "search.json").write_text(content)
+    refused(RANDOM, tmp_path / "search", "search.json is damaged", kind=DamagedFileError, resume=True)
+
+
 def test_two_searches_cannot_share_a_folder(tmp_path, monkeypatch):
     folder = tmp_path / "search"
 
@@ -302,6 +309,18 @@ def test_two_searches_cannot_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "train", meanwhile)
     with pytest.raises(KeyboardInterrupt):
         searched(RANDOM, folder)
+
+
+def test_a_resume_with_nothing_to_go_on_from_says_so(tmp_path, monkeypatch, capsys):
+    def stopped(*arguments, **keywords):
+        (tmp_path / "search" / "trials" / "any" / "checkpoints" / "any").mkdir(parents=True, exist_ok=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "train", stopped)
+    for begins in (True, False):
+        with pytest.raises(KeyboardInterrupt):
+            searched(RANDOM, tmp_path / "search", resume=True)
+        assert ("there is no search in" in capsys.readouterr().out) is begins
 
 
 def test_what_the_first_training_refuses_ends_the_search_and_leaves_nothing(tmp_path):

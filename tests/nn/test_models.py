@@ -152,7 +152,7 @@ def test_the_mlp_is_a_multilayer_net_of_one_hidden_layer_bit_for_bit():
 def test_wrong_settings_of_a_multilayer_net_are_refused():
     with pytest.raises(UserError, match=r"unknown activation 'rely': .*did you mean 'relu'\?"):
         multilayer_net((8, 8, 1), 10, activation="rely")
-    with pytest.raises(UserError, match=r"hidden=1\.5 given.* such as \(100, 50\)"):
+    with pytest.raises(UserError, match=r"hidden=1\.5 given.*: \(100, 50\), or by flag"):
         multilayer_net((8, 8, 1), 10, hidden=1.5)
     with pytest.raises(UserError, match=r"unknown setting of the model mlp 'hiddn': .*did you mean 'hidden'\?"):
         build_model("mlp", (8, 8, 1), 10, hiddn=3)

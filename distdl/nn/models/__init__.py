@@ -59,7 +59,7 @@ MODELS: dict[str, Model] = {
 }
 
 
-def build_model(name: str, input_shape: Shape, classes: int, **settings: Any) -> Sequential:
+def build_model(name: str, input_shape: Shape, classes: int, /, **settings: Any) -> Sequential:
     """Return the model of this name; `settings` may give ``dtype`` (float32), and those of `mlp` and `lenet`.
 
     Raises `UserError` for an unknown name or setting, or a size that does not fit, naming the layer.
@@ -74,5 +74,5 @@ def build_model(name: str, input_shape: Shape, classes: int, **settings: Any) ->
     known = list(inspect.signature(MODELS[name]).parameters)[2:]
     for setting in settings:
         if setting not in known:
-            raise unknown_name(f"setting of the model {name}", setting, known)
+            raise unknown_name(f"setting of the model {name}", setting, [one for one in known if one != "dtype"])
     return MODELS[name](input_shape, classes, **settings)

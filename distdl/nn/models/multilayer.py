@@ -61,7 +61,7 @@ def multilayer_net(
         raise unknown_name("activation", str(activation), ACTIVATIONS)
     sizes = tuple(hidden) if isinstance(hidden, Sequence) else (hidden,)
     if any(isinstance(size, bool) or not isinstance(size, int | np.integer) for size in sizes):
-        raise UserError(f"hidden={hidden!r} given, expected the size of each hidden layer, such as (100, 50)")
+        raise UserError(f"hidden={hidden!r} given, expected whole numbers: (100, 50), or by flag hidden=100-50")
     if not isinstance(batch_norm, bool):
         raise UserError(f"batch_norm={batch_norm!r} given, expected true or false")
     if isinstance(dropout, bool) or not isinstance(dropout, int | float):
