@@ -6,21 +6,27 @@ Neither NumPy nor MPI is imported here, since the number of BLAS threads is read
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import io
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from distdl import signals
 from distdl.errors import EXIT_INTERRUPTED, DistdlError, UserError, one_line
-from distdl.launcher import read_launch
+from distdl.launcher import OPEN_MPI, Launch, read_launch
 from distdl.lifeline import end_with_the_launcher
 
-#: How long ranks that stay silent about an error wait for rank 0 to speak and the launcher to end them.
-SILENT_SECONDS = 1.0
+#: How long ranks that stay silent about an error wait for rank 0 to speak. Open MPI's launcher ends them as soon as
+#: rank 0 has ended, and would end rank 0 as soon as one of them has.
+SILENT_SECONDS = {OPEN_MPI: 10.0}
+OTHERS_SILENT_SECONDS = 1.0
+#: How long a rank that has failed before MPI was started waits for the others, who may need that long to come there.
+SECONDS_TO_MEET = 60
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -52,9 +58,8 @@ def run(
 ) -> int:
     """Run a command with the process's arguments and return its exit code; `UserError` becomes one line.
 
-    Under a launcher every rank meets the same wrong flag; rank 0 alone says so. The others wait a little, so
-    that it has spoken before the launcher sees one of them end, and then end by themselves: not every launcher
-    ends them.
+    Under a launcher most errors, such as a wrong flag, are met by every rank, and rank 0 alone says so. Some are met
+    by one alone, such as a file that is missing on its host: see `_tell_the_others`.
 
     Of a command that `trains` the signals that stop a training wait until it listens, in `distdl.engine.train`.
     """
@@ -64,7 +69,7 @@ def run(
     if launch.by is not None:
         end_with_the_launcher()
     _open_what_is_closed()
-    _escape_what_the_terminal_lacks()
+    _write_whole_lines()
     if arguments is None:
         arguments = sys.argv[1:]
     try:
@@ -74,8 +79,8 @@ def run(
     except DistdlError as error:
         if launch.speaks:
             _say(f"{error.label}{error}")
-        elif not error.agreed:
-            time.sleep(SILENT_SECONDS)
+        if launch.size > 1 and not error.agreed:
+            _tell_the_others(error, launch)
         return error.exit_code
     except KeyboardInterrupt:
         if launch.speaks:
@@ -105,11 +110,36 @@ def _open_what_is_closed() -> None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
 
 
-def _escape_what_the_terminal_lacks() -> None:
-    """Show as an escape what its encoding has no character for; a dot in the banner must not end a training."""
+def _write_whole_lines() -> None:
+    """Let each line leave in one piece, and what the terminal has no character for as an escape.
+
+    An unbuffered Python (`PYTHONUNBUFFERED`) writes the end of a line apart, and Open MPI's launcher passes on what
+    has no end yet in front of the next line, be that of the other stream. A dot in the banner must not end a training.
+    """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            errors = "backslashreplace" if stream.errors == "strict" else stream.errors
+            stream.reconfigure(errors=errors, line_buffering=True, write_through=False)
+
+
+def _tell_the_others(error: DistdlError, launch: Launch) -> None:
+    """See to it that no rank waits for this one, and that what this rank alone has met is said.
+
+    Before the world is made, all meet there: whoever has not failed raises this error too. Later the job is ended.
+    Where no world can be made, rank 0 has the time to say so before one of the others ends.
+    """
+    with Path(os.devnull).open("w") as nowhere:
+        # Ends this process with exit code 1. No Python runs while MPI starts; this is a thread without it.
+        faulthandler.dump_traceback_later(SECONDS_TO_MEET, exit=True, file=nowhere)
+        try:
+            from distdl.parallel import tell_the_others  # noqa: PLC0415  NumPy is loaded for that
+
+            tell_the_others(error)
+        except (UserError, ImportError):
+            if not launch.speaks:
+                time.sleep(SILENT_SECONDS.get(launch.by or "", OTHERS_SILENT_SECONDS))
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 def _say(text: str) -> None:

@@ -16,7 +16,7 @@ from distdl import nn, startup
 from distdl.config import TrainConfig
 from distdl.engine import train
 from distdl.errors import UserError
-from distdl.parallel import world
+from distdl.parallel import together, world
 from distdl.rng import Key
 
 
@@ -67,21 +67,22 @@ def own_network(input_shape, classes, dtype=np.float32):
 
 
 def largest_gradient_error():
-    """Hold every `backward` against central differences, which takes float64: the layer, then the network."""
+    """Hold every `backward` against central differences, in float64: the layer's, the network's; return the largest."""
     network = own_network((8, 8, 1), 10, dtype=np.float64)
     network.initialize(Key(0))
     images, labels = Key(1).normal(5 * 8 * 8).reshape(5, 8, 8, 1), np.arange(5)
-    return max(nn.check_layer(PReLU(), (4, 4, 3)), nn.check_network(network, images, labels))
+    error = max(nn.check_layer(PReLU(), (4, 4, 3)), nn.check_network(network, images, labels))
+    if error > 1e-6:
+        raise UserError(f"the gradients are wrong by {error:.1e} of the largest: mend the layer's backward")
+    return error
 
 
 def main(_arguments):
     """Check the gradients, train, say what came out, and return the exit code."""
     communicator = world()
-    error = largest_gradient_error()
+    error = together(communicator, largest_gradient_error)  # raised on all ranks where it is raised on one
     if communicator.rank == 0:
         print(f"gradient check: the largest relative error is {error:.1e}")
-    if error > 1e-6:
-        raise UserError(f"the gradients are wrong by {error:.1e} of the largest: mend the layer's backward")
 
     config = TrainConfig(epochs=10, batch_size=64, lr=0.002)
     summary = train(config, communicator, build_network=own_network)

@@ -11,7 +11,7 @@ import pytest
 
 from distdl import signals, startup
 from distdl.errors import DamagedFileError, DistdlError, PeerLost, UserError
-from distdl.launcher import RANK_AND_SIZE
+from distdl.launcher import OPEN_MPI, RANK_AND_SIZE
 
 
 @pytest.fixture
@@ -34,6 +34,14 @@ def slept(monkeypatch, launched):
     pauses = []
     monkeypatch.setattr(startup.time, "sleep", pauses.append)
     return pauses
+
+
+@pytest.fixture(autouse=True)
+def told(monkeypatch):
+    """The errors that the other ranks were told of; nobody is."""
+    errors = []
+    monkeypatch.setattr("distdl.parallel.tell_the_others", errors.append)
+    return errors
 
 
 def raising(error):
@@ -61,22 +69,46 @@ def agreed(error):
     ids=["user", "agreed", "damaged", "newlines", "peer lost", "other"],
 )
 @pytest.mark.parametrize("rank", [None, 0])
-def test_an_error_is_one_line_and_an_exit_code(error, code, said, rank, launched, slept, capsys):
+def test_an_error_is_one_line_and_an_exit_code(error, code, said, rank, launched, slept, told, capsys):
     if rank is not None:
         launched(rank)
     assert startup.run(raising(error), []) == code
     assert capsys.readouterr() == ("", said)
+    assert told == ([] if rank is None or error.agreed else [error])
     assert slept == []
 
 
-def test_the_other_ranks_say_nothing_and_wait_for_rank_0_to_speak(launched, slept, capsys):
+def test_the_other_ranks_leave_it_to_rank_0_to_speak(launched, slept, told, capsys):
+    errors = [UserError("--lr is 0"), DamagedFileError("torn")]
     for rank in (1, 3):
         launched(rank)
-        assert startup.run(raising(UserError("--lr is 0")), []) == 2
-        assert startup.run(raising(DamagedFileError("torn")), []) == 3
+        assert [startup.run(raising(error), []) for error in errors] == [2, 3]
     assert capsys.readouterr() == ("", "")
-    assert slept == [startup.SILENT_SECONDS] * 4
-    assert startup.SILENT_SECONDS > 0
+    assert told == errors * 2
+    assert slept == []
+
+
+def test_one_rank_has_nobody_to_tell(launched, told):
+    launched(0, size=1)
+    assert startup.run(raising(UserError("--lr is 0")), []) == 2
+    assert told == []
+
+
+@pytest.mark.parametrize("why", [UserError("4 separate processes"), ImportError("no numpy")], ids=repr)
+def test_where_ranks_cannot_meet_the_others_wait_for_rank_0_to_speak(why, launched, slept, monkeypatch, capsys):
+    monkeypatch.setattr("distdl.parallel.tell_the_others", raising(why))
+    launched(0)
+    assert startup.run(raising(UserError("--lr is 0")), []) == 2
+    assert (capsys.readouterr(), slept) == (("", "distdl: error: --lr is 0\n"), [])
+    launched(1)
+    assert startup.run(raising(UserError("--lr is 0")), []) == 2
+    for name in ("PMI_RANK", "PMI_SIZE"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "1")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    assert startup.run(raising(UserError("--lr is 0")), []) == 2
+    assert capsys.readouterr() == ("", "")
+    assert slept == [startup.OTHERS_SILENT_SECONDS, startup.SILENT_SECONDS[OPEN_MPI]]
 
 
 class Unread(io.StringIO):
@@ -174,6 +206,30 @@ def test_a_character_that_the_terminal_lacks_does_not_end_the_command(monkeypatc
     assert startup.run(lambda arguments: print("4 ranks · λ") or 0, []) == 0
     sys.stdout.flush()
     assert raw.getvalue() == b"4 ranks \\xb7 \\u03bb\n"
+
+
+class Pieces(io.RawIOBase):
+    """Takes down what is written at a time."""
+
+    def __init__(self):
+        self.written = []
+
+    def writable(self):
+        return True
+
+    def write(self, piece):
+        self.written.append(bytes(piece))
+        return len(piece)
+
+
+def test_a_line_leaves_in_one_piece_where_python_is_unbuffered(monkeypatch):
+    """Open MPI's launcher would put a line without its end in front of what comes on the other stream."""
+    pieces = Pieces()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pieces, write_through=True))
+    assert startup.run(lambda arguments: print("one", 1) or print("two", end="") or 0, []) == 0
+    assert pieces.written == [b"one 1\n"]
+    sys.stdout.flush()
+    assert pieces.written == [b"one 1\n", b"two"]
 
 
 def test_the_number_of_threads_is_told_to_every_blas(monkeypatch):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 import warnings
 
-from distdl.errors import UserError
+from distdl.errors import DistdlError, UserError
 from distdl.launcher import belong_together, read_launch
 from distdl.lifeline import end_with_the_launcher
 from distdl.parallel import leftovers, shared
@@ -42,11 +43,16 @@ __all__ = [
     "share",
     "share_arrays",
     "survive",
+    "tell_the_others",
     "together",
     "world",
 ]
 
 INSTALL = "pip install 'distdl-mpi[mpich]'"
+#: What a rank has met after the world was made, rank 0 has most often met too, and may say within this time.
+SECONDS_FOR_RANK_0 = 1.0
+
+_world: Communicator | None = None
 
 
 def world() -> Communicator:
@@ -55,8 +61,35 @@ def world() -> Communicator:
     From then on an exception that nobody catches on any rank ends the whole job, and the end of the launcher ends
     this process. What killed runs have left on this machine is removed. Raises `UserError` where the
     launcher started several processes that MPI does not see as one job: the wrong ``srun --mpi=``, the
-    `mpirun` of another MPI, or no mpi4py at all.
+    `mpirun` of another MPI, or no mpi4py at all; and, on all ranks, the error of one that has failed before it came
+    here (`tell_the_others`). Collective.
     """
+    global _world  # noqa: PLW0603  there is one
+    _world = _make_world()
+    return _world
+
+
+def tell_the_others(error: DistdlError) -> None:
+    """See to it that no rank waits for this one, which leaves with an error that it may have met alone.
+
+    Before the world is made it is made for that: every other rank, when it comes there, raises this error, or that of a
+    lower rank. Later the job is ended. Raises `UserError` where no world can be made.
+    """
+    if _world is None:
+        failure = error if isinstance(error, UserError) else UserError(str(error))
+        try:
+            _make_world(failure)
+        except UserError as told:
+            if not told.agreed:
+                raise
+    elif _world.size > 1:
+        if _world.rank > 0:
+            time.sleep(SECONDS_FOR_RANK_0)
+            report(error, _world.rank)
+        _world.abort(error.exit_code)
+
+
+def _make_world(failure: UserError | None = None) -> Communicator:
     launch = read_launch()
     if launch.by is None:
         leftovers.sweep(shared.folders())
@@ -85,7 +118,7 @@ def world() -> Communicator:
     with warnings.catch_warnings():
         # The mpirun of another MPI: we say so below, once and not once a rank, and only where it matters.
         warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
-        communicator = mpi.world_of_mpi()
+        communicator = mpi.world_of_mpi(failure)
     leftovers.register(shared.folders())
     if launch.local_rank == 0:
         leftovers.sweep(shared.folders())

@@ -45,7 +45,7 @@ from numpy.typing import NDArray
 # The import tells which library there is; MPI is started in `world_of_mpi`, where that library and the launcher
 # belong together. A script that has imported MPI before us has started it already.
 mpi4py.rc.initialize = False
-from distdl.errors import PeerLost  # noqa: E402
+from distdl.errors import PeerLost, UserError  # noqa: E402
 from distdl.launcher import survives_failures, take_the_word  # noqa: E402
 from distdl.lifeline import LAUNCHERS  # noqa: E402
 from distdl.processes import ancestors  # noqa: E402
@@ -54,6 +54,7 @@ mpi4py.rc.finalize = not survives_failures()  # at exit, as it would be had the 
 
 from mpi4py import MPI  # noqa: E402
 
+from distdl.parallel.agreement import together  # noqa: E402
 from distdl.parallel.communicator import LONGEST_PAUSE_SECONDS, Bytes, Communicator, Span, say  # noqa: E402
 from distdl.parallel.recovery import survive  # noqa: E402
 from distdl.parallel.shared import SHARED_MEMORY  # noqa: E402
@@ -336,8 +337,20 @@ _orphans: list[Any] = []
 _everyone: MpiCommunicator | None = None
 
 
-def world_of_mpi() -> MpiCommunicator:
-    """Start MPI, unless it has been, and return the communicator of all ranks of the job that are left. Collective."""
+def world_of_mpi(failure: UserError | None = None) -> MpiCommunicator:
+    """Start MPI, unless it has been, and return the communicator of all ranks of the job that are left. Collective.
+
+    Raises on all ranks the `failure` of the lowest one that has come with one.
+    """
+
+    def fail() -> None:
+        if failure is not None:
+            raise failure
+
+    def meet(communicator: Communicator) -> None:
+        together(communicator, fail)
+        communicator.notice_cores()
+
     global _everyone  # noqa: PLW0603  there is one world
     if _everyone is None:
         if not MPI.Is_initialized():
@@ -346,7 +359,7 @@ def world_of_mpi() -> MpiCommunicator:
         _everyone = MpiCommunicator(MPI.COMM_WORLD)
         if survives_failures():
             atexit.register(_leave)
-        _, _, loss = survive(_everyone, lambda communicator: communicator.notice_cores())
+        _, _, loss = survive(_everyone, meet)
         _everyone.lost_at_start = loss
     return _everyone
 

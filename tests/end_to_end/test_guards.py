@@ -42,14 +42,77 @@ sys.exit(startup.run(main))
 """
 
 
-def run_with_trap(run_job, tmp_path, trap, *, ranks=2, fault_tolerance=True):
+#: Some ranks fail, before or after the world is made; the others want something of all.
+FAILING = """
+import sys, time
+from distdl import startup
+from distdl.errors import DamagedFileError
+from distdl.launcher import read_launch
+
+def fail():
+    if read_launch().rank in {ranks}:
+        time.sleep(2.0 if read_launch().rank == 0 else 0.0)
+        raise DamagedFileError(f"a file of rank {{read_launch().rank}} is torn")
+
+def main(arguments):
+    {first}
+    from distdl.parallel import world
+    communicator = world()
+    {then}
+    print(communicator.allgather_json("the end was reached"))
+    return 0
+
+sys.exit(startup.run(main))
+"""
+
+
+def run_failing(run_job, tmp_path, first, then, ranks, fault_tolerance):
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM.format(trap=trap))
-    launch = mpirun_command(ranks, [sys.executable, str(program), str(tmp_path / "run")])
+    program.write_text(FAILING.format(first=first, then=then, ranks=ranks))
+    launch = launch_of(3, [str(program)], fault_tolerance=fault_tolerance)
+    done = run_job(launch, timeout=60)
+    assert "the end was reached" not in done.stdout
+    return done
+
+
+EVERYONE = {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "fault_tolerance"), [({0}, True), ({1, 2}, True), (EVERYONE, True), (EVERYONE, False)], ids=str
+)
+def test_what_some_ranks_raise_before_there_is_a_world_is_said_once(run_job, tmp_path, ranks, fault_tolerance):
+    """Such as a config file that is missing on one host. Rank 0 comes late, and is not ended before it has spoken."""
+    done = run_failing(run_job, tmp_path, "fail()", "pass", ranks, fault_tolerance)
+    assert done.returncode == 3
+    said = [line for line in done.stderr.splitlines() if "distdl" in line or "torn" in line]
+    assert said == [f"distdl: error: a file of rank {min(ranks)} is torn"], done.stderr
+
+
+@pytest.mark.parametrize(("ranks", "fault_tolerance"), [({2}, True), ({2}, False), (EVERYONE, True)], ids=str)
+def test_what_some_ranks_raise_alone_after_that_ends_the_job(run_job, tmp_path, ranks, fault_tolerance):
+    done = run_failing(run_job, tmp_path, "pass", "fail()", ranks, fault_tolerance)
+    assert done.returncode != 0
+    said = {line for line in done.stderr.splitlines() if "torn" in line}
+    possible = {f"[rank {rank}] DamagedFileError: a file of rank {rank} is torn" for rank in ranks}
+    assert said, done.stderr
+    assert said <= possible | {"distdl: error: a file of rank 0 is torn"}
+
+
+def launch_of(ranks, arguments, *, fault_tolerance):
+    """What starts Python with these arguments, with fault tolerance where this MPI has it, or without."""
+    launch = mpirun_command(ranks, [sys.executable, *arguments])
     if not fault_tolerance:
         if "--with-ft" not in launch.argv:
             pytest.skip("this mpirun knows no fault tolerance")
         launch = replace(launch, argv=[word for word in launch.argv if word not in {"--with-ft", "ulfm"}])
+    return launch
+
+
+def run_with_trap(run_job, tmp_path, trap, *, ranks=2, fault_tolerance=True):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(trap=trap))
+    launch = launch_of(ranks, [str(program), str(tmp_path / "run")], fault_tolerance=fault_tolerance)
     done = run_job(launch, timeout=60)
     assert "the end was reached" not in done.stdout
     assert done.returncode != 0
