@@ -133,6 +133,8 @@ def _show(given: argparse.Namespace, trained: Sequence[Trained], found: Evaluati
         numbers = as_json(trained, given.part, found, half) | {"confusion": confusion}
         _write(given.json, (json.dumps(numbers, indent=2, allow_nan=False) + "\n").encode())
     progress.line(summary_of(given.part, found, half))
+    if progress.lost is not None:  # what was asked for, not a line of a long run
+        raise UserError(f"the scores cannot be printed: {progress.lost}; make room, or take them from --json FILE")
 
 
 def report(trained: Sequence[Trained], part: str, found: Evaluation, half: Evaluation | None) -> list[str]:

@@ -18,12 +18,17 @@ from typing import Any, TextIO
 
 from distdl.errors import one_line
 
+#: What a disk without room says.
+FULL = {errno.ENOSPC, errno.EDQUOT}
 SECONDS_BETWEEN_UPDATES = 0.1
 CLEAR_LINE = "\r\x1b[K"
 
 
 class Progress:
     """Prints lines, and keeps a live line below them where that is wanted."""
+
+    lost: str | None = None
+    """Why a line is missing in the output, where a disk was full."""
 
     def __init__(self, *, live: bool) -> None:
         self._live = live and sys.stdout is not None and sys.stdout.isatty()
@@ -32,7 +37,9 @@ class Progress:
 
     def line(self, text: str = "") -> None:
         """Print a line."""
-        _write(sys.stdout, (CLEAR_LINE if self._live_shown else "") + text + "\n")
+        error = _write(sys.stdout, (CLEAR_LINE if self._live_shown else "") + text + "\n")
+        if error is not None and error.errno in FULL:
+            self.lost = error.strerror
         self._live_shown = False
 
     def warning(self, text: str) -> None:
@@ -53,19 +60,19 @@ class Progress:
         self._live_shown = True
 
 
-def _write(stream: TextIO | None, text: str) -> None:
-    """Write at once. A stream that fails leads nowhere from then on, so that nothing fails at exit either.
+def _write(stream: TextIO | None, text: str) -> OSError | None:
+    """Write at once; return what went wrong. A stream that fails leads nowhere from then on, nor fails at exit.
 
     A full disk costs what was to be written, and no more: there may be room for the next.
     """
     if stream is None:  # closed before Python was started
-        return
+        return None
     try:
         stream.write(text)
         stream.flush()
     except OSError as error:
         with suppress(OSError):  # a stream that a script has put in place may have no file behind it
-            kept = os.dup(stream.fileno()) if error.errno in {errno.ENOSPC, errno.EDQUOT} else None
+            kept = os.dup(stream.fileno()) if error.errno in FULL else None
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
@@ -73,6 +80,8 @@ def _write(stream: TextIO | None, text: str) -> None:
                 stream.flush()  # of what is left in its buffer
                 os.dup2(kept, stream.fileno())
                 os.close(kept)
+        return error
+    return None
 
 
 def banner(

@@ -156,6 +156,14 @@ def test_a_checkpoint_is_scored_by_itself(runs):
 
 
 @alone
+def test_scores_that_a_full_disk_has_no_room_for_are_not_taken_for_printed(runs):
+    command = f"{sys.executable} -m distdl.evaluate {runs / 'mlp'} > /dev/full"
+    done = subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "the scores cannot be printed: No space left on device" in done.stderr
+
+
+@alone
 def test_two_ranks_print_and_write_what_one_process_does(runs, tmp_path, run_job):
     from distdl.mpirun import mpirun_command
 

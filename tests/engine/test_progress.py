@@ -123,8 +123,10 @@ def test_a_disk_that_is_full_for_a_while_costs_no_line_but_those(monkeypatch, tm
         monkeypatch.setattr(sys, "stdout", stream)
         shown, disk = Progress(live=False), os.dup(stream.fileno())
         shown.line("epoch 1")
+        assert shown.lost is None
         os.dup2(full.fileno(), stream.fileno())
         shown.line("epoch 2")
+        assert shown.lost == "No space left on device"
         os.dup2(disk, stream.fileno())
         shown.line("epoch 3")
         os.dup2(full.fileno(), stream.fileno())
