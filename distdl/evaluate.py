@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -113,6 +112,7 @@ def check_names(given: argparse.Namespace) -> None:
 def _show(given: argparse.Namespace, trained: Sequence[Trained], found: Evaluation, half: Evaluation | None) -> None:
     """Print the scores, and write the files that were asked for."""
     from distdl import figures  # noqa: PLC0415
+    from distdl.engine.files import indented_json, write_output  # noqa: PLC0415
     from distdl.engine.progress import Progress  # noqa: PLC0415
 
     progress, data = Progress(live=False), trained[0].data
@@ -125,13 +125,15 @@ def _show(given: argparse.Namespace, trained: Sequence[Trained], found: Evaluati
         for line in table_of(matrix.tolist()):
             progress.line(line)
     if given.confusion_figure and matrix is not None:
-        _save(figures.confusion(matrix), given.confusion_figure)
+        drawn = _in_format_of(given.confusion_figure, figures.confusion(matrix))
+        write_output(given.confusion_figure, drawn, "--confusion-figure")
     if given.misclassified:
-        _save(figures.misclassified(data.images[found.rows], found.labels, found.predictions), given.misclassified)
+        figure = figures.misclassified(data.images[found.rows], found.labels, found.predictions)
+        write_output(given.misclassified, _in_format_of(given.misclassified, figure), "--misclassified")
     if given.json:
         confusion = None if matrix is None else matrix.tolist()
         numbers = as_json(trained, given.part, found, half) | {"confusion": confusion}
-        _write(given.json, (json.dumps(numbers, indent=2, allow_nan=False) + "\n").encode())
+        write_output(given.json, indented_json(numbers), "--json")
     progress.line(summary_of(given.part, found, half))
     if progress.lost is not None:  # what was asked for, not a line of a long run
         raise UserError(f"the scores cannot be printed: {progress.lost}; make room, or take them from --json FILE")
@@ -240,21 +242,11 @@ def _refuse_pictures_of(first: Trained, given: argparse.Namespace) -> None:
             )
 
 
-def _save(figure: Figure, path: Path) -> None:
-    """Write a figure in the format that the name ends in."""
+def _in_format_of(path: Path, figure: Figure) -> bytes:
+    """Return a picture in the format that the name ends in."""
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix[1:].lower())
-    _write(path, content.getvalue())
-
-
-def _write(path: Path, content: bytes) -> None:
-    from distdl.engine.files import write_durably  # noqa: PLC0415
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, content)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}; give another file") from None
+    return content.getvalue()
 
 
 if __name__ == "__main__":

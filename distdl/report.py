@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parse(arguments)
     startup.set_blas_threads(1)
     from distdl.engine.evaluation import evaluate, load  # noqa: PLC0415  NumPy reads the threads when it is loaded
-    from distdl.engine.files import write_durably  # noqa: PLC0415
+    from distdl.engine.files import write_output  # noqa: PLC0415
     from distdl.engine.progress import Progress  # noqa: PLC0415
     from distdl.figures import need_matplotlib  # noqa: PLC0415
     from distdl.parallel import guard, together, world  # noqa: PLC0415
@@ -78,10 +78,7 @@ def main(arguments: Sequence[str]) -> int:
         found = evaluate([trained], "test", communicator)
 
         def write() -> None:
-            try:
-                write_durably(out, page_of(given.run, trained, found).encode())
-            except OSError as error:
-                raise UserError(f"{out} cannot be written: {error.strerror or error}; give another --out") from None
+            write_output(out, page_of(given.run, trained, found).encode(), "--out")
             Progress(live=False).line(f"report: {out}")
 
         together(communicator, lambda: write() if speaks else None)
@@ -89,15 +86,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _refuse(run: Path, out: Path) -> None:
-    """Raise `UserError` for what is no run folder, or a place where no file of ours can be."""
+    """Raise `UserError` for what is no run folder, or a page that could not be written."""
+    from distdl.engine.files import check_output  # noqa: PLC0415
+
     if not (run / "config.toml").is_file():
         raise UserError(f"{run} is no run folder: expected one that distdl.train has written, such as runs/…")
-    if out.is_symlink() or (out.exists() and not out.is_file()):
-        raise UserError(f"--out {out} is not a regular file: give another name")
     if out.suffix.lower() != ".html":
         raise UserError(f"--out {out}: expected a name that ends in .html")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}; make it, or give another name")
+    check_output(out, "--out")
 
 
 def page_of(run: Path, trained: Trained, found: Evaluation) -> str:

@@ -124,6 +124,15 @@ def check_output(path: Path, flag: str) -> None:
         raise UserError(f"{flag} {path} cannot be written: {error.strerror}; give another file") from None
 
 
+def write_output(path: Path, content: Buffer, flag: str) -> None:
+    """Write the file that `flag` names, in a folder that is made if need be; raise `UserError` where that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, content)
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror or error}; give another file") from None
+
+
 def remove(folder: Path, names: Iterable[str]) -> None:
     """Remove files of a folder, which may be no symbolic link; those that are gone already are no error."""
     with opened_folder(folder) as handle:

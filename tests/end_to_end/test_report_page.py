@@ -90,7 +90,7 @@ def test_a_regression_and_a_run_without_an_epoch_have_what_they_can_have(runs):
     assert heads(page)[1:5] == ["Learning curves", *PICTURES]
     assert "&lt;b&gt;.npz" in page
     assert "<b>" not in page
-    assert heads(page_of(runs / "stopped", out=runs / "elsewhere.html"))[1:4] == [
+    assert heads(page_of(runs / "stopped", out=runs / "a new folder" / "elsewhere.html"))[1:4] == [
         "Which class is taken for which",
         "Images named wrong",
         "What the layers put out",
@@ -102,9 +102,9 @@ def test_a_regression_and_a_run_without_an_epoch_have_what_they_can_have(runs):
     [
         (["nowhere"], "nowhere is no run folder"),
         (["digits/config.toml"], "is no run folder"),
-        (["digits", "--out=pipe.html"], "not a regular file"),
+        (["digits", "--out=pipe.html"], "no regular file"),
         (["digits", "--out=page.txt"], "ends in .html"),
-        (["digits", "--out=nowhere/page.html"], "there is no folder nowhere"),
+        (["digits", "--out=digits/config.toml/page.html"], "cannot be written"),
         (["digits", "--model=net.py:net"], "no run was trained with it"),
         (["digits", "--dataset=mnist"], "was trained on digits"),
         (["digits", "--model=net"], "unknown model 'net'"),
