@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import io
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from distdl import signals
+from distdl import signals, streams
 from distdl.errors import EXIT_INTERRUPTED, DistdlError, UserError, one_line
 from distdl.launcher import OPEN_MPI, Launch, read_launch
 from distdl.lifeline import end_with_the_launcher
@@ -68,8 +66,7 @@ def run(
     launch = read_launch()
     if launch.by is not None:
         end_with_the_launcher()
-    _open_what_is_closed()
-    _write_whole_lines()
+    streams.prepare()
     if arguments is None:
         arguments = sys.argv[1:]
     try:
@@ -91,35 +88,11 @@ def run(
 def _show_help(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
     """Run a command that is asked for its help; that nobody reads it to the end is no error."""
     try:
-        try:
-            return command(arguments)
-        finally:
-            sys.stdout.flush()
+        return command(arguments)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left in its buffer at exit
         return 0
-
-
-def _open_what_is_closed() -> None:
-    """Let what is printed lead nowhere where a stream was closed before Python was started.
-
-    No file that is opened later then gets the number of the stream, which libraries write to.
-    """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
-
-
-def _write_whole_lines() -> None:
-    """Let each line leave in one piece, and what the terminal has no character for as an escape.
-
-    An unbuffered Python (`PYTHONUNBUFFERED`) writes the end of a line apart, and Open MPI's launcher passes on what
-    has no end yet in front of the next line, be that of the other stream. A dot in the banner must not end a training.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            errors = "backslashreplace" if stream.errors == "strict" else stream.errors
-            stream.reconfigure(errors=errors, line_buffering=True, write_through=False)
+    finally:
+        streams.write(sys.stdout, "")
 
 
 def _tell_the_others(error: DistdlError, launch: Launch) -> None:
@@ -144,7 +117,4 @@ def _tell_the_others(error: DistdlError, launch: Launch) -> None:
 
 def _say(text: str) -> None:
     """Print one line to the error stream, whatever line breaks the text has."""
-    for stream, line in ((sys.stdout, ""), (sys.stderr, f"distdl: {one_line(text)}\n")):
-        with suppress(OSError):  # nobody is there to be told; the exit code still tells
-            stream.write(line)
-            stream.flush()
+    streams.say(f"distdl: {one_line(text)}\n")

@@ -15,6 +15,8 @@ for name in ("OPENBLAS", "OMP", "MKL"):
 
 # The processes that tests start, hundreds of them, need not compile the package each anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# And they print as they do on most machines: what is left in a buffer may fail when Python ends.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 # Commands that tests start find the package from any folder, whether or not it is installed.
 REPOSITORY = Path(__file__).parents[1]

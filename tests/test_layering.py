@@ -16,7 +16,7 @@ PACKAGE = Path(distdl.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("*.py"))
 
 ROOT = "distdl"  # distdl/__init__.py itself
-BOTTOM = {"errors", "rng", "arrays", "launcher", "processes", "lifeline", "warden", "signals"} | {
+BOTTOM = {"errors", "rng", "arrays", "launcher", "processes", "lifeline", "warden", "signals", "streams"} | {
     "transforms",
     "model_settings",
 }

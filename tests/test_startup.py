@@ -127,6 +127,12 @@ def test_an_error_that_nobody_can_read_still_has_its_exit_code(name, stream, mon
         getattr(sys, name).close()
 
 
+@pytest.mark.parametrize("closed", [">&- 2>&-", "2>&-", "2> /dev/full", "> /dev/full 2>&1", "2> >(true)"])
+def test_what_cannot_be_said_does_not_change_the_exit_code_at_the_end_of_python(closed):
+    command = f"{sys.executable} -m distdl.train --epohcs 1 {closed}"
+    assert subprocess.run(["bash", "-c", command], check=False, timeout=60).returncode == 2
+
+
 @pytest.mark.parametrize("output", [">&-", "| true", "> /dev/full"])
 def test_help_that_nobody_can_read_ends_quietly(output):
     command = f"set -o pipefail; {sys.executable} -m distdl.train --help {output}"

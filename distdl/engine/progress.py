@@ -8,18 +8,14 @@ a run under `nohup`) the training goes on unseen.
 
 from __future__ import annotations
 
-import errno
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from typing import Any, TextIO
+from typing import Any
 
 from distdl.errors import one_line
+from distdl.streams import FULL, write
 
-#: What a disk without room says.
-FULL = {errno.ENOSPC, errno.EDQUOT}
 SECONDS_BETWEEN_UPDATES = 0.1
 CLEAR_LINE = "\r\x1b[K"
 
@@ -37,7 +33,7 @@ class Progress:
 
     def line(self, text: str = "") -> None:
         """Print a line."""
-        error = _write(sys.stdout, (CLEAR_LINE if self._live_shown else "") + text + "\n")
+        error = write(sys.stdout, (CLEAR_LINE if self._live_shown else "") + text + "\n")
         if error is not None and error.errno in FULL:
             self.lost = error.strerror
         self._live_shown = False
@@ -45,8 +41,8 @@ class Progress:
     def warning(self, text: str) -> None:
         """Print a warning to the error stream."""
         if self._live_shown:
-            _write(sys.stdout, CLEAR_LINE)
-        _write(sys.stderr, f"distdl: warning: {one_line(text)}\n")
+            write(sys.stdout, CLEAR_LINE)
+        write(sys.stderr, f"distdl: warning: {one_line(text)}\n")
         self._live_shown = False
 
     def live(self, epoch: int, epochs: int, step: int, steps: int, loss: float) -> None:
@@ -56,32 +52,8 @@ class Progress:
         self._next_update = time.monotonic() + SECONDS_BETWEEN_UPDATES
         done = 24 * step // steps
         bar = "#" * done + "-" * (24 - done)
-        _write(sys.stdout, f"{CLEAR_LINE}epoch {epoch}/{epochs} [{bar}] step {step}/{steps} loss {loss:.4f}")
+        write(sys.stdout, f"{CLEAR_LINE}epoch {epoch}/{epochs} [{bar}] step {step}/{steps} loss {loss:.4f}")
         self._live_shown = True
-
-
-def _write(stream: TextIO | None, text: str) -> OSError | None:
-    """Write at once; return what went wrong. A stream that fails leads nowhere from then on, nor fails at exit.
-
-    A full disk costs what was to be written, and no more: there may be room for the next.
-    """
-    if stream is None:  # closed before Python was started
-        return None
-    try:
-        stream.write(text)
-        stream.flush()
-    except OSError as error:
-        with suppress(OSError):  # a stream that a script has put in place may have no file behind it
-            kept = os.dup(stream.fileno()) if error.errno in FULL else None
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
-            if kept is not None:
-                stream.flush()  # of what is left in its buffer
-                os.dup2(kept, stream.fileno())
-                os.close(kept)
-        return error
-    return None
 
 
 def banner(

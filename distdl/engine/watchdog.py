@@ -22,9 +22,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from distdl.parallel import Communicator
-from distdl.parallel.communicator import say
 from distdl.parallel.shared import shared_bytes
 from distdl.processes import look_at
+from distdl.streams import say
 
 SECONDS_BETWEEN_LOOKS = 1.0
 #: The module whose functions a rank is in while it waits for others.

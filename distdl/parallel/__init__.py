@@ -7,17 +7,18 @@ import sys
 import time
 import warnings
 
-from distdl.errors import DistdlError, UserError
+from distdl.errors import DistdlError, UserError, one_line
 from distdl.launcher import belong_together, read_launch
 from distdl.lifeline import end_with_the_launcher
 from distdl.parallel import leftovers, shared
 from distdl.parallel.agreement import die_of_the_host, exit_code_of, guard, report, together
-from distdl.parallel.communicator import Communicator, OneProcess, hosts, say
+from distdl.parallel.communicator import Communicator, OneProcess, hosts
 from distdl.parallel.dealing import deal, share
 from distdl.parallel.recovery import Loss, Position, commit, committed, recover, survive
 from distdl.parallel.reduce import REDUCTIONS, Field, Layout, Record, Reduction
 from distdl.parallel.shared import share_arrays
 from distdl.parallel.tree import Shard, contiguous_shards
+from distdl.streams import say
 
 __all__ = [
     "REDUCTIONS",
@@ -147,7 +148,7 @@ def _end_the_job_on_uncaught_exceptions(communicator: Communicator) -> None:
             communicator.abort(exit_code_of(error))
         if communicator.rank == 0:
             label = getattr(error, "label", "error: ")
-            say(f"distdl: {label}{' '.join(str(error).split())}\n")
+            say(f"distdl: {label}{one_line(str(error))}\n")
         raise SystemExit(exit_code_of(error))  # all ranks are leaving: an ordinary exit, with a code of our choice
 
     sys.excepthook = end_the_job

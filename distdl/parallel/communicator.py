@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
+
+from distdl.streams import say
 
 if TYPE_CHECKING:
     from distdl.parallel.recovery import Loss
@@ -168,15 +168,6 @@ class OneProcess(Communicator):
         """End this process."""
         say()
         os._exit(exit_code)
-
-
-def say(text: str = "") -> None:
-    """Hand on what was printed, and `text` to the error stream, where there is anybody to read it."""
-    for stream, more in ((sys.stdout, ""), (sys.stderr, text)):
-        if stream is not None:
-            with suppress(OSError):
-                stream.write(more)
-                stream.flush()
 
 
 def hosts(communicator: Communicator) -> dict[str, int]:

@@ -55,10 +55,11 @@ mpi4py.rc.finalize = not survives_failures()  # at exit, as it would be had the 
 from mpi4py import MPI  # noqa: E402
 
 from distdl.parallel.agreement import together  # noqa: E402
-from distdl.parallel.communicator import LONGEST_PAUSE_SECONDS, Bytes, Communicator, Span, say  # noqa: E402
+from distdl.parallel.communicator import LONGEST_PAUSE_SECONDS, Bytes, Communicator, Span  # noqa: E402
 from distdl.parallel.recovery import survive  # noqa: E402
 from distdl.parallel.shared import SHARED_MEMORY  # noqa: E402
 from distdl.parallel.starting import together_or_not_at_all  # noqa: E402
+from distdl.streams import say  # noqa: E402
 
 SHORTEST_PAUSE_SECONDS = 20e-6
 #: Nobody comes later than by this share of the time waited. Larger shares cost more where ranks share cores: most

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from distdl.parallel.communicator import say
+from distdl.streams import say
 
 SECONDS_BETWEEN_LOOKS = 0.25
 #: So long a rank is missed before the job ends: it may have died after its own start, which we are about to complete.

@@ -94,12 +94,14 @@ def test_a_signal_to_mpirun_saves_the_step_and_resume_gives_the_undisturbed_rece
     assert resumed == receipt(tmp_path, 1, "--run-dir", "undisturbed")
 
 
-def test_a_training_whose_terminal_is_lost_saves_the_step(tmp_path):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_training_whose_terminal_is_lost_saves_the_step(tmp_path, unbuffered):
     master, terminal = os.openpty()
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(step=STEP))
     process = subprocess.Popen(
         [sys.executable, str(program), str(tmp_path), "free", *FLAGS, "--run-dir", str(tmp_path / "run")],
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
         preexec_fn=lambda: os.login_tty(terminal),  # noqa: PLW1509  nothing else runs in this process
     )
     os.close(terminal)
