@@ -1,4 +1,7 @@
-"""A rank that dies in the middle of a reduction is reported to all others, for whomever they wait just then."""
+"""A rank that dies in the middle of a reduction is reported to all others, for whomever they wait just then.
+
+And should MPI itself not end with making the group of those left, nobody waits for it for ever.
+"""
 
 import sys
 
@@ -57,3 +60,32 @@ def test_all_survivors_of_a_kill_see_that_a_peer_is_lost(tmp_path, run_job, ulfm
     told = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
     survivors = [rank for rank in range(4) if rank != victim]
     assert told == [f"rank {rank} lost a peer in step 3" for rank in survivors], done.stdout + done.stderr
+
+
+#: Rank 2 dies; rank 1 does not come to make the new group, as if it hung inside of MPI.
+STUCK = """
+import os, signal, time
+from distdl.errors import PeerLost
+from distdl.parallel import mpi, world
+
+mpi.SECONDS_TO_SHRINK = 1.0
+communicator = world()
+if communicator.rank == 2:
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    communicator.barrier()
+except PeerLost:
+    if communicator.rank == 1:
+        time.sleep(100)
+    communicator.shrink()
+print("the end was reached")
+"""
+
+
+def test_a_group_that_is_never_made_ends_the_job(tmp_path, run_job, ulfm):
+    program = tmp_path / "program.py"
+    program.write_text(STUCK)
+    done = run_job(mpirun_command(3, [sys.executable, str(program)]), timeout=60)
+    assert done.returncode != 0
+    assert "the end was reached" not in done.stdout
+    assert "[rank 0] the group of the ranks that are left has not been made within 1 s, and the job ends" in done.stderr
