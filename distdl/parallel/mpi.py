@@ -72,8 +72,8 @@ LARGEST_UNMET_BYTES = 2**15
 SECONDS_TO_BE_HEARD = 0.5
 #: A call may fail because of a loss before the news of the loss is here.
 SECONDS_TO_KNOW = 2.0
-#: All who are left come to a shrink at once, from the agreement before. In one of 300 recoveries on full cores one of
-#: them was still inside of that agreement three minutes later, and the others waited for it in the shrink.
+#: All who are left come to a shrink at once, from the agreement before. In one of 1,100 jobs with kills, on full cores,
+#: one of them was still inside of that agreement three minutes later, and the others waited for it in the shrink.
 SECONDS_TO_SHRINK = 120.0
 #: MPI counts are 32-bit integers in the calls we use.
 LARGEST_MESSAGE_BYTES = 2**30
