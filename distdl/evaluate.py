@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distdl import startup
+from distdl import cli
 from distdl.config import check_dataset_name, check_model_name
 from distdl.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from distdl.engine.evaluation import Evaluation, Score, Trained
+    from distdl.inference.evaluation import Evaluation, Score, Trained
 
 #: Files that matplotlib writes, by the ends of their names.
 PICTURES = (".png", ".svg", ".pdf")
@@ -29,7 +29,7 @@ PICTURES = (".png", ".svg", ".pdf")
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the flags of a command line; raise `UserError` in one line."""
-    parser = startup.OneLineParser(
+    parser = cli.OneLineParser(
         prog="python -m distdl.evaluate",
         description="Score trained networks on their test or validation part: each alone, and together as an ensemble.",
         advice="--help lists all flags",
@@ -67,14 +67,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     """Load, score and show; return the exit code."""
     given = parse(arguments)
-    startup.set_blas_threads(1)
-    from distdl.engine.evaluation import (  # noqa: PLC0415  NumPy reads the number of threads when it is loaded
+    cli.set_blas_threads(1)
+    from distdl.inference.evaluation import (  # noqa: PLC0415  NumPy reads the number of threads when it is loaded
         PARTS,
         evaluate,
         in_half_precision,
         load,
     )
-    from distdl.figures import need_matplotlib  # noqa: PLC0415
+    from distdl.inference.figures import need_matplotlib  # noqa: PLC0415
     from distdl.parallel import guard, together, world  # noqa: PLC0415
 
     check_names(given)
@@ -111,9 +111,9 @@ def check_names(given: argparse.Namespace) -> None:
 
 def _show(given: argparse.Namespace, trained: Sequence[Trained], found: Evaluation, half: Evaluation | None) -> None:
     """Print the scores, and write the files that were asked for."""
-    from distdl import figures  # noqa: PLC0415
-    from distdl.engine.files import indented_json, write_output  # noqa: PLC0415
-    from distdl.engine.progress import Progress  # noqa: PLC0415
+    from distdl.engine.console import Progress  # noqa: PLC0415
+    from distdl.engine.storage.files import indented_json, write_output  # noqa: PLC0415
+    from distdl.inference import figures  # noqa: PLC0415
 
     progress, data = Progress(live=False), trained[0].data
     for complaint in (complaint for one in trained for complaint in one.complaints):
@@ -219,7 +219,7 @@ def as_json(trained: Sequence[Trained], part: str, found: Evaluation, half: Eval
 
 def _refuse_outputs(given: argparse.Namespace) -> None:
     """Raise `UserError` for a file that could not be written, before any work."""
-    from distdl.engine.files import check_output  # noqa: PLC0415
+    from distdl.engine.storage.files import check_output  # noqa: PLC0415
 
     for flag in ("confusion_figure", "misclassified", "json"):
         path, name = getattr(given, flag), f"--{flag.replace('_', '-')}"
@@ -250,4 +250,4 @@ def _in_format_of(path: Path, figure: Figure) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(startup.run(main))
+    sys.exit(cli.run(main))

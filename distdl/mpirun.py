@@ -23,10 +23,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distdl import startup
+from distdl import cli
 from distdl.errors import UserError
-from distdl.launcher import remove_session_of
-from distdl.restarts import run_until_done
+from distdl.job.launcher import remove_session_of
+from distdl.job.restarts import run_until_done
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _open_mpi_environment(version: int) -> dict[str, str]:
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Split the command line into this launcher's options and, after the first `--`, the program's flags."""
-    parser = startup.OneLineParser(
+    parser = cli.OneLineParser(
         prog="python -m distdl.mpirun",
         usage="%(prog)s -n RANKS [--restarts N] [--module MODULE] [--dry-run] [-- FLAGS OF THE PROGRAM]",
         description="Train with several ranks on this machine, with the MPI of this environment.",
@@ -133,7 +133,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--module", default="distdl.train", help="the Python module that every rank runs (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="print the command line instead of running it")
-    own, flags = startup.split_at_dashes(arguments)
+    own, flags = cli.split_at_dashes(arguments)
     return parser.parse_args(own), flags
 
 
@@ -171,4 +171,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(startup.run(main))
+    sys.exit(cli.run(main))

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distdl import startup
+from distdl import cli
 from distdl.config import TrainConfig
 from distdl.errors import DamagedFileError, UserError
 from distdl.evaluate import check_names
@@ -27,7 +27,7 @@ from distdl.evaluate import check_names
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from distdl.engine.evaluation import Evaluation, Trained
+    from distdl.inference.evaluation import Evaluation, Trained
     from distdl.nn import Sequential
 
 NAME = "report.html"
@@ -43,7 +43,7 @@ STYLE = (
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the flags of a command line; raise `UserError` in one line."""
-    parser = startup.OneLineParser(
+    parser = cli.OneLineParser(
         prog="python -m distdl.report",
         description="Write a run on one page: scores, curves, filters, mistakes, time, settings. Needs matplotlib.",
         advice="--help lists all flags",
@@ -60,11 +60,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     """Score the run, draw, and write; return the exit code."""
     given = parse(arguments)
-    startup.set_blas_threads(1)
-    from distdl.engine.evaluation import evaluate, load  # noqa: PLC0415  NumPy reads the threads when it is loaded
-    from distdl.engine.files import write_output  # noqa: PLC0415
-    from distdl.engine.progress import Progress  # noqa: PLC0415
-    from distdl.figures import need_matplotlib  # noqa: PLC0415
+    cli.set_blas_threads(1)
+    from distdl.engine.console import Progress  # noqa: PLC0415
+    from distdl.engine.storage.files import write_output  # noqa: PLC0415
+    from distdl.inference.evaluation import evaluate, load  # noqa: PLC0415  NumPy reads the threads when it is loaded
+    from distdl.inference.figures import need_matplotlib  # noqa: PLC0415
     from distdl.parallel import guard, together, world  # noqa: PLC0415
 
     check_names(given)
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _refuse(run: Path, out: Path) -> None:
     """Raise `UserError` for what is no run folder, or a page that could not be written."""
-    from distdl.engine.files import check_output  # noqa: PLC0415
+    from distdl.engine.storage.files import check_output  # noqa: PLC0415
 
     if not (run / "config.toml").is_file():
         raise UserError(f"{run} is no run folder: expected one that distdl.train has written, such as runs/…")
@@ -148,7 +148,7 @@ def _scores(run: Path, trained: Trained, found: Evaluation) -> dict[str, Any]:
 
 def _figures(run: Path, trained: Trained, found: Evaluation) -> Iterator[tuple[str, Figure]]:
     """Yield each picture that can be drawn of this run, with its heading."""
-    from distdl import figures  # noqa: PLC0415
+    from distdl.inference import figures  # noqa: PLC0415
     from distdl.nn.between import activations  # noqa: PLC0415
 
     data, networks = trained.data, _before_and_after(trained)
@@ -231,7 +231,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _lines(path: Path, having: str) -> list[dict[str, Any]]:
     """Return the records of a log that have a field; none where there is no log."""
-    from distdl.figures import records_of  # noqa: PLC0415
+    from distdl.inference.figures import records_of  # noqa: PLC0415
 
     return [record for record in records_of(path) if having in record] if path.is_file() else []
 
@@ -250,4 +250,4 @@ def _picture(figure: Figure) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(startup.run(main))
+    sys.exit(cli.run(main))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from distdl import startup
+from distdl import cli
 from distdl.config import parse
 
 
 def main(arguments: Sequence[str]) -> int:
     """Train as the flags say; return the exit code."""
     config = parse(arguments, "python -m distdl.train")
-    startup.set_blas_threads(config.threads_per_rank)
+    cli.set_blas_threads(config.threads_per_rank)
     from distdl.engine import train  # noqa: PLC0415  NumPy reads the number of threads when it is loaded
 
     train(config)
@@ -20,4 +20,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(startup.run(main, trains=True))
+    sys.exit(cli.run(main, trains=True))

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distdl import startup
+from distdl import cli
 from distdl.errors import EXIT_DAMAGED, EXIT_DEFECT, DamagedFileError, UserError
-from distdl.launcher import read_launch
+from distdl.job.launcher import read_launch
 from distdl.mpirun import environment_for, mpirun_command
 
 OURS = ("--run-dir", "--resume", "--record-hashes", "--log-every")
@@ -53,8 +53,8 @@ class Outcome:
 
 def main(arguments: Sequence[str]) -> int:
     """Run and compare; return 0 where all agree, 1 where they differ."""
-    own, flags = startup.split_at_dashes(arguments)
-    parser = startup.OneLineParser(
+    own, flags = cli.split_at_dashes(arguments)
+    parser = cli.OneLineParser(
         prog="python -m distdl.verify",
         description=(__doc__ or "").splitlines()[0],
         advice="usage: python -m distdl.verify --ranks 1,2,4 -- <flags of distdl.train>",
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _are_different(ranks: Sequence[int], flags: Sequence[str], folder: Path) -> bool:
     """Run on each number of ranks, in folders below `folder`, and say whether the runs differ."""
-    from distdl.engine.progress import Progress  # noqa: PLC0415  it brings NumPy
+    from distdl.engine.console import Progress  # noqa: PLC0415  it brings NumPy
 
     progress = Progress(live=False)
     outcomes = []
@@ -152,4 +152,4 @@ def first_difference(one: Outcome, other: Outcome) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(startup.run(main))
+    sys.exit(cli.run(main))

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from distdl import figures, nn, startup
+from distdl import cli, nn
 from distdl.data import sources, split
 from distdl.engine.environment import numerics
 from distdl.errors import UserError
+from distdl.inference import figures
 from distdl.parallel import REDUCTIONS, Field, Layout, contiguous_shards, guard, together, world
 from distdl.rng import Key
 
@@ -27,7 +28,7 @@ def run(example, description, *, has_data=False, switches=None):
     name = Path(sys.argv[0]).stem
 
     def command(arguments):
-        parser = startup.OneLineParser(description=description.splitlines()[0], advice="--help lists all flags")
+        parser = cli.OneLineParser(description=description.splitlines()[0], advice="--help lists all flags")
         add = parser.add_argument
         if has_data:
             add("--dataset", default="digits", help="digits, mnist or fashion-mnist (default: %(default)s)")
@@ -46,7 +47,7 @@ def run(example, description, *, has_data=False, switches=None):
             example(options)
         return 0
 
-    sys.exit(startup.run(command))
+    sys.exit(cli.run(command))
 
 
 def check_picture(out):

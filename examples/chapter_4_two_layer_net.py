@@ -10,9 +10,10 @@ hours; gradients come from backpropagation here, as in its 5.7.
 
 import chapter
 
-from distdl import figures, nn
+from distdl import nn
 from distdl.config import TrainConfig
 from distdl.engine import train
+from distdl.inference import figures
 
 
 def two_layer_net(input_shape, classes):

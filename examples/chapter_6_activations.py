@@ -9,7 +9,8 @@ values keep the spread through sigmoid and tanh, He's through ReLU.
 import chapter
 import numpy as np
 
-from distdl import figures, nn
+from distdl import nn
+from distdl.inference import figures
 from distdl.nn import between
 
 LAYERS, UNITS, SAMPLES = 5, 100, 1000

@@ -11,14 +11,15 @@ from dataclasses import replace
 
 import chapter
 
-from distdl import figures, nn
+from distdl import nn
 from distdl.config import TrainConfig
 from distdl.data import sources
-from distdl.hyperparameters.procedure import standing
-from distdl.hyperparameters.run import search
-from distdl.hyperparameters.settings import Range, Settings
+from distdl.inference import figures
 from distdl.parallel import together
 from distdl.rng import Key
+from distdl.search.procedure import standing
+from distdl.search.settings import Range, Settings
+from distdl.search.trials import search
 
 RANGES = (Range("lr", 1e-6, 1e-2, "log"), Range("weight_decay", 1e-8, 1e-4, "log"))
 #: Of which 15 % are validation and 15 % test data: 500 are seen while the search goes on, as in the book.

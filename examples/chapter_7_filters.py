@@ -12,10 +12,11 @@ from pathlib import Path
 
 import chapter
 
-from distdl import figures, nn
+from distdl import nn
 from distdl.config import TrainConfig
 from distdl.engine import train
-from distdl.engine.evaluation import load
+from distdl.inference import figures
+from distdl.inference.evaluation import load
 from distdl.rng import Key
 
 

@@ -10,9 +10,9 @@ of an epoch's batches, each named before its step.
 
 import chapter
 
-from distdl import figures
 from distdl.config import TrainConfig
 from distdl.engine import train
+from distdl.inference import figures
 
 
 def main(options):

@@ -16,11 +16,11 @@ from pathlib import Path
 import chapter
 import numpy as np
 
-from distdl import figures
 from distdl.config import TrainConfig
 from distdl.data import sources
 from distdl.engine import train
-from distdl.engine.evaluation import evaluate, load
+from distdl.inference import figures
+from distdl.inference.evaluation import evaluate, load
 from distdl.parallel import together
 
 MEMBERS = 3

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import chapter
 
-from distdl import figures
 from distdl.config import TrainConfig
 from distdl.engine import train
-from distdl.engine.evaluation import evaluate, in_half_precision, load
+from distdl.inference import figures
+from distdl.inference.evaluation import evaluate, in_half_precision, load
 
 
 def main(options):

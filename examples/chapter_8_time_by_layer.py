@@ -12,7 +12,7 @@ import chapter
 import numpy as np
 
 from distdl import nn
-from distdl.benchmark.layers import Stopwatch
+from distdl.bench.layers import Stopwatch
 
 SAMPLES = 32
 DIRECTIONS = ("forward", "backward")

@@ -14,10 +14,11 @@ from pathlib import Path
 import chapter
 import numpy as np
 
-from distdl import figures, nn
+from distdl import nn
 from distdl.config import TrainConfig
 from distdl.data import sources
 from distdl.engine import train
+from distdl.inference import figures
 from distdl.parallel import together
 
 LABELLED = 100

@@ -7,7 +7,7 @@ mpirun -n 2 python examples/own_model.py
 
 import sys
 
-from distdl import nn, startup
+from distdl import cli, nn
 from distdl.config import TrainConfig
 from distdl.engine import train
 
@@ -25,4 +25,4 @@ def main(_arguments):
 
 
 if __name__ == "__main__":
-    sys.exit(startup.run(main, trains=True))
+    sys.exit(cli.run(main, trains=True))

@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 
-from distdl import nn, startup
+from distdl import cli, nn
 from distdl.config import TrainConfig
 from distdl.engine import train
 from distdl.errors import UserError
@@ -93,4 +93,4 @@ def main(_arguments):
 
 
 if __name__ == "__main__":
-    sys.exit(startup.run(main, trains=True))
+    sys.exit(cli.run(main, trains=True))

@@ -11,7 +11,7 @@ weights as one process does, to the last bit: both lines print the same receipt,
 
 import sys
 
-from distdl import startup
+from distdl import cli
 from distdl.config import TrainConfig
 from distdl.engine import train
 from distdl.parallel import world
@@ -34,4 +34,4 @@ def main(_arguments):
 
 if __name__ == "__main__":
     # `run` turns a wrong setting, or more ranks than the batch can feed, into one line and exit code 2.
-    sys.exit(startup.run(main, trains=True))
+    sys.exit(cli.run(main, trains=True))

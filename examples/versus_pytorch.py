@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distdl import startup
+from distdl import cli
 from distdl.config import TrainConfig
 from distdl.data.normalization import measure
 from distdl.data.split import Split
@@ -337,7 +337,7 @@ def cpu():
 
 
 def parse(arguments):
-    parser = startup.OneLineParser(
+    parser = cli.OneLineParser(
         prog="python examples/versus_pytorch.py", description=__doc__.split("\n")[0], advice="see --help"
     )
     parser.add_argument("--torch-python", default=sys.executable, help="interpreter that has PyTorch; else this one")
@@ -411,4 +411,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    sys.exit(startup.run(main))
+    sys.exit(cli.run(main))

@@ -111,7 +111,7 @@ HEAVY = "print(sorted({'numpy', 'mpi4py', 'safetensors'} & set(sys.modules)))"
 def test_flags_are_read_before_numpy_and_mpi_are_imported(pytestconfig):
     code = f"""
 import sys
-import distdl, distdl.config, distdl.errors, distdl.launcher, distdl.startup, distdl.train, distdl.mpirun
+import distdl, distdl.config, distdl.errors, distdl.job.launcher, distdl.cli, distdl.train, distdl.mpirun
 {HEAVY}
 distdl.config.parse(["--lr", "0.1", "--dataset", "mnist", "--data-dir", "here"], "program")
 try:
@@ -130,9 +130,9 @@ import os, sys
 for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
     os.environ.pop(name, None)
 os.environ["COLUMNS"] = "100"
-from distdl import startup, train
+from distdl import cli, train
 try:
-    startup.run(train.main, ["--help"])
+    cli.run(train.main, ["--help"])
 except SystemExit as stop:
     print("exit code", stop.code)
 {HEAVY}

@@ -1,6 +1,7 @@
-"""Imports point one way: bottom <- {nn, optim, schedules, data, parallel} <- engine <- what uses it <- the commands.
+"""Imports point one way: bottom <- {nn, optim, schedules, data, parallel, job} <- engine <- inference <- commands.
 
-Besides, nn <- figures <- the commands: nobody below the commands draws.
+Modules in braces never import each other, with one exception: parallel may use job. bench and search stand beside
+inference; their `__main__.py` files are commands.
 
 The checker below reads sources without running them; the last tests feed it sources that break each rule.
 """
@@ -16,14 +17,11 @@ PACKAGE = Path(distdl.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("*.py"))
 
 ROOT = "distdl"  # distdl/__init__.py itself
-BOTTOM = {"errors", "rng", "arrays", "launcher", "processes", "lifeline", "warden", "signals", "streams"} | {
-    "transforms",
-    "model_settings",
-}
-MIDDLE = {"nn", "optim", "schedules", "data", "parallel"}
-#: What does work of its own with the engine; never each other.
-USES = {"benchmark", "hyperparameters"}
-#: Whatever is in none of these is a command, and stands on top.
+BOTTOM = {"errors", "rng", "arrays", "transforms", "model_settings"}
+MIDDLE = {"nn", "optim", "schedules", "data", "parallel", "job"}
+#: Packages that use the engine. bench and search never import each other.
+USES = {"inference", "bench", "search"}
+#: Every other part is a command, or `cli`, which only commands import.
 BELOW_THE_COMMANDS = {ROOT, "config", "engine"} | BOTTOM | MIDDLE | USES
 
 #: Modules that turn bytes from a file or a peer into running code.
@@ -57,19 +55,19 @@ def may_import(unit, other):
     if unit == "config":
         return other in {ROOT, "errors", "transforms", "model_settings"}
     if unit in MIDDLE:
-        return other in BOTTOM | {ROOT, unit}
+        return other in BOTTOM | {ROOT, unit} | {"parallel": {"job"}, "job": {"config"}}.get(unit, set())
     if unit == "engine":
         return other in BELOW_THE_COMMANDS - USES
-    if unit in USES:
+    if unit == "inference":
         return other in (BELOW_THE_COMMANDS - USES) | {unit}
-    if unit == "figures":  # whoever trains does without matplotlib
-        return other in BOTTOM | {ROOT, "nn"}
+    if unit in USES:
+        return other in (BELOW_THE_COMMANDS - USES) | {unit, "inference"}
     return True
 
 
 def unit_of(module):
     """The part of the package that a dotted module name belongs to: ``nn`` for ``distdl.nn.layers``."""
-    return ([*module.split("."), ROOT])[1]
+    return "__main__" if module.endswith(".__main__") else ([*module.split("."), ROOT])[1]
 
 
 def imports_of(tree, path):
@@ -192,47 +190,53 @@ def test_all_parts_of_the_package_are_looked_at():
         ("distdl/nn/layers.py", "from distdl.data.split import split", "nn may not import data"),
         ("distdl/nn/layers.py", "from ..data.split import split", "nn may not import data"),
         ("distdl/nn/__init__.py", "from ..parallel import world", "nn may not import parallel"),
-        ("distdl/data/sources.py", "def f():\n    from distdl import config", "data may not import config"),
-        ("distdl/parallel/tree.py", "import distdl.engine.run as run", "parallel may not import engine"),
-        ("distdl/engine/run.py", "from distdl import train", "engine may not import train"),
-        ("distdl/engine/run.py", "from distdl.startup import run", "engine may not import startup"),
-        ("distdl/engine/trace.py", "from distdl.benchmark import chart", "engine may not import benchmark"),
-        ("distdl/engine/run.py", "from distdl.hyperparameters import run", "engine may not import hyperparameters"),
-        ("distdl/benchmark/run.py", "from distdl import startup", "benchmark may not import startup"),
-        ("distdl/benchmark/run.py", "from distdl.hyperparameters import run", "benchmark may not import hyperpar"),
-        ("distdl/hyperparameters/run.py", "from distdl.benchmark import chart", "may not import benchmark"),
-        ("distdl/engine/run.py", "from distdl import figures", "engine may not import figures"),
-        ("distdl/benchmark/run.py", "from distdl.figures import curves", "benchmark may not import figures"),
-        ("distdl/figures.py", "from distdl.engine import train", "figures may not import engine"),
+        ("distdl/data/sources/npz.py", "def f():\n    from distdl import config", "data may not import config"),
+        ("distdl/parallel/tree.py", "import distdl.engine.prepare as run", "parallel may not import engine"),
+        ("distdl/engine/prepare.py", "from distdl import train", "engine may not import train"),
+        ("distdl/engine/prepare.py", "from distdl.cli import run", "engine may not import cli"),
+        ("distdl/engine/timing/trace.py", "from distdl.bench import chart", "engine may not import bench"),
+        ("distdl/engine/prepare.py", "from distdl.search import run", "engine may not import search"),
+        ("distdl/bench/benchmark.py", "from distdl import cli", "bench may not import cli"),
+        ("distdl/bench/benchmark.py", "from distdl.search import trials", "bench may not import search"),
+        ("distdl/search/trials.py", "from distdl.bench import chart", "search may not import bench"),
+        ("distdl/engine/prepare.py", "from distdl.inference import figures", "engine may not import inference"),
+        ("distdl/engine/prepare.py", "from distdl.evaluate import parse", "engine may not import evaluate"),
+        ("distdl/inference/figures.py", "from distdl.bench import tables", "inference may not import bench"),
+        ("distdl/job/streams.py", "from distdl.parallel import world", "job may not import parallel"),
+        ("distdl/nn/layers.py", "from distdl.job import streams", "nn may not import job"),
         (
-            "distdl/data/sources.py",
+            "distdl/data/sources/npz.py",
             "import importlib\nimportlib.import_module('distdl.engine')",
             "may not import engine",
         ),
         ("distdl/train.py", "from mpi4py import MPI", "only distdl/parallel/mpi.py may import mpi4py"),
         ("distdl/parallel/__init__.py", "import mpi4py.MPI", "only distdl/parallel/mpi.py may import mpi4py"),
-        ("distdl/engine/checkpoint.py", "import pickle", "pickle is never imported"),
-        ("distdl/engine/checkpoint.py", "from pickle import loads", "pickle is never imported"),
+        ("distdl/engine/storage/checkpoint.py", "import pickle", "pickle is never imported"),
+        ("distdl/engine/storage/checkpoint.py", "from pickle import loads", "pickle is never imported"),
         ("distdl/parallel/mpi.py", "def f():\n    import marshal", "marshal is never imported"),
         ("distdl/verify.py", "__import__('dill')", "dill is never imported"),
         ("distdl/verify.py", "import multiprocessing.pool", "multiprocessing is never imported"),
         ("distdl/verify.py", "__import__(name)", "__import__() is never called"),
-        ("distdl/data/sources.py", "import tarfile", "no archive is unpacked by name"),
-        ("distdl/data/sources.py", "from zipfile import ZipFile", "no archive is unpacked by name"),
-        ("distdl/data/sources.py", "import shutil\nshutil.unpack_archive(path)", "unpack_archive() "),
-        ("distdl/data/sources.py", "archive.extractall(folder)", "unpacks an archive by name"),
-        ("distdl/data/sources.py", "pooch.retrieve(url, processor=pooch.Untar())", "unpacks an archive by name"),
-        ("distdl/data/sources.py", "import numpy as np\nnp.load(path)", "without allow_pickle=False"),
-        ("distdl/data/sources.py", "import numpy\nnumpy.load(path, None, True)", "without allow_pickle=False"),
-        ("distdl/data/sources.py", "import numpy as n\nn.load(p, allow_pickle=trust)", "without allow_pickle=False"),
-        ("distdl/data/sources.py", "import numpy as np\nnp.lib.format.read_array(f)", "without allow_pickle=False"),
+        ("distdl/data/sources/npz.py", "import tarfile", "no archive is unpacked by name"),
+        ("distdl/data/sources/npz.py", "from zipfile import ZipFile", "no archive is unpacked by name"),
+        ("distdl/data/sources/npz.py", "import shutil\nshutil.unpack_archive(path)", "unpack_archive() "),
+        ("distdl/data/sources/npz.py", "archive.extractall(folder)", "unpacks an archive by name"),
+        ("distdl/data/sources/npz.py", "pooch.retrieve(url, processor=pooch.Untar())", "unpacks an archive by name"),
+        ("distdl/data/sources/npz.py", "import numpy as np\nnp.load(path)", "without allow_pickle=False"),
+        ("distdl/data/sources/npz.py", "import numpy\nnumpy.load(path, None, True)", "without allow_pickle=False"),
+        (
+            "distdl/data/sources/npz.py",
+            "import numpy as n\nn.load(p, allow_pickle=trust)",
+            "without allow_pickle=False",
+        ),
+        ("distdl/data/sources/npz.py", "import numpy as np\nnp.lib.format.read_array(f)", "without allow_pickle=False"),
         ("distdl/config.py", "eval(text)", "eval() is never called"),
         ("distdl/config.py", "exec(text, {})", "exec() is never called"),
         ("distdl/config.py", "compile(text, '', 'eval')", "compile() is never called"),
         ("distdl/mpirun.py", "import os\nos.system(command)", "os.system() is never called"),
         ("distdl/mpirun.py", "import os\nos.popen(command)", "os.popen() is never called"),
         ("distdl/mpirun.py", "from os import system", "os.system is not imported by name"),
-        ("distdl/data/sources.py", "from numpy import load", "numpy.load is not imported by name"),
+        ("distdl/data/sources/npz.py", "from numpy import load", "numpy.load is not imported by name"),
         ("distdl/mpirun.py", "import subprocess\nsubprocess.run(command, shell=True)", "no shell is started"),
         ("distdl/mpirun.py", "import subprocess\nsubprocess.Popen(command, shell=wanted)", "no shell is started"),
         ("distdl/verify.py", "import tempfile\ntempfile.mktemp()", "tempfile.mktemp() is never called"),
@@ -257,13 +261,18 @@ def test_the_checker_finds(path, source, said):
     [
         ("distdl/config.py", "from distdl.errors import UserError\nimport tomllib"),
         ("distdl/nn/layers.py", "from distdl.nn.initializers import He\nfrom ..rng import Key\nfrom . import losses"),
-        ("distdl/engine/run.py", "import distdl\nfrom distdl import __version__, config\nfrom distdl.nn import MODELS"),
+        (
+            "distdl/engine/prepare.py",
+            "import distdl\nfrom distdl import __version__, config\nfrom distdl.nn import MODELS",
+        ),
+        ("distdl/parallel/mpi.py", "from distdl.job import streams"),
         ("distdl/parallel/mpi.py", "from mpi4py import MPI"),
-        ("distdl/verify.py", "from distdl import startup\nfrom distdl.mpirun import environment_for"),
-        ("distdl/evaluate.py", "from distdl import figures\nfrom distdl.engine.evaluation import load"),
+        ("distdl/bench/__main__.py", "from distdl import cli"),
+        ("distdl/verify.py", "from distdl import cli\nfrom distdl.mpirun import environment_for"),
+        ("distdl/evaluate.py", "from distdl.inference import figures"),
         ("distdl/rng.py", "import numpy as np\nnp.random.Philox(key=1).random_raw(2)"),
         ("distdl/data/split.py", "key.random.shuffle()"),
-        ("distdl/data/sources.py", "import numpy as np\nnp.load(path, allow_pickle=False)"),
+        ("distdl/data/sources/npz.py", "import numpy as np\nnp.load(path, allow_pickle=False)"),
         ("distdl/config.py", "import re, json\nre.compile('x')\njson.load(file)\nmodel.evaluate()"),
         ("distdl/mpirun.py", "import subprocess\nsubprocess.run(command, shell=False)"),
         ("distdl/parallel/mpi.py", "class C:\n    def f(self):\n        self._comm.Ibcast(1)\n        self.bcast(1)"),

@@ -18,18 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.config import TrainConfig
-from distdl.engine import checkpoint as checkpoints
-from distdl.engine.checkpoint import Checkpoint
-from distdl.engine.files import indented_json, remove_temporaries, write_durably
-from distdl.engine.journal import Journal, Records
+from distdl.engine.checks.nonfinite import Fault
+from distdl.engine.console import Progress, describe_shares
+from distdl.engine.logbook import Journal, Records
 from distdl.engine.metrics import JsonLines, Sums
-from distdl.engine.nonfinite import Fault
-from distdl.engine.progress import Progress, describe_shares
-from distdl.engine.run_folder import Start, claim
 from distdl.engine.state import TrainingState
-from distdl.engine.timeline import Spent
-from distdl.engine.trace import write as write_trace
-from distdl.engine.writer import CheckpointWriter, Outcome
+from distdl.engine.storage import checkpoint as checkpoints
+from distdl.engine.storage.checkpoint import Checkpoint
+from distdl.engine.storage.checkpoint_writer import CheckpointWriter, Outcome
+from distdl.engine.storage.files import indented_json, remove_temporaries, write_durably
+from distdl.engine.storage.run_folder import Start, claim
+from distdl.engine.timing.timeline import Spent
+from distdl.engine.timing.trace import write as write_trace
 from distdl.errors import DamagedFileError, UserError
 
 #: Checkpoints in a row that may fail to be written before the run gives up.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.engine.files import opened_log
+from distdl.engine.storage.files import opened_log
 from distdl.parallel import Field
 
 #: The fields that metrics add to a record of the reduction.

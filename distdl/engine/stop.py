@@ -5,8 +5,8 @@ terminal (SIGHUP, unless `nohup` has it ignored) are taken alike.
 A handler only notes the signal. The note travels in the record of the next step's reduction, in a field with one
 count a signal, so all ranks learn of it together, whichever of them was told; the other fields of the record keep
 their bits. A rank that has no micro-batch in a step sends nothing, and what it was told waits for its next one; so
-does what comes during validation, a checkpoint or start-up (before there is a handler: `distdl.signals`). Only Ctrl-C
-before the first step stops at once: there is nothing to save. A second signal stops at once too.
+does a signal that comes during validation, a checkpoint or start-up (before there is a handler: `distdl.job.signals`).
+Only Ctrl-C before the first step stops at once: there is nothing to save. A second signal stops at once too.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.errors import Stopped
+from distdl.job.signals import STOPPING as SIGNALS
+from distdl.job.signals import let_in
 from distdl.parallel import Field
-from distdl.signals import STOPPING as SIGNALS
-from distdl.signals import let_in
 
 #: A terminal tells a process of Ctrl-C and so does the launcher: signals so close to the first are the same request.
 SAME_REQUEST_SECONDS = 0.5

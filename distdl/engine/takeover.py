@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from distdl.config import TrainConfig
+from distdl.engine.console import Progress
 from distdl.engine.coordinator import Coordinator
-from distdl.engine.files import remove_temporaries
-from distdl.engine.journal import Journal
+from distdl.engine.logbook import Journal
 from distdl.engine.metrics import JsonLines
-from distdl.engine.progress import Progress
-from distdl.engine.run_folder import lock_released
+from distdl.engine.storage.files import remove_temporaries
+from distdl.engine.storage.run_folder import lock_released
 from distdl.errors import UserError
 
 

@@ -27,14 +27,14 @@ from distdl.config import TrainConfig, is_own
 from distdl.data import split
 from distdl.data.augmentation import Augmentation
 from distdl.data.normalization import Normalization
-from distdl.engine import corruption, nonfinite
-from distdl.engine.balance import BalancedDealer, Dealer
+from distdl.engine.checks import corruption, nonfinite
 from distdl.engine.coordinator import Follower
 from distdl.engine.metrics import METRIC_FIELDS, Sums
 from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
-from distdl.engine.timeline import Timeline
-from distdl.engine.trace import Trace
+from distdl.engine.timing.balance import BalancedDealer, Dealer
+from distdl.engine.timing.timeline import Timeline
+from distdl.engine.timing.trace import Trace
 from distdl.errors import DivergedError, PeerLost
 from distdl.nn import Sequential, make_loss
 from distdl.optim import clip_by_norm

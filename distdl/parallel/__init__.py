@@ -8,17 +8,18 @@ import time
 import warnings
 
 from distdl.errors import DistdlError, UserError, one_line
-from distdl.launcher import belong_together, read_launch
-from distdl.lifeline import end_with_the_launcher
-from distdl.parallel import leftovers, shared
+from distdl.job import leftovers
+from distdl.job.launcher import belong_together, read_launch
+from distdl.job.lifeline import end_with_the_launcher
+from distdl.job.streams import say
+from distdl.parallel import shared
 from distdl.parallel.agreement import die_of_the_host, exit_code_of, guard, report, together
 from distdl.parallel.communicator import Communicator, OneProcess, hosts
 from distdl.parallel.dealing import deal, share
 from distdl.parallel.recovery import Loss, Position, commit, committed, recover, survive
-from distdl.parallel.reduce import REDUCTIONS, Field, Layout, Record, Reduction
+from distdl.parallel.reduction import REDUCTIONS, Field, Layout, Record, Reduction
 from distdl.parallel.shared import share_arrays
 from distdl.parallel.tree import Shard, contiguous_shards
-from distdl.streams import say
 
 __all__ = [
     "REDUCTIONS",

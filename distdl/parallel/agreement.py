@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from distdl import errors
+from distdl.job.streams import say
 from distdl.parallel.communicator import Communicator
 from distdl.parallel.recovery import commit
-from distdl.streams import say
 
 T = TypeVar("T")
 

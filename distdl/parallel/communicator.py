@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.streams import say
+from distdl.job.streams import say
 
 if TYPE_CHECKING:
     from distdl.parallel.recovery import Loss

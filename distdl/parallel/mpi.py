@@ -47,20 +47,20 @@ from numpy.typing import NDArray
 # belong together. A script that has imported MPI before us has started it already.
 mpi4py.rc.initialize = False
 from distdl.errors import EXIT_DEFECT, PeerLost, UserError  # noqa: E402
-from distdl.launcher import survives_failures, take_the_word  # noqa: E402
-from distdl.lifeline import LAUNCHERS  # noqa: E402
-from distdl.processes import ancestors  # noqa: E402
+from distdl.job.launcher import survives_failures, take_the_word  # noqa: E402
+from distdl.job.lifeline import LAUNCHERS  # noqa: E402
+from distdl.job.processes import ancestors  # noqa: E402
 
 mpi4py.rc.finalize = not survives_failures()  # at exit, as it would be had the import started it
 
 from mpi4py import MPI  # noqa: E402
 
+from distdl.job.mpi_init import together_or_not_at_all  # noqa: E402
+from distdl.job.streams import say  # noqa: E402
 from distdl.parallel.agreement import together  # noqa: E402
 from distdl.parallel.communicator import LONGEST_PAUSE_SECONDS, Bytes, Communicator, Span  # noqa: E402
 from distdl.parallel.recovery import survive  # noqa: E402
 from distdl.parallel.shared import SHARED_MEMORY  # noqa: E402
-from distdl.parallel.starting import together_or_not_at_all  # noqa: E402
-from distdl.streams import say  # noqa: E402
 
 SHORTEST_PAUSE_SECONDS = 20e-6
 #: Nobody comes later than by this share of the time waited. Larger shares cost more where ranks share cores: most

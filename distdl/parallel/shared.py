@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from distdl.arrays import ALIGNMENT_BYTES
 from distdl.errors import UserError
-from distdl.parallel import leftovers
+from distdl.job import leftovers
 from distdl.parallel.agreement import together
 from distdl.parallel.communicator import Bytes, Communicator
 

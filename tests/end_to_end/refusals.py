@@ -14,7 +14,7 @@ from bad_inputs import (
     picture,
 )
 
-from distdl import engine, startup, train
+from distdl import cli, engine, train
 
 MOST_BYTES = 100e6
 USER, DAMAGED = 2, 3
@@ -56,7 +56,7 @@ def outcome(arguments):
 
     whole = memory if reads_a_config else nullcontext()
     with patch.object(engine, "train", measured), redirect_stdout(out), redirect_stderr(err), whole:
-        code = startup.run(train.main, arguments)
+        code = cli.run(train.main, arguments)
     return code, out.getvalue(), err.getvalue(), memory.peak
 
 

@@ -22,7 +22,7 @@ from bad_inputs import (
 from refusals import USER, outcome, problems_of
 from refused_runs import RunShop
 
-from distdl.launcher import read_launch
+from distdl.job.launcher import read_launch
 
 pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts trainings of one process")
 
@@ -55,7 +55,7 @@ def test_a_wrong_flag_is_said_before_numpy_or_mpi_are_imported():
     import sys
 
     program = (
-        "import sys; from distdl import startup, train; code = startup.run(train.main, ['--epocs', '3']); "
+        "import sys; from distdl import cli, train; code = cli.run(train.main, ['--epocs', '3']); "
         "sys.exit(code if not {'numpy', 'mpi4py'} & sys.modules.keys() else 99)"
     )
     done = subprocess.run(

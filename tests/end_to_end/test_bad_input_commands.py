@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from bad_inputs import TINY, TRAIN_LABELS, changes, mnist_files, picture, without_launcher, write_files
 
-from distdl.launcher import read_launch
+from distdl.job.launcher import read_launch
 
 pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts its own mpirun")
 
@@ -222,9 +222,7 @@ def test_a_terminal_without_our_characters_ends_no_training(used_folder, tmp_pat
     assert "weights sha256: " in done.stdout
 
 
-PRINTS_MORE = (
-    "import sys; from distdl import startup, train; code = startup.run(train.main); print(code); sys.exit(code)"
-)
+PRINTS_MORE = "import sys; from distdl import cli, train; code = cli.run(train.main); print(code); sys.exit(code)"
 
 
 @pytest.mark.parametrize("output", ["a closed pipe", "a lost terminal", "closed from the start"])

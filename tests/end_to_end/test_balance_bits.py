@@ -7,7 +7,8 @@ import time
 import pytest
 from small_runs import VERY_RAGGED, piece_of_digits, proof, remove, small_config, small_run, sub_world
 
-from distdl.engine import balance, coordinator, train
+from distdl.engine import coordinator, train
+from distdl.engine.timing import balance
 from distdl.nn import Affine, Conv2d, Flatten, ReLU, Sequential
 from distdl.parallel import OneProcess
 

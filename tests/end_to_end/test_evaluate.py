@@ -13,15 +13,15 @@ from small_runs import VERY_RAGGED, piece_of_digits, remove, small_config, world
 from test_tasks import TASKS
 from test_tasks import run as run_task
 
+from distdl import cli
 from distdl import evaluate as shown
-from distdl import startup
 from distdl.config import TrainConfig
 from distdl.data.split import micro_batch
-from distdl.engine import checkpoint as checkpoints
 from distdl.engine import train
-from distdl.engine.evaluation import Score, evaluate, in_half_precision, load
+from distdl.engine.storage import checkpoint as checkpoints
 from distdl.errors import UserError
-from distdl.launcher import read_launch
+from distdl.inference.evaluation import Score, evaluate, in_half_precision, load
+from distdl.job.launcher import read_launch
 from distdl.nn import Affine, BatchNorm, Conv2d, Flatten, ReLU, Sequential, Tanh, build_model
 from distdl.parallel import OneProcess
 
@@ -71,7 +71,7 @@ def records_of(folder, name):
 def command(arguments, folder, capsys, monkeypatch):
     """Run the command in this process; return its exit code and what it said."""
     monkeypatch.chdir(folder)
-    code = startup.run(shown.main, list(map(str, arguments)))
+    code = cli.run(shown.main, list(map(str, arguments)))
     return code, *capsys.readouterr()
 
 

@@ -8,8 +8,8 @@ from injected import flip, spoil_records, spoil_state
 from small_runs import remove, small_run, worlds
 
 from distdl import nn
-from distdl.engine import checkpoint as checkpoints
-from distdl.engine.balance import Balance
+from distdl.engine.storage import checkpoint as checkpoints
+from distdl.engine.timing.balance import Balance
 from distdl.errors import CorruptionError
 from distdl.mpirun import mpirun_command
 from distdl.parallel import OneProcess
@@ -171,10 +171,10 @@ sys.path.insert(0, sys.argv[1])
 import numpy as np
 import pytest
 from injected import flip, spoil_records, spoil_state
-from distdl import startup, train
+from distdl import cli, train
 patch = pytest.MonkeyPatch()
 {spoil}
-sys.exit(startup.run(train.main, sys.argv[2:]))
+sys.exit(cli.run(train.main, sys.argv[2:]))
 """
 
 

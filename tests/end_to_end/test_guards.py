@@ -14,7 +14,7 @@ from distdl.mpirun import mpirun_command
 #: Trains the digits; rank 1 does something in the middle of the first epoch, in its third step.
 PROGRAM = """
 import os, signal, sys
-from distdl import startup
+from distdl import cli
 
 def main(arguments):
     from distdl import nn
@@ -38,16 +38,16 @@ def main(arguments):
     print("the end was reached")
     return 0
 
-sys.exit(startup.run(main))
+sys.exit(cli.run(main))
 """
 
 
 #: Some ranks fail, before or after the world is made; the others want something of all.
 FAILING = """
 import sys, time
-from distdl import startup
+from distdl import cli
 from distdl.errors import DamagedFileError
-from distdl.launcher import read_launch
+from distdl.job.launcher import read_launch
 
 def fail():
     if read_launch().rank in {ranks}:
@@ -62,7 +62,7 @@ def main(arguments):
     print(communicator.allgather_json("the end was reached"))
     return 0
 
-sys.exit(startup.run(main))
+sys.exit(cli.run(main))
 """
 
 

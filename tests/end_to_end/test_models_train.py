@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from bad_inputs import mnist_files, write_files
 
-from distdl import config, engine, startup, train
-from distdl.launcher import read_launch
+from distdl import cli, config, engine, train
+from distdl.job.launcher import read_launch
 
 pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts trainings of one process")
 
@@ -18,7 +18,7 @@ def test_an_epoch_of_a_model_ends_well(model, tmp_path, monkeypatch, capsys):
         monkeypatch.setenv(f"{name}_NUM_THREADS", "1")  # so that what the command sets is undone
     data = write_files(tmp_path / "data", mnist_files(training=12, test=3, height=28, width=28))
     flags = [f"--model={model}", "--dataset=mnist", f"--data-dir={data}", "--epochs=1", "--log-every=1"]
-    code = startup.run(train.main, [*flags, "--batch-size=8", "--micro-batch-size=4", f"--run-dir={tmp_path}/run"])
+    code = cli.run(train.main, [*flags, "--batch-size=8", "--micro-batch-size=4", f"--run-dir={tmp_path}/run"])
     out, err = capsys.readouterr()
     assert (code, err) == (0, "")
     assert f"{model} (" in out

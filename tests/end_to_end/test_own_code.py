@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from bad_inputs import TINY, changes, picture, without_launcher
 
-from distdl import evaluate, startup, train
+from distdl import cli, evaluate, train
 from distdl.config import TrainConfig
 from distdl.data.sources import Dataset
 from distdl.engine import train as train_from_a_script
-from distdl.engine.own_code import check_same, layout_of
+from distdl.engine.user_code import check_same, layout_of
 from distdl.errors import UserError
-from distdl.launcher import read_launch
+from distdl.job.launcher import read_launch
 from distdl.nn import build_model
 
 pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts trainings of one process")
@@ -64,7 +64,7 @@ def folder(tmp_path, monkeypatch):
 def outcome(*arguments):
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        code = startup.run(train.main, [*TINY, "--max-steps=3", *arguments])
+        code = cli.run(train.main, [*TINY, "--max-steps=3", *arguments])
     return code, out.getvalue(), err.getvalue()
 
 
@@ -140,7 +140,7 @@ def test_code_that_a_config_file_names_is_not_run_unless_the_command_line_names_
     (folder / "given.toml").write_text('model = "models/bad.py:net"\n')
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        code = startup.run(train.main, ["--config=given.toml", "--max-steps=1", "--run-dir=new"])
+        code = cli.run(train.main, ["--config=given.toml", "--max-steps=1", "--run-dir=new"])
     assert (code, out.getvalue()) == (USER, "")
     assert "a config file names the model 'models/bad.py:net'" in err.getvalue()
     assert "--model models/bad.py:net on the command line too" in err.getvalue()
@@ -150,7 +150,7 @@ def test_code_that_a_config_file_names_is_not_run_unless_the_command_line_names_
     (folder / "written").unlink()
     assert 'model = "models/bad.py:net"' in (folder / "run" / "config.toml").read_text()
     with redirect_stdout(out), redirect_stderr(err):
-        assert startup.run(train.main, ["--resume=run", "--max-steps=4"]) == USER
+        assert cli.run(train.main, ["--resume=run", "--max-steps=4"]) == USER
     assert not (folder / "written").exists()
 
 
@@ -422,8 +422,8 @@ def test_commands_train_resume_and_evaluate_regression_and_segmentation(task, fl
     assert "--dataset data.py:" in refusal(data, "--resume=run")
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        assert startup.run(evaluate.main, ["run", *flags, "--json=scores.json"]) == 0, err.getvalue()
-        assert startup.run(evaluate.main, ["run", *flags[1:]]) == USER
+        assert cli.run(evaluate.main, ["run", *flags, "--json=scores.json"]) == 0, err.getvalue()
+        assert cli.run(evaluate.main, ["run", *flags[1:]]) == USER
     assert score in out.getvalue()
     assert "if you trust that code, add --dataset data.py:" in err.getvalue()
     [member] = json.loads((data / "scores.json").read_text())["members"]
@@ -472,7 +472,7 @@ def test_evaluate_calls_only_the_function_that_a_run_was_trained_with(data):
     ):
         out, err = io.StringIO(), io.StringIO()
         with redirect_stdout(out), redirect_stderr(err):
-            code = startup.run(evaluate.main, [*runs, f"--model={model}"])
+            code = cli.run(evaluate.main, [*runs, f"--model={model}"])
         assert (code, said is None or said in err.getvalue()) == (0 if said is None else USER, True), err.getvalue()
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from bad_inputs import changes, picture
 
-from distdl import report, startup
+from distdl import cli, report
 from distdl.config import TrainConfig
 from distdl.data.sources import load
 from distdl.engine import train
-from distdl.launcher import read_launch
+from distdl.job.launcher import read_launch
 from distdl.parallel import OneProcess
 
 pytestmark = pytest.mark.skipif(read_launch().by is not None, reason="already under a launcher")
@@ -37,7 +37,7 @@ def runs(tmp_path_factory):
 def outcome(*arguments):
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        code = startup.run(report.main, list(map(str, arguments)))
+        code = cli.run(report.main, list(map(str, arguments)))
     return code, out.getvalue(), err.getvalue()
 
 

@@ -14,12 +14,12 @@ from refusals import DAMAGED, USER, outcome
 from refused_runs import RunShop, sealed
 from small_runs import small_run
 
-from distdl.engine import checkpoint as checkpoints
-from distdl.engine import files, run_folder
 from distdl.engine.coordinator import Coordinator
 from distdl.engine.metrics import JsonLines
+from distdl.engine.storage import checkpoint as checkpoints
+from distdl.engine.storage import files, run_folder
 from distdl.errors import UserError
-from distdl.launcher import read_launch
+from distdl.job.launcher import read_launch
 from distdl.parallel import OneProcess, shared
 
 pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts trainings of one process")
@@ -180,7 +180,7 @@ def test_no_file_and_no_folder_of_a_run_can_be_written_by_everyone_whatever_the_
 #: Notes what a training opens, removes and renames, and every event that no training has a reason for.
 AUDITED = """
 import json, os, sys
-from distdl import startup, train
+from distdl import cli, train
 from distdl import engine  # everything that a start imports
 import tyro, safetensors.numpy, threadpoolctl
 
@@ -200,7 +200,7 @@ def note(event, arguments):
         events.append(["never", event + " " + repr(arguments)[:200]])
 
 sys.addaudithook(note)
-code = startup.run(train.main, sys.argv[1:])
+code = cli.run(train.main, sys.argv[1:])
 noted, events = events, []
 print(json.dumps(noted))
 sys.exit(code)

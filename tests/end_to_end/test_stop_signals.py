@@ -18,7 +18,7 @@ STEP = 4
 #: The main job; in a step each rank says that it is there, and goes on once it has heard a signal, or never.
 PROGRAM = """
 import pathlib, sys, time
-from distdl import startup, train
+from distdl import cli, train
 from distdl.engine.trainer import Trainer
 
 folder, stuck = pathlib.Path(sys.argv[1]), sys.argv[2] == "stuck"
@@ -34,7 +34,7 @@ def waiting(self):
     step(self)
 
 Trainer.step = waiting
-sys.exit(startup.run(train.main, sys.argv[3:]))
+sys.exit(cli.run(train.main, sys.argv[3:]))
 """
 
 
@@ -130,12 +130,12 @@ def test_a_signal_during_start_up_waits_for_the_first_step(tmp_path, run_program
     program = tmp_path / "program.py"
     program.write_text(
         "import os, sys\n"
-        "from distdl import startup, train\n\n"
+        "from distdl import cli, train\n\n"
         "def main(arguments):\n"
         f"    os.kill(os.getpid(), {number:d})\n"
         "    assert 'numpy' not in sys.modules\n"
         "    return train.main(arguments)\n\n"
-        "sys.exit(startup.run(main, trains=True))\n"
+        "sys.exit(cli.run(main, trains=True))\n"
     )
     arguments = [sys.executable, str(program), *FLAGS, "--run-dir", str(tmp_path / "run")]
     launch = mpirun_command(ranks, arguments)

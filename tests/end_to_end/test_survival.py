@@ -9,21 +9,19 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from small_runs import small_run
 
-from distdl.engine import checkpoint as checkpoints
-from distdl.engine.files import TEMPORARY_SUFFIX
+from distdl.engine.storage import checkpoint as checkpoints
+from distdl.engine.storage.files import TEMPORARY_SUFFIX
 from distdl.mpirun import mpirun_command
 from distdl.parallel import OneProcess
-
-sys.path.insert(0, str(Path(__file__).parent))
-from small_runs import small_run
 
 #: Trains as `small_run` does. A trap is a rank, a function, "before" or "after", and at which of its calls.
 PROGRAM = """
 import importlib, json, os, signal, sys
 from pathlib import Path
-from distdl import startup
-startup.set_blas_threads(1)
+from distdl import cli
+cli.set_blas_threads(1)
 
 def set_trap(rank, function, when, count):
     owner, calls = importlib.import_module(function.split(":")[0]), []
@@ -55,22 +53,22 @@ def main(arguments):
     train(small_config(Path(arguments[1]), **json.loads(arguments[3])), dataset=piece_of_digits(VERY_RAGGED))
     return 0
 
-sys.exit(startup.run(main))
+sys.exit(cli.run(main))
 """
 
 FULL_DISK = """
-import distdl.engine.checkpoint
+import distdl.engine.storage.checkpoint
 
 def write(*_):
     raise OSError(28, "No space left on device")
 
-distdl.engine.checkpoint.write = write
+distdl.engine.storage.checkpoint.write = write
 """
 
 STEP = "distdl.engine.trainer:Trainer.step"
 VALIDATION = "distdl.engine.trainer:Trainer._end_epoch"
 CHECKPOINT = "distdl.engine.coordinator:Coordinator.checkpoint"
-WRITE = "distdl.engine.checkpoint:write"  # by the coordinator's thread, while training goes on
+WRITE = "distdl.engine.storage.checkpoint:write"  # by the coordinator's thread, while training goes on
 SETTINGS = {"checkpoint_every": 2, "record_hashes": True}
 
 
@@ -112,7 +110,7 @@ def run_with_traps(run_job, tmp_path, traps, ranks, more=""):
         ),
         pytest.param(
             3,
-            [[0, "distdl.engine.run:read_data", "after", 1], [1, "distdl.engine.run:Coordinator", "after", 1]],
+            [[0, "distdl.engine.prepare:read_data", "after", 1], [1, "distdl.engine.prepare:Coordinator", "after", 1]],
             [(0, [0, 1], 1)],
             id="while distributing data, and with the run folder made",
         ),
@@ -179,8 +177,8 @@ class Trainer(distdl.engine.trainer.Trainer):
             {end}
         super().step()
 
-import distdl.engine.run
-distdl.engine.run.Trainer = Trainer
+import distdl.engine.prepare
+distdl.engine.prepare.Trainer = Trainer
 """
 
 

@@ -8,7 +8,8 @@ import pytest
 from small_runs import VERY_RAGGED, piece_of_digits, remove, small_config, small_run, worlds
 
 from distdl.config import OPTIMIZERS
-from distdl.engine import checkpoint, train, trainer, transfer
+from distdl.engine import train, trainer, transfer
+from distdl.engine.storage import checkpoint
 from distdl.errors import UserError
 from distdl.nn import Affine, BatchNorm, Conv2d, Flatten, ReLU, Residual, Sequential
 from distdl.parallel import OneProcess

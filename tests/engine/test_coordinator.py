@@ -4,24 +4,21 @@ import dataclasses
 import fcntl
 import json
 import shutil
-import sys
 import tomllib
 from datetime import datetime
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "end_to_end"))
 from small_runs import piece_of_digits, small_config, small_run
 
-from distdl.engine import checkpoint as checkpoints
-from distdl.engine import run as engine_run
-from distdl.engine import run_folder, train
+from distdl.engine import prepare as engine_run
+from distdl.engine import train
 from distdl.engine.coordinator import Coordinator
 from distdl.engine.environment import describe
-from distdl.engine.files import TEMPORARY_SUFFIX
 from distdl.engine.metrics import JsonLines
+from distdl.engine.storage import checkpoint as checkpoints
+from distdl.engine.storage import run_folder
+from distdl.engine.storage.files import TEMPORARY_SUFFIX
 from distdl.engine.trainer import Trainer
 from distdl.errors import PeerLost, UserError
 from distdl.nn import Sequential

@@ -2,26 +2,22 @@
 
 import os
 import signal
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "end_to_end"))
 from small_runs import remove, small_config, small_run, sub_world
 
-from distdl.engine import checkpoint as checkpoints
-from distdl.engine import run as engine_run
+from distdl.engine import prepare as engine_run
 from distdl.engine import stop, train
 from distdl.engine.coordinator import Coordinator
 from distdl.engine.stop import SIGNALS, StopRequest
+from distdl.engine.storage import checkpoint as checkpoints
 from distdl.engine.trainer import Trainer
 from distdl.errors import Stopped
+from distdl.job.signals import HELD, hold
 from distdl.nn import Sequential
 from distdl.parallel import OneProcess
-from distdl.signals import HELD, hold
 
 pytestmark = pytest.mark.usefixtures("signals_at_their_defaults")
 
@@ -132,7 +128,7 @@ def blocked():
 
 
 def test_what_a_command_has_held_is_heard_by_the_training_and_held_again(blocked, monkeypatch):
-    monkeypatch.setattr("distdl.signals._held", set())
+    monkeypatch.setattr("distdl.job.signals._held", set())
     hold()
     for number in HELD:
         tell_this_thread(number)
@@ -144,7 +140,7 @@ def test_what_a_command_has_held_is_heard_by_the_training_and_held_again(blocked
 
 
 def test_what_a_script_has_blocked_stays_blocked(blocked, monkeypatch):
-    monkeypatch.setattr("distdl.signals._held", set())
+    monkeypatch.setattr("distdl.job.signals._held", set())
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     hold()
     request = StopRequest()

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from distdl.config import TrainConfig
-from distdl.engine import run_folder
-from distdl.engine.files import TEMPORARY_SUFFIX
-from distdl.engine.journal import Journal
+from distdl.engine.console import Progress
+from distdl.engine.logbook import Journal
 from distdl.engine.metrics import JsonLines, Sums
-from distdl.engine.progress import Progress
+from distdl.engine.storage import run_folder
+from distdl.engine.storage.files import TEMPORARY_SUFFIX
 from distdl.engine.takeover import Successor
 from distdl.errors import UserError
 

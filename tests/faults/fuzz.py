@@ -37,8 +37,8 @@ import safetensors.numpy
 import tyro
 from bad_inputs import MNIST_FILES, TINY, mnist_files, write_files
 
-from distdl import config, startup, train
-from distdl.engine import checkpoint as checkpoints
+from distdl import cli, config, train
+from distdl.engine.storage import checkpoint as checkpoints
 from distdl.engine.trainer import Trainer
 
 USER, DAMAGED = 2, 3
@@ -353,7 +353,7 @@ def _remembering(cli: Callable[..., Any]) -> Callable[..., Any]:
 def _run(arguments: list[str]) -> tuple[int, str]:
     err = io.StringIO()
     with redirect_stdout(io.StringIO()), redirect_stderr(err):
-        code = startup.run(train.main, arguments)
+        code = cli.run(train.main, arguments)
     return code, err.getvalue()
 
 

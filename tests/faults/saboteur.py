@@ -19,19 +19,19 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from distdl import startup, train
-from distdl.launcher import read_launch
+from distdl import cli, train
+from distdl.job.launcher import read_launch
 
 #: Where a rule can fire: the module and name that is wrapped, whether before or after it.
 POINTS = {
-    "data": ("distdl.engine.run:share_arrays", "before"),
+    "data": ("distdl.engine.prepare:share_arrays", "before"),
     "data-mapped": ("distdl.parallel.shared:_map", "after"),
-    "data-shared": ("distdl.engine.run:share_arrays", "after"),
+    "data-shared": ("distdl.engine.prepare:share_arrays", "after"),
     "step": ("distdl.engine.trainer:Trainer.step", "before"),
     "forward": ("distdl.nn.network:Sequential.forward", "before"),
     "backward": ("distdl.nn.network:Sequential.backward", "after"),
-    "reduction": ("distdl.parallel.reduce:TreeReduction.total", "before"),
-    "reduced": ("distdl.parallel.reduce:TreeReduction.total", "after"),
+    "reduction": ("distdl.parallel.reduction:TreeReduction.total", "before"),
+    "reduced": ("distdl.parallel.reduction:TreeReduction.total", "after"),
     "update": ("distdl.optim:Optimizer.update", "before"),
     "updated": ("distdl.optim:Optimizer.update", "after"),
     "evaluation": ("distdl.engine.trainer:Trainer.evaluate", "before"),
@@ -187,6 +187,6 @@ def set_traps(rules: list[dict[str, Any]], rank: int) -> None:
 
 
 if __name__ == "__main__":
-    startup.set_blas_threads(1)
+    cli.set_blas_threads(1)
     set_traps(json.loads(os.environ["DISTDL_SABOTAGE"]), read_launch().rank)
-    sys.exit(startup.run(train.main))
+    sys.exit(cli.run(train.main))

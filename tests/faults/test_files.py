@@ -15,16 +15,14 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "end_to_end"))
 from bad_inputs import without_launcher
 from small_runs import small_run
 
-from distdl.engine import checkpoint as checkpoints
-from distdl.engine import files
 from distdl.engine.coordinator import Coordinator
+from distdl.engine.storage import checkpoint as checkpoints
+from distdl.engine.storage import files
 from distdl.errors import UserError
-from distdl.launcher import read_launch
+from distdl.job.launcher import read_launch
 from distdl.parallel import OneProcess
 
 pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts processes of its own")
@@ -40,7 +38,7 @@ import ctypes, hashlib, json, os, signal, subprocess, sys
 from pathlib import Path
 sys.path.insert(0, {end_to_end!r})
 from small_runs import small_run
-from distdl.engine import checkpoint as checkpoints, files
+from distdl.engine.storage import checkpoint as checkpoints, files
 from distdl.engine.coordinator import Coordinator
 from distdl.errors import DistdlError
 from distdl.parallel import OneProcess

@@ -9,11 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "end_to_end"))
 from bad_inputs import without_launcher
 
-from distdl.launcher import read_launch
+from distdl.job.launcher import read_launch
 
 pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts processes of its own")
 
@@ -64,8 +62,8 @@ def test_files_altered_at_random_are_refused_in_one_line_or_are_valid(kind, seed
     ("defect", "said"),
     [
         ("checkpoints.read = lambda path: 1 / 0", "Traceback"),
-        ("startup._say = lambda text: None", "not one line of ours"),
-        ("startup._say = lambda text: print('one', 'two', sep='\\n', file=sys.stderr)", "not one line of ours"),
+        ("cli._say = lambda text: None", "not one line of ours"),
+        ("cli._say = lambda text: print('one', 'two', sep='\\n', file=sys.stderr)", "not one line of ours"),
         ("config.parse = train.parse = lambda *_: bytearray(400 * 2**20) and 1 / 0", "MB"),
         ("fuzz.MOST_SECONDS = 0.0", "took"),
     ],
@@ -74,7 +72,7 @@ def test_the_fuzzer_finds(defect, said, run_python):
     """What it is there for, each put in by hand."""
     program = (
         f"import sys; sys.path.insert(0, {str(HERE)!r}); import fuzz\n"
-        "from distdl import config, startup, train\nfrom distdl.engine import checkpoint as checkpoints\n"
+        "from distdl import cli, config, train\nfrom distdl.engine import checkpoint as checkpoints\n"
         "kind = fuzz.KINDS['checkpoint']\n"
         "class Defective(kind):\n"
         "    def __init__(self):\n"

@@ -7,7 +7,7 @@ import time
 import pytest
 from harness import FLAGS, STEPS, Job, Outcome, Undisturbed, assert_receipt, run
 
-from distdl.engine import checkpoint
+from distdl.engine.storage import checkpoint
 
 pytestmark = pytest.mark.usefixtures("ulfm")
 

@@ -24,8 +24,9 @@ from trapped_training import (
     write_trap,
 )
 
+from distdl.job import leftovers
 from distdl.mpirun import mpirun_command
-from distdl.parallel import leftovers, shared
+from distdl.parallel import shared
 
 pytestmark = needs_mpirun
 BUSY_FOR_EVER = WAIT_FOR_EVER.replace("time.sleep(600)", "while True:\n    pass")

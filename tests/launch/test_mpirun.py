@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from distdl import mpirun, startup
+from distdl import cli, mpirun
 from distdl.errors import UserError
 
 REPOSITORY = Path(mpirun.__file__).parents[1]
@@ -86,7 +86,7 @@ def test_mpirun_beside_python_is_taken_before_that_on_the_path(
 def test_without_mpirun_one_line_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"pip install 'distdl-mpi\[mpich\]'"):
         mpirun.find_mpirun()
-    assert startup.run(mpirun.main, ["-n", "2", "--module", "json"]) == 2
+    assert cli.run(mpirun.main, ["-n", "2", "--module", "json"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("distdl: error: no mpirun")
@@ -199,7 +199,7 @@ def test_a_wrong_flag_is_one_line_and_exit_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     environment.install("mpich")
-    assert startup.run(mpirun.main, arguments) == 2
+    assert cli.run(mpirun.main, arguments) == 2
     printed = capsys.readouterr()
     assert said in printed.err
     assert printed.err.count("\n") == 1

@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from trapped_training import (
     REPOSITORY,
     WAIT_FOR_EVER,
@@ -25,20 +23,20 @@ from trapped_training import (
 )
 
 from distdl.engine.stop import SAME_REQUEST_SECONDS
-from distdl.restarts import run_folder
+from distdl.job.restarts import run_folder
 
 pytestmark = pytest.mark.usefixtures("signals_at_their_defaults")
 
 #: Runs a job of one process that ends as the list in `ends` says, one start after the other.
 DRIVER = """
 import json, os, sys
-from distdl import startup
-from distdl.restarts import run_until_done
+from distdl import cli
+from distdl.job.restarts import run_until_done
 
 def command_of(flags):
     return [sys.executable, "job.py", *flags], dict(os.environ)
 
-sys.exit(startup.run(lambda flags: run_until_done(command_of, flags[1:], int(flags[0]))))
+sys.exit(cli.run(lambda flags: run_until_done(command_of, flags[1:], int(flags[0]))))
 """
 JOB = """
 import json, os, pathlib, signal, sys
@@ -199,7 +197,7 @@ def test_a_signal_ends_the_job_and_the_restarts(tmp_path, number):
 def test_a_launcher_that_hangs_at_a_second_signal_is_killed(tmp_path):
     program = """
 import os, signal, sys, threading, time
-from distdl import restarts
+from distdl.job import restarts
 restarts.SECONDS_TO_END = 1.0
 deaf = "import pathlib, signal, time; signal.signal(15, signal.SIG_IGN); pathlib.Path('deaf').touch(); time.sleep(600)"
 def tell():

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from distdl.launcher import read_launch
-from distdl.processes import look_at
+from distdl.job.launcher import read_launch
+from distdl.job.processes import look_at
 
 REPOSITORY = Path(__file__).parents[2]
 LOCAL_SH = REPOSITORY / "launch" / "local.sh"
@@ -23,8 +23,8 @@ SECONDS_AGAINST_HANGING = 120
 #: Before its eighth step a rank springs the trap, unless a start before has left the file `sprung`.
 PROGRAM = """
 import os, pathlib, signal, sys, time
-from distdl import startup
-from distdl.processes import ancestors
+from distdl import cli
+from distdl.job.processes import ancestors
 
 def spring(rank):
 {trap}
@@ -32,7 +32,7 @@ def spring(rank):
 def main(arguments):
     from distdl.config import parse
     config = parse(arguments, "trapped")
-    startup.set_blas_threads(1)
+    cli.set_blas_threads(1)
     from distdl.engine import train
     from distdl.engine.trainer import Trainer
     step = Trainer.step
@@ -49,7 +49,7 @@ def main(arguments):
     train(config)
     return 0
 
-sys.exit(startup.run(main))
+sys.exit(cli.run(main))
 """
 WAIT_FOR_EVER = """
 pathlib.Path("sprung").touch()

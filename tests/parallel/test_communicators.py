@@ -9,14 +9,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "end_to_end"))
 from small_runs import remove, small_run
 
 from distdl.errors import DamagedFileError, UserError
+from distdl.job.processes import Process
 from distdl.parallel import OneProcess, guard, hosts, share_arrays, together, world
 from distdl.parallel import shared as shared_module
-from distdl.processes import Process
 
 
 def assert_contract(communicator):

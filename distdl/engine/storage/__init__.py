@@ -1,0 +1,1 @@
+"""Files of a run: durable writes, checkpoints, the run folder."""

@@ -1,0 +1,236 @@
+"""Checkpoints: all that survives a step, in one safetensors file that proves itself intact.
+
+A safetensors file is eight bytes of header length, a JSON header and the tensors' bytes. The format has no
+checksum, and a flipped bit in the data loads silently; so the header's metadata carries, besides what a run
+needs to go on, the sha256 of the whole file, taken with the sixty-four digits of the digest itself set to
+zero. A file that is torn, truncated or altered anywhere is named as such and never loaded.
+
+The metadata has one key, ``distdl``, whose value is a JSON object with ``format``, ``sha256`` and ``header``.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from distdl.engine.storage.files import remove, write_durably
+from distdl.errors import DamagedFileError, UserError
+
+FORMAT = "distdl checkpoint 1"
+NO_DIGEST = "0" * 64
+#: What safetensors calls the elements that our arrays may have.
+DTYPES = {"f4": "F32", "f8": "F64", "i4": "I32", "i8": "I64", "u1": "U8"}
+#: No header of ours comes near this; a damaged length must not make us read or allocate anything.
+LARGEST_HEADER_BYTES = 2**20
+BLOCK_BYTES = 2**20
+NAME = re.compile(r"step-([0-9]{9,18})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What one file holds: the tensors by name, and the header (config, step, versions, progress)."""
+
+    tensors: dict[str, NDArray[Any]]
+    header: dict[str, Any]
+
+
+def encoded(checkpoint: Checkpoint) -> list[bytes | memoryview]:
+    """Return the bytes of the file in pieces: a header, and the tensors where they are, uncopied."""
+    tensors = sorted(checkpoint.tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    metadata = {"format": FORMAT, "sha256": NO_DIGEST, "header": checkpoint.header}
+    entries: dict[str, Any] = {"__metadata__": {"distdl": json.dumps(metadata, allow_nan=False)}}
+    data: list[memoryview] = []
+    end = 0
+    for name, array in tensors:
+        little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        start, end = end, end + little.nbytes
+        entries[name] = {"dtype": DTYPES[little.dtype.str[1:]], "shape": array.shape, "data_offsets": [start, end]}
+        data.append(little.reshape(-1).view(np.uint8).data)
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    assert len(header) <= LARGEST_HEADER_BYTES, "we would not read this file again"
+    header = len(header).to_bytes(8, "little") + header
+    digest = hashlib.sha256(header)
+    for part in data:
+        digest.update(part)
+    # The first zeros are ours: the metadata comes first, and in it the digest stands before what others have written.
+    return [header.replace(NO_DIGEST.encode(), digest.hexdigest().encode(), 1), *data]
+
+
+def encode(checkpoint: Checkpoint) -> bytes:
+    """Return the bytes of the file."""
+    return b"".join(encoded(checkpoint))
+
+
+def decode(data: bytes, name: str) -> Checkpoint:
+    """Return what the bytes of a file hold; raise `DamagedFileError` naming `name` if they are not whole."""
+    metadata, place = _metadata(data, len(data), name)
+    digest = hashlib.sha256()
+    digest.update(data[:place])
+    digest.update(NO_DIGEST.encode())
+    digest.update(memoryview(data)[place + len(NO_DIGEST) :])
+    if digest.hexdigest() != metadata["sha256"]:
+        raise DamagedFileError(f"{name} is damaged: its checksum does not match its content")
+    if metadata["format"] != FORMAT:
+        raise UserError(f"{name} has the format {metadata['format']!r}: this version reads {FORMAT!r}")
+    try:
+        return Checkpoint(safetensors.numpy.load(data), metadata["header"])
+    except safetensors.SafetensorError as error:
+        raise DamagedFileError(f"{name} is damaged: {error}") from None
+
+
+def _metadata(data: bytes, size: int, name: str) -> tuple[dict[str, Any], int]:
+    """Return our metadata, and where in the file the digest's digits stand; trusts nothing it reads.
+
+    `data` are the file's first bytes, the whole header among them; `size` is that of the whole file.
+    """
+    length = int.from_bytes(data[:8], "little")
+    if size < 8:
+        raise DamagedFileError(f"{name} is damaged: it has {size} bytes, too few for a checkpoint")
+    if length > min(size - 8, LARGEST_HEADER_BYTES):
+        raise DamagedFileError(
+            f"{name} is damaged, or no checkpoint of distdl (give a run folder, or a file of its checkpoints/): its "
+            f"{size} bytes announce a header of {length} bytes"
+        )
+    try:
+        header = _parsed(data[8 : 8 + length])
+        metadata = _parsed(header.pop("__metadata__")["distdl"])
+        announced = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        given = metadata["sha256"].encode()
+        complete = len(given) == len(NO_DIGEST) and {"format", "header"} <= metadata.keys()
+        places = data.count(given, 8, 8 + length)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise DamagedFileError(f"{name} is damaged, or no checkpoint of distdl: its header cannot be read") from None
+    if not complete or places != 1:
+        raise DamagedFileError(f"{name} is damaged: its header has no checksum")
+    if size != announced:
+        raise DamagedFileError(f"{name} is damaged: it has {size} bytes, its header announces {announced}")
+    return metadata, data.index(given, 8, 8 + length)
+
+
+def _parsed(text: bytes | str) -> Any:
+    """Return the value of a JSON text; NaN and numbers that are too large, which we never write, are a `ValueError`."""
+
+    def finite(number: str) -> float:
+        if not math.isfinite(float(number)):
+            raise ValueError(number)
+        return float(number)
+
+    return json.loads(text, parse_float=finite, parse_constant=finite)
+
+
+def write(path: Path, checkpoint: Checkpoint) -> None:
+    """Write the file so that `path` holds the old content or the new, then read it back and compare.
+
+    Raises `OSError` where the disk refuses or does not return what was written.
+    """
+    parts = encoded(checkpoint)
+    write_durably(path, *parts, follow=False)
+    with os.fdopen(_opened(path, follow=False), "rb") as file:
+        same = all(_reads_back(file, memoryview(part)) for part in parts)
+        if not same or file.read(1):
+            raise OSError(f"{path} does not read back as it was written")
+
+
+def _reads_back(file: BinaryIO, part: memoryview) -> bool:
+    """Whether the file goes on with `part`; in blocks, each compared in one go without a look at single items."""
+    blocks = (part[start : start + BLOCK_BYTES] for start in range(0, len(part), BLOCK_BYTES))
+    return all(file.read(len(block)) == bytes(block) for block in blocks)
+
+
+def read(path: Path, *, follow: bool = True) -> Checkpoint:
+    """Return the checkpoint at `path`; raise `UserError` if it cannot be read, `DamagedFileError` if damaged.
+
+    The header is judged first, so that of a file of another kind no more than that is read. A symbolic link is an
+    error where `follow` is false.
+    """
+    try:
+        with os.fdopen(_opened(path, follow=follow), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(f"cannot read the checkpoint {path}: it is not a regular file")
+            _metadata(file.read(8 + LARGEST_HEADER_BYTES), status.st_size, str(path))
+            file.seek(0)
+            data = file.read()
+    except OSError as error:
+        if error.errno == errno.EIO:
+            raise DamagedFileError(f"{path} is damaged: its disk does not give it back ({error.strerror})") from None
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
+    return decode(data, str(path))
+
+
+def _opened(path: Path, *, follow: bool) -> int:
+    """Open to read; a pipe would block for ever."""
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+
+
+def path_of_step(folder: Path, step: int) -> Path:
+    """Return where the checkpoint after `step` steps lies."""
+    return folder / f"step-{step:09d}.safetensors"
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints in `folder`, ascending; a name that is not just so is none of ours."""
+    try:
+        names = os.listdir(folder)  # noqa: PTH208  names are all that is looked at
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    steps = [int(found[1]) for found in map(NAME.fullmatch, names) if found]
+    return sorted(step for step in steps if path_of_step(folder, step).name in names)
+
+
+def newest_intact(folder: Path) -> tuple[Path, Checkpoint, list[str]] | None:
+    """Return the newest checkpoint in `folder` that is whole, and what was wrong with those after it."""
+    complaints: list[str] = []
+    for step in reversed(steps_in(folder)):
+        path = path_of_step(folder, step)
+        try:
+            return path, read(path, follow=False), complaints
+        except DamagedFileError as error:
+            complaints.append(str(error))
+    if complaints:
+        raise DamagedFileError(f"no checkpoint in {folder} is intact: {complaints[0]}")
+    return None
+
+
+def remove_old(folder: Path, newest: int, keep: int, best_step: int | None) -> None:
+    """Remove all checkpoints up to step `newest` but the last `keep` of them and the best."""
+    old = [step for step in steps_in(folder) if step <= newest][:-keep]
+    remove(folder, (path_of_step(folder, step).name for step in old if step != best_step))
+
+
+def remove_later(folder: Path, newest: int) -> None:
+    """Remove the checkpoints after step `newest`, intact or not: the run goes on from there another time."""
+    remove(folder, (path_of_step(folder, step).name for step in steps_in(folder) if step > newest))
+
+
+def restore(checkpoint: Checkpoint, into: list[tuple[str, NDArray[Any]]], name: str) -> None:
+    """Copy the tensors into arrays of the same names; raise `UserError` where names, shapes or dtypes differ."""
+    wanted = {key: (array.shape, array.dtype) for key, array in into}
+    found = {key: (array.shape, array.dtype) for key, array in checkpoint.tensors.items()}
+    if wanted != found:
+        differing = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+        there, here = (described(arrays.get(differing[0])) for arrays in (checkpoint.tensors, dict(into)))
+        raise UserError(
+            f"{name} is a checkpoint of another model or version: {differing[0]} is {there} there and {here} here"
+        )
+    for key, array in into:
+        np.copyto(array, checkpoint.tensors[key])
+
+
+def described(array: NDArray[Any] | None) -> str:
+    """Return dtype and shape of a tensor, for a message."""
+    return "absent" if array is None else f"{array.dtype} {array.shape}"

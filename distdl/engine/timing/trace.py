@@ -1,0 +1,152 @@
+"""``--trace FILE.json``: what each rank did when, for https://ui.perfetto.dev or ``chrome://tracing``.
+
+One process a rank with one track, on which compute, waiting and reduction follow each other without overlap
+(what they mean is defined in `timeline`); between the steps, where validation and checkpoints are, it is empty.
+
+Clocks: hosts do not agree on the time. After a barrier all ranks read their clocks; of many barriers that count
+which took least time on the rank that took longest, since there nobody was held up between the barrier and the
+clock (the idea of D. L. Mills, *Network Time Protocol*, RFC 1305: trust the sample with the shortest delay). A
+rank's difference to rank 0 is its offset, wrong by no more than that barrier took. It is estimated at the start
+and at the end, and taken as changing evenly in between, since clocks drift apart by some microseconds a second.
+
+Memory: the newest steps are kept, and `MOST_STEPS` of them over all ranks.
+
+The format: *Trace Event Format*, https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distdl.engine.storage.files import check_output, write_durably
+from distdl.engine.timing.timeline import Clock, Timeline
+from distdl.parallel import Communicator
+
+#: Steps that are kept over all ranks together; about 30 MB of JSON.
+MOST_STEPS = 2**16
+CLOCK_ROUNDS = 40
+#: What lies between the marks of a step: begin, entered the reduction, last rank entered, left it, end.
+TRACK = ("compute", "waiting", "reduction", "update")
+
+Marks = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A rank's clock, and by how much it is ahead of rank 0's at that time, in seconds."""
+
+    clock: float
+    ahead: float
+
+
+def read_clocks(communicator: Communicator, clock: Clock) -> Reading:
+    """Return this rank's clock compared with rank 0's. Collective."""
+    communicator.barrier()
+    own = [clock()]
+    for _ in range(CLOCK_ROUNDS):
+        communicator.barrier()
+        own.append(clock())
+    everyone = np.array(communicator.allgather_json(own))  # ranks, rounds + 1
+    shortest = 1 + int(np.diff(everyone, axis=1).max(axis=0).argmin())
+    return Reading(own[shortest], own[shortest] - float(everyone[0, shortest]))
+
+
+def on_rank_zeros_clock(times: Marks, first: Reading, last: Reading) -> Marks:
+    """Return times of a rank's clock as rank 0's clock showed them.
+
+    >>> on_rank_zeros_clock(np.array([10.0, 15.0, 20.0]), Reading(10.0, 2.0), Reading(20.0, 4.0))
+    array([ 8., 12., 16.])
+    """
+    passed = (times - first.clock) / ((last.clock - first.clock) or 1.0)
+    return np.asarray(times - (first.ahead + passed * (last.ahead - first.ahead)))
+
+
+class Trace:
+    """Keeps the newest steps of a timeline, and writes them in the end."""
+
+    def __init__(self, timeline: Timeline) -> None:
+        self._communicator = timeline.communicator
+        self._clock = timeline.clock
+        self._steps: Marks = np.zeros((max(MOST_STEPS // self._communicator.size, 1), len(TRACK) + 1))
+        self._seen = 0
+        self._first = read_clocks(self._communicator, self._clock)
+        timeline.on_steps = self._keep
+
+    def _keep(self, steps: Marks) -> None:
+        room = len(self._steps)
+        places = (self._seen + np.arange(len(steps))) % room
+        self._steps[places[-room:]] = steps[-room:]
+        self._seen += len(steps)
+
+    def gather(self, last_step: int) -> dict[str, Any] | None:
+        """Return the trace of all ranks on rank 0, None on the others; `last_step` is the number of the last.
+
+        Collective, after the timeline has compared its last steps.
+        """
+        communicator = self._communicator
+        last = read_clocks(communicator, self._clock)
+        kept = min(self._seen, len(self._steps))
+        newest = self._steps[(self._seen - kept + np.arange(kept)) % len(self._steps)]
+        mine = on_rank_zeros_clock(newest, self._first, last)
+        everyone = np.empty((communicator.size, *mine.shape))
+        counts = [mine.nbytes] * communicator.size
+        everyone[communicator.rank] = mine
+        communicator.allgatherv(everyone.reshape(-1).view(np.uint8), counts)
+        hosts = communicator.allgather_json(socket.gethostname())
+        if communicator.rank != 0:
+            return None
+        return chrome_trace(everyone, hosts, first_step=last_step - kept + 1, left_out=self._seen - kept)
+
+
+def chrome_trace(ranks: Marks, hosts: Sequence[str], *, first_step: int, left_out: int) -> dict[str, Any]:
+    """Return the trace as the format has it; `ranks` holds the marks, (ranks, steps, marks), in seconds."""
+    nanoseconds = np.rint((ranks - (ranks.min() if ranks.size else 0.0)) * 1e9).astype(np.int64)
+    events: list[dict[str, Any]] = []
+    for rank, (steps, host) in enumerate(zip(nanoseconds.tolist(), hosts, strict=True)):
+        names = {"process_name": f"rank {rank} on {host}", "thread_name": "training"}
+        for name, value in names.items():
+            events.append({"ph": "M", "pid": rank, "tid": 0, "name": name, "args": {"name": value}})
+        events.append(
+            {"ph": "M", "pid": rank, "tid": 0, "name": "process_sort_index", "args": {"sort_index": rank}},
+        )
+        events += _events(rank, steps, first_step)
+    return {
+        "traceEvents": events,
+        "displayTimeUnit": "ms",
+        "otherData": {"first_step": first_step, "earlier_steps_left_out": left_out},
+    }
+
+
+def _events(rank: int, steps: Sequence[Sequence[int]], first_step: int) -> Iterator[dict[str, Any]]:
+    """Yield the complete events of a rank, in order; times are in nanoseconds, those of the format in microseconds."""
+    for number, marks in enumerate(steps, first_step):
+        for name, start, end in zip(TRACK, marks[:-1], marks[1:], strict=True):
+            if end > start:
+                yield {
+                    "ph": "X",
+                    "pid": rank,
+                    "tid": 0,
+                    "name": "compute" if name == "update" else name,
+                    "ts": start / 1000,
+                    "dur": (end - start) / 1000,
+                    "args": {"step": number},
+                }
+
+
+def check_writable(path: Path) -> None:
+    """Raise `UserError` where the trace could not be written; nothing is left behind."""
+    check_output(path, "--trace")
+
+
+def write(path: Path, trace: Mapping[str, Any]) -> None:
+    """Write the trace; raise `OSError` where the disk refuses."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, json.dumps(trace).encode())

@@ -1,0 +1,228 @@
+"""Figures show what their numbers say: axes, images and titles; no pixel is compared."""
+
+import json
+
+import numpy as np
+import pytest
+
+from distdl.errors import UserError
+from distdl.inference import figures
+from distdl.nn import Affine, Conv2d, Flatten, ReLU, Sequential, build_model
+from distdl.nn.between import activations
+from distdl.rng import Key
+
+pytest.importorskip("matplotlib")
+
+
+def network_of(channels=1, filters=6):
+    network = Sequential([Conv2d(filters, 3), ReLU(), Flatten(), Affine(4)], (8, 8, channels))
+    network.initialize(Key(0).of("initialization"))
+    return network
+
+
+def random(*shape):
+    return Key(1).normal(int(np.prod(shape))).reshape(shape)
+
+
+def drawn(figure):
+    """The arrays of all images in a figure, in order."""
+    return [np.asarray(image.get_array()) for axes in figure.axes for image in axes.images]
+
+
+def titles(figure):
+    return [axes.get_title() for axes in figure.axes]
+
+
+# ------------------------------------------------------------------------------------------------------------ numbers
+
+
+def test_confusion_matrix_counts_each_pair_once():
+    labels, predictions = Key(2).permutation(500) % 7, Key(3).permutation(500) % 7
+    expected = np.zeros((7, 7), np.int64)
+    for label, prediction in zip(labels, predictions, strict=True):
+        expected[label, prediction] += 1
+    found = figures.confusion_matrix(labels, predictions, 7)
+    assert np.array_equal(found, expected)
+    assert found.dtype == np.int64
+    assert found.sum() == 500
+
+
+def test_classes_that_do_not_occur_have_rows_and_columns_of_zeros():
+    assert figures.confusion_matrix(np.array([0]), np.array([1]), 3).tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 0]]
+
+
+def test_scaled_images_go_from_0_to_1_each_by_itself_and_keep_their_order():
+    images = random(5, 4, 3, 2) * np.arange(1, 6).reshape(5, 1, 1, 1)
+    found = figures.scaled(images)
+    for before, after in zip(images, found, strict=True):
+        assert (after.min(), after.max()) == (0, 1)
+        assert np.array_equal(np.argsort(before, axis=None), np.argsort(after, axis=None))
+        assert np.allclose(after, (before - before.min()) / (before.max() - before.min()), rtol=1e-15)
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(1, 1), (2, 1), (3, 3), (5, 1)])
+def test_filter_images_are_the_filters_by_themselves(channels, shown):
+    weight = random(3, 2, channels, 4)
+    found = figures.filter_images(weight)
+    assert found.shape == (4, 3, 2, shown)
+    for f in range(4):
+        one = weight[..., f] if shown == channels else weight[..., f].mean(axis=2, keepdims=True)
+        assert np.allclose(found[f], (one - one.min()) / (one.max() - one.min()), atol=1e-12)
+
+
+def test_the_first_convolution_is_found_and_its_lack_is_said():
+    network = network_of()
+    name, weight = figures.first_convolution(network)
+    assert name == "conv2d_1"
+    assert np.shares_memory(weight, network.parameters)
+    assert weight.shape == (3, 3, 1, 6)
+    with pytest.raises(UserError, match=r"no convolution.*simple_convnet"):
+        figures.first_convolution(build_model("mlp", (8, 8, 1), 10))
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+def test_filters_of_several_networks_stand_side_by_side_under_their_titles():
+    before, after = network_of(), network_of()
+    after.parameters[:] *= -1
+    figure = figures.filters({"before training": before, "after training": after})
+    assert [part.get_suptitle() for part in figure.subfigs] == ["before training", "after training"]
+    expected = [*figures.filter_images(before.layers[0].parameters["weight"])]
+    expected += [*figures.filter_images(after.layers[0].parameters["weight"])]
+    for found, image in zip(drawn(figure), expected, strict=True):
+        assert np.array_equal(found, image[..., 0])
+
+
+def test_filters_of_colours_are_drawn_in_colour():
+    assert {image.shape for image in drawn(figures.filters(network_of(channels=3)))} == {(3, 3, 3)}
+
+
+def test_feature_maps_are_the_channels_of_the_layer_behind_the_input():
+    network, image = network_of(), random(8, 8, 1).astype(np.float32)
+    outputs = activations(network, image[np.newaxis])
+    for layer in (None, "relu_1"):
+        figure = figures.feature_maps(network, image, layer)
+        first, *maps = drawn(figure)
+        assert figure.get_suptitle() == (layer or "conv2d_1")
+        assert np.array_equal(first, figures.scaled(image[np.newaxis])[0, ..., 0])
+        channels = outputs[layer or "conv2d_1"][0].transpose(2, 0, 1)[..., np.newaxis]
+        assert np.array_equal(maps, figures.scaled(channels)[..., 0])
+
+
+@pytest.mark.parametrize("layer", ["affine_1", "relu_7"])
+def test_a_layer_without_maps_is_named_beside_those_that_have_some(layer):
+    with pytest.raises(UserError, match=f"{layer}.*conv2d_1, relu_1"):
+        figures.feature_maps(network_of(), random(8, 8, 1), layer)
+
+
+def test_misclassified_shows_the_wrong_ones_alone_with_both_names():
+    images = np.arange(5 * 4, dtype=np.uint8).reshape(5, 2, 2, 1) * 3 % 7
+    labels, predictions = np.array([0, 1, 2, 0, 1]), np.array([0, 2, 2, 1, 1])
+    figure = figures.misclassified(images, labels, predictions, ["cat", "dog", "eel"])
+    assert figure.get_suptitle() == "2 of 5 named wrong"
+    assert titles(figure)[:2] == ["dog, taken for eel", "cat, taken for dog"]
+    assert np.array_equal(drawn(figure), figures.scaled(images[[1, 3]])[..., 0])
+    assert titles(figures.misclassified(images, labels, predictions))[:2] == ["1, taken for 2", "0, taken for 1"]
+
+
+def test_misclassified_says_how_many_are_not_shown_and_when_there_are_none():
+    images, labels = np.zeros((9, 2, 2, 1), np.uint8), np.zeros(9, np.int64)
+    figure = figures.misclassified(images, labels, labels + 1, most=4)
+    assert (len(drawn(figure)), figure.get_suptitle()) == (4, "9 of 9 named wrong, the first 4")
+    figure = figures.misclassified(images, labels, labels)
+    assert (drawn(figure), figure.get_suptitle()) == ([], "0 of 9 named wrong")
+
+
+def test_confusion_writes_every_count_and_colours_the_mistakes():
+    matrix = np.array([[8, 1, 0], [2, 7, 0], [0, 0, 9]])
+    figure = figures.confusion(matrix, ["cat", "dog", "eel"])
+    (axes,) = figure.axes
+    assert {(text.get_position(), text.get_text()) for text in axes.texts} == {
+        ((column, row), str(matrix[row, column])) for row in range(3) for column in range(3)
+    }
+    assert np.array_equal(drawn(figure)[0], [[0, 1, 0], [2, 0, 0], [0, 0, 0]])
+    assert axes.get_title() == "24 of 27 named right"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog", "eel"]
+
+
+def test_a_large_confusion_matrix_has_no_counts_written_into_it():
+    (axes,) = figures.confusion(np.eye(30, dtype=np.int64)).axes
+    assert len(axes.texts) == 0
+
+
+def test_activation_histograms_count_every_activation():
+    outputs = {"relu_1": random(10, 3), "relu_2": np.zeros((4, 4))}
+    figure = figures.activation_histograms({"": outputs}, bins=5)
+    assert titles(figure) == ["relu_1", "relu_2"]
+    counts, edges = np.histogram(outputs["relu_1"], bins=5)
+    bars = figure.axes[0].patches
+    assert [bar.get_height() for bar in bars] == counts.tolist()
+    assert np.allclose([bar.get_x() for bar in bars], edges[:-1])
+    assert sum(bar.get_height() for bar in figure.axes[1].patches) == 16
+    limited = figures.activation_histograms({"": {"a": np.array([-5, 0.5, 5])}}, limits=(0, 1))
+    assert sum(bar.get_height() for bar in limited.axes[0].patches) == 1
+
+
+def test_activation_histograms_of_several_networks_stand_in_rows():
+    figure = figures.activation_histograms({"one": {"a": np.ones(3), "b": np.ones(5)}, "two": {"c": np.ones(7)}})
+    assert titles(figure) == ["one: a", "one: b", "two: c", ""]
+    assert [sum(bar.get_height() for bar in axes.patches) for axes in figure.axes] == [3, 5, 7, 0]
+
+
+RECORDS = [
+    {"step": 1, "epoch": 1, "loss": 9.0, "accuracy": 0.1, "lr": 0.1},
+    *(
+        {
+            "step": 5 * epoch,
+            "epoch": epoch,
+            "train_loss": 1 / epoch,
+            "train_accuracy": 0.1 * epoch,
+            "validation_loss": 2 / epoch,
+            "validation_accuracy": 0.2 * epoch,
+        }
+        for epoch in (1, 2, 3)
+    ),
+    {"step": 15, "test_loss": 0.1, "test_accuracy": 0.9},
+]
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_curves_are_those_of_the_epochs(as_file, tmp_path):
+    metrics = RECORDS
+    if as_file:
+        metrics = tmp_path / "metrics.jsonl"
+        metrics.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    figure = figures.curves(metrics)
+    assert titles(figure) == ["loss", "accuracy"]
+    for axes, of_train, of_validation in zip(
+        figure.axes, ([1, 1 / 2, 1 / 3], [0.1, 0.2, 0.1 * 3]), ([2, 1, 2 / 3], [0.2, 0.4, 0.2 * 3]), strict=True
+    ):
+        train, validation = axes.lines
+        assert (train.get_label(), validation.get_label()) == ("train", "validation")
+        assert list(train.get_xdata()) == [1, 2, 3]
+        assert list(train.get_ydata()) == of_train
+        assert list(validation.get_ydata()) == of_validation
+
+
+@pytest.mark.parametrize("content", [None, "no json\n", '{"step": 1}\n'])
+def test_metrics_without_curves_are_one_clear_error(content, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError):
+        figures.curves(path)
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'distdl-mpi\[plots\]'"):
+        figures.confusion(np.eye(2))
+
+
+def test_figures_need_no_display_and_leave_no_global_state(tmp_path):
+    import sys
+
+    figures.filters(network_of()).savefig(tmp_path / "filters.png")
+    assert (tmp_path / "filters.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "matplotlib.pyplot" not in sys.modules

@@ -1,0 +1,453 @@
+"""Whole searches: the same files on any number of ranks, and after any interruption; mistakes are told in one line."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bad_inputs import changes, picture
+from small_runs import piece_of_digits, remove, worlds
+
+from distdl import cli, nn
+from distdl.config import TrainConfig, parse
+from distdl.engine import train
+from distdl.errors import DamagedFileError, Stopped, UserError
+from distdl.mpirun import mpirun_command
+from distdl.parallel import OneProcess
+from distdl.search import __main__ as command
+from distdl.search import results as report
+from distdl.search import trials as run
+from distdl.search.folder import PICTURE
+from distdl.search.settings import Range, Settings
+from distdl.search.trials import search
+
+ROWS = 90
+CONFIG = TrainConfig(model="mlp", epochs=2, batch_size=32, micro_batch_size=8)
+RANDOM = Settings(
+    ranges=(Range("lr", 1e-4, 1e-1, "log"), Range("weight_decay", 1e-8, 1e-4, "log")),
+    config=CONFIG,
+    rounds=2,
+    trials=5,
+)
+HALVING = replace(RANDOM, method="halving", trials=4, config=replace(CONFIG, epochs=4), rounds=3)
+#: Adam's steps are as long as the learning rate: from about 1e20 on the loss overflows.
+DIVERGING = replace(RANDOM, ranges=(Range("lr", 1e-3, 1e30, "log"),), rounds=2, trials=6)
+FILES = ("search.json", "results.jsonl", "summary.json")
+
+
+def searched(settings, folder, communicator=None, **more):
+    return search(replace(settings, out=folder, **more), communicator or OneProcess(), dataset=piece_of_digits(ROWS))
+
+
+def files(folder):
+    return [(folder / name).read_bytes() for name in FILES]
+
+
+def ink(shape, outputs):
+    return nn.Sequential([nn.Flatten(), nn.Affine(outputs)], shape)
+
+
+def test_a_task_without_an_accuracy_is_judged_by_its_validation_loss(tmp_path, capsys):
+    """Halving, and numbers for labels: how much ink is in the rows of a digit."""
+    digits = piece_of_digits(ROWS)
+    numbers = digits.images[..., 0].mean(axis=2).astype(np.float32) / 16
+    data = replace(digits, labels=numbers, classes=numbers.shape[1])
+    found = search(replace(HALVING, out=tmp_path / "search"), OneProcess(), build_network=ink, dataset=data)
+    assert all(record.validation_accuracy is None and not record.diverged for record in found.records)
+    [*others, last] = found.records
+    assert found.best == last
+    at_first = [record for record in others if record.round == 1]
+    assert {record.trial for record in others if record.round == 2} == {
+        record.trial for record in sorted(at_first, key=lambda record: record.validation_loss)[:2]
+    }
+    assert f"validation loss {last.validation_loss:.4g}" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The files of each search in one process."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for name, settings in (("random", RANDOM), ("halving", HALVING)):
+        searched(settings, folder / name)
+    return folder
+
+
+@pytest.mark.mpi(min_size=3)
+@pytest.mark.parametrize(("settings", "ranks_per_trial"), [(RANDOM, 1), (RANDOM, 2), (HALVING, 1), (DIVERGING, 2)])
+def test_every_number_of_ranks_gives_the_same_files(communicator, shared_tmp_path, settings, ranks_per_trial):
+    expected = None
+    if communicator.rank == 0:
+        searched(settings, shared_tmp_path / "one")
+        expected = files(shared_tmp_path / "one")
+    for size, part in worlds(communicator, (1, 2, 3)):
+        if ranks_per_trial <= size:
+            searched(settings, shared_tmp_path / f"{size}", part, ranks_per_trial=ranks_per_trial)
+            if part.rank == 0:
+                assert files(shared_tmp_path / f"{size}") == expected, f"{size} ranks"
+    remove(communicator, shared_tmp_path)
+
+
+def test_a_record_has_what_the_run_folder_says(undisturbed):
+    lines = (undisturbed / "random" / "results.jsonl").read_text().splitlines()
+    assert len(lines) == 10
+    for record in map(json.loads, lines):
+        summary = json.loads((undisturbed / "random" / record["run_folder"] / "summary.json").read_text())
+        for name in run.OUTCOME:
+            assert record[name] == summary[name]
+    assert len({json.loads(line)["weights_sha256"] for line in lines}) == 10
+
+
+def test_the_last_line_is_the_command_that_trains_so(tmp_path, capsys):
+    own = ["--range", "lr=1e-4:1e-1:log", "--trials", "2", "--rounds", "1", "--out"]
+    assert command.main([*own, str(tmp_path / "search"), "--", "--model", "mlp", "--epochs", "1"]) == 0
+    said = capsys.readouterr().out
+    last = said.splitlines()[-1]
+    assert last.startswith("best: python -m distdl.train --model mlp --epochs 1 --lr ")
+    summary = train(replace(parse(shlex.split(last)[4:], "train"), run_dir=tmp_path / "run"), OneProcess())
+    best = json.loads((tmp_path / "search" / "summary.json").read_text())["best"]
+    assert summary.weights_sha256 == best["weights_sha256"]
+    assert said.count("weights sha256") == 0, "trials are quiet"
+    assert len([line for line in said.splitlines() if line.startswith("  trial")]) == 2
+
+
+def test_halving_goes_on_with_a_training_as_if_it_had_not_been_interrupted(undisturbed, tmp_path, monkeypatch):
+    folder = undisturbed / "halving"
+    records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert [(record["round"], record["epochs"]) for record in records] == [(1, 1)] * 4 + [(2, 2)] * 2 + [(3, 4)]
+    config = replace(HALVING.config, **records[-1]["settings"], run_dir=tmp_path / "run")
+    summary = train(config, OneProcess(), dataset=piece_of_digits(ROWS))
+    assert summary.weights_sha256 == records[-1]["weights_sha256"]
+    assert summary.test_accuracy == records[-1]["test_accuracy"]
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (
+        folder / records[-1]["run_folder"] / "metrics.jsonl"
+    ).read_bytes()
+    assert [record["test_accuracy"] for record in records[:-1]] == [None] * 6
+    # No step was taken twice: what was timed tells of each epoch once.
+    timed = (folder / records[-1]["run_folder"] / "timing.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in timed] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("name", "settings"), [("random", RANDOM), ("halving", HALVING)])
+def test_interrupted_after_any_trial_and_resumed_gives_the_same_files(
+    undisturbed, tmp_path, monkeypatch, name, settings
+):
+    """Each start trains two trials, and is interrupted when the third begins."""
+    folder, calls = tmp_path / "search", []
+
+    def interrupted(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) % 3 == 0:
+            raise KeyboardInterrupt
+        return train(*arguments, **keywords)
+
+    monkeypatch.setattr(run, "train", interrupted)
+    for _ in range(20):
+        try:
+            searched(settings, folder, resume=True)
+            break
+        except KeyboardInterrupt:
+            pass
+    assert files(folder) == files(undisturbed / name)
+    assert len(calls) > len((folder / "results.jsonl").read_bytes().splitlines()), "it was interrupted"
+    assert len(calls) < 2 * len((folder / "results.jsonl").read_bytes().splitlines()), "nothing was repeated"
+
+
+def test_a_resumed_search_that_was_finished_trains_nothing(undisturbed, tmp_path, monkeypatch, capsys):
+    searched(RANDOM, tmp_path / "search")
+    monkeypatch.setattr(run, "train", None)
+    searched(RANDOM, tmp_path / "search", resume=True)
+    assert files(tmp_path / "search") == files(undisturbed / "random")
+    assert "resumed from" in capsys.readouterr().out
+
+
+def test_a_signal_stops_the_search_within_a_trial_and_a_resume_goes_on_there(undisturbed, tmp_path, monkeypatch):
+    folder, calls = tmp_path / "search", []
+
+    def told(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return train(*arguments, **keywords)
+
+    monkeypatch.setattr(run, "train", told)
+    with pytest.raises(Stopped, match="stopped by SIGUSR1 after 2 trials: the same command with --resume"):
+        searched(RANDOM, folder)
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    third = folder / "trials" / "round-1-trial-3" / "checkpoints"
+    assert len(list(third.iterdir())) == 1, "the step that it stopped after is saved"
+    searched(RANDOM, folder, resume=True)
+    assert files(folder) == files(undisturbed / "random")
+
+
+def test_a_trial_that_diverges_is_a_result_and_the_worst(tmp_path, capsys):
+    found = searched(DIVERGING, tmp_path / "search")
+    diverged = [record for record in found.records if record.diverged]
+    assert 0 < len(diverged) < len(found.records)
+    assert found.ranges[0].high < min(record.settings["lr"] for record in diverged), "none is kept"
+    assert all(json.loads(line)["weights_sha256"] is None for line in lines_of(tmp_path / "search", diverged=True))
+    said = capsys.readouterr().out
+    assert len([line for line in said.splitlines() if "  diverged     " in line]) >= len(diverged)
+    assert "training has diverged" not in said
+    assert json.loads((tmp_path / "search" / "summary.json").read_text())["diverged"] == len(diverged)
+    (tmp_path / "search" / "summary.json").unlink()
+    assert searched(DIVERGING, tmp_path / "search", resume=True).records == found.records
+
+
+def lines_of(folder, *, diverged):
+    lines = (folder / "results.jsonl").read_text().splitlines()
+    return [line for line in lines if (json.loads(line)["steps"] is None) == diverged]
+
+
+def test_a_search_in_which_all_diverge_ends_in_one_line(tmp_path, capsys):
+    flags = ["--range", "lr=1e30:1e31", "--trials", "2", "--rounds", "2", "--out"]
+    rest = ["--", "--model", "mlp", "--epochs", "1", "--optimizer", "sgd"]
+    assert cli.run(command.main, [*flags, str(tmp_path / "search"), *rest]) == 2
+    said = capsys.readouterr()
+    assert said.err == "distdl: error: all 4 trials have diverged: give ranges of smaller values\n"
+    assert json.loads((tmp_path / "search" / "summary.json").read_text())["best"] is None
+
+
+def test_the_picture_is_drawn_and_its_absence_is_told(undisturbed, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    drawn = (undisturbed / "random" / PICTURE).read_text()
+    assert drawn.lstrip().startswith("<?xml")
+    assert drawn.count("weight-decay") >= 1
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    searched(RANDOM, tmp_path / "search", rounds=1)
+    assert not (tmp_path / "search" / PICTURE).exists()
+    assert f"no {PICTURE}: drawing it needs matplotlib" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------- what cannot be
+
+
+def refused(settings, folder, said, communicator=None, *, kind=UserError, dataset=True, **more):
+    before = picture(folder.parent)
+    with pytest.raises(kind, match=said) as raised:
+        search(
+            replace(settings, out=folder, **more),
+            communicator or OneProcess(),
+            dataset=piece_of_digits(ROWS) if dataset else None,
+        )
+    assert "\n" not in str(raised.value)
+    assert changes(before, picture(folder.parent)) == []
+
+
+def test_a_folder_that_is_used_needs_resume_and_the_same_settings(tmp_path):
+    folder, settings = tmp_path / "search", replace(RANDOM, rounds=1, trials=2)
+    searched(settings, folder)
+    refused(settings, folder, "is not empty: give another folder, or --resume to go on with its search")
+    for changed, said in (
+        ({"trials": 3}, "trials is 3 here and 2 there"),
+        ({"seed": 3}, "seed is 3 here and 0 there"),
+        ({"method": "halving"}, "method is 'halving' here and 'random' there"),
+        ({"ranges": RANDOM.ranges[:1]}, "ranges is .* here and .* there"),
+        ({"config": replace(CONFIG, epochs=3)}, "epochs is 3 here and 2 there"),
+        ({"config": replace(CONFIG, optimizer="sgd")}, "optimizer is 'sgd' here and 'adam' there"),
+    ):
+        refused(settings, folder, said, resume=True, **changed)
+    refused(settings, folder, "data-sha256 is", resume=True, dataset=False, config=replace(CONFIG, dataset="digits"))
+    searched(settings, folder, resume=True, ranks_per_trial=1, config=replace(CONFIG, log_every=3))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "file").write_text("x")
+    refused(RANDOM, tmp_path / "file", "is no folder")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "letter").write_text("x")
+    refused(RANDOM, tmp_path / "folder", "is not empty")
+    refused(RANDOM, tmp_path / "folder", "there is no search in --out", resume=True)
+    refused(RANDOM, tmp_path / "file" / "below", "cannot be used")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "search.json").symlink_to(tmp_path / "file")
+    refused(RANDOM, tmp_path / "linked", "is a symbolic link", resume=True)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: text[:-20],
+        lambda text: text.replace('"steps": 6', '"steps": "6"', 1),
+        lambda text: text.replace('"trial": 1', '"trial": 2', 1),
+        lambda text: text + text.splitlines()[-1],
+        lambda text: "[" * 100_000,
+    ],
+    ids=["torn", "another kind", "another trial", "one too many", "nested"],
+)
+def test_a_damaged_table_is_named_and_left_as_it_is(undisturbed, tmp_path, spoil):
+    folder = tmp_path / "search"
+    folder.mkdir()
+    (folder / "search.json").write_bytes((undisturbed / "random" / "search.json").read_bytes())
+    whole = (undisturbed / "random" / "results.jsonl").read_text()
+    (folder / "results.jsonl").write_text(spoil(whole))
+    assert (folder / "results.jsonl").read_text() != whole
+    refused(RANDOM, folder, "results.jsonl is damaged", kind=DamagedFileError, resume=True)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", "[" * 100_000], ids=["a list", "torn", "nested"])
+def test_damaged_settings_of_a_search_are_named(tmp_path, content):
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "search.json").write_text(content)
+    refused(RANDOM, tmp_path / "search", "search.json is damaged", kind=DamagedFileError, resume=True)
+
+
+def test_two_searches_cannot_share_a_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "search"
+
+    def meanwhile(*arguments, **keywords):
+        with pytest.raises(UserError, match="is in use by another search: wait for it, or give another"):
+            searched(RANDOM, folder, resume=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "train", meanwhile)
+    with pytest.raises(KeyboardInterrupt):
+        searched(RANDOM, folder)
+
+
+def test_a_resume_with_nothing_to_go_on_from_says_so(tmp_path, monkeypatch, capsys):
+    def stopped(*arguments, **keywords):
+        (tmp_path / "search" / "trials" / "any" / "checkpoints" / "any").mkdir(parents=True, exist_ok=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "train", stopped)
+    for begins in (True, False):
+        with pytest.raises(KeyboardInterrupt):
+            searched(RANDOM, tmp_path / "search", resume=True)
+        assert ("there is no search in" in capsys.readouterr().out) is begins
+
+
+def test_what_the_first_training_refuses_ends_the_search_and_leaves_nothing(tmp_path):
+    deep = replace(CONFIG, model="no_such_net")
+    refused(RANDOM, tmp_path / "new" / "search", "unknown model 'no_such_net'", config=deep)
+    (tmp_path / "empty").mkdir()
+    refused(RANDOM, tmp_path / "empty", "unknown model 'no_such_net'", config=deep)
+    refused(RANDOM, tmp_path / "search", "unknown dataset", dataset=False, config=replace(CONFIG, dataset="digitz"))
+    refused(RANDOM, tmp_path / "search", "--ranks-per-trial 2 is more than the 1 rank of this job", ranks_per_trial=2)
+
+
+def test_a_model_of_ones_own_is_searched_by_its_name_and_a_bad_one_is_refused_before_there_is_a_folder(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from distdl import nn\n\ndef net(shape, outputs):\n"
+        "    return nn.Sequential([nn.Flatten(), nn.Affine(outputs)], shape)\n\n"
+        "def bad(shape, outputs): return shape[7]\n"
+    )
+    short = replace(RANDOM, rounds=1, trials=2)
+    by_name = searched(short, tmp_path / "search", config=replace(CONFIG, model=f"{tmp_path / 'own.py'}:net"))
+    short = replace(short, out=tmp_path / "script")
+    by_script = search(short, OneProcess(), build_network=ink, dataset=piece_of_digits(ROWS))
+    written = json.loads((by_script.folder / "search.json").read_bytes())["config"]
+    assert (written["model"], written["dataset"]) == (f"{__name__}:ink", piece_of_digits(ROWS).name)
+    assert [one.weights_sha256 for one in by_name.records] == [one.weights_sha256 for one in by_script.records]
+    bad = replace(CONFIG, model=f"{tmp_path / 'own.py'}:bad")
+    refused(
+        RANDOM, tmp_path / "new", "own.py:bad raised IndexError: tuple index out of range .line 6 of own.py", config=bad
+    )
+
+
+@pytest.mark.mpi(min_size=2)
+def test_groups_that_build_different_networks_are_told_apart(communicator, shared_tmp_path):
+    """Each trains trials by itself, so nothing else would notice; a model's file may differ between hosts."""
+
+    def network(shape, outputs):
+        between = nn.Tanh if communicator.rank == 1 else nn.ReLU
+        return nn.Sequential([nn.Flatten(), nn.Affine(9), between(), nn.Affine(outputs)], shape)
+
+    settings, data = replace(RANDOM, out=shared_tmp_path / "search"), piece_of_digits(ROWS)
+    with pytest.raises(
+        UserError, match=r"the network .*\.network of rank 1 is not that of rank 0: give every host the same files"
+    ) as raised:
+        search(settings, communicator, build_network=network, dataset=data)
+    assert raised.value.agreed
+    assert not (shared_tmp_path / "search").exists()
+    remove(communicator, shared_tmp_path)
+
+
+@pytest.mark.mpi(min_size=3)
+def test_more_ranks_for_a_trial_than_micro_batches_are_refused_on_all_ranks(communicator, shared_tmp_path):
+    settings = replace(RANDOM, ranges=(Range("batch_size", 8, 32),), config=replace(CONFIG, micro_batch_size=4))
+    with pytest.raises(UserError, match="3 ranks cannot share a trial whose batch has 2 micro-batches") as raised:
+        searched(settings, shared_tmp_path / "search", communicator, ranks_per_trial=3)
+    assert raised.value.agreed
+    assert not (shared_tmp_path / "search").exists()
+    remove(communicator, shared_tmp_path)
+
+
+FLAGS = ["--range", "lr=1e-4:1e-1:log", "--range", "weight-decay=1e-8:1e-4:log", "--rounds", "2", "--trials", "3"]
+REST = ["--", "--model", "mlp", "--epochs", "1"]
+
+#: Searches, but kills a rank when it begins its n-th training.
+KILLED = """
+import os, signal, sys
+from distdl import cli
+from distdl.search import __main__ as search
+from distdl.job.launcher import read_launch
+cli.set_blas_threads(1)
+from distdl.search import trials as run
+
+def main(arguments):
+    train, calls = run.train, []
+
+    def trapped(*given, **named):
+        calls.append(1)
+        if [read_launch().rank, len(calls)] == [int(word) for word in arguments[:2]]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train(*given, **named)
+
+    run.train = trapped
+    return search.main(arguments[2:])
+
+sys.exit(cli.run(main))
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_costs_no_trial(run_job, survives, tmp_path, rank):
+    """Open MPI goes on without it; elsewhere the job ends, and a resume in one process goes on."""
+    (tmp_path / "program.py").write_text(KILLED)
+    words = [*FLAGS, "--out", str(tmp_path / "search")]
+    program = [sys.executable, str(tmp_path / "program.py"), str(rank), "2", *words, *REST]
+    done = run_job(mpirun_command(2, program), timeout=100)
+    if survives:
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("a rank was lost; 1 go on") == 1
+        assert done.stdout.splitlines()[-1].startswith("best: ")
+    else:
+        assert done.returncode != 0
+        assert not (tmp_path / "search" / "summary.json").exists()
+    assert command.main([*words, "--resume", *REST]) == 0
+    assert command.main([*FLAGS, "--out", str(tmp_path / "undisturbed"), *REST]) == 0
+    assert files(tmp_path / "search") == files(tmp_path / "undisturbed")
+
+
+def test_under_mpirun_a_mistake_is_told_once(run_job, tmp_path):
+    words = [*FLAGS, "--ranks-per-trial", "3", "--out", str(tmp_path / "search"), *REST]
+    done = run_job(mpirun_command(2, [sys.executable, "-m", "distdl.search", *words]), timeout=60, cwd=tmp_path)
+    assert done.returncode == 2
+    said = "distdl: error: --ranks-per-trial 3 is more than the 2 ranks of this job"
+    assert (done.stdout + done.stderr).count(said) == 1
+    assert (done.stdout + done.stderr).count("distdl: ") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_in_readme_is_one():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    [line] = [line for line in readme.splitlines() if line.startswith("    ") and "distdl.search" in line]
+    words = shlex.split(line)
+    settings = command.parse(words[words.index("--") + 1 :])
+    assert (settings.config.model, settings.config.epochs) == ("mlp", 5)
+    assert (settings.rounds, settings.trials, settings.share) == (3, 16, 0.25)
+
+
+def test_help_lists_what_can_be_searched():
+    done = subprocess.run(
+        [sys.executable, "-m", "distdl.search", "--help"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0
+    assert "--ranks-per-trial" in done.stdout
+    assert "weight_decay" in done.stdout
