@@ -111,19 +111,21 @@ def check_names(given: argparse.Namespace) -> None:
 
 def _show(given: argparse.Namespace, trained: Sequence[Trained], found: Evaluation, half: Evaluation | None) -> None:
     """Print the scores, and write the files that were asked for."""
-    from distdl.engine.console import Progress  # noqa: PLC0415
+    from distdl.engine.console import Console  # noqa: PLC0415
     from distdl.engine.storage.files import indented_json, write_output  # noqa: PLC0415
     from distdl.inference import figures  # noqa: PLC0415
 
-    progress, data = Progress(live=False), trained[0].data
+    console, data = Console(live=False), trained[0].data
     for complaint in (complaint for one in trained for complaint in one.complaints):
-        progress.warning(f"{complaint}; the one before it is used")
+        console.warning(f"{complaint}; the one before it is used")
     for line in report(trained, given.part, found, half):
-        progress.line(line)
-    matrix = figures.confusion_matrix(found.labels, found.predictions, data.classes) if data.answers else None
+        console.line(line)
+    matrix = (
+        figures.confusion_matrix(found.labels, found.predictions, data.classes) if data.targets_per_sample else None
+    )
     if given.confusion and matrix is not None:
         for line in table_of(matrix.tolist()):
-            progress.line(line)
+            console.line(line)
     if given.confusion_figure and matrix is not None:
         drawn = _in_format_of(given.confusion_figure, figures.confusion(matrix))
         write_output(given.confusion_figure, drawn, "--confusion-figure")
@@ -134,9 +136,9 @@ def _show(given: argparse.Namespace, trained: Sequence[Trained], found: Evaluati
         confusion = None if matrix is None else matrix.tolist()
         numbers = as_json(trained, given.part, found, half) | {"confusion": confusion}
         write_output(given.json, indented_json(numbers), "--json")
-    progress.line(summary_of(given.part, found, half))
-    if progress.lost is not None:  # what was asked for, not a line of a long run
-        raise UserError(f"the scores cannot be printed: {progress.lost}; make room, or take them from --json FILE")
+    console.line(summary_of(given.part, found, half))
+    if console.lost is not None:  # what was asked for, not a line of a long run
+        raise UserError(f"the scores cannot be printed: {console.lost}; make room, or take them from --json FILE")
 
 
 def report(trained: Sequence[Trained], part: str, found: Evaluation, half: Evaluation | None) -> list[str]:
@@ -184,7 +186,7 @@ def _percent(score: Score) -> str:
 
 
 def _said(score: Score) -> str:
-    return f"{_percent(score)} ({score.correct} of {score.answers})" if score.answers else f"{score.loss:.6f}"
+    return f"{_percent(score)} ({score.correct} of {score.targets})" if score.targets else f"{score.loss:.6f}"
 
 
 def as_json(trained: Sequence[Trained], part: str, found: Evaluation, half: Evaluation | None) -> dict[str, Any]:
@@ -232,7 +234,7 @@ def _refuse_outputs(given: argparse.Namespace) -> None:
 
 def _refuse_pictures_of(first: Trained, given: argparse.Namespace) -> None:
     """Raise `UserError` where the answers are none that a flag could show."""
-    answers = first.data.answers
+    answers = first.data.targets_per_sample
     for flag, shows in (("confusion", answers > 0), ("confusion_figure", answers > 0), ("misclassified", answers == 1)):
         if getattr(given, flag) and not shows:
             what = "numbers" if not answers else "a label for each pixel"

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     """Score the run, draw, and write; return the exit code."""
     given = parse(arguments)
     cli.set_blas_threads(1)
-    from distdl.engine.console import Progress  # noqa: PLC0415
+    from distdl.engine.console import Console  # noqa: PLC0415
     from distdl.engine.storage.files import write_output  # noqa: PLC0415
     from distdl.inference.evaluation import evaluate, load  # noqa: PLC0415  NumPy reads the threads when it is loaded
     from distdl.inference.figures import need_matplotlib  # noqa: PLC0415
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
 
         def write() -> None:
             write_output(out, page_of(given.run, trained, found).encode(), "--out")
-            Progress(live=False).line(f"report: {out}")
+            Console(live=False).line(f"report: {out}")
 
         together(communicator, lambda: write() if speaks else None)
     return 0
@@ -134,7 +134,7 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
 def _scores(run: Path, trained: Trained, found: Evaluation) -> dict[str, Any]:
     summary, score, parts = _json(run / "summary.json"), found.ensemble, trained.data.parts
     rows = {
-        "test": f"{score.accuracy:.2%} ({score.correct} of {score.answers})" if score.accuracy is not None else "",
+        "test": f"{score.accuracy:.2%} ({score.correct} of {score.targets})" if score.accuracy is not None else "",
         "test loss": f"{score.loss:.6g}",
         "samples": f"{len(parts.training):,} training, {len(parts.validation):,} validation, {len(parts.test):,} test",
         "parameters": f"{trained.network.parameter_count:,}",
@@ -154,10 +154,10 @@ def _figures(run: Path, trained: Trained, found: Evaluation) -> Iterator[tuple[s
     data, networks = trained.data, _before_and_after(trained)
     if epochs := _lines(run / "metrics.jsonl", "validation_loss"):
         yield "Learning curves", figures.curves(epochs)
-    if data.answers:
+    if data.targets_per_sample:
         matrix = figures.confusion_matrix(found.labels, found.predictions, data.classes)
         yield "Which class is taken for which", figures.confusion(matrix)
-    if data.answers == 1:
+    if data.targets_per_sample == 1:
         yield "Images named wrong", figures.misclassified(data.images[found.rows], found.labels, found.predictions)
     images = data.normalization.apply(data.images[found.rows[:IMAGES_SHOWN]])
     if any(view.ndim == 4 for _, view in trained.network.named_parameters()):

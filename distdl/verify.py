@@ -82,24 +82,24 @@ def main(arguments: Sequence[str]) -> int:
 
 def _are_different(ranks: Sequence[int], flags: Sequence[str], folder: Path) -> bool:
     """Run on each number of ranks, in folders below `folder`, and say whether the runs differ."""
-    from distdl.engine.console import Progress  # noqa: PLC0415  it brings NumPy
+    from distdl.engine.console import Console  # noqa: PLC0415  it brings NumPy
 
-    progress = Progress(live=False)
+    console = Console(live=False)
     outcomes = []
     for count in ranks:
         outcomes.append(_trained(count, flags, folder / f"{count}-ranks"))
         weights, state = (digest[:16] for digest in outcomes[-1].proof[:2])
         seconds = outcomes[-1].seconds
-        progress.line(f"{count:3d} rank{'s' if count > 1 else ' '}  weights {weights}  state {state}  {seconds:.1f} s")
+        console.line(f"{count:3d} rank{'s' if count > 1 else ' '}  weights {weights}  state {state}  {seconds:.1f} s")
     first = outcomes[0]
     for other in outcomes[1:]:
         if other.proof != first.proof:
-            progress.line(f"DIFFERENT: {first_difference(first, other)}; the runs are kept in {folder}")
+            console.line(f"DIFFERENT: {first_difference(first, other)}; the runs are kept in {folder}")
             return True
     steps = first.summary["steps"]
     numbers = ",".join(map(str, ranks))
-    progress.line(f"same bits on {numbers} ranks: weights, state and metrics.jsonl agree after {steps} steps")
-    progress.line(f"weights sha256: {first.proof[0]}")
+    console.line(f"same bits on {numbers} ranks: weights, state and metrics.jsonl agree after {steps} steps")
+    console.line(f"weights sha256: {first.proof[0]}")
     return False
 
 

@@ -27,7 +27,7 @@ from distdl.bench.tables import (
     same_bits,
     scaling_table,
 )
-from distdl.engine.console import Progress
+from distdl.engine.console import Console
 from distdl.engine.environment import describe, numerics
 from distdl.engine.storage.files import try_folder, write_durably
 from distdl.engine.storage.run_folder import numbered, timestamped
@@ -65,11 +65,11 @@ def benchmark(settings: Settings, communicator: Communicator | None = None) -> P
     communicator = world() if communicator is None else communicator
     speaks = communicator.rank == 0
 
-    progress = Progress(live=False)
+    console = Console(live=False)
 
     def say(text: str) -> None:
         if speaks:
-            progress.line(text)
+            console.line(text)
 
     with guard(communicator), numerics(threads=1):
         settings = together(communicator, settings.checked)

@@ -20,7 +20,7 @@ SECONDS_BETWEEN_UPDATES = 0.1
 CLEAR_LINE = "\r\x1b[K"
 
 
-class Progress:
+class Console:
     """Prints lines, and keeps a live line below them where that is wanted."""
 
     lost: str | None = None

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from distdl.config import TrainConfig
 from distdl.engine.checks.nonfinite import Fault
-from distdl.engine.console import Progress, describe_shares
+from distdl.engine.console import Console, describe_shares
 from distdl.engine.logbook import Journal, Records
 from distdl.engine.metrics import JsonLines, Sums
 from distdl.engine.state import TrainingState
@@ -132,10 +132,10 @@ class Coordinator(Follower):
         start: Start,
         environment: Mapping[str, Any],
         data_sha256: str,
-        progress: Progress,
+        console: Console,
         journal: Journal,
     ) -> None:
-        self._set_up(config, environment, data_sha256, progress, journal)
+        self._set_up(config, environment, data_sha256, console, journal)
         self._start = start
         self._opening = ExitStack()
         self.folder, self._lock = self._opening.enter_context(claim(start))
@@ -167,12 +167,12 @@ class Coordinator(Follower):
         config: TrainConfig,
         environment: Mapping[str, Any],
         data_sha256: str,
-        progress: Progress,
+        console: Console,
         journal: Journal,
     ) -> None:
         super().__init__(journal)
         self.config = config
-        self.progress = progress
+        self.console = console
         self._records_of = journal
         self._steps_per_epoch = journal.steps_per_epoch
         self._misses, self._last_miss = 0, ""
@@ -200,7 +200,7 @@ class Coordinator(Follower):
             if source.resolve() != target.resolve() and source.is_file():
                 write_durably(target, source.read_bytes()[:length])
             if not target.is_file() or target.stat().st_size < length:
-                self.progress.warning(f"{target} lacks records from before step {step}")
+                self.console.warning(f"{target} lacks records from before step {step}")
         if best_step not in {None, step}:
             target = checkpoints.path_of_step(self._checkpoints, best_step)
             best = path.with_name(target.name)
@@ -208,7 +208,7 @@ class Coordinator(Follower):
                 try:
                     checkpoints.write(target, checkpoints.read(best))
                 except DamagedFileError as error:
-                    self.progress.warning(f"{error}; this best checkpoint is not brought along")
+                    self.console.warning(f"{error}; this best checkpoint is not brought along")
         target = checkpoints.path_of_step(self._checkpoints, step)
         if not target.exists():
             checkpoints.write(target, checkpoint)
@@ -217,26 +217,26 @@ class Coordinator(Follower):
         """Say where the run goes on from, and whatever a person should know about that."""
         start = self._start
         for complaint in start.complaints:
-            self.progress.warning(f"{complaint}; the one before it is used")
+            self.console.warning(f"{complaint}; the one before it is used")
         if len(self._kernel_families) > 1:
-            self.progress.warning(f"the ranks run different kernels ({self._kernel_family}): bits depend on the ranks")
+            self.console.warning(f"the ranks run different kernels ({self._kernel_family}): bits depend on the ranks")
         if start.checkpoint is None:
             return
         before = start.checkpoint.header
-        self.progress.line(f"resumed from {start.path} after step {before['step']}")
+        self.console.line(f"resumed from {start.path} after step {before['step']}")
         if before["kernel_family"] != self._kernel_family:
-            self.progress.warning(
+            self.console.warning(
                 f"the checkpoint was made with the kernels {before['kernel_family']}, this run has "
                 f"{self._kernel_family}: bits may differ from here on"
             )
         if before["versions"].get("numpy") != self._versions["numpy"]:
-            self.progress.warning(
+            self.console.warning(
                 f"the checkpoint was made with NumPy {before['versions'].get('numpy')}, this run has "
                 f"{self._versions['numpy']}: bits may differ from here on"
             )
         threads = before["config"].get("threads_per_rank")
         if threads != self.config.threads_per_rank:
-            self.progress.warning(
+            self.console.warning(
                 f"the checkpoint was made with --threads-per-rank {threads}, this run has "
                 f"{self.config.threads_per_rank}: bits may differ from here on"
             )
@@ -247,10 +247,10 @@ class Coordinator(Follower):
         epoch, position = divmod(state.step - 1, self._steps_per_epoch)
         super().stepped(state, batch, learning_rate)
         if self._shares_to_say is not None and time.monotonic() >= self._say_shares_after:
-            self.progress.line(f"balance: {describe_shares(self._shares_to_say)} from step {state.step + 1} on")
+            self.console.line(f"balance: {describe_shares(self._shares_to_say)} from step {state.step + 1} on")
             self._shares_to_say = None
             self._say_shares_after = time.monotonic() + SECONDS_BETWEEN_SHARES
-        self.progress.live(epoch + 1, self.config.epoch_count, position + 1, self._steps_per_epoch, batch.loss)
+        self.console.live(epoch + 1, self.config.epoch_count, position + 1, self._steps_per_epoch, batch.loss)
 
     def not_finite(self, fault: Fault, samples: Mapping[str, NDArray[Any]]) -> str | None:
         """Save the micro-batch as an .npz file in the run folder; of many, only the first."""
@@ -263,7 +263,7 @@ class Coordinator(Follower):
         try:
             write_durably(path, content.getvalue())
         except OSError as error:
-            self.progress.warning(f"cannot write {path}: {error.strerror or error}")
+            self.console.warning(f"cannot write {path}: {error.strerror or error}")
             return None
         return str(path)
 
@@ -272,7 +272,7 @@ class Coordinator(Follower):
         super().skipped(state, fault)
         count = state.progress["skipped_steps"]
         if time.monotonic() >= self._say_skip_after:
-            self.progress.warning(f"{fault}: no update in this step ({count} skipped so far)")
+            self.console.warning(f"{fault}: no update in this step ({count} skipped so far)")
             self._say_skip_after = time.monotonic() + SECONDS_BETWEEN_SKIPS
 
     def redealt(self, shares: Sequence[int]) -> None:
@@ -307,10 +307,10 @@ class Coordinator(Follower):
         where_it_went = f"  {spent}" if len(spent.compute) > 1 else ""
         scores = (
             f"train {training.accuracy:7.2%}  validation {validation.accuracy:7.2%}"
-            if validation.answers
+            if validation.targets_per_sample
             else (f"validation loss {validation.loss:.4f}")
         )
-        self.progress.line(
+        self.console.line(
             f"epoch {epoch:3d}/{self.config.epoch_count}  loss {training.loss:.4f}  {scores}  {seconds:6.1f} s  "
             f"{speed:,.0f} samples/s{where_it_went}"
         )
@@ -360,7 +360,7 @@ class Coordinator(Follower):
             return
         self._misses, self._newest_is_saved = 0, True
         if outcome.removal_refused is not None:
-            self.progress.warning(self._what_failed(outcome))
+            self.console.warning(self._what_failed(outcome))
 
     def _missed(self, outcome: Outcome, *, may_raise: bool, last: bool) -> None:
         """Count a checkpoint that could not be written, and say so."""
@@ -370,7 +370,7 @@ class Coordinator(Follower):
         if may_raise and (last or self._misses >= MISSES_ALLOWED):
             raise UserError(self._last_miss)
         goes_on = "goes on" if self._misses < MISSES_ALLOWED else "ends at the next one"
-        self.progress.warning(f"{reason}, training {goes_on}")
+        self.console.warning(f"{reason}, training {goes_on}")
 
     def _what_failed(self, outcome: Outcome) -> str:
         if outcome.refused is None:
@@ -381,7 +381,7 @@ class Coordinator(Follower):
 
     def recovered(self, what: str) -> None:
         """Say that ranks were lost and the others go on."""
-        self.progress.line(what)
+        self.console.line(what)
 
     def traced(self, trace: Mapping[str, Any] | None) -> None:
         """Write the trace of all ranks; a disk that refuses is warned about."""
@@ -389,27 +389,27 @@ class Coordinator(Follower):
         assert self.config.trace is not None
         try:
             write_trace(self.config.trace, trace)
-            self.progress.line(f"trace: {self.config.trace} (for ui.perfetto.dev)")
+            self.console.line(f"trace: {self.config.trace} (for ui.perfetto.dev)")
         except OSError as error:
-            self.progress.warning(f"cannot write the trace {self.config.trace}: {error.strerror or error}")
+            self.console.warning(f"cannot write the trace {self.config.trace}: {error.strerror or error}")
 
     def finished(self, state: TrainingState, test: Sums | None, summary: dict[str, Any]) -> None:
         """Write the summary and print the receipt; once more where ranks were lost meanwhile."""
         if test is not None:
             score = f"loss: {test.loss:.6f}" if test.accuracy is None else f"accuracy: {test.accuracy:.2%}"
-            self.progress.line(f"test {score}")
+            self.console.line(f"test {score}")
         else:
-            self.progress.line(f"stopped after step {state.step}; --resume {self.folder} goes on")
+            self.console.line(f"stopped after step {state.step}; --resume {self.folder} goes on")
         if state.progress.get("skipped_steps"):
-            self.progress.warning(
+            self.console.warning(
                 f"steps skipped, of {state.step}: {state.progress['skipped_steps']}; see metrics.jsonl"
             )
         try:
             write_durably(self.folder / "summary.json", indented_json(summary))
         except OSError as error:
-            self.progress.warning(f"cannot write {self.folder / 'summary.json'}: {error.strerror}")
-        self.progress.line(f"run folder: {self.folder}")
-        self.progress.line(f"weights sha256: {summary['weights_sha256']}")
+            self.console.warning(f"cannot write {self.folder / 'summary.json'}: {error.strerror}")
+        self.console.line(f"run folder: {self.folder}")
+        self.console.line(f"weights sha256: {summary['weights_sha256']}")
 
     def close(self) -> None:
         """Wait for the checkpoint that is being written, close the logs and unlock the run folder."""
@@ -419,12 +419,12 @@ class Coordinator(Follower):
             self._writer.close()
             unsaid = self._writer.outcome(wait=False)  # only where the run ends by an error or Ctrl-C
             if unsaid is not None and unsaid.refused is not None:
-                self.progress.warning(self._what_failed(unsaid))
+                self.console.warning(self._what_failed(unsaid))
             for log in self._logs.values():
                 try:
                     log.close()
                 except OSError as error:
-                    self.progress.warning(f"the last records of {log.path} are not written: {error.strerror}")
+                    self.console.warning(f"the last records of {log.path} are not written: {error.strerror}")
 
     @property
     def _kernel_family(self) -> str:
@@ -438,7 +438,7 @@ class Coordinator(Follower):
             self._log_is_refused = False
         except OSError as error:
             if not self._log_is_refused:
-                self.progress.warning(
+                self.console.warning(
                     f"cannot write to {self._logs[name].path}: {error.strerror}; its records wait until there is room"
                 )
             self._log_is_refused = True

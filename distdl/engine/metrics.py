@@ -28,12 +28,12 @@ METRIC_FIELDS = (Field("loss_sum", "f8", 1), Field("counts", "i8", 2))
 class Sums:
     """Summed loss (float64), right answers and samples (int64), as arrays so that they reduce and save alike.
 
-    `answers` is how many right answers a sample can have: a label, or one a pixel; 0 where answers are numbers.
+    `targets_per_sample` is the number of labels of a sample: 1, or one per pixel; 0 if targets are numbers.
     """
 
     loss_sum: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2, np.int64))
-    answers: int = 1
+    targets_per_sample: int = 1
 
     def set(self, loss_sum: float, correct: int, samples: int) -> None:
         """Overwrite the sums."""
@@ -58,7 +58,7 @@ class Sums:
     @property
     def accuracy(self) -> float | None:
         """The share of right answers; None where no answer is right or wrong."""
-        return int(self.counts[0]) / (self.samples * self.answers) if self.answers else None
+        return int(self.counts[0]) / (self.samples * self.targets_per_sample) if self.targets_per_sample else None
 
     @property
     def score(self) -> float:

@@ -19,7 +19,7 @@ from distdl.data import sources, split
 from distdl.data.normalization import Normalization, measure
 from distdl.engine import transfer
 from distdl.engine.checks.watchdog import Watchdog
-from distdl.engine.console import Progress, banner, shares_of
+from distdl.engine.console import Console, banner, shares_of
 from distdl.engine.coordinator import Coordinator, Follower
 from distdl.engine.environment import describe, numerics
 from distdl.engine.logbook import Journal
@@ -48,13 +48,13 @@ def train(
     *,
     build_network: BuildNetwork | None = None,
     dataset: sources.Dataset | None = None,
-    progress: Progress | None = None,
+    console: Console | None = None,
     stop: StopRequest | None = None,
 ) -> Summary:
     """Train as `config` says, on all ranks of `communicator` (`world()` if not given), and return the summary.
 
     `build_network` and `dataset` take the place of the model and dataset that the config names; they must be
-    the same on every rank, and only rank 0 looks at the dataset. `progress` prints, in place of lines on the terminal;
+    the same on every rank, and only rank 0 looks at the dataset. `console` prints, in place of lines on the terminal;
     `stop` is listened to by whoever gives it. Collective. Raises `UserError`, on every rank, for what the user gave
     (`DivergedError` where the numbers have become infinite); any other exception on any rank ends the whole job.
     """
@@ -73,7 +73,7 @@ def train(
         communicator, watchdog, lost_second = survive(communicator, lambda left: Watchdog(left, stall_warning))
         warden = Warden(f"rank {communicator.world_ranks[communicator.rank]}", config.detect_hangs)
         with numerics(config.threads_per_rank), watchdog, warden:
-            preparation = _Preparation(config, build_network, dataset, progress)
+            preparation = _Preparation(config, build_network, dataset, console)
             _, trainer, lost_then = survive(communicator, preparation.trainer)
             trainer.stop = stop
             watchdog.progress = lambda: trainer.work_done
@@ -93,13 +93,13 @@ class _Preparation:
     config: TrainConfig
     build_network: BuildNetwork | None
     dataset: sources.Dataset | None
-    printer: Progress | None = None
+    printer: Console | None = None
     #: The run folder, once it is made; known to all ranks before anything is written there.
     folder: Path | None = None
     #: Whether an attempt before has come to nothing, because a rank was lost.
     again: bool = False
     environment: dict[str, Any] = field(default_factory=dict)
-    progress: Progress = field(default_factory=lambda: Progress(live=False))
+    console: Console = field(default_factory=lambda: Console(live=False))
     #: The coordinator, or the follower, of the newest attempt.
     opened: list[Follower] = field(default_factory=list)
     #: What `--init-from` had for the weights; rank 0 knows, where it was read.
@@ -131,13 +131,13 @@ class _Preparation:
                 f"{len(data.parts.test)} test) · {config.model} ({parameters:,} parameters) · "
                 f"{config.optimizer} lr {config.lr:g} · seed {config.seed}"
             )
-            _print_banner(self.progress, config, trainer.communicator, self.environment, described)
+            _print_banner(self.console, config, trainer.communicator, self.environment, described)
             if self.taken is not None:
                 for complaint in self.taken.complaints:
-                    self.progress.warning(f"{complaint}; the one before it is used")
-                self.progress.line(str(self.taken))
+                    self.console.warning(f"{complaint}; the one before it is used")
+                self.console.line(str(self.taken))
             if frozen := sum(where.stop - where.start for where in trainer.state.optimizer.frozen):
-                self.progress.line(f"frozen: {frozen:,} of {parameters:,} parameters (--freeze {config.freeze})")
+                self.console.line(f"frozen: {frozen:,} of {parameters:,} parameters (--freeze {config.freeze})")
         trainer.coordinator.started()
 
 
@@ -175,7 +175,7 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
             ) from None
         check_outputs(config, network.output_shape, data)
         _check_moments(config, network)
-        return TrainingState(network, optimizer, epoch_sums=Sums(answers=data.answers))
+        return TrainingState(network, optimizer, epoch_sums=Sums(targets_per_sample=data.targets_per_sample))
 
     state = together(communicator, build)
     agree_on(communicator, config.model, state.network)
@@ -189,7 +189,7 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
     _hand_out(communicator, state)
 
     environment = describe(communicator)
-    progress = preparation.printer or Progress(live=communicator.size == 1)
+    console = preparation.printer or Console(live=communicator.size == 1)
     journal = Journal(config, steps_per_epoch, keeps=communicator.survives_failures)
 
     trainer = Trainer(config, communicator, data, state, Follower())
@@ -198,19 +198,19 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
         if start is None:
             preparation.opened.append(Follower(journal, succeed))
             return None
-        coordinator = Coordinator(config, start, environment, data_sha256, progress, journal)
+        coordinator = Coordinator(config, start, environment, data_sha256, console, journal)
         preparation.opened.append(coordinator)
         return str(coordinator.folder.absolute())
 
     def succeed() -> Coordinator:
         assert preparation.folder is not None
-        return Successor(config, preparation.folder, environment, data_sha256, progress, journal)
+        return Successor(config, preparation.folder, environment, data_sha256, console, journal)
 
     preparation.folder = Path(communicator.bcast_json(together(communicator, claim_folder)))
     communicator.barrier()  # now all know it: should the coordinator be lost, whoever begins again goes on with it
     together(communicator, preparation.opened[0].open_run)
     journal.lengths = communicator.bcast_json(journal.lengths)
-    preparation.environment, preparation.progress = environment, progress
+    preparation.environment, preparation.console = environment, console
     trainer.coordinator = preparation.opened[0]
     return trainer
 
@@ -231,23 +231,23 @@ def labelled(config: TrainConfig, build_network: BuildNetwork | None, dataset: s
 def outputs_of(config: TrainConfig, data: Data) -> tuple[int, ...]:
     """Return the shape of a sample's outputs that the data and the loss ask for."""
     if config.loss == "binary_cross_entropy":
-        if data.answers != 1 or data.classes != 2:
+        if data.targets_per_sample != 1 or data.classes != 2:
             raise UserError(
                 f"--loss binary_cross_entropy is for one label of two classes a sample: {config.dataset} has labels "
                 f"{data.labels.dtype} {data.labels.shape} of {data.classes} classes; leave the flag out"
             )
         return (1,)
     if config.loss not in {"auto", data.loss}:
-        kind = "numbers" if data.answers == 0 else "labels"
+        kind = "numbers" if data.targets_per_sample == 0 else "labels"
         raise UserError(f"--loss {config.loss} does not go with {config.dataset}, which has {kind}; leave the flag out")
-    return (*(data.labels.shape[1:] if data.answers else ()), data.classes)
+    return (*(data.labels.shape[1:] if data.targets_per_sample else ()), data.classes)
 
 
 def check_outputs(config: TrainConfig, output_shape: tuple[int, ...], data: Data) -> None:
     """Raise `UserError` where a network's outputs have another shape than the data and the loss ask for."""
     expected = outputs_of(config, data)
     if output_shape != expected:
-        what = "classes" if data.answers else "numbers"
+        what = "classes" if data.targets_per_sample else "numbers"
         raise UserError(
             f"the network {config.model} puts out {output_shape} for a sample, expected {expected}: {config.dataset} "
             f"has {data.classes} {what}" + (" for each pixel" if len(expected) > 1 else "")
@@ -324,7 +324,7 @@ def _restore(
     if (
         rest
         or not 0 <= skipped <= state.progress.get("skipped_steps", 0)
-        or not 0 <= correct <= counted * state.epoch_sums.answers
+        or not 0 <= correct <= counted * state.epoch_sums.targets_per_sample
         or not np.isfinite(state.epoch_sums.loss_sum[0])
     ):
         raise DamagedFileError(f"{start.path} is damaged: its sums of the epoch are not those of {samples} samples")
@@ -360,7 +360,7 @@ def _survives(communicator: Communicator) -> str:
 
 
 def _print_banner(
-    progress: Progress, config: TrainConfig, communicator: Communicator, environment: dict[str, Any], described: str
+    console: Console, config: TrainConfig, communicator: Communicator, environment: dict[str, Any], described: str
 ) -> None:
     batch = f"batch {config.batch_size} = {config.micro_batches} micro-batches of {config.micro_batch_size}"
     for line in banner(
@@ -371,7 +371,7 @@ def _print_banner(
         shares_of(config.micro_batches, communicator.size) + (" at first (--balance)" if config.balance else ""),
         _survives(communicator),
     ):
-        progress.line(line)
+        console.line(line)
     if config.reduction != "tree":
         moves = ", and with --balance from run to run" if config.balance else ""
-        progress.line(f"--reduction {config.reduction}: bits may differ from those of another number of ranks{moves}")
+        console.line(f"--reduction {config.reduction}: bits may differ from those of another number of ranks{moves}")

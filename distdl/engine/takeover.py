@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distdl.config import TrainConfig
-from distdl.engine.console import Progress
+from distdl.engine.console import Console
 from distdl.engine.coordinator import Coordinator
 from distdl.engine.logbook import Journal
 from distdl.engine.metrics import JsonLines
@@ -29,10 +29,10 @@ class Successor(Coordinator):
         folder: Path,
         environment: Mapping[str, Any],
         data_sha256: str,
-        progress: Progress,
+        console: Console,
         journal: Journal,
     ) -> None:
-        self._set_up(config, environment, data_sha256, progress, journal)
+        self._set_up(config, environment, data_sha256, console, journal)
         self.folder = folder
         self._checkpoints = folder / "checkpoints"
         try:
@@ -45,7 +45,7 @@ class Successor(Coordinator):
             for name in journal.names:
                 log = JsonLines(folder / f"{name}.jsonl", journal.lengths[name])
                 if log.length < journal.lengths[name]:
-                    progress.warning(f"{log.path} lacks records from before the loss: it was on another host")
+                    console.warning(f"{log.path} lacks records from before the loss: it was on another host")
                 with suppress(OSError):  # what a full disk refuses waits in memory
                     log.append(journal.lines[name])
                 self._logs[name] = log

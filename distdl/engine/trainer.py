@@ -41,9 +41,9 @@ from distdl.optim import clip_by_norm
 from distdl.parallel import (
     REDUCTIONS,
     Communicator,
+    CompletedRecovery,
     Field,
     Layout,
-    Loss,
     Position,
     Record,
     Shard,
@@ -88,14 +88,14 @@ class Data:
     classes: int
 
     @property
-    def answers(self) -> int:
+    def targets_per_sample(self) -> int:
         """How many right answers a sample can have: a label, or one a pixel; 0 where they are numbers."""
         return 0 if self.labels.dtype.kind == "f" else math.prod(self.labels.shape[1:])
 
     @property
     def loss(self) -> str:
         """The name of the loss for such labels."""
-        return "cross_entropy" if self.answers else "mean_squared_error"
+        return "cross_entropy" if self.targets_per_sample else "mean_squared_error"
 
     def loss_named(self, name: str) -> str:
         """Return the name of the loss that ``--loss name`` stands for."""
@@ -151,7 +151,7 @@ class Trainer:
         self.stop = StopRequest()
         self.augmentation = None if config.augment is None else Augmentation.parse(config.augment)
         self._leaf = Sums()
-        self._batch = Sums(answers=data.answers)
+        self._batch = Sums(targets_per_sample=data.targets_per_sample)
         self._images: dict[int, NDArray[np.float32]] = {}
         self._order = (-1, np.empty(0, np.int64))
         last_step = config.epoch_count * self.steps_per_epoch
@@ -269,7 +269,7 @@ class Trainer:
                 array[...] = received
             state.progress, self.stop.agreed, self.phase = progress, stop, Phase(position[1])
             if test is not None:
-                self._test = Sums(answers=self.data.answers)
+                self._test = Sums(targets_per_sample=self.data.targets_per_sample)
                 self._test.set(*test)
             if journal is not None:
                 journal.take(journaled)
@@ -285,16 +285,16 @@ class Trainer:
         self._make_buffers()
         together(self.communicator, take_over)
 
-    def note(self, loss: Loss, *, prepared: bool = True) -> None:
+    def note(self, loss: CompletedRecovery, *, prepared: bool = True) -> None:
         """Take down a recovery, and let the coordinator say so."""
         ranks, in_step = self.communicator.size, prepared and self.phase is Phase.TRAIN
         step = self.state.step + in_step
         when = f"{'in' if in_step else 'after'} step {step}" if prepared else "while the run was prepared"
         self.recoveries.append(
-            {"step": step, "lost_ranks": loss.ranks, "seconds": round(loss.seconds, 6), "ranks": ranks}
+            {"step": step, "lost_ranks": loss.lost_ranks, "seconds": round(loss.seconds, 6), "ranks": ranks}
         )
         self.coordinator.recovered(
-            f"{_ranks(loss.ranks)} {'was' if len(loss.ranks) == 1 else 'were'} lost {when}; "
+            f"{_ranks(loss.lost_ranks)} {'was' if len(loss.lost_ranks) == 1 else 'were'} lost {when}; "
             f"{ranks} rank{'s go' if ranks > 1 else ' goes'} on ({loss.seconds:.2f} s)"
         )
 
@@ -401,7 +401,7 @@ class Trainer:
             outputs = self.state.network.forward(images, parameters_changed=place == 0)
             self._leaf.set(self.loss.forward(outputs, labels), self.loss.count_correct(outputs, labels), len(labels))
             self._metrics.add(index, vars(self._leaf))
-        sums = Sums(answers=self.data.answers)
+        sums = Sums(targets_per_sample=self.data.targets_per_sample)
         sums.add(self._metrics.total())
         return sums
 

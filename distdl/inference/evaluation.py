@@ -64,12 +64,12 @@ class Score:
 
     loss: float
     correct: int
-    answers: int
+    targets: int
 
     @property
     def accuracy(self) -> float | None:
         """The share of right answers; None where no answer is right or wrong."""
-        return self.correct / self.answers if self.answers else None
+        return self.correct / self.targets if self.targets else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +173,7 @@ def evaluate(trained: Sequence[Trained], part: Part, communicator: Communicator 
     mean /= len(trained)
     if len(trained) == 1:
         return Evaluation(rows[0], labels, scores, scores[0], mean, _predictions(trained[0], scored[0][1]))
-    if not trained[0].data.answers:
+    if not trained[0].data.targets_per_sample:
         error = mean - labels
         return Evaluation(rows[0], labels, scores, Score(float((error * error).mean()), 0, 0), mean, mean)
     predictions = mean.argmax(axis=-1)
@@ -196,7 +196,7 @@ def _scored(one: Trained, rows: NDArray[np.int64], communicator: Communicator) -
     reduction = REDUCTIONS["tree"](communicator, Layout(METRIC_FIELDS))
     outputs = np.empty((len(rows), *one.network.output_shape), np.float32)
     images: dict[int, NDArray[np.float32]] = {}
-    leaf, sums = Sums(), Sums(answers=data.answers)
+    leaf, sums = Sums(), Sums(targets_per_sample=data.targets_per_sample)
     with numerics(one.config.threads_per_rank):
         reduction.begin(shards)
         for place, index in enumerate(shards[communicator.rank]):
@@ -212,7 +212,7 @@ def _scored(one: Trained, rows: NDArray[np.int64], communicator: Communicator) -
     rows_until = [min(shard.stop * size, len(rows)) for shard in shards]
     counts = np.diff([0, *rows_until]) * outputs[:1].nbytes
     communicator.allgatherv(outputs.reshape(-1).view(np.uint8), counts.tolist())
-    return Score(sums.loss, int(sums.counts[0]), sums.samples * data.answers), outputs
+    return Score(sums.loss, int(sums.counts[0]), sums.samples * data.targets_per_sample), outputs
 
 
 def _probabilities(one: Trained, outputs: NDArray[np.float32]) -> NDArray[np.float64]:

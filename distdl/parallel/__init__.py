@@ -13,10 +13,10 @@ from distdl.job.launcher import belong_together, read_launch
 from distdl.job.lifeline import end_with_the_launcher
 from distdl.job.streams import say
 from distdl.parallel import shared
-from distdl.parallel.agreement import die_of_the_host, exit_code_of, guard, report, together
-from distdl.parallel.communicator import Communicator, OneProcess, hosts
+from distdl.parallel.agreement import die_of_the_host, exit_code_of, from_rank_0, guard, on_rank_0, report, together
+from distdl.parallel.communicator import Communicator, CompletedRecovery, OneProcess, hosts
 from distdl.parallel.dealing import deal, share
-from distdl.parallel.recovery import Loss, Position, commit, committed, recover, survive
+from distdl.parallel.recovery import Position, commit, committed, recover, survive
 from distdl.parallel.reduction import REDUCTIONS, Field, Layout, Record, Reduction
 from distdl.parallel.shared import share_arrays
 from distdl.parallel.tree import Shard, contiguous_shards
@@ -24,9 +24,9 @@ from distdl.parallel.tree import Shard, contiguous_shards
 __all__ = [
     "REDUCTIONS",
     "Communicator",
+    "CompletedRecovery",
     "Field",
     "Layout",
-    "Loss",
     "OneProcess",
     "Position",
     "Record",
@@ -38,8 +38,10 @@ __all__ = [
     "deal",
     "die_of_the_host",
     "exit_code_of",
+    "from_rank_0",
     "guard",
     "hosts",
+    "on_rank_0",
     "recover",
     "report",
     "share",

@@ -26,7 +26,7 @@ T = TypeVar("T")
 def together(communicator: Communicator, work: Callable[[], T]) -> T:
     """Do `work` on every rank; if it raises a `UserError` on any, raise that of the lowest such rank on all.
 
-    What only rank 0 has to do is written ``together(c, lambda: work() if c.rank == 0 else None)``. Collective.
+    For work of rank 0 alone use `on_rank_0` or `from_rank_0`. Collective.
     """
     failure: list[str] | None = None
     try:
@@ -40,6 +40,23 @@ def together(communicator: Communicator, work: Callable[[], T]) -> T:
             raised: errors.UserError = getattr(errors, reported[0], errors.UserError)(reported[1])
             raised.agreed = True
             raise raised
+    return result
+
+
+def on_rank_0(communicator: Communicator, work: Callable[[], T]) -> T | None:
+    """Do `work` on rank 0 and return its result there, None elsewhere; raise its `UserError` on all ranks. Collective.
+
+    The result stays on rank 0. `from_rank_0` sends it to all ranks.
+    """
+    return together(communicator, lambda: work() if communicator.rank == 0 else None)
+
+
+def from_rank_0(communicator: Communicator, work: Callable[[], T]) -> T:
+    """Do `work` on rank 0 and return its result, a plain JSON value, on all ranks. Collective.
+
+    If `work` raises a `UserError`, all ranks raise it.
+    """
+    result: T = communicator.bcast_json(on_rank_0(communicator, work))
     return result
 
 

@@ -11,15 +11,13 @@ import os
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distdl.job.streams import say
-
-if TYPE_CHECKING:
-    from distdl.parallel.recovery import Loss
 
 Bytes = NDArray[np.uint8]
 #: A piece of a buffer: its first byte, and how many bytes.
@@ -27,6 +25,14 @@ Span = tuple[int, int]
 
 #: A rank that waits looks at least this often whether it may go on.
 LONGEST_PAUSE_SECONDS = 1e-3
+
+
+@dataclass(frozen=True)
+class CompletedRecovery:
+    """A recovery that succeeded: the lost ranks, by their numbers in the world that the launcher started."""
+
+    lost_ranks: list[int]
+    seconds: float
 
 
 class Communicator(ABC):
@@ -38,7 +44,7 @@ class Communicator(ABC):
     #: Whether the ranks that are left can go on when one dies: `PeerLost` is raised, and `shrink` gives their group.
     survives_failures: bool = False
     #: What was lost before anybody could take it down: while the world was made.
-    lost_at_start: Loss | None = None
+    lost_at_start: CompletedRecovery | None = None
     #: A rank that waits polls for so long before it sleeps (unless there are more ranks than cores). Most waits of a
     #: training step are shorter than a millisecond.
     spin_seconds: float = 1e-3
@@ -108,7 +114,7 @@ class Communicator(ABC):
         """Return the communicator of the ranks that gave the same color; None for those that gave None."""
 
     @abstractmethod
-    def node(self) -> Communicator:
+    def host(self) -> Communicator:
         """Return the communicator of the ranks that share this rank's memory."""
 
     @abstractmethod
@@ -157,7 +163,7 @@ class OneProcess(Communicator):
         """Return this world, or None."""
         return None if color is None else self
 
-    def node(self) -> Communicator:
+    def host(self) -> Communicator:
         """Return this world."""
         return self
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 from heapq import heapify, heappop, heappush, heapreplace
 
-from distdl.parallel.tree import Node, Shard, contiguous_shards
+from distdl.parallel.tree import Shard, TreeNode, contiguous_shards
 
 
 @lru_cache(maxsize=64)
@@ -59,11 +59,11 @@ def deal(loads: tuple[int, ...]) -> tuple[Shard, ...]:
             shards[rank].extend(range(lo, lo - length))
             heapreplace(left, (most - length, rank))
         else:
-            for block in _halves(Node(lo, lo - length)):
+            for block in _halves(TreeNode(lo, lo - length)):
                 heappush(blocks, (block.lo - block.hi, block.lo))
     return tuple(tuple(sorted(shard)) for shard in shards)
 
 
-def _halves(node: Node) -> tuple[Node, Node]:
+def _halves(node: TreeNode) -> tuple[TreeNode, TreeNode]:
     middle = node.lo + (1 << (node.hi - node.lo - 1).bit_length() - 1)
-    return Node(node.lo, middle), Node(middle, node.hi)
+    return TreeNode(node.lo, middle), TreeNode(middle, node.hi)

@@ -192,7 +192,7 @@ class MpiCommunicator(Communicator):
     def notice_cores(self) -> None:
         """Find out whether there are more ranks than cores, where that is not known yet. Collective."""
         if not self._family.cores_noticed:
-            node = self.node()
+            node = self.host()
             cores = {core for rank in node.allgather_json(sorted(os.sched_getaffinity(0))) for core in rank}
             self.oversubscribed = node.size > len(cores)
             self._family.cores_noticed = True
@@ -255,7 +255,7 @@ class MpiCommunicator(Communicator):
         """Return the communicator of the ranks that gave the same color; None for those that gave None."""
         return self._part(self._comm.Split, MPI.UNDEFINED if color is None else color)
 
-    def node(self) -> Communicator:
+    def host(self) -> Communicator:
         """Return the communicator of the ranks that share this rank's memory."""
         if self._node is None and survives_failures() and len(set(self.allgather_json(_memory()))) == 1:
             self._node = self

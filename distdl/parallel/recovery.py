@@ -25,12 +25,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, Protocol, TypeVar
 
 from distdl.errors import DistdlError, PeerLost
-from distdl.parallel.communicator import Communicator
+from distdl.parallel.communicator import Communicator, CompletedRecovery
 
 T = TypeVar("T")
 #: Where a rank stands; the one that is most ahead has the largest.
@@ -94,14 +93,6 @@ class Survivor(Protocol):
         """Make anew what depends on the group; must leave alone what a later loss must find. Collective."""
 
 
-@dataclass(frozen=True)
-class Loss:
-    """A recovery that has succeeded: who was lost, by their numbers in the world that was started."""
-
-    ranks: list[int]
-    seconds: float
-
-
 def commit(communicator: Communicator) -> None:
     """Return on all ranks that are left, or raise `PeerLost` on all. Collective."""
     if not communicator.agree(True):
@@ -126,7 +117,7 @@ def committed(communicator: Communicator) -> Iterator[None]:
     commit(communicator)
 
 
-def recover(survivor: Survivor, lost: PeerLost) -> Loss:
+def recover(survivor: Survivor, lost: PeerLost) -> CompletedRecovery:
     """Go on after a loss: `survivor` then has the communicator of those that are left. Collective."""
     started, before = time.perf_counter(), survivor.communicator.world_ranks
     recovery = Recovery(agreed=lost.agreed)
@@ -136,7 +127,7 @@ def recover(survivor: Survivor, lost: PeerLost) -> Loss:
         except PeerLost as another:
             recovery.lost(agreed=another.agreed)
     left = set(survivor.communicator.world_ranks)
-    return Loss([rank for rank in before if rank not in left], time.perf_counter() - started)
+    return CompletedRecovery([rank for rank in before if rank not in left], time.perf_counter() - started)
 
 
 def _act(recovery: Recovery, survivor: Survivor) -> None:
@@ -173,7 +164,9 @@ class _Attempt(Generic[T]):
         self.result = self._work(self.communicator)
 
 
-def survive(communicator: Communicator, work: Callable[[Communicator], T]) -> tuple[Communicator, T, Loss | None]:
+def survive(
+    communicator: Communicator, work: Callable[[Communicator], T]
+) -> tuple[Communicator, T, CompletedRecovery | None]:
     """Do collective `work` until it ends without a loss; return the group that is left, the result and the loss."""
     attempt, loss = _Attempt(communicator, work), None
     try:

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from distdl.arrays import ALIGNMENT_BYTES, aligned_empty, aligned_zeros
 from distdl.parallel.communicator import Bytes, Communicator, Span
 from distdl.parallel.shared import shared_bytes
-from distdl.parallel.tree import Node, Shard, are_siblings, fold, maximal_nodes
+from distdl.parallel.tree import Shard, TreeNode, are_siblings, fold, maximal_nodes
 
 Record = dict[str, NDArray[Any]]
 
@@ -111,7 +111,7 @@ class Reduction:
         self.layout = layout
         self._slots: list[Bytes] = []
         self._records: list[Record] = []
-        self._nodes: list[Node] = []
+        self._nodes: list[TreeNode] = []
         self._shards: tuple[Shard, ...] = ()
         self._leaves = 0
 
@@ -127,12 +127,12 @@ class Reduction:
 
     def add(self, leaf: int, values: Mapping[str, NDArray[Any]]) -> None:
         """Add the record of micro-batch `leaf`; `values` are copied or added, and may be reused after."""
-        node = Node(leaf, leaf + 1)
+        node = TreeNode(leaf, leaf + 1)
         if self._nodes and are_siblings(self._nodes[-1], node, self._leaves):
             slot = len(self._nodes) - 1
             for name, field in self._records[slot].items():
                 np.add(field, values[name], out=field)
-            self._nodes[slot] = Node(self._nodes[slot].lo, node.hi)
+            self._nodes[slot] = TreeNode(self._nodes[slot].lo, node.hi)
             self._merge()
         else:
             slot = len(self._nodes)
@@ -141,7 +141,7 @@ class Reduction:
                 field[...] = values[name]
             self._nodes.append(node)
 
-    def held(self) -> list[tuple[Node, Record]]:
+    def held(self) -> list[tuple[TreeNode, Record]]:
         """Return this rank's partial sums and which nodes of the tree they are; valid until `total` or `begin`."""
         return list(zip(self._nodes, self._records, strict=False))
 
@@ -157,7 +157,7 @@ class Reduction:
             right = self._records[len(nodes) - 1]
             for name, field in left.items():
                 np.add(field, right[name], out=field)
-            nodes[-2:] = [Node(nodes[-2].lo, nodes[-1].hi)]
+            nodes[-2:] = [TreeNode(nodes[-2].lo, nodes[-1].hi)]
 
     def total(self) -> Record:
         """Return the sum over all micro-batches of the step, the same bits on every rank. Collective."""
@@ -176,7 +176,7 @@ class TreeReduction(Reduction):
 
     def __init__(self, communicator: Communicator, layout: Layout, *, node: Communicator | None = None) -> None:
         super().__init__(communicator, layout)
-        self._node = communicator.node() if node is None else node
+        self._node = communicator.host() if node is None else node
         leader_of = communicator.allgather_json(self._node.bcast_json(communicator.rank))
         leaders = sorted(set(leader_of))
         self._hosts = tuple(tuple(r for r in range(communicator.size) if leader_of[r] == leader) for leader in leaders)
@@ -341,7 +341,7 @@ Action = Callable[[], Any]
 class _Plan:
     """Who holds which nodes after its own additions, and the merges that are left."""
 
-    nodes: list[list[Node]]  #: of each rank
+    nodes: list[list[TreeNode]]  #: of each rank
     count: int  #: of all ranks
     within: list[Merges]  #: of each host
     left: list[list[Place]]  #: what each host then holds
@@ -367,13 +367,13 @@ def _plan(shards: tuple[Shard, ...], leaves: int, hosts: tuple[tuple[int, ...], 
         within.append(merges)
         left.append(rest)
     roots, between = _fold_held({place: node for rest in left for place, node in rest.items()}, leaves)
-    assert list(roots.values()) == [Node(0, leaves)], (
+    assert list(roots.values()) == [TreeNode(0, leaves)], (
         f"shards {shards} do not hold the leaves 0..{leaves - 1} once each"
     )
     return _Plan(nodes, len(held), within, [list(rest) for rest in left], between, next(iter(roots)))
 
 
-def _fold_held(held: Mapping[Place, Node], leaves: int) -> tuple[dict[Place, Node], Merges]:
+def _fold_held(held: Mapping[Place, TreeNode], leaves: int) -> tuple[dict[Place, TreeNode], Merges]:
     """Merge siblings until none are left; return what then lies where, and the merges."""
     places = sorted(held, key=lambda place: held[place].lo)
     rest, merges = fold([held[place] for place in places], leaves)

@@ -60,7 +60,7 @@ def share_arrays(
     described = [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()]
     specification = communicator.bcast_json(described)
     places = _places(specification)
-    node = communicator.node() if node is None else node
+    node = communicator.host() if node is None else node
     one_host = node.size == communicator.size  # and no new group, in whose making Open MPI may crash where a rank dies
     leaders = None if one_host else communicator.split(0 if node.rank == 0 else None)
     buffer = shared_bytes(communicator, node, places[-1][1] if places else 0, "the dataset")

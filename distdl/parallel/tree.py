@@ -21,17 +21,17 @@ from typing import NamedTuple, TypeAlias
 Shard: TypeAlias = range | tuple[int, ...]
 
 
-class Node(NamedTuple):
+class TreeNode(NamedTuple):
     """The sum of micro-batches `lo` .. `hi` - 1."""
 
     lo: int
     hi: int
 
 
-def are_siblings(left: Node, right: Node, leaves: int) -> bool:
+def are_siblings(left: TreeNode, right: TreeNode, leaves: int) -> bool:
     """Return whether `left` and `right` are the two children of one node of the tree over `leaves`.
 
-    >>> are_siblings(Node(4, 6), Node(6, 7), 7), are_siblings(Node(2, 4), Node(4, 6), 8)
+    >>> are_siblings(TreeNode(4, 6), TreeNode(6, 7), 7), are_siblings(TreeNode(2, 4), TreeNode(4, 6), 8)
     (True, False)
     """
     size = left.hi - left.lo
@@ -43,36 +43,36 @@ def are_siblings(left: Node, right: Node, leaves: int) -> bool:
     )
 
 
-def fold(nodes: Sequence[Node], leaves: int) -> tuple[list[Node], list[tuple[int, int]]]:
+def fold(nodes: Sequence[TreeNode], leaves: int) -> tuple[list[TreeNode], list[tuple[int, int]]]:
     """Merge siblings until none are left.
 
     Returns the nodes that remain, and the merges in order, each as ``(into, from)``: positions in `nodes`
     whose values are to be added, the sum staying at `into`. `nodes` must be disjoint and in order of `lo`.
 
-    >>> fold([Node(0, 1), Node(1, 2), Node(2, 3)], leaves=3)
-    ([Node(lo=0, hi=3)], [(0, 1), (0, 2)])
+    >>> fold([TreeNode(0, 1), TreeNode(1, 2), TreeNode(2, 3)], leaves=3)
+    ([TreeNode(lo=0, hi=3)], [(0, 1), (0, 2)])
     """
-    stack: list[tuple[Node, int]] = []
+    stack: list[tuple[TreeNode, int]] = []
     merges: list[tuple[int, int]] = []
     for position, node in enumerate(nodes):
         stack.append((node, position))
         while len(stack) > 1 and are_siblings(stack[-2][0], stack[-1][0], leaves):
             right, from_ = stack.pop()
             left, into = stack.pop()
-            stack.append((Node(left.lo, right.hi), into))
+            stack.append((TreeNode(left.lo, right.hi), into))
             merges.append((into, from_))
     return [node for node, _ in stack], merges
 
 
-def maximal_nodes(shard: Shard, leaves: int) -> list[Node]:
+def maximal_nodes(shard: Shard, leaves: int) -> list[TreeNode]:
     """Return the fewest nodes of the tree over `leaves` that together hold just the leaves of `shard`.
 
     >>> maximal_nodes(range(3, 8), leaves=8)
-    [Node(lo=3, hi=4), Node(lo=4, hi=8)]
+    [TreeNode(lo=3, hi=4), TreeNode(lo=4, hi=8)]
     >>> maximal_nodes((0, 1, 5), leaves=8)
-    [Node(lo=0, hi=2), Node(lo=5, hi=6)]
+    [TreeNode(lo=0, hi=2), TreeNode(lo=5, hi=6)]
     """
-    return fold([Node(leaf, leaf + 1) for leaf in shard], leaves)[0]
+    return fold([TreeNode(leaf, leaf + 1) for leaf in shard], leaves)[0]
 
 
 def contiguous_shards(leaves: int, ranks: int) -> list[range]:

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     """Search, print and write; return the exit code."""
     settings = parse(arguments)
     cli.set_blas_threads(settings.config.threads_per_rank)
-    from distdl.engine.console import Progress  # noqa: PLC0415  NumPy reads the threads when it is loaded
+    from distdl.engine.console import Console  # noqa: PLC0415  NumPy reads the threads when it is loaded
     from distdl.search.results import command  # noqa: PLC0415
     from distdl.search.trials import search  # noqa: PLC0415
 
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
         error.agreed = True
         raise error
     if read_launch().speaks:
-        Progress(live=False).line(f"best: {command(settings.config_with(found.best.settings))}")
+        Console(live=False).line(f"best: {command(settings.config_with(found.best.settings))}")
     return 0
 
 

@@ -23,7 +23,7 @@ from distdl.config import TrainConfig, is_own
 from distdl.data import sources, split
 from distdl.data.normalization import Normalization
 from distdl.engine import train
-from distdl.engine.console import Progress
+from distdl.engine.console import Console
 from distdl.engine.prepare import labelled, outputs_of
 from distdl.engine.stop import StopRequest
 from distdl.engine.trainer import Data
@@ -80,7 +80,7 @@ def search(
     return found
 
 
-class _Quiet(Progress):
+class _Quiet(Console):
     """Of a trial, only warnings are printed."""
 
     def __init__(self, trial: Trial) -> None:
@@ -105,7 +105,7 @@ class _Search:
         self._place: Path | None = None
         self._open: SearchFolder | None = None
         self._records: list[Record] = []
-        self._progress = Progress(live=False)
+        self._console = Console(live=False)
         self.stop = StopRequest()
 
     def run(self, communicator: Communicator) -> Found:
@@ -253,7 +253,7 @@ class _Search:
                 self._group,
                 build_network=self._build_network,
                 dataset=self._dataset,
-                progress=_Quiet(trial),
+                console=_Quiet(trial),
                 stop=self.stop,
             )
         except DivergedError:
@@ -295,7 +295,7 @@ class _Search:
 
     def _say(self, text: str) -> None:
         if self._communicator.rank == 0:
-            self._progress.line(text)
+            self._console.line(text)
 
 
 def _check_ranks(settings: Settings, ranks: int) -> None:

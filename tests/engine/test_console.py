@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from distdl.engine import console as progress
-from distdl.engine.console import CLEAR_LINE, Progress, banner, shares_of
+from distdl.engine.console import CLEAR_LINE, Console, banner, shares_of
 from distdl.parallel import contiguous_shards
 
 ADVICE = re.compile(r".*: as slow as (\d+) ranks?, use (\d+) or (\d+)")
@@ -67,7 +67,7 @@ def terminal_of(monkeypatch):
 
 def test_the_live_line_shows_how_far_the_epoch_is(monkeypatch, clock):
     terminal = terminal_of(monkeypatch)
-    shown = Progress(live=True)
+    shown = Console(live=True)
     shown.live(1, 3, 5, 10, 0.123456)
     shown.live(3, 3, 10, 10, 2.0)
     assert terminal.getvalue() == (
@@ -78,7 +78,7 @@ def test_the_live_line_shows_how_far_the_epoch_is(monkeypatch, clock):
 
 def test_a_line_takes_the_place_of_the_live_line(monkeypatch, clock):
     terminal = terminal_of(monkeypatch)
-    shown = Progress(live=True)
+    shown = Console(live=True)
     shown.line("before")
     shown.live(1, 1, 1, 2, 0.5)
     shown.line("epoch 1")
@@ -90,7 +90,7 @@ def test_a_line_takes_the_place_of_the_live_line(monkeypatch, clock):
 
 def test_a_warning_clears_the_live_line_and_goes_to_the_error_stream(monkeypatch, clock, capsys):
     terminal = terminal_of(monkeypatch)
-    shown = Progress(live=True)
+    shown = Console(live=True)
     shown.live(1, 1, 1, 2, 0.5)
     shown.warning("the disk is full")
     shown.warning("still")
@@ -102,7 +102,7 @@ def test_the_live_line_is_not_rewritten_more_often_than_a_person_can_read(monkey
     times = iter([10.0, 10.0, 10.05, 10.2, 10.2])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
     terminal = terminal_of(monkeypatch)
-    shown = Progress(live=True)
+    shown = Console(live=True)
     for step in (1, 2, 3):
         shown.live(1, 1, step, 3, 0.0)
     assert re.findall(r"step (\d)", terminal.getvalue()) == ["1", "3"]
@@ -111,7 +111,7 @@ def test_the_live_line_is_not_rewritten_more_often_than_a_person_can_read(monkey
 @pytest.mark.parametrize(("live", "stream"), [(False, Terminal), (True, io.StringIO), (False, io.StringIO)])
 def test_there_is_no_live_line_without_a_terminal_or_under_a_launcher(live, stream, monkeypatch, clock):
     monkeypatch.setattr(sys, "stdout", stream())
-    shown = Progress(live=live)
+    shown = Console(live=live)
     shown.live(1, 1, 1, 2, 0.5)
     shown.line("epoch 1")
     assert sys.stdout.getvalue() == "epoch 1\n"
@@ -121,7 +121,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_line_but_those(monkeypatch, tm
     """Nor does a disk that is full at the end make Python fail when it flushes what is left."""
     with (tmp_path / "train.log").open("w") as stream, Path("/dev/full").open("wb") as full:
         monkeypatch.setattr(sys, "stdout", stream)
-        shown, disk = Progress(live=False), os.dup(stream.fileno())
+        shown, disk = Console(live=False), os.dup(stream.fileno())
         shown.line("epoch 1")
         assert shown.lost is None
         os.dup2(full.fileno(), stream.fileno())

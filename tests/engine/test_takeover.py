@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from distdl.config import TrainConfig
-from distdl.engine.console import Progress
+from distdl.engine.console import Console
 from distdl.engine.logbook import Journal
 from distdl.engine.metrics import JsonLines, Sums
 from distdl.engine.storage import run_folder
@@ -58,7 +58,7 @@ def expected(tmp_path):
 
 
 def successor(folder, journal):
-    return Successor(CONFIG, folder, ENVIRONMENT, "data", Progress(live=False), journal)
+    return Successor(CONFIG, folder, ENVIRONMENT, "data", Console(live=False), journal)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def assert_contract(communicator):
     communicator.allgatherv(receive, [r + 1 for r in range(size)])
     assert receive.tolist() == everything
     assert sum(hosts(communicator).values()) == size
-    assert communicator.node().size == size  # the tests run on one machine
+    assert communicator.host().size == size  # the tests run on one machine
     assert communicator.split(None) is None
     parity = communicator.split(rank % 2)
     assert parity.size == len(range(rank % 2, size, 2))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from distdl.errors import PeerLost
-from distdl.parallel import Loss, OneProcess, recover, survive
+from distdl.parallel import CompletedRecovery, OneProcess, recover, survive
 from distdl.parallel.recovery import Do, Recovery
 
 AGREEMENTS = {"commit", Do.REFUSE, Do.AGREE, Do.SHRINK}
@@ -289,7 +289,7 @@ def test_work_is_begun_again_on_those_that_are_left_until_all_agree():
 
     left, result, loss = survive(Shrinking([0, 1, 2, 3], [agreed_loss(), False, True]), work)
     assert tried == [[0, 1, 2, 3], [0, 1, 2], [0, 1]]
-    assert (left.world_ranks, result, loss.ranks) == ([0, 1], 3, [2, 3])
+    assert (left.world_ranks, result, loss.lost_ranks) == ([0, 1], 3, [2, 3])
     assert left.script == []
 
 
@@ -327,5 +327,5 @@ def test_the_lowest_rank_that_is_most_ahead_gives_its_state(positions, done):
     member = Member(Group([0, 1, 2, 3, 4], [False, True]), positions)
     loss = recover(member, PeerLost("lost"))
     assert member.done == done
-    assert isinstance(loss, Loss)
+    assert isinstance(loss, CompletedRecovery)
     assert loss.ranks == [4]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distdl.parallel.tree import Node, are_siblings, contiguous_shards, fold, maximal_nodes
+from distdl.parallel.tree import TreeNode, are_siblings, contiguous_shards, fold, maximal_nodes
 
 
 def expression(lo, hi):
@@ -29,8 +29,8 @@ def folded(nodes, leaves):
 
 @given(st.integers(1, 300))
 def test_folding_all_leaves_adds_in_the_order_of_the_definition(leaves):
-    rest, value = folded([Node(i, i + 1) for i in range(leaves)], leaves)
-    assert rest == [Node(0, leaves)]
+    rest, value = folded([TreeNode(i, i + 1) for i in range(leaves)], leaves)
+    assert rest == [TreeNode(0, leaves)]
     assert value == expression(0, leaves)
 
 
@@ -38,7 +38,7 @@ def test_folding_all_leaves_adds_in_the_order_of_the_definition(leaves):
 def test_folding_the_nodes_of_any_number_of_ranks_gives_the_same_expression(leaves, ranks):
     held = [node for shard in contiguous_shards(leaves, ranks) for node in maximal_nodes(shard, leaves)]
     rest, value = folded(held, leaves)
-    assert rest == [Node(0, leaves)]
+    assert rest == [TreeNode(0, leaves)]
     assert value == expression(0, leaves)
 
 
@@ -50,7 +50,7 @@ def test_any_set_of_canonical_nodes_gives_the_same_expression(seed):
     def cut(lo, hi):
         tree = expression(lo, hi)
         if hi - lo == 1 or chance.random() < 0.3:
-            return [Node(lo, hi)]
+            return [TreeNode(lo, hi)]
         mid = lo + sum(1 for _ in iter_leaves(tree[0]))
         return cut(lo, mid) + cut(mid, hi)
 
@@ -61,7 +61,7 @@ def test_any_set_of_canonical_nodes_gives_the_same_expression(seed):
             for part in tree:
                 yield from iter_leaves(part)
 
-    assert folded(cut(0, leaves), leaves) == ([Node(0, leaves)], expression(0, leaves))
+    assert folded(cut(0, leaves), leaves) == ([TreeNode(0, leaves)], expression(0, leaves))
 
 
 @given(st.integers(1, 300), st.integers(1, 40))
@@ -85,7 +85,7 @@ def test_siblings_are_the_two_halves_of_a_node_and_nothing_else(leaves):
     def collect(lo, hi):
         if hi - lo > 1:
             mid = lo + 2 ** ((hi - lo - 1).bit_length() - 1)
-            pairs.add((Node(lo, mid), Node(mid, hi)))
+            pairs.add((TreeNode(lo, mid), TreeNode(mid, hi)))
             collect(lo, mid)
             collect(mid, hi)
 

@@ -60,7 +60,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         if not stall_seconds:
             return
-        node = communicator.node()
+        node = communicator.host()
         self._whole_world = node.size == communicator.size
         self._page = shared_bytes(communicator, node, SLOT.itemsize * node.size, "the watchdog").view(SLOT)
         self._own = self._page[node.rank : node.rank + 1]

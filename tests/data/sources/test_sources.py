@@ -26,7 +26,6 @@ import pytest
 from distdl.config import TrainConfig
 from distdl.data import sources
 from distdl.data.sources import SOURCES, Dataset, load
-
 from distdl.engine import train
 from distdl.errors import DamagedFileError, UserError
 from distdl.parallel import OneProcess
