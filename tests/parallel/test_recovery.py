@@ -328,4 +328,4 @@ def test_the_lowest_rank_that_is_most_ahead_gives_its_state(positions, done):
     loss = recover(member, PeerLost("lost"))
     assert member.done == done
     assert isinstance(loss, CompletedRecovery)
-    assert loss.ranks == [4]
+    assert loss.lost_ranks == [4]
