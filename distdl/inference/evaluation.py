@@ -27,10 +27,11 @@ from distdl.engine.prepare import check_outputs, outputs_of, read_data, sha256_o
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoint as checkpoints
 from distdl.engine.storage.checkpoint import Checkpoint
-from distdl.engine.storage.run_folder import HEADER_FIELDS, checkpoint_in
+from distdl.engine.storage.header import CheckpointHeader
+from distdl.engine.storage.run_folder import checkpoint_in
 from distdl.engine.trainer import Data
 from distdl.engine.user_code import BuildNetwork, agree_on, load_dataset, network_builder, same_function
-from distdl.errors import DamagedFileError, UserError
+from distdl.errors import UserError
 from distdl.nn import Sequential, make_loss
 from distdl.nn.between import half_precision
 from distdl.optim import optimizer_class
@@ -95,6 +96,7 @@ class _Found:
     given: Path
     path: Path
     checkpoint: Checkpoint
+    header: CheckpointHeader
     config: TrainConfig
     complaints: tuple[str, ...]
 
@@ -123,10 +125,7 @@ def load(
     with guard(communicator):
         found = together(communicator, lambda: [_found(path, best=best) for path in given] if reads else [])
         described = communicator.bcast_json(
-            [
-                [str(one.given), str(one.path), one.config.to_json(), one.checkpoint.header["step"], one.complaints]
-                for one in found
-            ]
+            [[str(one.given), str(one.path), one.config.to_json(), one.header.step, one.complaints] for one in found]
         )
         configs = [TrainConfig.from_json(config) for _, _, config, _, _ in described]
         together(communicator, lambda: _refuse_strangers(models, configs))
@@ -263,8 +262,8 @@ def _found(given: Path, *, best: bool) -> _Found:
         found = _checked(given, newest, checkpoint, complaints)
         if not best:
             return found
-        step = found.checkpoint.header["progress"].get("best_step")
-        if type(step) is not int:
+        step = found.header.progress.best_step
+        if step is None:
             raise UserError(f"--best: {given} has no best checkpoint yet, since no epoch of it was validated")
         path = checkpoints.path_of_step(newest.parent, step)
         return _checked(given, path, checkpoints.read(path, follow=False), found.complaints)
@@ -274,18 +273,15 @@ def _found(given: Path, *, best: bool) -> _Found:
 
 def _checked(given: Path, path: Path, checkpoint: Checkpoint, complaints: tuple[str, ...]) -> _Found:
     """Return the checkpoint with its config; raise where its header, which anybody may have made, is none of ours."""
-    header = checkpoint.header
-    for name, kind in HEADER_FIELDS.items():
-        if not (isinstance(header, dict) and type(header.get(name)) is kind):
-            raise DamagedFileError(f"{path} is damaged: its header has no {name!r} that could be evaluated")
+    header = CheckpointHeader.parse(checkpoint.header, path, checkpoint.tensors)
     try:
-        config = TrainConfig.from_json(header["config"])
+        config = TrainConfig.from_json(header.config)
         config = replace(config, config=None, run_dir=None, resume=None, trace=None).checked()
     except (LookupError, TypeError) as error:
         raise UserError(f"{path} has settings that this version of distdl does not know: {error}") from None
     except UserError as error:
         raise UserError(f"the settings in {path} cannot be: {error}") from None
-    return _Found(given, path, checkpoint, config, complaints)
+    return _Found(given, path, checkpoint, header, config, complaints)
 
 
 def _arrays(
@@ -318,7 +314,7 @@ def _arrays(
         if f"{seed} mean" not in arrays:
             read = read_data(one.config, dataset)
             arrays |= {name if name in OF_ALL_SEEDS else f"{seed} {name}": array for name, array in read.items()}
-        if one.checkpoint.header["data_sha256"] != sha256_of_data(_data_of(one.config, arrays)):
+        if one.header.data_sha256 != sha256_of_data(_data_of(one.config, arrays)):
             raise UserError(
                 f"{one.path} was trained on other images, labels or split than {dataset.name} has here: give the "
                 f"same data by {'--dataset' if one.config.dataset.startswith(FROM_PATH) else '--data-dir'}"
