@@ -67,7 +67,7 @@ def train(
         return TrainConfig.from_json(communicator.bcast_json(config.to_json()))
 
     with stop.listening(), guard(communicator):
-        lost_at_start, communicator.lost_at_start = communicator.lost_at_start, None
+        lost_at_start, communicator.recovery_at_start = communicator.recovery_at_start, None
         communicator, config, lost_first = survive(communicator, agree_on_config)
         stall_warning = config.stall_warning
         communicator, watchdog, lost_second = survive(communicator, lambda left: Watchdog(left, stall_warning))

@@ -196,14 +196,14 @@ def _scored(one: Trained, rows: NDArray[np.int64], communicator: Communicator) -
     outputs = np.empty((len(rows), *one.network.output_shape), np.float32)
     images: dict[int, NDArray[np.float32]] = {}
     leaf, sums = Sums(), Sums(targets_per_sample=data.targets_per_sample)
-    with numerics(one.config.threads_per_rank):
+    with numerics(one.config.threads_per_rank), one.network.constant_parameters():
         reduction.begin(shards)
-        for place, index in enumerate(shards[communicator.rank]):
+        for index in shards[communicator.rank]:
             where = slice(index * size, (index + 1) * size)
             chosen, own = rows[where], outputs[where]
             x = images.setdefault(len(chosen), aligned_empty((len(chosen), *data.images.shape[1:])))
             data.normalization.apply(data.images[chosen], out=x)
-            own[...] = one.network.forward(x, parameters_changed=place == 0)
+            own[...] = one.network.forward(x)
             labels = data.labels[chosen]
             leaf.set(loss.forward(own, labels), loss.count_correct(own, labels), len(chosen))
             reduction.add(index, vars(leaf))
