@@ -26,7 +26,7 @@ from distdl.engine.logbook import Journal
 from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
-from distdl.engine.storage import checkpoint as checkpoints
+from distdl.engine.storage import checkpoints
 from distdl.engine.storage.run_folder import Start, find_start
 from distdl.engine.takeover import Successor
 from distdl.engine.timing import balance

@@ -25,8 +25,8 @@ from distdl.engine.environment import numerics
 from distdl.engine.metrics import METRIC_FIELDS, Sums
 from distdl.engine.prepare import check_outputs, outputs_of, read_data, sha256_of_data
 from distdl.engine.state import TrainingState
-from distdl.engine.storage import checkpoint as checkpoints
-from distdl.engine.storage.checkpoint import Checkpoint
+from distdl.engine.storage import checkpoints
+from distdl.engine.storage.checkpoints import Checkpoint
 from distdl.engine.storage.header import CheckpointHeader
 from distdl.engine.storage.run_folder import checkpoint_in
 from distdl.engine.trainer import Data

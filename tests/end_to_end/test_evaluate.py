@@ -18,7 +18,7 @@ from distdl import evaluate as shown
 from distdl.config import TrainConfig
 from distdl.data.split import micro_batch
 from distdl.engine import train
-from distdl.engine.storage import checkpoint as checkpoints
+from distdl.engine.storage import checkpoints
 from distdl.errors import UserError
 from distdl.inference.evaluation import Score, evaluate, in_half_precision, load
 from distdl.job.launcher import read_launch

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import IO
 
 from distdl.config import TrainConfig, differences, run_folder_of
-from distdl.engine.storage import checkpoint as checkpoints
-from distdl.engine.storage.checkpoint import Checkpoint
+from distdl.engine.storage import checkpoints
+from distdl.engine.storage.checkpoints import Checkpoint
 from distdl.engine.storage.files import FOLDER_MODE, OWN_FILES, TEMPORARY_SUFFIX, opened_log
 from distdl.engine.storage.header import CheckpointHeader
 from distdl.errors import UserError
