@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from distdl.config import TrainConfig
 from distdl.engine.checks.nonfinite import Fault
 from distdl.engine.console import Console, describe_shares
+from distdl.engine.fault_injection import reached
 from distdl.engine.logbook import Journal, Records
 from distdl.engine.metrics import JsonLines, Sums
 from distdl.engine.state import TrainingState
@@ -161,6 +162,7 @@ class Coordinator(Follower):
             self._logs = {name: JsonLines(self.folder / f"{name}.jsonl", lengths.get(name, 0)) for name in names}
             journal.lengths = {name: self._logs[name].length for name in journal.names}
             (self.folder / "summary.json").unlink(missing_ok=True)  # whoever finds one knows that the run has ended
+        reached("run-folder", when="after")
 
     def _set_up(
         self,

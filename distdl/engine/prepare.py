@@ -22,6 +22,7 @@ from distdl.engine.checks.watchdog import Watchdog
 from distdl.engine.console import Console, banner, shares_of
 from distdl.engine.coordinator import Coordinator, Follower
 from distdl.engine.environment import describe, numerics
+from distdl.engine.fault_injection import reached
 from distdl.engine.logbook import Journal
 from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
@@ -200,6 +201,7 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
             return None
         coordinator = Coordinator(config, start, environment, data_sha256, console, journal)
         preparation.opened.append(coordinator)
+        reached("run-folder")
         return str(coordinator.folder.absolute())
 
     def succeed() -> Coordinator:
@@ -289,7 +291,9 @@ def read_data(config: TrainConfig, dataset: sources.Dataset | None) -> dict[str,
 
 
 def _shared(communicator: Communicator, arrays: dict[str, NDArray[Any]]) -> Data:
+    reached("data")
     shared = share_arrays(communicator, arrays)
+    reached("data", when="after")
     return Data(
         shared["images"],
         shared["labels"],

@@ -10,6 +10,7 @@ from typing import Any
 from distdl.config import TrainConfig
 from distdl.engine.console import Console
 from distdl.engine.coordinator import Coordinator
+from distdl.engine.fault_injection import reached
 from distdl.engine.logbook import Journal
 from distdl.engine.metrics import JsonLines
 from distdl.engine.storage.files import remove_temporaries
@@ -41,8 +42,10 @@ class Successor(Coordinator):
             for place in (folder, self._checkpoints):
                 remove_temporaries(place)
             timing = folder / "timing.jsonl"
+            reached("takeover")
             self._logs = {"timing": JsonLines(timing, _whole_lines(timing))}
             for name in journal.names:
+                reached("takeover")
                 log = JsonLines(folder / f"{name}.jsonl", journal.lengths[name])
                 if log.length < journal.lengths[name]:
                     console.warning(f"{log.path} lacks records from before the loss: it was on another host")

@@ -29,6 +29,7 @@ from distdl.data.augmentation import Augmentation
 from distdl.data.normalization import Normalization
 from distdl.engine.checks import corruption, nonfinite
 from distdl.engine.coordinator import Follower
+from distdl.engine.fault_injection import reached
 from distdl.engine.metrics import METRIC_FIELDS, Sums
 from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
@@ -192,11 +193,12 @@ class Trainer:
             Phase.TEST: self._score_test,
             Phase.FINISH: self._finish,
         }
+        reached("training", owner=self.state)
         while self.phase is not Phase.END:
             try:
                 phases[self.phase]()
             except PeerLost as lost:
-                self.note(recover(self, lost))
+                self.note(recover(self, lost, lambda action: reached(action.value, owner=self.state)))
             except (MemoryError, OSError) as error:
                 die_of_the_host(self.communicator, error)
                 raise
@@ -302,6 +304,7 @@ class Trainer:
         """Take one optimizer step; `PeerLost` leaves the state as it was."""
         self.timeline.begin()
         state, network = self.state, self.state.network
+        reached("step", step=state.step + 1, owner=state)
         epoch, position = divmod(state.step, self.steps_per_epoch)
         rows = split.batch_rows(self._epoch_rows(epoch), position, self.config.batch_size)
         key = self.key.of("training", state.step)
@@ -312,6 +315,7 @@ class Trainer:
         compute = partial(self._computed, rows, key)
         for index, record in compute(shards[self.communicator.rank]):
             self._gradients.add(index, record)
+        reached("reduction", owner=state)
         with committed(self.communicator):
             if self.config.audit and (state.step + 1) % self.config.audit == 0:
                 own_model = is_own(self.config.model)
@@ -319,6 +323,7 @@ class Trainer:
             self.timeline.enter_reduction()
             total = self._gradients.total()
             self.timeline.leave_reduction()
+            reached("reduction", when="after", owner=total)
             fault = None
             if (what := nonfinite.average(total, len(rows), network.gradients)) is not None:
                 fault, total = self._not_finite(what, rows, shards, key)
@@ -330,9 +335,11 @@ class Trainer:
             if self.config.clip_norm is not None:
                 clip_by_norm(network.gradients, self.config.clip_norm)
             update = state.step + 1 - state.progress.get("skipped_steps", 0)  # what Adam's correction counts
+            reached("update", owner=state)
             state.optimizer.update(network.parameters, network.gradients, learning_rate, update)
             if "statistics" in total:
                 network.update_buffers(total["statistics"])
+            reached("update", when="after", owner=state)
             state.epoch_sums.add(total)
         else:
             state.progress["skipped_steps"] = state.progress.get("skipped_steps", 0) + 1
@@ -359,11 +366,13 @@ class Trainer:
         with network.constant_parameters():
             for index in shard:
                 images, labels = self._micro_batch(rows, index, key.of(index, "augmentation"))
+                reached("forward", owner=self.state)
                 outputs = network.forward(images, training=True, key=key.of(index))
                 correct = self.loss.count_correct(outputs, labels)
                 self._leaf.set(self.loss.forward(outputs, labels), correct, len(labels))
                 network.backward(self.loss.backward())
                 record.update(self._dealer.values(whole=len(labels) == self.config.micro_batch_size))
+                reached("backward", when="after", owner=(index, record))
                 yield index, record
 
     def _not_finite(
@@ -412,9 +421,12 @@ class Trainer:
         state = self.state
         if state.epoch_sums.samples == 0:
             raise self._diverged(f"every step of epoch {state.step // self.steps_per_epoch} was skipped")
+        reached("validation", owner=state)
         with committed(self.communicator):
             validation = self.evaluate(self.data.parts.validation)
             spent = self.timeline.spent()
+            reached("validation", when="after", owner=validation)
+        reached("validation", when="committed", owner=validation)
         self._check_loss(validation, "validation")
         progress = state.progress
         if progress["best_step"] is None or validation.score > progress["best_score"]:
@@ -433,8 +445,11 @@ class Trainer:
             raise self._diverged(f"the {part} loss is {sums.loss} after step {self.state.step}")
 
     def _score_test(self) -> None:
+        reached("test", owner=self.state)
         with committed(self.communicator):
             test = self.evaluate(self.data.parts.test)
+            reached("test", when="after", owner=test)
+        reached("test", when="committed", owner=test)
         self._check_loss(test, "test")
         self._test = test
         self.coordinator.tested(self.state, test)
@@ -446,7 +461,9 @@ class Trainer:
                 self.timeline.spent()
                 self.coordinator.traced(self._trace.gather(self.state.step))
             summary = self._summary(self._test)
+            reached("finish", owner=self.state)
             self.coordinator.finished(self.state, self._test, asdict(summary))
+            reached("finish", when="after", owner=self.state)
         self.summary = summary
         self.phase = Phase.END
 
@@ -458,10 +475,13 @@ class Trainer:
                 raise self._diverged(f"the weights are not finite after step {self.state.step}")
             return self.coordinator.checkpoint(self.state, last=self._stops_here)
 
+        reached("checkpoint", owner=self.state)
         with committed(self.communicator):
             if self.config.verify_every:
                 corruption.compare_replicas(self.communicator, self.state)
             before_is_saved = self.communicator.bcast_json(together(self.communicator, save))
+            reached("checkpoint", when="after", owner=self.state)
+        reached("checkpoint", when="committed", owner=self.state)
         self.coordinator.checkpointed(before_is_saved=before_is_saved)
         self.phase = self._after_checkpoint()
 
