@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.engine.fault_injection import reached
-from distdl.engine.storage import checkpoint as checkpoints
-from distdl.engine.storage.checkpoint import Checkpoint
+from distdl.engine.storage import checkpoints
+from distdl.engine.storage.checkpoints import Checkpoint
 
 
 @dataclass(frozen=True)
