@@ -120,11 +120,11 @@ class Preparation:
 
     def trainer(self, communicator: Communicator) -> Trainer:
         """Return an opened trainer. If the user's input is wrong, leave nothing behind. Collective."""
-        self._close()  # the coordinator of an earlier attempt
+        self.close()  # the coordinator of an earlier attempt
         try:
             return self._prepare(communicator)
         except UserError:
-            self._close()
+            self.close()
             raise
         finally:
             self.is_repeated = True
@@ -214,7 +214,7 @@ class Preparation:
         on_rank_0(communicator, write_first_files)
         logbook.lengths = communicator.bcast_json(logbook.lengths)
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """Release the run folder."""
         if self.coordinator is not None:
             self.coordinator.close()
