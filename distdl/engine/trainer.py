@@ -48,7 +48,7 @@ from distdl.parallel import (
     Record,
     Shard,
     committed,
-    die_of_the_host,
+    end_rank_after_host_fault,
     recover,
     together,
 )
@@ -198,7 +198,7 @@ class Trainer:
             except PeerLost as lost:
                 self.note(recover(self, lost))
             except (MemoryError, OSError) as error:
-                die_of_the_host(self.communicator, error)
+                end_rank_after_host_fault(self.communicator, error)
                 raise
         if not self.recoveries:  # or MPI might wait for who was lost
             with suppress(PeerLost):  # all is done

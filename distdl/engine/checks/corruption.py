@@ -104,7 +104,7 @@ def audit(
 def _digest(reduction: Reduction) -> str:
     return sha256_of_arrays(
         (f"{node.lo}-{node.hi} {name}", record[name])
-        for node, record in reduction.held()
+        for node, record in reduction.partial_sums()
         for name in AUDITED
         if name in record
     )
