@@ -17,7 +17,7 @@ from distdl.engine.stop import SIGNALS, StopRequest
 from distdl.engine.storage import checkpoints
 from distdl.engine.trainer import Trainer
 from distdl.errors import Stopped
-from distdl.job.signals import HELD, hold
+from distdl.job.signals import HELD, hold_signals
 from distdl.nn import Sequential
 from distdl.parallel import OneProcess
 
@@ -138,7 +138,7 @@ def blocked():
 
 def test_what_a_command_has_held_is_heard_by_the_training_and_held_again(blocked, monkeypatch):
     monkeypatch.setattr("distdl.job.signals._held", set())
-    hold()
+    hold_signals()
     for number in HELD:
         tell_this_thread(number)
     request = StopRequest()
@@ -151,7 +151,7 @@ def test_what_a_command_has_held_is_heard_by_the_training_and_held_again(blocked
 def test_what_a_script_has_blocked_stays_blocked(blocked, monkeypatch):
     monkeypatch.setattr("distdl.job.signals._held", set())
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    hold()
+    hold_signals()
     request = StopRequest()
     with request.listening():
         tell_this_thread(signal.SIGUSR1)
