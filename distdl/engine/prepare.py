@@ -23,7 +23,7 @@ from distdl.engine.logbook import Journal
 from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
-from distdl.engine.storage import checkpoint as checkpoints
+from distdl.engine.storage import checkpoints
 from distdl.engine.storage.run_folder import Start, find_start
 from distdl.engine.takeover import Successor
 from distdl.engine.timing import balance
@@ -64,7 +64,7 @@ def train(
         return TrainConfig.from_json(communicator.bcast_json(config.to_json()))
 
     with stop.listening(), guard(communicator):
-        lost_at_start, communicator.lost_at_start = communicator.lost_at_start, None
+        lost_at_start, communicator.recovery_at_start = communicator.recovery_at_start, None
         communicator, config, lost_first = survive(communicator, agree_on_config)
         stall_warning = config.stall_warning
         communicator, watchdog, lost_second = survive(communicator, lambda left: Watchdog(left, stall_warning))

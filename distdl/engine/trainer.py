@@ -325,15 +325,16 @@ class Trainer:
         network = self.state.network
         record = {"gradient": network.gradients, "statistics": network.statistics}
         record |= {**vars(self._leaf), **self.stop.values()}
-        for place, index in enumerate(shard):
-            self._micro_batches_begun += 1
-            images, labels = self.micro_batches.load(rows, index, key.of(index, "augmentation"))
-            changed = place == 0  # by the update at the end of the step before
-            outputs = network.forward(images, training=True, key=key.of(index), parameters_changed=changed)
-            self._leaf.set(self.loss.forward(outputs, labels), self.loss.count_correct(outputs, labels), len(labels))
-            network.backward(self.loss.backward())
-            record.update(self._dealer.values(whole=len(labels) == self.config.micro_batch_size))
-            yield index, record
+        with network.constant_parameters():
+            for index in shard:
+                self._micro_batches_begun += 1
+                images, labels = self.micro_batches.load(rows, index, key.of(index, "augmentation"))
+                outputs = network.forward(images, training=True, key=key.of(index))
+                correct = self.loss.count_correct(outputs, labels)
+                self._leaf.set(self.loss.forward(outputs, labels), correct, len(labels))
+                network.backward(self.loss.backward())
+                record.update(self._dealer.values(whole=len(labels) == self.config.micro_batch_size))
+                yield index, record
 
     def _not_finite(
         self, what: str, rows: NDArray[np.int64], shards: Sequence[Shard], key: Key
@@ -366,12 +367,14 @@ class Trainer:
         """Return the sums of loss and right answers over the given rows, each counted once. Collective."""
         shards = self._shards(len(rows))
         self._metrics.begin(shards)
-        for place, index in enumerate(shards[self.communicator.rank]):
-            self._micro_batches_begun += 1
-            images, labels = self.micro_batches.load(rows, index)
-            outputs = self.state.network.forward(images, parameters_changed=place == 0)
-            self._leaf.set(self.loss.forward(outputs, labels), self.loss.count_correct(outputs, labels), len(labels))
-            self._metrics.add(index, vars(self._leaf))
+        with self.state.network.constant_parameters():
+            for index in shards[self.communicator.rank]:
+                self._micro_batches_begun += 1
+                images, labels = self.micro_batches.load(rows, index)
+                outputs = self.state.network.forward(images)
+                correct = self.loss.count_correct(outputs, labels)
+                self._leaf.set(self.loss.forward(outputs, labels), correct, len(labels))
+                self._metrics.add(index, vars(self._leaf))
         sums = Sums(targets_per_sample=self.data.targets_per_sample)
         sums.add(self._metrics.total())
         return sums

@@ -23,11 +23,12 @@ from distdl.engine.environment import numerics
 from distdl.engine.metrics import METRIC_FIELDS, Sums
 from distdl.engine.prepare import check_outputs, outputs_of, read_data
 from distdl.engine.state import TrainingState
-from distdl.engine.storage import checkpoint as checkpoints
-from distdl.engine.storage.checkpoint import Checkpoint
-from distdl.engine.storage.run_folder import HEADER_FIELDS, checkpoint_in
+from distdl.engine.storage import checkpoints
+from distdl.engine.storage.checkpoints import Checkpoint
+from distdl.engine.storage.header import CheckpointHeader
+from distdl.engine.storage.run_folder import checkpoint_in
 from distdl.engine.user_code import BuildNetwork, agree_on, load_dataset, network_builder, same_function
-from distdl.errors import DamagedFileError, UserError
+from distdl.errors import UserError
 from distdl.nn import Sequential, make_loss
 from distdl.nn.between import half_precision
 from distdl.optim import optimizer_class
@@ -90,6 +91,7 @@ class _Found:
     given: Path
     path: Path
     checkpoint: Checkpoint
+    header: CheckpointHeader
     config: TrainConfig
     complaints: tuple[str, ...]
 
@@ -118,10 +120,7 @@ def load(
     with guard(communicator):
         found = together(communicator, lambda: [_found(path, best=best) for path in given] if reads else [])
         described = communicator.bcast_json(
-            [
-                [str(one.given), str(one.path), one.config.to_json(), one.checkpoint.header["step"], one.complaints]
-                for one in found
-            ]
+            [[str(one.given), str(one.path), one.config.to_json(), one.header.step, one.complaints] for one in found]
         )
         configs = [TrainConfig.from_json(config) for _, _, config, _, _ in described]
         together(communicator, lambda: _refuse_strangers(models, configs))
@@ -192,12 +191,12 @@ def _scored(one: Trained, rows: NDArray[np.int64], communicator: Communicator) -
     reduction = REDUCTIONS["tree"](communicator, Layout(METRIC_FIELDS))
     outputs = np.empty((len(rows), *one.network.output_shape), np.float32)
     leaf, sums = Sums(), Sums(targets_per_sample=data.targets_per_sample)
-    with numerics(one.config.threads_per_rank):
+    with numerics(one.config.threads_per_rank), one.network.constant_parameters():
         reduction.begin(shards)
-        for place, index in enumerate(shards[communicator.rank]):
+        for index in shards[communicator.rank]:
             images, labels = batches.load(rows, index)
             own = outputs[index * size : (index + 1) * size]
-            own[...] = one.network.forward(images, parameters_changed=place == 0)
+            own[...] = one.network.forward(images)
             leaf.set(loss.forward(own, labels), loss.count_correct(own, labels), len(labels))
             reduction.add(index, vars(leaf))
         sums.add(reduction.total())
@@ -255,8 +254,8 @@ def _found(given: Path, *, best: bool) -> _Found:
         found = _checked(given, newest, checkpoint, complaints)
         if not best:
             return found
-        step = found.checkpoint.header["progress"].get("best_step")
-        if type(step) is not int:
+        step = found.header.progress.best_step
+        if step is None:
             raise UserError(f"--best: {given} has no best checkpoint yet, since no epoch of it was validated")
         path = checkpoints.path_of_step(newest.parent, step)
         return _checked(given, path, checkpoints.read(path, follow=False), found.complaints)
@@ -266,18 +265,15 @@ def _found(given: Path, *, best: bool) -> _Found:
 
 def _checked(given: Path, path: Path, checkpoint: Checkpoint, complaints: tuple[str, ...]) -> _Found:
     """Return the checkpoint with its config; raise where its header, which anybody may have made, is none of ours."""
-    header = checkpoint.header
-    for name, kind in HEADER_FIELDS.items():
-        if not (isinstance(header, dict) and type(header.get(name)) is kind):
-            raise DamagedFileError(f"{path} is damaged: its header has no {name!r} that could be evaluated")
+    header = CheckpointHeader.parse(checkpoint.header, path, checkpoint.tensors)
     try:
-        config = TrainConfig.from_json(header["config"])
+        config = TrainConfig.from_json(header.config)
         config = replace(config, config=None, run_dir=None, resume=None, trace=None).checked()
     except (LookupError, TypeError) as error:
         raise UserError(f"{path} has settings that this version of distdl does not know: {error}") from None
     except UserError as error:
         raise UserError(f"the settings in {path} cannot be: {error}") from None
-    return _Found(given, path, checkpoint, config, complaints)
+    return _Found(given, path, checkpoint, header, config, complaints)
 
 
 def _arrays(found: Sequence[_Found], data_dir: Path | None, dataset: Dataset | str | None) -> dict[str, NDArray[Any]]:
@@ -294,7 +290,7 @@ def _arrays(found: Sequence[_Found], data_dir: Path | None, dataset: Dataset | s
     for one in found:
         if one.config.seed not in of_seed:
             of_seed[one.config.seed] = read_data(one.config, loaded)
-        if one.checkpoint.header["data_sha256"] != of_seed[one.config.seed].sha256():
+        if one.header.data_sha256 != of_seed[one.config.seed].sha256():
             raise UserError(
                 f"{one.path} was trained on other images, labels or split than {loaded.name} has here: give the "
                 f"same data by {'--dataset' if one.config.dataset.startswith(FROM_PATH) else '--data-dir'}"
