@@ -238,7 +238,7 @@ WRONG = {
     "another number of classes": (
         "from distdl import nn\ndef net(shape, classes): return nn.mlp(shape, 7)\n",
         "net",
-        ["wrong.py:net puts out (7,)", "10 classes", "expected (10,)"],
+        ["wrong.py:net returns outputs (7,)", "10 classes", "expected (10,)"],
     ),
     "another input": (
         "from distdl import nn\ndef net(shape, classes): return nn.mlp((4, 4, 1), classes)\n",
