@@ -42,14 +42,16 @@ class MicroBatches:
         """
         self.loaded += 1
         rows = micro_batch(rows, index, self.micro_batch_size)
+        dataset = self.dataset
         if len(rows) not in self._buffers:
-            shape = (len(rows), *self.dataset.images.shape[1:])
-            self._buffers[len(rows)] = aligned_empty(shape, self.dataset.images.dtype), aligned_empty(shape)
-        images, out = self._buffers[len(rows)]
-        np.take(self.dataset.images, rows, axis=0, out=images, mode="clip")  # "raise" would allocate a copy
-        labels = self.dataset.labels[rows]
+            shape = (len(rows), *dataset.images.shape[1:])
+            self._buffers[len(rows)] = aligned_empty(shape, dataset.images.dtype), aligned_empty(shape)
+        pixels, out = self._buffers[len(rows)]
+        # The modes but "raise" write without a temporary copy. No row is out of range.
+        images = np.take(dataset.images, rows, axis=0, out=pixels, mode="clip")
+        labels = dataset.labels[rows]
         if key is not None and self.augmentation is not None:
             images = self.augmentation.apply(images, key, out=out)
             if labels.ndim == 3:
                 labels = self.augmentation.apply_to_labels(labels, key)
-        return self.dataset.normalization.apply(images, out=out), labels
+        return dataset.normalization.apply(images, out=out), labels
