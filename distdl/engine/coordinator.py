@@ -27,7 +27,7 @@ from distdl.engine.storage import checkpoints
 from distdl.engine.storage.checkpoint_writer import CheckpointWriter, Outcome
 from distdl.engine.storage.checkpoints import Checkpoint
 from distdl.engine.storage.files import indented_json, remove_temporaries, write_durably
-from distdl.engine.storage.run_folder import Start, claim
+from distdl.engine.storage.run_folder import StartingPoint, locked_run_folder
 from distdl.engine.timing.timeline import Spent
 from distdl.engine.timing.trace import write as write_trace
 from distdl.errors import DamagedFileError, UserError
@@ -129,7 +129,7 @@ class Coordinator(Follower):
     def __init__(
         self,
         config: TrainConfig,
-        start: Start,
+        start: StartingPoint,
         environment: Mapping[str, Any],
         data_sha256: str,
         console: Console,
@@ -138,7 +138,7 @@ class Coordinator(Follower):
         self._set_up(config, environment, data_sha256, console, journal)
         self._start = start
         self._opening = ExitStack()
-        self.folder, self._lock = self._opening.enter_context(claim(start))
+        self.folder, self._lock = self._opening.enter_context(locked_run_folder(start))
         self._checkpoints = self.folder / "checkpoints"
         self._logs: dict[str, JsonLines] = {}
 

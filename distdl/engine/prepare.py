@@ -27,7 +27,7 @@ from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
 from distdl.engine.storage import checkpoints
-from distdl.engine.storage.run_folder import Start, find_start
+from distdl.engine.storage.run_folder import StartingPoint, find_start
 from distdl.engine.takeover import Successor
 from distdl.engine.timing import balance
 from distdl.engine.timing.trace import check_writable
@@ -148,7 +148,7 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
     together(communicator, lambda: _check_ranks(config, communicator.size))
     together(communicator, lambda: check_writable(config.trace) if coordinates and config.trace is not None else None)
     folder, again = preparation.folder, preparation.again
-    start = together(communicator, lambda: find_start(config, folder, again=again) if coordinates else None)
+    start = together(communicator, lambda: find_start(config, folder, after_failure=again) if coordinates else None)
     arrays = together(communicator, lambda: read_data(config, dataset) if coordinates else {})
     data = _shared(communicator, arrays)
     del arrays
@@ -305,7 +305,7 @@ def sha256_of_data(data: Data) -> str:
 
 
 def _restore(
-    state: TrainingState, start: Start | None, data_sha256: str, config: TrainConfig, steps_per_epoch: int
+    state: TrainingState, start: StartingPoint | None, data_sha256: str, config: TrainConfig, steps_per_epoch: int
 ) -> None:
     """Put the checkpoint's content into the state; raise `UserError` where the run cannot go on from there."""
     if start is None or start.checkpoint is None:

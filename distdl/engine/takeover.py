@@ -13,7 +13,7 @@ from distdl.engine.coordinator import Coordinator
 from distdl.engine.logbook import Journal
 from distdl.engine.metrics import JsonLines
 from distdl.engine.storage.files import remove_temporaries
-from distdl.engine.storage.run_folder import lock_released
+from distdl.engine.storage.run_folder import lock_folder
 from distdl.errors import UserError
 
 
@@ -37,7 +37,7 @@ class Successor(Coordinator):
         self._checkpoints = folder / "checkpoints"
         try:
             self._checkpoints.mkdir(parents=True, exist_ok=True)  # on a host that does not share the folder
-            self._lock = lock_released(folder)
+            self._lock = lock_folder(folder, owner_died=True)
             for place in (folder, self._checkpoints):
                 remove_temporaries(place)
             timing = folder / "timing.jsonl"

@@ -132,7 +132,7 @@ def test_every_number_of_ranks_gives_the_bits_of_one_process(communicator, share
         source_in(shared_tmp_path / "source")
         expected = transferred(OneProcess(), shared_tmp_path / "one", **settings)
     else:
-        monkeypatch.delattr(transfer, "checkpoint_in")
+        monkeypatch.delattr(transfer, "find_checkpoint")
     communicator.barrier()
     for size, part in worlds(communicator):
         found = transferred(part, shared_tmp_path / f"{size}", **settings)
