@@ -27,6 +27,7 @@ from distdl.data import MicroBatches, PreparedDataset, split
 from distdl.data.augmentation import Augmentation
 from distdl.engine.checks import corruption, nonfinite
 from distdl.engine.coordinator import Follower
+from distdl.engine.evaluation import evaluate
 from distdl.engine.metrics import METRIC_FIELDS, Sums
 from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
@@ -141,7 +142,6 @@ class Trainer:
         self.timeline = Timeline(communicator)
         self._trace = None if config.trace is None else Trace(self.timeline)
         self._samples = 0
-        self._micro_batches_begun = 0
         full, training = config.batch_size, len(self.data.parts.training)
         for samples in sorted({min(full, training), training % full or full}):
             self._gradients.begin(self._shards(samples))  # which makes room for their partial sums
@@ -149,7 +149,7 @@ class Trainer:
     @property
     def work_done(self) -> tuple[int, int]:
         """The steps, and what moves within them: the micro-batches that this rank has begun; for the watchdog."""
-        return self.state.step, self._micro_batches_begun
+        return self.state.step, self.micro_batches.loaded
 
     def run(self) -> Summary:
         """Train to the last step, score the test part where training is complete, and return the summary."""
@@ -325,15 +325,16 @@ class Trainer:
         network = self.state.network
         record = {"gradient": network.gradients, "statistics": network.statistics}
         record |= {**vars(self._leaf), **self.stop.values()}
-        for place, index in enumerate(shard):
-            self._micro_batches_begun += 1
-            images, labels = self.micro_batches.load(rows, index, key.of(index, "augmentation"))
-            changed = place == 0  # by the update at the end of the step before
-            outputs = network.forward(images, training=True, key=key.of(index))
-            self._leaf.set(self.loss.forward(outputs, labels), self.loss.count_correct(outputs, labels), len(labels))
-            network.backward(self.loss.backward())
-            record.update(self._dealer.values(whole=len(labels) == self.config.micro_batch_size))
-            yield index, record
+        with network.constant_parameters():
+            for index in shard:
+                images, labels = self.micro_batches.load(rows, index, key.of(index, "augmentation"))
+                outputs = network.forward(images, training=True, key=key.of(index))
+                self._leaf.set(
+                    self.loss.forward(outputs, labels), self.loss.count_correct(outputs, labels), len(labels)
+                )
+                network.backward(self.loss.backward())
+                record.update(self._dealer.values(whole=len(labels) == self.config.micro_batch_size))
+                yield index, record
 
     def _not_finite(
         self, what: str, rows: NDArray[np.int64], shards: Sequence[Shard], key: Key
@@ -363,18 +364,9 @@ class Trainer:
         raise self._diverged(str(fault))
 
     def evaluate(self, rows: NDArray[np.int64]) -> Sums:
-        """Return the sums of loss and right answers over the given rows, each counted once. Collective."""
-        shards = self._shards(len(rows))
-        self._metrics.begin(shards)
-        for place, index in enumerate(shards[self.communicator.rank]):
-            self._micro_batches_begun += 1
-            images, labels = self.micro_batches.load(rows, index)
-            outputs = self.state.network.forward(images)
-            self._leaf.set(self.loss.forward(outputs, labels), self.loss.count_correct(outputs, labels), len(labels))
-            self._metrics.add(index, vars(self._leaf))
-        sums = Sums(targets_per_sample=self.data.targets_per_sample)
-        sums.add(self._metrics.total())
-        return sums
+        """Return the sums of loss and correct predictions over the given rows, each counted once. Collective."""
+        network, shards, rank = self.state.network, self._shards(len(rows)), self.communicator.rank
+        return evaluate(network, self.loss, self.micro_batches, rows, shards, self._metrics, rank=rank)
 
     def _end_epoch(self) -> None:
         state = self.state
