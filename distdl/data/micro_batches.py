@@ -26,8 +26,8 @@ class MicroBatches:
         self.dataset = dataset
         self.micro_batch_size = micro_batch_size
         self.augmentation = augmentation
+        #: The number of micro-batches loaded so far.
         self.loaded = 0
-        """The number of micro-batches loaded so far: a sign of work within a step."""
         self._buffers: dict[int, NDArray[np.float32]] = {}
 
     def count(self, samples: int) -> int:

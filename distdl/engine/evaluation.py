@@ -1,17 +1,14 @@
-"""The score of a network on some samples, shared by all ranks: for validation, test, and trained networks.
-
-The tree sums the metrics of the micro-batches. So the result is bitwise the same for any number of ranks.
-"""
+"""Evaluation: the loss and the correct predictions of a network over some samples, shared by all ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from distdl.data import MicroBatches
-from distdl.data.split import Rows
 from distdl.engine.metrics import Sums
 from distdl.nn import Sequential
 from distdl.nn.losses import LossFunction
@@ -22,30 +19,28 @@ def evaluate(
     network: Sequential,
     loss: LossFunction,
     micro_batches: MicroBatches,
-    rows: Rows,
+    rows: NDArray[np.int64],
     shards: Sequence[Shard],
     reduction: Reduction,
     *,
     rank: int,
     outputs: NDArray[Any] | None = None,
 ) -> Sums:
-    """Return the sums of loss and correct predictions over the rows of a dataset, each counted once. Collective.
+    """Return the sums over the samples `rows` (N,), each counted once. Collective.
 
-    This rank computes the micro-batches of ``shards[rank]``. `reduction` has the layout `METRIC_FIELDS`. The outputs
-    of the shard are stored in `outputs` (N, ..., K), which has a place for each row.
+    This rank computes the micro-batches ``shards[rank]``; `reduction` sums `METRIC_FIELDS`. If `outputs` (N, ..., K) is
+    given, the outputs of these micro-batches are stored there.
     """
-    leaf, sums = Sums(), Sums(targets_per_sample=micro_batches.dataset.targets_per_sample)
-    size = micro_batches.micro_batch_size
+    sums = Sums(targets_per_sample=micro_batches.dataset.targets_per_sample)
+    leaf, size = Sums(), micro_batches.micro_batch_size
     reduction.begin(shards)
     with network.constant_parameters():
         for index in shards[rank]:
-            images, labels = micro_batches.load(rows, index)
-            predicted = network.forward(images)
+            images, targets = micro_batches.load(rows, index)
+            found = network.forward(images)
             if outputs is not None:
-                stored = outputs[index * size : index * size + len(labels)]
-                stored[...] = predicted
-                predicted = stored
-            leaf.set(loss.forward(predicted, labels), loss.count_correct(predicted, labels), len(labels))
-            reduction.add(index, vars(leaf))
+                outputs[index * size : index * size + len(images)] = found
+            leaf.set(loss.forward(found, targets), loss.count_correct(found, targets), len(targets))
+            reduction.add(index, leaf.values())
     sums.add(reduction.total())
     return sums
