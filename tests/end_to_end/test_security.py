@@ -15,8 +15,8 @@ from refused_runs import RunShop, sealed
 from small_runs import small_run
 
 from distdl.engine.coordinator import Coordinator
-from distdl.engine.metrics import JsonLines
 from distdl.engine.storage import checkpoints, files, run_folder
+from distdl.engine.storage.json_lines import JsonLines
 from distdl.errors import UserError
 from distdl.job.launcher import read_launch
 from distdl.parallel import OneProcess, shared
@@ -82,7 +82,7 @@ def test_a_link_put_in_the_place_of_the_checkpoints_while_training_is_not_follow
 
     def swapping(self, state, *others):
         if state.step == 2:
-            self._writer.outcome(wait=True)
+            self.keeper._writer.outcome(wait=True)
             (folder / "checkpoints").rename(tmp_path / "moved")
             (folder / "checkpoints").symlink_to(elsewhere)
         stepped(self, state, *others)

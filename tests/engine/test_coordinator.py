@@ -15,9 +15,9 @@ from distdl.engine import prepare as engine_run
 from distdl.engine import train
 from distdl.engine.coordinator import Coordinator
 from distdl.engine.environment import describe
-from distdl.engine.metrics import JsonLines
 from distdl.engine.storage import checkpoints, run_folder
 from distdl.engine.storage.files import TEMPORARY_SUFFIX
+from distdl.engine.storage.json_lines import JsonLines
 from distdl.engine.trainer import Trainer
 from distdl.errors import PeerLost, UserError
 from distdl.nn import Sequential

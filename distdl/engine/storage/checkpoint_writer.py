@@ -11,7 +11,7 @@ intact, at whatever moment the process ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.checkpoints import Checkpoint
+from distdl.engine.storage.header import CheckpointHeader
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class CheckpointWriter:
         self,
         folder: Path,
         arrays: Iterable[tuple[str, NDArray[Any]]],
-        header: Mapping[str, Any],
+        header: CheckpointHeader,
         flush_logs: Callable[[], None],
     ) -> None:
         """Copy the state, and let the thread write it into `folder` after `flush_logs`."""
@@ -55,8 +56,8 @@ class CheckpointWriter:
             if name not in self._copies:
                 self._copies[name] = np.empty_like(array)
             np.copyto(self._copies[name], array)
-        checkpoint = Checkpoint(self._copies, {**header, "progress": dict(header["progress"])})
-        self._pending = self._thread.submit(self._write, folder, checkpoint, flush_logs)
+        checkpoint, best_step = Checkpoint(self._copies, header.to_json()), header.progress.best_step
+        self._pending = self._thread.submit(self._write, folder, checkpoint, header.step, best_step, flush_logs)
 
     def outcome(self, *, wait: bool) -> Outcome | None:
         """Return the outcome of the checkpoint that was started last, once; None if there is none.
@@ -79,9 +80,10 @@ class CheckpointWriter:
         """Wait for the thread and end it."""
         self._thread.shutdown()
 
-    def _write(self, folder: Path, checkpoint: Checkpoint, flush_logs: Callable[[], None]) -> Outcome:
+    def _write(
+        self, folder: Path, checkpoint: Checkpoint, step: int, best_step: int | None, flush_logs: Callable[[], None]
+    ) -> Outcome:
         """Write the checkpoint, then remove old ones. Runs on the thread."""
-        step, best_step = checkpoint.header["step"], checkpoint.header["progress"]["best_step"]
         try:
             flush_logs()
             checkpoints.write(checkpoints.path_of_step(folder, step), checkpoint)
