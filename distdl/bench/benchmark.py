@@ -30,7 +30,7 @@ from distdl.bench.tables import (
 from distdl.engine.console import Console
 from distdl.engine.environment import describe, numerics
 from distdl.engine.storage.files import try_folder, write_durably
-from distdl.engine.storage.run_folder import numbered, timestamped
+from distdl.engine.storage.run_folder import unused_folder
 from distdl.engine.timing.trace import check_writable
 from distdl.engine.timing.trace import write as write_trace
 from distdl.errors import UserError
@@ -96,9 +96,7 @@ def _write_trace(path: Path, trace: Mapping[str, Any], say: Callable[[str], None
 
 def _output_folder(settings: Settings) -> Path:
     """Return the folder of the results; raise `UserError` where it is in use or cannot be. Nothing is made."""
-    folder = settings.out or next(
-        path for path in numbered(timestamped(f"{settings.model}-bench")) if not path.exists()
-    )
+    folder = settings.out or unused_folder(f"{settings.model}-bench")
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"--out {folder} exists and is no empty folder: give another")

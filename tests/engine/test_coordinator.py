@@ -281,7 +281,12 @@ def test_two_default_runs_of_the_same_second_get_folders_of_their_own(tmp_path, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_folder, "datetime", type("Noon", (), {"now": lambda: datetime(2026, 1, 1, 12)}))
     one, two = (run_folder.find_start(small_config(None).checked()) for _ in range(2))
-    with run_folder.claim(one) as (first, lock), run_folder.claim(two) as (second, other_lock), lock, other_lock:
+    with (
+        run_folder.locked_run_folder(one) as (first, lock),
+        run_folder.locked_run_folder(two) as (second, other_lock),
+        lock,
+        other_lock,
+    ):
         assert first != second
         assert (first / "checkpoints").is_dir()
         assert (second / "checkpoints").is_dir()
@@ -333,7 +338,10 @@ def test_a_job_that_loses_a_rank_before_it_has_a_folder_takes_none_from_another(
     while_data_are_loaded(monkeypatch, losing_a_rank)
     with pytest.raises(PeerLost):
         preparation.trainer(OneProcess())
-    with run_folder.claim(run_folder.find_start(small_config(None).checked())) as (theirs, lock), lock:
+    with (
+        run_folder.locked_run_folder(run_folder.find_start(small_config(None).checked())) as (theirs, lock),
+        lock,
+    ):
         preparation.trainer(OneProcess())
         assert preparation.folder == tmp_path / f"{theirs}-2"
     preparation.close()
@@ -382,7 +390,11 @@ def test_a_lock_that_its_owner_takes_away_is_not_ours(tmp_path, monkeypatch):
         flock(lock, how)
 
     monkeypatch.setattr(fcntl, "flock", after_its_removal)
-    with run_folder.claim(run_folder.Start(tmp_path)) as (_, lock), lock, (tmp_path / "lock").open("rb") as other:
+    with (
+        run_folder.locked_run_folder(run_folder.StartingPoint(tmp_path)) as (_, lock),
+        lock,
+        (tmp_path / "lock").open("rb") as other,
+    ):
         assert len(taken) == 1
         with pytest.raises(BlockingIOError):
             flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,6 +13,7 @@ from distdl.engine import train
 from distdl.engine.coordinator import Coordinator
 from distdl.engine.storage import checkpoints, files
 from distdl.engine.storage.checkpoint_writer import CheckpointWriter
+from distdl.engine.storage.header import CheckpointHeader, RunProgress
 from distdl.engine.storage.json_lines import JsonLines
 from distdl.engine.trainer import Trainer
 from distdl.errors import UserError
@@ -220,7 +221,8 @@ def test_the_copy_of_the_state_is_made_into_the_same_memory_every_time(tmp_path)
     array, places = np.arange(3.0), set()
     for step in (1, 2):
         array[0] = step
-        writer.start(tmp_path, [("w", array)], {"step": step, "progress": {"best_step": None}}, lambda: None)
+        header = CheckpointHeader(step, {}, RunProgress(), {}, "", {}, "")
+        writer.start(tmp_path, [("w", array)], header, lambda: None)
         array[0] = -1
         assert writer.outcome(wait=True).step == step
         assert writer.outcome(wait=True) is None

@@ -190,7 +190,7 @@ def test_a_trace_that_cannot_be_written_is_refused_before_anything_is(tmp_path, 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.toml", "lock", "step-000000001.safetensors"])
 def test_a_trace_takes_the_place_of_no_file_of_a_run(tmp_path, name):
     path = tmp_path / "run" / name
-    with pytest.raises(UserError, match=r"^--trace .* has the name of a file of a run's own: give another name"):
+    with pytest.raises(UserError, match=r"^--trace .* has the name of a file of a run: give another name"):
         train(small_config(tmp_path / "run", trace=path), OneProcess())
     assert not (tmp_path / "run").exists()
 
