@@ -17,7 +17,7 @@ import numpy as np
 
 from distdl.arrays import aligned_empty
 from distdl.bench.measure import ScalingCase, Workbench
-from distdl.engine.trainer import Trainer
+from distdl.engine.state import TrainingState
 from distdl.nn.layers import Product
 from distdl.parallel import Communicator
 
@@ -116,17 +116,17 @@ def measure_layers(bench: Workbench) -> LayerTimes | None:
 def _layer_times(bench: Workbench, world: Communicator) -> LayerTimes:
     settings = bench.settings
     size, micro_batches = settings.micro_batch_size, max(2, settings.micro_batches)
-    trainer = bench.warmed_up(ScalingCase("share", 1, size * micro_batches, micro_batches), world)
+    steps = bench.warmed_up(ScalingCase("share", 1, size * micro_batches, micro_batches), world)
     bench.network.watch = watch = Stopwatch()
     for _ in range(bench.steps):
         watch.new_step()
-        trainer.step()
+        steps.take(1)
     bench.network.watch = None
     return LayerTimes(
         size,
         watch.median("backward", None),
         watch.median("forward", None),
-        _update_seconds(trainer, bench.steps) / micro_batches,
+        _update_seconds(steps.state, bench.steps) / micro_batches,
         [
             PartTime(
                 name,
@@ -139,9 +139,9 @@ def _layer_times(bench: Workbench, world: Communicator) -> LayerTimes:
     )
 
 
-def _update_seconds(trainer: Trainer, calls: int) -> float:
+def _update_seconds(state: TrainingState, calls: int) -> float:
     """Return the median seconds of the optimizer's update."""
-    state, network = trainer.state, trainer.state.network
+    network = state.network
     gradient = aligned_empty(network.gradients.shape)
     seconds = []
     for call in range(calls):

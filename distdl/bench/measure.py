@@ -20,6 +20,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,16 +28,17 @@ from numpy.typing import NDArray
 
 from distdl.bench.settings import SCALINGS, BenchSettings
 from distdl.config import TrainConfig
-from distdl.data import sources, split
-from distdl.data.normalization import Normalization, measure
-from distdl.engine.coordinator import Follower
+from distdl.data import MicroBatches, PreparedDataset, sources
+from distdl.data.split import batch_rows, epoch_order
+from distdl.engine.checks.nonfinite import FiniteCheck
 from distdl.engine.prepare import check_outputs
 from distdl.engine.state import TrainingState
+from distdl.engine.step import OptimizerStep, supervised
+from distdl.engine.timing.timeline import Timeline
 from distdl.engine.timing.trace import Trace
-from distdl.engine.trainer import Data, Trainer
 from distdl.engine.user_code import agree_on, network_builder
-from distdl.errors import UserError
-from distdl.nn import Sequential
+from distdl.errors import DivergedError, UserError
+from distdl.nn import Sequential, make_loss
 from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, on_rank_0, share_arrays, together
 from distdl.rng import Key
@@ -51,6 +53,7 @@ MOST_RANDOM_BYTES = 2**26
 #: Longest sleep of an unused rank before it looks again.
 IDLE_PAUSE_SECONDS = 0.02
 KEY = Key(0).of("bench")
+TRAINING_KEY = Key(0)
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,44 @@ def oversubscribed(cores_of_ranks: Sequence[tuple[str, Sequence[int]]], ranks: i
     return any(count[host] > len(cores[host]) for host in count)
 
 
+class CaseSteps:
+    """The training steps of one case, and their timeline: the trainer's steps, without a trainer. Collective."""
+
+    def __init__(
+        self,
+        case: ScalingCase,
+        world: Communicator,
+        dataset: PreparedDataset,
+        state: TrainingState,
+        config: TrainConfig,
+    ) -> None:
+        self.case = case
+        self.state = state
+        self.timeline = Timeline(world)
+        check = FiniteCheck(state, skip=False, save=lambda fault: None, diverged=_diverged)  # noqa: ARG005
+        self._step = OptimizerStep(
+            world,
+            state.network,
+            state.optimizer,
+            micro_batch_size=config.micro_batch_size,
+            reduction=config.reduction,
+            observers=[self.timeline, check],
+        )
+        self._micro_batches = MicroBatches(dataset, config.micro_batch_size)
+        self._loss = make_loss(dataset.default_loss)
+        self._learning_rate = config.learning_rate
+        self._rows = dataset.parts.training
+
+    def take(self, count: int) -> None:
+        """Take so many steps."""
+        state, size = self.state, self.case.batch_size
+        for step in range(state.step, state.step + count):
+            load = partial(self._micro_batches.load, batch_rows(self._rows, step, size))
+            compute = supervised(state.network, self._loss, load, TRAINING_KEY.of("training", step))
+            self._step.take(compute, samples=size, learning_rate=self._learning_rate, update=step + 1)
+            state.step_array += 1
+
+
 class Workbench:
     """The network, the images and the worlds of a benchmark. Making one and every method are collective.
 
@@ -174,21 +215,21 @@ class Workbench:
     def __init__(self, settings: BenchSettings, communicator: Communicator, ranks: Sequence[int]) -> None:
         self.settings = settings
         self.communicator = communicator
-        self._shared = share_arrays(communicator, on_rank_0(communicator, lambda: _data_arrays(settings)) or {})
+        arrays = on_rank_0(communicator, lambda: _dataset(settings).to_arrays()) or {}
+        self._dataset = PreparedDataset.from_arrays(share_arrays(communicator, arrays))
         self.network = together(communicator, self._build)
         agree_on(communicator, settings.model, self.network)
         self.worlds = {count: communicator.split(0 if communicator.rank < count else None) for count in ranks}
         self.cores_of_ranks = cores_of_ranks(communicator)
         self._first_weights, self._first_buffers = self.network.parameters.copy(), self.network.buffers.copy()
-        self._trainers: dict[ScalingCase, Trainer] = {}
+        self._steps: dict[ScalingCase, CaseSteps] = {}
         self.steps = settings.steps or self._steps_in(MEASUREMENT_SECONDS)
 
     def _build(self) -> Sequential:
-        _, height, width, channels = self._shared["images"].shape
-        classes = int(self._shared["classes"][0])
+        _, height, width, channels = self._dataset.images.shape
         build = network_builder(self.settings.model)
         try:
-            network = build((height, width, channels), classes)
+            network = build((height, width, channels), self._dataset.classes)
             network.initialize(KEY.of("initialization"))
         except MemoryError:
             raise UserError(
@@ -196,7 +237,7 @@ class Workbench:
                 "give smaller images"
             ) from None
         config = TrainConfig(model=self.settings.model, dataset=self.settings.dataset or "the benchmark")
-        check_outputs(config, network.output_shape, self._data(0))
+        check_outputs(config, network.output_shape, self._dataset)
         return network
 
     @property
@@ -208,7 +249,7 @@ class Workbench:
         """Return how many steps one rank takes in that time, at least `TRIAL_STEPS`."""
         self.steps = TRIAL_STEPS
         trial = self.measure(ScalingCase("strong", 1, self.settings.batch_size, self.settings.micro_batches))
-        self._trainers.clear()
+        self._steps.clear()
         steps = 0 if trial is None else round(seconds * TRIAL_STEPS / trial.seconds)
         return int(self.communicator.bcast_json(max(TRIAL_STEPS, steps)))
 
@@ -219,44 +260,34 @@ class Workbench:
         yield self.worlds[ranks]
         self.communicator.barrier(longest_pause_seconds=IDLE_PAUSE_SECONDS)
 
-    def warmed_up(self, case: ScalingCase, world: Communicator) -> Trainer:
-        """Return a trainer for the case, after the warm-up steps. All trainers share one network and its buffers."""
-        if case not in self._trainers:
-            settings, network = self.settings, self.network
-            config = TrainConfig(
-                model=settings.model,
-                batch_size=case.batch_size,
-                micro_batch_size=settings.micro_batch_size,
-                optimizer=settings.optimizer,  # type: ignore[arg-type]  # checked by name
-                reduction=settings.reduction,  # type: ignore[arg-type]
-            ).checked()
-            optimizer = optimizer_class(config.optimizer)(network.parameters.size)
-            data = self._data(case.batch_size * (self.warm_up_steps + self.steps))
-            self._trainers[case] = Trainer(config, world, data, TrainingState(network, optimizer), Follower())
-        trainer = self._trainers[case]
-        state = trainer.state
+    def warmed_up(self, case: ScalingCase, world: Communicator) -> CaseSteps:
+        """Return the steps of a case after the warm-up steps. All cases share one network and its buffers."""
+        if case not in self._steps:
+            self._steps[case] = self._make_steps(case, world)
+        steps = self._steps[case]
+        state = steps.state
         state.network.parameters[...] = self._first_weights
         state.network.buffers[...] = self._first_buffers
         for vector in state.optimizer.state.values():
             vector[...] = 0
         state.step_array[...] = 0
-        state.epoch_sums.set(0.0, 0, 0)
-        for _ in range(self.warm_up_steps):
-            trainer.step()
-        trainer.timeline.spent()
-        return trainer
+        steps.take(self.warm_up_steps)
+        steps.timeline.spent()
+        return steps
 
-    def _data(self, count: int) -> Data:
-        """Return `count` training samples in one epoch; images repeat if there are fewer."""
-        shared = self._shared
-        rows = np.arange(count, dtype=np.int64) % len(shared["images"])
-        return Data(
-            shared["images"],
-            shared["labels"],
-            split.Split(rows, rows[:0], rows[:0]),
-            Normalization(shared["mean"], shared["deviation"]),
-            int(shared["classes"][0]),
-        )
+    def _make_steps(self, case: ScalingCase, world: Communicator) -> CaseSteps:
+        settings = self.settings
+        config = TrainConfig(
+            model=settings.model,
+            batch_size=case.batch_size,
+            micro_batch_size=settings.micro_batch_size,
+            optimizer=settings.optimizer,  # type: ignore[arg-type]  # checked by name
+            reduction=settings.reduction,  # type: ignore[arg-type]
+        ).checked()
+        count = case.batch_size * (self.warm_up_steps + self.steps)
+        rows = epoch_order(TRAINING_KEY, 0, count) % len(self._dataset.images)  # images repeat if there are fewer
+        state = TrainingState(self.network, optimizer_class(config.optimizer)(self.network.parameters.size))
+        return CaseSteps(case, world, self._dataset.with_training_rows(rows), state, config)
 
     def measure(self, case: ScalingCase) -> Measurement | None:
         """Measure a case once; return None on ranks outside its world."""
@@ -264,14 +295,13 @@ class Workbench:
             return None if world is None else self._measure(case, world)
 
     def _measure(self, case: ScalingCase, world: Communicator) -> Measurement:
-        trainer = self.warmed_up(case, world)
-        timeline = trainer.timeline
+        steps = self.warmed_up(case, world)
+        timeline = steps.timeline
         marks: list[NDArray[np.float64]] = []
         timeline.on_steps = marks.append
         world.barrier()
         started = timeline.clock()
-        for _ in range(self.steps):
-            trainer.step()
+        steps.take(self.steps)
         seconds = timeline.clock() - started
         spent = timeline.spent()
         timeline.on_steps = None
@@ -285,7 +315,7 @@ class Workbench:
             reduction_seconds=list(spent.reduction),
             wait_seconds=list(spent.waiting),
             compute_deviation=[of_rank[1] for of_rank in of_ranks],
-            weights_sha256=trainer.state.weights_sha256(),
+            weights_sha256=steps.state.weights_sha256(),
         )
 
     def record_trace(self) -> dict[str, Any] | None:
@@ -295,14 +325,12 @@ class Workbench:
         with self.world(ranks) as world:
             if world is None:
                 return None
-            case = ScalingCase("strong", ranks, settings.batch_size, settings.micro_batches)
-            trainer = self.warmed_up(case, world)
-            trace = Trace(trainer.timeline)
-            for _ in range(self.steps):
-                trainer.step()
-            trainer.timeline.spent()
-            trainer.timeline.on_steps = None
-            return trace.gather(self.warm_up_steps + self.steps)
+            steps = self.warmed_up(ScalingCase("strong", ranks, settings.batch_size, settings.micro_batches), world)
+            trace = Trace(steps.timeline)
+            steps.take(self.steps)
+            steps.timeline.spent()
+            steps.timeline.on_steps = None
+            return trace.gather(steps.state.step)
 
 
 def measure_scaling(
@@ -320,28 +348,24 @@ def measure_scaling(
     return measured
 
 
-def _data_arrays(settings: BenchSettings) -> dict[str, NDArray[Any]]:
-    """Return the dataset, or random pixels of the given shape, with its normalization."""
+def _diverged(fault: str) -> DivergedError:
+    error = DivergedError(f"{fault}: expected finite numbers; check the initial weights of --model, and the dataset")
+    error.agreed = True
+    return error
+
+
+def _dataset(settings: BenchSettings) -> PreparedDataset:
+    """Return the dataset, or random pixels of the given shape, all for training."""
     if settings.dataset is not None:
         dataset = sources.load(settings.dataset, settings.data_dir)
-        images, labels, classes = dataset.images, dataset.labels, dataset.classes
-    else:
-        pixels = int(np.prod(settings.input_shape, dtype=np.int64))
-        count = max(1, min(RANDOM_IMAGES, MOST_RANDOM_BYTES // pixels))
-        if count * pixels > 4 * MOST_RANDOM_BYTES:
-            shape = "x".join(map(str, settings.input_shape))
-            raise UserError(
-                f"--input {shape} is too large: an image may have {4 * MOST_RANDOM_BYTES:,} numbers at most; give less"
-            )
-        words = KEY.of("pixels").words(-(-count * pixels // 8))
-        images = words.view(np.uint8)[: count * pixels].reshape(count, *settings.input_shape)
-        labels = np.arange(count, dtype=np.int64) % CLASSES
-        classes = CLASSES
-    normalization = measure(images, np.arange(len(images)))
-    return {
-        "images": images,
-        "labels": labels,
-        "classes": np.array([classes]),
-        "mean": normalization.mean,
-        "deviation": normalization.deviation,
-    }
+        return PreparedDataset.for_training_only(dataset.images, dataset.labels, dataset.classes)
+    pixels = int(np.prod(settings.input_shape, dtype=np.int64))
+    count = max(1, min(RANDOM_IMAGES, MOST_RANDOM_BYTES // pixels))
+    if count * pixels > 4 * MOST_RANDOM_BYTES:
+        shape = "x".join(map(str, settings.input_shape))
+        raise UserError(
+            f"--input {shape} is too large: an image may have {4 * MOST_RANDOM_BYTES:,} numbers at most; give less"
+        )
+    words = KEY.of("pixels").words(-(-count * pixels // 8))
+    images = words.view(np.uint8)[: count * pixels].reshape(count, *settings.input_shape)
+    return PreparedDataset.for_training_only(images, np.arange(count, dtype=np.int64) % CLASSES, CLASSES)

@@ -117,12 +117,18 @@ def committed(communicator: Communicator) -> Iterator[None]:
     commit(communicator)
 
 
-def recover(survivor: Survivor, lost: PeerLost) -> CompletedRecovery:
-    """Go on after a loss: `survivor` then has the communicator of those that are left. Collective."""
+def recover(
+    survivor: Survivor, lost: PeerLost, watch: Callable[[Do], object] = lambda _action: None
+) -> CompletedRecovery:
+    """Recover from a failure: `survivor` then has the communicator of the surviving ranks. Collective.
+
+    `watch` is called before each action.
+    """
     started, before = time.perf_counter(), survivor.communicator.world_ranks
     recovery = Recovery(agreed=lost.agreed)
     while recovery.action is not Do.GO_ON:
         try:
+            watch(recovery.action)
             _act(recovery, survivor)
         except PeerLost as another:
             recovery.lost(agreed=another.agreed)

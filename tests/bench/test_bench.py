@@ -212,7 +212,7 @@ BAD = {
     "an unknown model": (["--model", "perceptron"], "unknown model 'perceptron'"),
     "no file of a model": (["--model", "nowhere.py:net"], "nowhere.py does not exist"),
     "a model that raises": (["--model", "raises.py:net"], "raises.py:net raised ValueError: too few (line 1 of"),
-    "a model of other outputs": (["--model", "seven.py:net"], "puts out (7,) for a sample, expected (10,)"),
+    "a model of other outputs": (["--model", "seven.py:net"], "returns outputs (7,) for a sample, expected (10,)"),
     "no samples": (["--batch-size", "-3"], "--batch-size must be at least 1"),
     "images too small": (["--model", "deep_convnet", "--input", "1x1x1"], "is smaller than the"),
     "images too large": (["--input", "100000x100000x3"], "--input 100000x100000x3 is too large"),

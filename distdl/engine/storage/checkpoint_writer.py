@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.engine.storage import checkpoint as checkpoints
-from distdl.engine.storage.checkpoint import Checkpoint
+from distdl.engine.fault_injection import reached
+from distdl.engine.storage import checkpoints
+from distdl.engine.storage.checkpoints import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class CheckpointWriter:
         """Write the checkpoint, then remove old ones; on the thread."""
         step, best_step = checkpoint.header["step"], checkpoint.header["progress"]["best_step"]
         try:
+            reached("checkpoint-write")
             flush_logs()
             checkpoints.write(checkpoints.path_of_step(folder, step), checkpoint)
         except OSError as error:
@@ -91,4 +93,5 @@ class CheckpointWriter:
             checkpoints.remove_old(folder, step, self._keep, best_step)
         except OSError as error:
             return Outcome(step, removal_refused=error)
+        reached("checkpoint-write", when="after")
         return Outcome(step)
