@@ -27,13 +27,12 @@ from numpy.typing import NDArray
 
 from distdl.bench.settings import SCALINGS, Settings
 from distdl.config import TrainConfig
-from distdl.data import sources, split
-from distdl.data.normalization import Normalization, measure
+from distdl.data import PreparedDataset, sources
 from distdl.engine.coordinator import Follower
 from distdl.engine.prepare import check_outputs
 from distdl.engine.state import TrainingState
 from distdl.engine.timing.trace import Trace
-from distdl.engine.trainer import Data, Trainer
+from distdl.engine.trainer import Trainer
 from distdl.engine.user_code import agree_on, network_builder
 from distdl.errors import UserError
 from distdl.nn import Sequential
@@ -164,8 +163,8 @@ class Bench:
     def __init__(self, settings: Settings, communicator: Communicator, ranks: Sequence[int]) -> None:
         self.settings = settings
         self.communicator = communicator
-        arrays = together(communicator, lambda: _pictures(settings) if communicator.rank == 0 else {})
-        self._shared = share_arrays(communicator, arrays)
+        arrays = together(communicator, lambda: _pictures(settings).to_arrays() if communicator.rank == 0 else {})
+        self._dataset = PreparedDataset.from_arrays(share_arrays(communicator, arrays))
         self.network = together(communicator, self._build)
         agree_on(communicator, settings.model, self.network)
         self.worlds = {count: communicator.split(0 if communicator.rank < count else None) for count in ranks}
@@ -175,11 +174,10 @@ class Bench:
         self.steps = settings.steps or self._steps_in(MEASUREMENT_SECONDS)
 
     def _build(self) -> Sequential:
-        _, height, width, channels = self._shared["images"].shape
-        classes = int(self._shared["classes"][0])
+        _, height, width, channels = self._dataset.images.shape
         build = network_builder(self.settings.model)
         try:
-            network = build((height, width, channels), classes)
+            network = build((height, width, channels), self._dataset.classes)
             network.initialize(KEY.of("initialization"))
         except MemoryError:
             raise UserError(
@@ -187,7 +185,7 @@ class Bench:
                 "give smaller images"
             ) from None
         what = TrainConfig(model=self.settings.model, dataset=self.settings.dataset or "the benchmark")
-        check_outputs(what, network.output_shape, self._data(0))
+        check_outputs(what, network.output_shape, self._dataset)
         return network
 
     @property
@@ -219,18 +217,9 @@ class Bench:
             self._trainers[setup] = Trainer(config, world, data, TrainingState(network, optimizer), Follower())
         return self._trainers[setup]
 
-    def _data(self, count: int) -> Data:
-        """Return so many training samples, all of one epoch; pictures come again where there are fewer."""
-        shared = self._shared
-        rows = np.arange(count, dtype=np.int64) % len(shared["images"])
-        none = rows[:0]
-        return Data(
-            shared["images"],
-            shared["labels"],
-            split.Split(rows, none, none),
-            Normalization(shared["mean"], shared["deviation"]),
-            int(shared["classes"][0]),
-        )
+    def _data(self, count: int) -> PreparedDataset:
+        """Return so many training samples, all of one epoch; pictures come again if there are fewer."""
+        return self._dataset.with_training_rows(np.arange(count, dtype=np.int64) % len(self._dataset.images))
 
     def start_again(self, trainer: Trainer) -> None:
         """Put a trainer's state back to before the first step."""
@@ -317,8 +306,8 @@ def traced(bench: Bench) -> dict[str, Any] | None:
         return trace.gather(bench.warm_up_steps + bench.steps)
 
 
-def _pictures(settings: Settings) -> dict[str, NDArray[Any]]:
-    """Return the data set, or random pixels of the given shape; and its normalization."""
+def _pictures(settings: Settings) -> PreparedDataset:
+    """Return the dataset, or random pixels of the given shape, all for training."""
     if settings.dataset is not None:
         dataset = sources.load(settings.dataset, settings.data_dir)
         images, labels, classes = dataset.images, dataset.labels, dataset.classes
@@ -331,11 +320,4 @@ def _pictures(settings: Settings) -> dict[str, NDArray[Any]]:
         images = words.view(np.uint8)[: count * pixels].reshape(count, *settings.input_shape)
         labels = np.arange(count, dtype=np.int64) % CLASSES
         classes = CLASSES
-    normalization = measure(images, np.arange(len(images)))
-    return {
-        "images": images,
-        "labels": labels,
-        "classes": np.array([classes]),
-        "mean": normalization.mean,
-        "deviation": normalization.deviation,
-    }
+    return PreparedDataset.for_training_only(images, labels, classes)

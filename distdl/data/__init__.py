@@ -8,3 +8,8 @@
 
 Nothing here knows ranks, networks or configuration.
 """
+
+from distdl.data.dataset import Dataset, PreparedDataset
+from distdl.data.micro_batches import MicroBatches
+
+__all__ = ["Dataset", "MicroBatches", "PreparedDataset"]

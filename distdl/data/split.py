@@ -27,6 +27,11 @@ class Split:
     validation: Rows
     test: Rows
 
+    @classmethod
+    def training_only(cls, rows: Rows) -> Split:
+        """Return a split whose validation and test parts are empty."""
+        return cls(rows, rows[:0], rows[:0])
+
 
 def split(labels: NDArray[Any], test_start: int | None, key: Key) -> Split:
     """Split the rows of a data set; `labels` are theirs, (N, ...).

@@ -23,9 +23,9 @@ from distdl.engine.console import Console, describe_shares
 from distdl.engine.logbook import Journal, Records
 from distdl.engine.metrics import JsonLines, Sums
 from distdl.engine.state import TrainingState
-from distdl.engine.storage import checkpoint as checkpoints
-from distdl.engine.storage.checkpoint import Checkpoint
+from distdl.engine.storage import checkpoints
 from distdl.engine.storage.checkpoint_writer import CheckpointWriter, Outcome
+from distdl.engine.storage.checkpoints import Checkpoint
 from distdl.engine.storage.files import indented_json, remove_temporaries, write_durably
 from distdl.engine.storage.run_folder import Start, claim
 from distdl.engine.timing.timeline import Spent

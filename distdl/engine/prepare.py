@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from distdl.arrays import sha256_of_arrays
 from distdl.config import TrainConfig
-from distdl.data import sources, split
-from distdl.data.normalization import Normalization, measure
+from distdl.data import Dataset, PreparedDataset, split
 from distdl.engine import transfer
 from distdl.engine.checks.watchdog import Watchdog
 from distdl.engine.console import Console, banner, shares_of
@@ -26,12 +23,12 @@ from distdl.engine.logbook import Journal
 from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
-from distdl.engine.storage import checkpoint as checkpoints
+from distdl.engine.storage import checkpoints
 from distdl.engine.storage.run_folder import Start, find_start
 from distdl.engine.takeover import Successor
 from distdl.engine.timing import balance
 from distdl.engine.timing.trace import check_writable
-from distdl.engine.trainer import Data, Summary, Trainer
+from distdl.engine.trainer import Summary, Trainer
 from distdl.engine.user_code import BuildNetwork, agree_on, load_dataset, network_builder
 from distdl.errors import DamagedFileError, UserError
 from distdl.job.warden import Warden
@@ -47,7 +44,7 @@ def train(
     communicator: Communicator | None = None,
     *,
     build_network: BuildNetwork | None = None,
-    dataset: sources.Dataset | None = None,
+    dataset: Dataset | None = None,
     console: Console | None = None,
     stop: StopRequest | None = None,
 ) -> Summary:
@@ -67,7 +64,7 @@ def train(
         return TrainConfig.from_json(communicator.bcast_json(config.to_json()))
 
     with stop.listening(), guard(communicator):
-        lost_at_start, communicator.lost_at_start = communicator.lost_at_start, None
+        lost_at_start, communicator.recovery_at_start = communicator.recovery_at_start, None
         communicator, config, lost_first = survive(communicator, agree_on_config)
         stall_warning = config.stall_warning
         communicator, watchdog, lost_second = survive(communicator, lambda left: Watchdog(left, stall_warning))
@@ -92,7 +89,7 @@ class _Preparation:
 
     config: TrainConfig
     build_network: BuildNetwork | None
-    dataset: sources.Dataset | None
+    dataset: Dataset | None
     printer: Console | None = None
     #: The run folder, once it is made; known to all ranks before anything is written there.
     folder: Path | None = None
@@ -149,8 +146,8 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
     together(communicator, lambda: check_writable(config.trace) if coordinates and config.trace is not None else None)
     folder, again = preparation.folder, preparation.again
     start = together(communicator, lambda: find_start(config, folder, again=again) if coordinates else None)
-    arrays = together(communicator, lambda: read_data(config, dataset) if coordinates else {})
-    data = _shared(communicator, arrays)
+    arrays = together(communicator, lambda: read_data(config, dataset).to_arrays() if coordinates else {})
+    data = PreparedDataset.from_arrays(share_arrays(communicator, arrays))
     del arrays
     height, width, channels = data.images.shape[1:]
 
@@ -180,7 +177,7 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
     state = together(communicator, build)
     agree_on(communicator, config.model, state.network)
     steps_per_epoch = split.steps_per_epoch(len(data.parts.training), config.batch_size)
-    data_sha256 = communicator.bcast_json(sha256_of_data(data) if coordinates else "")
+    data_sha256 = communicator.bcast_json(data.sha256() if coordinates else "")
     source = config.init_from if start is not None and start.checkpoint is None else None
     preparation.taken = together(
         communicator, lambda: None if source is None else transfer.take(source, state.network, config.model)
@@ -215,12 +212,12 @@ def _prepared(preparation: _Preparation, communicator: Communicator) -> Trainer:
     return trainer
 
 
-def labelled(config: TrainConfig, build_network: BuildNetwork | None, dataset: sources.Dataset | None) -> TrainConfig:
+def labelled(config: TrainConfig, build_network: BuildNetwork | None, dataset: Dataset | None) -> TrainConfig:
     """Return the config that names what a script has given in place of the config's own model and dataset."""
     if build_network is not None:
         name = getattr(build_network, "__qualname__", type(build_network).__qualname__)
         config = replace(config, model=f"{build_network.__module__}:{name}")
-    if dataset is not None and not isinstance(dataset, sources.Dataset):
+    if dataset is not None and not isinstance(dataset, Dataset):
         raise UserError(
             f"the dataset is a {type(dataset).__name__}, expected a distdl.data.sources.Dataset(name, images, labels, "
             "classes, test_start)"
@@ -228,7 +225,7 @@ def labelled(config: TrainConfig, build_network: BuildNetwork | None, dataset: s
     return config if dataset is None else replace(config, dataset=dataset.name)
 
 
-def outputs_of(config: TrainConfig, data: Data) -> tuple[int, ...]:
+def outputs_of(config: TrainConfig, data: Dataset | PreparedDataset) -> tuple[int, ...]:
     """Return the shape of a sample's outputs that the data and the loss ask for."""
     if config.loss == "binary_cross_entropy":
         if data.targets_per_sample != 1 or data.classes != 2:
@@ -237,13 +234,13 @@ def outputs_of(config: TrainConfig, data: Data) -> tuple[int, ...]:
                 f"{data.labels.dtype} {data.labels.shape} of {data.classes} classes; leave the flag out"
             )
         return (1,)
-    if config.loss not in {"auto", data.loss}:
+    if config.loss not in {"auto", data.default_loss}:
         kind = "numbers" if data.targets_per_sample == 0 else "labels"
         raise UserError(f"--loss {config.loss} does not go with {config.dataset}, which has {kind}; leave the flag out")
     return (*(data.labels.shape[1:] if data.targets_per_sample else ()), data.classes)
 
 
-def check_outputs(config: TrainConfig, output_shape: tuple[int, ...], data: Data) -> None:
+def check_outputs(config: TrainConfig, output_shape: tuple[int, ...], data: PreparedDataset) -> None:
     """Raise `UserError` where a network's outputs have another shape than the data and the loss ask for."""
     expected = outputs_of(config, data)
     if output_shape != expected:
@@ -274,34 +271,10 @@ def _check_ranks(config: TrainConfig, ranks: int) -> None:
         )
 
 
-def read_data(config: TrainConfig, dataset: sources.Dataset | None) -> dict[str, NDArray[Any]]:
+def read_data(config: TrainConfig, dataset: Dataset | None) -> PreparedDataset:
     """Load the dataset, split it, and measure its training part: the coordinator's work."""
     dataset = load_dataset(config.dataset, config.data_dir) if dataset is None else dataset.checked()
-    parts = split.split(dataset.labels, dataset.test_start, Key(config.seed))
-    normalization = measure(dataset.images, parts.training)
-    return {
-        "images": dataset.images,
-        "labels": dataset.labels,
-        "classes": np.array([dataset.classes]),
-        **{name: getattr(parts, name) for name in ("training", "validation", "test")},
-        **{name: getattr(normalization, name) for name in ("mean", "deviation")},
-    }
-
-
-def _shared(communicator: Communicator, arrays: dict[str, NDArray[Any]]) -> Data:
-    shared = share_arrays(communicator, arrays)
-    return Data(
-        shared["images"],
-        shared["labels"],
-        split.Split(shared["training"], shared["validation"], shared["test"]),
-        Normalization(shared["mean"], shared["deviation"]),
-        int(shared["classes"][0]),
-    )
-
-
-def sha256_of_data(data: Data) -> str:
-    """Return the hash of all that a training takes from its dataset: a tenth of a second for MNIST."""
-    return sha256_of_arrays([("images", data.images), ("labels", data.labels), *vars(data.parts).items()])
+    return PreparedDataset.prepare(dataset, config.seed)
 
 
 def _restore(

@@ -22,11 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.arrays import aligned_empty
 from distdl.config import TrainConfig, is_own
-from distdl.data import split
+from distdl.data import MicroBatches, PreparedDataset, split
 from distdl.data.augmentation import Augmentation
-from distdl.data.normalization import Normalization
 from distdl.engine.checks import corruption, nonfinite
 from distdl.engine.coordinator import Follower
 from distdl.engine.metrics import METRIC_FIELDS, Sums
@@ -77,35 +75,6 @@ class Summary:
     recoveries: list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Data:
-    """The dataset as every rank has it: shared pixels, and the rows of each part."""
-
-    images: NDArray[Any]
-    labels: NDArray[Any]
-    parts: split.Split
-    normalization: Normalization
-    classes: int
-
-    @property
-    def targets_per_sample(self) -> int:
-        """How many right answers a sample can have: a label, or one a pixel; 0 where they are numbers."""
-        return 0 if self.labels.dtype.kind == "f" else math.prod(self.labels.shape[1:])
-
-    @property
-    def loss(self) -> str:
-        """The name of the loss for such labels."""
-        return "cross_entropy" if self.targets_per_sample else "mean_squared_error"
-
-    def loss_named(self, name: str) -> str:
-        """Return the name of the loss that ``--loss name`` stands for."""
-        return self.loss if name == "auto" else name
-
-    def samples(self, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """Return the images, as the dataset has them, and the labels of some rows."""
-        return {"images": self.images[rows], "labels": self.labels[rows]}
-
-
 class Phase(IntEnum):
     """What a run does next after so many steps; in this order where it is several."""
 
@@ -128,7 +97,7 @@ class Trainer:
         self,
         config: TrainConfig,
         communicator: Communicator,
-        data: Data,
+        data: PreparedDataset,
         state: TrainingState,
         coordinator: Follower,
     ) -> None:
@@ -149,10 +118,10 @@ class Trainer:
             warmup_steps=config.warmup_steps,
         )
         self.stop = StopRequest()
-        self.augmentation = None if config.augment is None else Augmentation.parse(config.augment)
+        augmentation = None if config.augment is None else Augmentation.parse(config.augment)
+        self.micro_batches = MicroBatches(data, config.micro_batch_size, augmentation)
         self._leaf = Sums()
         self._batch = Sums(targets_per_sample=data.targets_per_sample)
-        self._images: dict[int, NDArray[np.float32]] = {}
         self._order = (-1, np.empty(0, np.int64))
         last_step = config.epoch_count * self.steps_per_epoch
         self.last_step = last_step if config.max_steps is None else min(last_step, config.max_steps)
@@ -172,7 +141,7 @@ class Trainer:
         self.timeline = Timeline(communicator)
         self._trace = None if config.trace is None else Trace(self.timeline)
         self._samples = 0
-        self._micro_batches = 0
+        self._micro_batches_begun = 0
         full, training = config.batch_size, len(self.data.parts.training)
         for samples in sorted({min(full, training), training % full or full}):
             self._gradients.begin(self._shards(samples))  # which makes room for their partial sums
@@ -180,7 +149,7 @@ class Trainer:
     @property
     def work_done(self) -> tuple[int, int]:
         """The steps, and what moves within them: the micro-batches that this rank has begun; for the watchdog."""
-        return self.state.step, self._micro_batches
+        return self.state.step, self._micro_batches_begun
 
     def run(self) -> Summary:
         """Train to the last step, score the test part where training is complete, and return the summary."""
@@ -357,9 +326,10 @@ class Trainer:
         record = {"gradient": network.gradients, "statistics": network.statistics}
         record |= {**vars(self._leaf), **self.stop.values()}
         for place, index in enumerate(shard):
-            images, labels = self._micro_batch(rows, index, key.of(index, "augmentation"))
+            self._micro_batches_begun += 1
+            images, labels = self.micro_batches.load(rows, index, key.of(index, "augmentation"))
             changed = place == 0  # by the update at the end of the step before
-            outputs = network.forward(images, training=True, key=key.of(index), parameters_changed=changed)
+            outputs = network.forward(images, training=True, key=key.of(index))
             self._leaf.set(self.loss.forward(outputs, labels), self.loss.count_correct(outputs, labels), len(labels))
             network.backward(self.loss.backward())
             record.update(self._dealer.values(whole=len(labels) == self.config.micro_batch_size))
@@ -397,8 +367,9 @@ class Trainer:
         shards = self._shards(len(rows))
         self._metrics.begin(shards)
         for place, index in enumerate(shards[self.communicator.rank]):
-            images, labels = self._micro_batch(rows, index)
-            outputs = self.state.network.forward(images, parameters_changed=place == 0)
+            self._micro_batches_begun += 1
+            images, labels = self.micro_batches.load(rows, index)
+            outputs = self.state.network.forward(images)
             self._leaf.set(self.loss.forward(outputs, labels), self.loss.count_correct(outputs, labels), len(labels))
             self._metrics.add(index, vars(self._leaf))
         sums = Sums(targets_per_sample=self.data.targets_per_sample)
@@ -496,22 +467,7 @@ class Trainer:
         return self._order[1]
 
     def _shards(self, samples: int) -> Sequence[Shard]:
-        return self._dealer.shards(split.micro_batch_count(samples, self.config.micro_batch_size))
-
-    def _micro_batch(
-        self, rows: NDArray[np.int64], index: int, key: Key | None = None
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return the normalized images (N, H, W, C), augmented where a key is given, and the labels (N, ...)."""
-        self._micro_batches += 1
-        rows = split.micro_batch(rows, index, self.config.micro_batch_size)
-        if len(rows) not in self._images:
-            self._images[len(rows)] = aligned_empty((len(rows), *self.data.images.shape[1:]))
-        images, labels, out = self.data.images[rows], self.data.labels[rows], self._images[len(rows)]
-        if key is not None and self.augmentation is not None:
-            images = self.augmentation.apply(images, key, out=out)
-            if labels.ndim == 3:
-                labels = self.augmentation.apply_to_labels(labels, key)
-        return self.data.normalization.apply(images, out=out), labels
+        return self._dealer.shards(self.micro_batches.count(samples))
 
     def _diverged(self, what: str) -> DivergedError:
         """Return the error for sums that are no numbers; every rank has the same sums."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distdl.engine.storage.checkpoint import described
+from distdl.engine.storage.checkpoints import described
 from distdl.engine.storage.run_folder import checkpoint_in
 from distdl.errors import UserError, unknown_name
 from distdl.nn import Sequential

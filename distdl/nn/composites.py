@@ -75,6 +75,11 @@ class Composite(Layer):
         for name, path in self._built():
             path.bind(vectors.below(name), needs_input_gradient=self.needs_input_gradient)
 
+    def prepare(self) -> None:
+        """Let all ways derive data from their parameters."""
+        for _, path in self._built():
+            path.prepare()
+
     def update_buffers(self) -> None:
         """Let all ways update theirs."""
         for _, path in self._built():
@@ -96,7 +101,7 @@ class Composite(Layer):
                 outputs.append(x)
                 continue
             below = None if key is None else key.of(name)
-            outputs.append(path.forward(x, training=training, key=below, parameters_changed=self.parameters_changed))
+            outputs.append(path.forward(x, training=training, key=below))
         return self._join(outputs)
 
     def backward(self, dy: Array) -> Array | None:

@@ -497,14 +497,13 @@ class Chain:
         largest = max(block.bytes_per_sample for block in blocks)
         self.tile_size = min(max(TILE_BYTES // largest, 4), LARGEST_TILE)
 
-    def forward(self, x: Array, *, prepare: bool, watch: Watch | None = None) -> Array:
-        """Return the last block's output; `prepare` says that the parameters may have changed since the last call.
+    def prepare(self) -> None:
+        """Derive from the parameters what `forward` and `backward` use."""
+        for block in self.blocks:
+            block.prepare()
 
-        `watch` is called with a block's name after each tile.
-        """
-        if prepare:
-            for block in self.blocks:
-                block.prepare()
+    def forward(self, x: Array, *, watch: Watch | None = None) -> Array:
+        """Return the last block's output; `watch` is called with a block's name after each tile."""
         y = self._own.array("y", (len(x), *self.blocks[-1].output_size, self.blocks[-1].F))
         for tile, rows in self._tiles_of(len(x)):
             N = rows.stop - rows.start

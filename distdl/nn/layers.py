@@ -147,8 +147,6 @@ class Layer:
     statistics: Mapping[str, Array]
     needs_input_gradient = True
     """False where nothing in front has parameters: `backward` may then return None."""
-    parameters_changed = True
-    """Set before each `forward`: whether the parameters may have changed since the one before."""
     form: Literal["fast", "plain"] = "fast"
     """Set before `build`: for layers that are made of others, how those are run."""
 
@@ -173,6 +171,12 @@ class Layer:
         """Take the layer's own views of the network's vectors, by the names that its specs gave."""
         self.parameters, self.gradients = vectors.parameters, vectors.gradients
         self.buffers, self.statistics = vectors.buffers, vectors.statistics
+
+    def prepare(self) -> None:
+        """Derive data from the parameters, such as transposed copies, that `forward` and `backward` then use.
+
+        The network calls it before `forward` whenever the parameters may have changed.
+        """
 
     def update_buffers(self) -> None:
         """Update `buffers` once a step; `statistics` then hold the sums over the whole batch."""

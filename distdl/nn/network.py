@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -86,6 +87,7 @@ class Sequential:
         #: If set, it is called with "forward" or "backward" and the name of each part that has just been done,
         #: and with None for a name when a pass begins. Fused layers are one part, done once for each tile.
         self.watch: Watch | None = None
+        self._promises = 0
         self.path = Path(self.layers, self.input_shape, self.dtype, form)
         self.layer_names = self.path.names
         self.output_shape = self.path.shapes[-1]
@@ -115,6 +117,7 @@ class Sequential:
     def bind(self, *, needs_input_gradient: bool = False) -> None:
         """Give all layers their views; say whether the first needs the gradient by the network's input."""
         self.path.bind(self._vectors, needs_input_gradient=needs_input_gradient)
+        self._prepared = False
 
     def views(self, flat: Array) -> list[tuple[str, Array]]:
         """Return each parameter's name with its view of `flat`, any vector laid out as `parameters` is."""
@@ -157,9 +160,26 @@ class Sequential:
         for (name, view), spec in zip(self.named_parameters(), self._places.specs, strict=True):
             view[...] = spec.initializer(key.of(name), spec.shape, spec.fan_in)
 
-    def forward(
-        self, x: Array, *, training: bool = False, key: Key | None = None, parameters_changed: bool = True
-    ) -> Array:
+    @contextmanager
+    def constant_parameters(self) -> Iterator[None]:
+        """Promise that the parameters stay as they are until the end of the ``with`` block.
+
+        The first `forward` inside prepares what the layers derive from the parameters, such as transformed weights,
+        and the others reuse it. Outside, every `forward` prepares it again. Uses may be nested; each prepares once.
+
+        >>> from distdl.nn import Affine
+        >>> network = Sequential([Affine(1)], (2,))
+        >>> with network.constant_parameters():
+        ...     outputs = [network.forward(np.full((1, 2), i, np.float32)) for i in range(3)]
+        """
+        self._promises += 1
+        self._prepared = False
+        try:
+            yield
+        finally:
+            self._promises -= 1
+
+    def forward(self, x: Array, *, training: bool = False, key: Key | None = None) -> Array:
         """Return the logits (N, ...) for `x` (N, ...), which has the network's dtype.
 
         The layer called ``dropout_1`` draws from ``key.of("dropout_1")``. The result may be a buffer that
@@ -170,7 +190,10 @@ class Sequential:
             raise UserError(f"input is {x.dtype} {x.shape}; expected {self.dtype} ({expected})")
         if self.watch:
             self.watch("forward", None)
-        return self.path.forward(x, training=training, key=key, parameters_changed=parameters_changed, watch=self.watch)
+        if not (self._promises and self._prepared):
+            self.path.prepare()
+            self._prepared = True
+        return self.path.forward(x, training=training, key=key, watch=self.watch)
 
     def every_layer(self) -> Iterator[Layer]:
         """Yield all layers, and behind each one those that it is made of."""

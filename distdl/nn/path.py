@@ -92,18 +92,23 @@ class Path:
             backward=tuple(product for products in all_of_them for product in products.backward),
         )
 
-    def forward(
-        self, x: Array, *, training: bool, key: Key | None, parameters_changed: bool, watch: Watch | None = None
-    ) -> Array:
+    def prepare(self) -> None:
+        """Let all layers and chains derive data from the parameters."""
+        for stage in self.stages:
+            if stage.chain is None:
+                self.layers[stage.layers.start].prepare()
+            else:
+                stage.chain.prepare()
+
+    def forward(self, x: Array, *, training: bool, key: Key | None, watch: Watch | None = None) -> Array:
         """Return the last layer's output; a layer called ``dropout_1`` draws from ``key.of("dropout_1")``."""
         for stage in self.stages:
             x = np.ascontiguousarray(x)
             if stage.chain is not None:
-                x = stage.chain.forward(x, prepare=parameters_changed, watch=watch)
+                x = stage.chain.forward(x, watch=watch)
                 continue
             place = stage.layers.start
             layer, name = self.layers[place], self.names[place]
-            layer.parameters_changed = parameters_changed
             x = layer.forward(x, training=training, key=None if key is None else key.of(name))
             if x.shape[1:] != self.shapes[place]:
                 raise UserError(

@@ -16,7 +16,7 @@ from distdl.parallel import shared
 from distdl.parallel.agreement import die_of_the_host, exit_code_of, from_rank_0, guard, on_rank_0, report, together
 from distdl.parallel.communicator import Communicator, CompletedRecovery, OneProcess, hosts
 from distdl.parallel.dealing import deal, share
-from distdl.parallel.recovery import Position, commit, committed, recover, survive
+from distdl.parallel.recovery import Position, Survivors, commit, committed, recover, survive
 from distdl.parallel.reduction import REDUCTIONS, Field, Layout, Record, Reduction
 from distdl.parallel.shared import share_arrays
 from distdl.parallel.tree import Shard, contiguous_shards
@@ -32,6 +32,7 @@ __all__ = [
     "Record",
     "Reduction",
     "Shard",
+    "Survivors",
     "commit",
     "committed",
     "contiguous_shards",

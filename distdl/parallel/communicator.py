@@ -43,8 +43,8 @@ class Communicator(ABC):
     description: str
     #: Whether the ranks that are left can go on when one dies: `PeerLost` is raised, and `shrink` gives their group.
     survives_failures: bool = False
-    #: What was lost before anybody could take it down: while the world was made.
-    lost_at_start: CompletedRecovery | None = None
+    #: The recovery that was needed while MPI started; `Survivors` takes and reports it.
+    recovery_at_start: CompletedRecovery | None = None
     #: A rank that waits polls for so long before it sleeps (unless there are more ranks than cores). Most waits of a
     #: training step are shorter than a millisecond.
     spin_seconds: float = 1e-3

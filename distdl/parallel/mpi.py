@@ -59,7 +59,7 @@ from distdl.job.mpi_init import together_or_not_at_all  # noqa: E402
 from distdl.job.streams import say  # noqa: E402
 from distdl.parallel.agreement import together  # noqa: E402
 from distdl.parallel.communicator import LONGEST_PAUSE_SECONDS, Bytes, Communicator, Span  # noqa: E402
-from distdl.parallel.recovery import survive  # noqa: E402
+from distdl.parallel.recovery import Survivors  # noqa: E402
 from distdl.parallel.shared import SHARED_MEMORY  # noqa: E402
 
 SHORTEST_PAUSE_SECONDS = 20e-6
@@ -367,8 +367,9 @@ def world_of_mpi(failure: UserError | None = None) -> MpiCommunicator:
         _everyone = MpiCommunicator(MPI.COMM_WORLD)
         if survives_failures():
             atexit.register(_leave)
-        _, _, loss = survive(_everyone, meet)
-        _everyone.lost_at_start = loss
+        survivors = Survivors(_everyone)
+        survivors.run(meet)  # if it shrinks the world, it replaces `_everyone`
+        _everyone.recovery_at_start = survivors.recoveries[0] if survivors.recoveries else None
     return _everyone
 
 

@@ -149,9 +149,9 @@ def _act(recovery: Recovery, survivor: Survivor) -> None:
 
 
 class _Attempt(Generic[T]):
-    """Work that begins again from nothing on the group that is left."""
+    """Work that a lost rank interrupts and that the survivors start again from nothing."""
 
-    position: Position = []  # noqa: RUF012  the same for all, never changed
+    position: Position = []  # noqa: RUF012  equal on all ranks and never changed
 
     def __init__(self, communicator: Communicator, work: Callable[[Communicator], T]) -> None:
         self.communicator = communicator
@@ -164,14 +164,37 @@ class _Attempt(Generic[T]):
         self.result = self._work(self.communicator)
 
 
+class Survivors:
+    """The surviving ranks, for work before the first step: a failure starts the work again on fewer ranks.
+
+    `communicator` is the group of the survivors. `recoveries` lists the completed recoveries. The first one may have
+    happened while MPI started; only the first `Survivors` object of a communicator reports that one.
+    """
+
+    def __init__(self, communicator: Communicator) -> None:
+        self.communicator = communicator
+        self.recoveries: list[CompletedRecovery] = []
+        if communicator.recovery_at_start is not None:
+            self.recoveries.append(communicator.recovery_at_start)
+            communicator.recovery_at_start = None
+
+    def run(self, work: Callable[[Communicator], T]) -> T:
+        """Call ``work(communicator)`` until it completes without a failure, and return its result. Collective."""
+        attempt = _Attempt(self.communicator, work)
+        try:
+            attempt.rebuild()
+            commit(self.communicator)
+        except PeerLost as lost:
+            self.recoveries.append(recover(attempt, lost))
+        self.communicator = attempt.communicator
+        return attempt.result
+
+
 def survive(
     communicator: Communicator, work: Callable[[Communicator], T]
 ) -> tuple[Communicator, T, CompletedRecovery | None]:
-    """Do collective `work` until it ends without a loss; return the group that is left, the result and the loss."""
-    attempt, loss = _Attempt(communicator, work), None
-    try:
-        attempt.rebuild()
-        commit(communicator)
-    except PeerLost as lost:
-        loss = recover(attempt, lost)
-    return attempt.communicator, attempt.result, loss
+    """Run `work` with `Survivors`; return the communicator, the result and the recovery."""
+    survivors = Survivors(communicator)
+    known = len(survivors.recoveries)
+    result = survivors.run(work)
+    return survivors.communicator, result, survivors.recoveries[known] if survivors.recoveries[known:] else None

@@ -16,8 +16,7 @@ from small_runs import small_run
 
 from distdl.engine.coordinator import Coordinator
 from distdl.engine.metrics import JsonLines
-from distdl.engine.storage import checkpoint as checkpoints
-from distdl.engine.storage import files, run_folder
+from distdl.engine.storage import checkpoints, files, run_folder
 from distdl.errors import UserError
 from distdl.job.launcher import read_launch
 from distdl.parallel import OneProcess, shared

@@ -9,7 +9,7 @@ from small_runs import VERY_RAGGED, piece_of_digits, remove, small_config, small
 
 from distdl.config import OPTIMIZERS
 from distdl.engine import train, trainer, transfer
-from distdl.engine.storage import checkpoint
+from distdl.engine.storage import checkpoints
 from distdl.errors import UserError
 from distdl.nn import Affine, BatchNorm, Conv2d, Flatten, ReLU, Residual, Sequential
 from distdl.parallel import OneProcess
@@ -51,7 +51,7 @@ def transferred(communicator, folder, **settings):
 
 
 def newest(folder):
-    return checkpoint.newest_intact(folder / "checkpoints")[1].tensors
+    return checkpoints.newest_intact(folder / "checkpoints")[1].tensors
 
 
 def first_state(monkeypatch, folder, **settings):
@@ -80,7 +80,7 @@ def test_what_agrees_begins_with_the_bits_of_the_source_and_all_else_with_those_
     source = source_in(tmp_path / "source")
     if given == "checkpoint":
         source = str(sorted((tmp_path / "source" / "checkpoints").iterdir())[0])
-    theirs = newest(tmp_path / "source") if given == "run folder" else checkpoint.read(tmp_path / source).tensors
+    theirs = newest(tmp_path / "source") if given == "run folder" else checkpoints.read(tmp_path / source).tensors
     capsys.readouterr()
     begun = first_state(monkeypatch, tmp_path / "new", init_from=source)
     said = capsys.readouterr().out

@@ -16,8 +16,7 @@ from distdl.engine import train
 from distdl.engine.coordinator import Coordinator
 from distdl.engine.environment import describe
 from distdl.engine.metrics import JsonLines
-from distdl.engine.storage import checkpoint as checkpoints
-from distdl.engine.storage import run_folder
+from distdl.engine.storage import checkpoints, run_folder
 from distdl.engine.storage.files import TEMPORARY_SUFFIX
 from distdl.engine.trainer import Trainer
 from distdl.errors import PeerLost, UserError

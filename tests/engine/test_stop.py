@@ -12,7 +12,7 @@ from distdl.engine import prepare as engine_run
 from distdl.engine import stop, train
 from distdl.engine.coordinator import Coordinator
 from distdl.engine.stop import SIGNALS, StopRequest
-from distdl.engine.storage import checkpoint as checkpoints
+from distdl.engine.storage import checkpoints
 from distdl.engine.trainer import Trainer
 from distdl.errors import Stopped
 from distdl.job.signals import HELD, hold

@@ -11,11 +11,13 @@ from distdl.errors import UserError
 from distdl.nn import (
     Affine,
     Branches,
+    Constant,
     Conv2d,
     Dropout,
     Flatten,
     Layer,
     MaxPool2d,
+    ParameterSpec,
     ReLU,
     Residual,
     Sequential,
@@ -175,6 +177,104 @@ def test_the_bits_do_not_depend_on_the_memory_layout_of_the_input():
     shifted[...] = x
     assert one_step(network, turned, np.arange(4), key) == first
     assert one_step(network, shifted, np.arange(4), key) == first
+
+
+class Scale(Layer):
+    def __init__(self, factor):
+        self.factor = factor
+
+    def forward(self, x, *, training, key):
+        return x * np.float32(self.factor)
+
+
+class CountsPreparations(Layer):
+    """Multiplies by a number that it copies from its parameter in `prepare`."""
+
+    preparations = 0
+
+    def parameter_specs(self):
+        return [ParameterSpec("factor", (1,), Constant(1), fan_in=1)]
+
+    def prepare(self):
+        self.preparations += 1
+        self.factor = self.parameters["factor"].copy()
+
+    def forward(self, x, *, training, key):
+        return x * self.factor
+
+    def backward(self, dy):
+        return dy * self.factor
+
+
+def network_that_counts():
+    """A network, whose output is the cube of its factor, and a function that returns its layers' preparations."""
+    layers = [CountsPreparations() for _ in range(3)]
+    network = Sequential([layers[0], Residual([layers[1]], [Scale(0)]), Branches([layers[2]])], (1,))
+    return network, lambda: [layer.preparations for layer in layers]
+
+
+def test_outside_of_the_promise_a_change_of_parameters_is_always_seen():
+    network, preparations = network_that_counts()
+    one = np.ones((1, 1), np.float32)
+    for number in range(1, 4):
+        network.parameters[...] = number
+        assert network.forward(one) == number**3
+        assert preparations() == [number] * 3
+    for number in range(4, 7):
+        network.parameters[...] = number
+        with network.constant_parameters():
+            assert network.forward(one) == number**3
+        network.parameters[...] = -number
+        assert network.forward(one) == -(number**3)
+
+
+def test_constant_parameters_are_prepared_once_per_entry_at_the_first_forward():
+    network, preparations = network_that_counts()
+    one = np.ones((1, 1), np.float32)
+    with network.constant_parameters():
+        assert preparations() == [0] * 3
+        for _ in range(3):
+            network.forward(one)
+        assert preparations() == [1] * 3
+        with network.constant_parameters():
+            for _ in range(3):
+                network.forward(one)
+        assert preparations() == [2] * 3
+        network.forward(one)
+    assert preparations() == [2] * 3
+    with pytest.raises(UserError), network.constant_parameters():
+        network.forward(one[0])
+    for number in (3, 4):
+        network.forward(one)
+        assert preparations() == [number] * 3
+
+
+def test_a_promise_left_open_hides_no_change_from_the_next_one():
+    def outputs():
+        with network.constant_parameters():
+            while True:
+                yield float(network.forward(np.ones((1, 1), np.float32))[0, 0])
+
+    network, _ = network_that_counts()
+    network.parameters[...] = 2
+    abandoned = outputs()
+    assert next(abandoned) == 8
+    network.parameters[...] = 3
+    following = outputs()
+    assert next(following) == 27
+    abandoned.close()
+    following.close()
+    network.parameters[...] = 4
+    assert network.forward(np.ones((1, 1), np.float32)) == 64
+
+
+def test_binding_again_prepares_again():
+    network = small("deep_convnet")
+    x = normal((2, 12, 12, 1), dtype=np.float32)
+    with network.constant_parameters():
+        expected = network.forward(x).tobytes()
+        network.bind()
+        assert network.forward(x).tobytes() == expected
 
 
 def test_layers_are_given_contiguous_arrays():

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from distdl.errors import PeerLost
-from distdl.parallel import CompletedRecovery, OneProcess, recover, survive
+from distdl.parallel import CompletedRecovery, OneProcess, Survivors, recover
 from distdl.parallel.recovery import Do, Recovery
 
 AGREEMENTS = {"commit", Do.REFUSE, Do.AGREE, Do.SHRINK}
@@ -287,15 +287,30 @@ def test_work_is_begun_again_on_those_that_are_left_until_all_agree():
             raise PeerLost("in the middle")  # to be refused, so that nobody waits
         return len(tried)
 
-    left, result, loss = survive(Shrinking([0, 1, 2, 3], [agreed_loss(), False, True]), work)
+    survivors = Survivors(Shrinking([0, 1, 2, 3], [agreed_loss(), False, True]))
+    assert survivors.run(work) == 3
     assert tried == [[0, 1, 2, 3], [0, 1, 2], [0, 1]]
-    assert (left.world_ranks, result, loss.lost_ranks) == ([0, 1], 3, [2, 3])
-    assert left.script == []
+    assert survivors.communicator.world_ranks == [0, 1]
+    assert [recovery.lost_ranks for recovery in survivors.recoveries] == [[2, 3]]
+    assert survivors.communicator.script == []
 
 
 def test_work_without_a_loss_is_done_once():
     communicator = OneProcess()
-    assert survive(communicator, lambda _: "done") == (communicator, "done", None)
+    survivors = Survivors(communicator)
+    assert survivors.run(lambda _: "done") == "done"
+    assert (survivors.communicator, survivors.recoveries) == (communicator, [])
+
+
+def test_the_first_survivors_of_a_communicator_report_its_recovery_at_start():
+    communicator = Shrinking([0, 1, 2, 3], [True, agreed_loss(), True])
+    communicator.recovery_at_start = at_start = CompletedRecovery([4], 0.5)
+    survivors = Survivors(communicator)
+    survivors.run(lambda _: None)
+    survivors.run(lambda _: None)
+    assert survivors.recoveries[0] is at_start
+    assert [recovery.lost_ranks for recovery in survivors.recoveries] == [[4], [3]]
+    assert Survivors(communicator).recoveries == []
 
 
 class Member:

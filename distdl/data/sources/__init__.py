@@ -8,97 +8,19 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from distdl.data.dataset import Dataset
 from distdl.data.sources.folder import read_folder
 from distdl.data.sources.idx import quoted
 from distdl.data.sources.mnist import FASHION_MNIST, MNIST, Published, read_published
 from distdl.data.sources.npz import read_npz
 from distdl.errors import DamagedFileError, UserError, unknown_name
 
-MOST_CLASSES = 2**31 - 1
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """Images and what is to be told of them, and where the set's own test part starts.
-
-    The labels say what the task is: a label for each image (classification), for each of its pixels
-    (segmentation), or numbers for each image (regression).
-    """
-
-    name: str
-    images: NDArray[Any]
-    """(N, H, W, C), uint8 or float32."""
-    labels: NDArray[Any]
-    """Whole numbers in 0 .. classes-1, (N,) or (N, H, W); or float32 (N, D)."""
-    classes: int
-    """How many classes there are; for regression D."""
-    test_start: int | None
-    """Rows from here on are the set's own test part; None: it has none."""
-
-    def checked(self) -> Dataset:
-        """Return it as the rest of the trainer takes it (whole labels as int64); for one that a script has made.
-
-        Raises `UserError` where a field is not what is said of it above.
-        """
-        images, labels, classes, test_start = self.images, self.labels, self.classes, self.test_start
-        for kind, array in (("images", images), ("labels", labels)):
-            if not isinstance(array, np.ndarray):
-                raise self._wrong(f"{kind} of type {type(array).__name__}", "a NumPy array")
-        if images.ndim != 4 or not images.size or images.dtype not in (np.uint8, np.float32):
-            raise self._wrong(
-                f"images {images.dtype} {images.shape}",
-                "uint8 or float32 (N, H, W, C): images[..., None] adds an axis for channels, "
-                "images.astype(np.float32) converts other numbers",
-            )
-        count = len(images)
-        if images.dtype == np.float32 and not np.isfinite(images).all():
-            sample = int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))
-            raise self._wrong(f"NaN or infinity in images, first in sample {sample}", "finite pixels")
-        if not isinstance(classes, int | np.integer) or not 1 <= classes <= MOST_CLASSES:
-            raise self._wrong(f"classes {classes!r}", "an int, how many classes there are")
-        labels = self._checked_numbers() if labels.dtype == np.float32 and labels.ndim == 2 else self._checked_labels()
-        if test_start is not None and not (isinstance(test_start, int | np.integer) and 0 < test_start < count):
-            raise self._wrong(
-                f"test_start {test_start!r}", f"None, or the first row of the test part, 1 to {count - 1}"
-            )
-        test_start = None if test_start is None else int(test_start)
-        return replace(self, labels=labels, classes=int(classes), test_start=test_start)
-
-    def _checked_labels(self) -> NDArray[np.int64]:
-        labels, classes = self.labels, self.classes
-        count, height, width, _ = self.images.shape
-        if labels.shape not in {(count,), (count, height, width)} or labels.dtype.kind not in "iu":
-            raise self._wrong(
-                f"labels {labels.dtype} {labels.shape}",
-                f"{count} integers, one for each image; or {(count, height, width)}, one for each pixel; or float32 "
-                f"({count}, D), numbers for each image",
-            )
-        if not 0 <= labels.min() <= labels.max() < classes:
-            raise self._wrong(f"labels {labels.min()} to {labels.max()}", f"0 to {classes - 1} for {classes} classes")
-        return labels.astype(np.int64)
-
-    def _checked_numbers(self) -> NDArray[np.float32]:
-        labels, expected = self.labels, (len(self.images), self.classes)
-        if labels.shape != expected:
-            raise self._wrong(
-                f"labels float32 {labels.shape}",
-                f"{expected}, as many numbers for each image as `classes` says; or integers, a label for each image",
-            )
-        if not np.isfinite(labels).all():
-            sample = int(np.argmin(np.isfinite(labels).all(axis=1)))
-            raise self._wrong(f"NaN or infinity in labels, first in sample {sample}", "finite numbers")
-        return labels
-
-    def _wrong(self, given: str, expected: str) -> UserError:
-        return UserError(f"the data set {self.name!r} has {given}; expected {expected}")
+__all__ = ["FROM_PATH", "SOURCES", "Dataset", "load"]
 
 
 def load(name: str, data_dir: Path | None) -> Dataset:

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.engine.storage import checkpoint as checkpoints
-from distdl.engine.storage.checkpoint import Checkpoint
+from distdl.engine.storage import checkpoints
+from distdl.engine.storage.checkpoints import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -18,39 +18,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from types import NoneType
 from typing import IO
 
 from distdl.config import TrainConfig, differences, run_folder_of
-from distdl.engine.storage import checkpoint as checkpoints
-from distdl.engine.storage.checkpoint import Checkpoint
-from distdl.engine.storage.files import FOLDER_MODE, LOGS, OWN_FILES, TEMPORARY_SUFFIX, opened_log
-from distdl.errors import DamagedFileError, UserError
+from distdl.engine.storage import checkpoints
+from distdl.engine.storage.checkpoints import Checkpoint
+from distdl.engine.storage.files import FOLDER_MODE, OWN_FILES, TEMPORARY_SUFFIX, opened_log
+from distdl.engine.storage.header import CheckpointHeader
+from distdl.errors import UserError
 
 #: What is told of a run in the name of its folder; the path of a user's own model may be longer than a name may be.
 LONGEST_NAME = 120
 #: How long the kernel may take to release what a process held that has just died.
 SECONDS_TO_RELEASE = 10.0
 PAUSE_SECONDS = 0.01
-
-#: What the header of a checkpoint must hold for a run to go on from it.
-HEADER_FIELDS = {
-    "step": int,
-    "config": dict,
-    "progress": dict,
-    "log_bytes": dict,
-    "data_sha256": str,
-    "versions": dict,
-    "kernel_family": str,
-}
-#: What its progress must hold; the best score comes with the best step.
-PROGRESS_FIELDS: dict[str, tuple[type, ...]] = {
-    "train_loss": (float, NoneType),
-    "validation_loss": (float, NoneType),
-    "validation_accuracy": (float, NoneType),
-    "best_step": (int, NoneType),
-    "train_seconds": (float,),
-}
 
 
 @dataclass(frozen=True)
@@ -66,6 +47,7 @@ class Start:
     folder: Path
     path: Path | None = None
     checkpoint: Checkpoint | None = None
+    header: CheckpointHeader | None = None
     complaints: tuple[str, ...] = ()
     origin: Path | None = None
     numbered: bool = False
@@ -100,8 +82,9 @@ def _resumed(config: TrainConfig, resume: str, ours: Path | None) -> Start:
     start = _newest_in_own_folder(config, ours) if resume == "auto" else _given_checkpoint(config, Path(resume))
     if start.path is None or start.checkpoint is None:
         return start
-    _refuse_another_run(config, start.path, start.checkpoint)
-    start = replace(start, folder=config.run_dir or start.folder)
+    header = CheckpointHeader.parse(start.checkpoint.header, start.path, start.checkpoint.tensors)
+    _refuse_another_run(config, start.path, header)
+    start = replace(start, folder=config.run_dir or start.folder, header=header)
     if ours is None and (start.origin is None or start.folder.resolve() != start.origin.resolve()):
         _refuse_used(start.folder)
     return start
@@ -116,7 +99,7 @@ def _newest_in_own_folder(config: TrainConfig, ours: Path | None) -> Start:
     held = _held(folder)  # before it is read, which takes its time
     found = checkpoints.newest_intact(folder / "checkpoints")
     if found is not None:
-        return Start(folder, found[0], found[1], tuple(found[2]), origin=folder, held=held)
+        return Start(folder, found[0], found[1], complaints=tuple(found[2]), origin=folder, held=held)
     if ours is None and not (folder / "config.toml").is_file():
         _refuse_used(folder)  # no run was ever here
     return Start(folder, held=held)
@@ -131,7 +114,7 @@ def _given_checkpoint(config: TrainConfig, source: Path) -> Start:
     path, checkpoint, complaints = checkpoint_in(source, f"--resume {source}")
     if folder is None:
         raise UserError(f"--resume {source} lies in no run folder: give a new --run-dir for what comes after it")
-    return Start(folder, path, checkpoint, complaints, origin=origin, held=held)
+    return Start(folder, path, checkpoint, complaints=complaints, origin=origin, held=held)
 
 
 def checkpoint_in(source: Path, named: str) -> tuple[Path, Checkpoint, tuple[str, ...]]:
@@ -177,31 +160,9 @@ def _refuse_link(path: Path, is_right: Callable[[int], bool]) -> None:
             raise UserError(f"{path} is not {what}: expected a run folder; give another --run-dir or --resume")
 
 
-def _refuse_another_run(config: TrainConfig, path: Path, checkpoint: Checkpoint) -> None:
-    """Raise where the header, which whoever made the file may have sealed as they liked, is none to go on from."""
-    header = checkpoint.header
-    for name, kind in HEADER_FIELDS.items():
-        if not (isinstance(header, dict) and type(header.get(name)) is kind):
-            raise DamagedFileError(f"{path} is damaged: its header has no {name!r} that a run could go on from")
-    progress, log_bytes = header["progress"], header["log_bytes"]
-    kinds = dict(PROGRESS_FIELDS)
-    if progress.get("best_step") is not None:
-        kinds["best_score"] = (float,)
-    if "skipped_steps" in progress:
-        kinds["skipped_steps"] = (int,)
-    lengths = [length for name, length in log_bytes.items() if name in LOGS and type(length) is int and length >= 0]
-    wrong = {
-        "step": header["step"] < 0
-        or ("step" in checkpoint.tensors and checkpoint.tensors["step"].tolist() != [header["step"]]),
-        "log_bytes": len(lengths) != len(log_bytes),
-        "versions": not all(isinstance(version, str) for version in header["versions"].values()),
-        "progress": any(name not in progress or type(progress[name]) not in kind for name, kind in kinds.items())
-        or not 0 <= (progress["best_step"] or 0) <= header["step"]
-        or not 0 <= progress.get("skipped_steps", 0) <= header["step"],
-    }
-    for name in (name for name, is_wrong in wrong.items() if is_wrong):
-        raise DamagedFileError(f"{path} is damaged: its header has no {name!r} that a run could go on from")
-    different = differences(config, header["config"])
+def _refuse_another_run(config: TrainConfig, path: Path, header: CheckpointHeader) -> None:
+    """Raise `UserError` if a setting that must not change differs from the checkpoint's."""
+    different = differences(config, header.config)
     if different:
         raise UserError(f"cannot resume from {path}: {'; '.join(different)}; give the same, or start a new run")
 

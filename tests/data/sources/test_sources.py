@@ -524,5 +524,5 @@ def test_a_wrong_data_set_is_one_line_before_anything_is_written(wrong, said, tm
     config = TrainConfig(run_dir=tmp_path / "run")
     with pytest.raises(UserError) as error:
         train(config, OneProcess(), dataset=replace(GIVEN, **wrong))
-    assert one_line(error).startswith(f"the data set 'mine' has {said}")
+    assert one_line(error).startswith(f"the dataset 'mine' has {said}")
     assert list(tmp_path.iterdir()) == []

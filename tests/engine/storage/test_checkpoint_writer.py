@@ -12,8 +12,7 @@ from small_runs import piece_of_digits, small_config, small_run
 from distdl.engine import train
 from distdl.engine.coordinator import Coordinator
 from distdl.engine.metrics import JsonLines
-from distdl.engine.storage import checkpoint as checkpoints
-from distdl.engine.storage import files
+from distdl.engine.storage import checkpoints, files
 from distdl.engine.storage.checkpoint_writer import CheckpointWriter
 from distdl.engine.trainer import Trainer
 from distdl.errors import UserError

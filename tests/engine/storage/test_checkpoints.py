@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distdl.engine.storage import checkpoint as checkpoints
-from distdl.engine.storage import files
-from distdl.engine.storage.checkpoint import Checkpoint
+from distdl.engine.storage import checkpoints, files
+from distdl.engine.storage.checkpoints import Checkpoint
 from distdl.errors import DamagedFileError, UserError
 
 

@@ -1,0 +1,50 @@
+"""The micro-batches of a batch, as a network takes them: normalized, and augmented in training.
+
+Dimensions: N samples of a micro-batch, H height, W width, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distdl.arrays import aligned_empty
+from distdl.data.augmentation import Augmentation
+from distdl.data.dataset import PreparedDataset
+from distdl.data.split import Rows, micro_batch, micro_batch_count
+from distdl.rng import Key
+
+
+class MicroBatches:
+    """Loads micro-batches of a dataset into buffers that it keeps: one for each number of samples."""
+
+    def __init__(
+        self, dataset: PreparedDataset, micro_batch_size: int, augmentation: Augmentation | None = None
+    ) -> None:
+        self.dataset = dataset
+        self.micro_batch_size = micro_batch_size
+        self.augmentation = augmentation
+        self._buffers: dict[int, NDArray[np.float32]] = {}
+
+    def count(self, samples: int) -> int:
+        """Return the number of micro-batches in a batch of so many samples; the last one may be ragged."""
+        return micro_batch_count(samples, self.micro_batch_size)
+
+    def load(self, rows: Rows, index: int, key: Key | None = None) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        """Return images (N, H, W, C), normalized, and labels (N, ...) of micro-batch `index` of the batch `rows`.
+
+        With a key the images are augmented, and labels of pixels move along. The next call with the same N
+        overwrites the images.
+        """
+        rows = micro_batch(rows, index, self.micro_batch_size)
+        images, labels = self.dataset.images[rows], self.dataset.labels[rows]
+        if len(rows) not in self._buffers:
+            self._buffers[len(rows)] = aligned_empty(images.shape)
+        out = self._buffers[len(rows)]
+        if key is not None and self.augmentation is not None:
+            images = self.augmentation.apply(images, key, out=out)
+            if labels.ndim == 3:
+                labels = self.augmentation.apply_to_labels(labels, key)
+        return self.dataset.normalization.apply(images, out=out), labels
