@@ -19,9 +19,10 @@ PAGES = [
     REPOSITORY / "examples" / "README.md",
     *sorted((REPOSITORY / "docs").glob("*.md")),
 ]
+NEW_ENVIRONMENT = "python3 -m venv .venv && .venv/bin/pip install"
 SET_UP = [
-    "python3 -m venv .venv && .venv/bin/pip install '.[mpich]' && .venv/bin/mpirun -n 4 .venv/bin/python -m distdl.train",
-    "python3 -m venv .venv && .venv/bin/pip install -e '.[mpich,dev]' && .venv/bin/python -m pytest",
+    f"{NEW_ENVIRONMENT} '.[mpich]' && .venv/bin/mpirun -n 4 .venv/bin/python -m distdl.train",
+    f"{NEW_ENVIRONMENT} -e '.[mpich,dev]' && .venv/bin/python -m pytest",
 ]
 
 
