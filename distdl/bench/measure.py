@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from distdl.bench.settings import SCALINGS, Settings
 from distdl.config import TrainConfig
 from distdl.data import PreparedDataset, sources
-from distdl.engine.coordinator import Follower
 from distdl.engine.prepare import check_outputs
 from distdl.engine.state import TrainingState
+from distdl.engine.stop import StopRequest
 from distdl.engine.timing.trace import Trace
 from distdl.engine.trainer import Trainer
 from distdl.engine.user_code import agree_on, network_builder
@@ -214,7 +214,7 @@ class Bench:
             ).checked()
             optimizer = optimizer_class(config.optimizer)(network.parameters.size)
             data = self._data(setup.batch_size * (self.warm_up_steps + self.steps))
-            self._trainers[setup] = Trainer(config, world, data, TrainingState(network, optimizer), Follower())
+            self._trainers[setup] = Trainer(config, world, data, TrainingState(network, optimizer), StopRequest())
         return self._trainers[setup]
 
     def _data(self, count: int) -> PreparedDataset:

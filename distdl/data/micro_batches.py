@@ -26,6 +26,8 @@ class MicroBatches:
         self.dataset = dataset
         self.micro_batch_size = micro_batch_size
         self.augmentation = augmentation
+        #: The number of micro-batches loaded so far.
+        self.loaded = 0
         self._buffers: dict[int, NDArray[np.float32]] = {}
 
     def count(self, samples: int) -> int:
@@ -38,6 +40,7 @@ class MicroBatches:
         With a key the images are augmented, and labels of pixels move along. The next call with the same N
         overwrites the images.
         """
+        self.loaded += 1
         rows = micro_batch(rows, index, self.micro_batch_size)
         images, labels = self.dataset.images[rows], self.dataset.labels[rows]
         if len(rows) not in self._buffers:

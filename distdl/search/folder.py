@@ -15,7 +15,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
 
-from distdl.engine.metrics import line_of
 from distdl.engine.storage.files import (
     FOLDER_MODE,
     TEMPORARY_SUFFIX,
@@ -24,6 +23,7 @@ from distdl.engine.storage.files import (
     try_folder,
     write_durably,
 )
+from distdl.engine.storage.json_lines import line_of
 from distdl.engine.storage.run_folder import lock_folder, lock_released, numbered, timestamped
 from distdl.errors import DamagedFileError, UserError
 from distdl.search.procedure import Record, Trial, planned
