@@ -149,7 +149,7 @@ def _scores(run: Path, trained: Trained, found: Evaluation) -> dict[str, Any]:
 def _figures(run: Path, trained: Trained, found: Evaluation) -> Iterator[tuple[str, Figure]]:
     """Yield each picture that can be drawn of this run, with its heading."""
     from distdl.inference import figures  # noqa: PLC0415
-    from distdl.nn.between import activations  # noqa: PLC0415
+    from distdl.nn.network_copies import layer_outputs  # noqa: PLC0415
 
     data, networks = trained.data, _before_and_after(trained)
     if epochs := _lines(run / "metrics.jsonl", "validation_loss"):
@@ -163,7 +163,7 @@ def _figures(run: Path, trained: Trained, found: Evaluation) -> Iterator[tuple[s
     if any(view.ndim == 4 for _, view in trained.network.named_parameters()):
         yield "Filters of the first convolution", figures.filters(networks)
         yield "What it makes of an image", figures.feature_maps(trained.network, images[0])
-    of_networks = {title: _some(activations(network, images)) for title, network in networks.items()}
+    of_networks = {title: _some(layer_outputs(network, images)) for title, network in networks.items()}
     yield "What the layers put out", figures.activation_histograms(of_networks)
 
 

@@ -30,7 +30,7 @@ from distdl.engine.storage.run_folder import find_checkpoint
 from distdl.engine.user_code import BuildNetwork, agree_on, load_dataset, network_builder, same_function
 from distdl.errors import UserError
 from distdl.nn import Sequential, make_loss
-from distdl.nn.between import half_precision
+from distdl.nn.network_copies import half_precision
 from distdl.optim import optimizer_class
 from distdl.parallel import REDUCTIONS, Communicator, Layout, contiguous_shards, guard, share_arrays, together, world
 
