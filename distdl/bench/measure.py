@@ -33,7 +33,7 @@ from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
 from distdl.engine.timing.trace import Trace
 from distdl.engine.trainer import Trainer
-from distdl.engine.user_code import agree_on, network_builder
+from distdl.engine.user_code import check_equal_networks, network_builder
 from distdl.errors import UserError
 from distdl.nn import Sequential
 from distdl.optim import optimizer_class
@@ -166,7 +166,7 @@ class Bench:
         arrays = together(communicator, lambda: _pictures(settings).to_arrays() if communicator.rank == 0 else {})
         self._dataset = PreparedDataset.from_arrays(share_arrays(communicator, arrays))
         self.network = together(communicator, self._build)
-        agree_on(communicator, settings.model, self.network)
+        check_equal_networks(communicator, settings.model, self.network)
         self.worlds = {count: communicator.split(0 if communicator.rank < count else None) for count in ranks}
         self.places = places(communicator)
         self._first_weights, self._first_buffers = self.network.parameters.copy(), self.network.buffers.copy()
