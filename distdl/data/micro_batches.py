@@ -18,7 +18,7 @@ from distdl.rng import Key
 
 
 class MicroBatches:
-    """Loads micro-batches of a dataset into buffers that it keeps: one for each number of samples."""
+    """Loads micro-batches of a dataset into buffers that it keeps, for each number of samples."""
 
     def __init__(
         self, dataset: PreparedDataset, micro_batch_size: int, augmentation: Augmentation | None = None

@@ -105,12 +105,12 @@ def load_dataset(dataset: str, data_dir: Path | None) -> Dataset:
         raise UserError(f"{function}: {error}") from None
 
 
-def may_be_same_function(one: str, other: str) -> bool:
+def names_match(one: str, other: str) -> bool:
     """Return True if two names may mean one function: the file may have moved, or the module may run as a script.
 
-    >>> may_be_same_function("/home/ada/net.py:build", "net.py:build")
+    >>> names_match("/home/ada/net.py:build", "net.py:build")
     True
-    >>> may_be_same_function("net.py:build", "net.py:make")
+    >>> names_match("net.py:build", "net.py:make")
     False
     """
     (place, _, name), (other_place, _, other_name) = one.rpartition(":"), other.rpartition(":")

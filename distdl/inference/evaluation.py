@@ -26,14 +26,8 @@ from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.checkpoints import Checkpoint
 from distdl.engine.storage.header import CheckpointHeader
-from distdl.engine.storage.run_folder import checkpoint_in
-from distdl.engine.user_code import (
-    BuildNetwork,
-    check_equal_networks,
-    load_dataset,
-    may_be_same_function,
-    network_builder,
-)
+from distdl.engine.storage.run_folder import find_checkpoint
+from distdl.engine.user_code import BuildNetwork, check_equal_networks, load_dataset, names_match, network_builder
 from distdl.errors import UserError
 from distdl.nn import Sequential, make_loss
 from distdl.nn.between import half_precision
@@ -99,7 +93,7 @@ class _Found:
     checkpoint: Checkpoint
     header: CheckpointHeader
     config: TrainConfig
-    complaints: tuple[str, ...]
+    complaints: Sequence[str]
 
 
 def load(
@@ -256,7 +250,7 @@ def _found(given: Path, *, best: bool) -> _Found:
             raise UserError(
                 f"--best looks for the best checkpoint of a run folder, and {given} is a file: leave it out"
             )
-        newest, checkpoint, complaints = checkpoint_in(given, str(given))
+        newest, checkpoint, complaints = find_checkpoint(given, str(given))
         found = _checked(given, newest, checkpoint, complaints)
         if not best:
             return found
@@ -269,7 +263,7 @@ def _found(given: Path, *, best: bool) -> _Found:
         raise UserError(f"cannot look into {error.filename}: {error.strerror}; give another run folder") from None
 
 
-def _checked(given: Path, path: Path, checkpoint: Checkpoint, complaints: tuple[str, ...]) -> _Found:
+def _checked(given: Path, path: Path, checkpoint: Checkpoint, complaints: Sequence[str]) -> _Found:
     """Return the checkpoint with its config; raise where its header, which anybody may have made, is none of ours."""
     header = CheckpointHeader.parse(checkpoint.header, path, checkpoint.tensors)
     try:
@@ -338,7 +332,7 @@ def _network(
     height, width, channels = data.images.shape[1:]
     named, given = config.model, build_network if is_own(config.model) else None
     if is_own(named) and given is None:
-        named = next((model for model in models if may_be_same_function(model, config.model)), "")
+        named = next((model for model in models if names_match(model, config.model)), "")
         if not named:  # no file is run because a checkpoint names it
             raise UserError(
                 f"cannot build the network of {path}: it was trained with a model of its own; if you trust that code, "
@@ -360,7 +354,7 @@ def _network(
 def _refuse_strangers(models: Sequence[str], configs: Sequence[TrainConfig]) -> None:
     """Raise `UserError` for a model that none of the runs was trained with."""
     for model in models:
-        if not any(is_own(config.model) and may_be_same_function(model, config.model) for config in configs):
+        if not any(is_own(config.model) and names_match(model, config.model) for config in configs):
             trained_with = ", ".join(sorted({config.model for config in configs}))
             raise UserError(
                 f"--model {model}: no run was trained with it, but with {trained_with}; name that function, or leave "
