@@ -27,7 +27,7 @@ from distdl.engine.storage import checkpoints
 from distdl.engine.storage.checkpoints import Checkpoint
 from distdl.engine.storage.header import CheckpointHeader
 from distdl.engine.storage.run_folder import find_checkpoint
-from distdl.engine.user_code import BuildNetwork, agree_on, load_dataset, network_builder, same_function
+from distdl.engine.user_code import BuildNetwork, check_equal_networks, load_dataset, names_match, network_builder
 from distdl.errors import UserError
 from distdl.nn import Sequential, make_loss
 from distdl.nn.network_copies import half_precision
@@ -132,7 +132,7 @@ def load(
             lambda: [_network(configs[i], described[i][1], data[i], build_network, models) for i in range(len(data))],
         )
         for config, network in zip(configs, networks, strict=True):
-            agree_on(communicator, config.model, network)
+            check_equal_networks(communicator, config.model, network)
         receipts = together(communicator, lambda: list(map(_restored, found, networks)))  # nothing on other ranks
         receipts = communicator.bcast_json(receipts)
         for network in networks:
@@ -332,7 +332,7 @@ def _network(
     height, width, channels = data.images.shape[1:]
     named, given = config.model, build_network if is_own(config.model) else None
     if is_own(named) and given is None:
-        named = next((model for model in models if same_function(model, config.model)), "")
+        named = next((model for model in models if names_match(model, config.model)), "")
         if not named:  # no file is run because a checkpoint names it
             raise UserError(
                 f"cannot build the network of {path}: it was trained with a model of its own; if you trust that code, "
@@ -354,7 +354,7 @@ def _network(
 def _refuse_strangers(models: Sequence[str], configs: Sequence[TrainConfig]) -> None:
     """Raise `UserError` for a model that none of the runs was trained with."""
     for model in models:
-        if not any(is_own(config.model) and same_function(model, config.model) for config in configs):
+        if not any(is_own(config.model) and names_match(model, config.model) for config in configs):
             trained_with = ", ".join(sorted({config.model for config in configs}))
             raise UserError(
                 f"--model {model}: no run was trained with it, but with {trained_with}; name that function, or leave "
