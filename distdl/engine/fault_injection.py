@@ -31,7 +31,7 @@ order of the table, unless the table says otherwise. "Committed" means: all rank
 | | after | rank 0 only, in its writer thread: the checkpoint is complete, older ones are removed | None |
 | finish | before | rank 0 has not written the summary | state |
 | | after | rank 0 has written the summary and printed the receipt; the phase is not committed | state |
-| refuse, shrink, compare | before | this action of a recovery begins (`parallel/recovery.py`) | state |
+| vote no, shrink, compare | before | this action of a recovery begins (`parallel/recovery.py`) | state |
 | take, rebuild, agree | before | the same | state |
 | takeover | before | new rank 0 only: it has locked the run folder; it reaches this point once per log file | None |
 
@@ -46,6 +46,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from distdl.engine.state import TrainingState
+from distdl.engine.step import MutableRecord, OptimizerStep, StepObserver
 from distdl.job.launcher import read_launch
 
 #: The points by phase: when `reached` is called.
@@ -63,7 +65,7 @@ POINTS = {
     "checkpoint": ("before", "after", "committed"),
     "checkpoint-write": ("before", "after"),
     "finish": ("before", "after"),
-    "refuse": ("before",),
+    "vote no": ("before",),
     "shrink": ("before",),
     "compare": ("before",),
     "take": ("before",),
@@ -142,3 +144,35 @@ def _visit(phase: str, when: str, step: int | None, owner: Any) -> None:
     _step = _step if step is None else step
     for fault in [one for one in _faults.get((phase, when), ()) if one.is_due(_step)]:  # count for all: one may raise
         fault.action(owner)
+
+
+class FaultPoints(StepObserver):
+    """Reaches the points inside a step; the first observer of the trainer's steps."""
+
+    def __init__(self, state: TrainingState) -> None:
+        self._state = state
+
+    def begin(self, step: OptimizerStep) -> None:  # noqa: ARG002
+        """Reach ``step``."""
+        reached("step", step=self._state.step + 1, owner=self._state)
+
+    def micro_batch(self, step: OptimizerStep, index: int, record: MutableRecord) -> None:  # noqa: ARG002
+        """Reach ``backward`` after."""
+        reached("backward", when="after", owner=(index, record))
+
+    def computed(self, step: OptimizerStep) -> None:  # noqa: ARG002
+        """Reach ``reduction``."""
+        reached("reduction", owner=self._state)
+
+    def reduced(self, step: OptimizerStep) -> bool:
+        """Reach ``reduction`` after."""
+        reached("reduction", when="after", owner=step.total)
+        return True
+
+    def committed(self, step: OptimizerStep) -> None:  # noqa: ARG002
+        """Reach ``update``."""
+        reached("update", owner=self._state)
+
+    def ended(self, step: OptimizerStep) -> None:  # noqa: ARG002
+        """Reach ``update`` after."""
+        reached("update", when="after", owner=self._state)

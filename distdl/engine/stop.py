@@ -14,24 +14,24 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
-from numpy.typing import NDArray
 
+from distdl.engine.step import MutableRecord, OptimizerStep, StepObserver
 from distdl.errors import Stopped
 from distdl.job.signals import STOPPING as SIGNALS
-from distdl.job.signals import let_in
+from distdl.job.signals import release_signals
 from distdl.parallel import Field
 
 #: A terminal tells a process of Ctrl-C and so does the launcher: signals so close to the first are the same request.
 SAME_REQUEST_SECONDS = 0.5
 
 
-class StopRequest:
+class StopRequest(StepObserver):
     """What signals have asked for, on this rank (`values`) and on all (`agreed`)."""
 
     #: What the request adds to the record of a micro-batch.
@@ -54,7 +54,7 @@ class StopRequest:
                 if signal.getsignal(number) in {signal.SIG_DFL, signal.default_int_handler}:
                     before[number] = signal.signal(number, self._hear)
         try:
-            with let_in() if handles else nullcontext():
+            with release_signals() if handles else nullcontext():
                 yield self
         finally:
             for number, handler in before.items():
@@ -66,14 +66,14 @@ class StopRequest:
         heard = [number.name for number, count in zip(SIGNALS, self._heard, strict=True) if count]
         return heard[0] if heard else self.agreed
 
-    def values(self) -> Mapping[str, NDArray[Any]]:
-        """Return what belongs into `fields` for a micro-batch."""
+    def micro_batch(self, step: OptimizerStep, index: int, record: MutableRecord) -> None:  # noqa: ARG002
+        """Send the signals that this rank has received."""
         self._stepping = True
-        return {"stop": self._heard}
+        record["stop"] = self._heard
 
-    def observe(self, total: Mapping[str, NDArray[Any]]) -> None:
-        """Take in the reduced record of a step, the same on every rank."""
-        told = total["stop"].tolist()
+    def ended(self, step: OptimizerStep) -> None:
+        """Take in the signals that any rank has received."""
+        told = step.total["stop"].tolist()
         self.agreed = (
             next(number.name for number, count in zip(SIGNALS, told, strict=True) if count) if any(told) else None
         )

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from distdl.engine.step import OptimizerStep, StepObserver
 from distdl.parallel import Communicator
 
 #: Steps between two comparisons: 8 KiB a rank travel, and at 1,024 ranks every rank receives 8 MiB.
@@ -62,12 +63,14 @@ class Spent:
         return f"compute {compute:.1%} · reduction {reduction:.1%} · wait {waiting:.1%} (slowest: rank {self.slowest})"
 
 
-class Timeline:
-    """Takes the marks of one rank's steps; `on_steps`, if given, is handed them once waiting is known.
+class Timeline(StepObserver):
+    """Takes the marks of one rank's steps. `on_steps`, if set, receives them once the waiting is known.
 
-    Use in each step: `begin`, `enter_reduction`, `leave_reduction`, `end`. A step that is begun again overwrites
-    the one that was not ended. `begin` and `spent` are collective.
+    A step that begins again overwrites the one that did not end. `begin` and `spent` are collective.
     """
+
+    #: The seconds of the latest step.
+    step_seconds = 0.0
 
     def __init__(self, communicator: Communicator, clock: Clock = time.perf_counter) -> None:
         self.communicator = communicator
@@ -77,26 +80,27 @@ class Timeline:
         self._ended = 0
         self._sums = np.zeros(3)
 
-    def begin(self) -> None:
-        """Mark that the step begins. Collective now and then."""
+    def begin(self, step: OptimizerStep | None = None) -> None:  # noqa: ARG002
+        """Mark that the step begins. Collective once every `STEPS_COMPARED` steps."""
         if self._ended == STEPS_COMPARED:
             self._compare()
         self._marks[self._ended, 0] = self.clock()
 
-    def enter_reduction(self) -> None:
+    def computed(self, step: OptimizerStep | None = None) -> None:  # noqa: ARG002
         """Mark that this rank has computed its shard."""
         self._marks[self._ended, 1] = self.clock()
 
-    def leave_reduction(self) -> None:
+    def reduced(self, step: OptimizerStep | None = None) -> bool:  # noqa: ARG002
         """Mark that this rank has the sum over all ranks."""
         self._marks[self._ended, 2] = self.clock()
+        return True
 
-    def end(self) -> float:
-        """Mark that the step is done; return its seconds."""
+    def ended(self, step: OptimizerStep | None = None) -> None:  # noqa: ARG002
+        """Mark that the step is done."""
         marks = self._marks[self._ended]
         marks[3] = self.clock()
         self._ended += 1
-        return float(marks[3] - marks[0])
+        self.step_seconds = float(marks[3] - marks[0])
 
     def spent(self) -> Spent:
         """Return what all ranks have spent since the last call. Collective."""
