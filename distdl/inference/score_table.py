@@ -32,10 +32,12 @@ def confusion_table(confusion: Sequence[Sequence[int]]) -> list[str]:
     """Return a confusion matrix as lines of text: a row for each actual class, a column for each predicted class.
 
     >>> confusion_table([[5, 1], [0, 12]])
-    ['actual/predicted  0   1', '               0  5   1', '               1  0  12']
+    ['actual/predicted   0   1', '               0   5   1', '               1   0  12']
     """
-    head = ["actual/predicted", *map(str, range(len(confusion)))]
-    return table([head, *([str(actual), *map(str, row)] for actual, row in enumerate(confusion))])
+    classes = [str(k) for k in range(len(confusion))]
+    width = max(len(str(number)) for row in [*confusion, classes] for number in row)
+    rows = [["actual/predicted", *classes], *([k, *map(str, row)] for k, row in zip(classes, confusion, strict=True))]
+    return table([[first, *(cell.rjust(width) for cell in cells)] for first, *cells in rows])
 
 
 def summary_line(part: str, found: Evaluation, half: Evaluation | None) -> str:
