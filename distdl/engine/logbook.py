@@ -21,6 +21,7 @@ from distdl.config import TrainConfig
 from distdl.engine.checks.nonfinite import Fault
 from distdl.engine.console import Console
 from distdl.engine.events import RunListener
+from distdl.engine.fault_injection import reached
 from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
 from distdl.engine.storage.json_lines import JsonLines, line_of
@@ -95,9 +96,11 @@ class Logbook(RunListener):
 
     def reopen(self, folder: Path) -> None:
         """Open the files of a lost coordinator, and bring them to the state of this logbook. May raise `OSError`."""
+        reached("takeover")
         timing = folder / "timing.jsonl"
         self._files["timing"] = JsonLines(timing, _whole_lines(timing))
         for name in self.names:
+            reached("takeover")
             log = JsonLines(folder / f"{name}.jsonl", self.lengths[name])
             if log.length < self.lengths[name]:
                 self._console.warning(f"{log.path} lacks records from before the failure: it was on another host")

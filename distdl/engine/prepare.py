@@ -19,6 +19,7 @@ from distdl.engine.checks.watchdog import Watchdog
 from distdl.engine.console import Console, banner, shares_of
 from distdl.engine.coordinator import Coordinator, RunFacts
 from distdl.engine.environment import describe, numerics
+from distdl.engine.fault_injection import reached
 from distdl.engine.logbook import Logbook
 from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
@@ -119,11 +120,11 @@ class Preparation:
 
     def trainer(self, communicator: Communicator) -> Trainer:
         """Return an opened trainer. If the user's input is wrong, leave nothing behind. Collective."""
-        self._close()  # the coordinator of an earlier attempt
+        self.close()  # the coordinator of an earlier attempt
         try:
             return self._prepare(communicator)
         except UserError:
-            self._close()
+            self.close()
             raise
         finally:
             self.is_repeated = True
@@ -154,7 +155,10 @@ class Preparation:
     def _share_data(self, communicator: Communicator) -> PreparedDataset:
         """Read and split the dataset on rank 0; return it on all ranks, one copy per host. Collective."""
         arrays = on_rank_0(communicator, lambda: read_data(self.config, self.dataset).to_arrays())
-        return PreparedDataset.from_arrays(share_arrays(communicator, arrays or {}))
+        reached("data")
+        shared = share_arrays(communicator, arrays or {})
+        reached("data", when="after")
+        return PreparedDataset.from_arrays(shared)
 
     def _build_state(self, data: PreparedDataset) -> TrainingState:
         """Return the state before the first step: the initialized network, its optimizer, empty sums."""
@@ -201,18 +205,20 @@ class Preparation:
         def claim() -> str:
             assert start is not None
             self.coordinator = Coordinator.claim(facts, start, logbook, console)
+            reached("run-folder")
             return str(self.coordinator.folder.absolute())
 
         def write_first_files() -> None:
             assert self.coordinator is not None
             self.coordinator.open_run()
+            reached("run-folder", when="after")
 
         self.folder = Path(from_rank_0(communicator, claim))
         communicator.barrier()  # all ranks know the folder: if rank 0 is lost from here on, the next attempt uses it
         on_rank_0(communicator, write_first_files)
         logbook.lengths = communicator.bcast_json(logbook.lengths)
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """Release the run folder."""
         if self.coordinator is not None:
             self.coordinator.close()

@@ -24,7 +24,7 @@ import numpy as np
 from distdl.engine.step import MutableRecord, OptimizerStep, StepObserver
 from distdl.errors import Stopped
 from distdl.job.signals import STOPPING as SIGNALS
-from distdl.job.signals import let_in
+from distdl.job.signals import release_signals
 from distdl.parallel import Field
 
 #: A terminal tells a process of Ctrl-C and so does the launcher: signals so close to the first are the same request.
@@ -54,7 +54,7 @@ class StopRequest(StepObserver):
                 if signal.getsignal(number) in {signal.SIG_DFL, signal.default_int_handler}:
                     before[number] = signal.signal(number, self._hear)
         try:
-            with let_in() if handles else nullcontext():
+            with release_signals() if handles else nullcontext():
                 yield self
         finally:
             for number, handler in before.items():

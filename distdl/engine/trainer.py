@@ -29,6 +29,7 @@ from distdl.engine.console import Console
 from distdl.engine.coordinator import Coordinator, RunFacts
 from distdl.engine.evaluation import evaluate
 from distdl.engine.events import RunListener
+from distdl.engine.fault_injection import FaultPoints, reached
 from distdl.engine.logbook import Logbook
 from distdl.engine.metrics import METRIC_FIELDS, Sums
 from distdl.engine.state import TrainingState
@@ -47,7 +48,7 @@ from distdl.parallel import (
     Layout,
     Position,
     committed,
-    die_of_the_host,
+    end_rank_after_host_fault,
     from_rank_0,
     on_rank_0,
     recover,
@@ -156,9 +157,8 @@ class Trainer:
         self._finite_check = nonfinite.FiniteCheck(
             state, skip=config.on_nonfinite == "skip", save=self._save_micro_batch, diverged=self._diverged
         )
-        observers: list[StepObserver] = [self.timeline, self._finite_check, self.stop, self._dealer]
-        if config.audit:
-            observers.insert(0, corruption.Audit(state, config.audit, own_model=is_own(config.model)))
+        audit = [corruption.Audit(state, config.audit, own_model=is_own(config.model))] if config.audit else []
+        observers: list[StepObserver] = [FaultPoints(state), *audit, self.timeline, self._finite_check]
         self._step = OptimizerStep(
             communicator,
             state.network,
@@ -167,7 +167,7 @@ class Trainer:
             reduction=config.reduction,
             deal=self._dealer.shards,
             clip_norm=config.clip_norm,
-            observers=observers,
+            observers=[*observers, self.stop, self._dealer],
         )
         self._metrics = REDUCTIONS[config.reduction](communicator, Layout(METRIC_FIELDS))
         self._samples = 0
@@ -190,13 +190,14 @@ class Trainer:
             Phase.TEST: self._score_test,
             Phase.FINISH: self._finish,
         }
+        reached("training", owner=self.state)
         while self.phase is not Phase.END:
             try:
                 phases[self.phase]()
             except PeerLost as lost:
-                self.note(recover(self, lost))
+                self.note(recover(self, lost, lambda action: reached(action.value, owner=self.state)))
             except (MemoryError, OSError) as error:
-                die_of_the_host(self.communicator, error)
+                end_rank_after_host_fault(self.communicator, error)
                 raise
         if not self.recoveries:  # otherwise MPI might wait for the lost ranks
             with suppress(PeerLost):  # all work is done
@@ -248,7 +249,9 @@ class Trainer:
         key, learning_rate = self.key.of("training", state.step), self.schedule(state.step)
 
         def load(index: int) -> tuple[NDArray[np.float32], NDArray[Any]]:
-            return self.micro_batches.load(rows, index, key.of(index, "augmentation"))
+            loaded = self.micro_batches.load(rows, index, key.of(index, "augmentation"))
+            reached("forward", owner=state)
+            return loaded
 
         total = self._step.take(
             supervised(state.network, self.loss, load, key),
@@ -282,9 +285,12 @@ class Trainer:
         state, progress = self.state, self.state.progress
         if state.epoch_sums.samples == 0:
             raise self._diverged(f"every step of epoch {state.step // self.steps_per_epoch} was skipped")
+        reached("validation", owner=state)
         with committed(self.communicator):
             validation = self.evaluate(self.data.parts.validation)
+            reached("validation", when="after", owner=validation)
             spent = self.timeline.spent()
+        reached("validation", when="committed", owner=validation)
         self._check_loss(validation, "validation")
         if progress.best_score is None or validation.score > progress.best_score:
             progress.best_step, progress.best_score = state.step, validation.score
@@ -305,18 +311,24 @@ class Trainer:
             assert self.coordinator is not None
             return self.coordinator.keeper.save(self.state, last=self._stops_here)
 
+        reached("checkpoint", owner=self.state)
         with committed(self.communicator):
             if self.config.verify_every:
                 corruption.compare_replicas(self.communicator, self.state)
             together(self.communicator, self._check_weights)
             previous_is_saved = from_rank_0(self.communicator, save)
+            reached("checkpoint", when="after", owner=self.state)
+        reached("checkpoint", when="committed", owner=self.state)
         for listener in self.listeners:
             listener.checkpointed(previous_is_saved=previous_is_saved)
         self.phase = self._after_checkpoint()
 
     def _score_test(self) -> None:
+        reached("test", owner=self.state)
         with committed(self.communicator):
             test = self.evaluate(self.data.parts.test)
+            reached("test", when="after", owner=test)
+        reached("test", when="committed", owner=test)
         self._check_loss(test, "test")
         self._test = test
         for listener in self.listeners:
@@ -331,8 +343,10 @@ class Trainer:
                 if self.coordinator is not None and trace is not None:
                     self.coordinator.write_trace(trace)
             summary = self._summarize()
+            reached("finish", owner=self.state)
             for listener in self.listeners:
                 listener.finished(self.state, self._test, asdict(summary))
+            reached("finish", when="after", owner=self.state)
         self.summary = summary
         self.phase = Phase.END
 

@@ -43,7 +43,7 @@ SESSION = re.compile(r"/.*/ompi\.(\d+)")
 TIDIED_BY_MPICH = "mpich_shm_"
 
 
-def create_held(folder: Path, prefix: str) -> tuple[int, str]:
+def create_locked(folder: Path, prefix: str) -> tuple[int, str]:
     """Create a file that nobody sweeps as long as the returned handle is open; return that and the path.
 
     Raises `OSError` where the folder has none of it.
@@ -71,7 +71,7 @@ def register(folders: tuple[Path, ...]) -> None:
     tidied = by_library or any(one.name not in STEP_DAEMONS for one in launchers)
     for folder in folders:
         with suppress(OSError):  # a rank without a register runs as well; what it leaves is not found
-            handle, path = create_held(folder, REGISTER)
+            handle, path = create_locked(folder, REGISTER)
             os.write(handle, text.encode())
             if tidied:
                 atexit.register(Path(path).unlink, missing_ok=True)

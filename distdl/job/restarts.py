@@ -41,7 +41,7 @@ from distdl.errors import (
     EXIT_USER,
     UserError,
 )
-from distdl.job.launcher import remove_session_of
+from distdl.job.launcher import remove_session_folder
 from distdl.job.processes import send_when_the_parent_dies
 
 FINAL = frozenset({0, EXIT_USER, EXIT_DAMAGED, EXIT_CORRUPTION, EXIT_STOPPED, EXIT_INTERRUPTED})
@@ -134,7 +134,7 @@ class _Job:
             send_when_the_parent_dies(signal.SIGKILL)  # ranks end with it; at SIGTERM they would finish their step
             if os.getppid() != us:
                 os._exit(EXIT_DEFECT)
-            remove_session_of(os.getpid())
+            remove_session_folder(os.getpid())
 
         self._process = subprocess.Popen(
             argv,
@@ -146,7 +146,7 @@ class _Job:
         while self._pending:  # came while it was started
             self._process.send_signal(self._pending.pop())
         code = self._ended(self._process)
-        remove_session_of(self._process.pid)
+        remove_session_folder(self._process.pid)
         self._process = None
         return code if code >= 0 else 128 - code
 

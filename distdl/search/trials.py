@@ -25,7 +25,7 @@ from distdl.engine.stop import StopRequest
 from distdl.engine.user_code import BuildNetwork, agree_on, load_dataset, network_builder
 from distdl.errors import DistdlError, DivergedError, Stopped, UserError
 from distdl.nn import Sequential
-from distdl.parallel import Communicator, guard, survive, together, world
+from distdl.parallel import Communicator, Survivors, guard, together, world
 from distdl.rng import Key
 from distdl.search import results as report
 from distdl.search.folder import PICTURE, RESULTS, SearchFolder, choose, content_of_search, read
@@ -69,7 +69,7 @@ def search(
     one = _Search(settings, build_network, dataset)
     with guard(communicator), one.stop.listening():
         try:
-            _, found, _ = survive(communicator, one.run)
+            found = Survivors(communicator).run(one.run)
         finally:
             one.close()
     return found

@@ -15,6 +15,7 @@ from distdl.engine import prepare as engine_run
 from distdl.engine import train
 from distdl.engine.coordinator import Coordinator
 from distdl.engine.environment import describe
+from distdl.engine.stop import StopRequest
 from distdl.engine.storage import checkpoints, run_folder
 from distdl.engine.storage.files import TEMPORARY_SUFFIX
 from distdl.engine.storage.json_lines import JsonLines
@@ -165,7 +166,7 @@ def test_a_decay_is_named_beside_the_learning_rate_where_there_is_one(tmp_path):
 
 #: What cannot be the learning rate's fault.
 WITHOUT_AN_UPDATE = [
-    f"{what}: no update was made before; look at the data, the initial weights and the model, not at --lr"
+    f"{what}: no update came before it; check the data, the initial weights and the model, not --lr"
     for what in ("the gradient is not finite at step 1, .*", "every step of epoch 1 was skipped")
 ]
 
@@ -333,7 +334,7 @@ def losing_a_rank(*_):
 def test_a_job_that_loses_a_rank_before_it_has_a_folder_takes_none_from_another(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_folder, "datetime", type("Noon", (), {"now": lambda: datetime(2026, 1, 1, 12)}))
-    preparation = engine_run._Preparation(small_config(None).checked(), None, piece_of_digits(94))
+    preparation = engine_run.Preparation(small_config(None).checked(), None, piece_of_digits(94), None, StopRequest())
     while_data_are_loaded(monkeypatch, losing_a_rank)
     with pytest.raises(PeerLost):
         preparation.trainer(OneProcess())
@@ -348,7 +349,7 @@ def test_a_job_that_loses_a_rank_before_it_has_a_folder_takes_none_from_another(
 
 def test_a_job_that_loses_a_rank_when_it_has_a_folder_goes_on_in_it(tmp_path, monkeypatch):
     config = small_config(tmp_path / "run").checked()
-    preparation = engine_run._Preparation(config, None, piece_of_digits(94))
+    preparation = engine_run.Preparation(config, None, piece_of_digits(94), None, StopRequest())
     opened = Coordinator.open_run
 
     def loses_a_rank(self):

@@ -3,8 +3,8 @@
 A job that hangs shows nothing: one rank waits for a disk or loops for ever, the others wait for it. So every rank has
 a thread that looks once a second whether the rank has done anything since: steps, and micro-batches within them.
 Whether it waits for others shows in its stack, which is then inside of a collective call. Each thread writes what it
-sees into a page that the ranks of a node share. Once a rank has done nothing for the seconds that were given, those
-who do not wait print where they are; of those who wait, the lowest rank of each node names who is late. They do so
+sees into a page that the ranks of a host share. Once a rank has done nothing for the seconds that were given, those
+who do not wait print where they are; of those who wait, the lowest rank of each host names who is late. They do so
 again after twice that time, four times, and so on, and say when it goes on.
 
 The training does nothing for this but count. The threads end with the training, and with the process.
@@ -31,7 +31,7 @@ SECONDS_BETWEEN_LOOKS = 1.0
 WHERE_RANKS_WAIT = "distdl.parallel.mpi"
 #: A watchdog that has not looked for so long was held up itself: its process was stopped, or never let go of Python.
 SECONDS_TO_RESPOND = 10.0
-#: What a rank tells its node. The clock is that of the host.
+#: What a rank tells its host. The clock is that of the host.
 SLOT = np.dtype([(name, "i8") for name in ("rank", "pid", "started", "steps", "waits")] + [("looked", "f8")])
 #: States of a process (`Process.state`) that explain why it is late.
 STATES = {"T": "stopped by a signal", "t": "held by a debugger", "D": "waits for a disk"}
@@ -60,10 +60,10 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         if not stall_seconds:
             return
-        node = communicator.host()
-        self._whole_world = node.size == communicator.size
-        self._page = shared_bytes(communicator, node, SLOT.itemsize * node.size, "the watchdog").view(SLOT)
-        self._own = self._page[node.rank : node.rank + 1]
+        host = communicator.host()
+        self._whole_world = host.size == communicator.size
+        self._page = shared_bytes(communicator, host, SLOT.itemsize * host.size, "the watchdog").view(SLOT)
+        self._own = self._page[host.rank : host.rank + 1]
         this = look_at(os.getpid())
         assert this is not None
         self._own["rank"], self._own["started"], self._own["waits"] = communicator.rank, this.started, True

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from distdl.engine.step import MutableRecord, OptimizerStep, StepObserver
-from distdl.parallel import Field, Shard, contiguous_shards, deal, share
+from distdl.parallel import Field, Shard, contiguous_shards, deal, loads_by_speed
 
 #: The weight of a new measurement in the smoothed seconds of a micro-batch.
 SMOOTHING = 0.1
@@ -40,7 +40,7 @@ class Balance:
     def __init__(self, ranks: int, leaves: int) -> None:
         """Start with equal shares of the `leaves` micro-batches of a full batch."""
         self._speeds = (1.0,) * ranks
-        self.loads = share(leaves, self._speeds)
+        self.loads = loads_by_speed(leaves, self._speeds)
         self._seconds = [0.0] * ranks  # of a micro-batch, smoothed
         self._times_measured = [0] * ranks
         self._steps_unmeasured = [0] * ranks
@@ -49,7 +49,7 @@ class Balance:
 
     def shares(self, leaves: int) -> tuple[int, ...]:
         """Return how many of the `leaves` micro-batches of the next step each rank computes."""
-        loads = list(share(leaves, self._speeds))
+        loads = list(loads_by_speed(leaves, self._speeds))
         on_trial = [rank for rank, load in enumerate(loads) if load == 0 and self._is_due(rank)]
         for rank in on_trial:
             giver = max(set(range(len(loads))) - set(on_trial), key=lambda other: (loads[other], other), default=rank)
@@ -70,7 +70,7 @@ class Balance:
         if self._steps - self._last_change < LEAST_STEPS:
             return False
         speeds = tuple(1 / seconds for seconds in self._expected())
-        loads = share(sum(self.loads), speeds)
+        loads = loads_by_speed(sum(self.loads), speeds)
         if self._seconds_of(loads) >= (1 - LEAST_GAIN) * self._seconds_of(self.loads):
             return False
         self._speeds, self.loads, self._last_change = speeds, loads, self._steps

@@ -1,4 +1,4 @@
-"""A checkpoint is written while training goes on, and is nevertheless that of its step, in order, and waited for."""
+"""A checkpoint is written while training continues, and is nevertheless that of its step, in order, and waited for."""
 
 import concurrent.futures
 import json
