@@ -116,7 +116,7 @@ class Preparation:
         self.folder: Path | None = None
         self.is_repeated = False
         self.coordinator: Coordinator | None = None
-        self.transferred: transfer.Taken | None = None
+        self.transferred: transfer.Transfer | None = None
 
     def trainer(self, communicator: Communicator) -> Trainer:
         """Return an opened trainer. If the user's input is wrong, leave nothing behind. Collective."""
@@ -193,7 +193,7 @@ class Preparation:
         if start.checkpoint is not None:
             restore(state, start, data_sha256, self.config, steps_per_epoch)
         elif self.config.init_from is not None:
-            self.transferred = transfer.take(self.config.init_from, state.network, self.config.model)
+            self.transferred = transfer.copy_weights(self.config.init_from, state.network, self.config.model)
 
     def _open_folder(
         self, communicator: Communicator, facts: RunFacts, start: StartingPoint | None, logbook: Logbook
