@@ -23,7 +23,6 @@ import itertools
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -31,7 +30,7 @@ from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
-from distdl.config import run_folder_of, value_of
+from distdl.config import flag_of, run_folder_of
 from distdl.errors import (
     EXIT_CORRUPTION,
     EXIT_DAMAGED,
@@ -41,6 +40,7 @@ from distdl.errors import (
     EXIT_USER,
     UserError,
 )
+from distdl.job import streams
 from distdl.job.launcher import remove_session_of
 from distdl.job.processes import send_when_the_parent_dies
 
@@ -77,7 +77,7 @@ def run_until_done(command_of: CommandOf, flags: Sequence[str], restarts: int) -
         if code in FINAL:
             break
         if attempt > restarts:
-            _say(f"the job ended {what}, {attempt} times in all; --run-dir {folder} --resume auto goes on")
+            streams.say_line(f"the job ended {what}, {attempt} times in all; --run-dir {folder} --resume auto goes on")
             break
         _wait_until_let_go(folder, job)
         if job.stopping:
@@ -86,7 +86,7 @@ def run_until_done(command_of: CommandOf, flags: Sequence[str], restarts: int) -
         if (folder / "config.toml").is_file():
             goes_on = f"--run-dir {folder} --resume auto"
             flags_now = [*flags, f"--run-dir={folder}", "--resume=auto"]
-        _say(f"the job ended {what}: restart {attempt} of {restarts}, {goes_on}")
+        streams.say_line(f"the job ended {what}: restart {attempt} of {restarts}, {goes_on}")
     if chosen:
         with suppress(OSError):  # it holds a run
             folder.rmdir()
@@ -97,7 +97,7 @@ def run_until_done(command_of: CommandOf, flags: Sequence[str], restarts: int) -
 
 def run_folder(flags: Sequence[str]) -> tuple[Path, bool]:
     """Return the folder of the run that these flags start, and whether it had to be chosen, and made, here."""
-    given, resumed = value_of("run_dir", flags), value_of("resume", flags)
+    given, resumed = _value_of("run_dir", flags), _value_of("resume", flags)
     if given is not None:
         return Path(given), False
     if resumed is not None:
@@ -112,6 +112,16 @@ def run_folder(flags: Sequence[str]) -> tuple[Path, bool]:
         except OSError as error:
             raise UserError(f"cannot make the run folder {folder}: {error.strerror}; give a --run-dir") from None
     return folder, True
+
+
+def _value_of(name: str, flags: Sequence[str]) -> str | None:
+    """Return the value of the last ``--name value`` or ``--name=value``."""
+    value = None
+    for position, word in enumerate(flags):
+        flag, equals, after = word.partition("=")
+        if flag.replace("_", "-") == flag_of(name):
+            value = after if equals else next(iter(flags[position + 1 :]), value)
+    return value
 
 
 class _Job:
@@ -197,9 +207,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"exit code {128 + number}"
-
-
-def _say(text: str) -> None:
-    with suppress(OSError):
-        sys.stderr.write(f"distdl: {text}\n")
-        sys.stderr.flush()

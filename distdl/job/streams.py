@@ -9,6 +9,8 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
+from distdl.errors import one_line
+
 #: What a disk without room says.
 FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -59,3 +61,8 @@ def say(text: str = "") -> None:
     """Hand on what was printed, and then `text` to the error stream."""
     write(sys.stdout, "")
     write(sys.stderr, text)
+
+
+def say_line(text: str) -> None:
+    """Print ``distdl: text`` to the error stream, as one line."""
+    say(f"distdl: {one_line(text)}\n")
