@@ -1,7 +1,7 @@
 """Commands: from the command line and a TOML file to a frozen dataclass, and the run of a command.
 
-`Command` describes a command line by the dataclass of its settings. The name, type and default of a field give the flag;
-the docstring after the field is its line of `--help`. `run` calls a command and returns its exit code.
+`Command` describes a command line by the dataclass of its settings. The name, type and default of a field give the
+flag. The docstring after the field is its line of `--help`. `run` calls a command and returns its exit code.
 
 This module imports neither NumPy nor MPI, because NumPy reads the number of BLAS threads when it is loaded.
 """
@@ -58,8 +58,6 @@ class Flag:
     """Turns the text into the value; raises `UserError`."""
     repeated: bool = False
     """Whether it may occur several times; the value is then a tuple."""
-    help: str = ""
-    """The line of `--help`, if the dataclass has no source."""
 
 
 class _Setting:
@@ -108,11 +106,15 @@ class _Setting:
 
     def help(self, docstrings: Mapping[str, str]) -> list[str]:
         """Return its lines of `--help`."""
-        text = self.properties.help or docstrings[self.name]
+        text = docstrings[self.name]
         if self.properties.names:
             text += f" Names: {', '.join(self.properties.names)}."
-        if not (any(self.default is one for one in (None, False, MISSING)) or self.default == () or self.properties.parse):
-            text += f" (default: {self.default:g})" if isinstance(self.default, float) else f" (default: {self.default})"
+        if not (
+            any(self.default is one for one in (None, False, MISSING)) or self.default == () or self.properties.parse
+        ):
+            text += (
+                f" (default: {self.default:g})" if isinstance(self.default, float) else f" (default: {self.default})"
+            )
         return _entry(self.usage, text)
 
 
@@ -186,10 +188,10 @@ class Command(Generic[Settings]):
         known = self._settings.keys() - set(self.not_in_file)
         for name, value in values.items():
             if name not in known and name not in without:
-                raise UserError(
-                    f"in the config file {path}: {unknown_name('setting', name, known, self.other_names)}"
-                )
-            if isinstance(value, bool) != (self._settings[name].kind is bool) or not isinstance(value, str | int | float):
+                raise UserError(f"in the config file {path}: {unknown_name('setting', name, known, self.other_names)}")
+            if isinstance(value, bool) != (self._settings[name].kind is bool) or not isinstance(
+                value, str | int | float
+            ):
                 flag = self._settings[name].flag
                 raise UserError(f"in the config file {path}: {name} = {value!r} is not a value for {flag}")
         return {
@@ -200,9 +202,9 @@ class Command(Generic[Settings]):
 
     def help(self) -> str:
         """Return the text of `--help`."""
-        docstrings = {} if all(one.properties.help for one in self._settings.values()) else docstrings_of(self.settings)
+        docstrings = docstrings_of(self.settings)
         required = [one for one in self._settings.values() if one.is_required]
-        words = [f"{one.usage} [{one.usage} ...]" if one.properties.repeated else one.usage for one in required]
+        words = [f"{one.usage} ..." if one.is_positional and one.properties.repeated else one.usage for one in required]
         after = f" [-- flags of {self.flags_after_dashes}]" if self.flags_after_dashes else ""
         lines = [f"usage: {' '.join([self.program, *words])} [flags]{after}", "", *_wrapped(self.summary, 0), ""]
         lines += ["examples:", *(f"  {example}" for example in self.examples), ""] if self.examples else []
@@ -218,7 +220,7 @@ class Command(Generic[Settings]):
 
     @property
     def _after_dashes(self) -> str:
-        return f"; the flags of {self.flags_after_dashes} go after --" if self.flags_after_dashes else ""
+        return f" (flags of {self.flags_after_dashes} go after --)" if self.flags_after_dashes else ""
 
     def _setting_of(self, word: str, given: Mapping[str, Any]) -> tuple[_Setting, str | None]:
         """Return the setting of a word, and the text in the same word, if any; raise `UserError`."""
@@ -235,9 +237,9 @@ class Command(Generic[Settings]):
         for setting in settings:
             if len(setting.flag) == 2 and word.startswith(setting.flag):
                 return setting, word[2:].removeprefix("=") or None
-            if setting.is_positional and not _looks_like_a_flag(word):
-                if setting.properties.repeated or setting.name not in given:
-                    return setting, word
+            is_free = setting.properties.repeated or setting.name not in given
+            if setting.is_positional and is_free and not _looks_like_a_flag(word):
+                return setting, word
         raise UserError(f"unexpected argument {word!r}: --help lists all flags{self._after_dashes}")
 
 
@@ -247,17 +249,18 @@ def docstrings_of(settings: type) -> dict[str, str]:
     import inspect  # noqa: PLC0415
     import itertools  # noqa: PLC0415
 
-    (definition,) = ast.parse(inspect.getsource(settings)).body
-    assert isinstance(definition, ast.ClassDef)
-    return {
-        one.target.id: " ".join(text.value.value.split())
-        for one, text in itertools.pairwise(definition.body)
-        if isinstance(one, ast.AnnAssign)
-        and isinstance(one.target, ast.Name)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-        and isinstance(text.value.value, str)
-    }
+    docstrings = {}
+    for one in filter(dataclasses.is_dataclass, reversed(settings.__mro__)):
+        (definition,) = ast.parse(inspect.getsource(one)).body
+        assert isinstance(definition, ast.ClassDef)
+        for declared, text in itertools.pairwise(definition.body):
+            if (
+                isinstance(declared, ast.AnnAssign)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+            ):
+                docstrings[ast.unparse(declared.target)] = " ".join(str(text.value.value).split())
+    return docstrings
 
 
 def _wrapped(text: str, indent: int) -> list[str]:

@@ -341,7 +341,7 @@ def is_own(name: str) -> bool:
 
 
 def reads_data_dir(dataset: str) -> bool:
-    """Return whether a dataset reads files from `--data-dir`: not if the package includes it, or it is a path itself."""
+    """Return whether a dataset reads files from `--data-dir`. Digits and paths do not."""
     return dataset != "digits" and not dataset.startswith(FROM_PATH)
 
 

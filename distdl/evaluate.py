@@ -58,7 +58,7 @@ class EvaluateOptions:
 
 COMMAND = Command(
     program="python -m distdl.evaluate",
-    summary="Score trained networks on their test or validation part: each alone, and all together as an ensemble.",
+    summary="Score trained networks, each alone and all together as an ensemble.",
     settings=EvaluateOptions,
     examples=(
         "python -m distdl.evaluate my-run --confusion",
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str]) -> int:
     from distdl.inference.figures import need_matplotlib  # noqa: PLC0415
     from distdl.parallel import guard, together, world  # noqa: PLC0415
 
-    check_names(given)
+    check_names(given.model, given.dataset)
     if given.part not in PARTS:
         raise unknown_name("part", given.part, PARTS)
     if given.confusion_figure or given.misclassified:
@@ -124,12 +124,12 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def check_names(given: EvaluateOptions) -> None:
-    """Raise `UserError` where `--model` or `--dataset` is the name of nothing that there could be."""
-    for model in given.model:
+def check_names(models: Sequence[str], dataset: str | None) -> None:
+    """Raise `UserError` unless `--model` and `--dataset` can name a model and a dataset."""
+    for model in models:
         check_model_name(model)
-    if given.dataset is not None:
-        check_dataset_name(given.dataset)
+    if dataset is not None:
+        check_dataset_name(dataset)
 
 
 def _show(given: EvaluateOptions, trained: Sequence[Trained], found: Evaluation, half: Evaluation | None) -> None:

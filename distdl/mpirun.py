@@ -37,7 +37,7 @@ class MpirunOptions:
 
 COMMAND = Command(
     program="python -m distdl.mpirun",
-    summary="Train with several ranks on this machine, with the MPI of this environment.",
+    summary="Start N ranks on this machine, with the MPI of this environment.",
     settings=MpirunOptions,
     examples=(
         "python -m distdl.mpirun -n 4",
@@ -61,11 +61,12 @@ def main(arguments: Sequence[str]) -> int:
     command = _command_of(options, flags)
     if options.dry_run:
         sys.stdout.write(f"{command.shell_line()}\n")
-        return 0
-    if options.restarts and not {"-h", "--help"} & set(flags):
+    elif options.restarts and not {"-h", "--help"} & set(flags):
         return run_until_done(lambda flags: _start_of(_command_of(options, flags)), flags, options.restarts)
-    remove_session_of(os.getpid())  # mpirun keeps this process number
-    os.execve(command.argv[0], command.argv, environment_for(command))  # noqa: S606  no shell is wanted
+    else:
+        remove_session_of(os.getpid())  # mpirun keeps this process number
+        os.execve(command.argv[0], command.argv, environment_for(command))  # noqa: S606  no shell is wanted
+    return 0
 
 
 def _command_of(options: MpirunOptions, flags: Sequence[str]) -> MpirunCommand:

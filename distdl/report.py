@@ -60,7 +60,7 @@ class ReportOptions:
 
 COMMAND = Command(
     program="python -m distdl.report",
-    summary="Write a run on one page: scores, curves, filters, mistakes, time, settings. Needs matplotlib.",
+    summary="Write a page about a run: scores, curves, pictures (needs matplotlib).",
     settings=ReportOptions,
     examples=(
         "python -m distdl.report my-run",
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     from distdl.inference.figures import need_matplotlib  # noqa: PLC0415
     from distdl.parallel import guard, together, world  # noqa: PLC0415
 
-    check_names(given)
+    check_names(given.model, given.dataset)
     need_matplotlib()
     communicator = world()
     with guard(communicator):

@@ -28,7 +28,7 @@ from distdl.errors import DamagedFileError, UserError
 
 COMMAND = Command(
     program="python -m distdl.train",
-    summary="Train a NumPy CNN, alone or on several MPI ranks, with the same bits on any number of ranks.",
+    summary="Train a NumPy CNN, with the same bits on any number of ranks.",
     settings=TrainConfig,
     examples=(
         "python -m distdl.train",

@@ -2,8 +2,8 @@
 
     python -m distdl.verify --ranks 1,2,4 -- --model deep_convnet --epochs 2
 
-runs ``distdl.train`` with the flags after ``--`` once for each number of ranks. It compares the receipts and the bytes of
-``metrics.jsonl``. If they differ, it names the first step and tensor that differ and exits with 1.
+runs ``distdl.train`` with the flags after ``--`` once for each number of ranks. It compares the receipts and the bytes
+of ``metrics.jsonl``. If they differ, it names the first step and tensor that differ and exits with 1.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from distdl.errors import UserError
 
 COMMAND = Command(
     program="python -m distdl.bench",
-    summary="Measure how training scales with the number of ranks, and predict it for more ranks.",
+    summary="Measure how training scales, and predict it for more ranks.",
     settings=Settings,
     examples=(
         "mpirun -n 4 python -m distdl.bench",

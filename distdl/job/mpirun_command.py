@@ -1,8 +1,8 @@
 """The command that starts N ranks on this machine: `mpirun` with the options that each MPI needs.
 
-MPICH, Intel MPI and their relatives need only `-n`. By default Open MPI refuses root, refuses more ranks than cores, and
-binds every job to the same first cores, even out of a `taskset`. The command sets variables that lift all three, unless
-the user has set them. From version 5 on it also asks Open MPI to let the survivors of a killed rank continue (ULFM).
+MPICH, Intel MPI and their relatives need only `-n`. By default, Open MPI refuses root and more ranks than cores, and it
+binds every job to the same first cores, even out of a `taskset`. The command sets variables that change all three,
+unless the user has set them. It asks Open MPI 5 to let the survivors of a killed rank continue (ULFM).
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python -m distdl.search --range lr=1e-6:1e-2:log --range weight-decay=1e-8:1e-4:log -- --model mlp --epochs 5
 
-trains with random settings from the ranges and with the flags of ``distdl.train`` after ``--``. It narrows the ranges to
-the trials of best validation accuracy and repeats. At the end it prints the command that trains with the best settings.
+trains with random settings from the ranges and with the flags of ``distdl.train`` after ``--``. It narrows the ranges
+to the trials of best validation accuracy and repeats. At the end it prints the command that trains with the best
+settings.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ OURS = ("--run-dir", "--resume", "--max-steps", "--keep-checkpoints", "--trace")
 
 COMMAND = Command(
     program="python -m distdl.search",
-    summary="Search hyperparameters with short trainings, whose settings are random and whose judge is the validation "
-    "part.",
+    summary="Search hyperparameters with short trainings of random settings.",
     settings=Settings,
     examples=(
         "python -m distdl.search --range lr=1e-6:1e-2:log",
@@ -37,7 +37,7 @@ COMMAND = Command(
         "run": ("ranks_per_trial", "out", "resume"),
     },
     flags={
-        "ranges": Flag(name="--range", value="lr=1e-6:1e-2:log", names=SEARCHABLE, parse=parse_range, repeated=True),
+        "ranges": Flag(name="--range", value="RANGE", names=SEARCHABLE, parse=parse_range, repeated=True),
         "method": Flag(value="NAME", names=METHODS),
         "keep": Flag(value="SHARE"),
     },

@@ -14,7 +14,7 @@ from distdl.bench.benchmark import benchmark
 from distdl.bench.layers import Stopwatch
 from distdl.bench.measure import Bench, Setup, measure_scaling
 from distdl.bench.settings import Network, Settings
-from distdl.mpirun import mpirun_command
+from distdl.job.mpirun_command import mpirun_command
 from distdl.nn import build_model
 from distdl.parallel import OneProcess
 

@@ -13,7 +13,7 @@ from small_runs import small_run
 
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.files import TEMPORARY_SUFFIX
-from distdl.mpirun import mpirun_command
+from distdl.job.mpirun_command import mpirun_command
 from distdl.parallel import OneProcess
 
 #: Trains as `small_run` does. A trap is a rank, a function, "before" or "after", and at which of its calls.
