@@ -10,7 +10,7 @@ import time
 import pytest
 
 from distdl.engine.stop import SAME_REQUEST_SECONDS
-from distdl.mpirun import environment_for, mpirun_command
+from distdl.job.mpirun_command import environment_for, mpirun_command
 
 FLAGS = ["--model", "mlp", "--epochs", "2"]
 STEP = 4
