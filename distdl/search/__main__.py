@@ -17,16 +17,16 @@ from distdl.config import parse as parse_config
 from distdl.config import value_of
 from distdl.errors import UserError
 from distdl.job.launcher import read_launch
-from distdl.search.settings import DEFAULT_KEEP, METHODS, SEARCHABLE, Settings, parse_range
+from distdl.search.settings import DEFAULT_KEEP, METHODS, SEARCHABLE, SearchSettings, parse_range
 
 #: Flags of distdl.train that the search gives to each trial.
 OURS = ("--run-dir", "--resume", "--max-steps", "--keep-checkpoints", "--trace")
 
 
-def parse(arguments: Sequence[str]) -> Settings:
+def parse(arguments: Sequence[str]) -> SearchSettings:
     """Return the checked settings of a command line; raise `UserError` in one line."""
     own, flags = cli.split_at_dashes(arguments)
-    usual = Settings(ranges=())
+    usual = SearchSettings(ranges=())
     parser = cli.OneLineParser(
         prog="python -m distdl.search",
         usage="%(prog)s --range SETTING=LOW:HIGH[:log] [--range ...] [options] [-- flags of distdl.train]",
@@ -62,7 +62,7 @@ def parse(arguments: Sequence[str]) -> Settings:
         if value_of(one.name, flags) is not None:
             name = one.name.replace("_", "-")
             raise UserError(f"--{name} is searched by --range {one}, and given behind --: leave one of them out")
-    return Settings(**given, ranges=ranges, config=parse_config(flags, "python -m distdl.train")).checked()
+    return SearchSettings(**given, ranges=ranges, config=parse_config(flags, "python -m distdl.train")).checked()
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -70,16 +70,16 @@ def main(arguments: Sequence[str]) -> int:
     settings = parse(arguments)
     cli.set_blas_threads(settings.config.threads_per_rank)
     from distdl.engine.console import Console  # noqa: PLC0415  NumPy reads the threads when it is loaded
-    from distdl.search.results import command  # noqa: PLC0415
+    from distdl.search.tables import training_command  # noqa: PLC0415
     from distdl.search.trials import search  # noqa: PLC0415
 
     found = search(settings)
     if found.best is None:
-        error = UserError(f"all {len(found.records)} trials have diverged: give ranges of smaller values")
+        error = UserError(f"all {len(found.results)} trials have diverged: give ranges of smaller values")
         error.agreed = True
         raise error
     if read_launch().speaks:
-        Console(live=False).line(f"best: {command(settings.config_with(found.best.settings))}")
+        Console(live=False).line(f"best: {training_command(settings.config_with(found.best.settings))}")
     return 0
 
 
