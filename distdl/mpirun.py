@@ -25,7 +25,7 @@ from pathlib import Path
 
 from distdl import cli
 from distdl.errors import UserError
-from distdl.job.launcher import remove_session_of
+from distdl.job.launcher import remove_session_folder
 from distdl.job.restarts import run_until_done
 
 
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.restarts and not options.dry_run and not {"-h", "--help"} & set(flags):
         return run_until_done(start_of, flags, options.restarts)
     if not options.dry_run:
-        remove_session_of(os.getpid())  # which will be mpirun's
+        remove_session_folder(os.getpid())  # which will be mpirun's
         os.execve(command.argv[0], command.argv, environment_for(command))  # noqa: S606  no shell is wanted
     sys.stdout.write(f"{command.shell_line()}\n")
     return 0

@@ -30,7 +30,7 @@ from distdl.bench.tables import (
 from distdl.engine.console import Console
 from distdl.engine.environment import describe, numerics
 from distdl.engine.storage.files import try_folder, write_durably
-from distdl.engine.storage.run_folder import numbered, timestamped
+from distdl.engine.storage.run_folder import unused_folder
 from distdl.engine.timing.trace import check_writable
 from distdl.engine.timing.trace import write as write_trace
 from distdl.errors import UserError
@@ -177,9 +177,7 @@ def benchmark(settings: BenchSettings, communicator: Communicator | None = None)
 
 def _output_folder(settings: BenchSettings) -> Path:
     """Return the folder for the results, without creating it; raise `UserError` if it is in use or not writable."""
-    folder = settings.out or next(
-        path for path in numbered(timestamped(f"{settings.model}-bench")) if not path.exists()
-    )
+    folder = settings.out or unused_folder(f"{settings.model}-bench")
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"--out {folder} exists and is not an empty folder: give another")

@@ -31,7 +31,7 @@ from distdl.engine.storage import checkpoints
 from distdl.engine.storage.checkpoints import Checkpoint
 from distdl.engine.storage.files import indented_json, remove_temporaries, write_durably
 from distdl.engine.storage.header import CheckpointHeader
-from distdl.engine.storage.run_folder import Start, claim, lock_released
+from distdl.engine.storage.run_folder import StartingPoint, lock_folder, locked_run_folder
 from distdl.engine.timing import trace
 from distdl.engine.timing.timeline import Spent
 from distdl.errors import DamagedFileError, UserError
@@ -81,7 +81,7 @@ class Coordinator(RunListener):
             folder / "checkpoints", facts.config.keep_checkpoints, facts.of_every_header, logbook, console
         )
         self._lock = lock
-        self._start: Start | None = None
+        self._start: StartingPoint | None = None
         self._opening = ExitStack()
         self._shares_to_print: Sequence[int] | None = None
         self._print_shares_after = 0.0
@@ -90,13 +90,13 @@ class Coordinator(RunListener):
     # -- the run folder
 
     @classmethod
-    def claim(cls, facts: RunFacts, start: Start, logbook: Logbook, console: Console) -> Coordinator:
+    def claim(cls, facts: RunFacts, start: StartingPoint, logbook: Logbook, console: Console) -> Coordinator:
         """Make and lock the folder of a new or resumed run; write nothing yet.
 
         Raises `UserError` if the folder cannot be made or is in use.
         """
         opening = ExitStack()
-        folder, lock = opening.enter_context(claim(start))
+        folder, lock = opening.enter_context(locked_run_folder(start))
         coordinator = cls(facts, folder, lock, logbook, console)
         coordinator._start, coordinator._opening = start, opening
         return coordinator
@@ -109,7 +109,7 @@ class Coordinator(RunListener):
         """
         try:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)  # if this host does not share the folder
-            coordinator = cls(facts, folder, lock_released(folder), logbook, console)
+            coordinator = cls(facts, folder, lock_folder(folder, owner_died=True), logbook, console)
             coordinator._remove_temporaries()
             logbook.reopen(folder)
         except OSError as error:

@@ -15,7 +15,7 @@ import threadpoolctl
 
 import distdl
 from distdl.errors import UserError
-from distdl.parallel import Communicator, hosts
+from distdl.parallel import Communicator, ranks_per_host
 
 #: Elements that NumPy converts at a time where operands differ in dtype.
 CAST_ELEMENTS = 1024
@@ -62,7 +62,7 @@ def describe(communicator: Communicator) -> dict[str, Any]:
     """Return the content of ``env.json``. Collective."""
     return {
         "ranks": communicator.size,
-        "hosts": hosts(communicator),
+        "hosts": ranks_per_host(communicator),
         "communicator": communicator.description,
         "kernel_families": sorted(set(communicator.allgather_json(kernel_family()))),
         "versions": {

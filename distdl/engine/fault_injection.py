@@ -31,7 +31,7 @@ order of the table, unless the table says otherwise. "Committed" means: all rank
 | | after | rank 0 only, in its writer thread: the checkpoint is complete, older ones are removed | None |
 | finish | before | rank 0 has not written the summary | state |
 | | after | rank 0 has written the summary and printed the receipt; the phase is not committed | state |
-| refuse, shrink, compare | before | this action of a recovery begins (`parallel/recovery.py`) | state |
+| vote no, shrink, compare | before | this action of a recovery begins (`parallel/recovery.py`) | state |
 | take, rebuild, agree | before | the same | state |
 | takeover | before | new rank 0 only: it has locked the run folder; it reaches this point once per log file | None |
 
@@ -65,7 +65,7 @@ POINTS = {
     "checkpoint": ("before", "after", "committed"),
     "checkpoint-write": ("before", "after"),
     "finish": ("before", "after"),
-    "refuse": ("before",),
+    "vote no": ("before",),
     "shrink": ("before",),
     "compare": ("before",),
     "take": ("before",),

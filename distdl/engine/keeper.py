@@ -49,7 +49,7 @@ class CheckpointKeeper:
             self._missed(Outcome(state.step, error), may_raise=True, last=last)
             return previous_is_saved
         header = CheckpointHeader(step=state.step, progress=state.progress, log_bytes=log_bytes, **self._facts)
-        self._writer.start(self._folder, state.named_arrays(), header.to_json(), self._logbook.flush_to_disk)
+        self._writer.start(self._folder, state.named_arrays(), header, self._logbook.flush_to_disk)
         if last:
             self.settle(wait=True, last=True)
         return previous_is_saved

@@ -25,7 +25,7 @@ from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
 from distdl.engine.storage import checkpoints
-from distdl.engine.storage.run_folder import Start, find_start
+from distdl.engine.storage.run_folder import StartingPoint, find_start
 from distdl.engine.timing import balance
 from distdl.engine.timing.trace import check_writable
 from distdl.engine.trainer import Summary, Trainer
@@ -120,11 +120,11 @@ class Preparation:
 
     def trainer(self, communicator: Communicator) -> Trainer:
         """Return an opened trainer. If the user's input is wrong, leave nothing behind. Collective."""
-        self._close()  # the coordinator of an earlier attempt
+        self.close()  # the coordinator of an earlier attempt
         try:
             return self._prepare(communicator)
         except UserError:
-            self._close()
+            self.close()
             raise
         finally:
             self.is_repeated = True
@@ -134,7 +134,7 @@ class Preparation:
         together(communicator, lambda: _check_ranks(config, communicator.size))
         if config.trace is not None:
             on_rank_0(communicator, partial(check_writable, config.trace))
-        start = on_rank_0(communicator, lambda: find_start(config, self.folder, again=self.is_repeated))
+        start = on_rank_0(communicator, lambda: find_start(config, self.folder, after_failure=self.is_repeated))
 
         data = self._share_data(communicator)
         state = together(communicator, lambda: self._build_state(data))
@@ -185,7 +185,9 @@ class Preparation:
         _check_moments(config, network)
         return TrainingState(network, optimizer, epoch_sums=Sums(targets_per_sample=data.targets_per_sample))
 
-    def _restore(self, state: TrainingState, start: Start | None, data_sha256: str, steps_per_epoch: int) -> None:
+    def _restore(
+        self, state: TrainingState, start: StartingPoint | None, data_sha256: str, steps_per_epoch: int
+    ) -> None:
         """Fill the state from the checkpoint of a resumed run, or from `--init-from`; on rank 0."""
         assert start is not None
         if start.checkpoint is not None:
@@ -193,7 +195,9 @@ class Preparation:
         elif self.config.init_from is not None:
             self.transferred = transfer.take(self.config.init_from, state.network, self.config.model)
 
-    def _open_folder(self, communicator: Communicator, facts: RunFacts, start: Start | None, logbook: Logbook) -> None:
+    def _open_folder(
+        self, communicator: Communicator, facts: RunFacts, start: StartingPoint | None, logbook: Logbook
+    ) -> None:
         """Claim the run folder and write its first files, on rank 0. Collective."""
         console = self.console
         assert console is not None
@@ -214,7 +218,7 @@ class Preparation:
         on_rank_0(communicator, write_first_files)
         logbook.lengths = communicator.bcast_json(logbook.lengths)
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """Release the run folder."""
         if self.coordinator is not None:
             self.coordinator.close()
@@ -325,7 +329,9 @@ def _check_ranks(config: TrainConfig, ranks: int) -> None:
         )
 
 
-def restore(state: TrainingState, start: Start, data_sha256: str, config: TrainConfig, steps_per_epoch: int) -> None:
+def restore(
+    state: TrainingState, start: StartingPoint, data_sha256: str, config: TrainConfig, steps_per_epoch: int
+) -> None:
     """Copy a checkpoint into the state; raise `UserError` if the run cannot continue from it."""
     checkpoint, header = start.checkpoint, start.header
     assert checkpoint is not None

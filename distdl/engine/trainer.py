@@ -48,7 +48,7 @@ from distdl.parallel import (
     Layout,
     Position,
     committed,
-    die_of_the_host,
+    end_rank_after_host_fault,
     from_rank_0,
     on_rank_0,
     recover,
@@ -197,7 +197,7 @@ class Trainer:
             except PeerLost as lost:
                 self.note(recover(self, lost, lambda action: reached(action.value, owner=self.state)))
             except (MemoryError, OSError) as error:
-                die_of_the_host(self.communicator, error)
+                end_rank_after_host_fault(self.communicator, error)
                 raise
         if not self.recoveries:  # otherwise MPI might wait for the lost ranks
             with suppress(PeerLost):  # all work is done

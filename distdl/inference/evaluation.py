@@ -26,7 +26,7 @@ from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.checkpoints import Checkpoint
 from distdl.engine.storage.header import CheckpointHeader
-from distdl.engine.storage.run_folder import checkpoint_in
+from distdl.engine.storage.run_folder import find_checkpoint
 from distdl.engine.user_code import BuildNetwork, agree_on, load_dataset, network_builder, same_function
 from distdl.errors import UserError
 from distdl.nn import Sequential, make_loss
@@ -93,7 +93,7 @@ class _Found:
     checkpoint: Checkpoint
     header: CheckpointHeader
     config: TrainConfig
-    complaints: tuple[str, ...]
+    complaints: Sequence[str]
 
 
 def load(
@@ -250,7 +250,7 @@ def _found(given: Path, *, best: bool) -> _Found:
             raise UserError(
                 f"--best looks for the best checkpoint of a run folder, and {given} is a file: leave it out"
             )
-        newest, checkpoint, complaints = checkpoint_in(given, str(given))
+        newest, checkpoint, complaints = find_checkpoint(given, str(given))
         found = _checked(given, newest, checkpoint, complaints)
         if not best:
             return found
@@ -263,7 +263,7 @@ def _found(given: Path, *, best: bool) -> _Found:
         raise UserError(f"cannot look into {error.filename}: {error.strerror}; give another run folder") from None
 
 
-def _checked(given: Path, path: Path, checkpoint: Checkpoint, complaints: tuple[str, ...]) -> _Found:
+def _checked(given: Path, path: Path, checkpoint: Checkpoint, complaints: Sequence[str]) -> _Found:
     """Return the checkpoint with its config; raise where its header, which anybody may have made, is none of ours."""
     header = CheckpointHeader.parse(checkpoint.header, path, checkpoint.tensors)
     try:

@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
         error = UserError(f"all {len(found.results)} trials have diverged: give ranges of smaller values")
         error.agreed = True
         raise error
-    if read_launch().speaks:
+    if read_launch().prints_for_all:
         Console(live=False).line(f"best: {training_command(settings.config_with(found.best.settings))}")
     return 0
 

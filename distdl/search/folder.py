@@ -24,7 +24,7 @@ from distdl.engine.storage.files import (
     write_durably,
 )
 from distdl.engine.storage.json_lines import line_of
-from distdl.engine.storage.run_folder import lock_folder, lock_released, numbered, timestamped
+from distdl.engine.storage.run_folder import lock_folder, unused_folder
 from distdl.errors import DamagedFileError, UserError
 from distdl.search.procedure import Trial, TrialResult, trials_of_round
 from distdl.search.settings import SearchSettings, flag_name
@@ -36,7 +36,7 @@ CHART = "search.svg"
 def choose_folder(settings: SearchSettings) -> Path:
     """Return the folder of the search, without creating it; raise `UserError` if it is not usable."""
     name = f"{settings.config.dataset}-{settings.config.model}-search"
-    folder = settings.out or next(path for path in numbered(timestamped(name)) if not path.exists())
+    folder = settings.out or unused_folder(name)
     try:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--out {folder} is not a folder: give another")
@@ -176,7 +176,7 @@ class SearchFolder:
 
 def _locked(folder: Path, *, ours: bool) -> IO[bytes]:
     try:
-        return lock_released(folder) if ours else lock_folder(folder)
+        return lock_folder(folder, owner_died=ours)
     except UserError:
         raise UserError(f"--out {folder} is in use by another search: wait for it, or give another") from None
 

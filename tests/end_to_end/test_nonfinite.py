@@ -14,7 +14,7 @@ from distdl.engine import train
 from distdl.engine.trainer import Trainer
 from distdl.errors import CorruptionError, UserError
 from distdl.optim import Adam
-from distdl.parallel import OneProcess, contiguous_shards, deal, share
+from distdl.parallel import OneProcess, contiguous_shards, deal, loads_by_speed
 from distdl.rng import Key
 
 
@@ -41,7 +41,7 @@ def test_all_ranks_stop_at_that_step_and_name_the_lowest_micro_batch(
         with pytest.raises(UserError) as caught:
             small_run(part, folder, balance=balance)
         assert caught.value.agreed
-        dealt = deal(share(8, (1.0,) * size)) if balance else contiguous_shards(8, size)
+        dealt = deal(loads_by_speed(8, (1.0,) * size)) if balance else contiguous_shards(8, size)
         (owner,) = [rank for rank, shard in enumerate(dealt) if 5 in shard]
         saved = folder / "not-finite-step-000000002.npz"
         assert str(caught.value) == (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from distdl.job.launcher import Launch, belong_together, read_launch, survives_failures
+from distdl.job.launcher import Launch, compatible, read_launch, survives_failures
 
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4"}
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "3"}
@@ -49,8 +49,8 @@ def test_the_one_process_of_a_shell_or_batch_script_is_no_rank(job):
         ({}, "Open MPI", True),
     ],
 )
-def test_a_library_and_the_launcher_of_another_do_not_belong_together(environment, library, together):
-    assert belong_together(read_launch(environment), library, environment) is together
+def test_a_library_and_the_launcher_of_another_do_not_compatible(environment, library, together):
+    assert compatible(read_launch(environment), library, environment) is together
 
 
 @pytest.mark.parametrize("job", [SALLOC, SBATCH, SRUN], ids=["salloc", "sbatch", "srun"])
@@ -97,9 +97,9 @@ def test_the_process_s_own_variables_are_read_at_the_time_of_the_call(monkeypatc
 
 
 def test_rank_0_alone_speaks():
-    assert read_launch({}).speaks
-    assert read_launch({"PMI_RANK": "0", "PMI_SIZE": "4"}).speaks
-    assert not read_launch({"PMI_RANK": "3", "PMI_SIZE": "4"}).speaks
+    assert read_launch({}).prints_for_all
+    assert read_launch({"PMI_RANK": "0", "PMI_SIZE": "4"}).prints_for_all
+    assert not read_launch({"PMI_RANK": "3", "PMI_SIZE": "4"}).prints_for_all
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def left_by_a_dead_process(folder, prefix, content=""):
     program = """
 import os, pathlib, signal, sys
 from distdl.job import leftovers
-handle, path = leftovers.create_held(pathlib.Path(sys.argv[1]), sys.argv[2])
+handle, path = leftovers.create_locked(pathlib.Path(sys.argv[1]), sys.argv[2])
 os.write(handle, sys.argv[3].encode())
 print(path, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -53,7 +53,7 @@ def made(path):
 
 def test_a_file_without_an_owner_is_removed_and_one_that_is_held_is_not(folder):
     orphan = left_by_a_dead_process(folder, leftovers.MEMORY)
-    handle, held = leftovers.create_held(folder, leftovers.MEMORY)
+    handle, held = leftovers.create_locked(folder, leftovers.MEMORY)
     assert leftovers.sweep([folder]) == [str(orphan)]
     assert not orphan.exists()
     assert Path(held).exists()
@@ -99,7 +99,7 @@ def test_what_the_register_of_a_dead_rank_lists_is_removed_with_it(folder):
 def test_what_a_living_rank_uses_too_stays_until_that_has_ended(folder):
     segment = made(folder / "mpich_shm_12ab_0")
     register_of_a_dead_rank(folder, segment)
-    handle, _ = leftovers.create_held(folder, leftovers.REGISTER)
+    handle, _ = leftovers.create_locked(folder, leftovers.REGISTER)
     os.write(handle, json.dumps({"made": [str(segment)], "launchers": []}).encode())
     assert leftovers.sweep([folder]) == []
     os.close(handle)
@@ -194,7 +194,7 @@ def test_a_file_that_is_swept_before_it_is_locked_is_made_again(folder, monkeypa
         lock(handle, how)
 
     monkeypatch.setattr(leftovers, "flock", swept_first)
-    handle, path = leftovers.create_held(folder, leftovers.MEMORY)
+    handle, path = leftovers.create_locked(folder, leftovers.MEMORY)
     assert swept
     assert Path(path).exists()
     os.close(handle)

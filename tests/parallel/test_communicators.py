@@ -13,7 +13,7 @@ from small_runs import remove, small_run
 
 from distdl.errors import DamagedFileError, UserError
 from distdl.job.processes import Process
-from distdl.parallel import OneProcess, guard, hosts, share_arrays, together, world
+from distdl.parallel import OneProcess, guard, ranks_per_host, share_arrays, together, world
 from distdl.parallel import shared as shared_module
 
 
@@ -44,7 +44,7 @@ def assert_contract(communicator):
     receive[starts[rank] :][: rank + 1] = rank
     communicator.allgatherv(receive, [r + 1 for r in range(size)])
     assert receive.tolist() == everything
-    assert sum(hosts(communicator).values()) == size
+    assert sum(ranks_per_host(communicator).values()) == size
     assert communicator.host().size == size  # the tests run on one machine
     assert communicator.split(None) is None
     parity = communicator.split(rank % 2)
@@ -143,13 +143,13 @@ def test_all_ranks_of_a_node_see_the_arrays_of_the_coordinator(communicator):
 
 
 @pytest.mark.mpi(min_size=3)
-def test_each_node_gets_a_copy(communicator):
-    """Two nodes, pretended: ranks 0 and 1 on the first, the others on the second."""
-    assert_shared(communicator, node=communicator.split(min(communicator.rank // 2, 1)))
+def test_each_host_gets_a_copy(communicator):
+    """Two hosts, pretended: ranks 0 and 1 on the first, the others on the second."""
+    assert_shared(communicator, host=communicator.split(min(communicator.rank // 2, 1)))
 
 
 @pytest.mark.mpi(min_size=2)
-def test_one_copy_serves_all_ranks_of_a_node(communicator):
+def test_one_copy_serves_all_ranks_of_a_host(communicator):
     """The mapped file of every rank is one and the same."""
     megabytes = np.zeros(2**22, np.uint8)
     shared = share_arrays(communicator, {"a": megabytes} if communicator.rank == 0 else {})
@@ -187,21 +187,21 @@ def test_no_room_anywhere_is_an_error_on_every_rank(communicator, monkeypatch):
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("what", ["reserve", "map"])
-def test_a_node_that_fails_leaves_no_file_on_any_node(what, communicator, monkeypatch):
-    """As many nodes as ranks, pretended; the last one has no room, or may not map its file."""
+def test_a_host_that_fails_leaves_no_file_on_any_host(what, communicator, monkeypatch):
+    """As many hosts as ranks, pretended; the last one has no room, or may not map its file."""
 
     def refused(*_arguments, **_keywords):
         raise OSError(12, "Cannot allocate memory")
 
     before = leftovers()
-    node = communicator.split(communicator.rank)
+    host = communicator.split(communicator.rank)
     communicator.barrier()
     if communicator.rank == communicator.size - 1:
         owner, name = {"reserve": (os, "posix_fallocate"), "map": (shared_module.mmap, "mmap")}[what]
         monkeypatch.setattr(owner, name, refused)
     with pytest.raises(UserError, match=r"MB.*Cannot allocate memory"):
-        share_arrays(communicator, ARRAYS if communicator.rank == 0 else {}, node=node)
-    node.free()
+        share_arrays(communicator, ARRAYS if communicator.rank == 0 else {}, host=host)
+    host.free()
     communicator.barrier()
     assert_nothing_new_but(before, communicator)
 
@@ -220,7 +220,7 @@ def test_no_number_of_trainings_uses_up_the_communicators_of_mpi(communicator, m
     kept = len(made) - len(freed)
     for _ in range(3):
         share_arrays(world(), arrays)
-        share_arrays(world(), arrays, node=OneProcess())  # as on hosts of one rank each, whose leaders are all ranks
+        share_arrays(world(), arrays, host=OneProcess())  # as on hosts of one rank each, whose leaders are all ranks
     assert len(made) - len(freed) == kept
     assert len(freed) == 3  # the leaders' groups
     world().barrier()
@@ -230,11 +230,11 @@ def test_no_number_of_trainings_uses_up_the_communicators_of_mpi(communicator, m
 def test_no_number_of_trainings_on_several_hosts_uses_up_the_communicators(communicator, shared_tmp_path, monkeypatch):
     """Each rank is taken for a host of its own."""
     own = communicator.split(communicator.rank)
-    monkeypatch.setattr(type(communicator), "node", lambda _: own)
+    monkeypatch.setattr(type(communicator), "host", lambda _: own)
     for number in range(2):
-        before = list(communicator._family.comms)
+        before = list(communicator._common.comms)
         small_run(communicator, shared_tmp_path / str(number), epochs=1)
-        assert communicator._family.comms == before
+        assert communicator._common.comms == before
     remove(communicator, shared_tmp_path)
     own.free()
 
@@ -257,13 +257,13 @@ def test_an_abort_after_a_recovery_wakes_those_that_are_left_and_ends_the_launch
     done = []
 
     class Left:
-        _family = SimpleNamespace(revoke=lambda: done.append("those left"))
+        _common = SimpleNamespace(revoke=lambda: done.append("those left"))
 
     before = object.__new__(mpi.MpiCommunicator)
-    before._family = SimpleNamespace(revoke=lambda: done.append("those before"))
+    before._common = SimpleNamespace(revoke=lambda: done.append("those before"))
     above = [Process(22, "sh", "S", 11, 0), Process(11, "prterun", "S", 7, 0), Process(7, "mpirun", "S", 1, 0)]
-    monkeypatch.setattr(mpi, "_everyone", Left())
-    monkeypatch.setattr(mpi, "SECONDS_TO_BE_HEARD", 0.0)
+    monkeypatch.setattr(mpi, "_world", Left())
+    monkeypatch.setattr(mpi, "SECONDS_TO_PASS_ON", 0.0)
     monkeypatch.setattr(mpi, "survives_failures", lambda: True)
     monkeypatch.setattr(mpi, "ancestors", lambda: iter(above))
     monkeypatch.setattr(mpi.os, "kill", lambda *told: done.append(told))

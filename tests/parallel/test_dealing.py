@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distdl.parallel.dealing import deal, share
+from distdl.parallel.dealing import deal, loads_by_speed
 from distdl.parallel.tree import contiguous_shards, maximal_nodes
 
 LOADS = st.lists(st.integers(0, 60), min_size=1, max_size=12)
@@ -29,12 +29,12 @@ def all_shares(leaves, ranks):
 @given(st.integers(0, 9), st.lists(st.floats(0.05, 20), min_size=1, max_size=4).map(tuple))
 def test_no_other_shares_would_be_done_sooner(leaves, speeds):
     best = min(slowest(loads, speeds) for loads in all_shares(leaves, len(speeds)))
-    assert slowest(share(leaves, speeds), speeds) == best
+    assert slowest(loads_by_speed(leaves, speeds), speeds) == best
 
 
 @given(st.integers(0, 300), SPEEDS)
 def test_shares_add_up_and_a_faster_rank_never_gets_fewer(leaves, speeds):
-    loads = share(leaves, speeds)
+    loads = loads_by_speed(leaves, speeds)
     assert sum(loads) == leaves
     for one, other in itertools.permutations(range(len(speeds)), 2):
         if speeds[one] > speeds[other]:
@@ -43,17 +43,17 @@ def test_shares_add_up_and_a_faster_rank_never_gets_fewer(leaves, speeds):
 
 @given(st.integers(0, 300), st.integers(1, 40), st.floats(0.01, 100))
 def test_equal_speeds_give_the_loads_of_contiguous_shards(leaves, ranks, speed):
-    assert list(share(leaves, (speed,) * ranks)) == [len(shard) for shard in contiguous_shards(leaves, ranks)]
+    assert list(loads_by_speed(leaves, (speed,) * ranks)) == [len(shard) for shard in contiguous_shards(leaves, ranks)]
 
 
 def test_shares_follow_the_speeds():
-    assert share(12, (2.0, 1.0, 1.0)) == (6, 3, 3)
-    assert share(100, (1.0, 1.0, 0.5)) == (40, 40, 20)
+    assert loads_by_speed(12, (2.0, 1.0, 1.0)) == (6, 3, 3)
+    assert loads_by_speed(100, (1.0, 1.0, 0.5)) == (40, 40, 20)
 
 
 def test_a_speed_of_nothing_is_a_defect():
     with pytest.raises(AssertionError, match="above 0"):
-        share(8, (1.0, 0.0))
+        loads_by_speed(8, (1.0, 0.0))
 
 
 @given(LOADS)

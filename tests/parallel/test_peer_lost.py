@@ -20,7 +20,7 @@ victim, spread, after_adding = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "af
 communicator = world()
 rank, size = communicator.rank, communicator.size
 host = {"one host": 0, "a host each": rank, "pairs": rank // 2}[spread]
-reduction = REDUCTIONS["tree"](communicator, Layout([Field("gradient", "f4", 200_000)]), node=communicator.split(host))
+reduction = REDUCTIONS["tree"](communicator, Layout([Field("gradient", "f4", 200_000)]), host=communicator.split(host))
 shards = contiguous_shards(8, size)
 try:
     for step in range(1000):
@@ -127,4 +127,4 @@ def test_a_group_that_is_never_made_ends_the_job(tmp_path, run_job, ulfm):
     done = run_job(mpirun_command(3, [sys.executable, str(program)]), timeout=60)
     assert done.returncode != 0
     assert "the end was reached" not in done.stdout
-    assert "[rank 0] the group of the ranks that are left has not been made within 1 s, and the job ends" in done.stderr
+    assert "[rank 0] the group of the surviving ranks was not created within 1 s, so the job ends" in done.stderr

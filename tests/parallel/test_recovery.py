@@ -15,9 +15,9 @@ import pytest
 
 from distdl.errors import PeerLost
 from distdl.parallel import CompletedRecovery, OneProcess, Survivors, recover
-from distdl.parallel.recovery import Do, Recovery
+from distdl.parallel.recovery import Action, Recovery
 
-AGREEMENTS = {"commit", Do.REFUSE, Do.AGREE, Do.SHRINK}
+AGREEMENTS = {"commit", Action.VOTE_NO, Action.AGREE, Action.SHRINK}
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class Model:
         start = []
         for taken in first_steps:
             rank = Rank(steps=tuple(range(taken)))
-            start.append(self.enter(replace(rank, recovering=(Do.REFUSE, 0)), Do.REFUSE) if unequal else rank)
+            start.append(self.enter(replace(rank, recovering=(Action.VOTE_NO, 0)), Action.VOTE_NO) if unequal else rank)
         self.start = World(tuple(start), ((everyone, unequal, ()),), 0)
 
     def enter(self, rank, call):
         """Let a rank enter its next call."""
         if call in AGREEMENTS:
             return replace(rank, call=call, agreements=rank.agreements + 1)
-        shown = len(rank.steps) if call is Do.COMPARE else rank.shown
+        shown = len(rank.steps) if call is Action.COMPARE else rank.shown
         return replace(rank, call=call, calls=rank.calls + 1, shown=shown)
 
     def next_of(self, rank):
@@ -78,13 +78,13 @@ class Model:
 
     def go_by(self, rank, recovery):
         rank = replace(rank, recovering=(recovery.action, recovery.source))
-        return self.next_of(rank) if recovery.action is Do.GO_ON else self.enter(rank, recovery.action)
+        return self.next_of(rank) if recovery.action is Action.CONTINUE else self.enter(rank, recovery.action)
 
     def after_loss(self, rank, *, agreed):
         if rank.recovering is None:
             return self.go_by(rank, self.recovery(agreed=agreed))
         recovery = self.recovery_of(rank)
-        recovery.lost(agreed=agreed)
+        recovery.failed(agreed=agreed)
         return self.go_by(rank, recovery)
 
     def successors(self, world):
@@ -110,7 +110,7 @@ class Model:
             groups[rank.group] = (members, True, groups[rank.group][2])
             yield self.put(world, number, self.after_loss(rank, agreed=False), groups=tuple(groups))
         needed = others
-        if rank.call is Do.TAKE:
+        if rank.call is Action.TAKE:
             needed = [others[rank.recovering[1]]]
         # Who has left the group for the next one has done so with all that live, and so nobody waits for it here.
         if all(other.group == rank.group and other.calls >= rank.calls for other in needed):
@@ -120,17 +120,17 @@ class Model:
         if rank.call == "work":
             return self.enter(rank, "commit")
         recovery = self.recovery_of(rank)
-        if rank.call is Do.COMPARE:
+        if rank.call is Action.COMPARE:
             recovery.compared([[other.shown] for other in others])
             return self.go_by(rank, recovery)
-        if rank.call is Do.TAKE:
+        if rank.call is Action.TAKE:
             ahead = others[recovery.source].steps
             rank = replace(rank, steps=max(rank.steps, ahead, key=len))
-        if rank.call is Do.REBUILD:
+        if rank.call is Action.REBUILD:
             members = world.groups[rank.group][0]
             assert number in members
             rank = replace(rank, coordinator=members[0])
-        recovery.done()
+        recovery.completed()
         return self.go_by(rank, recovery)
 
     def agreement(self, world, number, rank):
@@ -146,11 +146,11 @@ class Model:
         }
         if any(world.ranks[member].alive and member not in entered for member in members):
             return
-        kinds = {other.call is Do.SHRINK for other in entered.values() if other.alive}
+        kinds = {other.call is Action.SHRINK for other in entered.values() if other.alive}
         assert len(kinds) == 1, "an agreement met a shrink"
         dead = [member for member in members if not world.ranks[member].alive]
-        if rank.call is Do.SHRINK:
-            unnoticed = [member for member in dead if member in entered and world.ranks[member].call is Do.SHRINK]
+        if rank.call is Action.SHRINK:
+            unnoticed = [member for member in dead if member in entered and world.ranks[member].call is Action.SHRINK]
             for counted in {(), tuple(unnoticed)}:
                 left = tuple(member for member in members if member not in dead or member in counted)
                 groups = list(world.groups)
@@ -158,7 +158,7 @@ class Model:
                 groups.append((left, False, ()))
                 yield World(world.ranks, tuple(groups), world.deaths)
             return
-        all_yes = all(other.call is not Do.REFUSE for other in entered.values())
+        all_yes = all(other.call is not Action.VOTE_NO for other in entered.values())
         outcomes = {False} if not all_yes else {True} if not dead else {False, len(entered) == len(members)}
         for outcome in outcomes:
             groups = list(world.groups)
@@ -171,13 +171,13 @@ class Model:
                 return self.after_loss(rank, agreed=True)
             return self.next_of(replace(rank, steps=(*rank.steps, len(rank.steps))))
         recovery = self.recovery_of(rank)
-        if rank.call is Do.SHRINK:
-            recovery.done()
+        if rank.call is Action.SHRINK:
+            recovery.completed()
             return self.go_by(replace(rank, group=outcome, calls=0, agreements=0), recovery)
-        if rank.call is Do.AGREE and not outcome:
-            recovery.lost(agreed=True)
+        if rank.call is Action.AGREE and not outcome:
+            recovery.failed(agreed=True)
         else:
-            recovery.done()
+            recovery.completed()
         return self.go_by(rank, recovery)
 
     def check_end(self, world):
@@ -233,8 +233,8 @@ def test_whoever_dies_whenever_the_others_take_every_step_once(ranks, steps, dea
 class NeverRefuses(Recovery):
     """Shrinks at once, while others may still wait for its verdict in the agreement before."""
 
-    def lost(self, *, agreed):
-        super().lost(agreed=True)
+    def failed(self, *, agreed):
+        super().failed(agreed=True)
 
 
 class NeverTakes(Recovery):

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from distdl.errors import UserError
-from distdl.parallel import REDUCTIONS, Field, Layout, OneProcess, contiguous_shards, deal, share
-from distdl.parallel import reduction as reduce_module
+from distdl.parallel import REDUCTIONS, Field, Layout, OneProcess, contiguous_shards, deal, loads_by_speed
+from distdl.parallel import record as record_module
+from distdl.parallel import reduction as reduction_module
 from distdl.parallel import shared as shared_module
 
 LENGTHS = (1, 5, 16, 17, 1000)
@@ -113,12 +114,12 @@ def shuffled_shards(chance, leaves, ranks):
 @pytest.mark.parametrize("small_bytes", [0, 2**20], ids=["large", "small"])
 def test_any_spread_over_hosts_gives_the_same_bits(communicator, small_bytes, shared_memory, monkeypatch):
     """Uneven, shuffled and empty shards, more and fewer partial sums than before, over pretended hosts."""
-    monkeypatch.setattr(reduce_module, "SMALL_BYTES", small_bytes)
-    monkeypatch.setattr(reduce_module, "BLOCK_BYTES", 1024)
+    monkeypatch.setattr(reduction_module, "SMALL_BYTES", small_bytes)
+    monkeypatch.setattr(record_module, "BLOCK_BYTES", 1024)
     for part in sub_worlds(communicator, range(2, 9)):
         chance = random.Random(part.size)
         for host_of in pretended_hosts(part).values():
-            reduction = REDUCTIONS["tree"](part, LAYOUTS[-1], node=part.split(host_of[part.rank]))
+            reduction = REDUCTIONS["tree"](part, LAYOUTS[-1], host=part.split(host_of[part.rank]))
             for leaves in (1, 5, 13):
                 shards = shuffled_shards(chance, leaves, part.size)
                 assert_sums_are_exact(part, LAYOUTS[-1], shards, reduction=reduction, steps=1)
@@ -143,13 +144,13 @@ def test_shards_dealt_by_speed_give_the_same_bits(communicator):
     for leaves, seed in itertools.product((1, 2, 5, 8, 13, 31, 64), range(3)):
         chance = random.Random(seed)
         speeds = tuple(10 ** chance.uniform(-1, 1) for _ in range(communicator.size))
-        shards = deal(share(leaves, speeds))
+        shards = deal(loads_by_speed(leaves, speeds))
         assert_sums_are_exact(communicator, LAYOUTS[-1], shards, reduction=reduction, steps=1)
 
 
 @pytest.mark.mpi(min_size=2)
 def test_many_ways_of_dealing_are_forgotten_and_found_again(communicator, monkeypatch):
-    monkeypatch.setattr(reduce_module, "LARGEST_NUMBER_OF_WAYS", 2)
+    monkeypatch.setattr(reduction_module, "SCHEDULES_KEPT", 2)
     reduction = REDUCTIONS["tree"](communicator, LAYOUTS[-1])
     for leaves in (8, 5, 3, 8, 5, 13):
         shards = contiguous_shards(leaves, communicator.size)
@@ -171,9 +172,9 @@ def test_leaves_dealt_by_chance_give_the_same_bits(communicator):
 @pytest.mark.parametrize("spread", ["one host", "a host each", "pairs"])
 def test_a_slow_reader_still_sees_its_own_total(communicator, spread):
     """The total belongs to the step until its reader begins the next, however far the others have gone."""
-    node = communicator.split(pretended_hosts(communicator)[spread][communicator.rank])
+    host = communicator.split(pretended_hosts(communicator)[spread][communicator.rank])
     layout = Layout([Field("gradient", "f4", 100_000)])
-    reduction = REDUCTIONS["tree"](communicator, layout, node=node)
+    reduction = REDUCTIONS["tree"](communicator, layout, host=host)
     shards = contiguous_shards(2 * communicator.size, communicator.size)
     for step in range(6):
         reduction.begin(shards)
@@ -200,10 +201,10 @@ def test_nobody_may_write_into_the_total_that_others_see(communicator, name):
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("spread", ["one host", "a host each", "pairs"])
 def test_a_steady_step_allocates_next_to_nothing(communicator, spread):
-    node = communicator.split(pretended_hosts(communicator)[spread][communicator.rank])
+    host = communicator.split(pretended_hosts(communicator)[spread][communicator.rank])
     layout = Layout([Field("gradient", "f4", 1_000_000)])
     gradient = np.ones(1_000_000, "f4")
-    reduction = REDUCTIONS["tree"](communicator, layout, node=node)
+    reduction = REDUCTIONS["tree"](communicator, layout, host=host)
     dealings = [contiguous_shards(leaves, communicator.size) for leaves in (8, 5)]
 
     def step():
@@ -256,11 +257,8 @@ def test_allreduce_gives_the_same_sum_up_to_rounding(communicator):
 
 def test_shards_that_miss_a_leaf_are_a_defect():
     reduction = REDUCTIONS["tree"](OneProcess(), LAYOUTS[0])
-    reduction.begin([range(1, 3)])
-    reduction.add(1, leaf(LAYOUTS[0], 1))
-    reduction.add(2, leaf(LAYOUTS[0], 2))
     with pytest.raises(AssertionError, match="once each"):
-        reduction.total()
+        reduction.begin([range(1, 3)])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=LENGTHS)

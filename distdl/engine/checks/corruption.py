@@ -73,7 +73,7 @@ def _recomputed(step: OptimizerStep, owner: int) -> str:
 def _digest(reduction: Reduction) -> str:
     return sha256_of_arrays(
         (f"{tree_node.lo}-{tree_node.hi} {name}", record[name])
-        for tree_node, record in reduction.held()
+        for tree_node, record in reduction.partial_sums()
         for name in AUDITED
         if name in record
     )
