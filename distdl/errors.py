@@ -13,7 +13,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 EXIT_DEFECT = 1
 EXIT_USER = 2
@@ -78,6 +80,11 @@ def one_line(text: str) -> str:
     'a name with \\x1b[31m'
     """
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(text.split()))
+
+
+def quoted(path: Path) -> str:
+    """Return the path in quotes, with control characters escaped, so that a message stays one line."""
+    return repr(os.fspath(path))
 
 
 def unknown_name(kind: str, given: str, known: Iterable[str], other: Mapping[str, str] | None = None) -> UserError:

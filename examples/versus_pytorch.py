@@ -33,12 +33,11 @@ import numpy as np
 
 from distdl import cli
 from distdl.config import TrainConfig
-from distdl.data.normalization import measure
-from distdl.data.split import Split
+from distdl.data import PreparedDataset
 from distdl.engine.coordinator import Follower
 from distdl.engine.environment import kernel_family, numerics
 from distdl.engine.state import TrainingState
-from distdl.engine.trainer import Data, Trainer
+from distdl.engine.trainer import Trainer
 from distdl.errors import UserError, unknown_name
 from distdl.mpirun import environment_for, mpirun_command
 from distdl.nn import build_model
@@ -98,8 +97,7 @@ def random_data(samples):
     pixels = key.of("pixels").words(samples * 28 * 28 // 8).astype("<u8", copy=False)
     images = pixels.view(np.uint8).reshape(samples, 28, 28, 1)
     labels = (key.of("labels").words(samples) % np.uint64(10)).astype(np.int64)
-    rows, none = np.arange(samples), np.arange(0)
-    return Data(images, labels, Split(rows, none, none), measure(images, rows), classes=10)
+    return PreparedDataset.for_training_only(images, labels, classes=10)
 
 
 def trainer(job, communicator):

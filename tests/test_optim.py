@@ -8,7 +8,7 @@ import pytest
 
 from distdl import optim
 from distdl.engine.state import TrainingState
-from distdl.engine.storage.checkpoint import Checkpoint, restore
+from distdl.engine.storage.checkpoints import Checkpoint, restore
 from distdl.errors import UserError
 from distdl.nn import Affine, Sequential
 from distdl.optim import BLOCK, OPTIMIZERS, clip_by_norm, optimizer_class

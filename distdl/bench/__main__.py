@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distdl import cli
-from distdl.bench.settings import SCALINGS, Settings, parse_network, parse_ranks, parse_shape
+from distdl.bench.settings import SCALINGS, BenchSettings, parse_interconnect, parse_ranks, parse_shape
 from distdl.config import MODELS, OPTIMIZERS
 from distdl.errors import UserError
 
 #: What the flag's text is turned into, beyond argparse's own kinds.
-PARSERS = {"input_shape": parse_shape, "ranks": parse_ranks, "network": parse_network}
+PARSERS = {"input_shape": parse_shape, "ranks": parse_ranks, "interconnect": parse_interconnect}
 
 
-def parse(arguments: Sequence[str]) -> Settings:
+def parse(arguments: Sequence[str]) -> BenchSettings:
     """Return the checked settings of a command line; raise `UserError` in one line."""
-    usual = Settings()
+    usual = BenchSettings()
     parser = cli.OneLineParser(
         prog="python -m distdl.bench",
         description="Measure how training scales with the ranks, and predict how it would go on.",
@@ -46,7 +46,12 @@ def parse(arguments: Sequence[str]) -> Settings:
     add("--repetitions", type=int, default=usual.repetitions, help="measurements of each (default: %(default)s)")
     add("--layers", action="store_true", help="time each layer, beside this machine's own matrix products")
     add("--communication", action="store_true", help="time the reduction over sizes, beside MPI's Allreduce")
-    add("--network", metavar="10us,10Gbit", help="predict for this latency and bandwidth, up to 1,024 ranks")
+    add(
+        "--network",
+        dest="interconnect",
+        metavar="10us,10Gbit",
+        help="predict for this latency and bandwidth, up to 1,024 ranks",
+    )
     add("--out", type=Path, help="folder of bench.json and scaling.svg (default: a new one under runs/)")
     add("--trace", type=Path, metavar="FILE.json", help="when each rank computed, reduced, waited, for ui.perfetto.dev")
     given = vars(parser.parse_args(arguments))
@@ -55,7 +60,7 @@ def parse(arguments: Sequence[str]) -> Settings:
     for name, parsed in PARSERS.items():
         if given[name] is not None:
             given[name] = parsed(given[name])
-    return Settings(**{name: value for name, value in given.items() if value is not None}).checked()
+    return BenchSettings(**{name: value for name, value in given.items() if value is not None}).checked()
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -16,14 +16,14 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
-from numpy.typing import NDArray
 
+from distdl.engine.step import MutableRecord, OptimizerStep, StepObserver
 from distdl.errors import Stopped
 from distdl.job.signals import STOPPING as SIGNALS
 from distdl.job.signals import release_signals
@@ -33,8 +33,8 @@ from distdl.parallel import Field
 SAME_REQUEST_SECONDS = 0.5
 
 
-class StopRequest:
-    """The request of the signals on this rank (`values`), and of those on all ranks (`agreed`)."""
+class StopRequest(StepObserver):
+    """The stop request of the signals: those of this rank travel in the record, `agreed` names that of all ranks."""
 
     #: The fields that the request adds to the record of a micro-batch.
     fields = (Field("stop", "i8", len(SIGNALS)),)
@@ -70,14 +70,14 @@ class StopRequest:
         """The name of a signal that has asked this rank, or all ranks in an earlier step, to stop; None without one."""
         return _first(self._heard) or self.agreed
 
-    def values(self) -> Mapping[str, NDArray[Any]]:
-        """Return the values of `fields` for a micro-batch."""
+    def micro_batch(self, step: OptimizerStep, index: int, record: MutableRecord) -> None:  # noqa: ARG002
+        """Send the signals that this rank has received."""
         self._stepping = True
-        return {"stop": self._heard}
+        record["stop"] = self._heard
 
-    def observe(self, total: Mapping[str, NDArray[Any]]) -> None:
-        """Read the reduced record of a step, which is the same on every rank."""
-        self.agreed = _first(total["stop"])
+    def ended(self, step: OptimizerStep) -> None:
+        """Read the signals that any rank has received."""
+        self.agreed = _first(step.total["stop"])
 
     def stop(self, step: int) -> NoReturn:
         """Raise `Stopped` on every rank; the state after `step` has been saved."""
@@ -100,6 +100,6 @@ class StopRequest:
         self._heard[SIGNALS.index(signal.Signals(number))] = 1
 
 
-def _first(counts: NDArray[Any]) -> str | None:
+def _first(counts: Iterable[np.int64]) -> str | None:
     """Return the name of the first signal with a count; None without one."""
     return next((number.name for number, count in zip(SIGNALS, counts, strict=True) if count), None)

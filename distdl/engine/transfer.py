@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from distdl.engine.storage.checkpoint import described
-from distdl.engine.storage.run_folder import checkpoint_in
+from distdl.engine.storage.checkpoints import described
+from distdl.engine.storage.run_folder import find_checkpoint
 from distdl.errors import UserError, unknown_name
 from distdl.nn import Sequential
 
@@ -43,7 +43,7 @@ def take(given: str, network: Sequential, model: str) -> Taken:
     or nothing agrees with the network of `model`, `DamagedFileError` for a damaged one.
     """
     try:
-        path, checkpoint, complaints = checkpoint_in(Path(given), f"--init-from {given}")
+        path, checkpoint, complaints = find_checkpoint(Path(given), f"--init-from {given}")
     except OSError as error:
         raise UserError(f"cannot look into {error.filename}: {error.strerror}; give another --init-from") from None
     own = [*network.named_parameters(), *network.named_buffers()]

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from distdl.config import is_own
-from distdl.data import sources
+from distdl.data import Dataset, sources
 from distdl.errors import PeerLost, UserError
 from distdl.model_settings import parse_model_settings
 from distdl.nn import Sequential, build_model
@@ -89,13 +89,13 @@ def network_builder(model: str, model_settings: str | None = None, given: BuildN
     return partial(_built, str(function), partial(function, **settings), function.file)
 
 
-def load_dataset(dataset: str, data_dir: Path | None) -> sources.Dataset:
+def load_dataset(dataset: str, data_dir: Path | None) -> Dataset:
     """Return the data set that `--dataset` names, one of ours or the user's; raise `UserError`."""
     if not is_own(dataset):
         return sources.load(dataset, data_dir)
     function = own_function("--dataset", dataset)
     loaded = function(data_dir)
-    if not isinstance(loaded, sources.Dataset):
+    if not isinstance(loaded, Dataset):
         raise UserError(f"{function} returned {_kind(loaded)}; {EXPECTED['--dataset']}")
     try:
         return loaded.checked()

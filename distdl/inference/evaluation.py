@@ -17,20 +17,18 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.arrays import aligned_empty
 from distdl.config import DATASETS, FROM_PATH, TrainConfig, is_own, reads_data_dir
-from distdl.data import sources, split
-from distdl.data.normalization import Normalization
+from distdl.data import Dataset, MicroBatches, PreparedDataset
 from distdl.engine.environment import numerics
 from distdl.engine.metrics import METRIC_FIELDS, Sums
-from distdl.engine.prepare import check_outputs, outputs_of, read_data, sha256_of_data
+from distdl.engine.prepare import check_outputs, outputs_of, read_data
 from distdl.engine.state import TrainingState
-from distdl.engine.storage import checkpoint as checkpoints
-from distdl.engine.storage.checkpoint import Checkpoint
-from distdl.engine.storage.run_folder import HEADER_FIELDS, checkpoint_in
-from distdl.engine.trainer import Data
+from distdl.engine.storage import checkpoints
+from distdl.engine.storage.checkpoints import Checkpoint
+from distdl.engine.storage.header import CheckpointHeader
+from distdl.engine.storage.run_folder import find_checkpoint
 from distdl.engine.user_code import BuildNetwork, agree_on, load_dataset, network_builder, same_function
-from distdl.errors import DamagedFileError, UserError
+from distdl.errors import UserError
 from distdl.nn import Sequential, make_loss
 from distdl.nn.between import half_precision
 from distdl.optim import optimizer_class
@@ -38,8 +36,6 @@ from distdl.parallel import REDUCTIONS, Communicator, Layout, contiguous_shards,
 
 Part = Literal["validation", "test"]
 PARTS: tuple[Part, ...] = get_args(Part)
-#: What the split, and so the seed, does not change of a dataset.
-OF_ALL_SEEDS = {"images", "labels", "classes"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class Trained:
     step: int
     weights_sha256: str
     network: Sequential
-    data: Data
+    data: PreparedDataset
     complaints: tuple[str, ...]
     """What was wrong with newer checkpoints."""
 
@@ -95,8 +91,9 @@ class _Found:
     given: Path
     path: Path
     checkpoint: Checkpoint
+    header: CheckpointHeader
     config: TrainConfig
-    complaints: tuple[str, ...]
+    complaints: Sequence[str]
 
 
 def load(
@@ -106,7 +103,7 @@ def load(
     best: bool = False,
     data_dir: Path | None = None,
     build_network: BuildNetwork | None = None,
-    dataset: sources.Dataset | str | None = None,
+    dataset: Dataset | str | None = None,
     models: Sequence[str] = (),
 ) -> list[Trained]:
     """Return the networks of run folders (each one's newest intact checkpoint, or the `best`) or checkpoints.
@@ -123,16 +120,13 @@ def load(
     with guard(communicator):
         found = together(communicator, lambda: [_found(path, best=best) for path in given] if reads else [])
         described = communicator.bcast_json(
-            [
-                [str(one.given), str(one.path), one.config.to_json(), one.checkpoint.header["step"], one.complaints]
-                for one in found
-            ]
+            [[str(one.given), str(one.path), one.config.to_json(), one.header.step, one.complaints] for one in found]
         )
         configs = [TrainConfig.from_json(config) for _, _, config, _, _ in described]
         together(communicator, lambda: _refuse_strangers(models, configs))
         arrays = together(communicator, lambda: _arrays(found, data_dir, dataset) if reads else {})
         shared = share_arrays(communicator, arrays)
-        data = [_data_of(config, shared) for config in configs]
+        data = [PreparedDataset.from_arrays(shared, _prefix(config.seed)) for config in configs]
         networks = together(
             communicator,
             lambda: [_network(configs[i], described[i][1], data[i], build_network, models) for i in range(len(data))],
@@ -192,21 +186,18 @@ def in_half_precision(trained: Sequence[Trained]) -> list[Trained]:
 def _scored(one: Trained, rows: NDArray[np.int64], communicator: Communicator) -> tuple[Score, NDArray[np.float32]]:
     """Return the score of a network on some rows, and its outputs (N, ..., K), on every rank. Collective."""
     size, data, loss = one.config.micro_batch_size, one.data, make_loss(one.data.loss_named(one.config.loss))
-    shards = contiguous_shards(split.micro_batch_count(len(rows), size), communicator.size)
+    batches = MicroBatches(data, size)
+    shards = contiguous_shards(batches.count(len(rows)), communicator.size)
     reduction = REDUCTIONS["tree"](communicator, Layout(METRIC_FIELDS))
     outputs = np.empty((len(rows), *one.network.output_shape), np.float32)
-    images: dict[int, NDArray[np.float32]] = {}
     leaf, sums = Sums(), Sums(targets_per_sample=data.targets_per_sample)
     with numerics(one.config.threads_per_rank), one.network.constant_parameters():
         reduction.begin(shards)
         for index in shards[communicator.rank]:
-            where = slice(index * size, (index + 1) * size)
-            chosen, own = rows[where], outputs[where]
-            x = images.setdefault(len(chosen), aligned_empty((len(chosen), *data.images.shape[1:])))
-            data.normalization.apply(data.images[chosen], out=x)
-            own[...] = one.network.forward(x)
-            labels = data.labels[chosen]
-            leaf.set(loss.forward(own, labels), loss.count_correct(own, labels), len(chosen))
+            images, labels = batches.load(rows, index)
+            own = outputs[index * size : (index + 1) * size]
+            own[...] = one.network.forward(images)
+            leaf.set(loss.forward(own, labels), loss.count_correct(own, labels), len(labels))
             reduction.add(index, vars(leaf))
         sums.add(reduction.total())
     rows_until = [min(shard.stop * size, len(rows)) for shard in shards]
@@ -259,12 +250,12 @@ def _found(given: Path, *, best: bool) -> _Found:
             raise UserError(
                 f"--best looks for the best checkpoint of a run folder, and {given} is a file: leave it out"
             )
-        newest, checkpoint, complaints = checkpoint_in(given, str(given))
+        newest, checkpoint, complaints = find_checkpoint(given, str(given))
         found = _checked(given, newest, checkpoint, complaints)
         if not best:
             return found
-        step = found.checkpoint.header["progress"].get("best_step")
-        if type(step) is not int:
+        step = found.header.progress.best_step
+        if step is None:
             raise UserError(f"--best: {given} has no best checkpoint yet, since no epoch of it was validated")
         path = checkpoints.path_of_step(newest.parent, step)
         return _checked(given, path, checkpoints.read(path, follow=False), found.complaints)
@@ -272,25 +263,20 @@ def _found(given: Path, *, best: bool) -> _Found:
         raise UserError(f"cannot look into {error.filename}: {error.strerror}; give another run folder") from None
 
 
-def _checked(given: Path, path: Path, checkpoint: Checkpoint, complaints: tuple[str, ...]) -> _Found:
+def _checked(given: Path, path: Path, checkpoint: Checkpoint, complaints: Sequence[str]) -> _Found:
     """Return the checkpoint with its config; raise where its header, which anybody may have made, is none of ours."""
-    header = checkpoint.header
-    for name, kind in HEADER_FIELDS.items():
-        if not (isinstance(header, dict) and type(header.get(name)) is kind):
-            raise DamagedFileError(f"{path} is damaged: its header has no {name!r} that could be evaluated")
+    header = CheckpointHeader.parse(checkpoint.header, path, checkpoint.tensors)
     try:
-        config = TrainConfig.from_json(header["config"])
+        config = TrainConfig.from_json(header.config)
         config = replace(config, config=None, run_dir=None, resume=None, trace=None).checked()
     except (LookupError, TypeError) as error:
         raise UserError(f"{path} has settings that this version of distdl does not know: {error}") from None
     except UserError as error:
         raise UserError(f"the settings in {path} cannot be: {error}") from None
-    return _Found(given, path, checkpoint, config, complaints)
+    return _Found(given, path, checkpoint, header, config, complaints)
 
 
-def _arrays(
-    found: Sequence[_Found], data_dir: Path | None, dataset: sources.Dataset | str | None
-) -> dict[str, NDArray[Any]]:
+def _arrays(found: Sequence[_Found], data_dir: Path | None, dataset: Dataset | str | None) -> dict[str, NDArray[Any]]:
     """Load the dataset, split it as each run did, and hold it against what each checkpoint was trained on."""
     first = found[0]
     for other in found[1:]:
@@ -299,53 +285,48 @@ def _arrays(
                 f"{other.given} was trained on {other.config.dataset}, {first.given} on {first.config.dataset}: "
                 "expected one dataset; evaluate them one by one"
             )
-    if not isinstance(dataset, sources.Dataset):
-        trained_on = first.config.dataset
-        if dataset is not None and trained_on in DATASETS and dataset != trained_on:
-            raise UserError(f"{first.given} was trained on {trained_on}: leave --dataset {dataset} out")
-        if dataset is None and is_own(trained_on):  # no file is run because a checkpoint names it
-            raise UserError(
-                f"{first.given} was trained on a dataset of its own; if you trust that code, add --dataset {trained_on}"
-            )
-        if data_dir is not None and not reads_data_dir(trained_on):
-            raise UserError(
-                f"--data-dir does nothing for {trained_on}, which {first.given} was trained on: leave it out"
-            )
-        dataset = load_dataset(dataset or trained_on, data_dir or first.config.data_dir)
-    arrays: dict[str, NDArray[Any]] = {}
+    loaded = _loaded(first, data_dir, dataset)
+    of_seed: dict[int, PreparedDataset] = {}
     for one in found:
-        seed = one.config.seed
-        if f"{seed} mean" not in arrays:
-            read = read_data(one.config, dataset)
-            arrays |= {name if name in OF_ALL_SEEDS else f"{seed} {name}": array for name, array in read.items()}
-        if one.checkpoint.header["data_sha256"] != sha256_of_data(_data_of(one.config, arrays)):
+        if one.config.seed not in of_seed:
+            of_seed[one.config.seed] = read_data(one.config, loaded)
+        if one.header.data_sha256 != of_seed[one.config.seed].sha256():
             raise UserError(
-                f"{one.path} was trained on other images, labels or split than {dataset.name} has here: give the "
+                f"{one.path} was trained on other images, labels or split than {loaded.name} has here: give the "
                 f"same data by {'--dataset' if one.config.dataset.startswith(FROM_PATH) else '--data-dir'}"
             )
+    arrays: dict[str, NDArray[Any]] = {}
+    for seed, data in of_seed.items():
+        arrays |= data.to_arrays(_prefix(seed))
     return arrays
 
 
-def _data_of(config: TrainConfig, arrays: dict[str, NDArray[Any]]) -> Data:
-    """Return the dataset as a run with this config has it."""
+def _loaded(first: _Found, data_dir: Path | None, dataset: Dataset | str | None) -> Dataset:
+    """Return the dataset that is given, or load the one that the first run was trained on."""
+    if isinstance(dataset, Dataset):
+        return dataset
+    trained_on = first.config.dataset
+    if dataset is not None and trained_on in DATASETS and dataset != trained_on:
+        raise UserError(f"{first.given} was trained on {trained_on}: leave --dataset {dataset} out")
+    if dataset is None and is_own(trained_on):  # no file is run because a checkpoint names it
+        raise UserError(
+            f"{first.given} was trained on a dataset of its own; if you trust that code, add --dataset {trained_on}"
+        )
+    if data_dir is not None and not reads_data_dir(trained_on):
+        raise UserError(f"--data-dir does nothing for {trained_on}, which {first.given} was trained on: leave it out")
+    return load_dataset(dataset or trained_on, data_dir or first.config.data_dir)
 
-    def of_seed(*names: str) -> list[NDArray[Any]]:
-        return [arrays[f"{config.seed} {name}"] for name in names]
 
-    return Data(
-        arrays["images"],
-        arrays["labels"],
-        split.Split(*of_seed("training", "validation", "test")),
-        Normalization(*of_seed("mean", "deviation")),
-        int(arrays["classes"][0]),
-    )
+def _prefix(seed: int) -> str:
+    """Return the start of the names of the arrays that depend on the seed."""
+    return f"{seed} "
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
 
 
 def _network(
-    config: TrainConfig, path: str, data: Data, build_network: BuildNetwork | None, models: Sequence[str]
+    config: TrainConfig, path: str, data: PreparedDataset, build_network: BuildNetwork | None, models: Sequence[str]
 ) -> Sequential:
     """Build the network that a config names."""
     height, width, channels = data.images.shape[1:]

@@ -9,6 +9,7 @@ N samples, H height, W width, C channels, F filters, K classes. Sources: section
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -241,10 +242,29 @@ def curves(metrics: Path | Iterable[Mapping[str, Any]]) -> Figure:
 # ---------------------------------------------------------------------------------------------------- with matplotlib
 
 
+#: How to get matplotlib, for a program that continues without a figure.
+NEEDS_MATPLOTLIB = "drawing it needs matplotlib (pip install 'distdl-mpi[plots]')"
+
+
+def has_matplotlib() -> bool:
+    """Return whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def need_matplotlib() -> None:
-    """Raise `UserError` where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
+    """Raise `UserError` if matplotlib is not installed."""
+    if not has_matplotlib():
         raise UserError("drawing needs matplotlib, which is not installed: pip install 'distdl-mpi[plots]'")
+
+
+def svg(figure: Figure) -> bytes:
+    """Return a figure as an SVG document. Text stays text, and equal figures give equal bytes."""
+    import matplotlib as mpl  # noqa: PLC0415  half a second, and not installed everywhere
+
+    content = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "distdl", "svg.fonttype": "none"}):
+        figure.savefig(content, format="svg", metadata={"Date": None})
+    return content.getvalue()
 
 
 def _figure(columns: float, rows: float, *, inches: float = INCHES_PER_IMAGE) -> Figure:

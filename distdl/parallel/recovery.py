@@ -127,12 +127,18 @@ def committed(communicator: Communicator) -> Iterator[None]:
     commit(communicator)
 
 
-def recover(rank: Recoverable, lost: PeerLost) -> CompletedRecovery:
-    """Recover from a failure; afterwards ``rank.communicator`` is the group of the survivors. Collective."""
+def recover(
+    rank: Recoverable, lost: PeerLost, watch: Callable[[Action], object] = lambda _action: None
+) -> CompletedRecovery:
+    """Recover from a failure; afterwards ``rank.communicator`` is the group of the survivors. Collective.
+
+    `watch` is called before each action.
+    """
     started, before = time.perf_counter(), rank.communicator.world_ranks
     recovery = Recovery(agreed=lost.agreed)
     while recovery.action is not Action.CONTINUE:
         try:
+            watch(recovery.action)
             _act(recovery, rank)
         except PeerLost as another:
             recovery.failed(agreed=another.agreed)
@@ -198,13 +204,3 @@ class Survivors:
             self.recoveries.append(recover(attempt, lost))
         self.communicator = attempt.communicator
         return attempt.result
-
-
-def survive(
-    communicator: Communicator, work: Callable[[Communicator], T]
-) -> tuple[Communicator, T, CompletedRecovery | None]:
-    """Run `work` with `Survivors`; return the communicator, the result and the recovery."""
-    survivors = Survivors(communicator)
-    known = len(survivors.recoveries)
-    result = survivors.run(work)
-    return survivors.communicator, result, survivors.recoveries[known] if survivors.recoveries[known:] else None

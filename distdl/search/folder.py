@@ -15,7 +15,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
 
-from distdl.engine.metrics import line_of
 from distdl.engine.storage.files import (
     FOLDER_MODE,
     TEMPORARY_SUFFIX,
@@ -24,7 +23,8 @@ from distdl.engine.storage.files import (
     try_folder,
     write_durably,
 )
-from distdl.engine.storage.run_folder import lock_folder, lock_released, numbered, timestamped
+from distdl.engine.storage.json_lines import line_of
+from distdl.engine.storage.run_folder import lock_folder, unused_folder
 from distdl.errors import DamagedFileError, UserError
 from distdl.search.procedure import Record, Trial, planned
 from distdl.search.settings import Settings
@@ -37,7 +37,7 @@ PICTURE = "search.svg"
 def choose(settings: Settings) -> Path:
     """Return the folder of the search; raise `UserError` where it cannot be. Nothing is written."""
     what = f"{settings.config.dataset}-{settings.config.model}-search"
-    folder = settings.out or next(path for path in numbered(timestamped(what)) if not path.exists())
+    folder = settings.out or unused_folder(what)
     try:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--out {folder} is no folder: give another")
@@ -181,7 +181,7 @@ class SearchFolder:
 
 def _locked(folder: Path, *, ours: bool) -> IO[bytes]:
     try:
-        return lock_released(folder) if ours else lock_folder(folder)
+        return lock_folder(folder, owner_died=ours)
     except UserError:
         raise UserError(f"--out {folder} is in use by another search: wait for it, or give another") from None
 

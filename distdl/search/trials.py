@@ -16,17 +16,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from distdl.arrays import sha256_of_arrays
 from distdl.config import TrainConfig, is_own
-from distdl.data import sources, split
-from distdl.data.normalization import Normalization
+from distdl.data import Dataset, split
 from distdl.engine import train
 from distdl.engine.console import Console
 from distdl.engine.prepare import labelled, outputs_of
 from distdl.engine.stop import StopRequest
-from distdl.engine.trainer import Data
 from distdl.engine.user_code import BuildNetwork, agree_on, load_dataset, network_builder
 from distdl.errors import DistdlError, DivergedError, Stopped, UserError
 from distdl.nn import Sequential
@@ -62,7 +57,7 @@ def search(
     communicator: Communicator | None = None,
     *,
     build_network: BuildNetwork | None = None,
-    dataset: sources.Dataset | None = None,
+    dataset: Dataset | None = None,
 ) -> Found:
     """Search as `settings` say, on all ranks of `communicator` (`world()` if not given), and return what was found.
 
@@ -98,7 +93,7 @@ class _Quiet(Console):
 class _Search:
     """A rank's part in a search; `run` begins again on the ranks that are left where one was lost."""
 
-    def __init__(self, settings: Settings, build_network: BuildNetwork | None, dataset: sources.Dataset | None) -> None:
+    def __init__(self, settings: Settings, build_network: BuildNetwork | None, dataset: Dataset | None) -> None:
         self._given = replace(settings, config=labelled(settings.config, build_network, dataset))
         self._build_network = build_network
         self._dataset = dataset
@@ -178,15 +173,8 @@ class _Search:
         if self._dataset is None:
             self._dataset = replace(load_dataset(config.dataset, config.data_dir), name=config.dataset)
         self._dataset = data = self._dataset.checked()
-        parts = split.split(data.labels, data.test_start, Key(config.seed))
-        plain = Normalization(np.zeros(1, np.float32), np.ones(1, np.float32))
-        of_labels = Data(data.images, data.labels, parts, plain, data.classes)
-        return (
-            sha256_of_arrays([("images", data.images), ("labels", data.labels)]),
-            len(parts.training),
-            list(data.images.shape[1:]),
-            outputs_of(config, of_labels)[-1],
-        )
+        training = split.split(data.labels, data.test_start, Key(config.seed)).training
+        return data.sha256(), len(training), list(data.images.shape[1:]), outputs_of(config, data)[-1]
 
     def _network(self, shape: Sequence[int], outputs: int) -> Sequential:
         """Build a model that is not ours once, before there is a folder; groups whose files differ train none alike."""

@@ -23,7 +23,7 @@ from bad_inputs import (
 )
 from refusals import DAMAGED, USER, Case, outcome
 
-from distdl.engine.storage import checkpoint as checkpoints
+from distdl.engine.storage import checkpoints
 
 
 class RunShop:

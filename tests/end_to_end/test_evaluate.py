@@ -18,7 +18,7 @@ from distdl import evaluate as shown
 from distdl.config import TrainConfig
 from distdl.data.split import micro_batch
 from distdl.engine import train
-from distdl.engine.storage import checkpoint as checkpoints
+from distdl.engine.storage import checkpoints
 from distdl.errors import UserError
 from distdl.inference.evaluation import Score, evaluate, in_half_precision, load
 from distdl.job.launcher import read_launch
@@ -459,7 +459,8 @@ def wrong(runs, mnist_runs, tmp_path_factory):
     (folder / "text").write_text("no checkpoint at all")
     (folder / "to text").symlink_to(folder / "text")
     newest = checkpoints.newest_intact(folder / "mlp" / "checkpoints")[0]
-    config = checkpoints.read(newest).header["config"]
+    header = checkpoints.read(newest).header
+    config, progress = header["config"], {**header["progress"], "best_step": None}
     shutil.copytree(folder / "mlp", folder / "torn")
     for path in (folder / "torn" / "checkpoints").iterdir():
         flip_a_bit(path)
@@ -469,7 +470,7 @@ def wrong(runs, mnist_runs, tmp_path_factory):
     with_header(newest, folder / "another version", config={**config, "warp": 9})
     with_header(newest, folder / "impossible", config={**config, "batch_size": 0})
     with_header(newest, folder / "no data", data_sha256=None)
-    with_header(newest, folder / "not validated" / "checkpoints" / newest.name, progress={"best_step": None})
+    with_header(newest, folder / "not validated" / "checkpoints" / newest.name, progress=progress)
     (folder / "linked" / "checkpoints").mkdir(parents=True)
     (folder / "linked" / "checkpoints" / newest.name).symlink_to(newest)
     return folder

@@ -8,7 +8,7 @@ from injected import flip, spoil_records, spoil_state
 from small_runs import remove, small_run, worlds
 
 from distdl import nn
-from distdl.engine.storage import checkpoint as checkpoints
+from distdl.engine.storage import checkpoints
 from distdl.engine.timing.balance import Balance
 from distdl.errors import CorruptionError
 from distdl.mpirun import mpirun_command

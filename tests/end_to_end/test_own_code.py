@@ -238,7 +238,7 @@ WRONG = {
     "another number of classes": (
         "from distdl import nn\ndef net(shape, classes): return nn.mlp(shape, 7)\n",
         "net",
-        ["wrong.py:net puts out (7,)", "10 classes", "expected (10,)"],
+        ["wrong.py:net returns outputs (7,)", "10 classes", "expected (10,)"],
     ),
     "another input": (
         "from distdl import nn\ndef net(shape, classes): return nn.mlp((4, 4, 1), classes)\n",
@@ -345,7 +345,7 @@ MODEL_SETTINGS = {
     "a word for a number": ("dropout=much", ["dropout='much'"]),
     "unknown initial values": ("initializer=hee", ["'hee'", "did you mean 'he'?"]),
     "a deviation of 0": ("initializer=0", ["initializer=0", "above 0"]),
-    "twice the same": ("hidden=3,hidden=4", ["hidden is there twice"]),
+    "twice the same": ("hidden=3,hidden=4", ["hidden is given twice"]),
     "no name": ("=3", ["names no setting", "name=value"]),
     "no value": ("hidden=3;4", ["such as hidden=100-50"]),
     "another dtype": ("dtype=float64", ["float32"]),

@@ -15,16 +15,15 @@ from refused_runs import RunShop, sealed
 from small_runs import small_run
 
 from distdl.engine.coordinator import Coordinator
-from distdl.engine.metrics import JsonLines
-from distdl.engine.storage import checkpoint as checkpoints
-from distdl.engine.storage import files, run_folder
+from distdl.engine.storage import checkpoints, files, run_folder
+from distdl.engine.storage.json_lines import JsonLines
 from distdl.errors import UserError
 from distdl.job.launcher import read_launch
 from distdl.parallel import OneProcess, shared
 
 pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts trainings of one process")
 
-INSIDE = [*files.OWN_FILES, "checkpoints", "checkpoints/step-000000006.safetensors"]
+INSIDE = [*files.RUN_FILES, "checkpoints", "checkpoints/step-000000006.safetensors"]
 
 
 @pytest.mark.parametrize("leads", ["to what was there", "to someone else's", "nowhere"])
@@ -45,7 +44,9 @@ def test_a_link_inside_a_run_folder_is_refused_and_not_followed(workshop, name, 
     for arguments in (["--resume=run"], ["--resume=auto", "--run-dir=run"], ["--resume=run", "--run-dir=other"]):
         code, out, err, _ = outcome([*shop.settings, "--epochs=3", "--record-hashes", *arguments])
         assert (code, out) == (USER, "")
-        assert err.startswith(f"distdl: error: run/{name} is a symbolic link: inside a run folder none is followed")
+        assert err.startswith(
+            f"distdl: error: run/{name} is a symbolic link: distdl follows no link inside a run folder"
+        )
         assert len(err.splitlines()) == 1
         assert changes(before, picture(workshop)) == []
 
@@ -81,7 +82,7 @@ def test_a_link_put_in_the_place_of_the_checkpoints_while_training_is_not_follow
 
     def swapping(self, state, *others):
         if state.step == 2:
-            self._writer.outcome(wait=True)
+            self.keeper._writer.outcome(wait=True)
             (folder / "checkpoints").rename(tmp_path / "moved")
             (folder / "checkpoints").symlink_to(elsewhere)
         stepped(self, state, *others)
@@ -231,7 +232,7 @@ def test_a_training_opens_what_it_is_given_to_read_only_and_runs_and_connects_to
         assert given <= {str(tmp_path / what) for kind, what in events if kind == "read"}
         own = "run" if "--run-dir=run" in arguments else "new"
         # In the run folder files are named relative to an open folder, and a number is a file opened before.
-        names = {f"step-{step:09d}.safetensors" for step in range(9)} | set(files.OWN_FILES)
+        names = {f"step-{step:09d}.safetensors" for step in range(9)} | set(files.RUN_FILES)
         names |= {f"{name}{files.TEMPORARY_SUFFIX}" for name in names}
         for kind, what in events:
             inside = what in names or what.isdecimal() or (Path(own) in (Path(what), *Path(what).parents))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from small_runs import small_run
 
-from distdl.engine.storage import checkpoint as checkpoints
+from distdl.engine.storage import checkpoints
 from distdl.engine.storage.files import TEMPORARY_SUFFIX
 from distdl.mpirun import mpirun_command
 from distdl.parallel import OneProcess
@@ -57,18 +57,18 @@ sys.exit(cli.run(main))
 """
 
 FULL_DISK = """
-import distdl.engine.storage.checkpoint
+import distdl.engine.storage.checkpoints
 
 def write(*_):
     raise OSError(28, "No space left on device")
 
-distdl.engine.storage.checkpoint.write = write
+distdl.engine.storage.checkpoints.write = write
 """
 
 STEP = "distdl.engine.trainer:Trainer.step"
 VALIDATION = "distdl.engine.trainer:Trainer._end_epoch"
 CHECKPOINT = "distdl.engine.coordinator:Coordinator.checkpoint"
-WRITE = "distdl.engine.storage.checkpoint:write"  # by the coordinator's thread, while training goes on
+WRITE = "distdl.engine.storage.checkpoints:write"  # by the coordinator's thread, while training goes on
 SETTINGS = {"checkpoint_every": 2, "record_hashes": True}
 
 

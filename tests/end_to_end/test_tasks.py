@@ -110,7 +110,7 @@ def test_a_loss_that_does_not_go_with_the_labels_is_one_line(tmp_path, task, set
 
 def test_outputs_that_do_not_fit_the_labels_are_one_line(tmp_path):
     dataset, *_ = TASKS["segmentation"]
-    said = r"puts out \(2,\) for a sample, expected \(8, 8, 2\): task has 2 classes for each pixel"
+    said = r"returns outputs \(2,\) for a sample, expected \(8, 8, 2\): task has 2 classes for each pixel"
     with pytest.raises(UserError, match=said):
         train(small_config(tmp_path / "run"), OneProcess(), dataset=dataset, build_network=flat())
     assert not list(tmp_path.iterdir())

@@ -8,8 +8,8 @@ import pytest
 from small_runs import VERY_RAGGED, piece_of_digits, remove, small_config, small_run, worlds
 
 from distdl.config import OPTIMIZERS
-from distdl.engine import train, trainer, transfer
-from distdl.engine.storage import checkpoint
+from distdl.engine import step, train, trainer, transfer
+from distdl.engine.storage import checkpoints
 from distdl.errors import UserError
 from distdl.nn import Affine, BatchNorm, Conv2d, Flatten, ReLU, Residual, Sequential
 from distdl.parallel import OneProcess
@@ -51,7 +51,7 @@ def transferred(communicator, folder, **settings):
 
 
 def newest(folder):
-    return checkpoint.newest_intact(folder / "checkpoints")[1].tensors
+    return checkpoints.newest_intact(folder / "checkpoints")[1].tensors
 
 
 def first_state(monkeypatch, folder, **settings):
@@ -80,7 +80,7 @@ def test_what_agrees_begins_with_the_bits_of_the_source_and_all_else_with_those_
     source = source_in(tmp_path / "source")
     if given == "checkpoint":
         source = str(sorted((tmp_path / "source" / "checkpoints").iterdir())[0])
-    theirs = newest(tmp_path / "source") if given == "run folder" else checkpoint.read(tmp_path / source).tensors
+    theirs = newest(tmp_path / "source") if given == "run folder" else checkpoints.read(tmp_path / source).tensors
     capsys.readouterr()
     begun = first_state(monkeypatch, tmp_path / "new", init_from=source)
     said = capsys.readouterr().out
@@ -100,7 +100,7 @@ def test_what_agrees_begins_with_the_bits_of_the_source_and_all_else_with_those_
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_what_is_frozen_keeps_its_bits_to_the_end_and_all_else_moves(tmp_path, optimizer, monkeypatch):
-    lengths, clip_by_norm = [], trainer.clip_by_norm
+    lengths, clip_by_norm = [], step.clip_by_norm
 
     def clipped(gradient, largest):
         views = dict(built[-1].views(gradient))
@@ -109,7 +109,7 @@ def test_what_is_frozen_keeps_its_bits_to_the_end_and_all_else_moves(tmp_path, o
 
     built, build = [], network
     monkeypatch.setitem(globals(), "network", lambda *shape: built.append(build(*shape)) or built[-1])
-    monkeypatch.setattr(trainer, "clip_by_norm", clipped)
+    monkeypatch.setattr(step, "clip_by_norm", clipped)
     pull = {"optimizer": optimizer, "weight_decay": 0.1, "l1_decay": 0.01, "clip_norm": 0.5}
     begun = first_state(monkeypatch, tmp_path / "run", freeze=FREEZE, **pull)
     ended = newest(tmp_path / "run")
@@ -132,7 +132,7 @@ def test_every_number_of_ranks_gives_the_bits_of_one_process(communicator, share
         source_in(shared_tmp_path / "source")
         expected = transferred(OneProcess(), shared_tmp_path / "one", **settings)
     else:
-        monkeypatch.delattr(transfer, "checkpoint_in")
+        monkeypatch.delattr(transfer, "find_checkpoint")
     communicator.barrier()
     for size, part in worlds(communicator):
         found = transferred(part, shared_tmp_path / f"{size}", **settings)

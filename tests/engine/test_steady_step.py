@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from distdl.config import TrainConfig
-from distdl.data.normalization import measure
-from distdl.data.split import Split
-from distdl.engine.coordinator import Follower
+from distdl.data import PreparedDataset
 from distdl.engine.environment import numerics
 from distdl.engine.state import TrainingState
-from distdl.engine.trainer import Data, Trainer
+from distdl.engine.stop import StopRequest
+from distdl.engine.trainer import Trainer
 from distdl.nn import build_model
 from distdl.optim import Adam
 from distdl.parallel import OneProcess
@@ -24,14 +23,13 @@ MOST_BYTES = 64 * 1024
 def trainer_of(model, batch_size, micro_batch_size, augment=None):
     samples = batch_size * (WARM_UP_STEPS + STEPS)
     images = Key(0).of("pixels").words(samples * 98).view(np.uint8).reshape(samples, 28, 28, 1)
-    rows, none = np.arange(samples), np.arange(0)
-    data = Data(images, rows % 10, Split(rows, none, none), measure(images, rows), classes=10)
+    data = PreparedDataset.for_training_only(images, np.arange(samples) % 10, classes=10)
     network = build_model(model, (28, 28, 1), 10)
     network.initialize(Key(0).of("initialization"))
     sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
     config = TrainConfig(model=model, augment=augment, **sizes).checked()
     optimizer = Adam(network.parameters.size, decay_slices=network.decay_slices)
-    return Trainer(config, OneProcess(), data, TrainingState(network, optimizer), Follower())
+    return Trainer(config, OneProcess(), data, TrainingState(network, optimizer), StopRequest())
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from small_runs import remove, small_config, small_run, sub_world
 from distdl.engine import prepare as engine_run
 from distdl.engine import stop, train
 from distdl.engine.coordinator import Coordinator
+from distdl.engine.keeper import CheckpointKeeper
 from distdl.engine.stop import SIGNALS, StopRequest
-from distdl.engine.storage import checkpoint as checkpoints
+from distdl.engine.storage import checkpoints
 from distdl.engine.trainer import Trainer
 from distdl.errors import Stopped
 from distdl.job.signals import HELD, hold_signals
@@ -28,6 +30,13 @@ PASS_IN_STEP = {1: 2, 3: 18, 5: 32, 6: 40}
 def tell(number):
     """Send this process a signal, whose handler has run on return."""
     os.kill(os.getpid(), number)
+
+
+def sent_by(request):
+    """The counts that a rank sends with a micro-batch."""
+    record = {}
+    request.micro_batch(None, 0, record)
+    return record["stop"]
 
 
 def signal_at(monkeypatch, where, number, *, name="step", of=Trainer, when=lambda _: True):
@@ -58,7 +67,7 @@ def test_a_signal_stops_after_the_step_it_came_in_and_resume_gives_the_same_bits
 
 @pytest.mark.parametrize(
     ("name", "of", "stopped_after"),
-    [("evaluate", Trainer, 4), ("checkpoint", Coordinator, 4), ("started", Coordinator, 1)],
+    [("evaluate", Trainer, 4), ("save", CheckpointKeeper, 4), ("started", Coordinator, 1)],
 )
 def test_a_signal_outside_of_a_step_waits_for_the_next_one(tmp_path, monkeypatch, name, of, stopped_after):
     """The first validation and the first checkpoint are after step 3."""
@@ -86,7 +95,7 @@ def test_a_second_signal_stops_at_once_but_not_an_echo_of_the_first(monkeypatch,
     monkeypatch.setattr(stop.time, "monotonic", lambda: now)
     request = StopRequest()
     with request.listening():
-        request.values()
+        sent_by(request)
         tell(first)
         now += stop.SAME_REQUEST_SECONDS / 2
         tell(second)
@@ -108,7 +117,7 @@ def test_handlers_are_restored_and_those_of_a_script_left_alone(monkeypatch):
             assert signal.getsignal(signal.SIGINT) == request._hear
         assert [signal.getsignal(number) for number in SIGNALS] == handlers
         assert heard == [True]
-        assert not request.values()["stop"].any()
+        assert not sent_by(request).any()
     finally:
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGUSR1, ignored)
@@ -174,7 +183,7 @@ def test_a_start_that_fails_restores_the_handlers(tmp_path, monkeypatch):
         raise RuntimeError("before the first step")
 
     handlers = [signal.getsignal(number) for number in SIGNALS]
-    monkeypatch.setattr(engine_run, "_prepared", fails)
+    monkeypatch.setattr(engine_run.Preparation, "trainer", fails)
     with pytest.raises(RuntimeError, match="before the first step"):
         train(small_config(tmp_path / "run"), OneProcess())
     assert [signal.getsignal(number) for number in SIGNALS] == handlers
@@ -182,9 +191,9 @@ def test_a_start_that_fails_restores_the_handlers(tmp_path, monkeypatch):
 
 def test_the_first_signal_that_any_rank_was_told_is_the_one_named():
     request = StopRequest()
-    request.observe({"stop": np.array([0, 3, 1, 0])})
+    request.ended(SimpleNamespace(total={"stop": np.array([0, 3, 1, 0])}))
     assert request.agreed == "SIGTERM"
-    request.observe({"stop": np.zeros(len(SIGNALS), np.int64)})
+    request.ended(SimpleNamespace(total={"stop": np.zeros(len(SIGNALS), np.int64)}))
     assert request.agreed is None
 
 

@@ -38,7 +38,7 @@ import tyro
 from bad_inputs import MNIST_FILES, TINY, mnist_files, write_files
 
 from distdl import cli, config, train
-from distdl.engine.storage import checkpoint as checkpoints
+from distdl.engine.storage import checkpoints
 from distdl.engine.trainer import Trainer
 
 USER, DAMAGED = 2, 3

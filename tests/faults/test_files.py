@@ -19,8 +19,7 @@ from bad_inputs import without_launcher
 from small_runs import small_run
 
 from distdl.engine.coordinator import Coordinator
-from distdl.engine.storage import checkpoint as checkpoints
-from distdl.engine.storage import files
+from distdl.engine.storage import checkpoints, files
 from distdl.errors import UserError
 from distdl.job.launcher import read_launch
 from distdl.parallel import OneProcess
@@ -38,7 +37,7 @@ import ctypes, hashlib, json, os, signal, subprocess, sys
 from pathlib import Path
 sys.path.insert(0, {end_to_end!r})
 from small_runs import small_run
-from distdl.engine.storage import checkpoint as checkpoints, files
+from distdl.engine.storage import checkpoints, files
 from distdl.engine.coordinator import Coordinator
 from distdl.errors import DistdlError
 from distdl.parallel import OneProcess

@@ -7,7 +7,7 @@ import time
 import pytest
 from harness import FLAGS, STEPS, Job, Outcome, Undisturbed, assert_receipt, run
 
-from distdl.engine.storage import checkpoint
+from distdl.engine.storage import checkpoints
 
 pytestmark = pytest.mark.usefixtures("ulfm")
 
@@ -31,7 +31,7 @@ def assert_as_if_nothing_had_happened(outcome: Outcome, expected: Undisturbed) -
     assert_receipt(outcome, expected)
     assert outcome.checkpoints, str(outcome)
     for path in outcome.checkpoints:
-        checkpoint.read(path)  # raises where it is not intact; a temporary file is none
+        checkpoints.read(path)  # raises where it is not intact; a temporary file is none
 
 
 def assert_told(outcome: Outcome, lost: list[int]) -> None:

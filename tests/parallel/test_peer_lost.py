@@ -62,6 +62,45 @@ def test_all_survivors_of_a_kill_see_that_a_peer_is_lost(tmp_path, run_job, ulfm
     assert told == [f"rank {rank} lost a peer in step 3" for rank in survivors], done.stdout + done.stderr
 
 
+#: Rank 2 dies. The others meet it in an agreement, or in a collective call and then in the agreement that refuses.
+AGREEING = """
+import os, signal, sys
+from distdl.errors import PeerLost
+from distdl.parallel import world
+
+communicator = world()
+rank, size = communicator.rank, communicator.size
+if rank == 2:
+    os.kill(os.getpid(), signal.SIGKILL)
+told = []
+if sys.argv[1] == "collective":
+    try:
+        communicator.barrier()
+    except PeerLost as lost:
+        told.append(f"barrier: agreed {lost.agreed}")
+try:
+    told.append(f"agreement: {communicator.agree(sys.argv[1] != 'collective')}")
+except PeerLost as lost:
+    told.append(f"agreement: agreed {lost.agreed}")
+communicator = communicator.shrink()
+told.append(f"agreement of {communicator.world_ranks}: {communicator.agree(True)} {communicator.agree(rank == 0)}")
+print(f"rank {rank} {', '.join(told)}", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "told"), [("agreement", []), ("collective", ["barrier: agreed False"])], ids=["agreement", "collective"]
+)
+def test_a_failure_in_an_agreement_is_known_to_all_and_one_in_another_call_is_not(tmp_path, run_job, ulfm, first, told):
+    """A rank refuses a failure of the second kind in the next agreement; it must not refuse one of the first kind."""
+    program = tmp_path / "program.py"
+    program.write_text(AGREEING)
+    done = run_job(mpirun_command(3, [sys.executable, str(program), first]), timeout=60)
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
+    expected = ", ".join([*told, "agreement: agreed True", "agreement of [0, 1]: True False"])
+    assert lines == [f"rank {rank} {expected}" for rank in (0, 1)], done.stdout + done.stderr
+
+
 #: Rank 2 dies; rank 1 does not come to make the new group, as if it hung inside of MPI.
 STUCK = """
 import os, signal, time

@@ -435,9 +435,9 @@ def test_under_mpirun_a_mistake_is_told_once(run_job, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_in_readme_is_one():
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    [line] = [line for line in readme.splitlines() if line.startswith("    ") and "distdl.search" in line]
+def test_the_command_of_the_documentation_is_valid():
+    page = (Path(__file__).parents[2] / "docs" / "search.md").read_text(encoding="utf-8")
+    [line] = [line for line in page.splitlines() if line.startswith("    ") and "distdl.search" in line]
     words = shlex.split(line)
     settings = command.parse(words[words.index("--") + 1 :])
     assert (settings.config.model, settings.config.epochs) == ("mlp", 5)

@@ -110,7 +110,7 @@ def test_an_image_that_announces_more_pixels_than_memory_has_is_refused_from_its
     write(tmp_path, GRAY)
     (tmp_path / "cone/1.png").unlink()
     (tmp_path / "cone/1.ppm").write_bytes(b"P5 2000000 2000000 255\n")
-    assert "1.ppm' has more pixels than Pillow takes" in refusal(tmp_path)
+    assert "1.ppm' has more pixels than Pillow accepts" in refusal(tmp_path)
 
 
 def png_of_16_bits(kind, channels):

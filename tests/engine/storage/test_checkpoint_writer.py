@@ -1,4 +1,4 @@
-"""A checkpoint is written while training goes on, and is nevertheless that of its step, in order, and waited for."""
+"""A checkpoint is written while training continues, and is nevertheless that of its step, in order, and waited for."""
 
 import concurrent.futures
 import json
@@ -11,10 +11,10 @@ from small_runs import piece_of_digits, small_config, small_run
 
 from distdl.engine import train
 from distdl.engine.coordinator import Coordinator
-from distdl.engine.metrics import JsonLines
-from distdl.engine.storage import checkpoint as checkpoints
-from distdl.engine.storage import files
+from distdl.engine.storage import checkpoints, files
 from distdl.engine.storage.checkpoint_writer import CheckpointWriter
+from distdl.engine.storage.header import CheckpointHeader, RunProgress
+from distdl.engine.storage.json_lines import JsonLines
 from distdl.engine.trainer import Trainer
 from distdl.errors import UserError
 from distdl.parallel import OneProcess
@@ -152,8 +152,8 @@ def test_a_checkpoint_that_is_missed_is_said_at_the_next_step_and_not_only_at_th
         write(path, checkpoint)
 
     def patient(self, state, *others):
-        if self._writer._pending is not None:
-            concurrent.futures.wait([self._writer._pending], LONG_ENOUGH)
+        if self.keeper._writer._pending is not None:
+            concurrent.futures.wait([self.keeper._writer._pending], LONG_ENOUGH)
         stepped(self, state, *others)
         said[state.step] = capsys.readouterr().err
 
@@ -161,7 +161,7 @@ def test_a_checkpoint_that_is_missed_is_said_at_the_next_step_and_not_only_at_th
     monkeypatch.setattr(Coordinator, "stepped", patient)
     small_run(OneProcess(), tmp_path / "run")
     assert said[4].startswith("distdl: warning: cannot write the checkpoint after step 3")
-    assert said[4].endswith("No space left on device; the checkpoints before it are intact, training goes on\n")
+    assert said[4].endswith("No space left on device; the checkpoints before it are intact, training continues\n")
     assert [step for step in said if said[step]] == [4]
 
 
@@ -172,8 +172,8 @@ def test_the_third_miss_ends_the_run_at_the_next_checkpoint_also_if_it_was_said_
         raise OSError(5, "Input/output error")
 
     def patient(self, state, *others):
-        if self._writer._pending is not None:
-            concurrent.futures.wait([self._writer._pending], LONG_ENOUGH)
+        if self.keeper._writer._pending is not None:
+            concurrent.futures.wait([self.keeper._writer._pending], LONG_ENOUGH)
         stepped(self, state, *others)
 
     monkeypatch.setattr(checkpoints, "write", refused)
@@ -181,7 +181,7 @@ def test_the_third_miss_ends_the_run_at_the_next_checkpoint_also_if_it_was_said_
     with pytest.raises(UserError, match=r"cannot write the checkpoint after step 3 .*make room and use --resume"):
         small_run(OneProcess(), tmp_path / "run", checkpoint_every=1)
     warnings = capsys.readouterr().err.splitlines()
-    ends = ["training goes on", "training goes on", "training ends at the next one"]
+    ends = ["training continues", "training continues", "training ends at the next one"]
     assert [line.rpartition(", ")[2] for line in warnings] == ends
 
 
@@ -221,7 +221,8 @@ def test_the_copy_of_the_state_is_made_into_the_same_memory_every_time(tmp_path)
     array, places = np.arange(3.0), set()
     for step in (1, 2):
         array[0] = step
-        writer.start(tmp_path, [("w", array)], {"step": step, "progress": {"best_step": None}}, lambda: None)
+        header = CheckpointHeader(step, {}, RunProgress(), {}, "", {}, "")
+        writer.start(tmp_path, [("w", array)], header, lambda: None)
         array[0] = -1
         assert writer.outcome(wait=True).step == step
         assert writer.outcome(wait=True) is None

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distdl.engine.storage import checkpoint as checkpoints
-from distdl.engine.storage import files
-from distdl.engine.storage.checkpoint import Checkpoint
+from distdl.engine.storage import checkpoints, files
+from distdl.engine.storage.checkpoints import Checkpoint
 from distdl.errors import DamagedFileError, UserError
 
 
@@ -268,7 +267,7 @@ def test_a_file_that_its_disk_does_not_give_back_is_damaged_and_the_one_before_i
     monkeypatch.setattr(os, "fdopen", broken)
     taken, _, complaints = checkpoints.newest_intact(folder)
     assert taken == checkpoints.path_of_step(folder, 1)
-    assert complaints == [f"{path} is damaged: its disk does not give it back (Input/output error)"]
+    assert complaints == [f"{path} is damaged: its disk does not return it (Input/output error)"]
 
 
 def test_a_pipe_in_the_place_of_a_checkpoint_does_not_block(folder):

@@ -1,0 +1,183 @@
+"""A dataset: images with their targets, and its prepared form, the object that every rank has.
+
+A source makes a `Dataset`. `PreparedDataset.prepare` splits it and measures its pixels, on rank 0. `to_arrays` and
+`from_arrays` carry it through memory that the ranks of a host share. `sha256` identifies it in checkpoints.
+
+Dimensions: N samples, H height, W width, C channels, D numbers of a sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distdl.arrays import sha256_of_arrays
+from distdl.data.normalization import Normalization, measure
+from distdl.data.split import Rows, Split, split
+from distdl.errors import UserError
+from distdl.rng import Key
+
+MOST_CLASSES = 2**31 - 1
+
+
+class _Labelled:
+    """The task that the labels define."""
+
+    labels: NDArray[Any]
+
+    @property
+    def targets_per_sample(self) -> int:
+        """The number of labels of a sample: 1, or one for each pixel; 0 if the targets are numbers (regression)."""
+        return 0 if self.labels.dtype.kind == "f" else math.prod(self.labels.shape[1:])
+
+    @property
+    def default_loss(self) -> str:
+        """The name of the loss for such targets."""
+        return "cross_entropy" if self.targets_per_sample else "mean_squared_error"
+
+    def loss_named(self, name: str) -> str:
+        """Return the name of the loss that ``--loss name`` selects."""
+        return self.default_loss if name == "auto" else name
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset(_Labelled):
+    """Images with their targets, as a source or a script gives them.
+
+    The labels define the task: a label for each image (classification), a label for each pixel (segmentation), or
+    numbers for each image (regression).
+    """
+
+    name: str
+    images: NDArray[Any]
+    """(N, H, W, C), uint8 or float32."""
+    labels: NDArray[Any]
+    """Integers in 0 .. classes-1, (N,) or (N, H, W); or float32 (N, D)."""
+    classes: int
+    """The number of classes; D for regression."""
+    test_start: int | None
+    """The first row of the dataset's own test part; None: it has no test part."""
+
+    def sha256(self) -> str:
+        """Return the hash of images and labels."""
+        return sha256_of_arrays([("images", self.images), ("labels", self.labels)])
+
+    def checked(self) -> Dataset:
+        """Return the dataset in the form that training needs (integer labels as int64). Check one from a script.
+
+        Raises `UserError` if a field differs from its description above.
+        """
+        images, labels, classes, test_start = self.images, self.labels, self.classes, self.test_start
+        for kind, array in (("images", images), ("labels", labels)):
+            if not isinstance(array, np.ndarray):
+                raise self._wrong(f"{kind} of type {type(array).__name__}", "a NumPy array")
+        if images.ndim != 4 or not images.size or images.dtype not in (np.uint8, np.float32):
+            raise self._wrong(
+                f"images {images.dtype} {images.shape}",
+                "uint8 or float32 (N, H, W, C): images[..., None] adds an axis for channels, "
+                "images.astype(np.float32) converts other numbers",
+            )
+        count = len(images)
+        if images.dtype == np.float32 and not np.isfinite(images).all():
+            sample = int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))
+            raise self._wrong(f"NaN or infinity in images, first in sample {sample}", "finite pixels")
+        if not isinstance(classes, int | np.integer) or not 1 <= classes <= MOST_CLASSES:
+            raise self._wrong(f"classes {classes!r}", "an int, the number of classes")
+        labels = self._checked_numbers() if labels.dtype == np.float32 and labels.ndim == 2 else self._checked_labels()
+        if test_start is not None and not (isinstance(test_start, int | np.integer) and 0 < test_start < count):
+            raise self._wrong(
+                f"test_start {test_start!r}", f"None, or the first row of the test part, 1 to {count - 1}"
+            )
+        test_start = None if test_start is None else int(test_start)
+        return replace(self, labels=labels, classes=int(classes), test_start=test_start)
+
+    def _checked_labels(self) -> NDArray[np.int64]:
+        labels, classes = self.labels, self.classes
+        count, height, width, _ = self.images.shape
+        if labels.shape not in {(count,), (count, height, width)} or labels.dtype.kind not in "iu":
+            raise self._wrong(
+                f"labels {labels.dtype} {labels.shape}",
+                f"{count} integers, one for each image; or {(count, height, width)}, one for each pixel; or float32 "
+                f"({count}, D), numbers for each image",
+            )
+        if not 0 <= labels.min() <= labels.max() < classes:
+            raise self._wrong(f"labels {labels.min()} to {labels.max()}", f"0 to {classes - 1} for {classes} classes")
+        return labels.astype(np.int64)
+
+    def _checked_numbers(self) -> NDArray[np.float32]:
+        labels, expected = self.labels, (len(self.images), self.classes)
+        if labels.shape != expected:
+            raise self._wrong(
+                f"labels float32 {labels.shape}",
+                f"{expected}, as many numbers for each image as `classes` says; or integers, a label for each image",
+            )
+        if not np.isfinite(labels).all():
+            sample = int(np.argmin(np.isfinite(labels).all(axis=1)))
+            raise self._wrong(f"NaN or infinity in labels, first in sample {sample}", "finite numbers")
+        return labels
+
+    def _wrong(self, given: str, expected: str) -> UserError:
+        return UserError(f"the dataset {self.name!r} has {given}; expected {expected}")
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedDataset(_Labelled):
+    """A dataset as every rank has it: images and labels (shared by a host's ranks), split and normalization."""
+
+    images: NDArray[Any]
+    labels: NDArray[Any]
+    parts: Split
+    normalization: Normalization
+    """Measured on the training part alone."""
+    classes: int
+
+    @classmethod
+    def prepare(cls, dataset: Dataset, seed: int) -> PreparedDataset:
+        """Split a dataset by the seed, and measure the pixels of its training part; raise `UserError`."""
+        parts = split(dataset.labels, dataset.test_start, Key(seed))
+        normalization = measure(dataset.images, parts.training)
+        return cls(dataset.images, dataset.labels, parts, normalization, dataset.classes)
+
+    @classmethod
+    def for_training_only(cls, images: NDArray[Any], labels: NDArray[Any], classes: int) -> PreparedDataset:
+        """Return all samples as the training part, as a benchmark needs them; the other parts are empty."""
+        parts = Split.training_only(np.arange(len(images), dtype=np.int64))
+        return cls(images, labels, parts, measure(images, parts.training), classes)
+
+    def with_training_rows(self, rows: Rows) -> PreparedDataset:
+        """Return the dataset with these rows as its training part, repeated rows allowed; the others are empty."""
+        return replace(self, parts=Split.training_only(rows))
+
+    def to_arrays(self, prefix: str = "") -> dict[str, NDArray[Any]]:
+        """Return the content as named arrays, for `from_arrays`.
+
+        `prefix` begins the names of the arrays that depend on the seed. So one dict can hold the splits of several
+        seeds over one copy of the images.
+        """
+        of_the_seed = vars(self.parts) | vars(self.normalization)
+        return {
+            "images": self.images,
+            "labels": self.labels,
+            "classes": np.array([self.classes]),
+            **{f"{prefix}{name}": array for name, array in of_the_seed.items()},
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], prefix: str = "") -> PreparedDataset:
+        """Return the dataset that `to_arrays` has written with this prefix."""
+        parts = Split(*(arrays[f"{prefix}{name}"] for name in ("training", "validation", "test")))
+        normalization = Normalization(arrays[f"{prefix}mean"], arrays[f"{prefix}deviation"])
+        return cls(arrays["images"], arrays["labels"], parts, normalization, int(arrays["classes"][0]))
+
+    def sha256(self) -> str:
+        """Return the hash of images, labels and split, the ``data_sha256`` of a checkpoint: 0.1 s for MNIST."""
+        return sha256_of_arrays([("images", self.images), ("labels", self.labels), *vars(self.parts).items()])
+
+    def samples(self, rows: Rows) -> dict[str, NDArray[Any]]:
+        """Return the images, not normalized, and the labels of some rows."""
+        return {"images": self.images[rows], "labels": self.labels[rows]}

@@ -1,0 +1,57 @@
+"""The micro-batches of a batch, as a network takes them: normalized, and augmented in training.
+
+Dimensions: N samples of a micro-batch, H height, W width, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distdl.arrays import aligned_empty
+from distdl.data.augmentation import Augmentation
+from distdl.data.dataset import PreparedDataset
+from distdl.data.split import Rows, micro_batch, micro_batch_count
+from distdl.rng import Key
+
+
+class MicroBatches:
+    """Loads micro-batches of a dataset into buffers that it keeps, for each number of samples."""
+
+    def __init__(
+        self, dataset: PreparedDataset, micro_batch_size: int, augmentation: Augmentation | None = None
+    ) -> None:
+        self.dataset = dataset
+        self.micro_batch_size = micro_batch_size
+        self.augmentation = augmentation
+        #: The number of micro-batches loaded so far.
+        self.loaded = 0
+        self._buffers: dict[int, tuple[NDArray[Any], NDArray[np.float32]]] = {}
+
+    def count(self, samples: int) -> int:
+        """Return the number of micro-batches in a batch of so many samples; the last one may be ragged."""
+        return micro_batch_count(samples, self.micro_batch_size)
+
+    def load(self, rows: Rows, index: int, key: Key | None = None) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        """Return images (N, H, W, C), normalized, and labels (N, ...) of micro-batch `index` of the batch `rows`.
+
+        With a key the images are augmented, and labels of pixels move along. The next call with the same N
+        overwrites the images.
+        """
+        self.loaded += 1
+        rows = micro_batch(rows, index, self.micro_batch_size)
+        dataset = self.dataset
+        if len(rows) not in self._buffers:
+            shape = (len(rows), *dataset.images.shape[1:])
+            self._buffers[len(rows)] = aligned_empty(shape, dataset.images.dtype), aligned_empty(shape)
+        pixels, out = self._buffers[len(rows)]
+        # The modes but "raise" write without a temporary copy. No row is out of range.
+        images = np.take(dataset.images, rows, axis=0, out=pixels, mode="clip")
+        labels = dataset.labels[rows]
+        if key is not None and self.augmentation is not None:
+            images = self.augmentation.apply(images, key, out=out)
+            if labels.ndim == 3:
+                labels = self.augmentation.apply_to_labels(labels, key)
+        return dataset.normalization.apply(images, out=out), labels

@@ -1,0 +1,120 @@
+"""The header of a checkpoint, typed and checked: everything in the file except the tensors.
+
+Anyone can write a file with a valid checksum. So `CheckpointHeader.parse` trusts nothing; it is the only reader of
+headers. `to_json` and `parse` define the format of the header.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from numpy.typing import NDArray
+
+from distdl.engine.storage.files import LOGS
+from distdl.errors import DamagedFileError
+
+HEADER_TYPES = {
+    "step": int,
+    "config": dict,
+    "progress": dict,
+    "log_bytes": dict,
+    "data_sha256": str,
+    "versions": dict,
+    "kernel_family": str,
+}
+PROGRESS_TYPES: dict[str, tuple[type, ...]] = {
+    "train_loss": (float, NoneType),
+    "validation_loss": (float, NoneType),
+    "validation_accuracy": (float, NoneType),
+    "best_step": (int, NoneType),
+    "train_seconds": (float,),
+    "best_score": (float, NoneType),
+    "skipped_steps": (int,),
+}
+
+
+@dataclass
+class RunProgress:
+    """The values that a run reports. Only `skipped_steps` affects later weights."""
+
+    train_loss: float | None = None
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
+    best_step: int | None = None
+    train_seconds: float = 0.0
+    best_score: float | None = None
+    """None until there is a best step."""
+    skipped_steps: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values; without the best score if there is no best step, without skipped steps if there are none.
+
+        >>> RunProgress().to_json()["best_step"], RunProgress(best_step=3, best_score=0.5).to_json()["best_score"]
+        (None, 0.5)
+        """
+        absent = {"best_score": self.best_step is None, "skipped_steps": not self.skipped_steps}
+        return {name: value for name, value in asdict(self).items() if not absent.get(name)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> RunProgress:
+        """Return the progress that `to_json` gave; raise `ValueError` for a missing value or another type."""
+        given = {"skipped_steps": 0, **values}
+        if given.get("best_step") is None:
+            given["best_score"] = None
+        elif given.get("best_score") is None:
+            raise ValueError("there is a best step, but no best score")
+        for name, types in PROGRESS_TYPES.items():
+            if name not in given or type(given[name]) not in types:
+                raise ValueError(f"{name} is missing or of another type")
+        return cls(**{name: given[name] for name in PROGRESS_TYPES})
+
+
+@dataclass(frozen=True)
+class CheckpointHeader:
+    """All that a run needs from a checkpoint in addition to the tensors."""
+
+    step: int
+    config: dict[str, Any]
+    """The settings, as `TrainConfig.to_json` returns them; another version may have other settings."""
+    progress: RunProgress
+    log_bytes: dict[str, int]
+    """The length of each log at this step."""
+    data_sha256: str
+    versions: dict[str, str]
+    kernel_family: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the header as a checkpoint stores it. Its progress is a copy."""
+        return vars(self) | {"progress": self.progress.to_json()}
+
+    @classmethod
+    def parse(cls, raw: Any, path: Path | str, tensors: Mapping[str, NDArray[Any]] | None = None) -> CheckpointHeader:
+        """Return the header of the checkpoint at `path`; raise `DamagedFileError` if a field cannot be used.
+
+        If the `tensors` are given, the header must agree with them about the step.
+        """
+
+        def damaged(name: str) -> DamagedFileError:
+            return DamagedFileError(f"{path} is damaged: its header has no {name!r} that distdl can use")
+
+        for name, kind in HEADER_TYPES.items():
+            if not (isinstance(raw, dict) and type(raw.get(name)) is kind):
+                raise damaged(name)
+        step, log_bytes, versions = raw["step"], raw["log_bytes"], raw["versions"]
+        if step < 0 or (tensors is not None and "step" in tensors and tensors["step"].tolist() != [step]):
+            raise damaged("step")
+        if not all(name in LOGS and type(length) is int and length >= 0 for name, length in log_bytes.items()):
+            raise damaged("log_bytes")
+        if not all(isinstance(version, str) for version in versions.values()):
+            raise damaged("versions")
+        try:
+            progress = RunProgress.from_json(raw["progress"])
+        except ValueError:
+            raise damaged("progress") from None
+        if not (0 <= (progress.best_step or 0) <= step and 0 <= progress.skipped_steps <= step):
+            raise damaged("progress")
+        return cls(step, raw["config"], progress, log_bytes, raw["data_sha256"], versions, raw["kernel_family"])

@@ -1,0 +1,88 @@
+"""One parser reads all headers: it returns the values of a sealed header, or names the field that is unusable."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from distdl.engine.storage.header import CheckpointHeader, RunProgress
+from distdl.errors import DamagedFileError
+
+PROGRESS = {
+    "train_loss": 0.5,
+    "validation_loss": 0.25,
+    "validation_accuracy": None,
+    "best_step": 3,
+    "train_seconds": 1.5,
+    "best_score": -0.25,
+    "skipped_steps": 2,
+}
+RAW = {
+    "step": 6,
+    "config": {"seed": 0},
+    "progress": PROGRESS,
+    "log_bytes": {"metrics": 10, "timing": 0},
+    "data_sha256": "0",
+    "versions": {"numpy": "2"},
+    "kernel_family": "SkylakeX",
+}
+
+
+def test_a_header_is_the_same_json_after_it_was_read():
+    header = CheckpointHeader.parse(json.loads(json.dumps(RAW)), "x", {"step": np.array([6])})
+    assert json.dumps(header.to_json()) == json.dumps(RAW)
+    assert header.progress.best_score == -0.25
+
+
+def test_the_json_of_a_progress_has_a_best_score_and_skipped_steps_only_if_there_are_any():
+    always = {"train_loss", "validation_loss", "validation_accuracy", "best_step", "train_seconds"}
+    assert RunProgress().to_json().keys() == always
+    assert RunProgress(best_step=2, best_score=0.5).to_json().keys() == always | {"best_score"}
+    assert RunProgress(skipped_steps=1).to_json().keys() == always | {"skipped_steps"}
+    assert RunProgress.from_json(RunProgress().to_json()) == RunProgress()
+    assert RunProgress.from_json({**RunProgress().to_json(), "best_score": "x", "other": 1}) == RunProgress()
+
+
+def test_a_header_made_from_a_progress_does_not_change_with_it():
+    header = CheckpointHeader.parse(RAW, "x")
+    stored = header.to_json()
+    header.progress.train_seconds = 9.0
+    assert stored["progress"]["train_seconds"] == 1.5
+
+
+UNUSABLE = [
+    *((name, {name: value}) for name in RAW for value in (None, [], True)),
+    ("step", {"step": -1}),
+    ("step", {"step": 7}),
+    *(("log_bytes", {"log_bytes": {"metrics": length}}) for length in (-1, 1.5, True, "5", None)),
+    ("log_bytes", {"log_bytes": {"../elsewhere": 5}}),
+    ("versions", {"versions": {"numpy": ["2"]}}),
+    *(("progress", {"progress": {**PROGRESS, name: value}}) for name in PROGRESS for value in ("x", [1], True)),
+    *(
+        ("progress", {"progress": {**PROGRESS, name: value}})
+        for name in ("best_step", "skipped_steps")
+        for value in (-1, 7)
+    ),
+    *(
+        ("progress", {"progress": {**PROGRESS, name: None}})
+        for name in ("best_score", "skipped_steps", "train_seconds")
+    ),
+    *(
+        ("progress", {"progress": {key: value for key, value in PROGRESS.items() if key != name}})
+        for name in PROGRESS
+        if name != "skipped_steps"
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "changed"), UNUSABLE, ids=[str(changed) for _, changed in UNUSABLE])
+def test_an_unusable_field_is_a_damaged_file_and_named(name, changed):
+    with pytest.raises(DamagedFileError, match=re.escape(f"here/file is damaged: its header has no {name!r}")):
+        CheckpointHeader.parse({**RAW, **changed}, "here/file", {"step": np.array([6])})
+
+
+@pytest.mark.parametrize("raw", [None, [], {}, "x", 1])
+def test_another_value_in_place_of_a_header_is_a_damaged_file(raw):
+    with pytest.raises(DamagedFileError, match="no 'step'"):
+        CheckpointHeader.parse(raw, "x")
