@@ -21,10 +21,10 @@ def expression(lo, hi):
 
 def folded(nodes, leaves):
     values = [expression(*node) for node in nodes]
-    rest, merges = fold(nodes, leaves)
+    rest, merges = fold(dict(enumerate(nodes)), leaves)
     for into, from_ in merges:
         values[into] = (values[into], values[from_])
-    return rest, values[0]
+    return list(rest.values()), values[0]
 
 
 @given(st.integers(1, 300))
