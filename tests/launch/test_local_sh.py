@@ -1,4 +1,4 @@
-"""`launch/local.sh` as a person meets it."""
+"""`launch/local.sh` as a user runs it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCRIPT = REPOSITORY / "launch" / "local.sh"
 def run_script(
     *arguments: str, folder: Path, script: Path = SCRIPT, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the script in a folder, with the Python of these tests unless told otherwise."""
+    """Run the script in a folder, by default with the Python of these tests."""
     environment = {
         name: value for name, value in os.environ.items() if name not in {"PYTHON", "VIRTUAL_ENV", "PYTHONPATH"}
     }
@@ -30,7 +30,7 @@ def run_script(
 
 
 def pretended_python(path: Path, name: str) -> Path:
-    """Write a Python that can import everything, and prints its name and what it was told to run."""
+    """Write a pretended Python that can import everything. It prints its name and its arguments."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then exit 0; fi\necho {name} "$@"\n')
     path.chmod(0o755)
@@ -45,7 +45,7 @@ def test_help_shows_how_to_start(flag: str, tmp_path: Path) -> None:
     assert answer.stderr == ""
 
 
-def test_each_way_to_choose_a_python_wins_over_the_next(tmp_path: Path) -> None:
+def test_each_way_to_choose_a_python_precedes_the_next(tmp_path: Path) -> None:
     script = tmp_path / "repository" / "launch" / "local.sh"
     script.parent.mkdir(parents=True)
     shutil.copy(SCRIPT, script)
@@ -68,14 +68,14 @@ def test_each_way_to_choose_a_python_wins_over_the_next(tmp_path: Path) -> None:
     assert chosen() == "given"
 
 
-def test_a_python_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_python_is_reported_in_one_line(tmp_path: Path) -> None:
     answer = run_script("-n", "2", folder=tmp_path, PYTHON="/nowhere/python")
     assert answer.returncode == 2
     assert answer.stderr.startswith("launch/local.sh: no Python called /nowhere/python")
     assert answer.stderr.count("\n") == 1
 
 
-def test_a_python_without_distdl_is_one_line_that_says_what_to_install(tmp_path: Path) -> None:
+def test_a_python_without_distdl_is_reported_in_one_line_with_the_package_to_install(tmp_path: Path) -> None:
     python = pretended_python(tmp_path / "python", "without")
     python.write_text("#!/bin/sh\necho 'No module named distdl' >&2\nexit 1\n")
     answer = run_script("-n", "2", folder=tmp_path, PYTHON=str(python))
@@ -108,7 +108,7 @@ def test_dry_run_prints_the_command_and_runs_nothing(tmp_path: Path) -> None:
 
 
 @needs_mpirun
-def test_relative_paths_mean_the_folder_of_the_caller(tmp_path: Path) -> None:
+def test_relative_paths_start_from_the_current_folder(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text("import sys; open(sys.argv[1], 'a').close()")
     answer = run_script("-n", "2", "--module", "program", "--", "my run", folder=tmp_path)
     assert answer.returncode == 0, answer.stderr
