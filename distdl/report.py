@@ -38,7 +38,7 @@ class ReportOptions:
 
 COMMAND = Command(
     program="python -m distdl.report",
-    summary="Write a page about a run: scores, curves, pictures (needs matplotlib).",
+    summary="Write a page of scores, curves and pictures (needs matplotlib).",
     settings=ReportOptions,
     examples=(
         "python -m distdl.report my-run",
