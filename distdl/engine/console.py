@@ -1,9 +1,10 @@
-"""What a person sees of a run: banner, progress, warnings, receipt. Only the coordinator prints.
+"""The console: the text that a run prints. Only the coordinator prints.
 
-Plain lines by default; on a terminal, and only in one process, a line that rewrites itself as well: under a
-launcher nobody can tell whether a terminal is behind the pipe (Open MPI always says yes, MPICH always no).
-A full disk costs the lines that it has no room for. Where nobody reads any more (a closed pipe, the lost terminal of
-a run under `nohup`) the training goes on unseen.
+It prints plain lines. In one process on a terminal it also keeps a live line below them. Under a launcher nobody can
+tell whether a pipe leads to a terminal: Open MPI always claims one, MPICH never does.
+
+A full disk costs only the lines that do not fit. If nobody reads any longer (a closed pipe, a lost terminal under
+`nohup`), the training continues without output.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from distdl.job.streams import FULL, write
 
 SECONDS_BETWEEN_UPDATES = 0.1
 CLEAR_LINE = "\r\x1b[K"
+#: With more ranks than this, `describe_shares` prints a summary.
+MOST_RANKS_LISTED = 16
 
 
 class Console:
-    """Prints lines, and keeps a live line below them where that is wanted."""
+    """Prints lines and warnings, and a live line if `live` is set and the output is a terminal."""
 
     lost: str | None = None
-    """Why a line is missing in the output, where a disk was full."""
+    """The reason if a full disk has swallowed a line."""
 
     def __init__(self, *, live: bool) -> None:
         self._live = live and sys.stdout is not None and sys.stdout.isatty()
@@ -46,7 +49,7 @@ class Console:
         self._live_shown = False
 
     def live(self, epoch: int, epochs: int, step: int, steps: int, loss: float) -> None:
-        """Rewrite the live line: where in the epoch we are, and the loss of the last step."""
+        """Rewrite the live line: the step within the epoch, and the loss of the latest step."""
         if not self._live or time.monotonic() < self._next_update:
             return
         self._next_update = time.monotonic() + SECONDS_BETWEEN_UPDATES
@@ -59,7 +62,7 @@ class Console:
 def banner(
     environment: Mapping[str, Any], described: str, threads: int, batch: str, shares: str, survives: str
 ) -> list[str]:
-    """Return the lines that open a run."""
+    """Return the first lines of a run."""
     ranks = environment["ranks"]
     hosts = ", ".join(f"{name} ({count})" for name, count in environment["hosts"].items())
     return [
@@ -71,12 +74,8 @@ def banner(
     ]
 
 
-#: With more ranks than this their shares are summed up.
-MOST_RANKS_LISTED = 16
-
-
 def describe_shares(shares: Sequence[int]) -> str:
-    """Return how many micro-batches each rank computes in a step.
+    """Return a phrase for the number of micro-batches that each rank computes in a step.
 
     >>> describe_shares([5, 3])
     '5, 3 micro-batches on ranks 0, 1'
@@ -90,7 +89,7 @@ def describe_shares(shares: Sequence[int]) -> str:
 
 
 def shares_of(micro_batches: int, ranks: int) -> str:
-    """Return how many micro-batches each rank computes in a step, and a better number of ranks if there is one.
+    """Return a phrase for equal shares, with a better number of ranks if there is one.
 
     >>> shares_of(8, 4)
     '2 micro-batches a rank'

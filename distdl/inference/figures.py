@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from distdl.errors import DamagedFileError, UserError
 from distdl.nn import Sequential
-from distdl.nn.between import activations
+from distdl.nn.network_copies import layer_outputs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,7 +136,7 @@ def feature_maps(network: Sequential, image: NDArray[Any], layer: str | None = N
     `layer` is a name such as ``relu_1``; the first convolution by default. Each map is scaled separately. Raises
     `UserError` if the network has no such layer, or its outputs are no images. Source: section 7.6.
     """
-    outputs = activations(network, np.ascontiguousarray(image[np.newaxis], network.dtype))
+    outputs = layer_outputs(network, np.ascontiguousarray(image[np.newaxis], network.dtype))
     name = layer or first_convolution(network)[0].split(".")[0]
     images = {known: output for known, output in outputs.items() if output.ndim == 4}
     if name not in images:
@@ -206,8 +206,8 @@ def activation_histograms(
 ) -> Figure:
     """Return histograms of the outputs of layers: a row for each network, under its title.
 
-    `distdl.nn.between.activations` returns the mapping of a network. `limits` are the limits of all histograms. Source:
-    section 6.2.2.
+    `distdl.nn.network_copies.layer_outputs` returns the mapping of a network. `limits` are the limits of all
+    histograms. Source: section 6.2.2.
     """
     columns = max(map(len, of_networks.values()), default=0)
     figure = _figure(2.6 * max(columns, 1), 1.9 * max(len(of_networks), 1), inches=1)

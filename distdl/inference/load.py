@@ -20,7 +20,7 @@ from distdl.engine.storage import checkpoints
 from distdl.engine.storage.checkpoints import FoundCheckpoint
 from distdl.engine.storage.header import CheckpointHeader
 from distdl.engine.storage.run_folder import find_checkpoint
-from distdl.engine.user_code import BuildNetwork, agree_on, load_dataset, network_builder, same_function
+from distdl.engine.user_code import BuildNetwork, check_equal_networks, load_dataset, names_match, network_builder
 from distdl.errors import UserError
 from distdl.nn import Sequential
 from distdl.optim import optimizer_class
@@ -99,7 +99,7 @@ def load(
             lambda: [_build(configs[i], facts[i][1], data[i], build_network, models) for i in range(len(facts))],
         )
         for config, network in zip(configs, networks, strict=True):
-            agree_on(communicator, config.model, network)
+            check_equal_networks(communicator, config.model, network)
         receipts = from_rank_0(communicator, lambda: list(map(_restore, found, networks)))
         for network in networks:
             communicator.bcast(network.parameters)
@@ -205,7 +205,7 @@ def _build(
     """Build the network that the settings of a run name."""
     name, given = config.model, build_network if is_own(config.model) else None
     if is_own(name) and given is None:
-        name = next((model for model in models if same_function(model, config.model)), "")
+        name = next((model for model in models if names_match(model, config.model)), "")
         if not name:  # no code runs because a checkpoint names it
             raise UserError(
                 f"cannot build the network of {path}: it was trained with a model from user code; if you trust that "
@@ -227,7 +227,7 @@ def _build(
 def _refuse_unused_models(models: Sequence[str], configs: Sequence[TrainConfig]) -> None:
     """Raise `UserError` for a model that none of the runs was trained with."""
     for model in models:
-        if not any(is_own(config.model) and same_function(model, config.model) for config in configs):
+        if not any(is_own(config.model) and names_match(model, config.model) for config in configs):
             trained_with = ", ".join(sorted({config.model for config in configs}))
             raise UserError(
                 f"--model {model}: no run was trained with it, but with {trained_with}; name the function of a run, or "

@@ -17,7 +17,7 @@ from distdl.inference.load import Trained
 from distdl.inference.score import Evaluation
 from distdl.inference.score_table import score_text
 from distdl.nn import Sequential
-from distdl.nn.between import activations
+from distdl.nn.network_copies import layer_outputs
 from distdl.rng import Key
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _figures(run: Path, trained: Trained, found: Evaluation) -> Iterator[tuple[s
     if any(view.ndim == 4 for _, view in trained.network.named_parameters()):
         yield "Filters of the first convolution", figures.filters(networks)
         yield "Feature maps of an image", figures.feature_maps(trained.network, images[0])
-    of_networks = {title: _some(activations(network, images)) for title, network in networks.items()}
+    of_networks = {title: _some(layer_outputs(network, images)) for title, network in networks.items()}
     yield "Activations of the layers", figures.activation_histograms(of_networks)
 
 

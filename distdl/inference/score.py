@@ -22,7 +22,7 @@ from distdl.engine.metrics import METRIC_FIELDS
 from distdl.errors import UserError
 from distdl.inference.load import Trained
 from distdl.nn import make_loss
-from distdl.nn.between import half_precision
+from distdl.nn.network_copies import half_precision
 from distdl.parallel import REDUCTIONS, Communicator, Layout, contiguous_shards, guard, together, world
 
 Part = Literal["validation", "test"]

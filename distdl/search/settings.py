@@ -109,20 +109,26 @@ class Settings:
     """A search: `config` is what all trials have in common."""
 
     ranges: tuple[Range, ...]
+    """Setting to search, with its lowest and highest value, such as batch-size=16:128, or lr=1e-6:1e-2:log on a
+    logarithmic scale; give one for each setting. It overrides a config file after --."""
     config: TrainConfig = TrainConfig()  # noqa: RUF009  frozen
     method: str = "random"
-    """random: each round draws new trials, from the ranges that the best of the round before span.
-    halving: all trials are drawn at first, and each round goes on with the best of the round before."""
+    """random: each round draws new trials, from the ranges that the best trials of the round before span; halving: the
+    first round draws all trials, and each round continues the best of the round before."""
     rounds: int = 3
+    """Number of rounds."""
     trials: int = 16
-    """Of a round; with halving, of the first round."""
+    """Trials of a round; with halving, of the first round."""
     keep: float | None = None
-    """The share of the trials of a round that the next one builds on; without it .25, and .5 for halving."""
+    """Share of the trials of a round that the next round builds on; by default 0.25 for random and 0.5 for halving."""
     seed: int = 0
-    """Of the drawn settings; trainings have that of `config`."""
+    """Seed of the drawn settings; trainings have their own --seed after --."""
     ranks_per_trial: int = 1
+    """Ranks that train a trial together."""
     out: Path | None = None
+    """Folder of the results; by default a new folder under runs/."""
     resume: bool = False
+    """Continue the search in --out."""
 
     def checked(self) -> Settings:
         """Return the settings with every default filled in; raise `UserError` for one that cannot be."""

@@ -22,7 +22,7 @@ from distdl.engine import train
 from distdl.engine.console import Console
 from distdl.engine.prepare import labelled, outputs_of
 from distdl.engine.stop import StopRequest
-from distdl.engine.user_code import BuildNetwork, agree_on, load_dataset, network_builder
+from distdl.engine.user_code import BuildNetwork, check_equal_networks, load_dataset, network_builder
 from distdl.errors import DistdlError, DivergedError, Stopped, UserError
 from distdl.nn import Sequential
 from distdl.parallel import Communicator, Survivors, guard, together, world
@@ -139,7 +139,7 @@ class _Search:
         data_sha256, self._training_samples, shape, outputs = loaded
         if self._build_network is not None or is_own(settings.config.model) or settings.config.model_settings:
             name = getattr(self._build_network, "__qualname__", settings.config.model)
-            agree_on(communicator, name, together(communicator, lambda: self._network(shape, outputs)))
+            check_equal_networks(communicator, name, together(communicator, lambda: self._network(shape, outputs)))
 
         def take_over() -> list[dict[str, Any]]:
             if not coordinates:

@@ -167,7 +167,7 @@ def test_scores_that_a_full_disk_refuses_are_an_error(runs):
 
 @alone
 def test_two_ranks_print_and_write_the_same_as_one_process(runs, tmp_path, run_job):
-    from distdl.mpirun import mpirun_command
+    from distdl.job.mpirun_command import mpirun_command
 
     flags = [str(runs / "convnet"), str(runs / "mlp"), "--half", "--confusion", "--json=numbers.json"]
     program = [sys.executable, "-m", "distdl.evaluate", *flags]
@@ -538,7 +538,7 @@ def test_without_matplotlib_the_extra_is_named_before_any_work(wrong, capsys, mo
 @alone
 @pytest.mark.parametrize("what", ["a damaged checkpoint", "members of two splits"])
 def test_two_ranks_print_a_refusal_once(what, wrong, run_job):
-    from distdl.mpirun import mpirun_command
+    from distdl.job.mpirun_command import mpirun_command
 
     flags, expected, words = REFUSED[what]
     done = run_job(mpirun_command(2, [sys.executable, "-m", "distdl.evaluate", *flags]), cwd=wrong, timeout=60)

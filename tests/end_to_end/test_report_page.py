@@ -108,7 +108,7 @@ def test_a_regression_and_a_run_without_an_epoch_have_the_sections_that_apply(ru
         (["digits", "--model=net.py:net"], "no run was trained with it"),
         (["digits", "--dataset=mnist"], "was trained on digits"),
         (["digits", "--model=net"], "unknown model 'net'"),
-        (["digits", "numbers"], "unrecognized arguments: numbers"),
+        (["digits", "numbers"], "unexpected argument 'numbers'"),
     ],
 )
 def test_a_refusal_is_one_line_and_nothing_is_written(arguments, said, runs, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from distdl.errors import UserError
 from distdl.inference import figures
 from distdl.nn import Affine, Conv2d, Flatten, ReLU, Sequential, build_model
-from distdl.nn.between import activations
+from distdl.nn.network_copies import layer_outputs
 from distdl.rng import Key
 
 pytest.importorskip("matplotlib")
@@ -100,7 +100,7 @@ def test_filters_of_colours_are_drawn_in_colour():
 
 def test_feature_maps_are_the_input_and_the_channels_of_the_layer():
     network, image = network_of(), random(8, 8, 1).astype(np.float32)
-    outputs = activations(network, image[np.newaxis])
+    outputs = layer_outputs(network, image[np.newaxis])
     for layer in (None, "relu_1"):
         figure = figures.feature_maps(network, image, layer)
         first, *maps = drawn(figure)

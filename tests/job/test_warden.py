@@ -124,7 +124,7 @@ def test_a_process_whose_warden_is_killed_says_so_and_goes_on(start):
     os.kill(warden, signal.SIGKILL)
     output, error = process.communicate(timeout=60)
     assert (process.returncode, output) == (0, "the end\n")
-    assert error == "distdl: rank 3 has lost its warden: should it hang, it is not killed (--detect-hangs)\n"
+    assert error == "distdl: rank 3 has lost its warden: if it hangs, it will not be killed (--detect-hangs)\n"
 
 
 def test_without_seconds_there_is_no_warden():

@@ -100,7 +100,9 @@ def test_no_more_restarts_than_allowed_and_the_last_exit_code(tmp_path):
     code, starts, said = run_scripted(tmp_path, [9, 9, 15, 0], "--run-dir=run", restarts=2)
     assert code == 15
     assert len(starts) == 3
-    assert said[-1] == ("distdl: the job ended with exit code 15, 3 times in all; --run-dir run --resume auto goes on")
+    assert said[-1] == (
+        "distdl: the job ended with exit code 15, 3 times in all; continue with --run-dir run --resume auto"
+    )
 
 
 @pytest.mark.parametrize("end", ["killed", "killed when it had begun"])

@@ -30,8 +30,8 @@ def spring(rank):
 {trap}
 
 def main(arguments):
-    from distdl.config import parse
-    config = parse(arguments, "trapped")
+    from distdl.train import parse
+    config = parse(arguments)
     cli.set_blas_threads(1)
     from distdl.engine import train
     from distdl.engine.trainer import Trainer

@@ -14,7 +14,7 @@ from small_runs import small_run
 from trapped_training import ended, needs_mpirun, receipt_of, start, undisturbed_receipt
 
 from distdl.engine.checks import watchdog
-from distdl.engine.checks.watchdog import HERE, SECONDS_TO_RESPOND, SLOT, Watchdog, what_to_say
+from distdl.engine.checks.watchdog import HERE, SECONDS_TO_RESPOND, SLOT, Watchdog, stall_message
 from distdl.job.processes import look_at
 from distdl.parallel import OneProcess
 
@@ -33,7 +33,7 @@ def slot(rank, *, waits, steps=7, process=None, looked=NOW):
 
 
 def said(own, *others, whole_world=True):
-    return what_to_say(own, others, 300.0, NOW, whole_world=whole_world)
+    return stall_message(own, others, 300.0, NOW, whole_world=whole_world)
 
 
 def test_who_does_not_wait_says_where_it_is_whatever_others_do():
@@ -82,9 +82,9 @@ def test_a_stopped_rank_is_said_to_be_stopped_and_a_dead_one_gone():
         child.wait()
     gone = slot(1, waits=True, process=process)
     (line,) = said(slot(0, waits=True), gone)
-    assert line.endswith(f"for rank 1 (process {child.pid}, which is gone)")
+    assert line.endswith(f"for rank 1 (process {child.pid}, which has ended)")
     (line,) = said(slot(2, waits=True), gone, slot(3, waits=False))  # survivors go on without it
-    assert "gone" not in line
+    assert "ended" not in line
     assert "for rank 3" in line
 
 
@@ -115,7 +115,7 @@ def test_one_process_says_where_it_hangs_again_and_again_and_when_it_goes_on(err
     assert all(line.startswith("[rank 0] ") for line in lines)
     assert "[rank 0] has done nothing for 0 s, after 0 steps; it is here:" in lines
     assert any("test_one_process_says_where_it_hangs" in line for line in lines)
-    assert lines[-1].startswith("[rank 0] goes on after ")
+    assert lines[-1].startswith("[rank 0] continues after ")
 
 
 def test_who_makes_progress_is_not_late(errors):
