@@ -8,7 +8,8 @@ import pytest
 from small_runs import VERY_RAGGED, piece_of_digits, remove, small_config, small_run, worlds
 
 from distdl.config import OPTIMIZERS
-from distdl.engine import step, train, trainer, transfer
+from distdl.engine import step, train, transfer
+from distdl.engine.fault_injection import fail_at
 from distdl.engine.storage import checkpoints
 from distdl.errors import UserError
 from distdl.nn import Affine, BatchNorm, Conv2d, Flatten, ReLU, Residual, Sequential
@@ -54,18 +55,15 @@ def newest(folder):
     return checkpoints.newest_intact(folder / "checkpoints")[1].tensors
 
 
-def first_state(monkeypatch, folder, **settings):
-    """The arrays of a run before its first step, by name."""
-    kept, step = {}, trainer.Trainer.step
-
-    def first(self):
-        if not kept:
-            kept.update({name: array.copy() for name, array in self.state.named_arrays()})
-        step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "step", first)
-        transferred(OneProcess(), folder, **settings)
+def first_state(folder, **settings):
+    """Return the arrays of a run before its first step, by name."""
+    kept = {}
+    fail_at(
+        "training",
+        rank=0,
+        action=lambda state: kept.update({name: array.copy() for name, array in state.named_arrays()}),
+    )
+    transferred(OneProcess(), folder, **settings)
     return kept
 
 
@@ -75,14 +73,14 @@ def same(one, other):
 
 @pytest.mark.parametrize("given", ["run folder", "checkpoint"])
 def test_matching_tensors_begin_with_the_bits_of_the_source_and_all_others_with_those_of_the_seed(
-    tmp_path, monkeypatch, capsys, given
+    tmp_path, capsys, given
 ):
     source = source_in(tmp_path / "source")
     if given == "checkpoint":
         source = str(sorted((tmp_path / "source" / "checkpoints").iterdir())[0])
     theirs = newest(tmp_path / "source") if given == "run folder" else checkpoints.read(tmp_path / source).tensors
     capsys.readouterr()
-    begun = first_state(monkeypatch, tmp_path / "new", init_from=source)
+    begun = first_state(tmp_path / "new", init_from=source)
     said = capsys.readouterr().out
     plain = network((8, 8, 1), 5)
     plain.initialize(Key(1).of("initialization"))
@@ -111,7 +109,7 @@ def test_frozen_parameters_keep_their_bits_and_all_others_change(tmp_path, optim
     monkeypatch.setitem(globals(), "network", lambda *shape: built.append(build(*shape)) or built[-1])
     monkeypatch.setattr(step, "clip_by_norm", clipped)
     pull = {"optimizer": optimizer, "weight_decay": 0.1, "l1_decay": 0.01, "clip_norm": 0.5}
-    begun = first_state(monkeypatch, tmp_path / "run", freeze=FREEZE, **pull)
+    begun = first_state(tmp_path / "run", freeze=FREEZE, **pull)
     ended = newest(tmp_path / "run")
     parameters = {name for name, _ in built[-1].named_parameters()}
     assert parameters > FROZEN
