@@ -36,7 +36,7 @@ from distdl.engine.state import TrainingState
 from distdl.engine.step import OptimizerStep, supervised
 from distdl.engine.timing.timeline import Timeline
 from distdl.engine.timing.trace import Trace
-from distdl.engine.user_code import agree_on, network_builder
+from distdl.engine.user_code import check_equal_networks, network_builder
 from distdl.errors import DivergedError, UserError
 from distdl.nn import Sequential, make_loss
 from distdl.optim import optimizer_class
@@ -218,7 +218,7 @@ class Workbench:
         arrays = on_rank_0(communicator, lambda: _dataset(settings).to_arrays()) or {}
         self._dataset = PreparedDataset.from_arrays(share_arrays(communicator, arrays))
         self.network = together(communicator, self._build)
-        agree_on(communicator, settings.model, self.network)
+        check_equal_networks(communicator, settings.model, self.network)
         self.worlds = {count: communicator.split(0 if communicator.rank < count else None) for count in ranks}
         self.cores_of_ranks = cores_of_ranks(communicator)
         self._first_weights, self._first_buffers = self.network.parameters.copy(), self.network.buffers.copy()

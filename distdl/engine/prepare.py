@@ -29,7 +29,7 @@ from distdl.engine.storage.run_folder import StartingPoint, find_start
 from distdl.engine.timing import balance
 from distdl.engine.timing.trace import check_writable
 from distdl.engine.trainer import Summary, Trainer
-from distdl.engine.user_code import BuildNetwork, agree_on, load_dataset, network_builder
+from distdl.engine.user_code import BuildNetwork, check_equal_networks, load_dataset, network_builder
 from distdl.errors import DamagedFileError, UserError
 from distdl.job.warden import Warden
 from distdl.nn import BatchNorm, Sequential
@@ -116,7 +116,7 @@ class Preparation:
         self.folder: Path | None = None
         self.is_repeated = False
         self.coordinator: Coordinator | None = None
-        self.transferred: transfer.Taken | None = None
+        self.transferred: transfer.Transfer | None = None
 
     def trainer(self, communicator: Communicator) -> Trainer:
         """Return an opened trainer. If the user's input is wrong, leave nothing behind. Collective."""
@@ -138,7 +138,7 @@ class Preparation:
 
         data = self._share_data(communicator)
         state = together(communicator, lambda: self._build_state(data))
-        agree_on(communicator, config.model, state.network)
+        check_equal_networks(communicator, config.model, state.network)
         facts = RunFacts(config, describe(communicator), from_rank_0(communicator, data.sha256))
         steps_per_epoch = split.steps_per_epoch(len(data.parts.training), config.batch_size)
         on_rank_0(communicator, lambda: self._restore(state, start, facts.data_sha256, steps_per_epoch))
@@ -193,7 +193,7 @@ class Preparation:
         if start.checkpoint is not None:
             restore(state, start, data_sha256, self.config, steps_per_epoch)
         elif self.config.init_from is not None:
-            self.transferred = transfer.take(self.config.init_from, state.network, self.config.model)
+            self.transferred = transfer.copy_weights(self.config.init_from, state.network, self.config.model)
 
     def _open_folder(
         self, communicator: Communicator, facts: RunFacts, start: StartingPoint | None, logbook: Logbook

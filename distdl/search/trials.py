@@ -25,7 +25,7 @@ from distdl.engine.console import Console
 from distdl.engine.prepare import labelled, outputs_of
 from distdl.engine.stop import StopRequest
 from distdl.engine.storage.files import indented_json
-from distdl.engine.user_code import BuildNetwork, agree_on, load_dataset, network_builder
+from distdl.engine.user_code import BuildNetwork, check_equal_networks, load_dataset, network_builder
 from distdl.errors import DistdlError, DivergedError, Stopped, UserError
 from distdl.inference import figures
 from distdl.nn import Sequential
@@ -141,7 +141,7 @@ class _Search:
         data_sha256, self._training_samples, shape, outputs = loaded
         if self._build_network is not None or is_own(settings.config.model) or settings.config.model_settings:
             name = getattr(self._build_network, "__qualname__", settings.config.model)
-            agree_on(communicator, name, together(communicator, lambda: self._build(shape, outputs)))
+            check_equal_networks(communicator, name, together(communicator, lambda: self._build(shape, outputs)))
 
         def open_folder() -> list[dict[str, Any]]:
             if self._open is None:

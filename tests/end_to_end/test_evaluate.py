@@ -20,7 +20,9 @@ from distdl.data.split import micro_batch
 from distdl.engine import train
 from distdl.engine.storage import checkpoints
 from distdl.errors import UserError
-from distdl.inference.evaluation import Score, evaluate, in_half_precision, load
+from distdl.inference import score_table
+from distdl.inference.load import load
+from distdl.inference.score import Score, evaluate, in_half_precision
 from distdl.job.launcher import read_launch
 from distdl.nn import Affine, BatchNorm, Conv2d, Flatten, ReLU, Sequential, Tanh, build_model
 from distdl.parallel import OneProcess
@@ -348,11 +350,16 @@ def test_numbers_are_reported_by_their_loss_and_have_no_confusion(tmp_path):
     trained = load([tmp_path / "run"], OneProcess(), dataset=dataset, build_network=build_network)
     found = evaluate(trained, "test", OneProcess())
     loss = summary_of(tmp_path / "run")["test_loss"]
-    assert shown.summary_of("test", found, None) == f"test loss: {loss:.6f}"
-    assert shown.report(trained, "test", found, None)[-1].endswith(f"–{loss:10.4f}")
+    assert score_table.summary_line("test", found, None) == f"test loss: {loss:.6f}"
+    assert score_table.score_table(trained, "test", found, None)[-1].endswith(f"–{loss:10.4f}")
     large = dataclasses.replace(found, scores=[Score(9073030.6755, 0, 0)])
-    assert shown.report(trained, "test", large, found)[-1].split()[-4:] == ["–", "9073030.6755", "–", f"{loss:.4f}"]
-    numbers = shown.as_json(trained, "test", found, found)
+    assert score_table.score_table(trained, "test", large, found)[-1].split()[-4:] == [
+        "–",
+        "9073030.6755",
+        "–",
+        f"{loss:.4f}",
+    ]
+    numbers = score_table.scores_json(trained, "test", found, found)
     assert numbers["ensemble"] == {
         "accuracy": None,
         "correct": 0,
@@ -361,7 +368,7 @@ def test_numbers_are_reported_by_their_loss_and_have_no_confusion(tmp_path):
     }
     for flag in ("--confusion", "--confusion-figure=c.png", "--misclassified=m.png"):
         with pytest.raises(UserError, match=f"{flag.split('=')[0]} is for .* task has numbers; leave the flag out"):
-            shown._refuse_pictures_of(trained[0], shown.parse([str(tmp_path), flag]))
+            shown._check_task(trained[0], shown.parse([str(tmp_path), flag]))
 
 
 # ------------------------------------------------------------------------------------------- what is shown and written
@@ -389,14 +396,14 @@ def test_pictures_and_the_confusion_matrix_show_the_ensembles_answers(runs, tmp_
     assert (code, err) == (0, "")
     numbers = json.loads((tmp_path / "new" / "numbers.json").read_text())
     lines = out.splitlines()
-    top = next(place for place, line in enumerate(lines) if line.startswith("true/taken"))
+    top = next(place for place, line in enumerate(lines) if line.startswith("actual/predicted"))
     printed = [list(map(int, line.split())) for line in lines[top + 1 : top + 11]]
     assert [line[1:] for line in printed] == numbers["confusion"]
     found = evaluate(load([runs / "mlp", runs / "convnet"], OneProcess()), "test", OneProcess())
-    for true in range(10):
-        for taken in range(10):
-            both = (found.labels == true) & (found.predictions == taken)
-            assert numbers["confusion"][true][taken] == int(both.sum())
+    for actual in range(10):
+        for predicted in range(10):
+            both = (found.labels == actual) & (found.predictions == predicted)
+            assert numbers["confusion"][actual][predicted] == int(both.sum())
     assert (tmp_path / "new" / "c.png").read_bytes()[:4] == b"\x89PNG"
     assert b"<svg" in (tmp_path / "m.svg").read_bytes()[:500]
 

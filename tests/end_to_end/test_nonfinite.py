@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from injected import spoil_records, spoil_state
+from injected import faults, spoil_records, spoil_state
 from small_runs import VERY_RAGGED, piece_of_digits, remove, small_config, small_run, worlds
 
 from distdl.data import split
@@ -35,7 +35,7 @@ WHAT = {nan_gradient: "the gradient is not finite", inf_loss: "the loss is inf"}
 def test_all_ranks_stop_at_that_step_and_name_the_lowest_micro_batch(
     communicator, shared_tmp_path, monkeypatch, spoil, balance
 ):
-    spoil_records(monkeypatch, spoil, step=2, when=lambda _, index: index in {5, 7})
+    spoil_records(spoil, step=2, micro_batches={5, 7})
     for size, part in worlds(communicator):
         folder = shared_tmp_path / f"{size}"
         with pytest.raises(UserError) as caught:
@@ -66,7 +66,7 @@ def test_all_ranks_stop_at_that_step_and_name_the_lowest_micro_batch(
 def test_a_skipped_step_gives_the_same_bits_on_any_number_of_ranks(
     communicator, shared_tmp_path, monkeypatch, spoil, model
 ):
-    spoil_records(monkeypatch, spoil, step=2, when=lambda _, index: index == 5)
+    spoil_records(spoil, step=2, micro_batches={5})
     proofs = {
         size: small_run(part, shared_tmp_path / f"{size}", on_nonfinite="skip", model=model)
         for size, part in worlds(communicator)
@@ -89,8 +89,8 @@ def test_a_fault_of_the_moment_on_one_rank_is_told_from_divergence(
     """It ends the run in any case: with the step skipped, the weights would depend on a machine's fault."""
     for size, part in worlds(communicator):
         for victim in range(size):
-            with monkeypatch.context() as patch:
-                spoil_records(patch, nan_gradient, step=2, when=lambda rank, _, v=victim: rank == v, once=True)
+            with faults():
+                spoil_records(nan_gradient, step=2, rank=victim, once=True)
                 with pytest.raises(
                     CorruptionError, match="not finite at step 2, but not when computed again"
                 ) as caught:
@@ -104,15 +104,15 @@ def test_weights_that_one_rank_alone_has_are_no_divergence(communicator, shared_
     """A flipped bit of the exponent makes a weight so large that the loss is infinite."""
     for size, part in worlds(communicator):
         if size > 1:
-            with monkeypatch.context() as patch:
-                spoil_state(patch, lambda state: state.network.parameters.fill(np.inf), step=2, rank=1)
+            with faults():
+                spoil_state(lambda state: state.network.parameters.fill(np.inf), step=2, rank=1)
                 with pytest.raises(CorruptionError, match=r"rank .*1 .*after step 1, first in"):
                     small_run(part, shared_tmp_path / f"{size}", verify_every=0, on_nonfinite="skip")
     remove(communicator, shared_tmp_path)
 
 
 def test_a_skipped_step_counts_and_changes_neither_weights_nor_optimizer(tmp_path, monkeypatch):
-    spoil_records(monkeypatch, nan_gradient, step=2)
+    spoil_records(nan_gradient, step=2)
     small_run(OneProcess(), tmp_path / "run", on_nonfinite="skip", record_hashes=True)
     records = [json.loads(line) for line in (tmp_path / "run" / "hashes.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
@@ -128,7 +128,7 @@ def test_a_skipped_step_counts_and_changes_neither_weights_nor_optimizer(tmp_pat
 def test_adam_counts_the_updates_and_not_the_steps_that_are_skipped(tmp_path, monkeypatch, skipped):
     """As in PyTorch. The gradients are the run's own; the moments, and what corrects them, are the formula's."""
     for step in skipped:
-        spoil_records(monkeypatch, nan_gradient, step=step)
+        spoil_records(nan_gradient, step=step)
     weights, gradients, update = [], [], Adam.update
 
     def watched(self, w, g, *arguments):
@@ -150,11 +150,11 @@ def test_adam_counts_the_updates_and_not_the_steps_that_are_skipped(tmp_path, mo
 
 
 def test_a_run_with_a_skipped_step_resumes_to_the_same_bits(tmp_path, monkeypatch):
-    spoil_records(monkeypatch, nan_gradient, step=2)
+    spoil_records(nan_gradient, step=2)
     expected = small_run(OneProcess(), tmp_path / "straight", on_nonfinite="skip")
     small_run(OneProcess(), tmp_path / "pieces", on_nonfinite="skip", max_steps=2)
     assert small_run(OneProcess(), tmp_path / "pieces", resume="auto") == expected  # config.toml is not read here
-    spoil_records(monkeypatch, nan_gradient, step=5)
+    spoil_records(nan_gradient, step=5)
     small_run(OneProcess(), tmp_path / "twice", on_nonfinite="skip", max_steps=3)
     small_run(OneProcess(), tmp_path / "twice", on_nonfinite="skip", resume="auto")
     text = (tmp_path / "twice" / "metrics.jsonl").read_text()
@@ -162,7 +162,7 @@ def test_a_run_with_a_skipped_step_resumes_to_the_same_bits(tmp_path, monkeypatc
 
 
 def test_a_sum_that_overflows_though_no_micro_batch_does_is_named_so(tmp_path, monkeypatch):
-    spoil_records(monkeypatch, lambda record: record["gradient"].fill(2e38), step=2)
+    spoil_records(lambda record: record["gradient"].fill(2e38), step=2)
     expected = (
         "not finite at step 2, though that of each micro-batch is finite: their sum overflows: training has diverged"
     )
@@ -173,7 +173,7 @@ def test_a_sum_that_overflows_though_no_micro_batch_does_is_named_so(tmp_path, m
 
 def test_an_epoch_without_a_single_update_has_diverged(tmp_path, monkeypatch):
     for step in (4, 5, 6):
-        spoil_records(monkeypatch, inf_loss, step=step)
+        spoil_records(inf_loss, step=step)
     with pytest.raises(UserError, match="every step of epoch 2 was skipped: training has diverged"):
         small_run(OneProcess(), tmp_path / "run", on_nonfinite="skip")
 
@@ -181,7 +181,7 @@ def test_an_epoch_without_a_single_update_has_diverged(tmp_path, monkeypatch):
 def test_many_skipped_steps_are_warned_about_and_saved_but_not_each(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(coordinator_module, "MOST_SAVED", 2)
     for step in (1, 2, 4, 5):
-        spoil_records(monkeypatch, nan_gradient, step=step)
+        spoil_records(nan_gradient, step=step)
     now = iter(range(0, 10**6, 3))
     monkeypatch.setattr(coordinator_module.time, "monotonic", lambda: float(next(now)))
     small_run(OneProcess(), tmp_path / "run", on_nonfinite="skip")
@@ -203,7 +203,7 @@ def test_a_disk_that_refuses_the_micro_batch_is_warned_about(tmp_path, monkeypat
     def full(path, _):
         raise OSError(28, "No space left on device", str(path))
 
-    spoil_records(monkeypatch, nan_gradient, step=2)
+    spoil_records(nan_gradient, step=2)
     original = Trainer.step
 
     def with_full_disk(self):

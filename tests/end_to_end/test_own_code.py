@@ -16,7 +16,7 @@ from distdl import cli, evaluate, train
 from distdl.config import TrainConfig
 from distdl.data.sources import Dataset
 from distdl.engine import train as train_from_a_script
-from distdl.engine.user_code import check_same, layout_of
+from distdl.engine.user_code import architecture_sha256, check_equal_hashes
 from distdl.errors import UserError
 from distdl.job.launcher import read_launch
 from distdl.nn import build_model
@@ -301,11 +301,11 @@ def test_a_network_that_needs_larger_images_says_what_fits(folder):
 
 
 def test_ranks_that_have_built_different_networks_are_told_apart():
-    one, other = (layout_of(build_model(name, (28, 28, 1), 10)) for name in ("mlp", "logistic"))
-    assert layout_of(build_model("mlp", (28, 28, 1), 10)) == one
-    check_same("net.py:net", [one, one, one])
+    one, other = (architecture_sha256(build_model(name, (28, 28, 1), 10)) for name in ("mlp", "logistic"))
+    assert architecture_sha256(build_model("mlp", (28, 28, 1), 10)) == one
+    check_equal_hashes("net.py:net", [one, one, one])
     with pytest.raises(UserError, match=r"net\.py:net of rank 2 is not that of rank 0: give every host the same files"):
-        check_same("net.py:net", [one, one, other])
+        check_equal_hashes("net.py:net", [one, one, other])
 
 
 def test_flat_batch_norm_needs_more_than_one_sample(folder):

@@ -52,7 +52,7 @@ def heads(page):
     return re.findall("<h2>(.*?)</h2>", page)
 
 
-PICTURES = ["Filters of the first convolution", "What it makes of an image", "What the layers put out"]
+PICTURES = ["Filters of the first convolution", "Feature maps of an image", "Activations of the layers"]
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,8 @@ def test_the_page_says_what_the_files_of_the_run_say(runs, digits):
     assert "<tr><th>model</th>" not in page, "the default"
     assert heads(page)[1:7] == [
         "Learning curves",
-        "Which class is taken for which",
-        "Images named wrong",
+        "Confusion matrix",
+        "Misclassified images",
         *PICTURES,
     ]
     assert "Where the time went" in heads(page)
@@ -91,9 +91,9 @@ def test_a_regression_and_a_run_without_an_epoch_have_what_they_can_have(runs):
     assert "&lt;b&gt;.npz" in page
     assert "<b>" not in page
     assert heads(page_of(runs / "stopped", out=runs / "a new folder" / "elsewhere.html"))[1:4] == [
-        "Which class is taken for which",
-        "Images named wrong",
-        "What the layers put out",
+        "Confusion matrix",
+        "Misclassified images",
+        "Activations of the layers",
     ]
 
 

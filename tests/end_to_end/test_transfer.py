@@ -95,7 +95,7 @@ def test_what_agrees_begins_with_the_bits_of_the_source_and_all_else_with_those_
     assert "first_moment/conv2d_1.weight" in begun, "and the optimizer's vectors are not taken"
     assert not any(array.any() for array in begun.values())
     assert f"begins with {len(names) - 2} of {len(names)} tensors from {source}" in said
-    assert "; anew: affine_2.weight, affine_2.bias\n" in said
+    assert "; initialized: affine_2.weight, affine_2.bias\n" in said
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -50,7 +50,7 @@ def test_a_blas_that_does_not_obey_is_an_error_that_says_what_to_do(monkeypatch)
         with pytest.raises(UserError) as caught, blas_threads(1):
             pytest.fail("the work began all the same")
     assert str(caught.value) == (
-        "openblas runs 8 threads where --threads-per-rank asks for 1: set OPENBLAS_NUM_THREADS=1 before the start"
+        "openblas runs 8 threads, but --threads-per-rank asks for 1: set OPENBLAS_NUM_THREADS=1 before the start"
     )
     assert threads() == before
 

@@ -8,7 +8,7 @@ import pytest
 from distdl.errors import UserError
 from distdl.inference import figures
 from distdl.nn import Affine, Conv2d, Flatten, ReLU, Sequential, build_model
-from distdl.nn.between import activations
+from distdl.nn.network_copies import layer_outputs
 from distdl.rng import Key
 
 pytest.importorskip("matplotlib")
@@ -100,7 +100,7 @@ def test_filters_of_colours_are_drawn_in_colour():
 
 def test_feature_maps_are_the_channels_of_the_layer_behind_the_input():
     network, image = network_of(), random(8, 8, 1).astype(np.float32)
-    outputs = activations(network, image[np.newaxis])
+    outputs = layer_outputs(network, image[np.newaxis])
     for layer in (None, "relu_1"):
         figure = figures.feature_maps(network, image, layer)
         first, *maps = drawn(figure)
@@ -120,18 +120,18 @@ def test_misclassified_shows_the_wrong_ones_alone_with_both_names():
     images = np.arange(5 * 4, dtype=np.uint8).reshape(5, 2, 2, 1) * 3 % 7
     labels, predictions = np.array([0, 1, 2, 0, 1]), np.array([0, 2, 2, 1, 1])
     figure = figures.misclassified(images, labels, predictions, ["cat", "dog", "eel"])
-    assert figure.get_suptitle() == "2 of 5 named wrong"
-    assert titles(figure)[:2] == ["dog, taken for eel", "cat, taken for dog"]
+    assert figure.get_suptitle() == "2 of 5 misclassified"
+    assert titles(figure)[:2] == ["dog, predicted eel", "cat, predicted dog"]
     assert np.array_equal(drawn(figure), figures.scaled(images[[1, 3]])[..., 0])
-    assert titles(figures.misclassified(images, labels, predictions))[:2] == ["1, taken for 2", "0, taken for 1"]
+    assert titles(figures.misclassified(images, labels, predictions))[:2] == ["1, predicted 2", "0, predicted 1"]
 
 
 def test_misclassified_says_how_many_are_not_shown_and_when_there_are_none():
     images, labels = np.zeros((9, 2, 2, 1), np.uint8), np.zeros(9, np.int64)
     figure = figures.misclassified(images, labels, labels + 1, most=4)
-    assert (len(drawn(figure)), figure.get_suptitle()) == (4, "9 of 9 named wrong, the first 4")
+    assert (len(drawn(figure)), figure.get_suptitle()) == (4, "9 of 9 misclassified, the first 4")
     figure = figures.misclassified(images, labels, labels)
-    assert (drawn(figure), figure.get_suptitle()) == ([], "0 of 9 named wrong")
+    assert (drawn(figure), figure.get_suptitle()) == ([], "0 of 9 misclassified")
 
 
 def test_confusion_writes_every_count_and_colours_the_mistakes():
@@ -142,7 +142,7 @@ def test_confusion_writes_every_count_and_colours_the_mistakes():
         ((column, row), str(matrix[row, column])) for row in range(3) for column in range(3)
     }
     assert np.array_equal(drawn(figure)[0], [[0, 1, 0], [2, 0, 0], [0, 0, 0]])
-    assert axes.get_title() == "24 of 27 named right"
+    assert axes.get_title() == "24 of 27 correct"
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog", "eel"]
 
 

@@ -9,7 +9,7 @@ from distdl.nn.activations import ReLU
 from distdl.nn.convolution import Conv2d
 from distdl.nn.initializers import He
 from distdl.nn.layers import Affine, Dropout, Flatten, Layer, Shape
-from distdl.nn.models.forms import is_original
+from distdl.nn.models.variants import is_original
 from distdl.nn.network import Sequential
 from distdl.nn.normalization import LocalResponseNorm
 from distdl.nn.pooling import MaxPool2d
@@ -18,10 +18,10 @@ from distdl.nn.pooling import MaxPool2d
 def alexnet(input_shape: Shape, classes: int, *, dtype: DTypeLike = np.float32) -> Sequential:
     """Return AlexNet: five convolutions and three affine layers; He.
 
-    The original form, for sides of at least 192 pixels, has the widths of the variant for one device (64, 192, 384,
-    256, 256, 4096, 4096; Krizhevsky 2014, as in torchvision: 61,100,840 parameters for 224x224 or 227x227 and 1,000
-    classes) and the normalization of the first paper. The form for sides of 28 to 64 begins with 5x5, stride 1, where
-    the original has 11x11, stride 4, and has 1,024 units in its affine layers. Other sizes raise `UserError`.
+    The original variant, for sides of at least 192 pixels, has the widths for one device (64, 192, 384, 256, 256, 4096,
+    4096; Krizhevsky 2014, as in torchvision: 61,100,840 parameters for 224x224 or 227x227 and 1,000 classes) and the
+    normalization of the first paper. The variant for sides of 28 to 64 begins with 5x5, stride 1, instead of 11x11,
+    stride 4, and has 1,024 units in its affine layers. Other sizes raise `UserError`.
 
     Sources: section 7.7.2; Krizhevsky et al. 2012.
     """

@@ -1,4 +1,4 @@
-"""The book's convolutional networks, and the first of all."""
+"""The book's convolutional networks, and LeNet, the first one."""
 
 from __future__ import annotations
 
@@ -19,13 +19,8 @@ def simple_convnet(input_shape: Shape, classes: int, *, dtype: DTypeLike = np.fl
     """Return the SimpleConvNet of section 7.5: conv - ReLU - pool - affine - ReLU - affine, Normal(0.01)."""
     initializer = Normal(0.01)
     layers = [
-        Conv2d(30, 5, initializer=initializer),
-        ReLU(),
-        MaxPool2d(2),
-        Flatten(),
-        Affine(100, initializer),
-        ReLU(),
-        Affine(classes, initializer),
+        *(Conv2d(30, 5, initializer=initializer), ReLU(), MaxPool2d(2), Flatten()),
+        *(Affine(100, initializer), ReLU(), Affine(classes, initializer)),
     ]
     return Sequential(layers, input_shape, dtype=dtype)
 
@@ -37,50 +32,34 @@ def deep_convnet(input_shape: Shape, classes: int, *, dtype: DTypeLike = np.floa
         return [Conv2d(filters, 3, padding=padding, initializer=He()), ReLU()]
 
     layers = [
-        *convolution(16),
-        *convolution(16),
-        MaxPool2d(2),
-        *convolution(32),
-        *convolution(32, padding=2),
-        MaxPool2d(2),
-        *convolution(64),
-        *convolution(64),
-        MaxPool2d(2),
-        Flatten(),
-        Affine(50, He()),
-        ReLU(),
-        Dropout(0.5),
-        Affine(classes, He()),
-        Dropout(0.5),
+        *(*convolution(16), *convolution(16), MaxPool2d(2)),
+        *(*convolution(32), *convolution(32, padding=2), MaxPool2d(2)),
+        *(*convolution(64), *convolution(64), MaxPool2d(2)),
+        *(Flatten(), Affine(50, He()), ReLU(), Dropout(0.5)),
+        *(Affine(classes, He()), Dropout(0.5)),
     ]
     return Sequential(layers, input_shape, dtype=dtype)
 
 
 def lenet(input_shape: Shape, classes: int, *, activation: str = "tanh", dtype: DTypeLike = np.float32) -> Sequential:
-    """Return LeNet-5: conv 6 - pool - conv 16 - pool - affine 120 - 84 - classes, all kernels 5x5, means for pooling.
+    """Return LeNet-5: conv 6 - pool - conv 16 - pool - affine 120 - 84 - classes, all kernels 5x5, mean pooling.
 
-    It is made for 32x32; an image with a side below 32 gets a margin of 2, as the paper's digits of 28x28 lie within
-    32x32. With sides of at least 12 any image fits. Its activation is tanh, the paper's squashing function; the book
-    names the sigmoid: pass ``activation="sigmoid"``. Weights begin as is made for the activation, Xavier for both.
+    It is made for 32x32. An image with a side below 32 gets a margin of 2, as the paper's digits of 28x28 lie within
+    32x32. Any image with sides of at least 12 fits. Its activation is tanh, the paper's squashing function; the book
+    names the sigmoid: pass ``activation="sigmoid"``. The initial weights suit the activation, Xavier for both.
 
-    Not as in the paper: each of the 16 filters sees all 6 channels, pooling has no weights of its own, and the output
-    is affine. Sources: section 7.7.1; LeCun et al. 1998.
+    Differences from the paper: each of the 16 filters sees all 6 channels, pooling has no weights, and the output is
+    affine. Sources: section 7.7.1; LeCun et al. 1998.
     """
     if activation not in ACTIVATIONS:
         raise unknown_name("activation", str(activation), ACTIVATIONS)
     activate, initializer = ACTIVATIONS[activation]
+    margin = 2 if min(input_shape[:2]) < 32 else 0
     layers = [
-        Conv2d(6, 5, padding=2 if min(input_shape[:2]) < 32 else 0, initializer=initializer),
-        activate(),
-        AvgPool2d(2),
-        Conv2d(16, 5, initializer=initializer),
-        activate(),
-        AvgPool2d(2),
-        Flatten(),
-        Affine(120, initializer),
-        activate(),
-        Affine(84, initializer),
-        activate(),
+        *(Conv2d(6, 5, padding=margin, initializer=initializer), activate(), AvgPool2d(2)),
+        *(Conv2d(16, 5, initializer=initializer), activate(), AvgPool2d(2), Flatten()),
+        *(Affine(120, initializer), activate()),
+        *(Affine(84, initializer), activate()),
         Affine(classes, initializer),
     ]
     return Sequential(layers, input_shape, dtype=dtype)

@@ -188,10 +188,10 @@ def mirror(tmp_path, monkeypatch):
     """A folder with gzipped files whose sha256 are pinned instead of MNIST's; an empty cache folder."""
     pytest.importorskip("pooch", reason="pooch is not installed: pip install 'distdl-mpi[data]'")
     folder = write_mnist(tmp_path / "mirror", ALL)
-    pins = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in mnist.FILES}
-    sizes = {name: (folder / name).stat().st_size for name in pins}
+    contents = {name: (folder / name).read_bytes() for name in mnist.MNIST.files}
+    files = {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in contents.items()}
     for name in ("MNIST", "FASHION_MNIST"):
-        monkeypatch.setattr(mnist, name, replace(getattr(mnist, name), sha256=pins, sizes=sizes))
+        monkeypatch.setattr(mnist, name, replace(getattr(mnist, name), files=files))
     monkeypatch.setattr(mnist, "DOWNLOADS_FROM", "http://127.0.0.1")  # and HTTPS alone but for these tests
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -323,7 +323,7 @@ def test_a_mirror_that_sends_without_end_is_left_at_the_first_byte_too_many(tmp_
             pass
 
     with misbehaving(endless) as (url, _):
-        size = mnist.MNIST.sizes["train-images-idx3-ubyte.gz"]
+        size = mnist.MNIST.files["train-images-idx3-ubyte.gz"][0]
         assert f"longer than the {size} bytes" in refusal_of(url, monkeypatch)
     assert len(sent) < 1000
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
@@ -374,11 +374,13 @@ def test_a_mirror_that_leads_in_circles_is_left(monkeypatch):
 @pytest.mark.parametrize("published", [mnist.MNIST, mnist.FASHION_MNIST], ids=lambda one: one.name)
 def test_every_mirror_is_reached_over_https_and_every_file_is_pinned(published):
     assert mnist.DOWNLOADS_FROM == "https://"
-    assert set(published.sizes) == set(published.sha256) == set(mnist.FILES)
+    assert list(published.files) == list(mnist.MNIST.files)
     assert len(published.mirrors) >= 2
     assert all(url.startswith("https://") and url.endswith("/") for url in published.mirrors)
-    assert len(set(published.sha256.values())) == 4
-    assert all(len(bytes.fromhex(digest)) == 32 for digest in published.sha256.values())
+    sizes, digests = zip(*published.files.values(), strict=True)
+    assert min(sizes) > 4000
+    assert len(set(digests)) == len(digests) == 4
+    assert all(len(bytes.fromhex(digest)) == 32 for digest in digests)
 
 
 # --------------------------------------------------------------------------------------------- the true MNIST
