@@ -6,13 +6,14 @@ samples; the numbers are the same.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distdl import cli
+from distdl.cli import Command, Flag
 from distdl.config import check_dataset_name, check_model_name
 from distdl.errors import UserError, unknown_name
 
@@ -26,41 +27,63 @@ if TYPE_CHECKING:
 PICTURES = (".png", ".svg", ".pdf")
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """The flags of the command."""
+
+    runs: tuple[Path, ...]
+    """Run folder or checkpoint; several form an ensemble."""
+    part: str = "test"
+    """Part of the dataset: test or validation."""
+    best: bool = False
+    """Of each run, use the checkpoint with the best validation accuracy."""
+    data_dir: Path | None = None
+    """Folder of the dataset's files; by default that of the first run."""
+    model: tuple[str, ...] = ()
+    """Your own model that a run was trained with; its code is run."""
+    dataset: str | None = None
+    """Your own dataset that the runs were trained on; its code is run. Or npz:FILE.npz or folder:PATH, if it moved."""
+    half: bool = False
+    """Also score with weights and activations stored as float16."""
+    confusion: bool = False
+    """Print the confusion matrix."""
+    confusion_figure: Path | None = None
+    """Draw the confusion matrix; needs matplotlib."""
+    misclassified: Path | None = None
+    """Draw misclassified images; needs matplotlib."""
+    json: Path | None = None
+    """Write all numbers to this file."""
+
+
+COMMAND = Command(
+    program="python -m distdl.evaluate",
+    summary="Score trained networks, each alone and all together as an ensemble.",
+    settings=EvaluateOptions,
+    examples=(
+        "python -m distdl.evaluate my-run --confusion",
+        "python -m distdl.evaluate run-1 run-2 run-3 --json scores.json",
+        "mpirun -n 4 python -m distdl.evaluate my-run --part validation --best",
+    ),
+    groups={
+        "runs": ("runs", "best", "model"),
+        "data": ("part", "dataset", "data_dir"),
+        "results": ("half", "confusion", "confusion_figure", "misclassified", "json"),
+    },
+    flags={
+        "runs": Flag(name="RUN_OR_CHECKPOINT", repeated=True),
+        "part": Flag(value="PART"),
+        "model": Flag(value="FILE.py:FUNCTION", repeated=True),
+        "dataset": Flag(value="FILE.py:FUNCTION"),
+        "confusion_figure": Flag(value="FILE.png"),
+        "misclassified": Flag(value="FILE.png"),
+        "json": Flag(value="FILE"),
+    },
+)
+
+
+def parse(arguments: Sequence[str]) -> EvaluateOptions:
     """Return the flags of a command line; raise `UserError` in one line."""
-    parser = cli.OneLineParser(
-        prog="python -m distdl.evaluate",
-        description="Score trained networks on their test or validation part: each alone, and together as an ensemble.",
-        advice="--help lists all flags",
-    )
-    add = parser.add_argument
-    add(
-        "runs", nargs="+", type=Path, metavar="RUN_OR_CHECKPOINT", help="run folder or checkpoint; several: an ensemble"
-    )
-    add("--part", default="test", help="test or validation (default: %(default)s)")
-    add("--best", action="store_true", help="of each run the checkpoint with the best validation accuracy")
-    add("--data-dir", type=Path, help="folder with the dataset's files (default: that of the first run)")
-    own = "FILE.py:FUNCTION"
-    add(
-        "--model",
-        metavar=own,
-        action="append",
-        default=[],
-        help="your own model that a run was trained with; it is run",
-    )
-    add(
-        "--dataset",
-        metavar=own,
-        help="your own dataset that the runs were trained on; it is run. Or npz:FILE.npz, folder:PATH: where it is now",
-    )
-    add("--half", action="store_true", help="also with weights and activations stored as float16")
-    add("--confusion", action="store_true", help="print how often which class was taken for which")
-    add("--confusion-figure", type=Path, metavar="FILE.png", help="draw that; needs matplotlib")
-    add(
-        "--misclassified", type=Path, metavar="FILE.png", help="draw the images that were named wrong; needs matplotlib"
-    )
-    add("--json", type=Path, metavar="FILE", help="write all numbers there")
-    return parser.parse_intermixed_args(arguments)
+    return COMMAND.parse(arguments)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -72,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
     from distdl.inference.score import PARTS, evaluate, in_half_precision  # noqa: PLC0415
     from distdl.parallel import guard, on_rank_0, together, world  # noqa: PLC0415
 
-    check_names(given)
+    check_names(given.model, given.dataset)
     if given.part not in PARTS:
         raise unknown_name("part", given.part, PARTS)
     if given.confusion_figure or given.misclassified:
@@ -95,15 +118,15 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def check_names(given: argparse.Namespace) -> None:
-    """Raise `UserError` if `--model` or `--dataset` cannot be the name of a model or dataset."""
-    for model in given.model:
+def check_names(models: Sequence[str], dataset: str | None) -> None:
+    """Raise `UserError` unless `--model` and `--dataset` can name a model and a dataset."""
+    for model in models:
         check_model_name(model)
-    if given.dataset is not None:
-        check_dataset_name(given.dataset)
+    if dataset is not None:
+        check_dataset_name(dataset)
 
 
-def _show(given: argparse.Namespace, trained: Sequence[Trained], found: Evaluation, half: Evaluation | None) -> None:
+def _show(given: EvaluateOptions, trained: Sequence[Trained], found: Evaluation, half: Evaluation | None) -> None:
     """Print the scores, and write the requested files."""
     from distdl.engine.console import Console  # noqa: PLC0415
     from distdl.engine.storage.files import indented_json, write_output  # noqa: PLC0415
@@ -137,7 +160,7 @@ def _show(given: argparse.Namespace, trained: Sequence[Trained], found: Evaluati
         raise UserError(f"the scores cannot be printed: {console.lost}; make room, or take them from --json FILE")
 
 
-def _check_outputs(given: argparse.Namespace) -> None:
+def _check_outputs(given: EvaluateOptions) -> None:
     """Raise `UserError` for a file that could not be written, before any work."""
     from distdl.engine.storage.files import check_output  # noqa: PLC0415
 
@@ -150,7 +173,7 @@ def _check_outputs(given: argparse.Namespace) -> None:
         check_output(path, name)
 
 
-def _check_task(first: Trained, given: argparse.Namespace) -> None:
+def _check_task(first: Trained, given: EvaluateOptions) -> None:
     """Raise `UserError` for a flag that does not fit the task of the networks."""
     targets = first.data.targets_per_sample
     for flag, fits in (("confusion", targets > 0), ("confusion_figure", targets > 0), ("misclassified", targets == 1)):
@@ -163,4 +186,4 @@ def _check_task(first: Trained, given: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(cli.run(main, trains=COMMAND.trains))

@@ -7,37 +7,57 @@ images. It is one file with all pictures inside. Under mpirun the ranks share th
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from distdl import cli
+from distdl.cli import Command, Flag
 from distdl.errors import UserError
 from distdl.evaluate import check_names
 
 NAME = "report.html"
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the flags of a command line; raise `UserError` in one line."""
-    parser = cli.OneLineParser(
-        prog="python -m distdl.report",
-        description="Write a run on one page: scores, curves, filters, mistakes, time, settings. Needs matplotlib.",
-        advice="--help lists all flags",
-    )
-    add, own = parser.add_argument, "FILE.py:FUNCTION"
-    add("run", type=Path, metavar="RUN", help="run folder")
-    add("--out", type=Path, metavar="FILE.html", help=f"file to write (default: {NAME} in the run folder)")
-    add("--data-dir", type=Path, help="folder with the dataset's files (default: that of the run)")
-    add("--model", metavar=own, action="append", default=[], help="your own model that the run was trained with")
-    add("--dataset", metavar=own, help="your own dataset that the run was trained on, or npz:FILE.npz …")
-    return parser.parse_args(arguments)
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """The flags of the command."""
+
+    run: Path
+    """Run folder."""
+    out: Path | None = None
+    """File to write; by default report.html in the run folder."""
+    data_dir: Path | None = None
+    """Folder of the dataset's files; by default that of the run."""
+    model: tuple[str, ...] = ()
+    """Your own model that the run was trained with; its code is run."""
+    dataset: str | None = None
+    """Your own dataset that the run was trained on; its code is run. Or npz:FILE.npz or folder:PATH, if it moved."""
+
+
+COMMAND = Command(
+    program="python -m distdl.report",
+    summary="Write a page about a run: scores, curves, pictures (needs matplotlib).",
+    settings=ReportOptions,
+    examples=(
+        "python -m distdl.report my-run",
+        "python -m distdl.report my-run --out page.html",
+        "mpirun -n 4 python -m distdl.report my-run --data-dir mnist",
+    ),
+    groups={"flags": ("run", "out", "data_dir", "model", "dataset")},
+    flags={
+        "run": Flag(name="RUN"),
+        "out": Flag(value="FILE.html"),
+        "model": Flag(value="FILE.py:FUNCTION", repeated=True),
+        "dataset": Flag(value="FILE.py:FUNCTION"),
+    },
+)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Score the run, draw, and write; return the exit code."""
-    given = parse(arguments)
+    given = COMMAND.parse(arguments)
     cli.set_blas_threads(1)
     from distdl.engine.console import Console  # noqa: PLC0415  NumPy reads the number of threads when it is loaded
     from distdl.engine.storage.files import check_output, write_output  # noqa: PLC0415
@@ -47,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     from distdl.inference.score import evaluate  # noqa: PLC0415
     from distdl.parallel import guard, on_rank_0, world  # noqa: PLC0415
 
-    check_names(given)
+    check_names(given.model, given.dataset)
     need_matplotlib()
     communicator, run, out = world(), given.run, given.out or given.run / NAME
 
@@ -71,4 +91,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(cli.run(main, trains=COMMAND.trains))

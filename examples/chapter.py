@@ -6,12 +6,14 @@ examples/…`), where every rank runs all of it, rank 0 alone speaks and draws, 
 
 import itertools
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
 from distdl import cli, nn
+from distdl.config import DATASETS
 from distdl.data import sources, split
 from distdl.engine.environment import numerics
 from distdl.errors import UserError
@@ -20,34 +22,46 @@ from distdl.parallel import REDUCTIONS, Field, Layout, contiguous_shards, guard,
 from distdl.rng import Key
 
 
-def run(example, description, *, has_data=False, switches=None):
-    """Run `example(options)` with the flags of the command line, and end with its exit code.
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The flags of an example. An example with a flag of its own derives its options from them."""
 
-    `switches` are flags of the example's own, which are on or off: what each does, by name.
-    """
-    name = Path(sys.argv[0]).stem
+    dataset: str = "digits"
+    """Dataset with pixels like those of the book."""
+    data_dir: Path | None = None
+    """Folder of the dataset's files."""
+    seed: int = 0
+    """Seed of all random numbers."""
+    quick: bool = False
+    """Take a few steps only, to see whether the example runs."""
+    out: Path = Path("runs", f"{Path(sys.argv[0]).stem}.png")
+    """File of the picture."""
 
-    def command(arguments):
-        parser = cli.OneLineParser(description=description.splitlines()[0], advice="--help lists all flags")
-        add = parser.add_argument
-        if has_data:
-            add("--dataset", default="digits", help="digits, mnist or fashion-mnist (default: %(default)s)")
-            add("--data-dir", type=Path, help="folder with the data set's files")
-        add("--seed", type=int, default=0, help="of all random numbers (default: %(default)s)")
-        add("--quick", action="store_true", help="a few steps only, to see whether it runs")
-        for switch, what_it_does in (switches or {}).items():
-            add(f"--{switch}", action="store_true", help=what_it_does)
-        add("--out", type=Path, default=Path("runs", f"{name}.png"), help="the picture (default: %(default)s)")
-        options = parser.parse_args(arguments)
-        options.communicator = communicator = world()
-        options.key = Key(options.seed)
-        options.say = print if communicator.rank == 0 else lambda *_: None
-        together(communicator, lambda: check_picture(options.out) if communicator.rank == 0 else None)
+
+def run(example, description, *, has_data=False, options=Options):
+    """Run `example(options)` with the flags of the command line, and end with its exit code."""
+    names = [field.name for field in fields(options) if has_data or field.name not in {"dataset", "data_dir"}]
+    program = f"python examples/{Path(sys.argv[0]).name}"
+    command = cli.Command(
+        program=program,
+        summary=description.splitlines()[0],
+        settings=options,
+        examples=(program, f"{program} --quick", f"mpirun -n 2 {program}"),
+        groups={"flags": names},
+        flags={"dataset": cli.Flag(value="NAME", names=DATASETS)},
+    )
+
+    def main(arguments):
+        given = SimpleNamespace(**vars(command.parse(arguments)))
+        given.communicator = communicator = world()
+        given.key = Key(given.seed)
+        given.say = print if communicator.rank == 0 else lambda *_: None
+        together(communicator, lambda: check_picture(given.out) if communicator.rank == 0 else None)
         with guard(communicator), numerics(threads=1):
-            example(options)
+            example(given)
         return 0
 
-    sys.exit(cli.run(command))
+    sys.exit(cli.run(main))
 
 
 def check_picture(out):

@@ -51,7 +51,7 @@ fi
 command -v "$python" >/dev/null ||
     fail "no Python called $python: install Python 3.11 or newer, or set PYTHON to one"
 "$python" -c 'import importlib.util, sys, distdl.mpirun
-needed = ("mpi4py", "numpy", "safetensors", "threadpoolctl", "tyro")
+needed = ("mpi4py", "numpy", "safetensors", "threadpoolctl")
 sys.exit(not all(map(importlib.util.find_spec, needed)))' 2>/dev/null ||
     fail "$python cannot import distdl and what it needs: run $python -m pip install '${repository}[mpich]', or set PYTHON to a Python that has it"
 

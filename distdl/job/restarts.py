@@ -30,7 +30,7 @@ from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
-from distdl.config import run_folder_of, value_of
+from distdl.config import flag_of, run_folder_of
 from distdl.errors import (
     EXIT_CORRUPTION,
     EXIT_DAMAGED,
@@ -40,9 +40,9 @@ from distdl.errors import (
     EXIT_USER,
     UserError,
 )
+from distdl.job import streams
 from distdl.job.launcher import remove_session_folder
 from distdl.job.processes import send_when_the_parent_dies
-from distdl.job.streams import say
 
 FINAL = frozenset({0, EXIT_USER, EXIT_DAMAGED, EXIT_CORRUPTION, EXIT_STOPPED, EXIT_INTERRUPTED})
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -78,7 +78,7 @@ def run_until_done(command_of: CommandOf, flags: Sequence[str], restarts: int) -
             break
         if attempt > restarts:
             advice = f"continue with --run-dir {folder} --resume auto"
-            say(f"distdl: the job ended {what}, {attempt} times in all; {advice}\n")
+            streams.say_line(f"the job ended {what}, {attempt} times in all; {advice}")
             break
         _wait_for_the_lock(folder, job)
         if job.stopping:
@@ -87,7 +87,7 @@ def run_until_done(command_of: CommandOf, flags: Sequence[str], restarts: int) -
         if (folder / "config.toml").is_file():
             how = f"--run-dir {folder} --resume auto"
             flags_now = [*flags, f"--run-dir={folder}", "--resume=auto"]
-        say(f"distdl: the job ended {what}: restart {attempt} of {restarts}, {how}\n")
+        streams.say_line(f"the job ended {what}: restart {attempt} of {restarts}, {how}")
     if chosen:
         with suppress(OSError):  # not empty: it holds a run
             folder.rmdir()
@@ -98,7 +98,7 @@ def run_until_done(command_of: CommandOf, flags: Sequence[str], restarts: int) -
 
 def run_folder(flags: Sequence[str]) -> tuple[Path, bool]:
     """Return the folder of the run that these flags start, and whether this call has chosen and created it."""
-    given, resumed = value_of("run_dir", flags), value_of("resume", flags)
+    given, resumed = _value_of("run_dir", flags), _value_of("resume", flags)
     if given is not None:
         return Path(given), False
     if resumed is not None:
@@ -113,6 +113,16 @@ def run_folder(flags: Sequence[str]) -> tuple[Path, bool]:
         except OSError as error:
             raise UserError(f"cannot make the run folder {folder}: {error.strerror}; give a --run-dir") from None
     return folder, True
+
+
+def _value_of(name: str, flags: Sequence[str]) -> str | None:
+    """Return the value of the last ``--name value`` or ``--name=value``."""
+    value = None
+    for position, word in enumerate(flags):
+        flag, equals, after = word.partition("=")
+        if flag.replace("_", "-") == flag_of(name):
+            value = after if equals else next(iter(flags[position + 1 :]), value)
+    return value
 
 
 class _Job:

@@ -9,6 +9,8 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
+from distdl.errors import one_line
+
 #: The errors of a full disk.
 FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -61,3 +63,8 @@ def say(text: str = "") -> None:
     """Flush standard output, then write `text` to the error stream."""
     write(sys.stdout, "")
     write(sys.stderr, text)
+
+
+def say_line(text: str) -> None:
+    """Print ``distdl: text`` to the error stream, as one line."""
+    say(f"distdl: {one_line(text)}\n")

@@ -112,20 +112,26 @@ class SearchSettings:
     """The settings of a search; `config` holds the settings that all trials share."""
 
     ranges: tuple[Range, ...]
+    """Setting to search, with its lowest and highest value, such as batch-size=16:128, or lr=1e-6:1e-2:log on a
+    logarithmic scale; give one for each setting. It overrides a config file after --."""
     config: TrainConfig = TrainConfig()  # noqa: RUF009  frozen
     method: str = "random"
-    """random: each round draws new trials from the ranges that the best trials of the previous round span.
-    halving: the first round draws all trials, and each later round continues the best of the previous round."""
+    """random: each round draws new trials from the ranges that the best trials of the previous round span; halving: the
+    first round draws all trials, and each later round continues the best of the previous round."""
     rounds: int = 3
+    """Number of rounds."""
     trials: int = 16
-    """Trials per round; with halving, in the first round."""
+    """Trials of a round; with halving, of the first round."""
     keep: float | None = None
-    """Share of a round's trials that the next round builds on; None: `DEFAULT_KEEP`."""
+    """Share of the trials of a round that the next round builds on; by default 0.25 for random and 0.5 for halving."""
     seed: int = 0
-    """Seed of the drawn values; the trainings use the seed of `config`."""
+    """Seed of the drawn settings; trainings have their own --seed after --."""
     ranks_per_trial: int = 1
+    """Ranks that train a trial together."""
     out: Path | None = None
+    """Folder of the results; by default a new folder under runs/."""
     resume: bool = False
+    """Continue the search in --out."""
 
     def checked(self) -> SearchSettings:
         """Return the settings with all defaults filled in; raise `UserError` if one is invalid."""

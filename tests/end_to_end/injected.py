@@ -1,6 +1,7 @@
-"""Wrong numbers for tests: values that are not finite, and flipped bits."""
+"""Faults that several tests inject: values that are not finite, flipped bits, checkpoints written at once."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -39,3 +40,17 @@ def spoil_records(spoil, *, step, rank=None, micro_batches=None, once=False):
 def spoil_state(spoil, *, step, rank):
     """Let ``spoil(state)`` change the state of one rank before a step."""
     fail_at("step", rank=rank, step=step, action=spoil)
+
+
+def write_checkpoints_at_once(monkeypatch):
+    """Let the writer thread complete each checkpoint before the training continues."""
+
+    def submit(_pool, work, *arguments):
+        future = Future()
+        try:
+            future.set_result(work(*arguments))
+        except Exception as error:  # noqa: BLE001  as the thread does
+            future.set_exception(error)
+        return future
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)

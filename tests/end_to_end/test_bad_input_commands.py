@@ -43,7 +43,7 @@ def environment_with(**variables):
 
 
 def launched(ranks, flags):
-    from distdl.mpirun import mpirun_command
+    from distdl.job.mpirun_command import mpirun_command
 
     launch = mpirun_command(ranks, [*TRAIN, *flags])
     return launch.argv, launch.environment
@@ -309,7 +309,7 @@ def test_the_real_mpirun_of_another_mpi_is_named_too(used_folder, library, monke
     other = os.environ.get("DISTDL_OTHER_MPIRUN")
     if not other:
         pytest.skip("one MPI is here: set DISTDL_OTHER_MPIRUN to the mpirun of another MPI")
-    monkeypatch.setattr("distdl.mpirun.find_mpirun", lambda: Path(other))
+    monkeypatch.setattr("distdl.job.mpirun_command.find_mpirun", lambda: Path(other))
     argv, variables = launched(2, TINY)
     words = ["2 separate processes", library, "use the mpirun of that library"]
     assert_refused_once(argv, used_folder, USER, words, environment_with(**variables))

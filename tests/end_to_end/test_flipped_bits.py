@@ -11,7 +11,7 @@ from distdl import nn
 from distdl.engine.storage import checkpoints
 from distdl.engine.timing.balance import Balance
 from distdl.errors import CorruptionError
-from distdl.mpirun import mpirun_command
+from distdl.job.mpirun_command import mpirun_command
 from distdl.parallel import OneProcess
 
 FLIPS = {
@@ -33,7 +33,7 @@ def expected_suspects(size, victim):
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("what", FLIPS)
-def test_a_flipped_bit_in_one_replica_is_found_at_the_next_comparison(communicator, shared_tmp_path, monkeypatch, what):
+def test_a_flipped_bit_in_one_replica_is_found_at_the_next_comparison(communicator, shared_tmp_path, what):
     """It is flipped before step 2, steps 2, 4 and 6 are compared, and no checkpoint after step 1 stays behind."""
     for size, part in worlds(communicator, (2, 3, 4)):
         expected = small_run(part, shared_tmp_path / f"{size}", optimizer="momentum")
@@ -52,7 +52,7 @@ def test_a_flipped_bit_in_one_replica_is_found_at_the_next_comparison(communicat
 
 
 @pytest.mark.mpi(min_size=2)
-def test_no_checkpoint_is_written_of_a_replica_that_differs(communicator, shared_tmp_path, monkeypatch):
+def test_no_checkpoint_is_written_of_a_replica_that_differs(communicator, shared_tmp_path):
     """Replicas are compared each 100 steps and before the checkpoint at the end of the epoch, which is step 3."""
     for size, part in worlds(communicator, (2, 3, 4)):
         with faults():
@@ -65,7 +65,7 @@ def test_no_checkpoint_is_written_of_a_replica_that_differs(communicator, shared
 
 
 @pytest.mark.mpi(min_size=2)
-def test_without_comparisons_the_receipts_are_compared_at_the_end(communicator, shared_tmp_path, monkeypatch):
+def test_without_comparisons_the_receipts_are_compared_at_the_end(communicator, shared_tmp_path):
     for size, part in worlds(communicator, (3, 4)):
         with faults():
             spoil_state(FLIPS["parameters"], step=1, rank=2)
@@ -79,7 +79,7 @@ def test_without_comparisons_the_receipts_are_compared_at_the_end(communicator, 
 @pytest.mark.parametrize("field", ["gradient", "loss_sum", "counts"])
 @pytest.mark.parametrize("reduction", ["tree", "allreduce"])
 def test_a_bit_flipped_once_in_a_gradient_is_found_in_that_step_and_its_rank_named(
-    communicator, shared_tmp_path, monkeypatch, field, reduction
+    communicator, shared_tmp_path, field, reduction
 ):
     for size, part in worlds(communicator):
         for victim in sorted({0, size - 1}):
@@ -98,7 +98,7 @@ def test_a_bit_flipped_once_in_a_gradient_is_found_in_that_step_and_its_rank_nam
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_rank_that_always_computes_other_bits_is_named_if_there_are_three(communicator, shared_tmp_path, monkeypatch):
+def test_a_rank_that_always_computes_other_bits_is_named_if_there_are_three(communicator, shared_tmp_path):
     for size, part in worlds(communicator, (2, 3, 4)):
         for victim in sorted({0, size - 1}):
             with faults():
@@ -110,7 +110,7 @@ def test_a_rank_that_always_computes_other_bits_is_named_if_there_are_three(comm
 
 
 @pytest.mark.mpi(min_size=2)
-def test_an_audit_finds_flipped_weights_before_the_step_is_taken(communicator, shared_tmp_path, monkeypatch):
+def test_an_audit_finds_flipped_weights_before_the_step_is_taken(communicator, shared_tmp_path):
     for size, part in worlds(communicator, (2, 3, 4)):
         for victim in sorted({0, size - 1}):
             with faults():
@@ -139,7 +139,7 @@ def test_an_audit_of_a_network_of_ones_own_names_its_layers_too(tmp_path):
         small_run(OneProcess(), tmp_path / "run", build_network=build, audit=1)
 
 
-def test_alone_a_rank_audits_itself(tmp_path, monkeypatch):
+def test_alone_a_rank_audits_itself(tmp_path):
     spoil_records(lambda record: flip(record["gradient"]), step=2, once=True)
     with pytest.raises(CorruptionError, match=r"on rank 0 .*step 2 has other bits when computed again; leave"):
         small_run(OneProcess(), tmp_path / "run", audit=1)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from distdl.mpirun import mpirun_command
+from distdl.job.mpirun_command import mpirun_command
 
 #: Trains the digits; rank 1 does something in the middle of the first epoch, in its third step.
 PROGRAM = """

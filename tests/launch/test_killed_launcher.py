@@ -25,7 +25,7 @@ from trapped_training import (
 )
 
 from distdl.job import leftovers
-from distdl.mpirun import mpirun_command
+from distdl.job.mpirun_command import mpirun_command
 from distdl.parallel import shared
 
 pytestmark = needs_mpirun

@@ -1,4 +1,4 @@
-"""Trainings that step into a trap, started as a person starts them, and the receipt of one that does not."""
+"""Trainings that run into a trap, started as a person starts them, and the receipt of one that does not."""
 
 import os
 import re
@@ -20,7 +20,7 @@ LOCAL_SH = REPOSITORY / "launch" / "local.sh"
 TRAINING = ["--model", "mlp", "--epochs", "2", "--checkpoint-every", "3"]
 SECONDS_AGAINST_HANGING = 120
 
-#: Before its eighth step a rank springs the trap, unless a start before has left the file `sprung`.
+#: Each rank springs the trap before its eighth step, unless an earlier start has left the file `sprung`.
 PROGRAM = """
 import os, pathlib, signal, sys, time
 from distdl import cli
@@ -30,22 +30,17 @@ def spring(rank):
 {trap}
 
 def main(arguments):
-    from distdl.config import parse
-    config = parse(arguments, "trapped")
+    from distdl.train import parse
+    config = parse(arguments)
     cli.set_blas_threads(1)
     from distdl.engine import train
-    from distdl.engine.trainer import Trainer
-    step = Trainer.step
-    set_now = not pathlib.Path("sprung").exists()
-
-    def trapped_step(self):
-        rank = self.communicator.rank
-        pathlib.Path(f"process-{{rank}}").write_text(str(os.getpid()))
-        if set_now and self.state.step == 7:
-            spring(rank)
-        step(self)
-
-    Trainer.step = trapped_step
+    from distdl.engine.fault_injection import fail_at
+    from distdl.job.launcher import read_launch
+    rank = read_launch().rank
+    process = pathlib.Path(f"process-{{rank}}")
+    fail_at("step", rank=None, action=lambda _: process.write_text(str(os.getpid())))
+    if not pathlib.Path("sprung").exists():
+        fail_at("step", rank=None, step=8, action=lambda _: spring(rank))
     train(config)
     return 0
 

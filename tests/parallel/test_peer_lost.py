@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from distdl.mpirun import mpirun_command
+from distdl.job.mpirun_command import mpirun_command
 
 #: Every rank reduces again and again, until the victim kills itself before or after it has filled its slots.
 PROGRAM = """

@@ -15,17 +15,18 @@ from bad_inputs import changes, picture
 from small_runs import piece_of_digits, remove, worlds
 
 from distdl import cli, nn
-from distdl.config import TrainConfig, parse
+from distdl.config import TrainConfig
 from distdl.engine import train
 from distdl.errors import DamagedFileError, Stopped, UserError
 from distdl.inference import figures
-from distdl.mpirun import mpirun_command
+from distdl.job.mpirun_command import mpirun_command
 from distdl.parallel import OneProcess
 from distdl.search import __main__ as command
 from distdl.search import trials
 from distdl.search.folder import CHART
 from distdl.search.settings import Range, SearchSettings
 from distdl.search.trials import search
+from distdl.train import parse
 
 ROWS = 90
 CONFIG = TrainConfig(model="mlp", epochs=2, batch_size=32, micro_batch_size=8)
@@ -109,7 +110,7 @@ def test_the_last_line_is_the_command_that_trains_with_the_best_settings(tmp_pat
     said = capsys.readouterr().out
     last = said.splitlines()[-1]
     assert last.startswith("best: python -m distdl.train --model mlp --epochs 1 --lr ")
-    summary = train(replace(parse(shlex.split(last)[4:], "train"), run_dir=tmp_path / "run"), OneProcess())
+    summary = train(replace(parse(shlex.split(last)[4:]), run_dir=tmp_path / "run"), OneProcess())
     best = json.loads((tmp_path / "search" / "summary.json").read_text())["best"]
     assert summary.weights_sha256 == best["weights_sha256"]
     assert said.count("weights sha256") == 0, "trials are quiet"
