@@ -31,13 +31,13 @@ from distdl.config import TrainConfig
 from distdl.data import MicroBatches, PreparedDataset, sources
 from distdl.data.split import batch_rows, epoch_order
 from distdl.engine.checks.nonfinite import FiniteCheck
-from distdl.engine.prepare import check_outputs
+from distdl.engine.requirements import check_outputs
 from distdl.engine.state import TrainingState
 from distdl.engine.step import OptimizerStep, supervised
 from distdl.engine.timing.timeline import Timeline
 from distdl.engine.timing.trace import Trace
 from distdl.engine.user_code import check_equal_networks, network_builder
-from distdl.errors import DivergedError, UserError
+from distdl.errors import UserError
 from distdl.nn import Sequential, make_loss
 from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, on_rank_0, share_arrays, together
@@ -182,7 +182,7 @@ class CaseSteps:
         self.case = case
         self.state = state
         self.timeline = Timeline(world)
-        check = FiniteCheck(state, skip=False, save=lambda fault: None, diverged=_diverged)  # noqa: ARG005
+        check = FiniteCheck(config, state, save=lambda fault: None)  # noqa: ARG005
         self._step = OptimizerStep(
             world,
             state.network,
@@ -346,12 +346,6 @@ def measure_scaling(
             if measurement is not None:
                 one.measurements.append(measurement)
     return measured
-
-
-def _diverged(fault: str) -> DivergedError:
-    error = DivergedError(f"{fault}: expected finite numbers; check the initial weights of --model, and the dataset")
-    error.agreed = True
-    return error
 
 
 def _dataset(settings: BenchSettings) -> PreparedDataset:

@@ -86,6 +86,14 @@ class _Fault:
     #: Remaining visits of the point up to the fault; None: each visit.
     remaining: int | None
 
+    def is_due(self, step: int | None) -> bool:
+        """Count a visit in a step; return whether the fault strikes now."""
+        if self.step not in {None, step} or self.remaining == 0:
+            return False
+        if self.remaining is not None:
+            self.remaining -= 1
+        return not self.remaining
+
 
 _faults: dict[tuple[str, str], list[_Fault]] = {}
 #: The last step that began, counted from 1.
@@ -134,13 +142,8 @@ def _visit(phase: str, when: str, step: int | None, owner: Any) -> None:
     global _step  # noqa: PLW0603  the faults of a process
     assert when in POINTS[phase]
     _step = _step if step is None else step
-    for fault in _faults.get((phase, when), ()):
-        if fault.step not in {None, _step} or fault.remaining == 0:
-            continue
-        if fault.remaining is not None:
-            fault.remaining -= 1
-        if not fault.remaining:
-            fault.action(owner)
+    for fault in [one for one in _faults.get((phase, when), ()) if one.is_due(_step)]:  # count for all: one may raise
+        fault.action(owner)
 
 
 class FaultPoints(StepObserver):

@@ -30,7 +30,8 @@ from distdl.data import Dataset, sources
 from distdl.errors import PeerLost, UserError
 from distdl.model_settings import parse_model_settings
 from distdl.nn import Sequential, build_model
-from distdl.nn.layers import Layer, Shape, show_shape
+from distdl.nn.arguments import show_shape
+from distdl.nn.layers import Layer, Shape
 from distdl.parallel import Communicator
 from distdl.rng import Key
 

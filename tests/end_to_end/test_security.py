@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 from bad_inputs import changes, mnist_files, picture, without_launcher, write_files
+from injected import write_checkpoints_at_once
 from refusals import DAMAGED, USER, outcome
 from refused_runs import RunShop, sealed
 from small_runs import small_run
 
-from distdl.engine.coordinator import Coordinator
+from distdl.engine.fault_injection import fail_at
 from distdl.engine.storage import checkpoints, files, run_folder
 from distdl.engine.storage.json_lines import JsonLines
 from distdl.errors import UserError
@@ -75,19 +76,17 @@ def test_a_run_folder_that_is_itself_a_link_is_what_the_user_has_named(tmp_path)
 
 
 def test_a_link_put_in_the_place_of_the_checkpoints_while_training_is_not_followed(tmp_path, monkeypatch):
-    folder, elsewhere, stepped = tmp_path / "run", tmp_path / "elsewhere", Coordinator.stepped
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
     theirs = checkpoints.path_of_step(elsewhere, 1)
     theirs.write_text("theirs")
 
-    def swapping(self, state, *others):
-        if state.step == 2:
-            self.keeper._writer.outcome(wait=True)
-            (folder / "checkpoints").rename(tmp_path / "moved")
-            (folder / "checkpoints").symlink_to(elsewhere)
-        stepped(self, state, *others)
+    def swap(_state):
+        (folder / "checkpoints").rename(tmp_path / "moved")
+        (folder / "checkpoints").symlink_to(elsewhere)
 
-    monkeypatch.setattr(Coordinator, "stepped", swapping)
+    write_checkpoints_at_once(monkeypatch)
+    fail_at("step", rank=0, step=2, action=swap)
     with pytest.raises(UserError, match="cannot write the checkpoint after step"):
         small_run(OneProcess(), folder, checkpoint_every=1)
     assert [path.read_text() for path in elsewhere.iterdir()] == ["theirs"]
@@ -183,7 +182,7 @@ AUDITED = """
 import json, os, sys
 from distdl import cli, train
 from distdl import engine  # everything that a start imports
-import tyro, safetensors.numpy, threadpoolctl
+import safetensors.numpy, threadpoolctl
 
 NEVER = ("pickle.", "socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto", "subprocess.", "os.system",
          "os.exec", "os.posix_spawn", "os.fork", "shutil.", "ftplib.", "urllib.", "os.chmod", "os.chown", "os.link",

@@ -62,9 +62,13 @@ def test_an_error_that_an_action_raises_leaves_the_point():
         raise MemoryError("no memory")
 
     fail_at("update", rank=0, action=no_memory)
+    found = []
+    fail_at("update", rank=0, nth=2, action=found.append)
     with pytest.raises(MemoryError, match="no memory"):
         reached("update")
+    reached("update", owner="the second visit")
     reached("update")
+    assert found == ["the second visit"]
 
 
 def test_a_forgotten_fault_does_not_strike():
