@@ -325,7 +325,7 @@ def run(
     If the command `trains`, the signals that stop a training wait until `distdl.engine.train` handles them.
     """
     if trains:
-        signals.hold()  # before there is a second thread
+        signals.hold_signals()  # before there is a second thread
     launch = read_launch()
     if launch.by is not None:
         end_with_the_launcher()
@@ -334,16 +334,16 @@ def run(
         arguments = sys.argv[1:]
     try:
         if {"-h", "--help"} & set(arguments):
-            return _show_help(command, arguments) if launch.speaks else 0
+            return _show_help(command, arguments) if launch.prints_for_all else 0
         return command(arguments)
     except DistdlError as error:
-        if launch.speaks:
+        if launch.prints_for_all:
             streams.say_line(f"{error.label}{error}")
         if launch.size > 1 and not error.agreed:
             _tell_the_others(error, launch)
         return error.exit_code
     except KeyboardInterrupt:
-        if launch.speaks:
+        if launch.prints_for_all:
             streams.say_line("interrupted; --resume continues from the last checkpoint")
         return EXIT_INTERRUPTED
 
@@ -372,7 +372,7 @@ def _tell_the_others(error: DistdlError, launch: Launch) -> None:
 
             tell_the_others(error)
         except (UserError, ImportError):
-            if not launch.speaks:
+            if not launch.prints_for_all:
                 time.sleep(SILENT_SECONDS[launch.by or MPICH])
         finally:
             faulthandler.cancel_dump_traceback_later()

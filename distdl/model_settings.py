@@ -1,6 +1,6 @@
-"""What `--model-settings` asks for, parsed and checked; the model that is given it says whether it has such settings.
+"""The value of `--model-settings`, parsed and checked. The model checks whether it has these settings.
 
-This module imports neither NumPy nor MPI, so that the config can check the flag before either is loaded.
+This module imports neither NumPy nor MPI. So the config can check the flag before they are loaded.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from distdl.errors import UserError
 
-#: What a value of `--model-settings` may be, and what it is then taken for.
+#: The forms of a value, each with its conversion.
 KINDS: tuple[tuple[str, Callable[[str], Any]], ...] = (
     ("[0-9]{1,9}", int),
     ("[0-9]{1,9}(-[0-9]{1,9})+", lambda text: tuple(map(int, text.split("-")))),
@@ -22,7 +22,7 @@ KINDS: tuple[tuple[str, Callable[[str], Any]], ...] = (
 
 
 def parse_model_settings(text: str | None) -> dict[str, Any]:
-    """Return what `--model-settings` says; raise `UserError`.
+    """Return the settings in a text, by name; raise `UserError`.
 
     >>> parse_model_settings("hidden=100-50,batch_norm,dropout=0.2,activation=tanh")
     {'hidden': (100, 50), 'batch_norm': True, 'dropout': 0.2, 'activation': 'tanh'}
@@ -34,7 +34,7 @@ def parse_model_settings(text: str | None) -> dict[str, Any]:
         if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
             raise UserError(f"{shown} names no setting: give name=value, with commas in between")
         if name in settings:
-            raise UserError(f"{shown}: {name} is there twice; give it once")
+            raise UserError(f"{shown}: {name} is given twice; give it once")
         for pattern, kind in KINDS:
             if equals and re.fullmatch(pattern, value):
                 settings[name] = kind(value)

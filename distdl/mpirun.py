@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from distdl import cli
 from distdl.cli import Command, Flag
 from distdl.errors import UserError
-from distdl.job.launcher import remove_session_of
+from distdl.job.launcher import remove_session_folder
 from distdl.job.mpirun_command import MpirunCommand, environment_for, mpirun_command
 from distdl.job.restarts import run_until_done
 
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     elif options.restarts and not {"-h", "--help"} & set(flags):
         return run_until_done(lambda flags: _start_of(_command_of(options, flags)), flags, options.restarts)
     else:
-        remove_session_of(os.getpid())  # mpirun keeps this process number
+        remove_session_folder(os.getpid())  # mpirun keeps this process number
         os.execve(command.argv[0], command.argv, environment_for(command))  # noqa: S606  no shell is wanted
     return 0
 

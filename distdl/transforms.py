@@ -1,6 +1,6 @@
-"""What `--augment` asks for, parsed and checked; `data/augmentation.py` does it.
+"""The value of `--augment`, parsed and checked; `data/augmentation.py` applies it.
 
-This module imports neither NumPy nor MPI, so that the config can check the flag before either is loaded.
+This module imports neither NumPy nor MPI. So the config can check the flag before they are loaded.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from distdl.errors import UserError, one_line, unknown_name
 
-#: The most that each may ask for. A shift of more pixels than the image has is refused once its size is known.
+#: The limit of each. A shift by more pixels than the image has is refused later, by `check_fit`.
 LARGEST = {"rotate": 180, "shift": 1000, "scale": 0.9, "crop": 1000, "brightness": 1}
 WHOLE = re.compile("[0-9]{1,9}")
 NUMBER = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(e-?[0-9]+)?")
@@ -20,7 +20,7 @@ NUMBER = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(e-?[0-9]+)?")
 
 @dataclass(frozen=True, kw_only=True)
 class Transforms:
-    """How far each image is changed at random in training; 0 is not at all.
+    """The limits of the random changes of each image in training; 0 means no change.
 
     Raises `UserError` for a value out of range.
 
@@ -29,17 +29,17 @@ class Transforms:
     """
 
     rotate: float = 0.0
-    """Degrees, up to 180: turned about the center by up to so many, either way."""
+    """Degrees, up to 180: turn about the center by at most this angle, either way."""
     shift: float = 0.0
-    """Pixels: moved by up to so many, down or up and right or left, in fractions of a pixel too."""
+    """Pixels: move by at most this distance, down or up and right or left, also by fractions of a pixel."""
     scale: float = 0.0
-    """Fraction, up to 0.9: enlarged about the center by a factor from 1 - scale to 1 + scale."""
+    """Fraction, up to 0.9: enlarge about the center by a factor from 1 - scale to 1 + scale."""
     crop: int = 0
-    """Pixels of padding on every side, out of which a piece of the old size is cut: moved by whole pixels."""
+    """Pixels: pad every side, then cut out a piece of the old size; this moves the image by whole pixels."""
     flip: bool = False
-    """Switch: mirrored left to right, half of the time."""
+    """Switch: mirror half of the images left to right."""
     brightness: float = 0.0
-    """Fraction, up to 1: every pixel times one factor from 1 - brightness to 1 + brightness."""
+    """Fraction, up to 1: multiply all pixels by one factor from 1 - brightness to 1 + brightness."""
 
     def __post_init__(self) -> None:
         for name, most in LARGEST.items():
@@ -53,9 +53,9 @@ class Transforms:
 
     @staticmethod
     def parse(text: str) -> Transforms:
-        """Return what a text such as ``rotate=10,shift=2,flip`` says, in any order.
+        """Return the transforms in a text such as ``rotate=10,shift=2,flip``, in any order.
 
-        Raises `UserError`, in one line that names the part at fault.
+        Raises `UserError`, which names the wrong part.
         """
         found: dict[str, Any] = {}
         for part in text.split(","):
@@ -64,7 +64,7 @@ class Transforms:
             if name not in NAMES:
                 raise UserError(f"{shown}: {unknown_name('transform', _short(name), NAMES)}")
             if name in found:
-                raise UserError(f"{shown}: {name} is there twice; give it once")
+                raise UserError(f"{shown}: {name} is given twice; give it once")
             if name == "flip":
                 if equals:
                     raise UserError(f"{shown}: flip is a switch and takes no value; write flip alone")
@@ -80,11 +80,11 @@ class Transforms:
 
     @property
     def moves(self) -> bool:
-        """Whether any of them moves pixels."""
+        """True if a transform moves pixels."""
         return bool(self.rotate or self.shift or self.scale or self.crop or self.flip)
 
     def check_fit(self, height: int, width: int) -> None:
-        """Raise `UserError` where images of so many pixels could be moved out of sight."""
+        """Raise `UserError` if a move could take images of this size out of sight."""
         for name in ("shift", "crop"):
             if getattr(self, name) >= min(height, width):
                 raise UserError(

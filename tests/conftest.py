@@ -58,6 +58,14 @@ def signals_at_their_defaults():
         signal.signal(number, handler)
 
 
+@pytest.fixture(autouse=True)
+def no_fault_outlives_its_test():
+    yield
+    fault_injection = sys.modules.get("distdl.engine.fault_injection")
+    if fault_injection is not None:
+        fault_injection.forget()
+
+
 @pytest.fixture(scope="session")
 def needs_mpirun():
     """Skip where no job can be started: without an mpirun, or in a rank of a job."""

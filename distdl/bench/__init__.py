@@ -1,4 +1,4 @@
-"""The scaling benchmark: what is measured, the projection fitted to it, the chart and the files it ends in.
+"""The scaling benchmark: measurements, the projection fitted to them, tables, and the chart.
 
-Importing this package loads neither NumPy nor MPI; `run` does.
+Importing this package loads neither NumPy nor MPI.
 """

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from distdl import cli
-from distdl.bench.settings import SCALINGS, Settings, parse_network, parse_ranks, parse_shape
+from distdl.bench.settings import SCALINGS, BenchSettings, parse_interconnect, parse_ranks, parse_shape
 from distdl.cli import Command, Flag
 from distdl.config import DATASETS, MODELS, OPTIMIZERS, REDUCTIONS
 from distdl.errors import UserError
@@ -17,7 +17,7 @@ from distdl.errors import UserError
 COMMAND = Command(
     program="python -m distdl.bench",
     summary="Measure how training scales, and predict it for more ranks.",
-    settings=Settings,
+    settings=BenchSettings,
     examples=(
         "mpirun -n 4 python -m distdl.bench",
         "mpirun -n 4 python -m distdl.bench --model deep_convnet --scaling strong",
@@ -25,7 +25,16 @@ COMMAND = Command(
     ),
     groups={
         "training": ("model", "input_shape", "dataset", "data_dir", "batch_size", "micro_batch_size", "optimizer"),
-        "measurement": ("ranks", "scaling", "reduction", "steps", "repetitions", "layers", "communication", "network"),
+        "measurement": (
+            "ranks",
+            "scaling",
+            "reduction",
+            "steps",
+            "repetitions",
+            "layers",
+            "communication",
+            "interconnect",
+        ),
         "results": ("out", "trace"),
     },
     flags={
@@ -36,13 +45,13 @@ COMMAND = Command(
         "reduction": Flag(value="NAME", names=REDUCTIONS),
         "ranks": Flag(value="1,2,4", parse=parse_ranks),
         "scaling": Flag(value="NAME", names=tuple(SCALINGS)),
-        "network": Flag(value="10us,10Gbit", parse=parse_network),
+        "interconnect": Flag(name="--network", value="10us,10Gbit", parse=parse_interconnect),
         "trace": Flag(value="FILE.json"),
     },
 )
 
 
-def parse(arguments: Sequence[str]) -> Settings:
+def parse(arguments: Sequence[str]) -> BenchSettings:
     """Return the checked settings of a command line; raise `UserError` in one line."""
     given = COMMAND.given(arguments)
     if {"dataset", "input_shape"} <= given.keys():

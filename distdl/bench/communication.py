@@ -1,8 +1,8 @@
-"""How long the reduction takes, by size: the canonical tree beside MPI's own Allreduce; and the agreement of a step.
+"""Time the reduction by size, the canonical tree next to MPI's own Allreduce; and the agreement that ends a step.
 
-Each call is timed on every rank, after a barrier; the rank that spent least came last and waited for nobody, so
-its time is that of the reduction itself. The two take turns. Every rank holds one node of the tree, as it does
-where shards are aligned.
+Every rank times each call after a barrier. The rank with the shortest time entered last and waited for no other rank.
+So its time is that of the reduction itself. The two reductions take turns. Every rank holds one tree node, as it does
+if the shards are aligned with the tree.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distdl.bench.measure import Bench, oversubscribed
+from distdl.bench.measure import Workbench, oversubscribed
 from distdl.parallel import REDUCTIONS, Communicator, Field, Layout
 
-#: Vectors of float32, in bytes.
+#: Bytes of the float32 vectors.
 SIZES = tuple(2**power for power in range(10, 28, 2))
-#: What the projection needs where no table was asked for.
+#: Sizes that the projection needs.
 FEW_SIZES = (2**12, 2**18, 2**21)
 
-#: Each is called so often, and less often where that takes long.
+#: Calls per size: the most, and the least if they take more than `SECONDS_PER_SIZE`.
 MOST_CALLS, LEAST_CALLS = 20, 3
 AGREEMENTS = 200
 SECONDS_PER_SIZE = 0.5
 
 
 @dataclass(frozen=True)
-class Timed:
-    """The seconds of each reduction of a vector of `nbytes` over `ranks`, by the name of the reduction."""
+class ReductionTimes:
+    """Seconds of each call that reduces a vector of `nbytes` over `ranks`, by the name of the reduction."""
 
     ranks: int
     nbytes: int
@@ -42,27 +42,31 @@ class Timed:
         return statistics.median(self.seconds[name])
 
 
-def measure_communication(bench: Bench, sizes: Sequence[int]) -> list[Timed]:
-    """Time the reductions in every world of more than one rank. Whole on rank 0. Collective."""
+def measure_communication(bench: Workbench, sizes: Sequence[int]) -> list[ReductionTimes]:
+    """Time the reductions in every world of several ranks. The result is complete on rank 0 only. Collective."""
     return [
-        Timed(world.size, nbytes, oversubscribed(bench.places, world.size), time_reductions(world, nbytes))
-        for world in _worlds_of_several(bench)
+        ReductionTimes(
+            world.size, nbytes, oversubscribed(bench.cores_of_ranks, world.size), time_reductions(world, nbytes)
+        )
+        for world in _worlds_of_several_ranks(bench)
         for nbytes in sizes
     ]
 
 
-def measure_agreement(bench: Bench) -> dict[int, float]:
+def measure_agreement(bench: Workbench) -> dict[int, float]:
     """Return the median seconds of the agreement that ends a step, by the number of ranks. Collective.
 
-    Where no failure is survived there is none.
+    The result is empty if the job cannot survive a failure, because steps then have no agreement.
     """
     if not bench.communicator.survives_failures:
         return {}
-    return {world.size: statistics.median(time_agreements(world, AGREEMENTS)) for world in _worlds_of_several(bench)}
+    return {
+        world.size: statistics.median(time_agreements(world, AGREEMENTS)) for world in _worlds_of_several_ranks(bench)
+    }
 
 
-def _worlds_of_several(bench: Bench) -> Iterator[Communicator]:
-    """Go through the worlds of more than one rank; in each, those that are not of it sleep. Collective."""
+def _worlds_of_several_ranks(bench: Workbench) -> Iterator[Communicator]:
+    """Yield each world of several ranks, on its own ranks; the other ranks sleep. Collective."""
     for count in sorted(bench.worlds):
         if count > 1:
             with bench.world(count) as world:
@@ -71,7 +75,7 @@ def _worlds_of_several(bench: Bench) -> Iterator[Communicator]:
 
 
 def time_agreements(world: Communicator, calls: int) -> list[float]:
-    """Return the seconds of each agreement; the first is left out. Collective."""
+    """Return the seconds of each agreement, after one that is not counted. Collective."""
     own = []
     for call in range(calls + 1):
         world.barrier()
@@ -83,10 +87,7 @@ def time_agreements(world: Communicator, calls: int) -> list[float]:
 
 
 def time_reductions(world: Communicator, nbytes: int) -> dict[str, list[float]]:
-    """Return the seconds of each call, by the name of the reduction; the first makes buffers and is left out.
-
-    Collective.
-    """
+    """Return the seconds of each call by the name of the reduction, after one that makes the buffers. Collective."""
     layout = Layout([Field("gradient", "f4", nbytes // 4)])
     values = {"gradient": np.ones(nbytes // 4, np.float32)}
     reductions = {name: kind(world, layout) for name, kind in REDUCTIONS.items()}

@@ -1,8 +1,8 @@
-"""Where the time of a micro-batch goes: each part of the network, beside this machine's own matrix products.
+"""Time each part of the network in training steps, next to this machine's own matrix products.
 
-The network says itself which parts it has and which products they stand for (`Sequential.parts`), and calls
-its `watch` after each of them in real training steps. Operations are those of the plain form of a layer, so an
-algorithm that needs fewer may well show a higher rate than the products themselves.
+The network names its parts and their matrix products (`Sequential.parts`), and calls its `watch` after each part.
+The number of operations is that of a layer's plain form. So an algorithm that needs fewer operations can show a
+higher rate than the products themselves.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from functools import lru_cache
 import numpy as np
 
 from distdl.arrays import aligned_empty
-from distdl.bench.measure import Bench, Setup
-from distdl.engine.trainer import Trainer
+from distdl.bench.measure import ScalingCase, Workbench
+from distdl.engine.state import TrainingState
 from distdl.nn.layers import Product
 from distdl.parallel import Communicator
 
-#: A product is timed this often, and until so many seconds have gone.
+#: Least calls and seconds of a timed product.
 PRODUCT_CALLS = 7
 PRODUCT_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
 class TimedPass:
-    """What one part takes in one direction, for one micro-batch."""
+    """One direction of one part, for one micro-batch."""
 
     seconds: float
     operations: int
     product_seconds: float
-    """What its matrix products alone take."""
+    """Seconds of its matrix products alone."""
 
     @property
     def rate(self) -> float | None:
-        """Operations a second; None for a part without products."""
+        """Operations per second; None for a part without products."""
         return self.operations / self.seconds if self.operations else None
 
     @property
     def product_rate(self) -> float | None:
-        """Operations a second of the products alone."""
+        """Operations per second of the products alone."""
         return self.operations / self.product_seconds if self.operations else None
 
 
@@ -58,27 +58,27 @@ class PartTime:
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """All parts, and what else a micro-batch takes, on one rank; medians each, so that hiccups do not show."""
+    """Median seconds of a micro-batch on one rank: all parts of the network, and the rest."""
 
     samples: int
     loss_seconds: float
     outside_seconds: float
-    """Between two micro-batches: adding to the partial sum, getting the next pictures."""
+    """Between two micro-batches: adding to the partial sums, and reading the next images."""
     update_seconds: float
-    """The optimizer's, for this one micro-batch of the step."""
+    """The optimizer's update, divided by the micro-batches of a step."""
     parts: list[PartTime]
 
     @property
     def seconds(self) -> float:
-        """The whole micro-batch."""
+        """Seconds of the whole micro-batch."""
         network = sum(part.forward.seconds + part.backward.seconds for part in self.parts)
         return network + self.loss_seconds + self.outside_seconds + self.update_seconds
 
 
 class Stopwatch:
-    """The `watch` of a network: notes the seconds since the mark before, by direction and part.
+    """The `watch` of a network: the seconds of each part, by direction and name.
 
-    The part None of a direction is what came before that pass.
+    A name of None stands for the time before the pass of that direction.
     """
 
     def __init__(self) -> None:
@@ -87,11 +87,11 @@ class Stopwatch:
         self._last: float | None = None
 
     def new_step(self) -> None:
-        """Forget the mark before: what lies between two steps belongs to no part."""
+        """Start a step: the time between two steps belongs to no part."""
         self._last = None
 
     def __call__(self, direction: str, name: str | None) -> None:
-        """Note that a part is done, or, without a name, that a pass begins."""
+        """Note the end of a part, or, without a name, the start of a pass."""
         part = (direction, name)
         if self._last is not None:
             passes = self.seconds.setdefault(part, [])
@@ -107,29 +107,26 @@ class Stopwatch:
         return statistics.median(self.seconds.get((direction, name), [0.0]))
 
 
-def measure_layers(bench: Bench) -> LayerTimes | None:
-    """Time the parts of the network on rank 0; None on the others, which sleep meanwhile. Collective."""
+def measure_layers(bench: Workbench) -> LayerTimes | None:
+    """Time the parts of the network on rank 0; return None on the other ranks, which sleep. Collective."""
     with bench.world(1) as world:
         return None if world is None else _layer_times(bench, world)
 
 
-def _layer_times(bench: Bench, world: Communicator) -> LayerTimes:
+def _layer_times(bench: Workbench, world: Communicator) -> LayerTimes:
     settings = bench.settings
     size, micro_batches = settings.micro_batch_size, max(2, settings.micro_batches)
-    trainer = bench.trainer(Setup("share", 1, size * micro_batches, micro_batches), world)
-    bench.start_again(trainer)
-    for _ in range(bench.warm_up_steps):
-        trainer.step()
+    steps = bench.warmed_up(ScalingCase("share", 1, size * micro_batches, micro_batches), world)
     bench.network.watch = watch = Stopwatch()
     for _ in range(bench.steps):
         watch.new_step()
-        trainer.step()
+        steps.take(1)
     bench.network.watch = None
     return LayerTimes(
         size,
         watch.median("backward", None),
         watch.median("forward", None),
-        _update_seconds(trainer, bench.steps) / micro_batches,
+        _update_seconds(steps.state, bench.steps) / micro_batches,
         [
             PartTime(
                 name,
@@ -142,9 +139,9 @@ def _layer_times(bench: Bench, world: Communicator) -> LayerTimes:
     )
 
 
-def _update_seconds(trainer: Trainer, calls: int) -> float:
+def _update_seconds(state: TrainingState, calls: int) -> float:
     """Return the median seconds of the optimizer's update."""
-    state, network = trainer.state, trainer.state.network
+    network = state.network
     gradient = aligned_empty(network.gradients.shape)
     seconds = []
     for call in range(calls):
@@ -162,7 +159,7 @@ def _timed_pass(seconds: float, products: Sequence[Product]) -> TimedPass:
 
 @lru_cache(maxsize=256)
 def product_seconds(product: Product) -> float:
-    """Return what one float32 product of this shape takes, out of aligned arrays into one that exists."""
+    """Return the median seconds of one float32 product of this shape, of aligned arrays into an existing one."""
     left, right = aligned_empty((product.M, product.K)), aligned_empty((product.K, product.N))
     out = aligned_empty((product.M, product.N))
     left.fill(0.5)

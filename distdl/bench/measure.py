@@ -1,15 +1,15 @@
-"""Training steps of the engine, timed in worlds of 1, 2, 4 … of the ranks there are.
+"""Time the engine's training steps in worlds of 1, 2, 4 … of the job's ranks.
 
-A *setup* is a kind of scaling, a number of ranks and a batch:
+A *case* is a kind of scaling, a number of ranks and a batch:
 
-- strong: the batch stays, each rank gets less of it;
-- weak: the batch grows with the ranks, each rank's part stays;
-- share: one rank, with no more micro-batches than it would have in a larger world. These are the points that
-  show how compute depends on a rank's part of the batch alone, which the projection needs.
+- strong: the batch size is fixed, so each rank's part shrinks;
+- weak: the batch grows with the ranks, so each rank's part is fixed;
+- share: one rank computes only the micro-batches that it would have in a larger world. These cases show how compute
+  depends on a rank's part of the batch. The projection needs them.
 
-Each setup is measured several times, all of them in turn, so that a machine that changes its speed does so for
-all. Every measurement begins with the same weights and takes the same steps; so strong scaling must also end
-with the same weights, whatever the ranks. Ranks that have no part sleep in a barrier.
+Each case is measured several times. The cases take turns, so a change of the machine's speed affects all of them.
+Every measurement starts from the same weights and takes the same steps. So strong scaling must end with the same
+weights on any number of ranks. Unused ranks sleep in a barrier.
 """
 
 from __future__ import annotations
@@ -19,42 +19,46 @@ import socket
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.bench.settings import SCALINGS, Settings
+from distdl.bench.settings import SCALINGS, BenchSettings
 from distdl.config import TrainConfig
-from distdl.data import PreparedDataset, sources
-from distdl.engine.coordinator import Follower
-from distdl.engine.prepare import check_outputs
+from distdl.data import MicroBatches, PreparedDataset, sources
+from distdl.data.split import batch_rows, epoch_order
+from distdl.engine.checks.nonfinite import FiniteCheck
+from distdl.engine.requirements import check_outputs
 from distdl.engine.state import TrainingState
+from distdl.engine.step import OptimizerStep, supervised
+from distdl.engine.timing.timeline import Timeline
 from distdl.engine.timing.trace import Trace
-from distdl.engine.trainer import Trainer
-from distdl.engine.user_code import agree_on, network_builder
+from distdl.engine.user_code import check_equal_networks, network_builder
 from distdl.errors import UserError
-from distdl.nn import Sequential
+from distdl.nn import Sequential, make_loss
 from distdl.optim import optimizer_class
-from distdl.parallel import Communicator, share_arrays, together
+from distdl.parallel import Communicator, on_rank_0, share_arrays, together
 from distdl.rng import Key
 
-#: Ranks that have slept may share a core at first, until the scheduler has moved one of them.
+#: Ranks that wake up may share a core until the scheduler moves one of them.
 WARM_UP_SHARE, LEAST_WARM_UP_STEPS = 1 / 3, 3
 MEASUREMENT_SECONDS = 1.0
 TRIAL_STEPS = 5
 CLASSES = 10
-RANDOM_PICTURES = 1024
+RANDOM_IMAGES = 1024
 MOST_RANDOM_BYTES = 2**26
-#: How long ranks sleep that have no part in a measurement, before they look again.
+#: Longest sleep of an unused rank before it looks again.
 IDLE_PAUSE_SECONDS = 0.02
 KEY = Key(0).of("bench")
+TRAINING_KEY = Key(0)
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What is measured at once."""
+class ScalingCase:
+    """A kind of scaling, a number of ranks and a batch."""
 
     kind: str
     ranks: int
@@ -63,83 +67,93 @@ class Setup:
 
     @property
     def largest_shard(self) -> int:
-        """Micro-batches of the rank that has most."""
+        """Number of micro-batches in the largest shard."""
         return -(-self.micro_batches // self.ranks)
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One measurement of a setup: seconds over all its steps; lists have one number a rank, in rank order."""
+class Measurement:
+    """One measurement of a case: seconds over all its steps. The lists have one number per rank, in rank order."""
 
     seconds: float
     step_seconds: list[float]
-    """Of each step, on rank 0."""
+    """One number per step, on rank 0."""
     compute_seconds: list[float]
     reduction_seconds: list[float]
     wait_seconds: list[float]
     compute_deviation: list[float]
-    """Standard deviation of a rank's seconds of compute from step to step."""
+    """Standard deviation of a rank's compute seconds over the steps."""
     weights_sha256: str
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A setup, and what was measured of it."""
+class MeasuredCase:
+    """A case and its measurements."""
 
-    setup: Setup
+    case: ScalingCase
     oversubscribed: bool
     steps: int
-    samples: list[Sample] = field(default_factory=list)
+    measurements: list[Measurement] = field(default_factory=list)
 
     def rates(self) -> list[float]:
-        """Return samples a second of each measurement."""
-        return [self.steps * self.setup.batch_size / sample.seconds for sample in self.samples]
+        """Return the samples per second of each measurement."""
+        return [self.steps * self.case.batch_size / one.seconds for one in self.measurements]
 
-    def shares(self) -> tuple[float, float, float]:
-        """Return the parts of compute, reduction and waiting in the time of all ranks."""
-        parts = [
-            sum(sum(getattr(sample, name)) for sample in self.samples)
-            for name in ("compute_seconds", "reduction_seconds", "wait_seconds")
-        ]
-        whole = sum(parts) or 1.0
-        return parts[0] / whole, parts[1] / whole, parts[2] / whole
+    def shares(self) -> dict[str, float]:
+        """Return the shares of compute, reduction and wait in the time of all ranks."""
+        sums = {
+            name: sum(sum(getattr(one, f"{name}_seconds")) for one in self.measurements)
+            for name in ("compute", "reduction", "wait")
+        }
+        whole = sum(sums.values()) or 1.0
+        return {name: seconds / whole for name, seconds in sums.items()}
 
     def slowest(self) -> int:
-        """Return the rank that computed longest."""
-        sums = [sum(of_rank) for of_rank in zip(*(sample.compute_seconds for sample in self.samples), strict=True)]
+        """Return the rank with the most compute seconds."""
+        sums = [sum(of_rank) for of_rank in zip(*(one.compute_seconds for one in self.measurements), strict=True)]
         return sums.index(max(sums))
 
-    def a_step(self, read: Callable[[Sample], float]) -> float:
-        """Return the median over the measurements of what `read` takes from each, for one step."""
-        return statistics.median(read(sample) for sample in self.samples) / self.steps
+    def median_per_step(self, read: Callable[[Measurement], float]) -> float:
+        """Return the median of `read(measurement)` over the measurements, divided by the number of steps."""
+        return statistics.median(map(read, self.measurements)) / self.steps
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry in ``bench.json``."""
+        return {
+            "setup": asdict(self.case),
+            "oversubscribed": self.oversubscribed,
+            "steps": self.steps,
+            "samples": [asdict(one) for one in self.measurements],
+            "samples_per_second": self.rates(),
+            "shares": self.shares(),
+            "slowest_rank": self.slowest(),
+        }
 
 
-def setups_of(settings: Settings, ranks: Sequence[int]) -> list[Setup]:
-    """Return what there is to measure; strong scaling ends at one micro-batch a rank."""
+def scaling_cases(settings: BenchSettings, ranks: Sequence[int]) -> list[ScalingCase]:
+    """Return the cases to measure; strong scaling stops at one micro-batch per rank."""
     micro_batches, size = settings.micro_batches, settings.micro_batch_size
-    setups = []
+    cases = []
     for kind in SCALINGS[settings.scaling]:
         for count in ranks:
-            if kind == "strong" and count <= micro_batches:
-                setups.append(Setup(kind, count, settings.batch_size, micro_batches))
-            if kind == "weak":
-                setups.append(Setup(kind, count, settings.batch_size * count, micro_batches * count))
-    if setups:
-        share = micro_batches // 2
-        while share:
-            setups.append(Setup("share", 1, share * size, share))
-            share //= 2
-    return setups
+            factor = count if kind == "weak" else 1
+            if count <= micro_batches * factor:
+                cases.append(ScalingCase(kind, count, settings.batch_size * factor, micro_batches * factor))
+    share = micro_batches // 2 if cases else 0
+    while share:
+        cases.append(ScalingCase("share", 1, share * size, share))
+        share //= 2
+    return cases
 
 
-def places(communicator: Communicator) -> list[tuple[str, list[int]]]:
+def cores_of_ranks(communicator: Communicator) -> list[tuple[str, list[int]]]:
     """Return each rank's host and the cores it may run on. Collective."""
     found = communicator.allgather_json([socket.gethostname(), sorted(os.sched_getaffinity(0))])
     return [(host, cores) for host, cores in found]
 
 
-def oversubscribed(where: Sequence[tuple[str, Sequence[int]]], ranks: int) -> bool:
-    """Return whether the first `ranks` ranks have fewer cores than they are, on any host.
+def oversubscribed(cores_of_ranks: Sequence[tuple[str, Sequence[int]]], ranks: int) -> bool:
+    """Return whether the first `ranks` ranks outnumber their cores on any host.
 
     >>> oversubscribed([("a", [0, 1])] * 4, 2), oversubscribed([("a", [0, 1])] * 4, 3)
     (False, True)
@@ -148,29 +162,67 @@ def oversubscribed(where: Sequence[tuple[str, Sequence[int]]], ranks: int) -> bo
     """
     cores: dict[str, set[int]] = {}
     count: dict[str, int] = {}
-    for host, of_rank in where[:ranks]:
+    for host, of_rank in cores_of_ranks[:ranks]:
         cores.setdefault(host, set()).update(of_rank)
         count[host] = count.get(host, 0) + 1
     return any(count[host] > len(cores[host]) for host in count)
 
 
-class Bench:
-    """The network, the pictures and the worlds that are measured. Collective, like every method.
+class CaseSteps:
+    """The training steps of one case, and their timeline: the trainer's steps, without a trainer. Collective."""
 
-    Raises `UserError`, on every rank, for what cannot be built or read.
+    def __init__(
+        self,
+        case: ScalingCase,
+        world: Communicator,
+        dataset: PreparedDataset,
+        state: TrainingState,
+        config: TrainConfig,
+    ) -> None:
+        self.case = case
+        self.state = state
+        self.timeline = Timeline(world)
+        check = FiniteCheck(config, state, save=lambda fault: None)  # noqa: ARG005
+        self._step = OptimizerStep(
+            world,
+            state.network,
+            state.optimizer,
+            micro_batch_size=config.micro_batch_size,
+            reduction=config.reduction,
+            observers=[self.timeline, check],
+        )
+        self._micro_batches = MicroBatches(dataset, config.micro_batch_size)
+        self._loss = make_loss(dataset.default_loss)
+        self._learning_rate = config.learning_rate
+        self._rows = dataset.parts.training
+
+    def take(self, count: int) -> None:
+        """Take so many steps."""
+        state, size = self.state, self.case.batch_size
+        for step in range(state.step, state.step + count):
+            load = partial(self._micro_batches.load, batch_rows(self._rows, step, size))
+            compute = supervised(state.network, self._loss, load, TRAINING_KEY.of("training", step))
+            self._step.take(compute, samples=size, learning_rate=self._learning_rate, update=step + 1)
+            state.step_array += 1
+
+
+class Workbench:
+    """The network, the images and the worlds of a benchmark. Making one and every method are collective.
+
+    Raises `UserError` on every rank if the network cannot be built or the dataset cannot be read.
     """
 
-    def __init__(self, settings: Settings, communicator: Communicator, ranks: Sequence[int]) -> None:
+    def __init__(self, settings: BenchSettings, communicator: Communicator, ranks: Sequence[int]) -> None:
         self.settings = settings
         self.communicator = communicator
-        arrays = together(communicator, lambda: _pictures(settings).to_arrays() if communicator.rank == 0 else {})
+        arrays = on_rank_0(communicator, lambda: _dataset(settings).to_arrays()) or {}
         self._dataset = PreparedDataset.from_arrays(share_arrays(communicator, arrays))
         self.network = together(communicator, self._build)
-        agree_on(communicator, settings.model, self.network)
+        check_equal_networks(communicator, settings.model, self.network)
         self.worlds = {count: communicator.split(0 if communicator.rank < count else None) for count in ranks}
-        self.places = places(communicator)
+        self.cores_of_ranks = cores_of_ranks(communicator)
         self._first_weights, self._first_buffers = self.network.parameters.copy(), self.network.buffers.copy()
-        self._trainers: dict[Setup, Trainer] = {}
+        self._steps: dict[ScalingCase, CaseSteps] = {}
         self.steps = settings.steps or self._steps_in(MEASUREMENT_SECONDS)
 
     def _build(self) -> Sequential:
@@ -184,140 +236,130 @@ class Bench:
                 f"there is not enough memory for --model {self.settings.model} on {height}x{width}x{channels}: "
                 "give smaller images"
             ) from None
-        what = TrainConfig(model=self.settings.model, dataset=self.settings.dataset or "the benchmark")
-        check_outputs(what, network.output_shape, self._dataset)
+        config = TrainConfig(model=self.settings.model, dataset=self.settings.dataset or "the benchmark")
+        check_outputs(config, network.output_shape, self._dataset)
         return network
 
     @property
     def warm_up_steps(self) -> int:
-        """Steps before those of a measurement."""
+        """Number of steps before a measurement."""
         return max(LEAST_WARM_UP_STEPS, round(self.steps * WARM_UP_SHARE))
 
     def _steps_in(self, seconds: float) -> int:
-        """Return how many steps of the whole batch one rank takes in that time, some at least. Collective."""
+        """Return how many steps one rank takes in that time, at least `TRIAL_STEPS`."""
         self.steps = TRIAL_STEPS
-        trial = self.sample(Setup("strong", 1, self.settings.batch_size, self.settings.micro_batches))
-        self._trainers.clear()
+        trial = self.measure(ScalingCase("strong", 1, self.settings.batch_size, self.settings.micro_batches))
+        self._steps.clear()
         steps = 0 if trial is None else round(seconds * TRIAL_STEPS / trial.seconds)
         return int(self.communicator.bcast_json(max(TRIAL_STEPS, steps)))
 
-    def trainer(self, setup: Setup, world: Communicator) -> Trainer:
-        """Return the trainer of a setup, made on first use. All share one network and its buffers."""
-        if setup not in self._trainers:
-            settings, network = self.settings, self.network
-            config = TrainConfig(
-                model=settings.model,
-                batch_size=setup.batch_size,
-                micro_batch_size=settings.micro_batch_size,
-                optimizer=settings.optimizer,  # type: ignore[arg-type]  # checked by name
-                reduction=settings.reduction,  # type: ignore[arg-type]
-            ).checked()
-            optimizer = optimizer_class(config.optimizer)(network.parameters.size)
-            data = self._data(setup.batch_size * (self.warm_up_steps + self.steps))
-            self._trainers[setup] = Trainer(config, world, data, TrainingState(network, optimizer), Follower())
-        return self._trainers[setup]
+    @contextmanager
+    def world(self, ranks: int) -> Iterator[Communicator | None]:
+        """Yield the world of the first `ranks` ranks; yield None on the other ranks, which then sleep until the end."""
+        self.communicator.oversubscribed = oversubscribed(self.cores_of_ranks, ranks)
+        yield self.worlds[ranks]
+        self.communicator.barrier(longest_pause_seconds=IDLE_PAUSE_SECONDS)
 
-    def _data(self, count: int) -> PreparedDataset:
-        """Return so many training samples, all of one epoch; pictures come again if there are fewer."""
-        return self._dataset.with_training_rows(np.arange(count, dtype=np.int64) % len(self._dataset.images))
-
-    def start_again(self, trainer: Trainer) -> None:
-        """Put a trainer's state back to before the first step."""
-        state = trainer.state
+    def warmed_up(self, case: ScalingCase, world: Communicator) -> CaseSteps:
+        """Return the steps of a case after the warm-up steps. All cases share one network and its buffers."""
+        if case not in self._steps:
+            self._steps[case] = self._make_steps(case, world)
+        steps = self._steps[case]
+        state = steps.state
         state.network.parameters[...] = self._first_weights
         state.network.buffers[...] = self._first_buffers
         for vector in state.optimizer.state.values():
             vector[...] = 0
         state.step_array[...] = 0
-        state.epoch_sums.set(0.0, 0, 0)
+        steps.take(self.warm_up_steps)
+        steps.timeline.spent()
+        return steps
 
-    def sample(self, setup: Setup) -> Sample | None:
-        """Measure a setup once; None on ranks that have no part in it, which sleep meanwhile."""
-        with self.world(setup.ranks) as world:
-            return None if world is None else self._sample(setup, world)
+    def _make_steps(self, case: ScalingCase, world: Communicator) -> CaseSteps:
+        settings = self.settings
+        config = TrainConfig(
+            model=settings.model,
+            batch_size=case.batch_size,
+            micro_batch_size=settings.micro_batch_size,
+            optimizer=settings.optimizer,  # type: ignore[arg-type]  # checked by name
+            reduction=settings.reduction,  # type: ignore[arg-type]
+        ).checked()
+        count = case.batch_size * (self.warm_up_steps + self.steps)
+        rows = epoch_order(TRAINING_KEY, 0, count) % len(self._dataset.images)  # images repeat if there are fewer
+        state = TrainingState(self.network, optimizer_class(config.optimizer)(self.network.parameters.size))
+        return CaseSteps(case, world, self._dataset.with_training_rows(rows), state, config)
 
-    @contextmanager
-    def world(self, ranks: int) -> Iterator[Communicator | None]:
-        """Give the first `ranks` ranks their world, and the machine to themselves: the others, who get None, sleep."""
-        self.communicator.oversubscribed = oversubscribed(self.places, ranks)
-        yield self.worlds[ranks]
-        self.communicator.barrier(longest_pause_seconds=IDLE_PAUSE_SECONDS)
+    def measure(self, case: ScalingCase) -> Measurement | None:
+        """Measure a case once; return None on ranks outside its world."""
+        with self.world(case.ranks) as world:
+            return None if world is None else self._measure(case, world)
 
-    def _sample(self, setup: Setup, world: Communicator) -> Sample:
-        trainer, steps = self.trainer(setup, world), self.steps
-        timeline = trainer.timeline
-        self.start_again(trainer)
-        for _ in range(self.warm_up_steps):
-            trainer.step()
-        timeline.spent()
+    def _measure(self, case: ScalingCase, world: Communicator) -> Measurement:
+        steps = self.warmed_up(case, world)
+        timeline = steps.timeline
         marks: list[NDArray[np.float64]] = []
         timeline.on_steps = marks.append
         world.barrier()
         started = timeline.clock()
-        for _ in range(steps):
-            trainer.step()
+        steps.take(self.steps)
         seconds = timeline.clock() - started
         spent = timeline.spent()
         timeline.on_steps = None
         begin, enter, _, leave, end = np.concatenate(marks).T
         compute = end - begin - (leave - enter)
         of_ranks = world.allgather_json([seconds, float(compute.std())])
-        return Sample(
+        return Measurement(
             seconds=max(of_rank[0] for of_rank in of_ranks),
             step_seconds=(end - begin).tolist(),
             compute_seconds=list(spent.compute),
             reduction_seconds=list(spent.reduction),
             wait_seconds=list(spent.waiting),
             compute_deviation=[of_rank[1] for of_rank in of_ranks],
-            weights_sha256=trainer.state.weights_sha256(),
+            weights_sha256=steps.state.weights_sha256(),
         )
 
+    def record_trace(self) -> dict[str, Any] | None:
+        """Return a trace of one measurement on as many ranks as the batch allows; None on ranks above 0."""
+        settings = self.settings
+        ranks = max(count for count in self.worlds if count <= settings.micro_batches)
+        with self.world(ranks) as world:
+            if world is None:
+                return None
+            steps = self.warmed_up(ScalingCase("strong", ranks, settings.batch_size, settings.micro_batches), world)
+            trace = Trace(steps.timeline)
+            steps.take(self.steps)
+            steps.timeline.spent()
+            steps.timeline.on_steps = None
+            return trace.gather(steps.state.step)
 
-def measure_scaling(bench: Bench, setups: Sequence[Setup], say: Callable[[str], None]) -> list[Measured]:
-    """Measure every setup as often as the settings say, in turn. What it returns is whole on rank 0. Collective."""
-    settings = bench.settings
-    measured = [Measured(setup, oversubscribed(bench.places, setup.ranks), bench.steps) for setup in setups]
-    for repetition in range(settings.repetitions if setups else 0):
-        say(f"measuring, repetition {repetition + 1} of {settings.repetitions}")
+
+def measure_scaling(
+    bench: Workbench, cases: Sequence[ScalingCase], print_line: Callable[[str], None]
+) -> list[MeasuredCase]:
+    """Measure each case `--repetitions` times, in turns. The result is complete on rank 0 only. Collective."""
+    repetitions = bench.settings.repetitions if cases else 0
+    measured = [MeasuredCase(case, oversubscribed(bench.cores_of_ranks, case.ranks), bench.steps) for case in cases]
+    for repetition in range(repetitions):
+        print_line(f"measuring, repetition {repetition + 1} of {repetitions}")
         for one in measured:
-            sample = bench.sample(one.setup)
-            if sample is not None:
-                one.samples.append(sample)
+            measurement = bench.measure(one.case)
+            if measurement is not None:
+                one.measurements.append(measurement)
     return measured
 
 
-def traced(bench: Bench) -> dict[str, Any] | None:
-    """Return the trace of one measurement on as many ranks as share the batch, on rank 0 alone. Collective."""
-    settings = bench.settings
-    ranks = max(count for count in bench.worlds if count <= settings.micro_batches)
-    with bench.world(ranks) as world:
-        if world is None:
-            return None
-        trainer = bench.trainer(Setup("strong", ranks, settings.batch_size, settings.micro_batches), world)
-        bench.start_again(trainer)
-        for _ in range(bench.warm_up_steps):
-            trainer.step()
-        trainer.timeline.spent()
-        trace = Trace(trainer.timeline)
-        for _ in range(bench.steps):
-            trainer.step()
-        trainer.timeline.spent()
-        trainer.timeline.on_steps = None
-        return trace.gather(bench.warm_up_steps + bench.steps)
-
-
-def _pictures(settings: Settings) -> PreparedDataset:
+def _dataset(settings: BenchSettings) -> PreparedDataset:
     """Return the dataset, or random pixels of the given shape, all for training."""
     if settings.dataset is not None:
         dataset = sources.load(settings.dataset, settings.data_dir)
-        images, labels, classes = dataset.images, dataset.labels, dataset.classes
-    else:
-        pixels = int(np.prod(settings.input_shape, dtype=np.int64))
-        count = max(1, min(RANDOM_PICTURES, MOST_RANDOM_BYTES // pixels))
-        if count * pixels > 4 * MOST_RANDOM_BYTES:
-            raise UserError(f"--input {'x'.join(map(str, settings.input_shape))} is too large a picture: give less")
-        words = KEY.of("pixels").words(-(-count * pixels // 8))
-        images = words.view(np.uint8)[: count * pixels].reshape(count, *settings.input_shape)
-        labels = np.arange(count, dtype=np.int64) % CLASSES
-        classes = CLASSES
-    return PreparedDataset.for_training_only(images, labels, classes)
+        return PreparedDataset.for_training_only(dataset.images, dataset.labels, dataset.classes)
+    pixels = int(np.prod(settings.input_shape, dtype=np.int64))
+    count = max(1, min(RANDOM_IMAGES, MOST_RANDOM_BYTES // pixels))
+    if count * pixels > 4 * MOST_RANDOM_BYTES:
+        shape = "x".join(map(str, settings.input_shape))
+        raise UserError(
+            f"--input {shape} is too large: an image may have {4 * MOST_RANDOM_BYTES:,} numbers at most; give less"
+        )
+    words = KEY.of("pixels").words(-(-count * pixels // 8))
+    images = words.view(np.uint8)[: count * pixels].reshape(count, *settings.input_shape)
+    return PreparedDataset.for_training_only(images, np.arange(count, dtype=np.int64) % CLASSES, CLASSES)

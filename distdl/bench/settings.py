@@ -1,4 +1,4 @@
-"""What a benchmark is asked to do, checked once. Neither NumPy nor MPI is imported here."""
+"""The settings of a benchmark, and the parsers of its flags. This module imports neither NumPy nor MPI."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distdl.config import DATASETS, OPTIMIZERS, check_model_name, reads_data_dir
+from distdl.config import DATASETS, OPTIMIZERS, REDUCTIONS, check_model_name, reads_data_dir
 from distdl.errors import UserError, unknown_name
 
 SCALINGS = {"both": ("strong", "weak"), "strong": ("strong",), "weak": ("weak",), "none": ()}
-REDUCTIONS = ("tree", "allreduce")
 
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+_PREFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _BYTES_PER_SECOND = {
-    **{f"{prefix}bit": factor / 8 for prefix, factor in (("K", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12))},
-    **{f"{prefix}B": factor for prefix, factor in (("K", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12))},
+    **{f"{prefix}bit": factor / 8 for prefix, factor in _PREFIXES.items()},
+    **{f"{prefix}B": factor for prefix, factor in _PREFIXES.items()},
 }
 _NUMBER = r"(\d+(?:\.\d+)?)"
-#: No picture is larger in any direction, and no benchmark needs more of anything.
+#: The largest accepted size, count or number of ranks.
 MOST = 2**20
 
 
 @dataclass(frozen=True)
-class Network:
-    """A network between ranks: what a message costs, and how fast its bytes travel."""
+class Interconnect:
+    """The connection between hosts: the latency of a message, and the bandwidth."""
 
     latency_seconds: float
     bytes_per_second: float
@@ -36,8 +36,8 @@ class Network:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What to measure; the defaults take about a minute on two cores."""
+class BenchSettings:
+    """The settings of a benchmark. With the defaults it takes about a minute on two cores."""
 
     model: str = "simple_convnet"
     """Network to train; or your own file.py:function or package.module:function."""
@@ -67,7 +67,7 @@ class Settings:
     """Measure each layer, and the matrix products of this machine for comparison."""
     communication: bool = False
     """Measure the reduction of several sizes, and MPI's Allreduce for comparison."""
-    network: Network | None = None
+    interconnect: Interconnect | None = None
     """Latency and bandwidth of another interconnect, to predict up to 1,024 ranks on it; by default the measured
     ones."""
     out: Path | None = None
@@ -75,8 +75,8 @@ class Settings:
     trace: Path | None = None
     """JSON file for the times in which each rank computed, reduced and waited; view it in ui.perfetto.dev."""
 
-    def checked(self) -> Settings:
-        """Return the settings; raise `UserError` for one that cannot be."""
+    def checked(self) -> BenchSettings:
+        """Return the settings; raise `UserError` if one is invalid."""
         check_model_name(self.model)
         for kind, name, known in (
             ("dataset", self.dataset or DATASETS[0], DATASETS),
@@ -96,45 +96,52 @@ class Settings:
         ):
             if not 1 <= value <= MOST:
                 raise UserError(f"{flag} must be at least 1 and at most {MOST}, not {value}")
-        if self.micro_batch_size > self.batch_size:
-            raise UserError(
+        for is_wrong, message in (
+            (
+                self.micro_batch_size > self.batch_size,
                 f"--micro-batch-size {self.micro_batch_size} is larger than --batch-size {self.batch_size}: "
-                "give a smaller one or a larger batch"
-            )
-        if self.batch_size % self.micro_batch_size:
-            raise UserError(
+                "give a smaller one or a larger batch",
+            ),
+            (
+                self.batch_size % self.micro_batch_size,
                 f"--batch-size {self.batch_size} is not a multiple of --micro-batch-size {self.micro_batch_size}: "
-                "ranks could not be given equal work; give a multiple"
-            )
-        if not (SCALINGS[self.scaling] or self.layers or self.communication):
-            raise UserError("--scaling none leaves nothing to measure: give --layers or --communication too")
-        self._refuse_without_effect()
-        if "\0" in f"{self.data_dir}{self.out}{self.trace}":
-            raise UserError("a path holds a NUL character: no file can have this name")
+                "the ranks cannot share it equally; give a multiple",
+            ),
+            (
+                not (SCALINGS[self.scaling] or self.layers or self.communication),
+                "--scaling none leaves nothing to measure: give --layers or --communication too",
+            ),
+            (
+                self.interconnect is not None and not SCALINGS[self.scaling],
+                "--network predicts --scaling, which is none: leave one of them out",
+            ),
+            (
+                self.data_dir is not None and not (self.dataset and reads_data_dir(self.dataset)),
+                "--data-dir has no effect without --dataset mnist: give that too, or leave it out",
+            ),
+            (
+                "\0" in f"{self.data_dir}{self.out}{self.trace}",
+                "a path contains a NUL character: no file can have this name; give another path",
+            ),
+        ):
+            if is_wrong:
+                raise UserError(message)
         return self
-
-    def _refuse_without_effect(self) -> None:
-        """Raise `UserError` for a setting that does nothing beside the others."""
-        if self.network is not None and not SCALINGS[self.scaling]:
-            raise UserError("--network is what --scaling is projected to, which is none: leave one of them out")
-        if self.data_dir is not None and not (self.dataset and reads_data_dir(self.dataset)):
-            raise UserError("--data-dir does nothing without --dataset mnist: give that too, or leave it out")
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of the batch of strong scaling."""
+        """Number of micro-batches in the batch."""
         return self.batch_size // self.micro_batch_size
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings as plain values."""
-        return {
-            **{name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()},
-            "network": None if self.network is None else vars(self.network),
-        }
+        """Return the settings as JSON values."""
+        values = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
+        interconnect = values.pop("interconnect")
+        return values | {"network": None if interconnect is None else vars(interconnect)}
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
-    """Return (H, W, C) of a text like ``28x28x1``; raise `UserError` otherwise.
+    """Return (H, W, C) of a text such as ``28x28x1``, or raise `UserError`.
 
     >>> parse_shape("28x28x1")
     (28, 28, 1)
@@ -146,7 +153,7 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 
 
 def parse_ranks(text: str) -> tuple[int, ...]:
-    """Return the numbers of ranks of a text like ``1,2,4``, ascending; raise `UserError` otherwise.
+    """Return the numbers of ranks in a text such as ``1,2,4``, in ascending order, or raise `UserError`.
 
     >>> parse_ranks("4,1,2")
     (1, 2, 4)
@@ -156,28 +163,28 @@ def parse_ranks(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(number) for number in text.split(",")}))
 
 
-def parse_network(text: str) -> Network:
-    """Return the network of a text like ``10us,10Gbit``; raise `UserError` otherwise.
+def parse_interconnect(text: str) -> Interconnect:
+    """Return the interconnect that a text such as ``10us,10Gbit`` describes, or raise `UserError`.
 
-    >>> parse_network("10us,10Gbit")
-    Network(latency_seconds=1e-05, bytes_per_second=1250000000.0)
+    >>> parse_interconnect("10us,10Gbit")
+    Interconnect(latency_seconds=1e-05, bytes_per_second=1250000000.0)
     """
     match = re.fullmatch(rf"{_NUMBER}(s|ms|us|µs|ns),{_NUMBER}([KMGT](?:bit|B))(?:/s)?", text.replace(" ", ""))
     if match is None or not float(match[3]):
         raise UserError(
             f"--network {text[:80]!r}: expected latency and bandwidth, such as 10us,10Gbit; "
-            "units s, ms, us, ns, and Kbit, Mbit, Gbit, Tbit or KB, MB, GB, TB a second"
+            "units s, ms, us, ns, and Kbit, Mbit, Gbit, Tbit or KB, MB, GB, TB per second"
         )
     latency = float(f"{float(match[1]) * _SECONDS[match[2]]:.12g}")
-    return Network(latency, float(match[3]) * _BYTES_PER_SECOND[match[4]])
+    return Interconnect(latency, float(match[3]) * _BYTES_PER_SECOND[match[4]])
 
 
-def sweep(given: Sequence[int] | None, world_size: int) -> tuple[int, ...]:
-    """Return the numbers of ranks to measure: those given and 1, or 1, 2, 4 … and all.
+def rank_counts(given: Sequence[int] | None, world_size: int) -> tuple[int, ...]:
+    """Return the numbers of ranks to measure: 1 and the given ones, or by default 1, 2, 4 … and all.
 
-    Raises `UserError` where more are asked than there are.
+    Raises `UserError` if the job has fewer ranks than a given number.
 
-    >>> sweep(None, 6), sweep([3], 4)
+    >>> rank_counts(None, 6), rank_counts([3], 4)
     ((1, 2, 4, 6), (1, 3))
     """
     if given is None:

@@ -1,4 +1,4 @@
-"""What a person reads of a benchmark: tables as lines of text, and the data of the chart. Pure functions."""
+"""The tables that a benchmark prints, as lines of text. Pure functions."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
-from distdl.bench.chart import ChartPoint, Line
-from distdl.bench.communication import Timed
+from distdl.bench.communication import ReductionTimes
 from distdl.bench.layers import LayerTimes, TimedPass
-from distdl.bench.measure import Measured
-from distdl.bench.projection import Check, Model, projected_ranks
+from distdl.bench.measure import MeasuredCase
+from distdl.bench.projection import CostModel, FitCheck, projected_ranks
 
 MARK = "*"
-#: A model that is off by more than this is of little use.
+#: A model with a larger relative error is of little use.
 POOR_FIT = 0.25
-FOOTNOTE = f"{MARK} more ranks than cores: they share cores, so this shows what that costs and not how it scales"
+FOOTNOTE = f"{MARK} more ranks than cores: the ranks share cores, so this shows the cost of sharing, not the scaling"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 0) -> list[str]:
-    """Return lines with columns as wide as need be, set to the right but for the first `left` ones.
+    """Return the lines of a table; the first `left` columns are aligned to the left, the others to the right.
 
     >>> table(["name", "n"], [["a", "10"], ["bcd", "9"]], left=1)
     ['  name   n', '  a     10', '  bcd    9']
@@ -36,19 +35,19 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 0) 
     ]
 
 
-def base_rate(measured: Sequence[Measured], kind: str) -> float:
-    """Return the median samples a second of one rank, which speed-ups are relative to."""
-    one = next(one for one in measured if one.setup.kind == kind and one.setup.ranks == 1)
+def base_rate(measured: Sequence[MeasuredCase], kind: str) -> float:
+    """Return the median samples per second of one rank; speed-ups are relative to it."""
+    one = next(one for one in measured if one.case.kind == kind and one.case.ranks == 1)
     return statistics.median(one.rates())
 
 
-def scaling_table(measured: Sequence[Measured], kind: str) -> list[str]:
+def scaling_table(measured: Sequence[MeasuredCase], kind: str) -> list[str]:
     """Return the table of one kind of scaling."""
-    ours = [one for one in measured if one.setup.kind == kind]
+    ours = [one for one in measured if one.case.kind == kind]
     base = base_rate(measured, kind)
     rows = []
     for one in ours:
-        rates, ranks = one.rates(), one.setup.ranks
+        rates, ranks = one.rates(), one.case.ranks
         speedup = statistics.median(rates) / base
         rows.append(
             [
@@ -57,64 +56,55 @@ def scaling_table(measured: Sequence[Measured], kind: str) -> list[str]:
                 f"{min(rates):,.0f} .. {max(rates):,.0f}",
                 f"{speedup:.2f}",
                 f"{speedup / ranks:.0%}",
-                *(f"{share:.1%}" for share in one.shares()),
+                *(f"{share:.1%}" for share in one.shares().values()),
                 f"rank {one.slowest()}" if ranks > 1 else "",
             ]
         )
     head = ["ranks ", "samples/s", "spread", "speed-up", "efficiency", "compute", "reduction", "wait", "slowest"]
-    first = ours[0].setup
-    batch = f"batch {first.batch_size}" + (" a rank" if kind == "weak" else "")
+    first = ours[0].case
+    batch = f"batch {first.batch_size}" + (" per rank" if kind == "weak" else "")
     lines = [f"{kind} scaling, {batch}", *table(head, rows)]
     return [*lines, f"  {FOOTNOTE}"] if any(one.oversubscribed for one in ours) else lines
 
 
-def same_bits(measured: Sequence[Measured], reduction: str) -> str | None:
-    """Return a line that says whether strong scaling ended with the same weights on all ranks; None if it is moot."""
-    ours = [one for one in measured if one.setup.kind == "strong"]
+def same_bits(measured: Sequence[MeasuredCase], reduction: str) -> str | None:
+    """Return a line that says whether strong scaling ended with the same weights; None if nothing is promised."""
+    ours = [one for one in measured if one.case.kind == "strong"]
     if len(ours) < 2 or reduction != "tree":
         return None
-    receipts = {sample.weights_sha256 for one in ours for sample in one.samples}
-    ranks = ", ".join(str(one.setup.ranks) for one in ours)
+    receipts = {run.weights_sha256 for one in ours for run in one.measurements}
+    ranks = ", ".join(str(one.case.ranks) for one in ours)
     if len(receipts) == 1:
         return f"same bits: strong scaling ended with the same weights on {ranks} ranks, sha256 {receipts.pop()[:16]}"
     return f"DIFFERENT BITS: strong scaling ended with {len(receipts)} different weights on {ranks} ranks"
 
 
 def layers_table(times: LayerTimes) -> list[str]:
-    """Return the table of parts of the network, forward and backward."""
+    """Return the table of the parts of the network, forward and backward."""
+
+    def share(seconds: float) -> list[str]:
+        return [_milliseconds(seconds), f"{seconds / times.seconds:.1%}"]
+
     rows = []
     for part in times.parts:
-        cells = [part.name, part.description]
-        for one in (part.forward, part.backward):
-            cells += [_milliseconds(one.seconds), f"{one.seconds / times.seconds:.1%}", *_rates(one)]
-        rows.append(cells)
+        passes = (part.forward, part.backward)
+        rows.append(
+            [part.name, part.description, *(cell for one in passes for cell in [*share(one.seconds), *_rates(one)])]
+        )
     forward = sum(part.forward.seconds for part in times.parts)
     backward = sum(part.backward.seconds for part in times.parts)
-    rows.append(
-        [
-            "network",
-            "all of it",
-            *(
-                cell
-                for one in (forward, backward)
-                for cell in (_milliseconds(one), f"{one / times.seconds:.1%}", "", "")
-            ),
-        ]
-    )
+    rows.append(["network", "all parts", *share(forward), "", "", *share(backward), "", ""])
     columns = ["ms", "share", "GFLOP/s", "sgemm"]
+    rest = {
+        "loss": times.loss_seconds,
+        "partial sums and images": times.outside_seconds,
+        "its part of the update": times.update_seconds,
+    }
     return [
-        f"layers: one micro-batch of {times.samples} on one rank, {_milliseconds(times.seconds)} ms in all; "
+        f"layers: one micro-batch of {times.samples} on one rank, {_milliseconds(times.seconds)} ms in total; "
         "forward, then backward",
         *table(["part", "", *columns, *columns], rows, left=2),
-        "  besides: "
-        + " · ".join(
-            f"{what} {_milliseconds(seconds)} ms ({seconds / times.seconds:.1%})"
-            for what, seconds in (
-                ("loss", times.loss_seconds),
-                ("partial sums and pictures", times.outside_seconds),
-                ("its part of the update", times.update_seconds),
-            )
-        ),
+        "  also: " + " · ".join("{} {} ms ({})".format(name, *share(seconds)) for name, seconds in rest.items()),
         "  sgemm: the same matrix products alone, in GFLOP/s",
     ]
 
@@ -128,10 +118,10 @@ def _rates(one: TimedPass) -> list[str]:
     return ["" if rate is None else f"{rate / 1e9:.1f}" for rate in rates]
 
 
-def communication_table(timed: Sequence[Timed], agreements: Mapping[int, float]) -> list[str]:
+def communication_table(times: Sequence[ReductionTimes], agreements: Mapping[int, float]) -> list[str]:
     """Return a table of the reductions by size for each number of ranks, and the seconds of an agreement by ranks."""
-    lines = []
-    for ranks, group in groupby(timed, lambda one: one.ranks):
+    lines = [] if times else ["reduction of a vector: not measured, because there is only one rank"]
+    for ranks, group in groupby(times, lambda one: one.ranks):
         rows = []
         ours = list(group)
         names = list(ours[0].seconds)
@@ -145,24 +135,16 @@ def communication_table(timed: Sequence[Timed], agreements: Mapping[int, float])
         mark = MARK if ours[0].oversubscribed else ""
         head = ["bytes", *(cell for name in names for cell in (f"{name} us", "GB/s")), f"{names[0]} / allreduce"]
         lines += [f"reduction of a vector over {ranks}{mark} ranks", *table(head, rows)]
-    if not timed:
-        lines.append("reduction of a vector: there is but one rank")
-    if any(one.oversubscribed for one in timed):
+    if any(one.oversubscribed for one in times):
         lines.append(f"  {FOOTNOTE}")
-    lines += [
-        f"agreement of {ranks} ranks, one a step: {seconds * 1e6:,.1f} us" for ranks, seconds in agreements.items()
+    return lines + [
+        f"agreement of {ranks} ranks, one per step: {seconds * 1e6:,.1f} us" for ranks, seconds in agreements.items()
     ]
-    return lines
 
 
-def fit_lines(model: Model, checks: Sequence[Check]) -> list[str]:
-    """Return what was fitted, and how well it fits."""
+def fit_lines(model: CostModel, checks: Sequence[FitCheck]) -> list[str]:
+    """Return the fitted numbers and the errors of the fit."""
     bandwidth = f"{1 / model.byte_seconds / 1e9:.2f} GB/s" if model.byte_seconds else "unlimited"
-    lines = [
-        f"model: {model.once_seconds * 1e3:.3f} ms + {model.micro_batch_seconds * 1e3:.3f} ms a micro-batch · "
-        f"latency {model.latency_seconds * 1e6:.1f} us · bandwidth {bandwidth} · "
-        f"deviation of compute {model.deviation:.1%}"
-    ]
     rows = [
         [
             one.point.kind,
@@ -175,19 +157,26 @@ def fit_lines(model: Model, checks: Sequence[Check]) -> list[str]:
         ]
         for one in checks
     ]
-    lines += table(["scaling", "ranks", "measured ms", "fitted ms", "off", "left out ms", "off"], rows, left=1)
+    lines = [
+        f"model: {model.once_seconds * 1e3:.3f} ms + {model.micro_batch_seconds * 1e3:.3f} ms per micro-batch · "
+        f"latency {model.latency_seconds * 1e6:.1f} us · bandwidth {bandwidth} · "
+        f"deviation of compute {model.deviation:.1%}",
+        *table(["scaling", "ranks", "measured ms", "fitted ms", "error", "left out ms", "error"], rows, left=1),
+    ]
     errors = [abs(one.fitted_error) for one in checks]
     left_out = [abs(one.left_out_error) for one in checks if one.left_out_error is not None]
-    for what, found in (("the fit", errors), ("a fit that has not seen the point", left_out)):
+    for what, found in (("the fit", errors), ("a fit without the predicted point", left_out)):
         if found:
-            lines.append(f"  {what} is off by {statistics.median(found):.1%} (median), {max(found):.1%} at worst")
+            lines.append(f"  error of {what}: {statistics.median(found):.1%} (median), {max(found):.1%} (largest)")
     if max([*errors, *left_out], default=0.0) > POOR_FIT:
-        lines.append("  THE FIT IS POOR: rely on no prediction below; other work on the cores is the usual reason")
+        lines.append(
+            "  THE FIT IS POOR: do not rely on the predictions below; other work on the cores is a usual cause"
+        )
     return lines
 
 
-def projection_table(batch: tuple[int, int], model: Model, kind: str, where: str) -> list[str]:
-    """Return what the model predicts of one kind of scaling; it says so in its heading."""
+def projection_table(batch: tuple[int, int], model: CostModel, kind: str, projected_over: str) -> list[str]:
+    """Return the predictions for one kind of scaling; `batch` is (samples, micro-batches) of one rank."""
     samples, micro_batches = batch
     rows = []
     for ranks, speedup in predicted_speedups(batch, model, kind):
@@ -203,11 +192,11 @@ def projection_table(batch: tuple[int, int], model: Model, kind: str, where: str
             ]
         )
     head = ["ranks", "samples/s", "speed-up", "efficiency", "compute", "reduction", "wait"]
-    return [f"{kind} scaling, PREDICTED, not measured: one rank a core, {where}", *table(head, rows)]
+    return [f"{kind} scaling, PREDICTED, not measured: one rank per core, {projected_over}", *table(head, rows)]
 
 
-def predicted_speedups(batch: tuple[int, int], model: Model, kind: str) -> list[tuple[int, float]]:
-    """Return (ranks, speed-up over one rank), both as the model has it; `batch` is (samples, micro-batches)."""
+def predicted_speedups(batch: tuple[int, int], model: CostModel, kind: str) -> list[tuple[int, float]]:
+    """Return the predicted (ranks, speed-up over the predicted one rank)."""
     micro_batches = batch[1]
     one = model.step(1, micro_batches).seconds
     found = []
@@ -215,19 +204,3 @@ def predicted_speedups(batch: tuple[int, int], model: Model, kind: str) -> list[
         factor = ranks if kind == "weak" else 1
         found.append((ranks, factor * one / model.step(ranks, micro_batches * factor).seconds))
     return found
-
-
-def chart_lines(
-    measured: Sequence[Measured], kinds: Sequence[str], batch: tuple[int, int], model: Model | None
-) -> list[Line]:
-    """Return the lines of the chart."""
-    lines = []
-    for kind in kinds:
-        base = base_rate(measured, kind)
-        points = []
-        for one in measured:
-            if one.setup.kind == kind:
-                speedups = [rate / base for rate in one.rates()]
-                points.append(ChartPoint(one.setup.ranks, statistics.median(speedups), min(speedups), max(speedups)))
-        lines.append(Line(kind, points, () if model is None else predicted_speedups(batch, model, kind)))
-    return lines

@@ -1,12 +1,13 @@
-"""From files to rows of pixels: sources, split and order, augmentation, normalization.
+"""Data, from the bytes of a source to the micro-batches of a network.
 
-    sources          the data sets by name: bytes from files or the network into one `Dataset`
-    idx              the IDX format of MNIST, read without trusting it
-    split            which rows train, validate and test, and in which order: pure index arithmetic
-    augmentation     training images changed at random, from keys that name no rank
-    normalization    mean and deviation per channel, measured on the training part alone
+    sources          the datasets by name
+    dataset          `Dataset`, and `PreparedDataset`, the form that every rank has
+    split            the rows of each part and their order: index arithmetic
+    normalization    mean and deviation of each channel, measured on the training part
+    augmentation     random changes of training images; the keys name no rank
+    micro_batches    the images and labels of a micro-batch
 
-Nothing here knows ranks, networks or configuration.
+This package knows no ranks, networks or configuration.
 """
 
 from distdl.data.dataset import Dataset, PreparedDataset

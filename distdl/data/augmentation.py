@@ -1,17 +1,18 @@
-"""Images changed at random in training, so that a network sees more of them than there are (section 8.1.2).
+"""Random changes of training images, which give a network more images than the dataset has (section 8.1.2).
 
-What is drawn for an image are the numbers of one affine map (mirrored, then turned and enlarged about the center, then
-moved) and a factor of brightness. For each pixel of the new image the map is followed backwards to a place in the old
-one, and the value there is the bilinear mean of the four pixels around it. Beyond the edge is background: zeros, as
-pixels are before they are normalized.
+For each image one affine map is drawn (mirror, then turn and enlarge about the center, then move), and a factor of
+brightness. A pixel of the new image is mapped back to a place in the old image. Its value is the bilinear mean of the
+four pixels around that place. The background beyond the edge is zero before normalization.
 
-Places are kept in fixed point, in steps of 1/256 of a pixel. So weights are whole numbers of 1/256: means of bytes are
-exact, no mean leaves the range of its four pixels, and turns by 90 degrees, mirrorings and moves by whole pixels copy.
+Places are fixed-point numbers in steps of 1/256 pixel. So the weights are multiples of 1/256:
 
-Labels of pixels are moved by the same map, from the nearest pixel; what comes from beyond the edge has `NO_LABEL`, and
-counts neither in loss nor accuracy.
+- means of bytes are exact, and stay within the range of the four pixels;
+- turns by 90 degrees, mirroring and moves by whole pixels copy the pixels.
 
-The random numbers come from a key that names seed, step and micro-batch, never from a rank.
+Labels of pixels move by the same map, from the nearest pixel. A label from beyond the edge becomes `NO_LABEL`, which
+counts neither in the loss nor in the accuracy.
+
+The random numbers come from a key that names seed, step and micro-batch, never a rank.
 
 Dimensions: N samples, H height, W width, C channels; y grows downward, x to the right.
 """
@@ -29,15 +30,15 @@ from distdl.rng import Key
 from distdl.transforms import Transforms
 
 STEPS_PER_PIXEL = 256
-#: Pixels of background kept around an image: one before it, two behind it, so that each place has four pixels around.
+#: Pixels of background before an image, and before and after it together. So each place has four pixels around it.
 BEFORE, AROUND = 1, 3
-#: Random numbers of an image. All are drawn whatever is asked for, so one transform more leaves the others as they are.
+#: Random numbers of an image. All are always drawn, so that one more transform does not change the others.
 NUMBERS = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """What is done to each of N images; all (N,) float64."""
+    """The changes of N images; all (N,) float64."""
 
     angle: NDArray[np.float64]
     """Radians, counterclockwise."""
@@ -46,12 +47,12 @@ class Draws:
     """Pixels."""
     right: NDArray[np.float64]
     mirror: NDArray[np.float64]
-    """-1 where the image is mirrored left to right, else 1."""
+    """-1 if the image is mirrored left to right, else 1."""
     brightness: NDArray[np.float64]
 
 
 class Augmentation:
-    """Changes the images of a micro-batch as `transforms` says; keeps work arrays for each number of samples.
+    """Changes the images of a micro-batch by `transforms`; keeps work arrays for each number of samples.
 
     >>> flip = Augmentation.parse("flip,crop=1")
     >>> images = np.arange(8, dtype=np.uint8).reshape(2, 2, 2, 1)
@@ -66,28 +67,28 @@ class Augmentation:
 
     @staticmethod
     def parse(text: str) -> Augmentation:
-        """Return what a text such as ``rotate=10,shift=2,flip`` asks for; see `Transforms` for names and units.
+        """Return the augmentation for a text such as ``rotate=10,shift=2,flip``: see `Transforms.parse`.
 
-        Raises `UserError`, in one line that names the part at fault.
+        Raises `UserError`, which names the wrong part.
         """
         return Augmentation(Transforms.parse(text))
 
     def apply(self, images: NDArray[Any], key: Key, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """Return the changed images (N, H, W, C) float32, in `out` where it is given: a function of images and key.
+        """Return the changed images (N, H, W, C) float32, in `out` if it is given: a function of images and key.
 
-        `images` (N, H, W, C) are uint8 or float32, not yet normalized, and stay as they are unless they are `out`.
+        `images` (N, H, W, C) are uint8 or float32, not yet normalized. They stay unchanged unless they are `out`.
         """
         return self.change(images, self.draw(key, len(images)), out)
 
     def apply_to_labels(self, labels: NDArray[np.int64], key: Key) -> NDArray[np.int64]:
-        """Return the labels of pixels (N, H, W), moved as `apply` moves the pixels of images with the same key.
+        """Return the labels of pixels (N, H, W), moved as `apply` moves the images with the same key.
 
-        Each is that of the nearest pixel; where that lies outside of the image, it is `NO_LABEL`.
+        Each is the label of the nearest pixel, or `NO_LABEL` if that is outside of the image.
         """
         return self.move_labels(labels, self.draw(key, len(labels))) if self.transforms.moves else labels
 
     def move_labels(self, labels: NDArray[np.int64], draws: Draws) -> NDArray[np.int64]:
-        """Return the labels moved as drawn, as `apply_to_labels` does."""
+        """Return the labels, moved by the given draws."""
         N, H, W = labels.shape
         row_y, column_y, row_x, column_x = _places(draws, H, W)
         y, x = ((terms + STEPS_PER_PIXEL // 2) // STEPS_PER_PIXEL for terms in (row_y + column_y, row_x + column_x))
@@ -96,12 +97,12 @@ class Augmentation:
         return np.where(inside, labels.reshape(-1).take(places, mode="clip"), NO_LABEL)
 
     def draw(self, key: Key, count: int) -> Draws:
-        """Return what is to be done to so many images; all numbers are uniform within what was asked for."""
+        """Return random changes for `count` images, uniform within the limits of `transforms`."""
         asked = self.transforms
         turn, grow, down, right, crop_y, crop_x, mirror, brighten = (
             key.uniform(count * NUMBERS).reshape(count, NUMBERS).T
         )
-        pieces = 2 * asked.crop + 1  # places along an axis that a piece can be cut from
+        pieces = 2 * asked.crop + 1  # positions of a piece along an axis
         return Draws(
             angle=np.deg2rad(asked.rotate * (2 * turn - 1)),
             scale=1 + asked.scale * (2 * grow - 1),
@@ -112,7 +113,7 @@ class Augmentation:
         )
 
     def change(self, images: NDArray[Any], draws: Draws, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """Return the images changed as drawn, as `apply` does."""
+        """Return the images (N, H, W, C) float32, changed by the given draws, in `out` if it is given."""
         if out is None:
             out = np.empty(images.shape, np.float32)
         moved = self._moved(images, draws) if self.transforms.moves else images
@@ -137,7 +138,7 @@ class Augmentation:
             work.parts(y, work.part_y)
             work.parts(x, work.part_x)
 
-        # Where the upper left of the four pixels is in all framed images, one after the other.
+        # The index of the upper left of the four pixels, in the sequence of all framed images.
         line = W + AROUND
         y //= STEPS_PER_PIXEL
         x //= STEPS_PER_PIXEL
@@ -147,7 +148,7 @@ class Augmentation:
         work.index += work.first
         pixels, places = work.framed.reshape(-1, C), work.index.reshape(-1)
         upper, upper_right, lower, lower_right = work.corners
-        np.take(pixels, places, axis=0, out=upper, mode="wrap")  # the mode that needs no copy; none wraps
+        np.take(pixels, places, axis=0, out=upper, mode="wrap")  # no index wraps; the mode "raise" would copy
         if between:
             np.take(pixels[1:], places, axis=0, out=upper_right, mode="wrap")
             np.take(pixels[line:], places, axis=0, out=lower, mode="wrap")
@@ -159,9 +160,9 @@ class Augmentation:
 
 
 def _places(draws: Draws, H: int, W: int) -> tuple[NDArray[np.int32], ...]:
-    """Return where each pixel's value comes from, in steps: terms y (N, H, 1) and (N, 1, W), then x the same.
+    """Return the place that each pixel is mapped back to, in steps: terms of y, (N, H, 1) and (N, 1, W); then of x.
 
-    A place is the sum of a term of the pixel's row and one of its column.
+    A place is the sum of a term of the pixel's row and a term of its column.
     """
     center_y, center_x = (H - 1) / 2, (W - 1) / 2
     angle, scale, mirror = (each[:, None, None] for each in (draws.angle, draws.scale, draws.mirror))
@@ -177,18 +178,18 @@ def _places(draws: Draws, H: int, W: int) -> tuple[NDArray[np.int32], ...]:
 
 
 def _in_steps(pixels: NDArray[np.float64]) -> NDArray[np.int32]:
-    return np.rint(pixels * STEPS_PER_PIXEL).astype(np.int32)  # which holds eight million pixels each way
+    return np.rint(pixels * STEPS_PER_PIXEL).astype(np.int32)  # the range is eight million pixels each way
 
 
 def _mean(first: NDArray[np.float32], second: NDArray[np.float32], part: NDArray[np.float32]) -> None:
-    """Put ``first + part (second - first)`` into the first, and overwrite the second."""
+    """Write ``first + part (second - first)`` into `first`; overwrite `second`."""
     second -= first
     second *= part
     first += second
 
 
 class _Work:
-    """Arrays made once for images (N, H, W, C)."""
+    """Work arrays for images (N, H, W, C)."""
 
     def __init__(self, N: int, H: int, W: int, C: int) -> None:
         frame = (H + AROUND) * (W + AROUND)
@@ -200,7 +201,7 @@ class _Work:
         self.corners = [aligned_empty((N * H * W, C), np.float32) for _ in range(4)]
 
     def parts(self, places: NDArray[np.int32], part: NDArray[np.float32]) -> None:
-        """Set `part` to how far each place lies beyond a whole pixel, 0 .. 255/256."""
+        """Set `part` to the fraction of a pixel in each place, 0 .. 255/256."""
         np.bitwise_and(places, STEPS_PER_PIXEL - 1, out=self.rest)
         part[...] = self.rest.reshape(-1, 1)
         part *= np.float32(1 / STEPS_PER_PIXEL)

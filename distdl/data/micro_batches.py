@@ -18,7 +18,7 @@ from distdl.rng import Key
 
 
 class MicroBatches:
-    """Loads micro-batches of a dataset into buffers that it keeps: one for each number of samples."""
+    """Loads micro-batches of a dataset into buffers that it keeps, for each number of samples."""
 
     def __init__(
         self, dataset: PreparedDataset, micro_batch_size: int, augmentation: Augmentation | None = None
@@ -26,7 +26,9 @@ class MicroBatches:
         self.dataset = dataset
         self.micro_batch_size = micro_batch_size
         self.augmentation = augmentation
-        self._buffers: dict[int, NDArray[np.float32]] = {}
+        #: The number of micro-batches loaded so far.
+        self.loaded = 0
+        self._buffers: dict[int, tuple[NDArray[Any], NDArray[np.float32]]] = {}
 
     def count(self, samples: int) -> int:
         """Return the number of micro-batches in a batch of so many samples; the last one may be ragged."""
@@ -38,13 +40,18 @@ class MicroBatches:
         With a key the images are augmented, and labels of pixels move along. The next call with the same N
         overwrites the images.
         """
+        self.loaded += 1
         rows = micro_batch(rows, index, self.micro_batch_size)
-        images, labels = self.dataset.images[rows], self.dataset.labels[rows]
+        dataset = self.dataset
         if len(rows) not in self._buffers:
-            self._buffers[len(rows)] = aligned_empty(images.shape)
-        out = self._buffers[len(rows)]
+            shape = (len(rows), *dataset.images.shape[1:])
+            self._buffers[len(rows)] = aligned_empty(shape, dataset.images.dtype), aligned_empty(shape)
+        pixels, out = self._buffers[len(rows)]
+        # The modes but "raise" write without a temporary copy. No row is out of range.
+        images = np.take(dataset.images, rows, axis=0, out=pixels, mode="clip")
+        labels = dataset.labels[rows]
         if key is not None and self.augmentation is not None:
             images = self.augmentation.apply(images, key, out=out)
             if labels.ndim == 3:
                 labels = self.augmentation.apply_to_labels(labels, key)
-        return self.dataset.normalization.apply(images, out=out), labels
+        return dataset.normalization.apply(images, out=out), labels

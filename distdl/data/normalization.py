@@ -1,7 +1,7 @@
-"""Mean and deviation of each channel, measured on the training part alone, and their use.
+"""Mean and deviation of each channel, measured on the training part alone.
 
-The measure must not depend on who takes it: of bytes it is exact, from integer sums alone. Applying it is one
-subtraction and one division per pixel, so that a row gets the same bits whatever rows stand beside it.
+For bytes the measurement is exact: it uses integer sums alone. To apply it takes one subtraction and one division for
+each pixel. So a row gets the same bits in every batch.
 
 Dimensions: N samples, H height, W width, C channels; n rows of a block.
 """
@@ -29,9 +29,9 @@ class Normalization:
     deviation: NDArray[np.float32]
 
     def apply(self, images: NDArray[Any], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """Return the normalized images (n, H, W, C) float32, in `out` where it is given.
+        """Return the normalized images (n, H, W, C) float32, in `out` if it is given.
 
-        `images` are (n, H, W, C), uint8 or float32, and stay as they are.
+        `images` are (n, H, W, C), uint8 or float32, and stay unchanged.
 
         >>> ones = np.ones(1, np.float32)
         >>> Normalization(mean=ones, deviation=2 * ones).apply(np.full((1, 1, 2, 1), 7, np.uint8)).ravel()
@@ -44,26 +44,26 @@ class Normalization:
 
 
 def measure(images: NDArray[Any], rows: NDArray[np.int64]) -> Normalization:
-    """Return mean and deviation of each channel over the given rows of `images` (N, H, W, C).
+    """Return mean and deviation of each channel over the given rows of `images` (N, H, W, C), uint8 or float32.
 
-    ``mean = Σx / m`` and ``deviation = √(Σ(x - mean)² / m)`` over the m pixels of a channel. `images` are
-    uint8 or float32; of uint8 both sums are exact. A constant channel gets deviation 1, so it becomes zero.
-    Images are read block by block, so memory stays small whatever the size of the set.
+    ``mean = Σx / m`` and ``deviation = √(Σ(x - mean)² / m)`` over the m pixels of a channel. For uint8 both sums are
+    exact. A constant channel gets deviation 1, so it becomes zero. The images are read block by block; memory stays
+    small for a dataset of any size.
 
-    Raises `UserError` where a pixel is not a finite number.
+    Raises `UserError` if a pixel is not a finite number.
     """
     moments = _moments_of_bytes if images.dtype == np.uint8 else _moments_of_floats
-    with np.errstate(invalid="ignore"):  # of infinite pixels, which are refused below
+    with np.errstate(invalid="ignore"):  # infinite pixels are refused below
         mean, variance = moments(images, rows)
     if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
-        raise UserError("the images hold NaN or infinite pixels: expected finite numbers; mend the data set")
+        raise UserError("the images hold NaN or infinite pixels: expected finite numbers; correct the dataset")
     deviation = np.sqrt(variance).astype(np.float32)
     deviation[deviation == 0] = 1
     return Normalization(mean.astype(np.float32), deviation)
 
 
 def _blocks(images: NDArray[Any], rows: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
-    """Yield the given rows as blocks (n·H·W, C), of some million elements at most or of one image."""
+    """Yield the given rows as blocks (n·H·W, C): one image, or as many as fit into `BLOCK_ELEMENTS`."""
     channels = images.shape[-1]
     size = max(1, BLOCK_ELEMENTS // math.prod(images.shape[1:]))
     for start in range(0, len(rows), size):
@@ -73,13 +73,13 @@ def _blocks(images: NDArray[Any], rows: NDArray[np.int64]) -> Iterator[NDArray[A
 def _moments_of_bytes(
     images: NDArray[np.uint8], rows: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return mean and variance, each rounded once, from the histogram of each channel."""
+    """Return mean and variance from the histogram of each channel; each is rounded once."""
     histograms = np.zeros((images.shape[-1], 256), np.int64)
     for block in _blocks(images, rows):
         histograms += [np.bincount(pixels, minlength=256) for pixels in block.T]
     mean, variance = [], []
     for occurrences in histograms.tolist():
-        # Python's integers do not overflow, and its division of two of them rounds once.
+        # Integers of Python do not overflow, and their division rounds once.
         count = sum(occurrences)
         total = sum(value * n for value, n in enumerate(occurrences))
         squares = sum(value * value * n for value, n in enumerate(occurrences))
@@ -93,8 +93,8 @@ def _moments_of_floats(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return mean and variance from two passes in float64.
 
-    Its 53 bits hold the sum of half a billion equal float32 numbers of 24 bits without rounding, so that the
-    variance of a constant channel is exactly zero.
+    Its 53 bits hold the sum of half a billion equal float32 numbers (24 bits) without rounding. So the variance of a
+    constant channel is exactly zero.
     """
     count = len(rows) * math.prod(images.shape[1:-1])
     mean = sum(block.sum(axis=0, dtype=np.float64) for block in _blocks(images, rows)) / count

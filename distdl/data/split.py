@@ -1,8 +1,9 @@
-"""Which rows train, validate and test, and in which order: pure index arithmetic, no pixel is touched.
+"""The rows of the training, validation and test part, and their order: pure index arithmetic.
 
-Every function gives the same answer to whoever asks, on any rank, so that nothing has to be sent.
-A row is an index into the whole data set; an order is a permutation of 0 .. count-1, that is of *positions*
-in a part: ``parts.training[order]`` are the rows of an epoch.
+Every function returns the same on every rank. So the ranks send nothing.
+
+A row is an index into the whole dataset. An order is a permutation of 0 .. count-1, the *positions* in a part. So
+``parts.training[order]`` are the rows of an epoch.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The rows of each part, ascending. Every row of the data set is in exactly one part."""
+    """The rows of each part, ascending. Every row of the dataset is in exactly one part."""
 
     training: Rows
     validation: Rows
@@ -34,14 +35,15 @@ class Split:
 
 
 def split(labels: NDArray[Any], test_start: int | None, key: Key) -> Split:
-    """Split the rows of a data set; `labels` are theirs, (N, ...).
+    """Split the rows of a dataset with these labels (N, ...).
 
-    Where the set has its own test part, rows `test_start` and on are the test part, and a tenth of the others
-    (rounded down), drawn by the seed, is the validation part. Otherwise each class is split by itself: 15 %
-    are validation, 15 % test (both rounded to the nearest, halves up), drawn by the seed, the rest training; samples
-    that have a label for each pixel, or numbers, are all of one class here.
+    - If the dataset has its own test part, that part starts at row `test_start`. A tenth of the other rows (rounded
+      down), drawn by the seed, is the validation part.
+    - Otherwise each class is split by itself: 15 % validation, 15 % test (both rounded to the nearest, halves up),
+      drawn by the seed; the rest is for training. Samples with a label for each pixel, or with numbers, count as one
+      class.
 
-    Raises `UserError` where a part would be empty.
+    Raises `UserError` if a part would be empty.
 
     >>> parts = split(np.zeros(20, np.int64), None, Key(0))
     >>> len(parts.training), len(parts.validation), len(parts.test)
@@ -51,10 +53,10 @@ def split(labels: NDArray[Any], test_start: int | None, key: Key) -> Split:
     parts = _stratified(classes, key) if test_start is None else _with_own_test(len(labels), test_start, key)
     for name, rows in (("training", parts.training), ("validation", parts.validation), ("test", parts.test)):
         if not rows.size:
-            whole = f"{len(labels)} samples" + ("" if test_start is None else f", the test part from {test_start} on")
+            whole = f"{len(labels)} samples" + ("" if test_start is None else f", the test part from row {test_start}")
             raise UserError(
-                f"the {name} part would be empty: the data set has {whole}; "
-                "expected enough for training, validation and test; give a larger data set"
+                f"the {name} part would be empty: the dataset has {whole}; "
+                "expected enough for training, validation and test; give a larger dataset"
             )
     return parts
 
@@ -91,12 +93,12 @@ def epoch_order(key: Key, epoch: int, count: int) -> Rows:
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
-    """Return how many batches `count` samples make, the ragged last one included."""
+    """Return the number of batches in `count` samples, including the ragged last one."""
     return -(-count // batch_size)
 
 
 def batch_rows(order: Rows, step_in_epoch: int, batch_size: int) -> Rows:
-    """Return the piece of the epoch's order that a step takes; the last may be ragged.
+    """Return the rows of a step's batch; the last batch may be ragged.
 
     >>> batch_rows(np.arange(10), 2, 4)
     array([8, 9])
@@ -105,10 +107,10 @@ def batch_rows(order: Rows, step_in_epoch: int, batch_size: int) -> Rows:
 
 
 def micro_batch_count(count: int, micro_batch_size: int) -> int:
-    """Return how many micro-batches a batch of `count` samples makes, the ragged last one included."""
+    """Return the number of micro-batches in a batch of `count` samples, including the ragged last one."""
     return -(-count // micro_batch_size)
 
 
 def micro_batch(rows: Rows, index: int, micro_batch_size: int) -> Rows:
-    """Return the rows of one micro-batch of a batch; the last may be ragged."""
+    """Return the rows of one micro-batch of a batch; the last micro-batch may be ragged."""
     return rows[index * micro_batch_size : (index + 1) * micro_batch_size]

@@ -1,107 +1,178 @@
-"""What is logged of a run, as every rank knows it, so that another rank can go on logging in the same files.
+"""The logbook: the records of a run, on every rank; the coordinator writes them to the run folder.
 
 The records of ``metrics.jsonl`` and ``hashes.jsonl`` are a function of the state and of sums that all ranks have.
-Where ranks may be lost, each keeps those since the last checkpoint that is known to be saved, and how long the files
-were then. A rank that takes over cuts the files to that length and appends what belongs there: whatever the
-coordinator had written when it died, the files become the same, byte for byte. ``timing.jsonl`` is the coordinator's
-alone.
+``metrics.jsonl`` holds nothing that depends on time, on the number of ranks or on interruptions. So it is the same
+file, byte for byte, however the run went. Timings go to ``timing.jsonl``, which only the coordinator has.
+
+If ranks may be lost, every rank keeps the records since the last checkpoint that is known to be saved, and the lengths
+of the files at that time. A rank that takes over cuts the files to these lengths and appends the kept records. So the
+files become the same, byte for byte, whatever the former coordinator had written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from distdl.arrays import sha256_of_arrays
 from distdl.config import TrainConfig
 from distdl.engine.checks.nonfinite import Fault
-from distdl.engine.metrics import Sums, line_of
+from distdl.engine.console import Console
+from distdl.engine.events import RunListener
+from distdl.engine.fault_injection import reached
+from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
+from distdl.engine.storage.json_lines import JsonLines, line_of
+from distdl.engine.timing.timeline import Spent
 
-#: The records of one event, each with the name of its log.
-Records = list[tuple[str, dict[str, Any]]]
 
+class Logbook(RunListener):
+    """Makes the records of a run; with `keeps` it remembers those that may not be on disk yet.
 
-class Journal:
-    """Makes the records of a run; with `keeps`, remembers those that may not be on disk yet."""
+    `open` and `reopen` give it files, on the coordinator only.
+    """
 
-    def __init__(self, config: TrainConfig, steps_per_epoch: int, *, keeps: bool) -> None:
+    def __init__(self, config: TrainConfig, steps_per_epoch: int, console: Console, *, keeps: bool) -> None:
         self.config = config
         self.steps_per_epoch = steps_per_epoch
-        self.keeps = keeps
         self.names = ["metrics", *(["hashes"] if config.record_hashes else [])]
-        #: By log: its length at the last checkpoint that is known to be saved, what came after, and how many bytes of
-        #: that came before the newest checkpoint.
+        #: By log: its length at the last checkpoint that is known to be saved, the lines since then, and how many bytes
+        #: of these lines precede the newest checkpoint.
         self.lengths = dict.fromkeys(self.names, 0)
         self.lines = dict.fromkeys(self.names, b"")
         self.marks = dict.fromkeys(self.names, 0)
+        self._keeps = keeps
+        self._console = console
+        self._files: dict[str, JsonLines] = {}
+        self._is_refused = False
 
-    def stepped(self, state: TrainingState, batch: Sums, learning_rate: float) -> Records:
-        """Return the records of a step that has just been taken."""
-        records: Records = []
+    # -- events
+
+    def stepped(self, state: TrainingState, batch: Sums, learning_rate: float) -> None:
+        """Record the step if it is due."""
         if self.config.log_every and state.step % self.config.log_every == 0:
-            record = {
+            self._metrics({"step": state.step, "epoch": self._epoch(state), **batch.named(), "lr": learning_rate})
+        self._hashes(state, batch.loss)
+
+    def skipped(self, state: TrainingState, fault: Fault) -> None:
+        """Record the step, without a loss."""
+        self._metrics(
+            {
                 "step": state.step,
-                "epoch": (state.step - 1) // self.steps_per_epoch + 1,
-                **batch.named(),
-                "lr": learning_rate,
+                "epoch": self._epoch(state),
+                "skipped": fault.what,
+                "micro_batch": fault.micro_batch,
+                "skipped_steps": state.progress.skipped_steps,
             }
-            records.append(("metrics", record))
-        return self._kept(records + self._hashes(state, batch.loss))
+        )
+        self._hashes(state, None)
 
-    def skipped(self, state: TrainingState, fault: Fault) -> Records:
-        """Return the records of a step that has just been taken without an update."""
-        record = {
-            "step": state.step,
-            "epoch": (state.step - 1) // self.steps_per_epoch + 1,
-            "skipped": fault.what,
-            "micro_batch": fault.micro_batch,
-            "skipped_steps": state.progress["skipped_steps"],
-        }
-        return self._kept([("metrics", record), *self._hashes(state, None)])
+    def epoch_ended(self, state: TrainingState, validation: Sums, spent: Spent, counted: Mapping[str, Any]) -> None:  # noqa: ARG002
+        """Record the epoch's training and validation metrics."""
+        record = {"step": state.step, "epoch": self._epoch(state)}
+        self._metrics(record | state.epoch_sums.named("train") | validation.named("validation"))
 
-    def _hashes(self, state: TrainingState, loss: float | None) -> Records:
-        if not self.config.record_hashes:
-            return []
-        hashes = {name: sha256_of_arrays([(name, array)])[:16] for name, array in state.named_arrays()}
-        return [("hashes", {"step": state.step, "loss": loss, "hashes": hashes})]
+    def tested(self, state: TrainingState, test: Sums) -> None:
+        """Record the score of the test part."""
+        self._metrics({"step": state.step, **test.named("test")})
 
-    def epoch_ended(self, state: TrainingState, validation: Sums) -> Records:
-        """Return the record of an epoch, before its sums are cleared."""
-        training = state.epoch_sums
-        record = {
-            "step": state.step,
-            "epoch": state.step // self.steps_per_epoch,
-            **training.named("train"),
-            **validation.named("validation"),
-        }
-        return self._kept([("metrics", record)])
-
-    def tested(self, state: TrainingState, test: Sums) -> Records:
-        """Return the record of the test part."""
-        record = {"step": state.step, **test.named("test")}
-        return self._kept([("metrics", record)])
-
-    def checkpointed(self, *, before_is_saved: bool) -> None:
-        """Note that a checkpoint is being written; forget what the one before has brought to disk, if it has."""
+    def checkpointed(self, *, previous_is_saved: bool) -> None:
+        """Note that a checkpoint is being written; forget the lines that the previous one has brought to disk."""
         for name in self.names:
-            if before_is_saved:
+            if previous_is_saved:
                 self.lengths[name] += self.marks[name]
                 self.lines[name] = self.lines[name][self.marks[name] :]
             self.marks[name] = len(self.lines[name])
 
+    # -- files, on the coordinator
+
+    def open(self, folder: Path, lengths: Mapping[str, int]) -> None:
+        """Open the files of a run folder, cut to the given lengths (0 for those not given). May raise `OSError`."""
+        for name in ("timing", *self.names):
+            self._files[name] = JsonLines(folder / f"{name}.jsonl", lengths.get(name, 0))
+        self.lengths = {name: self._files[name].length for name in self.names}
+
+    def reopen(self, folder: Path) -> None:
+        """Open the files of a lost coordinator, and bring them to the state of this logbook. May raise `OSError`."""
+        reached("takeover")
+        timing = folder / "timing.jsonl"
+        self._files["timing"] = JsonLines(timing, _whole_lines(timing))
+        for name in self.names:
+            reached("takeover")
+            log = JsonLines(folder / f"{name}.jsonl", self.lengths[name])
+            if log.length < self.lengths[name]:
+                self._console.warning(f"{log.path} lacks records from before the failure: it was on another host")
+            with suppress(OSError):  # lines that a full disk refuses wait in memory
+                log.append(self.lines[name])
+            self._files[name] = log
+
+    def timing(self, record: Mapping[str, Any]) -> None:
+        """Write a record to ``timing.jsonl``."""
+        self._write("timing", record)
+
+    def written_lengths(self) -> dict[str, int]:
+        """Return the length of each file, with all records written; raise `OSError` if the disk refuses them."""
+        return {name: log.written_length() for name, log in self._files.items()}
+
+    def flush_to_disk(self) -> None:
+        """Return when all files are on the disk; raise `OSError` if it refuses."""
+        for log in self._files.values():
+            log.flush_to_disk()
+
+    def close(self) -> None:
+        """Close the files; warn of records that a full disk still refuses."""
+        for log in self._files.values():
+            try:
+                log.close()
+            except OSError as error:
+                self._console.warning(f"the last records of {log.path} are not written: {error.strerror}")
+
+    # -- between ranks
+
     def to_json(self) -> dict[str, Any]:
-        """Return the content, for another rank."""
+        """Return the kept content, for another rank."""
         lines = {name: lines.decode() for name, lines in self.lines.items()}
         return {"lengths": self.lengths, "lines": lines, "marks": self.marks}
 
     def take(self, content: Mapping[str, Any]) -> None:
-        """Replace the content by that of another rank."""
+        """Replace the kept content by that of another rank."""
         self.lengths, self.marks = dict(content["lengths"]), dict(content["marks"])
         self.lines = {name: lines.encode() for name, lines in content["lines"].items()}
 
-    def _kept(self, records: Records) -> Records:
-        if self.keeps:
-            for name, record in records:
-                self.lines[name] += line_of(record)
-        return records
+    # -- details
+
+    def _epoch(self, state: TrainingState) -> int:
+        """Return the epoch of the latest step, from 1."""
+        return (state.step - 1) // self.steps_per_epoch + 1
+
+    def _metrics(self, record: Mapping[str, Any]) -> None:
+        self._record("metrics", record)
+
+    def _hashes(self, state: TrainingState, loss: float | None) -> None:
+        if self.config.record_hashes and (self._keeps or self._files):
+            hashes = {name: sha256_of_arrays([(name, array)])[:16] for name, array in state.named_arrays()}
+            self._record("hashes", {"step": state.step, "loss": loss, "hashes": hashes})
+
+    def _record(self, name: str, record: Mapping[str, Any]) -> None:
+        if self._keeps:
+            self.lines[name] += line_of(record)
+        if self._files:
+            self._write(name, record)
+
+    def _write(self, name: str, record: Mapping[str, Any]) -> None:
+        """Append a record to a file. If the disk refuses, warn once; the record waits in memory."""
+        try:
+            self._files[name].write(record)
+            self._is_refused = False
+        except OSError as error:
+            if not self._is_refused:
+                path = self._files[name].path
+                self._console.warning(f"cannot write to {path}: {error.strerror}; its records wait until there is room")
+            self._is_refused = True
+
+
+def _whole_lines(path: Path) -> int:
+    """Return how many bytes of a log are whole lines."""
+    return path.read_bytes().rfind(b"\n") + 1 if path.is_file() else 0

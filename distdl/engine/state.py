@@ -1,8 +1,8 @@
-"""The state of a training: all that survives a step, replicated on every rank.
+"""The state of a training: everything that survives a step, replicated on every rank.
 
-Parameters, the optimizer's vectors, the network's buffers, the step, and the metric sums of the epoch so far.
-Everything else follows from config and step. Checkpoints, the hashes, and the state that one rank hands to another all
-go through `TrainingState.named_arrays`.
+It holds the parameters, the optimizer's vectors, the network's buffers, the step, and the metric sums of the epoch so
+far. Everything else follows from config and step. Checkpoints, hashes, and the state that one rank sends to another
+all use `TrainingState.named_arrays`.
 """
 
 from __future__ import annotations
@@ -15,27 +15,23 @@ from numpy.typing import NDArray
 
 from distdl.arrays import sha256_of_arrays
 from distdl.engine.metrics import Sums
+from distdl.engine.storage.header import RunProgress
 from distdl.nn import Sequential
 from distdl.optim import Optimizer
+from distdl.parallel import Communicator
 
 
 @dataclass
 class TrainingState:
-    """Where a training stands. `progress` holds what is reported; only its `skipped_steps` act on later weights."""
+    """The state of a training. `progress` holds the values that a run reports; of these only `skipped_steps` matters
+    for later weights.
+    """
 
     network: Sequential
     optimizer: Optimizer
     step_array: NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
     epoch_sums: Sums = field(default_factory=Sums)
-    progress: dict[str, Any] = field(
-        default_factory=lambda: {
-            "train_loss": None,
-            "validation_loss": None,
-            "validation_accuracy": None,
-            "best_step": None,
-            "train_seconds": 0.0,
-        }
-    )
+    progress: RunProgress = field(default_factory=RunProgress)
 
     @property
     def step(self) -> int:
@@ -43,7 +39,7 @@ class TrainingState:
         return int(self.step_array[0])
 
     def named_arrays(self) -> list[tuple[str, NDArray[Any]]]:
-        """Return every array of the state with its name: parameters first, then all the rest."""
+        """Return every array of the state with its name; parameters come first."""
         arrays = self.network.named_parameters()
         for vector_name, vector in self.optimizer.state.items():
             arrays += [(f"{vector_name}/{name}", view) for name, view in self.network.views(vector)]
@@ -55,8 +51,14 @@ class TrainingState:
             ("epoch.counts", self.epoch_sums.counts),
         ]
 
+    def send_from_rank_0(self, communicator: Communicator) -> None:
+        """Give every rank the state of rank 0. Collective."""
+        self.progress = RunProgress.from_json(communicator.bcast_json(self.progress.to_json()))
+        for _, array in self.named_arrays():
+            communicator.bcast(array)
+
     def weights_sha256(self) -> str:
-        """Return the receipt: the hash of the parameters, and of what batch normalization keeps besides."""
+        """Return the receipt: the hash of the parameters and of the running statistics of batch normalization."""
         return sha256_of_arrays([*self.network.named_parameters(), *self.network.named_buffers()])
 
     def state_sha256(self) -> str:

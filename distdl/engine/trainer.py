@@ -1,22 +1,21 @@
-"""The training that every rank does.
+"""The trainer: the phases of a run, on every rank.
 
-A step: each rank computes the micro-batches of its shard, the gradients are summed in the canonical tree, and
-every replica takes the same optimizer step. All state lives in `TrainingState`; order, shards and random
-numbers are pure functions of config and step, so a step can be done by any number of ranks, and again.
+A run is a sequence of phases: steps, comparisons, validations, checkpoints, the test, the end. Each phase does its
+collective work in buffers first. Then all ranks commit, and only then the phase changes what outlives it. So if a rank
+is lost, the survivors recover and do the same phase again (`parallel/recovery.py`).
 
-A run is a sequence of phases: steps, validations, checkpoints, the test, the end. Each does its collective work in
-buffers first, then all ranks that are left `commit`, and only then it touches what lives on. So when a rank is lost,
-the others `recover` and do the same phase again (`parallel/recovery.py`).
+All state is in `TrainingState`. Order, shards and random numbers are pure functions of config and step. So any number
+of ranks can take a step, and take it again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from enum import IntEnum
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,27 +25,33 @@ from distdl.config import TrainConfig, is_own
 from distdl.data import MicroBatches, PreparedDataset, split
 from distdl.data.augmentation import Augmentation
 from distdl.engine.checks import corruption, nonfinite
-from distdl.engine.coordinator import Follower
+from distdl.engine.console import Console
+from distdl.engine.coordinator import Coordinator, RunFacts
+from distdl.engine.evaluation import evaluate
+from distdl.engine.events import RunListener
+from distdl.engine.fault_injection import FaultPoints, reached
+from distdl.engine.logbook import Logbook
 from distdl.engine.metrics import METRIC_FIELDS, Sums
 from distdl.engine.state import TrainingState
+from distdl.engine.step import OptimizerStep, StepObserver, supervised
 from distdl.engine.stop import StopRequest
+from distdl.engine.storage.header import RunProgress
+from distdl.engine.summary import Summary, summarize
 from distdl.engine.timing.balance import BalancedDealer, Dealer
 from distdl.engine.timing.timeline import Timeline
 from distdl.engine.timing.trace import Trace
 from distdl.errors import DivergedError, PeerLost
-from distdl.nn import Sequential, make_loss
-from distdl.optim import clip_by_norm
+from distdl.nn import make_loss
 from distdl.parallel import (
     REDUCTIONS,
     Communicator,
     CompletedRecovery,
-    Field,
     Layout,
     Position,
-    Record,
-    Shard,
     committed,
-    die_of_the_host,
+    end_rank_after_host_fault,
+    from_rank_0,
+    on_rank_0,
     recover,
     together,
 )
@@ -54,29 +59,8 @@ from distdl.rng import Key
 from distdl.schedules import make_schedule
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What came out of a run; the content of ``summary.json``."""
-
-    ranks: int
-    steps: int
-    epochs: int
-    train_loss: float | None
-    validation_loss: float | None
-    validation_accuracy: float | None
-    """None where answers are numbers."""
-    test_loss: float | None
-    """None where the training is not complete."""
-    test_accuracy: float | None
-    train_seconds: float
-    samples_per_second: float
-    weights_sha256: str
-    state_sha256: str
-    recoveries: list[dict[str, Any]]
-
-
 class Phase(IntEnum):
-    """What a run does next after so many steps; in this order where it is several."""
+    """The next activity of a run after a step. If several are due, they come in this order."""
 
     COMPARE = 0
     VALIDATE = 1
@@ -88,9 +72,9 @@ class Phase(IntEnum):
 
 
 class Trainer:
-    """Takes the steps that are left, on every rank alike.
+    """Takes the remaining steps of a run, on every rank. `open` it, then `run` it.
 
-    Making one is collective, and raises `UserError` on every rank where a host has no room for the partial sums.
+    The constructor is collective. It raises `UserError` on every rank if a host has no room for the partial sums.
     """
 
     def __init__(
@@ -99,13 +83,13 @@ class Trainer:
         communicator: Communicator,
         data: PreparedDataset,
         state: TrainingState,
-        coordinator: Follower,
+        stop: StopRequest,
     ) -> None:
         self.config = config
         self.communicator = communicator
         self.data = data
         self.state = state
-        self.coordinator = coordinator
+        self.stop = stop
         self.key = Key(config.seed)
         self.loss = make_loss(data.loss_named(config.loss))
         self.steps_per_epoch = split.steps_per_epoch(len(data.parts.training), config.batch_size)
@@ -117,75 +101,91 @@ class Trainer:
             total_steps=config.epoch_count * self.steps_per_epoch,
             warmup_steps=config.warmup_steps,
         )
-        self.stop = StopRequest()
         augmentation = None if config.augment is None else Augmentation.parse(config.augment)
         self.micro_batches = MicroBatches(data, config.micro_batch_size, augmentation)
-        self._leaf = Sums()
-        self._batch = Sums(targets_per_sample=data.targets_per_sample)
-        self._order = (-1, np.empty(0, np.int64))
-        last_step = config.epoch_count * self.steps_per_epoch
-        self.last_step = last_step if config.max_steps is None else min(last_step, config.max_steps)
+        self.total_steps = config.epoch_count * self.steps_per_epoch
+        self.last_step = self.total_steps if config.max_steps is None else min(self.total_steps, config.max_steps)
         self.phase = self._after_checkpoint()
         self.recoveries: list[dict[str, Any]] = []
+        self.listeners: list[RunListener] = []
+        self.coordinator: Coordinator | None = None
+        self._batch = Sums(targets_per_sample=data.targets_per_sample)
+        self._order = (-1, np.empty(0, np.int64))
         self._test: Sums | None = None
-        self._make_buffers()
+        self._build_steps()
 
-    def _make_buffers(self) -> None:
-        """Make all that depends on the group of ranks; `UserError` on all where a host has no room. Collective."""
-        config, communicator = self.config, self.communicator
+    def open(
+        self, facts: RunFacts, folder: Path, logbook: Logbook, console: Console, coordinator: Coordinator | None
+    ) -> None:
+        """Attach the run: its facts, folder and logbook on every rank, and on rank 0 the coordinator."""
+        self.facts, self.folder, self.logbook, self.console = facts, folder, logbook, console
+        self.coordinator = coordinator
+        self.listeners = [logbook] if coordinator is None else [logbook, coordinator]
+
+    def close(self) -> None:
+        """Release the run folder."""
+        if self.coordinator is not None:
+            self.coordinator.close()
+
+    def _build_steps(self) -> None:
+        """Build everything that depends on the group of ranks; raise `UserError` on all if a host has no room."""
+        config, communicator, state = self.config, self.communicator, self.state
         rank, ranks = communicator.rank, communicator.size
-        self._dealer = BalancedDealer(rank, ranks, config.micro_batches) if config.balance else Dealer(rank, ranks)
-        fields = [*_fields_of(self.state.network), *METRIC_FIELDS, *self._dealer.fields, *self.stop.fields]
-        self._gradients = REDUCTIONS[config.reduction](communicator, Layout(fields))
-        self._metrics = REDUCTIONS[config.reduction](communicator, Layout(METRIC_FIELDS))
+        self._dealer = BalancedDealer(rank, ranks, config.micro_batches) if config.balance else Dealer(ranks)
         self.timeline = Timeline(communicator)
         self._trace = None if config.trace is None else Trace(self.timeline)
+        self._finite_check = nonfinite.FiniteCheck(config, state, self._save_micro_batch)
+        audit = [corruption.Audit(state, config.audit, own_model=is_own(config.model))] if config.audit else []
+        observers: list[StepObserver] = [FaultPoints(state), *audit, self.timeline, self._finite_check]
+        self._step = OptimizerStep(
+            communicator,
+            state.network,
+            state.optimizer,
+            micro_batch_size=config.micro_batch_size,
+            reduction=config.reduction,
+            deal=self._dealer.shards,
+            clip_norm=config.clip_norm,
+            observers=[*observers, self.stop, self._dealer],
+        )
+        self._metrics = REDUCTIONS[config.reduction](communicator, Layout(METRIC_FIELDS))
         self._samples = 0
-        self._micro_batches_begun = 0
         full, training = config.batch_size, len(self.data.parts.training)
         for samples in sorted({min(full, training), training % full or full}):
-            self._gradients.begin(self._shards(samples))  # which makes room for their partial sums
+            self._step.reserve(samples)
 
     @property
     def work_done(self) -> tuple[int, int]:
-        """The steps, and what moves within them: the micro-batches that this rank has begun; for the watchdog."""
-        return self.state.step, self._micro_batches_begun
+        """The steps, and the micro-batches that this rank has loaded; for the watchdog."""
+        return self.state.step, self.micro_batches.loaded
 
     def run(self) -> Summary:
-        """Train to the last step, score the test part where training is complete, and return the summary."""
-        phases = {
+        """Train to the last step; if the training is complete, score the test part; return the summary."""
+        phases: dict[Phase, Callable[[], None]] = {
             Phase.TRAIN: self._train,
             Phase.COMPARE: self._compare_replicas,
-            Phase.VALIDATE: self._end_epoch,
+            Phase.VALIDATE: self._validate,
             Phase.CHECKPOINT: self._checkpoint,
             Phase.TEST: self._score_test,
             Phase.FINISH: self._finish,
         }
+        reached("training", owner=self.state)
         while self.phase is not Phase.END:
             try:
                 phases[self.phase]()
             except PeerLost as lost:
-                self.note(recover(self, lost))
+                self.note(recover(self, lost, lambda action: reached(action.value, owner=self.state)))
             except (MemoryError, OSError) as error:
-                die_of_the_host(self.communicator, error)
+                end_rank_after_host_fault(self.communicator, error)
                 raise
-        if not self.recoveries:  # or MPI might wait for who was lost
-            with suppress(PeerLost):  # all is done
-                for reduction in (self._gradients, self._metrics):
-                    reduction.close()
+        if not self.recoveries:  # otherwise MPI might wait for the lost ranks
+            with suppress(PeerLost):  # all work is done
+                self._step.close()
+                self._metrics.close()
         if not self._is_at_the_end:
             self.stop.stop(self.state.step)
         return self.summary
 
-    def _train(self) -> None:
-        self.step()
-        every = self.config.verify_every
-        self.phase = Phase.COMPARE if every and self.state.step % every == 0 else self._after_comparison()
-
-    def _compare_replicas(self) -> None:
-        with committed(self.communicator):
-            corruption.compare_replicas(self.communicator, self.state)
-        self.phase = self._after_comparison()
+    # -- which phase comes next
 
     def _after_comparison(self) -> Phase:
         step, every = self.state.step, self.config.checkpoint_every
@@ -196,7 +196,7 @@ class Trainer:
     def _after_checkpoint(self) -> Phase:
         if not self._stops_here:
             return Phase.TRAIN
-        return Phase.TEST if self._is_complete else Phase.FINISH
+        return Phase.TEST if self.state.step >= self.total_steps or self._stops_early else Phase.FINISH
 
     @property
     def _stops_here(self) -> bool:
@@ -207,287 +207,231 @@ class Trainer:
         return self.state.step >= self.last_step or self._stops_early
 
     @property
-    def _is_complete(self) -> bool:
-        return self.state.step >= self.config.epoch_count * self.steps_per_epoch or self._stops_early
-
-    @property
     def _stops_early(self) -> bool:
-        """Whether validation has not become better for as many epochs as `--early-stopping` allows."""
-        best, patience = self.state.progress["best_step"], self.config.early_stopping
+        """Whether validation has not improved for as many epochs as `--early-stopping` allows."""
+        best, patience = self.state.progress.best_step, self.config.early_stopping
         epochs, steps = divmod(self.state.step, self.steps_per_epoch)
         return bool(patience) and best is not None and not steps and epochs - best // self.steps_per_epoch >= patience
 
-    @property
-    def position(self) -> Position:
-        """Where the run stands: the steps taken, and what comes next."""
-        return [self.state.step, int(self.phase)]
+    # -- the phases
 
-    def take(self, source: int) -> None:
-        """Go to the position of rank `source`, if that is ahead, with its state. Collective."""
-        communicator, state = self.communicator, self.state
-        test = None if self._test is None else [float(self._test.loss_sum[0]), *map(int, self._test.counts)]
-        journal = self.coordinator.journal
-        journaled = None if journal is None else journal.to_json()
-        mine = [self.position, state.progress, self.stop.agreed, test, journaled]
-        position, progress, stop, test, journaled = communicator.bcast_json(mine, source)
-        arrays = [(array, array.copy()) for _, array in state.named_arrays()]
-        for _, received in arrays:
-            communicator.bcast(received, source)
-        if position > self.position:
-            for array, received in arrays:
-                array[...] = received
-            state.progress, self.stop.agreed, self.phase = progress, stop, Phase(position[1])
-            if test is not None:
-                self._test = Sums(targets_per_sample=self.data.targets_per_sample)
-                self._test.set(*test)
-            if journal is not None:
-                journal.take(journaled)
-
-    def rebuild(self) -> None:
-        """Make anew what depends on the group; the lowest rank becomes the coordinator. Collective."""
-
-        def take_over() -> None:
-            if self.communicator.rank == 0:
-                self.coordinator = self.coordinator.promoted()
-
-        self.communicator.notice_cores()
-        self._make_buffers()
-        together(self.communicator, take_over)
-
-    def note(self, loss: CompletedRecovery, *, prepared: bool = True) -> None:
-        """Take down a recovery, and let the coordinator say so."""
-        ranks, in_step = self.communicator.size, prepared and self.phase is Phase.TRAIN
-        step = self.state.step + in_step
-        when = f"{'in' if in_step else 'after'} step {step}" if prepared else "while the run was prepared"
-        self.recoveries.append(
-            {"step": step, "lost_ranks": loss.lost_ranks, "seconds": round(loss.seconds, 6), "ranks": ranks}
-        )
-        self.coordinator.recovered(
-            f"{_ranks(loss.lost_ranks)} {'was' if len(loss.lost_ranks) == 1 else 'were'} lost {when}; "
-            f"{ranks} rank{'s go' if ranks > 1 else ' goes'} on ({loss.seconds:.2f} s)"
-        )
+    def _train(self) -> None:
+        self.step()
+        every = self.config.verify_every
+        self.phase = Phase.COMPARE if every and self.state.step % every == 0 else self._after_comparison()
 
     def step(self) -> None:
-        """Take one optimizer step; `PeerLost` leaves the state as it was."""
-        self.timeline.begin()
-        state, network = self.state, self.state.network
-        epoch, position = divmod(state.step, self.steps_per_epoch)
-        rows = split.batch_rows(self._epoch_rows(epoch), position, self.config.batch_size)
-        key = self.key.of("training", state.step)
+        """Take one optimizer step and tell the listeners; `PeerLost` leaves the state as it was."""
+        state, progress = self.state, self.state.progress
+        rows = self._rows_of(state.step)
+        key, learning_rate = self.key.of("training", state.step), self.schedule(state.step)
 
-        shards = self._shards(len(rows))
-        self._gradients.begin(shards)
-        self._dealer.begin()
-        compute = partial(self._computed, rows, key)
-        for index, record in compute(shards[self.communicator.rank]):
-            self._gradients.add(index, record)
-        with committed(self.communicator):
-            if self.config.audit and (state.step + 1) % self.config.audit == 0:
-                own_model = is_own(self.config.model)
-                corruption.audit(self.communicator, self._gradients, shards, compute, state, own_model=own_model)
-            self.timeline.enter_reduction()
-            total = self._gradients.total()
-            self.timeline.leave_reduction()
-            fault = None
-            if (what := nonfinite.average(total, len(rows), network.gradients)) is not None:
-                fault, total = self._not_finite(what, rows, shards, key)
+        def load(index: int) -> tuple[NDArray[np.float32], NDArray[Any]]:
+            loaded = self.micro_batches.load(rows, index, key.of(index, "augmentation"))
+            reached("forward", owner=state)
+            return loaded
 
-        learning_rate = self.schedule(state.step)
-        if fault is None:
-            for where in state.optimizer.frozen:  # so that it does not count where gradients are clipped
-                network.gradients[where] = 0
-            if self.config.clip_norm is not None:
-                clip_by_norm(network.gradients, self.config.clip_norm)
-            update = state.step + 1 - state.progress.get("skipped_steps", 0)  # what Adam's correction counts
-            state.optimizer.update(network.parameters, network.gradients, learning_rate, update)
-            if "statistics" in total:
-                network.update_buffers(total["statistics"])
-            state.epoch_sums.add(total)
-        else:
-            state.progress["skipped_steps"] = state.progress.get("skipped_steps", 0) + 1
-        state.step_array += 1
-        self.stop.observe(total)
-        self._samples += len(rows)
-        state.progress["train_seconds"] += self.timeline.end()
-        shares = self._dealer.stepped(shards, total)
-        if shares is not None:
-            self.coordinator.redealt(shares)
-        if fault is None:
-            self._batch.set(float(total["loss_sum"][0]), int(total["counts"][0]), len(rows))
-            self.coordinator.stepped(state, self._batch, learning_rate)
-        else:
-            self.coordinator.skipped(state, fault)
-
-    def _computed(
-        self, rows: NDArray[np.int64], key: Key, shard: Shard
-    ) -> Iterator[tuple[int, Mapping[str, NDArray[Any]]]]:
-        """Compute the micro-batches of a shard; yield the index and the record of each, valid until the next."""
-        network = self.state.network
-        record = {"gradient": network.gradients, "statistics": network.statistics}
-        record |= {**vars(self._leaf), **self.stop.values()}
-        for place, index in enumerate(shard):
-            self._micro_batches_begun += 1
-            images, labels = self.micro_batches.load(rows, index, key.of(index, "augmentation"))
-            changed = place == 0  # by the update at the end of the step before
-            outputs = network.forward(images, training=True, key=key.of(index))
-            self._leaf.set(self.loss.forward(outputs, labels), self.loss.count_correct(outputs, labels), len(labels))
-            network.backward(self.loss.backward())
-            record.update(self._dealer.values(whole=len(labels) == self.config.micro_batch_size))
-            yield index, record
-
-    def _not_finite(
-        self, what: str, rows: NDArray[np.int64], shards: Sequence[Shard], key: Key
-    ) -> tuple[nonfinite.Fault, Record]:
-        """Trace what is not finite in the current step's sum, save it, and stop if so configured. Collective.
-
-        What is finite when computed again always ends the run: no bit may depend on what a machine did wrong.
-        """
-        corruption.compare_replicas(self.communicator, self.state)  # weights that one rank alone has
-        self.state.network.gradients.fill(0)  # between parameters too, where no backward pass writes
-        fault, total = nonfinite.trace(
-            self.communicator,
-            self._gradients,
-            shards,
-            partial(self._computed, rows, key),
-            step=self.state.step + 1,
-            what=what,
+        total = self._step.take(
+            supervised(state.network, self.loss, load, key),
+            samples=len(rows),
+            learning_rate=learning_rate,
+            update=state.step + 1 - progress.skipped_steps,  # Adam's bias correction counts no skipped step
         )
-        if fault.transient:
-            raise corruption.agreed(f"{fault}; go on")
-        if fault.micro_batch is not None:
-            rows = split.micro_batch(rows, fault.micro_batch, self.config.micro_batch_size)
-            saved = self.coordinator.not_finite(fault, {"rows": rows, **self.data.samples(rows)})
-            fault = replace(fault, saved_in=self.communicator.bcast_json(saved))
-        if self.config.on_nonfinite == "skip":
-            return fault, total
-        raise self._diverged(str(fault))
+        fault = self._finite_check.fault
+        state.step_array += 1
+        progress.train_seconds += self.timeline.step_seconds
+        self._samples += len(rows)
+        if fault is None:
+            state.epoch_sums.add(total)
+            self._batch.set(float(total["loss_sum"][0]), int(total["counts"][0]), len(rows))
+        else:
+            progress.skipped_steps += 1
+        for listener in self.listeners:
+            if self._dealer.new_shares is not None:
+                listener.shares_changed(state, self._dealer.new_shares)
+            if fault is None:
+                listener.stepped(state, self._batch, learning_rate)
+            else:
+                listener.skipped(state, fault)
 
-    def evaluate(self, rows: NDArray[np.int64]) -> Sums:
-        """Return the sums of loss and right answers over the given rows, each counted once. Collective."""
-        shards = self._shards(len(rows))
-        self._metrics.begin(shards)
-        for place, index in enumerate(shards[self.communicator.rank]):
-            self._micro_batches_begun += 1
-            images, labels = self.micro_batches.load(rows, index)
-            outputs = self.state.network.forward(images)
-            self._leaf.set(self.loss.forward(outputs, labels), self.loss.count_correct(outputs, labels), len(labels))
-            self._metrics.add(index, vars(self._leaf))
-        sums = Sums(targets_per_sample=self.data.targets_per_sample)
-        sums.add(self._metrics.total())
-        return sums
+    def _compare_replicas(self) -> None:
+        with committed(self.communicator):
+            corruption.compare_replicas(self.communicator, self.state)
+        self.phase = self._after_comparison()
 
-    def _end_epoch(self) -> None:
-        state = self.state
+    def _validate(self) -> None:
+        state, progress = self.state, self.state.progress
         if state.epoch_sums.samples == 0:
-            raise self._diverged(f"every step of epoch {state.step // self.steps_per_epoch} was skipped")
+            raise self._not_finite(f"every step of epoch {state.step // self.steps_per_epoch} was skipped")
+        reached("validation", owner=state)
         with committed(self.communicator):
             validation = self.evaluate(self.data.parts.validation)
+            reached("validation", when="after", owner=validation)
             spent = self.timeline.spent()
+        reached("validation", when="committed", owner=validation)
         self._check_loss(validation, "validation")
-        progress = state.progress
-        if progress["best_step"] is None or validation.score > progress["best_score"]:
-            progress["best_step"], progress["best_score"] = state.step, validation.score
-        progress["train_loss"] = state.epoch_sums.loss
-        progress["validation_loss"] = validation.loss
-        progress["validation_accuracy"] = validation.accuracy
+        if progress.best_score is None or validation.score > progress.best_score:
+            progress.best_step, progress.best_score = state.step, validation.score
+        progress.train_loss = state.epoch_sums.loss
+        progress.validation_loss = validation.loss
+        progress.validation_accuracy = validation.accuracy
         counted = {"samples": self._samples, **self._dealer.epoch_record()}
         self._samples = 0
-        self.coordinator.epoch_ended(state, validation, spent, counted)
+        for listener in self.listeners:
+            listener.epoch_ended(state, validation, spent, counted)
         state.epoch_sums.set(0.0, 0, 0)
         self.phase = Phase.CHECKPOINT
 
-    def _check_loss(self, sums: Sums, part: str) -> None:
-        if not math.isfinite(sums.loss):
-            raise self._diverged(f"the {part} loss is {sums.loss} after step {self.state.step}")
+    def _checkpoint(self) -> None:
+        """Save the state, or raise `UserError` on every rank."""
+
+        def save() -> bool:
+            assert self.coordinator is not None
+            return self.coordinator.keeper.save(self.state, last=self._stops_here)
+
+        reached("checkpoint", owner=self.state)
+        with committed(self.communicator):
+            if self.config.verify_every:
+                corruption.compare_replicas(self.communicator, self.state)
+            together(self.communicator, self._check_weights)
+            previous_is_saved = from_rank_0(self.communicator, save)
+            reached("checkpoint", when="after", owner=self.state)
+        reached("checkpoint", when="committed", owner=self.state)
+        for listener in self.listeners:
+            listener.checkpointed(previous_is_saved=previous_is_saved)
+        self.phase = self._after_checkpoint()
 
     def _score_test(self) -> None:
+        reached("test", owner=self.state)
         with committed(self.communicator):
             test = self.evaluate(self.data.parts.test)
+            reached("test", when="after", owner=test)
+        reached("test", when="committed", owner=test)
         self._check_loss(test, "test")
         self._test = test
-        self.coordinator.tested(self.state, test)
+        for listener in self.listeners:
+            listener.tested(self.state, test)
         self.phase = Phase.FINISH
 
     def _finish(self) -> None:
         with committed(self.communicator):
             if self._trace is not None:
                 self.timeline.spent()
-                self.coordinator.traced(self._trace.gather(self.state.step))
-            summary = self._summary(self._test)
-            self.coordinator.finished(self.state, self._test, asdict(summary))
+                trace = self._trace.gather(self.state.step)
+                if self.coordinator is not None and trace is not None:
+                    self.coordinator.write_trace(trace)
+            epochs, steps = divmod(self.state.step, self.steps_per_epoch)
+            samples = epochs * len(self.data.parts.training) + steps * self.config.batch_size
+            summary = summarize(
+                self.communicator,
+                self.state,
+                self._test,
+                epochs=epochs,
+                samples=samples,
+                recoveries=self.recoveries,
+            )
+            reached("finish", owner=self.state)
+            for listener in self.listeners:
+                listener.finished(self.state, self._test, asdict(summary))
+            reached("finish", when="after", owner=self.state)
         self.summary = summary
         self.phase = Phase.END
 
-    def _checkpoint(self) -> None:
-        """Save the state, or raise `UserError` on every rank alike. Collective."""
-
-        def save() -> bool:
-            if not all(nonfinite.is_finite(array) for _, array in self.state.named_arrays()):
-                raise self._diverged(f"the weights are not finite after step {self.state.step}")
-            return self.coordinator.checkpoint(self.state, last=self._stops_here)
-
-        with committed(self.communicator):
-            if self.config.verify_every:
-                corruption.compare_replicas(self.communicator, self.state)
-            before_is_saved = self.communicator.bcast_json(together(self.communicator, save))
-        self.coordinator.checkpointed(before_is_saved=before_is_saved)
-        self.phase = self._after_checkpoint()
-
-    def _summary(self, test: Sums | None) -> Summary:
-        state = self.state
-        receipt = state.weights_sha256()
-        receipts = self.communicator.allgather_json(receipt)
-        if len(set(receipts)) > 1:
-            raise corruption.found(
-                self.communicator, corruption.odd_ones_out(receipts), "the weights differ at the end"
-            )
-        epochs, steps = divmod(state.step, self.steps_per_epoch)
-        samples = epochs * len(self.data.parts.training) + steps * self.config.batch_size
-        seconds = state.progress["train_seconds"]
-        return Summary(
-            ranks=self.communicator.size,
-            steps=state.step,
-            epochs=epochs,
-            train_loss=state.progress["train_loss"],
-            validation_loss=state.progress["validation_loss"],
-            validation_accuracy=state.progress["validation_accuracy"],
-            test_loss=None if test is None else test.loss,
-            test_accuracy=None if test is None else test.accuracy,
-            train_seconds=seconds,
-            samples_per_second=samples / seconds if seconds else 0.0,
-            weights_sha256=receipt,
-            state_sha256=state.state_sha256(),
-            recoveries=self.recoveries,
+    def evaluate(self, rows: NDArray[np.int64]) -> Sums:
+        """Return the sums of loss and correct predictions over the rows, each counted once. Collective."""
+        shards = self._dealer.shards(self.micro_batches.count(len(rows)))
+        return evaluate(
+            self.state.network,
+            self.loss,
+            self.micro_batches,
+            rows,
+            shards,
+            self._metrics,
+            rank=self.communicator.rank,
         )
 
-    def _epoch_rows(self, epoch: int) -> NDArray[np.int64]:
+    # -- recovery
+
+    @property
+    def position(self) -> Position:
+        """The position of this rank: the steps taken, and the next phase."""
+        return [self.state.step, int(self.phase)]
+
+    def take(self, source: int) -> None:
+        """Take the position and state of rank `source` if it is ahead of this rank. Collective."""
+        communicator, state = self.communicator, self.state
+        test = None if self._test is None else [float(self._test.loss_sum[0]), *map(int, self._test.counts)]
+        mine = [self.position, state.progress.to_json(), self.stop.agreed, test, self.logbook.to_json()]
+        position, progress, stop, test, logbook = communicator.bcast_json(mine, source)
+        arrays = [(array, array.copy()) for _, array in state.named_arrays()]
+        for _, received in arrays:
+            communicator.bcast(received, source)
+        if position <= self.position:
+            return
+        for array, received in arrays:
+            array[...] = received
+        state.progress, self.stop.agreed, self.phase = RunProgress.from_json(progress), stop, Phase(position[1])
+        if test is not None:
+            self._test = Sums(targets_per_sample=self.data.targets_per_sample)
+            self._test.set(*test)
+        self.logbook.take(logbook)
+
+    def rebuild(self) -> None:
+        """Build again what depends on the group. The lowest rank becomes the coordinator. Collective."""
+
+        def take_over() -> None:
+            if self.coordinator is None:
+                self.coordinator = Coordinator.take_over(self.facts, self.folder, self.logbook, self.console)
+                self.listeners.append(self.coordinator)
+
+        self.communicator.notice_cores()
+        self._build_steps()
+        on_rank_0(self.communicator, take_over)
+
+    def note(self, recovery: CompletedRecovery, *, prepared: bool = True) -> None:
+        """Add a recovery to the summary, and tell the listeners. `prepared`: whether the first step had come."""
+        ranks, lost, in_step = self.communicator.size, recovery.lost_ranks, prepared and self.phase is Phase.TRAIN
+        step = self.state.step + in_step
+        when = f"{'in' if in_step else 'after'} step {step}" if prepared else "during the preparation of the run"
+        self.recoveries.append(
+            {"step": step, "lost_ranks": lost, "seconds": round(recovery.seconds, 6), "ranks": ranks}
+        )
+        what = (
+            f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))} {'were' if len(lost) > 1 else 'was'} lost "
+            f"{when}; {ranks} rank{'s continue' if ranks > 1 else ' continues'} ({recovery.seconds:.2f} s)"
+        )
+        for listener in self.listeners:
+            listener.recovered(what)
+
+    # -- details
+
+    def _rows_of(self, step: int) -> NDArray[np.int64]:
+        """Return the rows of a step's batch."""
+        epoch, position = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             training = self.data.parts.training
             self._order = (epoch, training[split.epoch_order(self.key, epoch, len(training))])
-        return self._order[1]
+        return split.batch_rows(self._order[1], position, self.config.batch_size)
 
-    def _shards(self, samples: int) -> Sequence[Shard]:
-        return self._dealer.shards(self.micro_batches.count(samples))
+    def _save_micro_batch(self, fault: nonfinite.Fault) -> str | None:
+        """Save the micro-batch of a fault in the current step; return the file's name on all ranks. Collective."""
 
-    def _diverged(self, what: str) -> DivergedError:
-        """Return the error for sums that are no numbers; every rank has the same sums."""
-        if self.state.step == self.state.progress.get("skipped_steps", 0):
-            advice = "no update was made before; look at the data, the initial weights and the model, not at --lr"
-        else:
-            given = {"--lr": self.config.lr, "--weight-decay": self.config.weight_decay}
-            given["--l1-decay"] = self.config.l1_decay
-            smaller = " or ".join(f"{flag} than {value:g}" for flag, value in given.items() if value)
-            advice = f"training has diverged; start a new run with a smaller {smaller}"
-        error = DivergedError(f"{what}: {advice}")
-        error.agreed = True
-        return error
+        def save() -> str | None:
+            assert self.coordinator is not None
+            assert fault.micro_batch is not None
+            batch = self._rows_of(self.state.step)
+            rows = split.micro_batch(batch, fault.micro_batch, self.config.micro_batch_size)
+            return self.coordinator.save_micro_batch(fault, {"rows": rows, **self.data.samples(rows)})
 
+        return from_rank_0(self.communicator, save)
 
-def _fields_of(network: Sequential) -> list[Field]:
-    """Return what a network adds to the record of a micro-batch: its gradient, and what its buffers are made from."""
-    gradient = Field("gradient", "f4", network.gradients.size)
-    return [gradient, *([Field("statistics", "f8", network.statistics.size)] if network.statistics.size else [])]
+    def _not_finite(self, what: str) -> DivergedError:
+        return nonfinite.diverged(what, self.config, self.state)
 
+    def _check_weights(self) -> None:
+        if not all(nonfinite.is_finite(array) for _, array in self.state.named_arrays()):
+            raise self._not_finite(f"the weights are not finite after step {self.state.step}")
 
-def _ranks(numbers: Sequence[int]) -> str:
-    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+    def _check_loss(self, sums: Sums, part: str) -> None:
+        if not math.isfinite(sums.loss):
+            raise self._not_finite(f"the {part} loss is {sums.loss} after step {self.state.step}")

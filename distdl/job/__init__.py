@@ -1,4 +1,1 @@
-"""Effects of the launcher and of the operating system on a rank: one process of a job.
-
-Modules here import neither NumPy nor MPI.
-"""
+"""Effects of the launcher and the operating system on a rank. Modules here import neither NumPy nor MPI."""

@@ -1,8 +1,8 @@
-"""What the launcher's environment variables tell a process about itself, before MPI is started.
+"""The launcher's environment variables: what a process knows about itself before MPI starts.
 
-`mpirun` and `srun` hand every process its rank and the number of ranks. That is enough to let rank 0 alone
-speak about a wrong flag, to start MPI only when there is something to start it for (MPI_Init takes up to a
-second), and to notice when a launcher and the MPI library do not belong together.
+`mpirun` and `srun` give every process its rank and the number of ranks. With these, rank 0 alone prints errors such as
+a wrong flag, MPI starts only if it is needed (MPI_Init takes up to a second), and a launcher that does not fit the MPI
+library is detected.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from pathlib import Path
 
 OPEN_MPI = "Open MPI's mpirun"
 MPICH = "MPICH's mpirun"
-# Not SLURM_NTASKS: the one process of a batch script has that too. Only `srun` says how many tasks a step has.
+# Not SLURM_NTASKS: a batch script's single process also has it. Only `srun` sets the number of tasks of a job step.
 RANK_AND_SIZE = (
     (OPEN_MPI, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     (MPICH, "PMI_RANK", "PMI_SIZE"),
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 )
 
-#: The rank among those of a host, as Open MPI, MPICH and Slurm name it.
+#: The rank among the ranks of its host: the names of Open MPI, MPICH and Slurm.
 LOCAL_RANK = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 
-#: As mpi4py names those whose processes only a launcher like MPICH's can start.
+#: MPI libraries that need a launcher like MPICH's; mpi4py's names for their vendors.
 KIN_OF_MPICH = {"MPICH", "MVAPICH", "MVAPICH2", "Intel MPI", "Cray MPICH"}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How this process was started: by what, as which rank of how many, and as which of those of its host, if known."""
+    """How this process was started: the launcher, the rank, the number of ranks, and the rank on its host, if known."""
 
     by: str | None
     rank: int
@@ -40,22 +40,22 @@ class Launch:
     local_rank: int = 0
 
     @property
-    def speaks(self) -> bool:
-        """Whether this process is the one that tells a person what is wrong."""
-        return self.rank == 0 or _has_the_word
+    def prints_for_all(self) -> bool:
+        """Whether this process prints the messages that concern all ranks."""
+        return self.rank == 0 or _replaces_rank_0
 
 
-_has_the_word = False
+_replaces_rank_0 = False
 
 
-def take_the_word() -> None:
-    """Let this process speak for the job from now on: the lowest rank of those that are left."""
-    global _has_the_word  # noqa: PLW0603  there is one job
-    _has_the_word = True
+def print_for_all_ranks() -> None:
+    """Let this process print for all ranks from now on: it is the lowest surviving rank."""
+    global _replaces_rank_0  # noqa: PLW0603  there is one job
+    _replaces_rank_0 = True
 
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
-    """Return how this process was started; `by` is None where no launcher is known to have done it.
+    """Return how this process was started; `by` is None without a known launcher.
 
     >>> read_launch({"PMI_RANK": "1", "PMI_SIZE": "4"})
     Launch(by="MPICH's mpirun", rank=1, size=4, local_rank=0)
@@ -67,13 +67,13 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     return Launch(None, 0, 1)
 
 
-def belong_together(launch: Launch, library: str, environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether the MPI library (its vendor, as mpi4py names it) can be one job under this launcher.
+def compatible(launch: Launch, library: str, environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether processes with this MPI library (mpi4py's name of its vendor) form one job under this launcher.
 
-    Where it cannot, MPI_Init would abort the process or make it a job of its own. An `srun` that speaks PMI sets
-    the variables of MPICH's mpirun for every MPI.
+    If they do not, MPI_Init would abort the process or make it a job of its own. With every MPI, an `srun` that uses
+    PMI sets the variables of MPICH's mpirun.
 
-    >>> belong_together(Launch("MPICH's mpirun", 0, 4), "Open MPI", {})
+    >>> compatible(Launch("MPICH's mpirun", 0, 4), "Open MPI", {})
     False
     """
     if launch.by == OPEN_MPI:
@@ -86,17 +86,17 @@ def belong_together(launch: Launch, library: str, environment: Mapping[str, str]
 def survives_failures(environment: Mapping[str, str] = os.environ) -> bool:
     """Return whether the launcher turned on fault tolerance (`mpirun --with-ft ulfm`).
 
-    The MPI library answers its fault-tolerance calls even where it is off, so only the launcher is asked.
+    Only the launcher is asked: the MPI library answers its fault-tolerance calls even if fault tolerance is off.
     """
     return environment.get("OMPI_MCA_mpi_ft_enable", "").lower() in {"1", "true", "yes"}
 
 
-def remove_session_of(pid: int) -> None:
-    """Remove the folder that an Open MPI launcher of this process number has left when it was killed.
+def remove_session_folder(pid: int) -> None:
+    """Remove the folder of a killed Open MPI launcher with this process number.
 
-    A launcher that is given the same number again finds it there and refuses to start. `pid` is this process's own,
-    or that of a child that has ended.
+    A new launcher with the same number would find the folder and refuse to start. `pid` is the number of this process,
+    or of a child that has ended.
     """
     folder = Path(tempfile.gettempdir(), f"ompi.{pid}")
     if folder.is_dir() and folder.lstat().st_uid == os.geteuid():
-        shutil.rmtree(folder, ignore_errors=True)  # it does not follow links
+        shutil.rmtree(folder, ignore_errors=True)  # does not follow links

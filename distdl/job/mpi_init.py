@@ -1,7 +1,8 @@
-"""While MPI starts, nothing survives a failure yet: ranks wait for each other in MPI_Init, for a dead one for ever.
+"""End the job if a rank of this host dies while MPI starts.
 
-A launcher that lets the others go on without a rank does so then, too. So as long as this rank is in there it looks
-whether all ranks of its host, the launcher's children as it is one itself, are alive, and otherwise ends the job.
+Nothing survives a failure before MPI has started: in MPI_Init the ranks wait for each other, and forever for a dead
+one. A launcher that lets survivors continue does not end the job either. So during MPI_Init this rank watches all ranks
+of its host, which are children of the same launcher. If one of them is missing, it ends the job.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from pathlib import Path
 from distdl.job.streams import say
 
 SECONDS_BETWEEN_LOOKS = 0.25
-#: So long a rank is missed before the job ends: it may have died after its own start, which we are about to complete.
+#: Time until a missing rank ends the job. It may have died after its own start, which this rank is about to complete.
 SECONDS_MISSED = 3.0
-#: And so long if it has never been seen: the launcher may not have started it yet.
+#: The same for a rank that was never seen: the launcher may not have started it yet.
 SECONDS_NEVER_SEEN = 10.0
-#: How the names of Open MPI's programs begin whose children are ranks.
+#: The first letters of the names of Open MPI's programs that are parents of ranks.
 PARENTS = ("prte", "mpirun", "mpiexec")
 
 
 @contextmanager
-def together_or_not_at_all() -> Iterator[None]:
-    """End the job where another rank of this host dies as long as the code inside waits for it.
+def end_the_job_if_a_rank_dies() -> Iterator[None]:
+    """End the job if another rank of this host dies during the ``with`` block.
 
-    A process of its own looks, since no other thread of this one runs during MPI_Init.
+    A separate process watches, because no other thread of this process runs during MPI_Init.
     """
     launcher, rank = os.getppid(), os.getpid()
     ended, end = os.pipe()
@@ -48,7 +49,7 @@ def together_or_not_at_all() -> Iterator[None]:
 
 
 def _watch(ended: int, launcher: int, rank: int) -> None:
-    """Look until the pipe is closed, by the rank or by its death."""
+    """Watch until the pipe is closed, by the rank or by its death."""
     expected = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "0"))
     seen, seconds = False, 0.0
     while not select.select([ended], [], [], SECONDS_BETWEEN_LOOKS)[0]:
@@ -64,7 +65,7 @@ def _watch(ended: int, launcher: int, rank: int) -> None:
 
 
 def _children(launcher: int) -> int | None:
-    """Return how many children the launcher has; None where that cannot be told."""
+    """Return the number of the launcher's children; None if it is unknown."""
     try:
         if not Path(f"/proc/{launcher}/comm").read_text().startswith(PARENTS):
             return None

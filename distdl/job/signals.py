@@ -1,8 +1,8 @@
-"""The signals that ask a training to stop, and how one that comes before the training listens waits for it.
+"""The signals that ask a training to stop, and how they wait until the training handles them.
 
-A command that trains blocks them first of all (`hold`), as long as there is no other thread that could take one in
-its stead: each thread inherits what is blocked. Whoever listens lets them in once its handlers are in place. What the
-training is done with is held again, to the end of the process.
+A command that trains first blocks them (`hold_signals`). It does so before a second thread exists: each thread inherits
+the blocked signals, so none can take one. The training releases them once its handlers are in place. After the training
+they are blocked again until the process ends.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 STOPPING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-#: Ctrl-C ends a start at once: Python sees to that.
+#: Not SIGINT: during start-up, Python ends the process at Ctrl-C.
 HELD = frozenset(STOPPING) - {signal.SIGINT}
 
 _held: set[int] = set()
 
 
-def hold() -> None:
-    """Let the signals wait from now on; what is blocked already is left to whoever has blocked it."""
+def hold_signals() -> None:
+    """Block the signals from now on; leave those alone that are already blocked."""
     _held.update(HELD - signal.pthread_sigmask(signal.SIG_BLOCK, HELD))
 
 
 @contextmanager
-def let_in() -> Iterator[None]:
-    """Let in, as long as this is entered, what `hold` has blocked, and nothing else."""
+def release_signals() -> Iterator[None]:
+    """Unblock, inside the ``with`` block, only the signals that `hold_signals` has blocked."""
     before = signal.pthread_sigmask(signal.SIG_UNBLOCK, _held)
     try:
         yield

@@ -1,9 +1,10 @@
-"""Errors that all ranks share: either all raise, or none does.
+"""Errors that all ranks share: all ranks raise, or none does.
 
-A rank that raises alone leaves the others waiting for ever in their next collective call. So work that can
-fail on one rank only is done `together`, and whatever else is raised ends the job: that is what `guard` does.
-`PeerLost` is not among them: it passes through `together`, to whoever can go on without the rank that was lost, and
-an error that some ranks have heard of and others have not, because one was lost just then, is raised on none.
+If one rank raises alone, the others wait forever in their next collective call. So work that can fail on one rank runs
+inside `together`. Any other exception ends the job (`guard`).
+
+`together` passes `PeerLost` on to code that can continue without the lost rank. If a rank is lost while the ranks
+exchange an error, only some of them may have received it. Then no rank raises that error.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import signal
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from distdl import errors
 from distdl.job.streams import say
@@ -24,35 +25,36 @@ T = TypeVar("T")
 
 
 def together(communicator: Communicator, work: Callable[[], T]) -> T:
-    """Do `work` on every rank; if it raises a `UserError` on any, raise that of the lowest such rank on all.
+    """Call `work` on every rank and return its result. Collective.
 
-    For work of rank 0 alone use `on_rank_0` or `from_rank_0`. Collective.
+    If it raises a `UserError` on any rank, all ranks raise the error of the lowest such rank.
+    For work of rank 0 alone use `on_rank_0` or `from_rank_0`.
     """
     failure: list[str] | None = None
     try:
         result = work()
     except errors.UserError as error:
         failure = [type(error).__name__, str(error)]
-    everyone = communicator.allgather_json(failure)
+    failures = communicator.allgather_json(failure)
     commit(communicator)
-    for reported in everyone:
-        if reported is not None:
-            raised: errors.UserError = getattr(errors, reported[0], errors.UserError)(reported[1])
+    for found in failures:
+        if found is not None:
+            raised: errors.UserError = getattr(errors, found[0], errors.UserError)(found[1])
             raised.agreed = True
             raise raised
     return result
 
 
 def on_rank_0(communicator: Communicator, work: Callable[[], T]) -> T | None:
-    """Do `work` on rank 0 and return its result there, None elsewhere; raise its `UserError` on all ranks. Collective.
+    """Call `work` on rank 0 and return its result there, None elsewhere. Collective.
 
-    The result stays on rank 0. `from_rank_0` sends it to all ranks.
+    If `work` raises a `UserError`, all ranks raise it. `from_rank_0` sends the result to all ranks.
     """
     return together(communicator, lambda: work() if communicator.rank == 0 else None)
 
 
 def from_rank_0(communicator: Communicator, work: Callable[[], T]) -> T:
-    """Do `work` on rank 0 and return its result, a plain JSON value, on all ranks. Collective.
+    """Call `work` on rank 0 and return its result, a plain JSON value, on all ranks. Collective.
 
     If `work` raises a `UserError`, all ranks raise it.
     """
@@ -62,31 +64,36 @@ def from_rank_0(communicator: Communicator, work: Callable[[], T]) -> T:
 
 @contextmanager
 def guard(communicator: Communicator) -> Iterator[None]:
-    """End the whole job at once if the code inside raises on this rank what the others do not raise too.
+    """End the whole job at once if the body raises an exception that the other ranks do not raise.
 
-    In a world of one rank, and for errors that were agreed, the exception passes as it is.
+    Agreed errors pass through, and so does every exception in a world of one rank.
     """
     try:
         yield
     except BaseException as error:
         if communicator.size == 1 or getattr(error, "agreed", False):
             raise
-        report(error, communicator.rank)
-        communicator.abort(exit_code_of(error))
+        end_the_job(communicator, error)
 
 
-def die_of_the_host(communicator: Communicator, error: BaseException) -> None:
-    """Die of a fault of this host alone, such as a lack of memory, where the other ranks go on; else return.
+def end_the_job(communicator: Communicator, error: BaseException) -> NoReturn:
+    """Print the error with this rank's number, and end every process of the job with the error's exit code."""
+    print_error(error, communicator.rank)
+    communicator.abort(exit_code_of(error))
 
-    The launcher takes a signal for the loss of a rank, and any other end for a defect of the program.
+
+def end_rank_after_host_fault(communicator: Communicator, error: BaseException) -> None:
+    """End this rank after a fault of its host alone, such as a lack of memory; return if the others cannot continue.
+
+    The rank ends by a signal: the launcher treats a signal as a lost rank, and any other end as a defect.
     """
     if communicator.survives_failures and communicator.size > 1:
-        report(error, communicator.world_ranks[communicator.rank])
+        print_error(error, communicator.world_ranks[communicator.rank])
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def report(error: BaseException, rank: int) -> None:
-    """Print what was raised to the error stream, each line with the rank in front, in one piece."""
+def print_error(error: BaseException, rank: int) -> None:
+    """Print the error to the error stream in one piece; each line starts with the rank."""
     if isinstance(error, errors.DistdlError | KeyboardInterrupt | SystemExit):
         lines = [f"{type(error).__name__}: {error}" if str(error) else type(error).__name__]
     else:
@@ -95,7 +102,7 @@ def report(error: BaseException, rank: int) -> None:
 
 
 def exit_code_of(error: BaseException) -> int:
-    """Return the exit code that an exception stands for; never 0, since the job did not end as it should."""
+    """Return the exit code for an exception that ends the job; never 0."""
     if isinstance(error, errors.DistdlError):
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):

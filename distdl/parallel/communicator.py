@@ -1,8 +1,8 @@
-"""The communicator: what ranks can do together, and the one-process world that needs no MPI.
+"""The interface of a communicator, and the world of one process, which needs no MPI.
 
-Methods are named as in MPI and work on arrays in place; those that end in ``_json`` carry small plain values
-(numbers, text, lists, dictionaries), as JSON and never as pickles. Every method but `abort` is collective:
-all ranks of the communicator call it, in the same order.
+Methods are named as in MPI and work on arrays in place. Methods ending in ``_json`` carry small plain values (numbers,
+text, lists, dictionaries) as JSON, never as pickles. Every method except `abort` is collective: all ranks of the
+communicator call it, in the same order.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -20,10 +21,10 @@ from numpy.typing import NDArray
 from distdl.job.streams import say
 
 Bytes = NDArray[np.uint8]
-#: A piece of a buffer: its first byte, and how many bytes.
+#: Part of a buffer: its first byte and the number of its bytes.
 Span = tuple[int, int]
 
-#: A rank that waits looks at least this often whether it may go on.
+#: A waiting rank checks at least this often whether it can continue.
 LONGEST_PAUSE_SECONDS = 1e-3
 
 
@@ -41,53 +42,54 @@ class Communicator(ABC):
     rank: int
     size: int
     description: str
-    #: Whether the ranks that are left can go on when one dies: `PeerLost` is raised, and `shrink` gives their group.
+    #: Whether the survivors continue when a rank dies: then calls raise `PeerLost`, and `shrink` returns their group.
     survives_failures: bool = False
     #: The recovery that was needed while MPI started; `Survivors` takes and reports it.
     recovery_at_start: CompletedRecovery | None = None
-    #: A rank that waits polls for so long before it sleeps (unless there are more ranks than cores). Most waits of a
+    #: A waiting rank polls for this time before it sleeps (unless there are more ranks than cores). Most waits of a
     #: training step are shorter than a millisecond.
     spin_seconds: float = 1e-3
-    #: Whether there are more ranks than cores, so that who waits should leave its core to others at once.
+    #: Whether there are more ranks than cores. Then a waiting rank sleeps at once and leaves its core to others.
     oversubscribed: bool = False
 
     @property
     def seconds_waiting(self) -> float:
-        """Seconds this rank has waited for others, here and in parts of this group; moving much data is not waiting."""
+        """Seconds that this rank has waited for others in this group and its parts; large transfers do not count."""
         return 0.0
 
     @property
     def world_ranks(self) -> list[int]:
-        """The numbers that the ranks of this group had in the world that the launcher started."""
+        """The numbers of this group's ranks in the world that the launcher started."""
         return list(range(self.size))
 
     def agree(self, flag: bool) -> bool:
-        """Return on every rank alike whether all gave True and none was lost on the way. Collective.
+        """Return True on every rank if all ranks give True, otherwise False on every rank. Collective.
 
-        True commits: what was done up to here counts on every rank that is left. Raises `PeerLost`, with `agreed`
-        set, where a rank was lost. Who has met a `PeerLost` elsewhere must come here with False before it does
-        `shrink`, since others may wait here for its verdict. Where no rank can be lost without the end of the job,
-        this is `flag`, and nothing is communicated: all ranks then give the same.
+        True commits the work so far on every surviving rank. Raises `PeerLost`, with `agreed` set, if a rank was lost.
+        A rank that got a `PeerLost` elsewhere must call this with False before `shrink`, because others may be waiting
+        here for its vote.
+
+        If a lost rank ends the whole job anyway, this returns `flag` without communication: all ranks give the same.
         """
         return flag
 
     def shrink(self) -> Communicator:
-        """Return the group of the ranks that are left, in the old order. Collective, after an `agree` that failed.
+        """Return the group of the surviving ranks in their old order. Collective, after an `agree` that failed.
 
-        The old group, and all that was split off it, must not be used any more.
+        The old group and all its parts must not be used any longer.
         """
         raise NotImplementedError
 
     def notice_cores(self) -> None:  # noqa: B027  one process has nothing to find out
-        """Find out whether there are more ranks than cores, where that is not known yet. Collective."""
+        """Set `oversubscribed` if that has not been done yet. Collective."""
 
     @abstractmethod
     def barrier(self, longest_pause_seconds: float = LONGEST_PAUSE_SECONDS) -> None:
-        """Return when every rank has called it. Who comes early sleeps, in pauses that grow to the longest."""
+        """Return once every rank has called it. A waiting rank sleeps in pauses that grow to the longest."""
 
     @abstractmethod
     def bcast(self, array: NDArray[Any], root: int = 0) -> None:
-        """Overwrite `array` on every rank with that of `root`; shapes and dtypes must agree."""
+        """Overwrite `array` on every rank with the array of `root`; shapes and dtypes must be equal."""
 
     @abstractmethod
     def allreduce(self, array: NDArray[Any]) -> None:
@@ -95,11 +97,11 @@ class Communicator(ABC):
 
     @abstractmethod
     def alltoallv(self, send: Bytes, send_spans: Sequence[Span], receive: Bytes, receive_spans: Sequence[Span]) -> None:
-        """Send the bytes at ``send_spans[r]`` to every rank r; what comes from r goes to ``receive_spans[r]``."""
+        """Send the bytes at ``send_spans[r]`` to each rank r; put the bytes from rank r at ``receive_spans[r]``."""
 
     @abstractmethod
     def allgatherv(self, array: Bytes, counts: Sequence[int]) -> None:
-        """Complete `array` on every rank: rank r has filled the r-th piece of it, of ``counts[r]`` bytes."""
+        """Complete `array` on every rank: rank r has filled the r-th piece of it, with ``counts[r]`` bytes."""
 
     @abstractmethod
     def allgather_json(self, value: Any) -> list[Any]:
@@ -111,7 +113,7 @@ class Communicator(ABC):
 
     @abstractmethod
     def split(self, color: int | None) -> Communicator | None:
-        """Return the communicator of the ranks that gave the same color; None for those that gave None."""
+        """Return the communicator of the ranks with the same color; None for color None."""
 
     @abstractmethod
     def host(self) -> Communicator:
@@ -119,66 +121,48 @@ class Communicator(ABC):
 
     @abstractmethod
     def free(self) -> None:
-        """Give back what MPI keeps for a group made by `split`, and for its `node`; neither is of use after."""
+        """Release what MPI keeps for a group made by `split`, and for its `host`; do not use them afterwards."""
 
     @abstractmethod
     def abort(self, exit_code: int) -> NoReturn:
-        """End every process of the job now, whatever it is doing."""
+        """End every process of the job now, in the middle of its work."""
 
 
 class OneProcess(Communicator):
-    """The world of a single rank: every collective is complete as soon as it is called."""
+    """The world of a single rank: every collective call completes at once. See `Communicator`."""
 
     def __init__(self, description: str = "one process") -> None:
         self.rank = 0
         self.size = 1
         self.description = description
 
-    def barrier(self, longest_pause_seconds: float = LONGEST_PAUSE_SECONDS) -> None:
-        """Return at once."""
-
-    def bcast(self, array: NDArray[Any], root: int = 0) -> None:
-        """Leave `array` as it is."""
-
-    def allreduce(self, array: NDArray[Any]) -> None:
-        """Leave `array` as it is."""
+    def barrier(self, longest_pause_seconds: float = LONGEST_PAUSE_SECONDS) -> None: ...
+    def bcast(self, array: NDArray[Any], root: int = 0) -> None: ...
+    def allreduce(self, array: NDArray[Any]) -> None: ...
+    def allgatherv(self, array: Bytes, counts: Sequence[int]) -> None: ...
+    def free(self) -> None: ...
 
     def alltoallv(self, send: Bytes, send_spans: Sequence[Span], receive: Bytes, receive_spans: Sequence[Span]) -> None:
-        """Copy the one piece."""
         (start, count), (to, _) = send_spans[0], receive_spans[0]
         receive[to : to + count] = send[start : start + count]
 
-    def allgatherv(self, array: Bytes, counts: Sequence[int]) -> None:
-        """Leave `array` as it is."""
-
     def allgather_json(self, value: Any) -> list[Any]:
-        """Return the one value."""
         return [value]
 
     def bcast_json(self, value: Any, root: int = 0) -> Any:  # noqa: ARG002
-        """Return the value itself."""
         return value
 
     def split(self, color: int | None) -> Communicator | None:
-        """Return this world, or None."""
         return None if color is None else self
 
     def host(self) -> Communicator:
-        """Return this world."""
         return self
 
-    def free(self) -> None:
-        """Keep the one world there is."""
-
     def abort(self, exit_code: int) -> NoReturn:
-        """End this process."""
         say()
         os._exit(exit_code)
 
 
-def hosts(communicator: Communicator) -> dict[str, int]:
-    """Return the name of each host with the number of ranks on it, in rank order. Collective."""
-    count: dict[str, int] = {}
-    for name in communicator.allgather_json(socket.gethostname()):
-        count[name] = count.get(name, 0) + 1
-    return count
+def ranks_per_host(communicator: Communicator) -> dict[str, int]:
+    """Return the name of each host and the number of its ranks, in rank order. Collective."""
+    return dict(Counter(communicator.allgather_json(socket.gethostname())))

@@ -1,8 +1,8 @@
-"""Dealing micro-batches to ranks of different speed. Who computes them does not show in the bits.
+"""Dealing micro-batches to ranks of different speed. The bits do not depend on it.
 
-Two steps, both pure. `share` says how many each rank gets: the shares that are done first if every rank keeps
-its speed. `deal` says which: canonical blocks, largest first, so that each rank ends with few partial sums to
-send. The order of the additions is the tree's own (`parallel/tree.py`), whoever holds the leaves.
+Both functions are pure. `loads_by_speed` returns how many micro-batches each rank gets, so that the slowest rank
+finishes as early as possible. `deal` chooses which ones: canonical blocks, largest first, so that each rank has few
+partial sums to send. The tree alone (`parallel/tree.py`) fixes the order of the additions.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from distdl.parallel.tree import Shard, TreeNode, contiguous_shards
 
 
 @lru_cache(maxsize=64)
-def share(leaves: int, speeds: tuple[float, ...]) -> tuple[int, ...]:
-    """Return how many of the leaves each rank gets, so that the largest of load / speed is as small as it can be.
+def loads_by_speed(leaves: int, speeds: tuple[float, ...]) -> tuple[int, ...]:
+    """Return the number of leaves for each rank, with the smallest possible maximum of load / speed.
 
-    Each leaf goes to the rank that would be done with it first; where ranks tie, as `contiguous_shards` has it,
-    whose loads therefore come out for equal speeds. A rank that is far slower than the others may get none.
-    (This is D'Hondt's method, with speeds for votes.)
+    Each leaf goes to the rank that would finish it first. Ties are resolved so that equal speeds give the loads of
+    `contiguous_shards`. A rank that is far slower than the others may get no leaf. (This is D'Hondt's method, with
+    speeds for votes.)
 
-    >>> share(8, (1.0, 1.0, 1.0)), share(8, (3.0, 1.0)), share(8, (1.0, 1.0, 0.01))
+    >>> loads_by_speed(8, (1.0, 1.0, 1.0)), loads_by_speed(8, (3.0, 1.0)), loads_by_speed(8, (1.0, 1.0, 0.01))
     ((2, 3, 3), (6, 2), (4, 4, 0))
     """
     assert all(speed > 0 for speed in speeds), f"speeds must be above 0, not {speeds}"
@@ -38,26 +38,26 @@ def share(leaves: int, speeds: tuple[float, ...]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=64)
 def deal(loads: tuple[int, ...]) -> tuple[Shard, ...]:
-    """Return shards of these lengths that hold the leaves 0 .. sum(loads) - 1 once each, in few nodes.
+    """Return shards of these lengths that hold each leaf 0 .. sum(loads) - 1 once, in few tree nodes.
 
-    The largest block of the tree that is left goes to the rank that has most to get, or is halved if it is too
-    large for every rank. So each rank gets at most one block of each power of two, as the binary digits of its
-    load say, and one of them besides the block that ends with the last leaf, which may have any length.
+    The largest remaining block of the tree goes to the rank that still needs the most leaves. If the block is too
+    large for every rank, it is halved. So each rank gets at most one block of each power of two: the binary digits of
+    its load. The block with the last leaf may have any length; its rank gets the digits of the rest of its load.
 
     >>> deal((5, 3))
     ((0, 1, 2, 3, 6), (4, 5, 7))
     """
     shards: list[list[int]] = [[] for _ in loads]
     leaves = sum(loads)
-    left = [(-load, rank) for rank, load in enumerate(loads)]
-    heapify(left)
+    needed = [(-load, rank) for rank, load in enumerate(loads)]
+    heapify(needed)
     blocks = [(-leaves, 0)] if leaves else []  # (minus the length, first leaf)
     while blocks:
         length, lo = heappop(blocks)
-        most, rank = left[0]
+        most, rank = needed[0]
         if most <= length:
             shards[rank].extend(range(lo, lo - length))
-            heapreplace(left, (most - length, rank))
+            heapreplace(needed, (most - length, rank))
         else:
             for block in _halves(TreeNode(lo, lo - length)):
                 heappush(blocks, (block.lo - block.hi, block.lo))

@@ -1,23 +1,32 @@
-"""What the ranks that are left do when one is lost, so that all of them go on from the same place.
+"""Recovery: what the surviving ranks do after a failure, so that all continue from the same position.
 
-Work that must be all or nothing is done in this order: collective calls into buffers; `commit`, on which all that are
-left agree; then changes of what lives on, which are local. So a loss before the commit leaves everything as it was,
-and after it no rank can learn of a loss before it has made its changes. Whoever meets `PeerLost` goes through
+Work that must be all or nothing runs in this order: first collective calls into buffers; then `commit`, in which all
+survivors agree; then local changes of the lasting state. A failure before the commit leaves that state unchanged.
+After the commit, no rank can learn of a failure before it has made its changes.
 
-    refuse -> shrink -> compare -> (take) -> rebuild -> agree -> go on
+A rank that gets `PeerLost` goes through these actions:
 
-- *refuse*: give False to the next agreement on the old group, for others may be waiting in it for our verdict;
-- *shrink*: to the group of those that are left;
-- *compare* the positions of all; should one be behind, all *take* the state of the lowest rank that is most ahead;
-- *rebuild* what depends on the group; the lowest rank is the coordinator from now on;
-- *agree* that all have come so far, and so go on alike.
+| action   | what the rank does                                                           | next action              |
+|----------|------------------------------------------------------------------------------|--------------------------|
+| VOTE_NO  | votes no in the next agreement of the old group: others may wait for it      | SHRINK                   |
+| SHRINK   | joins the group of the survivors                                             | COMPARE                  |
+| COMPARE  | compares its position with those of all survivors                            | all equal: REBUILD       |
+|          |                                                                              | otherwise: TAKE          |
+| TAKE     | takes the state of the lowest rank among those with the latest position      | REBUILD                  |
+| REBUILD  | rebuilds what depends on the group; its lowest rank is now the coordinator   | AGREE                    |
+| AGREE    | agrees with all survivors that everyone has come this far                    | CONTINUE                 |
+| CONTINUE | leaves the recovery and repeats the uncommitted work                         |                          |
 
-A further loss anywhere on this way starts it again from the top with the newest group. On every group all ranks
-thus call `agree` equally often, all but the last time with the outcome True, and then `shrink` it once: MPI matches
-these calls by their order alone.
+Events report how an action ended: `completed`, `compared` (COMPARE completed) or `failed` (another rank was lost).
+After `failed` the rank starts again at VOTE_NO, with the newest group. It starts at SHRINK if its vote is no longer
+needed: the failure was the result of an agreement, or the failed action was VOTE_NO or SHRINK itself.
 
-`Recovery` is that way as a state machine without any input or output, for the tests; `recover` walks it.
-(The idea: W. Bland et al., *Post-failure recovery of MPI communication capability*, 2013.)
+So on every group, all ranks call `agree` equally often, with the result True in all calls but the last, and then call
+`shrink` once. MPI matches these calls by their order alone.
+
+`Recovery` is this table as a state machine without input or output. Tests explore every order of its events.
+`recover` performs the actions. (The idea: W. Bland et al., *Post-failure recovery of MPI communication capability*,
+2013.)
 """
 
 from __future__ import annotations
@@ -32,69 +41,70 @@ from distdl.errors import DistdlError, PeerLost
 from distdl.parallel.communicator import Communicator, CompletedRecovery
 
 T = TypeVar("T")
-#: Where a rank stands; the one that is most ahead has the largest.
+#: How far a rank has come; a later position compares as larger.
 Position = list[int]
 
 
-class Do(Enum):
-    """What a rank has to do next."""
+class Action(Enum):
+    """The next action of a rank."""
 
-    REFUSE = "refuse"
+    VOTE_NO = "vote no"
     SHRINK = "shrink"
     COMPARE = "compare"
     TAKE = "take"
     REBUILD = "rebuild"
     AGREE = "agree"
-    GO_ON = "go on"
+    CONTINUE = "continue"
 
 
 class Recovery:
-    """One rank's way from a loss to going on: it is told how each action ended, and says what the next one is."""
+    """The recovery of one rank: its methods take the events, `action` is the next action."""
 
     def __init__(self, *, agreed: bool) -> None:
-        """Begin with a loss; `agreed` if it was the outcome of an agreement, which is then not to be refused."""
-        self.action = Do.GO_ON
+        """Start with a failure; `agreed`: it was the result of an agreement."""
+        self.action = Action.CONTINUE
         self.source = 0
-        self.lost(agreed=agreed)
+        self.failed(agreed=agreed)
 
-    def lost(self, *, agreed: bool) -> None:
-        """Take in that the action ended with a loss."""
-        self.action = Do.SHRINK if agreed or self.action in {Do.REFUSE, Do.SHRINK} else Do.REFUSE
+    def failed(self, *, agreed: bool) -> None:
+        """Event: the action ended with a failure."""
+        voted = agreed or self.action in {Action.VOTE_NO, Action.SHRINK}
+        self.action = Action.SHRINK if voted else Action.VOTE_NO
 
-    def done(self) -> None:
-        """Take in that the action was completed."""
+    def completed(self) -> None:
+        """Event: the action was completed."""
         self.action = {
-            Do.REFUSE: Do.SHRINK,
-            Do.SHRINK: Do.COMPARE,
-            Do.TAKE: Do.REBUILD,
-            Do.REBUILD: Do.AGREE,
-            Do.AGREE: Do.GO_ON,
+            Action.VOTE_NO: Action.SHRINK,
+            Action.SHRINK: Action.COMPARE,
+            Action.TAKE: Action.REBUILD,
+            Action.REBUILD: Action.AGREE,
+            Action.AGREE: Action.CONTINUE,
         }[self.action]
 
     def compared(self, positions: Sequence[Position]) -> None:
-        """Take in where all ranks stand, in rank order."""
+        """Event: COMPARE was completed, with the positions of all ranks, in rank order."""
         self.source = positions.index(max(positions))
-        self.action = Do.REBUILD if all(position == positions[0] for position in positions) else Do.TAKE
+        self.action = Action.REBUILD if all(position == positions[0] for position in positions) else Action.TAKE
 
 
-class Survivor(Protocol):
-    """What a rank brings along on the way."""
+class Recoverable(Protocol):
+    """What `recover` works on: a rank's group and its state."""
 
     communicator: Communicator
 
     @property
     def position(self) -> Position:
-        """Where it stands."""
+        """How far this rank has come."""
 
     def take(self, source: int) -> None:
-        """Go to the position of rank `source`, with its state: all or nothing. Collective."""
+        """Take the position and the state of rank `source`: all or nothing. Collective."""
 
     def rebuild(self) -> None:
-        """Make anew what depends on the group; must leave alone what a later loss must find. Collective."""
+        """Rebuild what depends on the group; leave unchanged what a recovery from a later failure needs. Collective."""
 
 
 def commit(communicator: Communicator) -> None:
-    """Return on all ranks that are left, or raise `PeerLost` on all. Collective."""
+    """Return on all surviving ranks, or raise `PeerLost` on all. Collective."""
     if not communicator.agree(True):
         lost = PeerLost("a rank was lost: another one has seen it")
         lost.agreed = True
@@ -103,10 +113,10 @@ def commit(communicator: Communicator) -> None:
 
 @contextmanager
 def committed(communicator: Communicator) -> Iterator[None]:
-    """Commit when the collective work inside is done, also where it ends with an error that all ranks raise.
+    """Commit after the collective work of the body, even if all ranks raise an error in it.
 
-    Such an error is raised after the commit: a rank that left with it alone would keep the others waiting. Where a rank
-    was lost meanwhile, `PeerLost` is raised instead on all.
+    Such an error is raised after the commit: a rank that left before it would keep the others waiting. If a rank was
+    lost meanwhile, all ranks raise `PeerLost` instead.
     """
     try:
         yield
@@ -117,39 +127,45 @@ def committed(communicator: Communicator) -> Iterator[None]:
     commit(communicator)
 
 
-def recover(survivor: Survivor, lost: PeerLost) -> CompletedRecovery:
-    """Go on after a loss: `survivor` then has the communicator of those that are left. Collective."""
-    started, before = time.perf_counter(), survivor.communicator.world_ranks
+def recover(
+    rank: Recoverable, lost: PeerLost, watch: Callable[[Action], object] = lambda _action: None
+) -> CompletedRecovery:
+    """Recover from a failure; afterwards ``rank.communicator`` is the group of the survivors. Collective.
+
+    `watch` is called before each action.
+    """
+    started, before = time.perf_counter(), rank.communicator.world_ranks
     recovery = Recovery(agreed=lost.agreed)
-    while recovery.action is not Do.GO_ON:
+    while recovery.action is not Action.CONTINUE:
         try:
-            _act(recovery, survivor)
+            watch(recovery.action)
+            _act(recovery, rank)
         except PeerLost as another:
-            recovery.lost(agreed=another.agreed)
-    left = set(survivor.communicator.world_ranks)
-    return CompletedRecovery([rank for rank in before if rank not in left], time.perf_counter() - started)
+            recovery.failed(agreed=another.agreed)
+    survivors = set(rank.communicator.world_ranks)
+    return CompletedRecovery([number for number in before if number not in survivors], time.perf_counter() - started)
 
 
-def _act(recovery: Recovery, survivor: Survivor) -> None:
-    communicator = survivor.communicator
-    if recovery.action is Do.COMPARE:
-        recovery.compared(communicator.allgather_json(survivor.position))
-        return
-    if recovery.action is Do.REFUSE:
-        communicator.agree(False)
-    elif recovery.action is Do.SHRINK:
-        survivor.communicator = communicator.shrink()
-    elif recovery.action is Do.TAKE:
-        survivor.take(recovery.source)
-    elif recovery.action is Do.REBUILD:
-        survivor.rebuild()
-    else:
-        commit(communicator)
-    recovery.done()
+def _act(recovery: Recovery, rank: Recoverable) -> None:
+    match recovery.action:
+        case Action.VOTE_NO:
+            rank.communicator.agree(False)
+        case Action.SHRINK:
+            rank.communicator = rank.communicator.shrink()
+        case Action.COMPARE:
+            recovery.compared(rank.communicator.allgather_json(rank.position))
+            return
+        case Action.TAKE:
+            rank.take(recovery.source)
+        case Action.REBUILD:
+            rank.rebuild()
+        case Action.AGREE:
+            commit(rank.communicator)
+    recovery.completed()
 
 
 class _Attempt(Generic[T]):
-    """Work that a lost rank interrupts and that the survivors start again from nothing."""
+    """Work that starts again from nothing after a failure."""
 
     position: Position = []  # noqa: RUF012  equal on all ranks and never changed
 
@@ -165,7 +181,7 @@ class _Attempt(Generic[T]):
 
 
 class Survivors:
-    """The surviving ranks, for work before the first step: a failure starts the work again on fewer ranks.
+    """The surviving ranks, for work before the first step: after a failure the work starts again on fewer ranks.
 
     `communicator` is the group of the survivors. `recoveries` lists the completed recoveries. The first one may have
     happened while MPI started; only the first `Survivors` object of a communicator reports that one.
@@ -188,13 +204,3 @@ class Survivors:
             self.recoveries.append(recover(attempt, lost))
         self.communicator = attempt.communicator
         return attempt.result
-
-
-def survive(
-    communicator: Communicator, work: Callable[[Communicator], T]
-) -> tuple[Communicator, T, CompletedRecovery | None]:
-    """Run `work` with `Survivors`; return the communicator, the result and the recovery."""
-    survivors = Survivors(communicator)
-    known = len(survivors.recoveries)
-    result = survivors.run(work)
-    return survivors.communicator, result, survivors.recoveries[known] if survivors.recoveries[known:] else None

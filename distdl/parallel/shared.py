@@ -1,9 +1,11 @@
-"""Node-shared memory: for the dataset, of which each host holds one copy, and for the sums of its ranks.
+"""Memory that the ranks of a host share: one copy of the dataset per host, and the partial sums of its ranks.
 
-It is a memory-mapped file: in shared memory if it fits, else in the temporary folder. The space is reserved
-first, so that a full disk is an error here and not a bus error later; the file is unlinked as soon as every rank
-has mapped it, so that nothing is left behind whatever ends the job after that; until then its maker holds it
-(`leftovers.py`). (An MPI window would not survive the failure of a rank.)
+It is a memory-mapped file, in shared memory if it fits there, otherwise in the temporary folder.
+
+- The space is reserved first, so a full disk is an error here and not a bus error later.
+- The file is unlinked as soon as every rank has mapped it. So nothing remains, however the job ends.
+- Until then its creator locks it (`leftovers.py`), so no other job removes it.
+- An MPI window would not survive the failure of a rank.
 """
 
 from __future__ import annotations
@@ -24,24 +26,24 @@ from distdl.job import leftovers
 from distdl.parallel.agreement import together
 from distdl.parallel.communicator import Bytes, Communicator
 
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  not a file name of ours: the kernel's shared memory
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  the kernel's shared memory, not a file of ours
 
 
-def shared_bytes(communicator: Communicator, node: Communicator, nbytes: int, purpose: str) -> Bytes:
-    """Return `nbytes` zeros that all ranks of `node`, a part of `communicator`, can write and see. Collective.
+def shared_bytes(communicator: Communicator, host: Communicator, nbytes: int, purpose: str) -> Bytes:
+    """Return `nbytes` zeros in memory that all ranks of `host`, a part of `communicator`, share. Collective.
 
-    They start on a 64-byte boundary. Raises `UserError` on every rank of `communicator` where a host has no room
-    for them; `purpose` says to a person what they are for.
+    They start on a 64-byte boundary. Raises `UserError` on every rank of `communicator` if a host has no room for
+    them; its message names the `purpose`.
     """
     reserved: list[tuple[int, str]] = []
 
     def reserve() -> None:
-        if node.rank == 0:
+        if host.rank == 0:
             reserved.append(_reserve(nbytes, purpose))
 
     try:
         together(communicator, reserve)
-        path = node.bcast_json(reserved[0][1] if reserved else None)
+        path = host.bcast_json(reserved[0][1] if reserved else None)
         return together(communicator, lambda: _map(path, nbytes))
     finally:
         for handle, mine in reserved:
@@ -50,20 +52,21 @@ def shared_bytes(communicator: Communicator, node: Communicator, nbytes: int, pu
 
 
 def share_arrays(
-    communicator: Communicator, arrays: Mapping[str, NDArray[Any]], *, node: Communicator | None = None
+    communicator: Communicator, arrays: Mapping[str, NDArray[Any]], *, host: Communicator | None = None
 ) -> dict[str, NDArray[Any]]:
-    """Return the arrays of rank 0, read-only, on every rank, with one copy in memory a node. Collective.
+    """Return the arrays of rank 0, read-only, on every rank, with one copy in memory per host. Collective.
 
-    `arrays` is looked at on rank 0 alone. `node` is the group of ranks that share memory, found out if not
-    given. Raises `UserError` on every rank where a host has no room for them.
+    Only rank 0 reads its argument `arrays`. `host` is the group of ranks that share memory (default:
+    ``communicator.host()``). Raises `UserError` on every rank if a host has no room for them.
     """
     described = [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()]
     specification = communicator.bcast_json(described)
-    places = _places(specification)
-    node = communicator.host() if node is None else node
-    one_host = node.size == communicator.size  # and no new group, in whose making Open MPI may crash where a rank dies
-    leaders = None if one_host else communicator.split(0 if node.rank == 0 else None)
-    buffer = shared_bytes(communicator, node, places[-1][1] if places else 0, "the dataset")
+    places = _byte_ranges(specification)
+    host = communicator.host() if host is None else host
+    leaders = None
+    if host.size < communicator.size:  # on one host, make no group: Open MPI may crash if a rank dies meanwhile
+        leaders = communicator.split(0 if host.rank == 0 else None)
+    buffer = shared_bytes(communicator, host, places[-1][1] if places else 0, "the dataset")
     shared: dict[str, NDArray[Any]] = {}
     for (name, dtype, shape), (start, end) in zip(specification, places, strict=True):
         view = buffer[start:end].view(dtype).reshape(shape)
@@ -75,11 +78,11 @@ def share_arrays(
         shared[name] = view
     if leaders is not None:
         leaders.free()
-    node.barrier()
+    host.barrier()
     return shared
 
 
-def _places(specification: list[tuple[str, str, list[int]]]) -> list[tuple[int, int]]:
+def _byte_ranges(specification: list[tuple[str, str, list[int]]]) -> list[tuple[int, int]]:
     places, end = [], 0
     for _, dtype, shape in specification:
         start = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
@@ -89,16 +92,16 @@ def _places(specification: list[tuple[str, str, list[int]]]) -> list[tuple[int, 
 
 
 def folders() -> tuple[Path, Path]:
-    """Return where files may lie that the ranks of a node share, the best first."""
+    """Return the folders for shared files, the best first."""
     return SHARED_MEMORY, Path(tempfile.gettempdir())
 
 
 def _reserve(nbytes: int, purpose: str) -> tuple[int, str]:
-    """Create a file of `nbytes` whose space is really there; return the handle that holds it, and its path."""
+    """Create a locked file of `nbytes` with reserved space; return its handle and its path."""
     tried = []
     for folder in folders():
         try:
-            handle, path = leftovers.create_held(folder, leftovers.MEMORY)
+            handle, path = leftovers.create_locked(folder, leftovers.MEMORY)
         except OSError as error:
             tried.append(f"{folder}: {error.strerror}")
             continue

@@ -18,7 +18,7 @@ from distdl.cli import Command, Flag
 from distdl.config import flag_of
 from distdl.errors import UserError
 from distdl.job.launcher import read_launch
-from distdl.search.settings import METHODS, SEARCHABLE, Settings, parse_range
+from distdl.search.settings import METHODS, SEARCHABLE, SearchSettings, parse_range
 
 #: Flags of distdl.train that the search sets for each trial.
 OURS = ("--run-dir", "--resume", "--max-steps", "--keep-checkpoints", "--trace")
@@ -26,7 +26,7 @@ OURS = ("--run-dir", "--resume", "--max-steps", "--keep-checkpoints", "--trace")
 COMMAND = Command(
     program="python -m distdl.search",
     summary="Search hyperparameters with short trainings of random settings.",
-    settings=Settings,
+    settings=SearchSettings,
     examples=(
         "python -m distdl.search --range lr=1e-6:1e-2:log",
         "mpirun -n 4 python -m distdl.search --range lr=1e-4:1e-1:log -- --model mlp",
@@ -46,7 +46,7 @@ COMMAND = Command(
 )
 
 
-def parse(arguments: Sequence[str]) -> Settings:
+def parse(arguments: Sequence[str]) -> SearchSettings:
     """Return the checked settings of a command line; raise `UserError` in one line."""
     own, flags = cli.split_at_dashes(arguments)
     given = COMMAND.given(own)
@@ -68,16 +68,16 @@ def main(arguments: Sequence[str]) -> int:
     settings = parse(arguments)
     cli.set_blas_threads(settings.config.threads_per_rank)
     from distdl.engine.console import Console  # noqa: PLC0415  NumPy reads the threads when it is loaded
-    from distdl.search.results import command  # noqa: PLC0415
+    from distdl.search.tables import training_command  # noqa: PLC0415
     from distdl.search.trials import search  # noqa: PLC0415
 
     found = search(settings)
     if found.best is None:
-        error = UserError(f"all {len(found.records)} trials have diverged: give ranges of smaller values")
+        error = UserError(f"all {len(found.results)} trials have diverged: give ranges of smaller values")
         error.agreed = True
         raise error
-    if read_launch().speaks:
-        Console(live=False).line(f"best: {command(settings.config_with(found.best.settings))}")
+    if read_launch().prints_for_all:
+        Console(live=False).line(f"best: {training_command(settings.config_with(found.best.settings))}")
     return 0
 
 

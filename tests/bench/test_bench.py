@@ -1,4 +1,4 @@
-"""The command as a person runs it: alone, under mpirun, and given what cannot be measured."""
+"""The command as a user runs it: in one process, under mpirun, and with invalid settings."""
 
 import json
 import os
@@ -12,13 +12,14 @@ import pytest
 
 from distdl.bench.benchmark import benchmark
 from distdl.bench.layers import Stopwatch
-from distdl.bench.measure import Bench, Setup, measure_scaling
-from distdl.bench.settings import Network, Settings
+from distdl.bench.measure import ScalingCase, Workbench, measure_scaling
+from distdl.bench.settings import BenchSettings, Interconnect
+from distdl.inference import figures
 from distdl.job.mpirun_command import mpirun_command
 from distdl.nn import build_model
 from distdl.parallel import OneProcess
 
-TINY = Settings(
+TINY = BenchSettings(
     model="mlp", input_shape=(8, 8, 1), batch_size=16, micro_batch_size=4, steps=2, repetitions=2, layers=True
 )
 TINY_FLAGS = ["--model=mlp", "--input=8x8x1", "--batch-size=16", "--micro-batch-size=4", "--steps=2"]
@@ -54,13 +55,14 @@ def bench_on(ranks, flags):
 
 def results(folder):
     assert {path.name for path in folder.iterdir()} == {"bench.json", "scaling.svg"}
-    dots = [element for element in ET.parse(folder / "scaling.svg").iter() if element.get("class") == "point"]
+    groups = [one for one in ET.parse(folder / "scaling.svg").iter() if (one.get("id") or "").startswith("measured-")]
+    dots = [one for group in groups for one in group.iter() if one.tag.endswith("}use")]
     found = json.loads((folder / "bench.json").read_text())
     assert len(dots) == sum(one["setup"]["kind"] != "share" for one in found["scaling"])
     return found
 
 
-def check_results(found, said, ranks):
+def check_results(found, printed, ranks):
     for kind in ("strong", "weak"):
         ours = [one for one in found["scaling"] if one["setup"]["kind"] == kind]
         assert [one["setup"]["ranks"] for one in ours] == ranks
@@ -69,11 +71,11 @@ def check_results(found, said, ranks):
             assert all(len(sample["compute_seconds"]) == one["setup"]["ranks"] for sample in one["samples"])
             assert all(rate > 0 for rate in one["samples_per_second"])
             assert sum(one["shares"].values()) == pytest.approx(1)
-        assert f"{kind} scaling, batch 16" in said
-        assert f"{kind} scaling, PREDICTED" in said
+        assert f"{kind} scaling, batch 16" in printed
+        assert f"{kind} scaling, PREDICTED" in printed
         assert found["projection"]["speedups"][kind][0] == [1, 1.0]
     assert found["projection"]["note"] == "predicted, not measured"
-    assert found["projection"]["speedups"]["strong"][-1][0] == 4, "one micro-batch a rank"
+    assert found["projection"]["speedups"]["strong"][-1][0] == 4, "one micro-batch per rank"
     assert found["projection"]["speedups"]["weak"][-1][0] == 1024
     assert {one["ranks"] for one in found["communication"]} == set(ranks) - {1}
     agreeing = set(ranks) - {1} if "Open MPI" in found["environment"]["communicator"] else set()
@@ -84,7 +86,7 @@ def check_results(found, said, ranks):
     assert len({sample["weights_sha256"] for one in strong for sample in one["samples"]}) == 1
 
 
-def test_one_process_measures_itself(tmp_path):
+def test_one_process_measures_one_rank(tmp_path):
     done = run([sys.executable, "-m", "distdl.bench", *flags_of_a_run("out")], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -93,7 +95,7 @@ def test_one_process_measures_itself(tmp_path):
 
 
 @pytest.mark.parametrize(("ranks", "sweep"), [(2, [1, 2]), (3, [1, 2, 3])])
-def test_ranks_are_measured_in_worlds_of_some_of_them(tmp_path, run_job, ranks, sweep):
+def test_ranks_are_measured_in_worlds_of_the_first_ranks(tmp_path, run_job, ranks, sweep):
     done = run_job(bench_on(ranks, flags_of_a_run("out")), cwd=tmp_path, timeout=TIMEOUT_SECONDS)
     assert done.returncode == 0, done.stderr
     found = results(tmp_path / "out")
@@ -107,7 +109,7 @@ def test_ranks_are_measured_in_worlds_of_some_of_them(tmp_path, run_job, ranks, 
     }
 
 
-def test_without_out_a_new_folder_under_runs_is_made(tmp_path):
+def test_without_out_the_results_go_to_a_new_folder_under_runs(tmp_path):
     for _ in range(2):
         argv = [sys.executable, "-m", "distdl.bench", *TINY_FLAGS, "--repetitions=1", "--scaling=strong"]
         assert run(argv, tmp_path).returncode == 0
@@ -116,27 +118,35 @@ def test_without_out_a_new_folder_under_runs_is_made(tmp_path):
     assert all(folder.name.endswith("mlp-bench") or "mlp-bench-" in folder.name for folder in folders)
 
 
-def test_without_steps_a_measurement_takes_as_many_as_fill_a_second_after_a_warm_up():
+def test_without_steps_a_measurement_takes_about_a_second_after_a_warm_up():
     settings = replace(TINY, steps=None).checked()
-    bench = Bench(settings, OneProcess(), [1])
+    bench = Workbench(settings, OneProcess(), [1])
     assert bench.steps >= 5
     assert bench.warm_up_steps == max(3, round(bench.steps / 3))
     bench.steps = 7
-    (measured,) = measure_scaling(bench, [Setup("strong", 1, 16, 4)], lambda _: None)
-    assert [len(sample.step_seconds) for sample in measured.samples] == [7, 7]
+    (measured,) = measure_scaling(bench, [ScalingCase("strong", 1, 16, 4)], lambda _: None)
+    assert [len(one.step_seconds) for one in measured.measurements] == [7, 7]
 
 
 def test_layers_alone_need_no_scaling(tmp_path, capsys):
-    settings = Settings(**{**vars(TINY), "scaling": "none", "dataset": "digits", "out": tmp_path / "out"})
+    settings = BenchSettings(**{**vars(TINY), "scaling": "none", "dataset": "digits", "out": tmp_path / "out"})
     benchmark(settings, OneProcess())
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["bench.json"]
-    said = capsys.readouterr().out
-    assert "digits 8x8x1" in said
-    assert "affine_1" in said
-    assert "scaling" not in said
+    printed = capsys.readouterr().out
+    assert "digits 8x8x1" in printed
+    assert "affine_1" in printed
+    assert "scaling" not in printed
 
 
-#: The network of --model mlp, with batch normalization, whose running moments have to begin anew too.
+def test_without_matplotlib_the_benchmark_completes_and_says_how_to_get_the_chart(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
+    benchmark(replace(TINY, layers=False, scaling="strong", out=tmp_path / "out"), OneProcess())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["bench.json"]
+    line = "no scaling.svg: drawing it needs matplotlib (pip install 'distdl-mpi[plots]')"
+    assert capsys.readouterr().out.splitlines().count(line) == 1
+
+
+#: The network of --model mlp with batch normalization. Each measurement must reset its running moments too.
 OWN_MODEL = """\
 from distdl import nn
 
@@ -147,7 +157,7 @@ def net(input_shape, classes):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_model_of_ones_own_is_measured_as_ours_are(tmp_path, run_job, ranks):
+def test_a_user_s_own_model_is_measured_like_a_built_in_one(tmp_path, run_job, ranks):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "own.py").write_text(OWN_MODEL)
     flags = [*flags_of_a_run("out"), "--model=models/own.py:net"]
@@ -166,7 +176,7 @@ def test_a_model_of_ones_own_is_measured_as_ours_are(tmp_path, run_job, ranks):
 BAD_MODELS = {
     "raises.py": "def net(shape, classes): raise ValueError('too few')\n",
     "seven.py": "from distdl import nn\ndef net(shape, classes): return nn.mlp(shape, 7)\n",
-    # The two that only one rank meets; PMI_RANK and OMPI_COMM_WORLD_RANK are the launchers'.
+    # Only rank 1 meets the next two. The launchers set PMI_RANK and OMPI_COMM_WORLD_RANK.
     "there.py": "import os\nif os.environ.get('PMI_RANK', os.environ.get('OMPI_COMM_WORLD_RANK')) == '1': nowhere\n"
     "from distdl.nn import mlp\n",
     "differs.py": "import os\nfrom distdl.nn import mlp, logistic\n"
@@ -181,7 +191,7 @@ BAD_MODELS = {
         ("differs.py:mlp", "the network differs.py:mlp of rank 1 is not that of rank 0: give every host the same"),
     ],
 )
-def test_a_model_that_is_wrong_on_one_rank_ends_all(tmp_path, run_job, name, said):
+def test_a_model_that_fails_on_one_rank_ends_all_ranks(tmp_path, run_job, name, said):
     for file, text in BAD_MODELS.items():
         (tmp_path / file).write_text(text)
     assert run([sys.executable, "-m", "distdl.bench", *TINY_FLAGS, f"--model={name}"], tmp_path).returncode == 0
@@ -195,23 +205,23 @@ def test_a_model_that_is_wrong_on_one_rank_ends_all(tmp_path, run_job, name, sai
 
 BAD = {
     "more ranks than there are": (["--ranks", "1,64"], "--ranks 64 is more than the"),
-    "an output that is a file": (["--out", "file"], "exists and is no empty folder"),
-    "an output that is in use": (["--out", "used"], "exists and is no empty folder"),
+    "an output that is a file": (["--out", "file"], "exists and is not an empty folder"),
+    "an output that is in use": (["--out", "used"], "exists and is not an empty folder"),
     "an output below a file": (["--out", "file/deeper"], "cannot be written"),
     "a trace that is a folder": (["--trace", "used"], "is a folder"),
     "an unknown model": (["--model", "perceptron"], "unknown model 'perceptron'"),
     "no file of a model": (["--model", "nowhere.py:net"], "nowhere.py does not exist"),
     "a model that raises": (["--model", "raises.py:net"], "raises.py:net raised ValueError: too few (line 1 of"),
-    "a model of other outputs": (["--model", "seven.py:net"], "puts out (7,) for a sample, expected (10,)"),
+    "a model of other outputs": (["--model", "seven.py:net"], "returns outputs (7,) for a sample, expected (10,)"),
     "no samples": (["--batch-size", "-3"], "--batch-size must be at least 1"),
-    "pictures too small": (["--model", "deep_convnet", "--input", "1x1x1"], "is smaller than the"),
-    "pictures too large": (["--input", "100000x100000x3"], "--input 100000x100000x3 is too large"),
+    "images too small": (["--model", "deep_convnet", "--input", "1x1x1"], "is smaller than the"),
+    "images too large": (["--input", "100000x100000x3"], "--input 100000x100000x3 is too large"),
     "no such data": (["--dataset", "mnist", "--data-dir", "nowhere"], "the data folder 'nowhere' cannot be read"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_measured_is_one_line_and_exit_2(tmp_path, run_job, case):
+def test_invalid_settings_are_refused_in_one_line_with_exit_code_2(tmp_path, run_job, case):
     flags, said = BAD[case]
     (tmp_path / "file").write_text("x")
     (tmp_path / "used").mkdir()
@@ -230,25 +240,25 @@ def test_what_cannot_be_measured_is_one_line_and_exit_2(tmp_path, run_job, case)
 
 
 @pytest.mark.mpi(min_size=2)
-def test_every_measurement_begins_anew_and_idle_ranks_wait(communicator):
-    bench = Bench(TINY, communicator, (1, 2))
-    setups = [Setup("strong", 1, 16, 4), Setup("strong", 2, 16, 4)]
-    measured = measure_scaling(bench, setups, lambda text: None)
+def test_every_measurement_starts_again_and_unused_ranks_wait(communicator):
+    bench = Workbench(TINY, communicator, (1, 2))
+    cases = [ScalingCase("strong", 1, 16, 4), ScalingCase("strong", 2, 16, 4)]
+    measured = measure_scaling(bench, cases, lambda text: None)
     for one in measured:
-        assert len(one.samples) == (2 if communicator.rank < one.setup.ranks else 0)
-    receipts = {sample.weights_sha256 for one in measured for sample in one.samples}
+        assert len(one.measurements) == (2 if communicator.rank < one.case.ranks else 0)
+    receipts = {run.weights_sha256 for one in measured for run in one.measurements}
     assert len(receipts) == (1 if communicator.rank < 2 else 0)
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_benchmark_inside_of_a_job_leaves_it_usable(communicator, shared_tmp_path):
-    settings = Settings(**{**vars(TINY), "out": shared_tmp_path / "out", "network": Network(1e-5, 1e9)})
+def test_a_job_is_usable_after_a_benchmark(communicator, shared_tmp_path):
+    settings = BenchSettings(**{**vars(TINY), "out": shared_tmp_path / "out", "interconnect": Interconnect(1e-5, 1e9)})
     folder = benchmark(settings, communicator)
     assert (folder is None) == (communicator.rank != 0)
     assert communicator.allgather_json(communicator.rank) == list(range(communicator.size))
 
 
-def test_the_network_names_its_parts_and_the_watch_hears_each_of_them():
+def test_the_network_names_its_parts_and_calls_the_watch_after_each():
     import numpy as np
 
     for model in ("mlp", "simple_convnet", "deep_convnet"):
@@ -272,7 +282,7 @@ def test_the_network_names_its_parts_and_the_watch_hears_each_of_them():
             }
             assert inner == weights, "K of the forward product is the fan-in"
         first = next(products for name, _, products in parts if name in with_weights)
-        assert len(first.backward) == 1, "no gradient by the pictures is computed, and none is counted"
+        assert len(first.backward) == 1, "no gradient of the images is computed or counted"
         last = parts[-1][2] if parts[-1][2].forward else parts[-2][2]
         assert sum(one.operations for one in last.backward) == 2 * sum(one.operations for one in last.forward)
 

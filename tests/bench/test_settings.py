@@ -1,15 +1,15 @@
-"""What a benchmark is asked is read as it is meant, or refused in one line."""
+"""Flags become settings, or are refused in one line."""
 
 import pytest
 
 from distdl.bench import __main__ as bench
 from distdl.bench import settings as settings_module
-from distdl.bench.settings import Network, Settings, parse_network, parse_shape, sweep
+from distdl.bench.settings import BenchSettings, Interconnect, parse_interconnect, parse_shape, rank_counts
 from distdl.errors import UserError
 from distdl.parallel import REDUCTIONS
 
 
-def test_reductions_are_those_there_are():
+def test_the_settings_list_all_reductions():
     assert set(settings_module.REDUCTIONS) == set(REDUCTIONS)
 
 
@@ -23,14 +23,14 @@ def test_reductions_are_those_there_are():
         ("0us,1TB/s", 0.0, 1e12),
     ],
 )
-def test_a_network_is_latency_and_bandwidth(text, latency, bandwidth):
-    assert parse_network(text) == Network(pytest.approx(latency), pytest.approx(bandwidth))
+def test_an_interconnect_is_latency_and_bandwidth(text, latency, bandwidth):
+    assert parse_interconnect(text) == Interconnect(pytest.approx(latency), pytest.approx(bandwidth))
 
 
 @pytest.mark.parametrize("text", ["", "10us", "10,10", "10us,0Gbit", "-1us,10Gbit", "10us,10", "nanus,1GB", "1us;1GB"])
-def test_no_other_text_is_a_network(text):
+def test_no_other_text_is_an_interconnect(text):
     with pytest.raises(UserError, match="expected latency and bandwidth"):
-        parse_network(text)
+        parse_interconnect(text)
 
 
 @pytest.mark.parametrize("text", ["28", "28x28", "28x28x1x1", "-1x2x3", "axbxc", "2.5x3x1", "", "1x2x99999999"])
@@ -39,16 +39,16 @@ def test_no_other_text_is_a_shape(text):
         parse_shape(text)
 
 
-def test_the_sweep_doubles_and_ends_with_all():
-    assert [sweep(None, size) for size in (1, 2, 3, 4, 7)] == [(1,), (1, 2), (1, 2, 3), (1, 2, 4), (1, 2, 4, 7)]
+def test_the_numbers_of_ranks_double_and_end_with_all():
+    assert [rank_counts(None, size) for size in (1, 2, 3, 4, 7)] == [(1,), (1, 2), (1, 2, 3), (1, 2, 4), (1, 2, 4, 7)]
     with pytest.raises(UserError, match=r"--ranks 8 is more than the 4 ranks of this job: start it with mpirun -n 8"):
-        sweep([2, 8], 4)
+        rank_counts([2, 8], 4)
 
 
 def test_flags_become_settings():
     flags = ["--model", "mlp", "--input", "8x8x3", "--ranks", "2,1", "--network", "1us,1GB", "--steps", "3", "--layers"]
-    assert bench.parse(flags) == Settings(
-        model="mlp", input_shape=(8, 8, 3), ranks=(1, 2), network=Network(1e-6, 1e9), steps=3, layers=True
+    assert bench.parse(flags) == BenchSettings(
+        model="mlp", input_shape=(8, 8, 3), ranks=(1, 2), interconnect=Interconnect(1e-6, 1e9), steps=3, layers=True
     )
 
 
@@ -73,14 +73,14 @@ def test_flags_become_settings():
         (["--batch-size", "8"], "--micro-batch-size 16 is larger than --batch-size 8"),
         (["--batch-size", "20"], "is not a multiple of"),
         (["--scaling", "none"], "leaves nothing to measure"),
-        (["--scaling", "none", "--layers", "--network", "10us,10Gbit"], "--network is what --scaling is projected to"),
-        (["--data-dir", "there"], "--data-dir does nothing without --dataset mnist"),
-        (["--data-dir", "there", "--dataset", "digits"], "--data-dir does nothing without --dataset mnist"),
+        (["--scaling", "none", "--layers", "--network", "10us,10Gbit"], "--network predicts --scaling, which is none"),
+        (["--data-dir", "there"], "--data-dir has no effect without --dataset mnist"),
+        (["--data-dir", "there", "--dataset", "digits"], "--data-dir has no effect without --dataset mnist"),
         (["--network", "fast"], "expected latency and bandwidth"),
         (["--nonsense"], "--help lists all flags"),
     ],
 )
-def test_what_cannot_be_measured_is_said(flags, said):
+def test_invalid_flags_are_refused_in_one_line(flags, said):
     with pytest.raises(UserError) as raised:
         bench.parse(flags)
     assert said in str(raised.value)

@@ -1,13 +1,13 @@
-"""Tables say what was measured: medians, speed-ups, shares, who was slowest, and which rows shared cores."""
+"""Tables show medians, speed-ups, shares, the slowest rank, and the rows whose ranks shared cores."""
 
 import re
 
-from distdl.bench.benchmark import points_of
-from distdl.bench.communication import Timed
+from distdl.bench.benchmark import measured_steps
+from distdl.bench.communication import ReductionTimes
 from distdl.bench.layers import LayerTimes, PartTime, TimedPass
-from distdl.bench.measure import Measured, Sample, Setup, oversubscribed, setups_of
-from distdl.bench.projection import Check, Model, Point
-from distdl.bench.settings import Settings
+from distdl.bench.measure import MeasuredCase, Measurement, ScalingCase, oversubscribed, scaling_cases
+from distdl.bench.projection import CostModel, FitCheck, MeasuredStep
+from distdl.bench.settings import BenchSettings
 from distdl.bench.tables import (
     MARK,
     communication_table,
@@ -19,15 +19,17 @@ from distdl.bench.tables import (
 )
 
 
-def sample(seconds, ranks, weights="w"):
+def measurement(seconds, ranks, weights="w"):
     each = [seconds * 0.7] * (ranks - 1) + [seconds * 0.8]
-    return Sample(seconds, [seconds / 10] * 10, each, [seconds * 0.1] * ranks, [0.0] * ranks, [0.01] * ranks, weights)
+    return Measurement(
+        seconds, [seconds / 10] * 10, each, [seconds * 0.1] * ranks, [0.0] * ranks, [0.01] * ranks, weights
+    )
 
 
 def measured(kind, ranks, seconds, *, shared_cores=False, weights="w"):
     batch = 128 * (ranks if kind == "weak" else 1)
-    samples = [sample(one, ranks, weights) for one in seconds]
-    return Measured(Setup(kind, ranks, batch, batch // 16), shared_cores, 10, samples)
+    measurements = [measurement(one, ranks, weights) for one in seconds]
+    return MeasuredCase(ScalingCase(kind, ranks, batch, batch // 16), shared_cores, 10, measurements)
 
 
 SWEEP = [
@@ -57,7 +59,7 @@ def test_a_row_holds_medians_spread_speedup_and_efficiency():
 
 def test_weak_scaling_counts_the_samples_of_all_ranks():
     table = scaling_table(SWEEP, "weak")
-    assert table[0] == "weak scaling, batch 128 a rank"
+    assert table[0] == "weak scaling, batch 128 per rank"
     assert cells(table[3])[1:5] == ["2,048", "2,048 .. 2,048", "1.60", "80%"]
 
 
@@ -80,7 +82,7 @@ def test_cores_are_counted_on_each_host():
     assert [oversubscribed(bound, n) for n in (1, 2, 3, 4)] == [False, False, False, True]
 
 
-def test_equal_weights_are_said_and_different_ones_are_not_hidden():
+def test_a_line_says_whether_the_weights_are_equal():
     assert "same weights on 1, 2, 4 ranks" in same_bits(SWEEP, "tree")
     odd = measured("strong", 3, [1.0], weights="v")
     assert same_bits([*SWEEP, odd], "tree").startswith("DIFFERENT BITS: ")
@@ -89,55 +91,55 @@ def test_equal_weights_are_said_and_different_ones_are_not_hidden():
 
 
 def test_strong_scaling_ends_at_one_micro_batch_a_rank():
-    settings = Settings(batch_size=64, micro_batch_size=16)
-    setups = setups_of(settings, (1, 2, 4, 8))
-    assert [one.ranks for one in setups if one.kind == "strong"] == [1, 2, 4]
-    assert [one.batch_size for one in setups if one.kind == "weak"] == [64, 128, 256, 512]
-    assert [one.micro_batches for one in setups if one.kind == "share"] == [2, 1]
+    settings = BenchSettings(batch_size=64, micro_batch_size=16)
+    cases = scaling_cases(settings, (1, 2, 4, 8))
+    assert [one.ranks for one in cases if one.kind == "strong"] == [1, 2, 4]
+    assert [one.batch_size for one in cases if one.kind == "weak"] == [64, 128, 256, 512]
+    assert [one.micro_batches for one in cases if one.kind == "share"] == [2, 1]
 
 
-def test_the_fit_sees_no_point_of_shared_cores():
-    points = points_of(SWEEP)
-    assert [(point.kind, point.ranks) for point in points] == [
+def test_cases_with_shared_cores_are_not_fitted():
+    steps = measured_steps(SWEEP)
+    assert [(step.kind, step.ranks) for step in steps] == [
         ("strong", 1),
         ("strong", 2),
         ("weak", 1),
         ("weak", 2),
     ]
-    assert points[1].step_seconds == 0.05
-    assert round(points[1].compute_seconds, 6) == 0.0375  # the mean of both, who have as much to do
+    assert steps[1].step_seconds == 0.05
+    assert round(steps[1].compute_seconds, 6) == 0.0375  # the mean of both ranks, whose shards are equal
 
 
-def test_layers_are_shown_with_their_rates_and_what_is_left():
+def test_layers_are_shown_with_their_rates_and_the_rest():
     part = PartTime("affine_1", "Affine 10", TimedPass(1e-3, 10**8, 5e-4), TimedPass(2e-3, 2 * 10**8, 1e-3))
     flat = PartTime("flatten_1", "Flatten", TimedPass(0.0, 0, 0.0), TimedPass(0.0, 0, 0.0))
     text = "\n".join(layers_table(LayerTimes(16, 4e-4, 1.1e-3, 5e-4, [part, flat])))
-    assert "one micro-batch of 16 on one rank, 5.000 ms in all" in text
+    assert "one micro-batch of 16 on one rank, 5.000 ms in total" in text
     forward, backward = ["1.000", "20.0%", "100.0", "200.0"], ["2.000", "40.0%", "100.0", "200.0"]
     assert cells(text.splitlines()[2])[1:] == ["Affine 10", *forward, *backward]
     assert (
-        "besides: loss 0.400 ms (8.0%) · partial sums and pictures 1.100 ms (22.0%) · "
+        "also: loss 0.400 ms (8.0%) · partial sums and images 1.100 ms (22.0%) · "
         "its part of the update 0.500 ms (10.0%)" in text
     )
 
 
-def test_the_reduction_is_shown_by_size_beside_allreduce():
+def test_the_reduction_is_shown_by_size_next_to_allreduce():
     timed = [
-        Timed(2, 1000, False, {"tree": [2e-6, 1e-6, 9e-6], "allreduce": [1e-6] * 3}),
-        Timed(4, 1000, True, {"tree": [1e-6], "allreduce": [2e-6]}),
+        ReductionTimes(2, 1000, False, {"tree": [2e-6, 1e-6, 9e-6], "allreduce": [1e-6] * 3}),
+        ReductionTimes(4, 1000, True, {"tree": [1e-6], "allreduce": [2e-6]}),
     ]
     lines = communication_table(timed, {2: 3.5e-5})
     assert lines[0] == "reduction of a vector over 2 ranks"
     assert cells(lines[2]) == ["1,000", "2.0", "0.500", "1.0", "1.000", "2.00"]
     assert lines[3] == f"reduction of a vector over 4{MARK} ranks"
-    assert "agreement of 2 ranks, one a step: 35.0 us" in lines
-    assert communication_table([], {}) == ["reduction of a vector: there is but one rank"]
+    assert "agreement of 2 ranks, one per step: 35.0 us" in lines
+    assert communication_table([], {}) == ["reduction of a vector: not measured, because there is only one rank"]
 
 
-def test_predictions_say_that_they_are_predictions():
-    model = Model("tree", 1000, 0.0, 1e-3, 0.0, 0.0, 0.0)
-    lines = projection_table((128, 8), model, "strong", "over a network")
-    assert lines[0] == "strong scaling, PREDICTED, not measured: one rank a core, over a network"
+def test_predictions_are_called_predictions():
+    model = CostModel("tree", 1000, 0.0, 1e-3, 0.0, 0.0, 0.0)
+    lines = projection_table((128, 8), model, "strong", "over an interconnect")
+    assert lines[0] == "strong scaling, PREDICTED, not measured: one rank per core, over an interconnect"
     assert [cells(line)[:4] for line in lines[2:]] == [
         ["1", "16,000", "1.00", "100%"],
         ["2", "32,000", "2.00", "100%"],
@@ -146,12 +148,12 @@ def test_predictions_say_that_they_are_predictions():
     ]
 
 
-def test_the_fit_says_how_far_off_it_is():
-    point = Point("strong", 2, 8, 0.010, 0.009, 0.001, 0.0)
-    model = Model("tree", 1000, 1e-3, 2e-3, 1e-5, 1e-9, 0.02)
-    lines = fit_lines(model, [Check(point, 0.011, 0.008), Check(point, 0.0101, None)])
+def test_the_lines_of_the_fit_show_its_errors():
+    step = MeasuredStep("strong", 2, 8, 0.010, 0.009, 0.001, 0.0)
+    model = CostModel("tree", 1000, 1e-3, 2e-3, 1e-5, 1e-9, 0.02)
+    lines = fit_lines(model, [FitCheck(step, 0.011, 0.008), FitCheck(step, 0.0101, None)])
     assert "+10.0%" in lines[2]
     assert "-20.0%" in lines[2]
-    assert lines[-2].strip() == "the fit is off by 5.5% (median), 10.0% at worst"
-    assert lines[-1].strip() == "a fit that has not seen the point is off by 20.0% (median), 20.0% at worst"
-    assert fit_lines(model, [Check(point, 0.014, None)])[-1].strip().startswith("THE FIT IS POOR")
+    assert lines[-2].strip() == "error of the fit: 5.5% (median), 10.0% (largest)"
+    assert lines[-1].strip() == "error of a fit without the predicted point: 20.0% (median), 20.0% (largest)"
+    assert fit_lines(model, [FitCheck(step, 0.014, None)])[-1].strip().startswith("THE FIT IS POOR")

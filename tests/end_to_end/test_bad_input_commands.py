@@ -92,7 +92,7 @@ def nothing_new_in_shared_memory(before):
     return not new
 
 
-SWEEP = "from distdl.parallel import leftovers, shared; leftovers.sweep(shared.folders())"
+SWEEP = "from distdl.job import leftovers; from distdl.parallel import shared; leftovers.sweep(shared.folders())"
 
 
 def assert_refused_once(argv, folder, code, words, environment=None, *, sweeps=False, **settings):

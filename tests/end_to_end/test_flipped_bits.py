@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 import pytest
-from injected import flip, spoil_records, spoil_state
+from injected import faults, flip, spoil_records, spoil_state
 from small_runs import remove, small_run, worlds
 
 from distdl import nn
@@ -33,14 +33,14 @@ def expected_suspects(size, victim):
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("what", FLIPS)
-def test_a_flipped_bit_in_one_replica_is_found_at_the_next_comparison(communicator, shared_tmp_path, monkeypatch, what):
+def test_a_flipped_bit_in_one_replica_is_found_at_the_next_comparison(communicator, shared_tmp_path, what):
     """It is flipped before step 2, steps 2, 4 and 6 are compared, and no checkpoint after step 1 stays behind."""
     for size, part in worlds(communicator, (2, 3, 4)):
         expected = small_run(part, shared_tmp_path / f"{size}", optimizer="momentum")
         for victim in sorted({0, size - 1}):
             folder = shared_tmp_path / f"{size}-{victim}"
-            with monkeypatch.context() as patch:
-                spoil_state(patch, FLIPS[what], step=2, rank=victim)
+            with faults():
+                spoil_state(FLIPS[what], step=2, rank=victim)
                 with pytest.raises(CorruptionError, match="after step 2, first in") as caught:
                     small_run(part, folder, verify_every=2, checkpoint_every=1, optimizer="momentum")
             assert (caught.value.agreed, caught.value.exit_code) == (True, 4)
@@ -52,11 +52,11 @@ def test_a_flipped_bit_in_one_replica_is_found_at_the_next_comparison(communicat
 
 
 @pytest.mark.mpi(min_size=2)
-def test_no_checkpoint_is_written_of_a_replica_that_differs(communicator, shared_tmp_path, monkeypatch):
+def test_no_checkpoint_is_written_of_a_replica_that_differs(communicator, shared_tmp_path):
     """Replicas are compared each 100 steps and before the checkpoint at the end of the epoch, which is step 3."""
     for size, part in worlds(communicator, (2, 3, 4)):
-        with monkeypatch.context() as patch:
-            spoil_state(patch, FLIPS["parameters"], step=1, rank=0)
+        with faults():
+            spoil_state(FLIPS["parameters"], step=1, rank=0)
             with pytest.raises(CorruptionError, match="after step 3, first in conv"):
                 small_run(part, shared_tmp_path / f"{size}")
         part.barrier()
@@ -65,10 +65,10 @@ def test_no_checkpoint_is_written_of_a_replica_that_differs(communicator, shared
 
 
 @pytest.mark.mpi(min_size=2)
-def test_without_comparisons_the_receipts_are_compared_at_the_end(communicator, shared_tmp_path, monkeypatch):
+def test_without_comparisons_the_receipts_are_compared_at_the_end(communicator, shared_tmp_path):
     for size, part in worlds(communicator, (3, 4)):
-        with monkeypatch.context() as patch:
-            spoil_state(patch, FLIPS["parameters"], step=1, rank=2)
+        with faults():
+            spoil_state(FLIPS["parameters"], step=1, rank=2)
             with pytest.raises(CorruptionError, match="the weights differ at the end") as caught:
                 small_run(part, shared_tmp_path / f"{size}", verify_every=0)
             assert named(caught.value) == [2]
@@ -79,16 +79,15 @@ def test_without_comparisons_the_receipts_are_compared_at_the_end(communicator, 
 @pytest.mark.parametrize("field", ["gradient", "loss_sum", "counts"])
 @pytest.mark.parametrize("reduction", ["tree", "allreduce"])
 def test_a_bit_flipped_once_in_a_gradient_is_found_in_that_step_and_its_rank_named(
-    communicator, shared_tmp_path, monkeypatch, field, reduction
+    communicator, shared_tmp_path, field, reduction
 ):
     for size, part in worlds(communicator):
         for victim in sorted({0, size - 1}):
-            with monkeypatch.context() as patch:
+            with faults():
                 spoil_records(
-                    patch,
                     lambda record: flip(record[field], byte=0),
                     step=2,
-                    when=lambda rank, _, v=victim: rank == v,
+                    rank=victim,
                     once=True,
                 )
                 with pytest.raises(CorruptionError, match="step 2 has other bits when computed again") as caught:
@@ -99,13 +98,11 @@ def test_a_bit_flipped_once_in_a_gradient_is_found_in_that_step_and_its_rank_nam
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_rank_that_always_computes_other_bits_is_named_if_there_are_three(communicator, shared_tmp_path, monkeypatch):
+def test_a_rank_that_always_computes_other_bits_is_named_if_there_are_three(communicator, shared_tmp_path):
     for size, part in worlds(communicator, (2, 3, 4)):
         for victim in sorted({0, size - 1}):
-            with monkeypatch.context() as patch:
-                spoil_records(
-                    patch, lambda record: flip(record["gradient"]), step=2, when=lambda rank, _, v=victim: rank == v
-                )
+            with faults():
+                spoil_records(lambda record: flip(record["gradient"]), step=2, rank=victim)
                 with pytest.raises(CorruptionError, match="the same shard of step 2 has other bits") as caught:
                     small_run(part, shared_tmp_path / f"{size}-{victim}", audit=2)
             assert named(caught.value) == expected_suspects(size, victim)
@@ -113,11 +110,11 @@ def test_a_rank_that_always_computes_other_bits_is_named_if_there_are_three(comm
 
 
 @pytest.mark.mpi(min_size=2)
-def test_an_audit_finds_flipped_weights_before_the_step_is_taken(communicator, shared_tmp_path, monkeypatch):
+def test_an_audit_finds_flipped_weights_before_the_step_is_taken(communicator, shared_tmp_path):
     for size, part in worlds(communicator, (2, 3, 4)):
         for victim in sorted({0, size - 1}):
-            with monkeypatch.context() as patch:
-                spoil_state(patch, FLIPS["parameters"], step=2, rank=victim)
+            with faults():
+                spoil_state(FLIPS["parameters"], step=2, rank=victim)
                 with pytest.raises(CorruptionError, match=r"after step 1, first in conv2d_1\.weight") as caught:
                     small_run(part, shared_tmp_path / f"{size}-{victim}", audit=2)
             assert named(caught.value) == expected_suspects(size, victim)
@@ -142,8 +139,8 @@ def test_an_audit_of_a_network_of_ones_own_names_its_layers_too(tmp_path):
         small_run(OneProcess(), tmp_path / "run", build_network=build, audit=1)
 
 
-def test_alone_a_rank_audits_itself(tmp_path, monkeypatch):
-    spoil_records(monkeypatch, lambda record: flip(record["gradient"]), step=2, once=True)
+def test_alone_a_rank_audits_itself(tmp_path):
+    spoil_records(lambda record: flip(record["gradient"]), step=2, once=True)
     with pytest.raises(CorruptionError, match=r"on rank 0 .*step 2 has other bits when computed again; leave"):
         small_run(OneProcess(), tmp_path / "run", audit=1)
 
@@ -168,11 +165,8 @@ def test_audits_and_comparisons_do_not_act_on_the_bits(communicator, shared_tmp_
 PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import numpy as np
-import pytest
-from injected import flip, spoil_records, spoil_state
+from injected import faults, flip, spoil_records, spoil_state
 from distdl import cli, train
-patch = pytest.MonkeyPatch()
 {spoil}
 sys.exit(cli.run(train.main, sys.argv[2:]))
 """
@@ -183,13 +177,12 @@ sys.exit(cli.run(train.main, sys.argv[2:]))
     ("spoil", "flags", "told"),
     [
         (
-            "spoil_state(patch, lambda state: flip(state.network.parameters), step=6, rank=1)",
+            "spoil_state(lambda state: flip(state.network.parameters), step=6, rank=1)",
             ["--verify-every", "4"],
             "after step 8, first in affine_1.weight",
         ),
         (
-            "spoil_records(patch, lambda record: flip(record['gradient']), step=6, "
-            "when=lambda rank, _: rank == 1, once=True)",
+            "spoil_records(lambda record: flip(record['gradient']), step=6, rank=1, once=True)",
             ["--audit", "1"],
             "a shard of step 6 has other bits when computed again",
         ),

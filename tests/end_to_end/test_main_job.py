@@ -1,4 +1,4 @@
-"""What README shows is what a person gets: the main job as it is advertised, and the commands for training."""
+"""README is true: the main job ends as README shows, and its commands for training work."""
 
 import re
 import shlex
@@ -6,10 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from distdl.engine.environment import kernel_family
 from distdl.errors import UserError
 from distdl.job.launcher import read_launch
 from distdl.job.mpirun_command import find_mpirun
@@ -22,7 +20,7 @@ TIMEOUT_SECONDS = 120
 
 
 def section(title):
-    """The commands of a section of README, without their comments."""
+    """Return the commands of a section of README, without their comments."""
     text = re.search(rf"^## {title}$(.*?)^## ", README, re.MULTILINE | re.DOTALL)[1]
     return [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("    ")]
 
@@ -49,7 +47,7 @@ def run(words, folder):
 
 @pytest.fixture(scope="module")
 def last_lines(tmp_path_factory):
-    """How the main job ends in one process, and on four ranks."""
+    """Return the last lines of the main job in one process and on four ranks."""
     commands = {1: ["-m", "distdl.train"], 4: ["-m", "distdl.mpirun", "-n", "4"]}
     ends = {}
     for ranks, words in commands.items():
@@ -61,17 +59,17 @@ def last_lines(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def promised():
-    """The lines that README says a first run ends with."""
+    """Return the last lines of a first run, as README shows them."""
     return [line.strip() for line in re.search(r"ends like this:\n\n((?: {4}.*\n)+)", README)[1].splitlines()]
 
 
 def form(lines):
-    """Lines without their figures."""
-    return [re.sub(r"\d[\d.,]*", "#", re.sub(r"[0-9a-f]{64}", "#", re.sub(r"\s+", " ", line))) for line in lines]
+    """Return the lines without their figures, and without the digits of a receipt."""
+    return [re.sub(r"\d[\d.,]*", "#", re.sub(r"[0-9a-f]{64}", "…", re.sub(r"\s+", " ", line))) for line in lines]
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_the_main_job_names_nearly_all_test_images_right(ranks, last_lines):
+def test_the_main_job_classifies_at_least_96_percent_of_the_test_images_correctly(ranks, last_lines):
     found = re.fullmatch(r"test accuracy: (\d+\.\d\d)%", last_lines[ranks][1])
     assert float(found[1]) >= 96
 
@@ -85,14 +83,7 @@ def test_a_first_run_ends_as_readme_shows_it(last_lines, promised):
     assert form(last_lines[4]) == form(promised)
 
 
-def test_the_receipt_in_readme_is_that_of_the_kernels_it_names(last_lines, promised):
-    numpy, kernels = re.search(r"NumPy ([0-9.]+) with\s+the kernels `([^`]*)`", README).groups()
-    if (numpy, kernels) != (np.__version__, kernel_family()):
-        pytest.skip(f"README's receipt is that of NumPy {numpy} with the kernels {kernels}")
-    assert (last_lines[1][1], last_lines[1][-1]) == (promised[1], promised[-1])
-
-
-@pytest.mark.parametrize("words", section("Training"), ids=" ".join)
+@pytest.mark.parametrize("words", section("Train"), ids=" ".join)
 def test_the_commands_for_training_work(words, tmp_path):
     if "--epochs" in words:
         words[words.index("--epochs") + 1] = "1"

@@ -2,19 +2,19 @@
 
 import itertools
 import json
+import os
+import time
 
 import numpy as np
 import pytest
-from injected import spoil_records, spoil_state
+from injected import faults, spoil_records, spoil_state
 from small_runs import VERY_RAGGED, piece_of_digits, remove, small_config, small_run, worlds
 
 from distdl.data import split
-from distdl.engine import coordinator as coordinator_module
 from distdl.engine import train
-from distdl.engine.trainer import Trainer
 from distdl.errors import CorruptionError, UserError
 from distdl.optim import Adam
-from distdl.parallel import OneProcess, contiguous_shards, deal, share
+from distdl.parallel import OneProcess, contiguous_shards, deal, loads_by_speed
 from distdl.rng import Key
 
 
@@ -32,16 +32,14 @@ WHAT = {nan_gradient: "the gradient is not finite", inf_loss: "the loss is inf"}
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("spoil", [nan_gradient, inf_loss])
 @pytest.mark.parametrize("balance", [False, True])
-def test_all_ranks_stop_at_that_step_and_name_the_lowest_micro_batch(
-    communicator, shared_tmp_path, monkeypatch, spoil, balance
-):
-    spoil_records(monkeypatch, spoil, step=2, when=lambda _, index: index in {5, 7})
+def test_all_ranks_stop_at_that_step_and_name_the_lowest_micro_batch(communicator, shared_tmp_path, spoil, balance):
+    spoil_records(spoil, step=2, micro_batches={5, 7})
     for size, part in worlds(communicator):
         folder = shared_tmp_path / f"{size}"
         with pytest.raises(UserError) as caught:
             small_run(part, folder, balance=balance)
         assert caught.value.agreed
-        dealt = deal(share(8, (1.0,) * size)) if balance else contiguous_shards(8, size)
+        dealt = deal(loads_by_speed(8, (1.0,) * size)) if balance else contiguous_shards(8, size)
         (owner,) = [rank for rank, shard in enumerate(dealt) if 5 in shard]
         saved = folder / "not-finite-step-000000002.npz"
         assert str(caught.value) == (
@@ -63,10 +61,8 @@ def test_all_ranks_stop_at_that_step_and_name_the_lowest_micro_batch(
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("spoil", [nan_gradient, inf_loss])
 @pytest.mark.parametrize("model", ["simple_convnet", "deep_convnet"])
-def test_a_skipped_step_gives_the_same_bits_on_any_number_of_ranks(
-    communicator, shared_tmp_path, monkeypatch, spoil, model
-):
-    spoil_records(monkeypatch, spoil, step=2, when=lambda _, index: index == 5)
+def test_a_skipped_step_gives_the_same_bits_on_any_number_of_ranks(communicator, shared_tmp_path, spoil, model):
+    spoil_records(spoil, step=2, micro_batches={5})
     proofs = {
         size: small_run(part, shared_tmp_path / f"{size}", on_nonfinite="skip", model=model)
         for size, part in worlds(communicator)
@@ -83,14 +79,12 @@ def test_a_skipped_step_gives_the_same_bits_on_any_number_of_ranks(
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
-def test_a_fault_of_the_moment_on_one_rank_is_told_from_divergence(
-    communicator, shared_tmp_path, monkeypatch, on_nonfinite
-):
+def test_a_fault_of_the_moment_on_one_rank_is_told_from_divergence(communicator, shared_tmp_path, on_nonfinite):
     """It ends the run in any case: with the step skipped, the weights would depend on a machine's fault."""
     for size, part in worlds(communicator):
         for victim in range(size):
-            with monkeypatch.context() as patch:
-                spoil_records(patch, nan_gradient, step=2, when=lambda rank, _, v=victim: rank == v, once=True)
+            with faults():
+                spoil_records(nan_gradient, step=2, rank=victim, once=True)
                 with pytest.raises(
                     CorruptionError, match="not finite at step 2, but not when computed again"
                 ) as caught:
@@ -100,19 +94,19 @@ def test_a_fault_of_the_moment_on_one_rank_is_told_from_divergence(
 
 
 @pytest.mark.mpi(min_size=2)
-def test_weights_that_one_rank_alone_has_are_no_divergence(communicator, shared_tmp_path, monkeypatch):
+def test_weights_that_one_rank_alone_has_are_no_divergence(communicator, shared_tmp_path):
     """A flipped bit of the exponent makes a weight so large that the loss is infinite."""
     for size, part in worlds(communicator):
         if size > 1:
-            with monkeypatch.context() as patch:
-                spoil_state(patch, lambda state: state.network.parameters.fill(np.inf), step=2, rank=1)
+            with faults():
+                spoil_state(lambda state: state.network.parameters.fill(np.inf), step=2, rank=1)
                 with pytest.raises(CorruptionError, match=r"rank .*1 .*after step 1, first in"):
                     small_run(part, shared_tmp_path / f"{size}", verify_every=0, on_nonfinite="skip")
     remove(communicator, shared_tmp_path)
 
 
-def test_a_skipped_step_counts_and_changes_neither_weights_nor_optimizer(tmp_path, monkeypatch):
-    spoil_records(monkeypatch, nan_gradient, step=2)
+def test_a_skipped_step_counts_and_changes_neither_weights_nor_optimizer(tmp_path):
+    spoil_records(nan_gradient, step=2)
     small_run(OneProcess(), tmp_path / "run", on_nonfinite="skip", record_hashes=True)
     records = [json.loads(line) for line in (tmp_path / "run" / "hashes.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
@@ -128,7 +122,7 @@ def test_a_skipped_step_counts_and_changes_neither_weights_nor_optimizer(tmp_pat
 def test_adam_counts_the_updates_and_not_the_steps_that_are_skipped(tmp_path, monkeypatch, skipped):
     """As in PyTorch. The gradients are the run's own; the moments, and what corrects them, are the formula's."""
     for step in skipped:
-        spoil_records(monkeypatch, nan_gradient, step=step)
+        spoil_records(nan_gradient, step=step)
     weights, gradients, update = [], [], Adam.update
 
     def watched(self, w, g, *arguments):
@@ -149,69 +143,64 @@ def test_adam_counts_the_updates_and_not_the_steps_that_are_skipped(tmp_path, mo
     np.testing.assert_allclose(weights[-1], w, rtol=0, atol=1e-5)
 
 
-def test_a_run_with_a_skipped_step_resumes_to_the_same_bits(tmp_path, monkeypatch):
-    spoil_records(monkeypatch, nan_gradient, step=2)
+def test_a_run_with_a_skipped_step_resumes_to_the_same_bits(tmp_path):
+    spoil_records(nan_gradient, step=2)
     expected = small_run(OneProcess(), tmp_path / "straight", on_nonfinite="skip")
     small_run(OneProcess(), tmp_path / "pieces", on_nonfinite="skip", max_steps=2)
     assert small_run(OneProcess(), tmp_path / "pieces", resume="auto") == expected  # config.toml is not read here
-    spoil_records(monkeypatch, nan_gradient, step=5)
+    spoil_records(nan_gradient, step=5)
     small_run(OneProcess(), tmp_path / "twice", on_nonfinite="skip", max_steps=3)
     small_run(OneProcess(), tmp_path / "twice", on_nonfinite="skip", resume="auto")
     text = (tmp_path / "twice" / "metrics.jsonl").read_text()
     assert [record["skipped_steps"] for record in map(json.loads, text.splitlines()) if "skipped" in record] == [1, 2]
 
 
-def test_a_sum_that_overflows_though_no_micro_batch_does_is_named_so(tmp_path, monkeypatch):
-    spoil_records(monkeypatch, lambda record: record["gradient"].fill(2e38), step=2)
-    expected = (
-        "not finite at step 2, though that of each micro-batch is finite: their sum overflows: training has diverged"
-    )
+def test_a_sum_that_overflows_though_no_micro_batch_does_is_named_so(tmp_path):
+    spoil_records(lambda record: record["gradient"].fill(2e38), step=2)
+    expected = "not finite at step 2, though each micro-batch is finite: their sum overflows: training has diverged"
     with np.errstate(over="ignore"), pytest.raises(UserError, match=expected):
         small_run(OneProcess(), tmp_path / "run")
     assert not list((tmp_path / "run").glob("*.npz"))
 
 
-def test_an_epoch_without_a_single_update_has_diverged(tmp_path, monkeypatch):
+def test_an_epoch_without_a_single_update_has_diverged(tmp_path):
     for step in (4, 5, 6):
-        spoil_records(monkeypatch, inf_loss, step=step)
+        spoil_records(inf_loss, step=step)
     with pytest.raises(UserError, match="every step of epoch 2 was skipped: training has diverged"):
         small_run(OneProcess(), tmp_path / "run", on_nonfinite="skip")
 
 
 def test_many_skipped_steps_are_warned_about_and_saved_but_not_each(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(coordinator_module, "MOST_SAVED", 2)
-    for step in (1, 2, 4, 5):
-        spoil_records(monkeypatch, nan_gradient, step=step)
+    """Two steps of each epoch are skipped; the run saves the micro-batches of ten steps."""
+    skipped = [step for step in range(1, 19) if step % 3]
+    for step in skipped:
+        spoil_records(nan_gradient, step=step)
     now = iter(range(0, 10**6, 3))
-    monkeypatch.setattr(coordinator_module.time, "monotonic", lambda: float(next(now)))
-    small_run(OneProcess(), tmp_path / "run", on_nonfinite="skip")
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(now)))
+    small_run(OneProcess(), tmp_path / "run", on_nonfinite="skip", epochs=6)
     *warnings, last = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
-    assert last == "distdl: warning: steps skipped, of 6: 4; see metrics.jsonl"
+    assert last == "distdl: warning: steps skipped, of 18: 12; see metrics.jsonl"
     saved = tmp_path / "run" / "not-finite-step-000000001.npz"
     assert warnings[0] == (
         "distdl: warning: the gradient is not finite at step 1, first in micro-batch 0 (computed by rank 0); "
         f"the micro-batch is saved in {saved}: no update in this step (1 skipped so far)"
     )
-    assert 1 <= len(warnings) < 4
+    assert 1 <= len(warnings) < 12
     assert sorted(path.name for path in (tmp_path / "run").glob("*.npz")) == [
-        "not-finite-step-000000001.npz",
-        "not-finite-step-000000002.npz",
+        f"not-finite-step-{step:09d}.npz" for step in skipped[:10]
     ]
 
 
 def test_a_disk_that_refuses_the_micro_batch_is_warned_about(tmp_path, monkeypatch, capsys):
-    def full(path, _):
-        raise OSError(28, "No space left on device", str(path))
+    spoil_records(nan_gradient, step=2)
+    opened = os.open
 
-    spoil_records(monkeypatch, nan_gradient, step=2)
-    original = Trainer.step
+    def full(path, *arguments, **named):
+        if str(path).startswith("not-finite"):
+            raise OSError(28, os.strerror(28), path)
+        return opened(path, *arguments, **named)
 
-    def with_full_disk(self):
-        if self.state.step == 1:
-            monkeypatch.setattr(coordinator_module, "write_durably", full)
-        original(self)
-
-    monkeypatch.setattr(Trainer, "step", with_full_disk)
+    monkeypatch.setattr(os, "open", full)
     with pytest.raises(UserError, match=r"micro-batch 0 \(computed by rank 0\): training has diverged"):
         train(small_config(tmp_path / "run"), OneProcess(), dataset=piece_of_digits(VERY_RAGGED))
     assert "not-finite-step-000000002.npz: No space left on device" in capsys.readouterr().err

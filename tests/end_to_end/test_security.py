@@ -10,20 +10,21 @@ from pathlib import Path
 
 import pytest
 from bad_inputs import changes, mnist_files, picture, without_launcher, write_files
+from injected import write_checkpoints_at_once
 from refusals import DAMAGED, USER, outcome
 from refused_runs import RunShop, sealed
 from small_runs import small_run
 
-from distdl.engine.coordinator import Coordinator
-from distdl.engine.metrics import JsonLines
+from distdl.engine.fault_injection import fail_at
 from distdl.engine.storage import checkpoints, files, run_folder
+from distdl.engine.storage.json_lines import JsonLines
 from distdl.errors import UserError
 from distdl.job.launcher import read_launch
 from distdl.parallel import OneProcess, shared
 
 pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts trainings of one process")
 
-INSIDE = [*files.OWN_FILES, "checkpoints", "checkpoints/step-000000006.safetensors"]
+INSIDE = [*files.RUN_FILES, "checkpoints", "checkpoints/step-000000006.safetensors"]
 
 
 @pytest.mark.parametrize("leads", ["to what was there", "to someone else's", "nowhere"])
@@ -44,7 +45,9 @@ def test_a_link_inside_a_run_folder_is_refused_and_not_followed(workshop, name, 
     for arguments in (["--resume=run"], ["--resume=auto", "--run-dir=run"], ["--resume=run", "--run-dir=other"]):
         code, out, err, _ = outcome([*shop.settings, "--epochs=3", "--record-hashes", *arguments])
         assert (code, out) == (USER, "")
-        assert err.startswith(f"distdl: error: run/{name} is a symbolic link: inside a run folder none is followed")
+        assert err.startswith(
+            f"distdl: error: run/{name} is a symbolic link: distdl follows no link inside a run folder"
+        )
         assert len(err.splitlines()) == 1
         assert changes(before, picture(workshop)) == []
 
@@ -73,19 +76,17 @@ def test_a_run_folder_that_is_itself_a_link_is_what_the_user_has_named(tmp_path)
 
 
 def test_a_link_put_in_the_place_of_the_checkpoints_while_training_is_not_followed(tmp_path, monkeypatch):
-    folder, elsewhere, stepped = tmp_path / "run", tmp_path / "elsewhere", Coordinator.stepped
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
     theirs = checkpoints.path_of_step(elsewhere, 1)
     theirs.write_text("theirs")
 
-    def swapping(self, state, *others):
-        if state.step == 2:
-            self._writer.outcome(wait=True)
-            (folder / "checkpoints").rename(tmp_path / "moved")
-            (folder / "checkpoints").symlink_to(elsewhere)
-        stepped(self, state, *others)
+    def swap(_state):
+        (folder / "checkpoints").rename(tmp_path / "moved")
+        (folder / "checkpoints").symlink_to(elsewhere)
 
-    monkeypatch.setattr(Coordinator, "stepped", swapping)
+    write_checkpoints_at_once(monkeypatch)
+    fail_at("step", rank=0, step=2, action=swap)
     with pytest.raises(UserError, match="cannot write the checkpoint after step"):
         small_run(OneProcess(), folder, checkpoint_every=1)
     assert [path.read_text() for path in elsewhere.iterdir()] == ["theirs"]
@@ -230,7 +231,7 @@ def test_a_training_opens_what_it_is_given_to_read_only_and_runs_and_connects_to
         assert given <= {str(tmp_path / what) for kind, what in events if kind == "read"}
         own = "run" if "--run-dir=run" in arguments else "new"
         # In the run folder files are named relative to an open folder, and a number is a file opened before.
-        names = {f"step-{step:09d}.safetensors" for step in range(9)} | set(files.OWN_FILES)
+        names = {f"step-{step:09d}.safetensors" for step in range(9)} | set(files.RUN_FILES)
         names |= {f"{name}{files.TEMPORARY_SUFFIX}" for name in names}
         for kind, what in events:
             inside = what in names or what.isdecimal() or (Path(own) in (Path(what), *Path(what).parents))

@@ -15,25 +15,28 @@ from distdl.job.mpirun_command import environment_for, mpirun_command
 FLAGS = ["--model", "mlp", "--epochs", "2"]
 STEP = 4
 
-#: The main job; in a step each rank says that it is there, and goes on once it has heard a signal, or never.
+#: The main job. In a step, each rank reports that it is there. It continues after the first signal, or never.
 PROGRAM = """
-import pathlib, sys, time
+import os, pathlib, signal, sys, time
+from contextlib import suppress
 from distdl import cli, train
-from distdl.engine.trainer import Trainer
+from distdl.engine.fault_injection import fail_at
+from distdl.job.launcher import read_launch
 
-folder, stuck = pathlib.Path(sys.argv[1]), sys.argv[2] == "stuck"
-step = Trainer.step
+folder, stuck, rank = pathlib.Path(sys.argv[1]), sys.argv[2] == "stuck", read_launch().rank
+signals, writes = os.pipe2(os.O_NONBLOCK)
+signal.set_wakeup_fd(writes)
 
-def waiting(self):
-    if self.state.step + 1 == {step}:
-        (folder / f"there-{{self.communicator.rank}}").touch()
-        while stuck or not self.stop.values()["stop"].any():
-            if self.stop.values()["stop"].any():
-                (folder / f"heard-{{self.communicator.rank}}").touch()
-            time.sleep(0.01)
-    step(self)
+def wait(_state):
+    (folder / f"there-{{rank}}").touch()
+    heard = b""
+    while stuck or not heard:
+        with suppress(BlockingIOError):
+            heard += os.read(signals, 100)
+            (folder / f"heard-{{rank}}").touch()
+        time.sleep(0.01)
 
-Trainer.step = waiting
+fail_at("step", rank=None, step={step}, action=wait)
 sys.exit(cli.run(train.main, sys.argv[3:]))
 """
 
@@ -86,7 +89,7 @@ def test_a_signal_to_mpirun_saves_the_step_and_resume_gives_the_undisturbed_rece
     assert f"stopped after step {STEP}; --resume {tmp_path / 'run'} goes on" in out
     told = [line for line in error.splitlines() if line.startswith("distdl: ")]
     assert told == [
-        f"distdl: stopped by {number.name} after step {STEP}, which is saved: the same command with --resume goes on "
+        f"distdl: stopped by {number.name} after step {STEP}, which is saved: the same command with --resume continues "
         "(exit code 75)"
     ]
     assert "Traceback" not in error

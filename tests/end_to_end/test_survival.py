@@ -1,6 +1,6 @@
-"""Killed ranks: the others finish the step they are in and go on, to the same receipt and the same metrics.
+"""If ranks are killed, the others finish that same step, to the same receipt and the same metrics.
 
-Real processes and real SIGKILLs, at chosen places; `tests/faults` kills at random moments.
+These tests use real processes and real SIGKILLs, at chosen points. `tests/faults` kills at random moments.
 """
 
 import json
@@ -9,209 +9,241 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from small_runs import small_run
+from small_runs import VERY_RAGGED, piece_of_digits, small_config, small_run
 
+from distdl.engine import train
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.files import TEMPORARY_SUFFIX
 from distdl.job.mpirun_command import mpirun_command
 from distdl.parallel import OneProcess
 
-#: Trains as `small_run` does. A trap is a rank, a function, "before" or "after", and at which of its calls.
+#: Trains as `small_run` does, with the faults that the rules of `saboteur.py` describe.
 PROGRAM = """
-import importlib, json, os, signal, sys
+import json, sys
 from pathlib import Path
+sys.path[:0] = json.loads(sys.argv[1])
 from distdl import cli
 cli.set_blas_threads(1)
-
-def set_trap(rank, function, when, count):
-    owner, calls = importlib.import_module(function.split(":")[0]), []
-    *path, name = function.split(":")[1].split(".")
-    for part in path:
-        owner = getattr(owner, part)
-    work = getattr(owner, name)
-
-    def trapped(*arguments, **keywords):
-        calls.append(1)
-        if len(calls) == count and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = work(*arguments, **keywords)
-        if len(calls) == count and when == "after":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(owner, name, trapped)
+import saboteur
 
 def main(arguments):
-    sys.path.insert(0, arguments[0])
     from small_runs import VERY_RAGGED, piece_of_digits, small_config
     from distdl.engine import train
-    from distdl.parallel import world
-    communicator = world()
-    for trap in json.loads(arguments[2]):
-        if trap[0] == communicator.rank:
-            set_trap(*trap)
+    saboteur.set_faults(json.loads(arguments[2]))
     train(small_config(Path(arguments[1]), **json.loads(arguments[3])), dataset=piece_of_digits(VERY_RAGGED))
     return 0
 
 sys.exit(cli.run(main))
 """
-
-FULL_DISK = """
-import distdl.engine.storage.checkpoints
-
-def write(*_):
-    raise OSError(28, "No space left on device")
-
-distdl.engine.storage.checkpoints.write = write
-"""
-
-STEP = "distdl.engine.trainer:Trainer.step"
-VALIDATION = "distdl.engine.trainer:Trainer._end_epoch"
-CHECKPOINT = "distdl.engine.coordinator:Coordinator.checkpoint"
-WRITE = "distdl.engine.storage.checkpoints:write"  # by the coordinator's thread, while training goes on
+HERE = Path(__file__).parent
 SETTINGS = {"checkpoint_every": 2, "record_hashes": True}
+#: Fields of summary.json that may differ after a failure.
+OF_THIS_RUN = {"ranks", "recoveries", "train_seconds", "samples_per_second"}
+
+
+def fault(rank, phase, **more):
+    """A rule of `saboteur.py`; it kills the rank unless told otherwise."""
+    return {"rank": rank, "phase": phase, **more}
+
+
+def summary_of(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def compared(summary):
+    """The part of a summary that no failure changes."""
+    return {name: value for name, value in summary.items() if name not in OF_THIS_RUN}
+
+
+class Undisturbed:
+    """The results of a run without failures."""
+
+    def __init__(self, folder):
+        self.weights, self.state, self.metrics = small_run(OneProcess(), folder, **SETTINGS)
+        self.hashes = (folder / "hashes.jsonl").read_bytes()
+        self.summary = compared(summary_of(folder))
+        self.progress = self._progress(folder)
+
+    @staticmethod
+    def _progress(folder):
+        """What the last checkpoint says of the run, except for its seconds."""
+        newest, checkpoint, complaints = checkpoints.newest_intact(folder / "checkpoints")
+        assert (newest.name, complaints) == ("step-000000006.safetensors", [])
+        return {name: value for name, value in checkpoint.header["progress"].items() if name != "train_seconds"}
+
+    def assert_equal(self, folder):
+        """The run in `folder` has ended with the same bits, logs and checkpoints."""
+        summary = summary_of(folder)
+        assert (summary["weights_sha256"], summary["state_sha256"]) == (self.weights, self.state)
+        assert compared(summary) == self.summary
+        assert (folder / "metrics.jsonl").read_bytes() == self.metrics
+        assert (folder / "hashes.jsonl").read_bytes() == self.hashes
+        assert self._progress(folder) == self.progress
+        assert not [path for path in folder.rglob("*") if path.name.endswith(TEMPORARY_SUFFIX)]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, ulfm):
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    return small_run(OneProcess(), folder, **SETTINGS), (folder / "hashes.jsonl").read_bytes()
+    return Undisturbed(tmp_path_factory.mktemp("undisturbed") / "run")
 
 
-def run_with_traps(run_job, tmp_path, traps, ranks, more=""):
+def run_with_faults(run_job, tmp_path, faults, ranks, **settings):
     program, folder = tmp_path / "program.py", tmp_path / "run"
-    program.write_text(PROGRAM.replace("def main", f"{more}\ndef main"))
-    arguments = [str(Path(__file__).parent), str(folder), json.dumps(traps), json.dumps(SETTINGS)]
-    launch = mpirun_command(ranks, [sys.executable, str(program), *arguments])
-    done = run_job(launch, timeout=120)
+    program.write_text(PROGRAM)
+    paths = [str(HERE), str(HERE.parent / "faults")]
+    arguments = [json.dumps(paths), str(folder), json.dumps(faults), json.dumps(SETTINGS | settings)]
+    done = run_job(mpirun_command(ranks, [sys.executable, str(program), *arguments]), timeout=120)
+    assert done.stderr.count("[saboteur]") == len(faults), done.stdout + done.stderr
     return folder, done
 
 
+def recoveries_of(folder):
+    return [(one["step"], one["lost_ranks"], one["ranks"]) for one in summary_of(folder)["recoveries"]]
+
+
 @pytest.mark.parametrize(
-    ("ranks", "traps", "recoveries"),
+    ("ranks", "faults", "recoveries"),
     [
         pytest.param(
             4,
-            [[2, STEP, "before", 2], [0, VALIDATION, "before", 1], [1, CHECKPOINT, "after", 1]],
-            [(2, [2], 3), (3, [0], 2), (3, [1], 1)],
+            [fault(2, "step", nth=2), fault(0, "validation"), fault(1, "checkpoint", when="after", nth=3)],
+            [(2, [2], 3), (3, [0], 2), (4, [1], 1)],
             id="one after the other, two coordinators, down to one",
         ),
-        pytest.param(
-            4,
-            [[1, STEP, "before", 2], [0, "distdl.engine.trainer:Trainer.rebuild", "after", 1]],
-            [(2, [0, 1], 2)],
-            id="in a recovery",
-        ),
+        pytest.param(4, [fault(1, "step", nth=2), fault(0, "agree")], [(2, [0, 1], 2)], id="in a recovery"),
         pytest.param(
             3,
-            [[0, STEP, "before", 3], [1, "distdl.engine.takeover:JsonLines", "after", 2]],
+            [fault(0, "step", nth=3), fault(1, "takeover", nth=3)],
             [(3, [0, 1], 1)],
             id="while taking over the run folder",
         ),
         pytest.param(
             3,
-            [[0, "distdl.engine.prepare:read_data", "after", 1], [1, "distdl.engine.prepare:Coordinator", "after", 1]],
+            [fault(0, "data"), fault(1, "run-folder")],
             [(0, [0, 1], 1)],
-            id="while distributing data, and with the run folder made",
+            id="while distributing data, and after making the run folder",
         ),
         pytest.param(
-            2,
-            [[0, "distdl.engine.coordinator:Coordinator.finished", "after", 1]],
-            [(6, [0], 1)],
-            id="at the very end",
+            2, [fault(0, "checkpoint", when="committed")], [(3, [0], 1)], id="after a checkpoint is committed"
         ),
+        pytest.param(2, [fault(0, "test", when="committed")], [(6, [0], 1)], id="after the committed test"),
+        pytest.param(2, [fault(0, "finish", when="after")], [(6, [0], 1)], id="at the very end"),
     ],
 )
-def test_the_others_go_on_to_the_same_receipt_and_logs(run_job, tmp_path, undisturbed, ranks, traps, recoveries):
-    folder, done = run_with_traps(run_job, tmp_path, traps, ranks)
+def test_the_others_continue_to_the_same_receipt_and_logs(run_job, tmp_path, undisturbed, ranks, faults, recoveries):
+    folder, done = run_with_faults(run_job, tmp_path, faults, ranks)
     assert done.returncode == 0, done.stdout + done.stderr
-    summary = json.loads((folder / "summary.json").read_text())
-    assert [(loss["step"], loss["lost_ranks"], loss["ranks"]) for loss in summary["recoveries"]] == recoveries
-    assert summary["ranks"] == recoveries[-1][2]
-    (weights, state, metrics), hashes = undisturbed
-    assert (summary["weights_sha256"], summary["state_sha256"]) == (weights, state)
-    assert (folder / "metrics.jsonl").read_bytes() == metrics
-    assert (folder / "hashes.jsonl").read_bytes() == hashes
-    assert f"weights sha256: {weights}" in done.stdout
-    newest, _, complaints = checkpoints.newest_intact(folder / "checkpoints")
-    assert (newest.name, complaints) == ("step-000000006.safetensors", [])
+    assert recoveries_of(folder) == recoveries
+    assert summary_of(folder)["ranks"] == recoveries[-1][2]
+    undisturbed.assert_equal(folder)
+    assert f"weights sha256: {undisturbed.weights}" in done.stdout
     assert all(json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines())
 
 
+def behind(rank, killed, phase, **more):
+    """One rank dies, and one survivor learns of it after the commit, before it has changed its state.
+
+    MPI promises that all survivors learn alike whether a step is committed. The recovery does not rely on it.
+    """
+    return [fault(killed, phase, **more), fault(rank, phase, do="lose-a-peer", **more)]
+
+
+@pytest.mark.parametrize(
+    ("faults", "recoveries"),
+    [
+        *(
+            pytest.param(behind(1, 2, "update", step=step), [(after, [2], 2)], id=f"in step {step}")
+            for step, after in ((1, 2), (2, 2), (3, 3), (5, 6))
+        ),
+        pytest.param(
+            [*behind(1, 2, "validation", when="committed", nth=2), fault(0, "checkpoint", step=6, nth=2)],
+            [(6, [2], 2), (6, [0], 1)],
+            id="in validation; then it must continue alone",
+        ),
+        pytest.param(
+            [*behind(1, 2, "test", when="committed"), fault(0, "finish")],
+            [(6, [2], 2), (6, [0], 1)],
+            id="in the test; then it must continue alone",
+        ),
+        *(
+            pytest.param(behind(1, 0, "update", step=step), [(after, [0], 2)], id=f"in step {step}, as new rank 0")
+            for step, after in ((1, 2), (4, 4))
+        ),
+        pytest.param(behind(0, 2, "checkpoint", when="committed"), [(3, [2], 2)], id="in a checkpoint, as rank 0"),
+    ],
+)
+def test_a_survivor_at_an_earlier_step_takes_the_state_of_one_at_a_later_step(
+    run_job, tmp_path, undisturbed, faults, recoveries
+):
+    folder, done = run_with_faults(run_job, tmp_path, faults, 3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert recoveries_of(folder) == recoveries
+    undisturbed.assert_equal(folder)
+
+
+def test_a_survivor_at_an_earlier_step_takes_a_request_to_stop(run_job, tmp_path, undisturbed):
+    faults = [fault(0, "step", step=2, do="signal:SIGUSR1"), *behind(1, 2, "update", step=2)]
+    folder, done = run_with_faults(run_job, tmp_path, faults, 3)
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert "stopped by SIGUSR1 after step 2, which is saved" in done.stderr
+    assert recoveries_of(folder) == [(2, [2], 2)]
+    train(small_config(folder, resume="auto", **SETTINGS), OneProcess(), dataset=piece_of_digits(VERY_RAGGED))
+    undisturbed.assert_equal(folder)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_coordinator_killed_while_its_thread_writes_a_checkpoint(run_job, tmp_path, undisturbed, when, count):
-    """In which step the others are meanwhile, nobody knows; the last checkpoint is written again by the successor."""
-    folder, done = run_with_traps(run_job, tmp_path, [[0, WRITE, when, count]], 2)
+@pytest.mark.parametrize("nth", [1, 3])
+def test_a_coordinator_killed_while_its_thread_writes_a_checkpoint(run_job, tmp_path, undisturbed, when, nth):
+    """The step of the other rank at that moment is unknown. The successor writes the last checkpoint again."""
+    folder, done = run_with_faults(run_job, tmp_path, [fault(0, "checkpoint-write", when=when, nth=nth)], 2)
     assert done.returncode == 0, done.stdout + done.stderr
-    summary = json.loads((folder / "summary.json").read_text())
-    assert [loss["lost_ranks"] for loss in summary["recoveries"]] == [[0]]
-    (weights, state, metrics), hashes = undisturbed
-    assert (summary["weights_sha256"], summary["state_sha256"]) == (weights, state)
-    assert (folder / "metrics.jsonl").read_bytes() == metrics
-    assert (folder / "hashes.jsonl").read_bytes() == hashes
-    newest, _, complaints = checkpoints.newest_intact(folder / "checkpoints")
-    assert (newest.name, complaints) == ("step-000000006.safetensors", [])
-    assert not [path for path in folder.rglob("*") if path.name.endswith(TEMPORARY_SUFFIX)]
+    assert [lost for _, lost, _ in recoveries_of(folder)] == [[0]]
+    undisturbed.assert_equal(folder)
 
 
-def test_no_process_is_left_after_a_survived_kill(run_job, tmp_path, ulfm):
-    folder, done = run_with_traps(run_job, tmp_path, [[1, STEP, "before", 2]], 2)
+def test_no_process_remains_after_a_survived_kill(run_job, tmp_path, ulfm):
+    folder, done = run_with_faults(run_job, tmp_path, [fault(1, "step", nth=2)], 2)
     assert done.returncode == 0, done.stdout + done.stderr
-    left = []
+    remaining = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended meanwhile
-            left.append((process / "cmdline").read_bytes())
-    assert not [line for line in left if str(folder).encode() in line]
+            remaining.append((process / "cmdline").read_bytes())
+    assert not [line for line in remaining if str(folder).encode() in line]
     assert "survives failures: yes" in done.stdout
     assert "rank 1 was lost in step 2; 1 rank goes on" in done.stdout
-
-
-#: Lets rank 1 end otherwise than by a SIGKILL when it first adds a gradient in its second step.
-OTHER_ENDS = """
-import distdl.engine.trainer
-
-class Trainer(distdl.engine.trainer.Trainer):
-    def step(self):
-        if self.communicator.world_ranks[self.communicator.rank] == 1 and self.state.step == 1:
-            {end}
-        super().step()
-
-import distdl.engine.prepare
-distdl.engine.prepare.Trainer = Trainer
-"""
 
 
 @pytest.mark.parametrize(
     ("end", "said"),
     [
-        ("os.abort()", ""),
-        ("raise MemoryError('no memory')", "[rank 1] MemoryError: no memory"),
-        ("raise OSError(5, 'Input/output error')", "[rank 1] OSError: [Errno 5] Input/output error"),
+        ("abort", ""),
+        ("memory-error", "[rank 1] MemoryError: no memory"),
+        ("os-error:5", "[rank 1] OSError: [Errno 5] Input/output error"),
     ],
 )
-def test_a_rank_whose_host_fails_it_is_gone_on_without(run_job, tmp_path, undisturbed, end, said):
-    folder, done = run_with_traps(run_job, tmp_path, [], 2, more=OTHER_ENDS.format(end=end))
+def test_the_others_continue_without_a_rank_whose_host_fails(run_job, tmp_path, undisturbed, end, said):
+    folder, done = run_with_faults(run_job, tmp_path, [fault(1, "step", step=2, do=end)], 2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert said in done.stderr
-    summary = json.loads((folder / "summary.json").read_text())
-    assert [loss["lost_ranks"] for loss in summary["recoveries"]] == [[1]]
-    assert summary["weights_sha256"] == undisturbed[0][0]
+    assert recoveries_of(folder) == [(2, [1], 1)]
+    undisturbed.assert_equal(folder)
 
 
 def test_a_defect_after_a_survived_kill_ends_the_job(run_job, tmp_path, ulfm):
-    defect = OTHER_ENDS.format(end="raise RuntimeError('a defect')").replace("step == 1", "step == 2")
-    _, done = run_with_traps(run_job, tmp_path, [[0, STEP, "before", 1]], 3, more=defect)
+    faults = [fault(0, "step"), fault(1, "step", step=3, do="raise")]
+    _, done = run_with_faults(run_job, tmp_path, faults, 3)
     assert done.returncode != 0
     assert "rank 0 was lost in step 1" in done.stdout
     assert any("RuntimeError: a defect" in line for line in done.stderr.splitlines())
     assert "weights sha256" not in done.stdout
 
 
-def test_what_every_survivor_raises_later_keeps_its_exit_code(run_job, tmp_path, ulfm):
+def test_an_error_that_all_survivors_raise_keeps_its_exit_code(run_job, tmp_path, ulfm):
     """A disk that refuses every checkpoint, after a rank was lost: one line, exit code 2."""
-    _, done = run_with_traps(run_job, tmp_path, [[1, STEP, "before", 1]], 3, more=FULL_DISK)
+    faults = [fault(1, "step"), *(fault(0, "checkpoint-write", nth=nth, do="os-error:28") for nth in (1, 2, 3))]
+    _, done = run_with_faults(run_job, tmp_path, faults, 3)
     assert done.returncode == 2, done.stdout + done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if "error" in line and "checkpoint" in line]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("distdl: error: ")]
+    assert "cannot write the checkpoint after step" in line
     assert "No space left on device" in line
     assert "Traceback" not in done.stderr

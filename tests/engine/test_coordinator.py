@@ -15,9 +15,10 @@ from distdl.engine import prepare as engine_run
 from distdl.engine import train
 from distdl.engine.coordinator import Coordinator
 from distdl.engine.environment import describe
-from distdl.engine.metrics import JsonLines
+from distdl.engine.stop import StopRequest
 from distdl.engine.storage import checkpoints, run_folder
 from distdl.engine.storage.files import TEMPORARY_SUFFIX
+from distdl.engine.storage.json_lines import JsonLines
 from distdl.engine.trainer import Trainer
 from distdl.errors import PeerLost, UserError
 from distdl.nn import Sequential
@@ -165,7 +166,7 @@ def test_a_decay_is_named_beside_the_learning_rate_where_there_is_one(tmp_path):
 
 #: What cannot be the learning rate's fault.
 WITHOUT_AN_UPDATE = [
-    f"{what}: no update was made before; look at the data, the initial weights and the model, not at --lr"
+    f"{what}: no update came before it; check the data, the initial weights and the model, not --lr"
     for what in ("the gradient is not finite at step 1, .*", "every step of epoch 1 was skipped")
 ]
 
@@ -280,7 +281,12 @@ def test_two_default_runs_of_the_same_second_get_folders_of_their_own(tmp_path, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_folder, "datetime", type("Noon", (), {"now": lambda: datetime(2026, 1, 1, 12)}))
     one, two = (run_folder.find_start(small_config(None).checked()) for _ in range(2))
-    with run_folder.claim(one) as (first, lock), run_folder.claim(two) as (second, other_lock), lock, other_lock:
+    with (
+        run_folder.locked_run_folder(one) as (first, lock),
+        run_folder.locked_run_folder(two) as (second, other_lock),
+        lock,
+        other_lock,
+    ):
         assert first != second
         assert (first / "checkpoints").is_dir()
         assert (second / "checkpoints").is_dir()
@@ -328,11 +334,14 @@ def losing_a_rank(*_):
 def test_a_job_that_loses_a_rank_before_it_has_a_folder_takes_none_from_another(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_folder, "datetime", type("Noon", (), {"now": lambda: datetime(2026, 1, 1, 12)}))
-    preparation = engine_run._Preparation(small_config(None).checked(), None, piece_of_digits(94))
+    preparation = engine_run.Preparation(small_config(None).checked(), None, piece_of_digits(94), None, StopRequest())
     while_data_are_loaded(monkeypatch, losing_a_rank)
     with pytest.raises(PeerLost):
         preparation.trainer(OneProcess())
-    with run_folder.claim(run_folder.find_start(small_config(None).checked())) as (theirs, lock), lock:
+    with (
+        run_folder.locked_run_folder(run_folder.find_start(small_config(None).checked())) as (theirs, lock),
+        lock,
+    ):
         preparation.trainer(OneProcess())
         assert preparation.folder == tmp_path / f"{theirs}-2"
     preparation.close()
@@ -340,7 +349,7 @@ def test_a_job_that_loses_a_rank_before_it_has_a_folder_takes_none_from_another(
 
 def test_a_job_that_loses_a_rank_when_it_has_a_folder_goes_on_in_it(tmp_path, monkeypatch):
     config = small_config(tmp_path / "run").checked()
-    preparation = engine_run._Preparation(config, None, piece_of_digits(94))
+    preparation = engine_run.Preparation(config, None, piece_of_digits(94), None, StopRequest())
     opened = Coordinator.open_run
 
     def loses_a_rank(self):
@@ -381,7 +390,11 @@ def test_a_lock_that_its_owner_takes_away_is_not_ours(tmp_path, monkeypatch):
         flock(lock, how)
 
     monkeypatch.setattr(fcntl, "flock", after_its_removal)
-    with run_folder.claim(run_folder.Start(tmp_path)) as (_, lock), lock, (tmp_path / "lock").open("rb") as other:
+    with (
+        run_folder.locked_run_folder(run_folder.StartingPoint(tmp_path)) as (_, lock),
+        lock,
+        (tmp_path / "lock").open("rb") as other,
+    ):
         assert len(taken) == 1
         with pytest.raises(BlockingIOError):
             flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)

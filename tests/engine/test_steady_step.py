@@ -7,9 +7,9 @@ import pytest
 
 from distdl.config import TrainConfig
 from distdl.data import PreparedDataset
-from distdl.engine.coordinator import Follower
 from distdl.engine.environment import numerics
 from distdl.engine.state import TrainingState
+from distdl.engine.stop import StopRequest
 from distdl.engine.trainer import Trainer
 from distdl.nn import build_model
 from distdl.optim import Adam
@@ -29,7 +29,7 @@ def trainer_of(model, batch_size, micro_batch_size, augment=None):
     sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size}
     config = TrainConfig(model=model, augment=augment, **sizes).checked()
     optimizer = Adam(network.parameters.size, decay_slices=network.decay_slices)
-    return Trainer(config, OneProcess(), data, TrainingState(network, optimizer), Follower())
+    return Trainer(config, OneProcess(), data, TrainingState(network, optimizer), StopRequest())
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A rank that becomes coordinator makes of the run folder, as the one before left it, what belongs there."""
+"""A rank that takes over as coordinator completes the files of the run folder, whatever the lost one had written."""
 
 import fcntl
 import json
@@ -10,16 +10,18 @@ import pytest
 
 from distdl.config import TrainConfig
 from distdl.engine.console import Console
-from distdl.engine.logbook import Journal
-from distdl.engine.metrics import JsonLines, Sums
+from distdl.engine.coordinator import Coordinator, RunFacts
+from distdl.engine.logbook import Logbook
+from distdl.engine.metrics import Sums
 from distdl.engine.storage import run_folder
 from distdl.engine.storage.files import TEMPORARY_SUFFIX
-from distdl.engine.takeover import Successor
+from distdl.engine.timing.timeline import Spent
 from distdl.errors import UserError
 
 STEPS_PER_EPOCH = 5
 ENVIRONMENT = {"kernel_families": ["Zen"], "versions": {"numpy": "2"}}
 CONFIG = TrainConfig(log_every=1, record_hashes=True)
+CONSOLE = Console(live=False)
 
 
 def sums(loss):
@@ -30,104 +32,111 @@ def state(step):
     return SimpleNamespace(step=step, epoch_sums=sums(step / 7), named_arrays=lambda: [("a", np.full(3, step))])
 
 
-def log(journal, steps, write=lambda *_: None):
-    """Take so many steps, with checkpoints after the second and fourth, and write as a coordinator does.
+def new_logbook(*, keeps):
+    return Logbook(CONFIG, STEPS_PER_EPOCH, CONSOLE, keeps=keeps)
 
-    That the first was saved is known when the other one begins.
-    """
+
+def log(logbook, steps):
+    """Log the steps, with checkpoints after the second and fourth. At the second the first is known to be saved."""
     for step in range(1, steps + 1):
-        records = journal.stepped(state(step), sums(step / 3), 0.1)
+        logbook.stepped(state(step), sums(step / 3), 0.1)
         if step == STEPS_PER_EPOCH:
-            records += journal.epoch_ended(state(step), sums(0.5))
-        for record in records:
-            write(*record)
+            logbook.epoch_ended(state(step), sums(0.5), Spent((0.0,), (0.0,), (0.0,)), {})
         if step in {2, 4}:
-            journal.checkpointed(before_is_saved=step == 4)
+            logbook.checkpointed(previous_is_saved=step == 4)
 
 
 @pytest.fixture
 def expected(tmp_path):
-    """What the logs should hold after six steps."""
+    """The content of the logs after six steps."""
     folder = tmp_path / "expected"
     folder.mkdir()
-    logs = {name: JsonLines(folder / name) for name in ("metrics", "hashes")}
-    log(Journal(CONFIG, STEPS_PER_EPOCH, keeps=False), 6, lambda name, record: logs[name].write(record))
-    for written in logs.values():
-        written.close()
-    return {name: (folder / name).read_bytes() for name in logs}
+    logbook = new_logbook(keeps=False)
+    logbook.open(folder, {})
+    log(logbook, 6)
+    logbook.close()
+    return {name: (folder / f"{name}.jsonl").read_bytes() for name in ("metrics", "hashes")}
 
 
-def successor(folder, journal):
-    return Successor(CONFIG, folder, ENVIRONMENT, "data", Console(live=False), journal)
+def taken_over(folder, logbook):
+    return Coordinator.take_over(RunFacts(CONFIG, ENVIRONMENT, "data"), folder, logbook, CONSOLE)
 
 
 @pytest.fixture
-def journal():
-    journal = Journal(CONFIG, STEPS_PER_EPOCH, keeps=True)
-    log(journal, 6)
-    return journal
+def logbook():
+    logbook = new_logbook(keeps=True)
+    log(logbook, 6)
+    return logbook
 
 
 @pytest.mark.parametrize("cut", ["at the checkpoint", "in a record", "before the last", "nowhere", "one too many"])
-def test_the_logs_become_what_they_should_be_whatever_the_dead_had_written(tmp_path, expected, journal, cut):
+def test_the_logs_become_what_they_should_be_whatever_the_dead_had_written(tmp_path, expected, logbook, cut):
     folder = tmp_path / "run"
     folder.mkdir()
     for name, whole in expected.items():
         length = {
-            "at the checkpoint": journal.lengths[name],
-            "in a record": journal.lengths[name] + 17,
+            "at the checkpoint": logbook.lengths[name],
+            "in a record": logbook.lengths[name] + 17,
             "before the last": whole[:-1].rfind(b"\n") + 1,
         }.get(cut, len(whole))
         more = b'{"step": 7, "loss": 1.0}\n' if cut == "one too many" else b""
         (folder / f"{name}.jsonl").write_bytes(whole[:length] + more)
     (folder / "timing.jsonl").write_bytes(b'{"epoch": 1}\n{"epo')
     (folder / f"config.toml{TEMPORARY_SUFFIX}").touch()
-    coordinator = successor(folder, journal)
+    coordinator = taken_over(folder, logbook)
     coordinator.close()
     for name, whole in expected.items():
-        assert 0 < journal.lengths[name] < len(whole)
+        assert 0 < logbook.lengths[name] < len(whole)
         assert (folder / f"{name}.jsonl").read_bytes() == whole
     assert (folder / "timing.jsonl").read_bytes() == b'{"epoch": 1}\n'
     assert not list(folder.rglob(f"*{TEMPORARY_SUFFIX}"))
 
 
-def test_a_journal_is_handed_over_whole(expected, journal):
-    other = Journal(CONFIG, STEPS_PER_EPOCH, keeps=True)
-    other.take(json.loads(json.dumps(journal.to_json())))
+def test_a_logbook_is_handed_over_whole(expected, logbook):
+    other = new_logbook(keeps=True)
+    other.take(json.loads(json.dumps(logbook.to_json())))
     for name, whole in expected.items():
-        assert other.lengths[name] == journal.lengths[name]
+        assert other.lengths[name] == logbook.lengths[name]
         assert whole.endswith(other.lines[name])
         assert len(other.lines[name]) + other.lengths[name] == len(whole)
 
 
-def test_a_journal_that_keeps_nothing_makes_the_same_records(journal):
-    idle = Journal(CONFIG, STEPS_PER_EPOCH, keeps=False)
-    assert idle.tested(state(6), sums(1.0)) == journal.tested(state(6), sums(1.0))
+def test_a_logbook_that_keeps_nothing_writes_the_same_records(tmp_path, logbook):
+    idle = new_logbook(keeps=False)
+    written = []
+    for book in (idle, logbook):
+        folder = tmp_path / f"{len(written)}"
+        folder.mkdir()
+        book.open(folder, {})
+        book.tested(state(6), sums(1.0))
+        book.close()
+        written.append((folder / "metrics.jsonl").read_bytes())
+    assert written[0] == written[1] != b""
     assert idle.lines == {"metrics": b"", "hashes": b""}
 
 
-def test_a_lock_that_the_dead_still_holds_is_waited_for(tmp_path, journal):
+def test_a_lock_that_the_dead_still_holds_is_waited_for(tmp_path, logbook):
     with (tmp_path / "lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         threading.Timer(0.2, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()
-        successor(tmp_path, journal).close()
+        taken_over(tmp_path, logbook).close()
 
 
-def test_a_folder_that_somebody_else_holds_is_an_error(tmp_path, journal, monkeypatch):
+def test_a_folder_that_somebody_else_holds_is_an_error(tmp_path, logbook, monkeypatch):
     monkeypatch.setattr(run_folder, "SECONDS_TO_RELEASE", 0.1)
     with (tmp_path / "lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="in use by another run"):
-            successor(tmp_path, journal)
+            taken_over(tmp_path, logbook)
 
 
-def test_a_folder_that_is_gone_is_made_anew_with_a_warning(tmp_path, journal, expected, capsys):
-    successor(tmp_path / "gone", journal).close()
+def test_a_missing_folder_is_made_again_with_a_warning(tmp_path, logbook, expected, capsys):
+    taken_over(tmp_path / "gone", logbook).close()
     assert "metrics.jsonl lacks records" in capsys.readouterr().err
     assert expected["metrics"].endswith((tmp_path / "gone" / "metrics.jsonl").read_bytes())
 
 
-def test_a_folder_that_refuses_is_one_line(tmp_path, journal):
+def test_a_folder_that_refuses_is_one_line(tmp_path, logbook):
     (tmp_path / "checkpoints").touch()
-    with pytest.raises(UserError, match=r"cannot go on in the run folder .*--resume goes on from there"):
-        successor(tmp_path, journal)
+    with pytest.raises(UserError, match=r"cannot continue in the run folder .*use --resume"):
+        taken_over(tmp_path, logbook)

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from distdl.data import sources, split
-from distdl.inference.evaluation import evaluate, load
+from distdl.inference.load import load
+from distdl.inference.score import evaluate
 from distdl.job.launcher import read_launch
 from distdl.nn import build_model, numerical_gradient
 from distdl.rng import Key

@@ -2,7 +2,7 @@
 
 A `Job` is one `mpirun`. All its processes carry a mark in their environment, by which they are found in /proc, told
 apart by rank, and ended whatever happens. A job is a black box: what is done to it comes from outside (signals), or
-from `saboteur.py`, which runs the unchanged trainer with a trap in one of its ranks.
+from `saboteur.py`, which runs the unchanged trainer with a fault in one of its ranks.
 """
 
 from __future__ import annotations

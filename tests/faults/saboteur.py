@@ -1,9 +1,9 @@
-"""`python -m distdl.train` with traps: a chosen rank dies, raises, stops or corrupts a number at a chosen point.
+"""Run `python -m distdl.train` with faults: a chosen rank dies, raises, stops or spoils a number at a chosen point.
 
-The rules come as JSON in DISTDL_SABOTAGE: ``[{"rank": 1, "point": "reduction", "step": 3, "do": "kill"}]``. A rule
-fires once, on the rank that the launcher numbered so, when the point is met for the `nth` time (the first, unless
-given) in that step (any, if none is given; steps count from 1). The product has no hooks for this: methods are
-wrapped here.
+The rules come as JSON in DISTDL_SABOTAGE: ``[{"rank": 1, "phase": "reduction", "step": 3, "do": "kill"}]``. A rule
+strikes once, on the rank that the launcher numbered so. Its other fields are those of `fail_at`, which lists the
+points of a run: `phase`, `when` ("before", unless given), `step` and `nth`. Three points are calls of the operating
+system: "os.rename", "os.fsync" and "mmap.mmap", each before or after.
 """
 
 from __future__ import annotations
@@ -16,59 +16,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distdl import cli, train
 from distdl.job.launcher import read_launch
 
-#: Where a rule can fire: the module and name that is wrapped, whether before or after it.
-POINTS = {
-    "data": ("distdl.engine.prepare:share_arrays", "before"),
-    "data-mapped": ("distdl.parallel.shared:_map", "after"),
-    "data-shared": ("distdl.engine.prepare:share_arrays", "after"),
-    "step": ("distdl.engine.trainer:Trainer.step", "before"),
-    "forward": ("distdl.nn.network:Sequential.forward", "before"),
-    "backward": ("distdl.nn.network:Sequential.backward", "after"),
-    "reduction": ("distdl.parallel.reduction:TreeReduction.total", "before"),
-    "reduced": ("distdl.parallel.reduction:TreeReduction.total", "after"),
-    "update": ("distdl.optim:Optimizer.update", "before"),
-    "updated": ("distdl.optim:Optimizer.update", "after"),
-    "evaluation": ("distdl.engine.trainer:Trainer.evaluate", "before"),
-    "checkpoint": ("distdl.engine.coordinator:Coordinator.checkpoint", "before"),
-    "checkpoint-written": ("distdl.engine.coordinator:Coordinator.checkpoint", "after"),
-    "rename": ("os:rename", "before"),
-    "renamed": ("os:rename", "after"),
-    "fsync": ("os:fsync", "before"),
-    "finished": ("distdl.engine.coordinator:Coordinator.finished", "before"),
-    "recovery": ("distdl.parallel.recovery:_act", "before"),
-    "shrink": ("distdl.parallel.mpi:MpiCommunicator.shrink", "before"),
-    "told": ("distdl.engine.coordinator:Coordinator.finished", "after"),
-}
-
-
-class Trap:
-    """One rule, and what it does to the process or to the arrays of the object whose method is wrapped."""
-
-    def __init__(self, rule: dict[str, Any], here: dict[str, int | None]) -> None:
-        self.rule = rule
-        self.here = here
-        self.left = rule.get("nth", 1)
-
-    def met(self, owner: Any) -> None:
-        """Count that the point was met; fire when the rule says so."""
-        if self.left == 0 or self.rule.get("step") not in {None, self.here["step"]}:
-            return
-        self.left -= 1
-        if self.left == 0:
-            self.fire(owner)
-
-    def fire(self, owner: Any) -> None:
-        """Do what the rule says."""
-        what, _, argument = self.rule["do"].partition(":")
-        sys.stderr.write(f"[saboteur] rank {self.rule['rank']}: {self.rule['do']} at {self.rule['point']}\n")
-        sys.stderr.flush()
-        ACTIONS[what](owner, argument)
+SYSTEM_CALLS = ("os.rename", "os.fsync", "mmap.mmap")
 
 
 def _kill(_owner: Any, _argument: str) -> None:
@@ -89,6 +43,17 @@ def _memory(_owner: Any, _argument: str) -> None:
     raise MemoryError("no memory, says a test")
 
 
+def _os_error(_owner: Any, argument: str) -> None:
+    raise OSError(int(argument), os.strerror(int(argument)))
+
+
+def _lose_a_peer(_owner: Any, _argument: str) -> None:
+    """Let this rank believe that another one has died."""
+    from distdl.errors import PeerLost
+
+    raise PeerLost("a rank was lost, says a test")
+
+
 def _exit(_owner: Any, argument: str) -> None:
     sys.exit(int(argument))
 
@@ -104,89 +69,116 @@ def _flip(vector: Any, argument: str) -> None:
     vector.view("u4")[candidates[element % len(candidates)]] ^= 1 << bit
 
 
-def _flip_weight(owner: Any, argument: str) -> None:
-    _flip(_network(owner).parameters, argument)
+def _flip_weight(state: Any, argument: str) -> None:
+    _flip(state.network.parameters, argument)
 
 
 def _flip_gradient(owner: Any, argument: str) -> None:
-    _flip(_network(owner).gradients, argument)
+    _, record = owner
+    _flip(record["gradient"], argument)
 
 
 def _nan_gradient(owner: Any, _argument: str) -> None:
-    gradients = _network(owner).gradients
-    gradients[gradients.size // 2] = float("nan")
+    _, record = owner
+    record["gradient"][record["gradient"].size // 2] = float("nan")
 
 
-def _nan_weight(owner: Any, _argument: str) -> None:
-    parameters = _network(owner).parameters
+def _nan_weight(state: Any, _argument: str) -> None:
+    parameters = state.network.parameters
     parameters[parameters.size // 2] = float("nan")
 
 
-def _network(owner: Any) -> Any:
-    return owner.state.network if hasattr(owner, "state") else owner
-
-
+#: What a rule can do. The first word of its "do" names the action; the rest, after a colon, is the argument.
 ACTIONS: dict[str, Callable[[Any, str], None]] = {
     "kill": _kill,
     "kill-soon": _kill_soon,
     "raise": _raise,
     "memory-error": _memory,
+    "os-error": _os_error,
+    "lose-a-peer": _lose_a_peer,
     "exit": _exit,
     "segfault": _segfault,
     "abort": lambda _owner, _argument: os.abort(),
-    "stop": lambda _owner, _argument: os.kill(os.getpid(), signal.SIGSTOP),
+    "signal": lambda _owner, argument: signal.raise_signal(signal.Signals[argument]),
     "sleep": lambda _owner, argument: time.sleep(float(argument)),
-    "flip-weight": _flip_weight,
-    "flip-gradient": _flip_gradient,
-    "nan-gradient": _nan_gradient,
-    "nan-weight": _nan_weight,
+    "flip-weight": _flip_weight,  # at the point "step"
+    "flip-gradient": _flip_gradient,  # after "backward"
+    "nan-gradient": _nan_gradient,  # after "backward"
+    "nan-weight": _nan_weight,  # at the point "step"
 }
 
 
-def wrap(place: str, before: list[Trap], after: list[Trap], note: Callable[[Any], None] | None = None) -> None:
-    """Replace a function or method by one that meets the traps before and after it."""
-    module, _, name = place.partition(":")
-    holder: Any = importlib.import_module(module)
-    *path, last = name.split(".")
-    for part in path:
-        holder = getattr(holder, part)
-    original = getattr(holder, last)
+class SystemCall:
+    """Takes the place of a call of the operating system, and calls actions before and after some of the calls."""
 
-    def wrapped(*arguments: Any, **settings: Any) -> Any:
-        owner = arguments[0] if arguments else None
-        if note is not None:
-            note(owner)
-        for trap in before:
-            trap.met(owner)
-        result = original(*arguments, **settings)
-        for trap in after:
-            trap.met(owner)
+    def __init__(self, name: str) -> None:
+        module, _, function = name.partition(".")
+        self._holder = importlib.import_module(module)
+        self._original = getattr(self._holder, function)
+        self._rules: list[dict[str, Any]] = []
+        #: The step that this rank is in.
+        self.step: int | None = None
+        setattr(self._holder, function, self)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        due = [rule for rule in self._rules if rule["step"] in {None, self.step} and self._counted(rule)]
+        for rule in due:
+            if rule["when"] == "before":
+                rule["action"](None)
+        result = self._original(*arguments, **named)
+        for rule in due:
+            if rule["when"] == "after":
+                rule["action"](None)
         return result
 
-    setattr(holder, last, wrapped)
+    def fail_at(
+        self, *, action: Callable[[Any], object], when: str = "before", step: int | None = None, nth: int = 1
+    ) -> None:
+        """Call `action` before or after the `nth` call, in that step if one is given."""
+        self._rules.append({"action": action, "when": when, "step": step, "left": nth})
+
+    def _counted(self, rule: dict[str, Any]) -> bool:
+        rule["left"] -= 1
+        return rule["left"] == 0
 
 
-def set_traps(rules: list[dict[str, Any]], rank: int) -> None:
-    """Wrap what the rules of this rank name. NumPy is loaded by this, with the threads set before."""
-    here: dict[str, int | None] = {"step": None}
-    by_place: dict[str, tuple[list[Trap], list[Trap]]] = {}
+def set_faults(rules: Sequence[Mapping[str, Any]]) -> None:
+    """Register the faults of this rank. This loads NumPy, so the number of threads must be set before."""
+    from distdl.engine.fault_injection import fail_at
+
+    rank = read_launch().rank
+    calls: dict[str, SystemCall] = {}
+
+    def note_step(state: Any) -> None:
+        for call in calls.values():
+            call.step = state.step + 1
+
     for rule in rules:
-        place, when = POINTS[rule["point"]]
-        traps = by_place.setdefault(place, ([], []))
-        if rule["rank"] == rank:
-            traps[when == "after"].append(Trap(rule, here))
+        point = {name: value for name, value in rule.items() if name not in {"rank", "phase", "do"}}
+        phase, action = rule["phase"], _action(rule)
+        if phase not in SYSTEM_CALLS:
+            fail_at(phase, rank=rule["rank"], action=action, **point)
+        elif rule["rank"] == rank:
+            if phase not in calls:
+                calls[phase] = SystemCall(phase)
+            calls[phase].fail_at(action=action, **point)
+    if calls:
+        fail_at("step", rank=rank, nth=None, action=note_step)
 
-    def note_step(trainer: Any) -> None:
-        here["step"] = trainer.state.step + 1
 
-    step = "distdl.engine.trainer:Trainer.step"
-    wrap(step, *by_place.pop(step, ([], [])), note=note_step)
-    for place, (before, after) in by_place.items():
-        if before or after:
-            wrap(place, before, after)
+def _action(rule: Mapping[str, Any]) -> Callable[[Any], None]:
+    do = rule.get("do", "kill")
+    name, _, argument = do.partition(":")
+
+    def act(owner: Any) -> None:
+        sys.stderr.write(f"[saboteur] rank {rule['rank']}: {do} {rule.get('when', 'before')} {rule['phase']}\n")
+        sys.stderr.flush()
+        ACTIONS[name](owner, argument)
+
+    return act
 
 
 if __name__ == "__main__":
     cli.set_blas_threads(1)
-    set_traps(json.loads(os.environ["DISTDL_SABOTAGE"]), read_launch().rank)
+    set_faults(json.loads(os.environ["DISTDL_SABOTAGE"]))
     sys.exit(cli.run(train.main))

@@ -30,7 +30,7 @@ def test_a_rank_that_fails_by_itself(row, undisturbed, survives, fault):
 
     def one(number, folder):
         rng = table.random(number)
-        rule = {"rank": rng.randrange(3), "point": "backward", "step": rng.randrange(2, 50), "do": do}
+        rule = {"rank": rng.randrange(3), "phase": "backward", "when": "after", "step": rng.randrange(2, 50), "do": do}
         outcome = run(folder, 3, *FLAGS, sabotage=[rule])
         assert "[saboteur]" in outcome.errors, str(outcome)
         assert outcome.leftover_processes == [], str(outcome)

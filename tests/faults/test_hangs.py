@@ -45,7 +45,7 @@ def test_a_slow_rank_is_waited_for(row, undisturbed):
 
     def one(number, folder):
         rng = table.random(number)
-        rule = {"rank": rng.randrange(4), "point": "forward", "step": rng.randrange(1, STEPS), "do": "sleep:6"}
+        rule = {"rank": rng.randrange(4), "phase": "forward", "step": rng.randrange(1, STEPS), "do": "sleep:6"}
         outcome = run(folder, 4, *FLAGS, "--stall-warning", STALL, sabotage=[rule])
         assert_receipt(outcome, undisturbed(*FLAGS))
         assert outcome.lost_ranks == [], str(outcome)
@@ -100,7 +100,7 @@ def test_a_slow_rank_is_not_evicted(row, undisturbed):
 
     def one(number, folder):
         rng = table.random(number)
-        rule = {"rank": rng.randrange(4), "point": "forward", "step": rng.randrange(1, STEPS), "do": "sleep:6"}
+        rule = {"rank": rng.randrange(4), "phase": "forward", "step": rng.randrange(1, STEPS), "do": "sleep:6"}
         outcome = run(folder, 4, *FLAGS, "--detect-hangs", str(SECONDS), sabotage=[rule])
         assert "[saboteur]" in outcome.errors, str(outcome)
         assert_receipt(outcome, undisturbed(*FLAGS))

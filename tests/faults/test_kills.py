@@ -93,14 +93,21 @@ def test_two_killed_in_a_training_with_batch_norm_augmentation_and_every_other_m
     table.runs(one)
 
 
+#: Points of a step before its commit, and after it.
+IN_A_STEP = ({"phase": "forward"}, {"phase": "reduction"}, {"phase": "reduction", "when": "after"})
+AFTER_THE_COMMIT = ({"phase": "update"}, {"phase": "update", "when": "after"})
+#: The coordinator has printed the receipt.
+TOLD = {"phase": "finish", "when": "after"}
+
+
 def killed_in_a_recovery(rng, folder) -> Outcome:
-    """One rank dies in a step, a second at one of the actions with which the others recover from that."""
+    """One rank dies in a step, a second one before an action of the recovery; "refuse" is not part of each recovery."""
     first, second = rng.sample(range(4), 2)
     rules = [
-        {"rank": first, "point": rng.choice(["forward", "reduction", "reduced"]), "step": rng.randrange(1, STEPS)},
-        {"rank": second, "point": "recovery", "nth": rng.randrange(1, 5)},
+        {"rank": first, **rng.choice(IN_A_STEP), "step": rng.randrange(1, STEPS)},
+        {"rank": second, "phase": rng.choice(["shrink", "compare", "rebuild", "agree"])},
     ]
-    outcome = run(folder, 4, *FLAGS, sabotage=[{**rule, "do": "kill"} for rule in rules])
+    outcome = run(folder, 4, *FLAGS, sabotage=rules)
     assert outcome.errors.count("[saboteur]") == 2, str(outcome)
     assert_told(outcome, [first, second])
     return outcome
@@ -135,8 +142,8 @@ def test_killed_while_the_new_group_is_made(row, undisturbed):
         rng = table.random(number)
         first, second = rng.sample(range(4), 2)
         rules = [
-            {"rank": first, "point": "reduction", "step": rng.randrange(1, STEPS), "do": "kill"},
-            {"rank": second, "point": "shrink", "do": f"kill-soon:{rng.random() * SECONDS_OF_A_SHRINK}"},
+            {"rank": first, "phase": "reduction", "step": rng.randrange(1, STEPS)},
+            {"rank": second, "phase": "shrink", "do": f"kill-soon:{rng.random() * SECONDS_OF_A_SHRINK}"},
         ]
         outcome = run(folder, 4, *FLAGS, sabotage=rules)
         assert_told(outcome, [first, second])
@@ -161,22 +168,28 @@ def test_down_to_one_rank(row, undisturbed, ranks):
     table.runs(one)
 
 
-#: Where the coordinator dies, a few points of each phase; a step is counted from 1, with 10 steps an epoch.
+#: A few points of each phase at which the coordinator dies. Steps count from 1; an epoch has 10 steps.
 PHASES = {
-    "distributing data": [{"point": "data"}, {"point": "data-mapped"}, {"point": "data-shared"}],
+    "distributing data": [
+        {"phase": "data"},
+        {"phase": "mmap.mmap", "when": "after"},
+        {"phase": "data", "when": "after"},
+    ],
     "in a step": [
-        {"point": point, "step": step}
-        for step in (1, 24)
-        for point in ("step", "forward", "reduction", "reduced", "update", "updated")
+        {**point, "step": step} for step in (1, 24) for point in ({"phase": "step"}, *IN_A_STEP, *AFTER_THE_COMMIT)
     ],
-    "in validation": [{"point": "evaluation", "nth": nth} for nth in (1, 3)]
-    + [{"point": "evaluation", "nth": 3, "do": "kill-soon:0.003"}],
+    "in validation": [
+        *({"phase": "validation", "nth": nth} for nth in (1, 3)),
+        {"phase": "validation", "nth": 3, "do": "kill-soon:0.003"},
+    ],
+    # Before the first checkpoint, the run writes two files; each takes two calls of fsync and one of rename.
     "in a checkpoint": [
-        {"point": point, "nth": nth}
-        for nth in (1, 4)
-        for point in ("checkpoint", "fsync", "rename", "renamed", "checkpoint-written")
+        *({"phase": "checkpoint", "when": when, "nth": nth} for nth in (1, 4) for when in ("before", "after")),
+        *({"phase": "checkpoint-write", "when": when, "nth": nth} for nth in (1, 4) for when in ("before", "after")),
+        *({"phase": "os.rename", "when": when, "nth": nth} for nth in (1, 3, 5) for when in ("before", "after")),
+        *({"phase": "os.fsync", "nth": nth} for nth in (1, 5, 6, 7, 8, 11)),
     ],
-    "at the very end": [{"point": "finished"}, {"point": "told"}],
+    "at the very end": [{"phase": "finish"}, TOLD],
 }
 
 
@@ -187,12 +200,12 @@ def test_the_coordinator_killed_in_each_phase(row, undisturbed):
     def one(number, folder):
         points = list(PHASES.values())[number % len(PHASES)]
         rng = table.random(number)
-        rule = {"rank": 0, "do": "kill", **points[rng.randrange(len(points))]}
-        with Job(folder, 4, *FLAGS, sabotage=[rule]) as job:
+        point = points[rng.randrange(len(points))]
+        with Job(folder, 4, *FLAGS, sabotage=[{"rank": 0, **point}]) as job:
             outcome = job.finish()
         assert "[saboteur]" in outcome.errors, str(outcome)
         assert_as_if_nothing_had_happened(outcome, expected)
-        if rule["point"] != "told":  # all is said by then
+        if point != TOLD:
             assert_told(outcome, [0])
         return outcome, SURVIVED
 

@@ -29,7 +29,7 @@ def test_a_flipped_bit_in_the_weights_of_one_rank(row, undisturbed):
         rank, step = rng.randrange(4), rng.randrange(1, STEPS - 1)
         rule = {
             "rank": rank,
-            "point": "step",
+            "phase": "step",
             "step": step,
             "do": f"flip-weight:{rng.randrange(10**6)},{rng.choice(BITS)}",
         }
@@ -53,7 +53,7 @@ def test_a_flipped_bit_in_the_gradient_of_one_rank(row, undisturbed):
     def one(number, folder):
         rng = table.random(number)
         rank, step = rng.randrange(4), rng.randrange(1, STEPS - 1)
-        rule = {"rank": rank, "point": "backward", "step": step, "nth": rng.choice([1, 2])}
+        rule = {"rank": rank, "phase": "backward", "when": "after", "step": step, "nth": rng.choice([1, 2])}
         rule["do"] = f"flip-gradient:{rng.randrange(10**6)},{rng.choice(BITS)}"
         flags = (*FLAGS, "--audit", "1")
         outcome = run(folder, 4, *flags, sabotage=[rule])
@@ -80,8 +80,12 @@ def test_no_number_on_one_rank(row, undisturbed):
         rng = table.random(number)
         rank, step = rng.randrange(4), rng.randrange(1, STEPS - 1)
         kind = ("once, stop", "once, skip", "for good, stop")[number % 3]
-        point, do = ("step", "nan-weight") if kind == "for good, stop" else ("backward", "nan-gradient")
-        rule = {"rank": rank, "point": point, "step": step, "do": do}
+        point = (
+            {"phase": "step", "do": "nan-weight"}
+            if kind == "for good, stop"
+            else {"phase": "backward", "when": "after", "do": "nan-gradient"}
+        )
+        rule = {"rank": rank, "step": step, **point}
         flags = (*FLAGS, "--on-nonfinite", kind.split()[-1])
         outcome = run(folder, 4, *flags, sabotage=[rule])
         assert outcome.leftover_processes == [], str(outcome)

@@ -1,16 +1,16 @@
-"""A user's own images in a folder, with a folder for each class, read without trust.
+"""A user's own images in a folder, with a folder for each class.
 
     shells/cone/a.png …       one folder for each class: the classes are numbered in the order of their names
     shells/cowrie/b.jpg …
 
-or, with a test part of its own, ``train`` and ``test`` in it, and the same classes in both:
+If the dataset has its own test part, ``train`` and ``test`` come first, with the same classes in both:
 
     shells/train/cone/a.png …
     shells/test/cone/z.png …
 
-PNG, JPEG, BMP, PPM and WebP files of 8 bits a channel, all of one size; nothing is resized. Where all are gray there is
-one channel, else there are three. Transparency is dropped, and what a camera noted of its orientation. Names that begin
-with a dot are passed over, and so are files beside the folders; anything else that is no image is refused.
+The images are PNG, JPEG, BMP, PPM or WebP files with 8 bits a channel. All have one size; nothing is resized. If all
+are gray the dataset has one channel, otherwise three. Transparency and a camera's orientation are ignored. So are names
+that start with a dot, and files beside the folders of the classes. Any other file is refused. No file is trusted.
 """
 
 from __future__ import annotations
@@ -25,23 +25,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.data.sources.idx import quoted
-from distdl.errors import DamagedFileError, DistdlError, UserError
+from distdl.data.dataset import Dataset
+from distdl.errors import DamagedFileError, DistdlError, UserError, quoted
 
 FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".ppm", ".webp")
-#: The two parts, where the set has its own test part.
 PARTS = ("train", "test")
 GRAY, COLORS = {"1", "L", "LA"}, {"P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 
 
-def read_folder(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64], int, int | None]:
-    """Return images (N, H, W, C), labels (N,), the number of classes, and the first row of the test part or None.
+def load_folder(path: Path) -> Dataset:
+    """Return the images in a folder, in the order of their names. So the same files give the same dataset anywhere.
 
-    The order is that of the names, so the same files are the same data set wherever they lie.
-
-    Raises `UserError` where Pillow or an image is missing or an image does not fit the others, `DamagedFileError` where
-    one is damaged.
+    Raises `UserError` if Pillow or an image is missing or an image does not fit the others, `DamagedFileError` if an
+    image is damaged.
     """
     pillow = _pillow()
     parts = [_folders(path)]
@@ -66,10 +63,11 @@ def read_folder(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64], int, 
             "images in them"
         )
     try:
-        images = _decoded(pillow, files)
+        images = _decode(pillow, files)
     except MemoryError:
-        raise UserError(f"there is not enough memory for {quoted(path)}: give a smaller data set") from None
-    return images, np.array(labels, np.int64), len(names), starts[1] if len(parts) > 1 else None
+        raise UserError(f"there is not enough memory for {quoted(path)}: give a smaller dataset") from None
+    test_start = starts[1] if len(parts) > 1 else None
+    return Dataset(f"folder:{path}", images, np.array(labels, np.int64), len(names), test_start).checked()
 
 
 def _pillow() -> Any:
@@ -83,7 +81,7 @@ def _pillow() -> Any:
 
 
 def _entries(folder: Path, belongs: Callable[[Path], bool]) -> dict[Path, bool]:
-    """Return what is in a folder, in the order of the names, and whether it belongs to what is looked for."""
+    """Return the entries of a folder in the order of their names, each with the result of `belongs`."""
     try:
         return {entry: belongs(entry) for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")}
     except OSError as error:
@@ -106,15 +104,15 @@ def _images_in(folder: Path) -> list[Path]:
                 f"the folders in {quoted(folder.parent)} is one, unless they are train and test)"
             )
     if not files:
-        raise UserError(f"{quoted(folder)} has no images: every folder is a class, and a class needs some")
+        raise UserError(f"{quoted(folder)} has no images: every folder is a class, and a class needs images")
     return list(files)
 
 
-def _decoded(pillow: Any, files: list[Path]) -> NDArray[np.uint8]:
-    """Return the images (N, H, W, C); only their heads are read before it is known that they fit each other."""
+def _decode(pillow: Any, files: list[Path]) -> NDArray[np.uint8]:
+    """Return the images (N, H, W, C). All headers are checked before any image is decoded."""
     size, modes = None, set()
     for file in files:
-        with _opened(pillow, file) as image:
+        with _open(pillow, file) as image:
             size = size or image.size
             if image.size != size:
                 raise UserError(
@@ -128,13 +126,13 @@ def _decoded(pillow: Any, files: list[Path]) -> NDArray[np.uint8]:
     assert size is not None, "there is a file"
     images = np.empty((len(files), size[1], size[0], channels), np.uint8)
     for file, target in zip(files, images, strict=True):
-        with _opened(pillow, file) as image:
+        with _open(pillow, file) as image:
             target[...] = np.asarray(image.convert(mode)).reshape(target.shape)
     return images
 
 
 def _is_deep(image: Any) -> bool:
-    """Whether a channel has more bits than the 8 that Pillow would keep of them."""
+    """Return True if a channel has more than the 8 bits that Pillow would keep."""
     _, _, _, how = image.tile[0] if image.tile else (None, None, None, ())
     if image.format == "PPM":
         return isinstance(how, tuple) and how[1] > 255
@@ -142,20 +140,20 @@ def _is_deep(image: Any) -> bool:
 
 
 @contextmanager
-def _opened(pillow: Any, file: Path) -> Iterator[Any]:
+def _open(pillow: Any, file: Path) -> Iterator[Any]:
     try:
         stream = file.open("rb")
     except OSError as error:
         raise UserError(f"the image {quoted(file)} cannot be read: {error.strerror or error}") from error
     try:
         with stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is dropped anyway
+            warnings.simplefilter("ignore")  # about content that is ignored anyway
             warnings.simplefilter("error", pillow.DecompressionBombWarning)
             with pillow.open(stream, formats=FORMATS) as image:
                 yield image
     except (DistdlError, MemoryError):
         raise
     except (pillow.DecompressionBombWarning, pillow.DecompressionBombError) as error:
-        raise UserError(f"{quoted(file)} has more pixels than Pillow takes ({error}): resize it first") from error
-    except Exception as error:  # whatever Pillow says of bytes that are no image
+        raise UserError(f"{quoted(file)} has more pixels than Pillow accepts ({error}): resize it first") from error
+    except Exception as error:  # Pillow raises many kinds for bytes that are no image
         raise DamagedFileError(f"{quoted(file)} is damaged or no image: {error}; write or copy it again") from error

@@ -1,6 +1,6 @@
-"""The IDX format of MNIST, plain or gzipped, read without trusting a word of it.
+"""The IDX format of MNIST, plain or gzipped. The file is not trusted.
 
-A file is a header of big-endian numbers and then the elements, unsigned bytes in C order:
+A file has a header of big-endian numbers, and then the elements, unsigned bytes in C order:
 
     bytes 0-1    zero
     byte  2      element type: 0x08 = unsigned byte, the only one that MNIST uses
@@ -8,9 +8,8 @@ A file is a header of big-endian numbers and then the elements, unsigned bytes i
     4 bytes      the length of each dimension
     the rest     exactly as many elements as the lengths declare
 
-Whatever the header says, memory stays within the declared size, and within what the file really holds:
-elements are read block by block, never more than declared, and one byte beyond shows whether there is too
-much. A gzip bomb thus costs one block.
+Memory never exceeds the declared size, nor the content of the file, whatever the header says. Elements are read block
+by block, up to the declared number. One more byte shows whether the file is too long. So a gzip bomb costs one block.
 
 Source: Y. LeCun, C. Cortes, C. J. C. Burges, *The MNIST database of handwritten digits*, "file formats".
 """
@@ -30,14 +29,14 @@ from typing import BinaryIO, Literal, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.errors import DamagedFileError, UserError
+from distdl.errors import DamagedFileError, UserError, quoted
 
 Kind = Literal["images", "labels"]
 DIMENSIONS: dict[Kind, int] = {"images": 3, "labels": 1}
 
 UNSIGNED_BYTE = 0x08
 GZIP_MAGIC = b"\x1f\x8b"
-GZIP_LARGEST_RATIO = 1032  # deflate cannot expand further
+GZIP_LARGEST_RATIO = 1032  # a limit of deflate
 LARGEST_BYTES = 2**31
 BLOCK_BYTES = 2**20
 
@@ -45,14 +44,14 @@ BLOCK_BYTES = 2**20
 def read_idx(path: Path, *, kind: Kind) -> NDArray[np.uint8]:
     """Return the elements of the IDX file at `path`: images (N, H, W) or labels (N,), as uint8.
 
-    Whether the file is gzipped is seen from its first bytes, not from its name. It is opened to read only.
+    The first bytes of the file, not its name, show whether it is gzipped.
 
-    Raises `DamagedFileError` where the file is not what its header says or not IDX at all, and `UserError`
-    where it cannot be read, is no regular file, or declares more than 2 GiB.
+    Raises `DamagedFileError` if the file is not IDX or differs from its header. Raises `UserError` if it cannot be
+    read, is no regular file, or declares more than 2 GiB.
     """
     with ExitStack() as stack:
         try:
-            # A pipe would block when opened, for ever.
+            # Opening a pipe would block forever.
             if not stat.S_ISREG(path.stat().st_mode):
                 raise UserError(f"{quoted(path)} is not a regular file: expected an IDX file of {kind}")
             raw = stack.enter_context(path.open("rb"))
@@ -73,28 +72,20 @@ def read_idx(path: Path, *, kind: Kind) -> NDArray[np.uint8]:
     return np.frombuffer(elements, np.uint8).reshape(shape)
 
 
-def quoted(path: Path) -> str:
-    """Return the path in quotes, with line breaks and the like escaped, so that a message stays one line."""
-    return repr(os.fspath(path))
-
-
 def _damaged(path: Path, found: str, expected: str) -> NoReturn:
     raise DamagedFileError(f"{quoted(path)} is damaged: {found}, expected {expected}; fetch the file again")
 
 
 def _read_header(stream: BinaryIO | gzip.GzipFile, path: Path, kind: Kind) -> tuple[int, ...]:
-    """Return the shape that the header declares."""
+    """Return the declared shape."""
     dimensions = DIMENSIONS[kind]
     header = stream.read(4 + 4 * dimensions)
     expected_magic = bytes([0, 0, UNSIGNED_BYTE, dimensions])
     if not header:
         _damaged(path, "it is empty", f"an IDX file of {kind}")
     if header[:4] != expected_magic:
-        _damaged(
-            path,
-            f"it starts with {header[:4].hex(' ')}",
-            f"{expected_magic.hex(' ')} for an IDX file of {kind}",
-        )
+        expected = f"{expected_magic.hex(' ')} for an IDX file of {kind}"
+        _damaged(path, f"it starts with {header[:4].hex(' ')}", expected)
     if len(header) < 4 + 4 * dimensions:
         _damaged(path, f"its header ends after {len(header)} bytes", f"{4 + 4 * dimensions} for {kind}")
     shape = struct.unpack(f">{dimensions}I", header[4:])
@@ -104,14 +95,11 @@ def _read_header(stream: BinaryIO | gzip.GzipFile, path: Path, kind: Kind) -> tu
 
 
 def _check_size(path: Path, shape: tuple[int, ...], file_bytes: int, compressed: bool) -> None:
-    """Raise where the declared size cannot be that of a file of `file_bytes`, or is more than we read."""
+    """Raise an error if a file of `file_bytes` cannot have the declared size, or if that size is above the limit."""
     declared = 4 + 4 * len(shape) + math.prod(shape)
     if compressed and declared > GZIP_LARGEST_RATIO * file_bytes:
-        _damaged(
-            path,
-            f"its header declares {declared} bytes",
-            f"at most {GZIP_LARGEST_RATIO * file_bytes} from {file_bytes} bytes of gzip data",
-        )
+        most = f"at most {GZIP_LARGEST_RATIO * file_bytes} from {file_bytes} bytes of gzip data"
+        _damaged(path, f"its header declares {declared} bytes", most)
     if not compressed and declared != file_bytes:
         _damaged(path, f"it has {file_bytes} bytes", f"the {declared} that its header declares")
     if declared > LARGEST_BYTES:
@@ -119,14 +107,14 @@ def _check_size(path: Path, shape: tuple[int, ...], file_bytes: int, compressed:
 
 
 def _read_elements(stream: BinaryIO | gzip.GzipFile, path: Path, count: int) -> bytearray:
-    """Return the `count` bytes that the stream must hold, neither more nor less."""
+    """Return the bytes of the elements, exactly `count`."""
     elements = bytearray()
     while len(elements) < count:
         block = stream.read(min(BLOCK_BYTES, count - len(elements)))
         if not block:
             _damaged(path, f"it ends after {len(elements)} elements", f"the {count} that its header declares")
         elements += block
-    # Reading on to the end also makes gzip compare its checksum.
+    # At the end of the data, gzip also compares its checksum.
     if stream.read(1):
-        _damaged(path, "it goes on after its last element", f"the {count} elements that its header declares")
+        _damaged(path, "it continues after its last element", f"the {count} elements that its header declares")
     return elements

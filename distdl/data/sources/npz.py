@@ -1,11 +1,12 @@
-"""A user's own data in one ``.npz`` file, as `numpy.savez` and `numpy.savez_compressed` write it, read without trust.
+"""A user's own data in one ``.npz`` file, as `numpy.savez` and `numpy.savez_compressed` write it.
 
-    images        (N, H, W) or (N, H, W, C), uint8 or floats (taken as float32)
-    labels        whole numbers from 0, (N,) or, one for each pixel, (N, H, W); or floats, numbers to predict, (N, D)
-    test_images, test_labels    the set's own test part, if it has one
+    images        (N, H, W) or (N, H, W, C), uint8 or floats (converted to float32)
+    labels        integers from 0, (N,) or one for each pixel (N, H, W); or floats, numbers to predict, (N, D)
+    test_images, test_labels    the test part, if the dataset has its own
 
-``x_train``, ``y_train``, ``x_test`` and ``y_test``, as Keras names them, are taken as well. Nothing is unpickled, and
-nothing is allocated before what an array says of its size agrees with what the archive says of it.
+The names of Keras are also accepted: ``x_train``, ``y_train``, ``x_test`` and ``y_test``.
+
+The file is not trusted. Nothing is unpickled. Memory is allocated only if an array's size agrees with the archive.
 """
 
 from __future__ import annotations
@@ -17,45 +18,69 @@ import numpy as np
 from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
-from distdl.data.sources.idx import quoted
-from distdl.errors import DamagedFileError, DistdlError, UserError
+from distdl.data.dataset import Dataset
+from distdl.errors import DamagedFileError, DistdlError, UserError, quoted
 
 NAMES = (("images", "labels", "test_images", "test_labels"), ("x_train", "y_train", "x_test", "y_test"))
-#: How many times its compressed size a deflated member can have: 1,032, by the format.
+#: The largest expansion by deflate, a limit of the format.
 MOST_DEFLATED = 1032
-#: Of a zip file: stored, and deflated.
+#: The compression methods of a zip file that NumPy uses: stored and deflated.
 METHODS = (0, 8)
 
 
-def read_npz(path: Path) -> list[NDArray[Any]]:
-    """Return images (N, H, W, C) and labels of the training part, and after them those of the test part, if any.
+def load_npz(path: Path) -> Dataset:
+    """Return the dataset in an ``.npz`` file. The largest label, or D, determines `classes`.
 
-    Raises `UserError` where the file is not there or is no data set of ours, `DamagedFileError` where it is damaged.
+    Raises `UserError` if the file cannot be read or holds no such dataset, `DamagedFileError` if it is damaged.
     """
+    images, labels, *test = _read(path)
+    for part, (of_part, its_labels) in {"training": (images, labels), "test": test or (images, labels)}.items():
+        if len(of_part) != len(its_labels):
+            raise UserError(
+                f"the {part} part of {quoted(path)} has {len(of_part)} images and {len(its_labels)} labels: expected "
+                "equal numbers"
+            )
+    start = None
+    if test:
+        for what, array, of_test in (("images", images, test[0]), ("labels", labels, test[1])):
+            if array.shape[1:] != of_test.shape[1:] or array.dtype.kind != of_test.dtype.kind:
+                raise UserError(
+                    f"{quoted(path)} has {what} {array.dtype} {array.shape} for training and {of_test.dtype} "
+                    f"{of_test.shape} for the test: expected one kind of number, and one shape except for the first "
+                    "axis"
+                )
+        start = len(images)
+        images, labels = np.concatenate([images, test[0]]), np.concatenate([labels, test[1]])
+    classes = labels.shape[-1] if labels.dtype.kind == "f" else int(labels.max(initial=0)) + 1
+    return Dataset(f"npz:{path}", images, labels, classes, start).checked()
+
+
+def _read(path: Path) -> list[NDArray[Any]]:
+    """Return images (N, H, W, C) and labels of the training part, then those of the test part, if any."""
     if not path.is_file():
         what = "is not a regular file" if path.exists() else "does not exist"
         raise UserError(f"the data file {quoted(path)} {what}: give the path of an .npz file")
     try:
         with path.open("rb") as file:
-            _refuse_no_archive(file, path)
+            _check_is_zip(file, path)
             with np.load(file, allow_pickle=False) as archive:
-                return [_taken(archive, path, name) for name in _names_in(archive, path)]
+                return [_converted(archive, path, name) for name in _names_in(archive, path)]
     except DistdlError:
         raise
     except MemoryError:
-        raise UserError(f"there is not enough memory for {quoted(path)}: give a smaller data set") from None
+        raise UserError(f"there is not enough memory for {quoted(path)}: give a smaller dataset") from None
     except OSError as error:
         raise UserError(f"the data file {quoted(path)} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # whatever NumPy and what it uses say of bytes that are no archive, or no array
+    except Exception as error:  # NumPy and zipfile raise many kinds for bytes that are no archive or no array
         raise DamagedFileError(
-            f"{quoted(path)} is damaged: {error}; expected what numpy.savez writes; write or copy it again"
+            f"{quoted(path)} is damaged: {error}; expected a file from numpy.savez; write or copy it again"
         ) from error
 
 
-def _refuse_no_archive(file: IO[bytes], path: Path) -> None:
-    """Raise `UserError` for another kind of file, before NumPy takes it for an array, and believes its size."""
+def _check_is_zip(file: IO[bytes], path: Path) -> None:
+    """Raise `UserError` for any other file: NumPy would read it as a single array, and trust its size."""
     if file.read(2) != b"PK":
-        raise UserError(f"{quoted(path)} is no .npz file: expected what numpy.savez writes")
+        raise UserError(f"{quoted(path)} is no .npz file: expected a file from numpy.savez")
     file.seek(0)
 
 
@@ -75,13 +100,13 @@ def _names_in(archive: NpzFile, path: Path) -> list[str]:
     )
 
 
-def _taken(archive: NpzFile, path: Path, name: str) -> NDArray[Any]:
-    """Return an array as the trainer takes it."""
+def _converted(archive: NpzFile, path: Path, name: str) -> NDArray[Any]:
+    """Return an array with the axes and the dtype that training needs."""
     array = _array(archive, path, name)
     if array.dtype.kind not in "uif":
-        raise UserError(f"{name} of {quoted(path)} is {array.dtype}; expected whole numbers or floats")
+        raise UserError(f"{name} of {quoted(path)} is {array.dtype}; expected integers or floats")
     if array.dtype.kind == "f":
-        with np.errstate(over="ignore"):  # what is infinite in float32 is told of later, with its place
+        with np.errstate(over="ignore"):  # `Dataset.checked` reports values that become infinite in float32
             array = array.astype(np.float32, copy=False)
     if name in {names[place] for names in NAMES for place in (0, 2)}:
         return array[..., np.newaxis] if array.ndim == 3 else array
@@ -89,14 +114,16 @@ def _taken(archive: NpzFile, path: Path, name: str) -> NDArray[Any]:
 
 
 def _array(archive: NpzFile, path: Path, name: str) -> NDArray[Any]:
-    """Return the array of that name as it is in the file, in this machine's byte order."""
+    """Return the array as stored, in this machine's byte order."""
     container: Any = archive.zip
     try:
         member = container.getinfo(f"{name}.npy")
     except KeyError:
         raise UserError(f"{quoted(path)} has {name} in another form than numpy.savez writes it ({name}.npy)") from None
     if member.compress_type not in METHODS or member.flag_bits & 1:
-        raise UserError(f"{name} of {quoted(path)} is compressed in another way than NumPy does, or encrypted")
+        raise UserError(
+            f"{name} of {quoted(path)} is encrypted, or compressed by another method: expected a file from numpy.savez"
+        )
     if member.file_size > MOST_DEFLATED * member.compress_size:
         raise ValueError(f"{name} cannot have the {member.file_size} bytes that it announces")
     with container.open(member) as stream:
@@ -107,19 +134,19 @@ def _array(archive: NpzFile, path: Path, name: str) -> NDArray[Any]:
             )
         announced = dtype.itemsize * int(np.prod(shape, dtype=object))
         if announced != member.file_size - start:
-            raise ValueError(f"{name}: {dtype} {shape} is not what its {member.file_size} bytes can hold")
+            raise ValueError(f"{name}: {dtype} {shape} does not match its {member.file_size} bytes")
         content = stream.read()
     array = np.frombuffer(content, dtype).reshape(shape, order="F" if is_fortran else "C")
     return np.ascontiguousarray(array, dtype.newbyteorder("="))
 
 
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """Return shape, whether in Fortran's order, dtype, and where the numbers begin."""
+    """Return the shape, True for Fortran order, the dtype, and the position of the first element."""
     version = np.lib.format.read_magic(stream)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
         raise ValueError(f"the format {version} is unknown")
     shape, is_fortran, dtype = readers[version](stream)
     if any(size < 0 for size in shape):
-        raise ValueError(f"the shape {shape} has a side below 0")
+        raise ValueError(f"the shape {shape} has a negative number")
     return shape, is_fortran, dtype, stream.tell()

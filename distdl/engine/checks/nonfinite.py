@@ -1,30 +1,29 @@
-"""Steps whose loss or gradient is infinite or no number: found by all ranks at once, traced to a micro-batch.
+"""Steps whose loss or gradient is infinite or NaN: found by all ranks at once, located in a micro-batch.
 
-The sum is the same on every rank, so all see at the same step that it is not finite, before anything has been
-updated. Then the step is computed again, and each rank looks at its micro-batches one by one.
+The sum is the same on every rank. So all ranks see at the same step that it is not finite, before any update. They then
+compute the step again, and each rank looks at its micro-batches one by one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.parallel import Communicator, Record, Reduction, Shard
-
-#: Elements of a gradient that fit the second-level cache twice.
-BLOCK = 32768
-#: Computes the micro-batches of a shard of the current step: yields the index and the record of each.
-ComputeShard = Callable[[Shard], Iterable[tuple[int, Mapping[str, NDArray[Any]]]]]
+from distdl.config import TrainConfig
+from distdl.engine.checks import corruption
+from distdl.engine.state import TrainingState
+from distdl.engine.step import OptimizerStep, StepObserver
+from distdl.errors import DivergedError
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What was not finite in a step (counted from 1), the lowest micro-batch it came from, and who computed that."""
+    """What was not finite in a step (counted from 1), and the lowest micro-batch and the rank that it came from."""
 
     step: int
     what: str
@@ -40,12 +39,46 @@ class Fault:
             saved = "" if self.saved_in is None else f"; the micro-batch is saved in {self.saved_in}"
             return f"{text}, first in micro-batch {self.micro_batch} (computed by rank {self.rank}){saved}"
         if self.transient:
-            return f"{text}, but not when computed again: memory or a processor is at fault, on a rank that is unknown"
-        return f"{text}, though that of each micro-batch is finite: their sum overflows"
+            return f"{text}, but not when computed again: a hardware fault, on an unknown rank"
+        return f"{text}, though each micro-batch is finite: their sum overflows"
+
+
+class FiniteCheck(StepObserver):
+    """Stops the training at a step that is not finite, or skips the update of that step.
+
+    `save` saves the micro-batch of a fault and returns the file's name, the same on all ranks. `fault` is that of the
+    latest step, None if the step was finite.
+
+    A fault that does not occur again when the step is recomputed always stops the training: no bit may depend on a
+    hardware fault.
+    """
+
+    def __init__(self, config: TrainConfig, state: TrainingState, save: Callable[[Fault], str | None]) -> None:
+        self.fault: Fault | None = None
+        self._config = config
+        self._state = state
+        self._save = save
+
+    def reduced(self, step: OptimizerStep) -> bool:
+        """Return whether the sums are finite. Collective if they are not."""
+        self.fault = None
+        what = what_is_not_finite(step.total)
+        if what is None:
+            return True
+        corruption.compare_replicas(step.communicator, self._state)  # the weights of one rank alone may be at fault
+        fault = locate(step, self._state.step + 1, what)
+        if fault.transient:
+            raise corruption.agreed(f"{fault}; continue")
+        if fault.micro_batch is not None:
+            fault = replace(fault, saved_in=self._save(fault))
+        if self._config.on_nonfinite == "stop":
+            raise diverged(str(fault), self._config, self._state)
+        self.fault = fault
+        return False
 
 
 def what_is_not_finite(record: Mapping[str, NDArray[Any]]) -> str | None:
-    """Return what is not finite in the record of a micro-batch, or of a step; None if all is.
+    """Return what is not finite in the record of a micro-batch or a step; None if all is.
 
     >>> what_is_not_finite({"loss_sum": np.array([np.inf]), "gradient": np.zeros(3)})
     'the loss is inf'
@@ -56,45 +89,35 @@ def what_is_not_finite(record: Mapping[str, NDArray[Any]]) -> str | None:
     return None if is_finite(record["gradient"]) else "the gradient is not finite"
 
 
-def average(total: Mapping[str, NDArray[Any]], samples: int, mean: NDArray[Any]) -> str | None:
-    """Write the mean gradient of a batch into `mean`; return what is not finite in loss or gradient, None if all is.
-
-    Blocks of the gradient are looked at while they are in the cache: this is done in every step.
-    """
-    loss_sum = float(total["loss_sum"][0])
-    squares = 0.0
-    for start in range(0, mean.size, BLOCK):
-        block = mean[start : start + BLOCK]
-        np.divide(total["gradient"][start : start + BLOCK], samples, out=block)
-        squares += float(np.vdot(block, block))
-    if math.isfinite(squares + loss_sum):
-        return None
-    return what_is_not_finite({"loss_sum": total["loss_sum"], "gradient": mean})
-
-
-def trace(
-    communicator: Communicator,
-    reduction: Reduction,
-    shards: Sequence[Shard],
-    compute: ComputeShard,
-    *,
-    step: int,
-    what: str,
-) -> tuple[Fault, Record]:
-    """Compute the step again; return where what was not finite came from, and the sum as it is now. Collective."""
+def locate(step: OptimizerStep, number: int, what: str) -> Fault:
+    """Compute step `number` again; return where the fault came from. `step.total` holds the new sums. Collective."""
+    step.network.gradients.fill(0)  # also the padding between parameters, which no backward pass writes
     mine: int | None = None
-    reduction.begin(shards)
-    for index, record in compute(shards[communicator.rank]):
+    step.reduction.begin(step.shards)
+    for index, record in step.compute_shard(step.shards[step.communicator.rank]):
         if what_is_not_finite(record) is not None:
             mine = index if mine is None else min(mine, index)
-        reduction.add(index, record)
-    total = reduction.total()
-    found = [(index, rank) for rank, index in enumerate(communicator.allgather_json(mine)) if index is not None]
+        step.reduction.add(index, record)
+    step.total = step.reduction.total()
+    found = [(index, rank) for rank, index in enumerate(step.communicator.allgather_json(mine)) if index is not None]
     if found:
-        return Fault(step, what, *min(found)), total
-    return Fault(step, what, transient=what_is_not_finite(total) is None), total
+        return Fault(number, what, *min(found))
+    return Fault(number, what, transient=what_is_not_finite(step.total) is None)
+
+
+def diverged(what: str, config: TrainConfig, state: TrainingState) -> DivergedError:
+    """Return the error for numbers that are not finite. Every rank has the same numbers."""
+    if state.step == state.progress.skipped_steps:
+        advice = "no update came before it; check the data, the initial weights and the model, not --lr"
+    else:
+        given = {"--lr": config.lr, "--weight-decay": config.weight_decay, "--l1-decay": config.l1_decay}
+        smaller = " or ".join(f"{flag} than {value:g}" for flag, value in given.items() if value)
+        advice = f"training has diverged; start a new run with a smaller {smaller}"
+    error = DivergedError(f"{what}: {advice}")
+    error.agreed = True
+    return error
 
 
 def is_finite(array: NDArray[Any]) -> bool:
-    """Whether every element is finite: if not, neither is the sum of squares, which may overflow besides."""
+    """Return whether every element is finite. The sum of squares is a fast test; only if it overflows, look at each."""
     return math.isfinite(np.vdot(array, array)) or bool(np.isfinite(array).all())

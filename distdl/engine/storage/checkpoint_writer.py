@@ -1,17 +1,17 @@
-"""Checkpoints are written by a thread, from a copy of the state, while training goes on.
+"""A thread that writes checkpoints from a copy of the state while training continues.
 
-The copy is taken between two steps, into buffers made once. Then the thread flushes the logs to disk, writes the
-checkpoint, and removes those no longer wanted; it holds Python's lock for a fraction of a millisecond at a time,
-since copying apart it only hashes, writes and compares. One checkpoint is written at a time: the owner asks for the
-`outcome` of one before it starts the next, and before it ends.
+The copy is made between two steps, into buffers allocated once. Then the thread flushes the logs to disk, writes the
+checkpoint, and removes old ones. It only hashes, writes and compares, so it holds Python's lock for a fraction of a
+millisecond at a time. One checkpoint is written at a time: the owner asks for the `outcome` of each before it starts
+the next, and before it ends.
 
-A checkpoint is under its name only when it is whole, and only then are older ones removed. So whatever ends the
-process meanwhile, the newest that is there is intact.
+A checkpoint gets its name when it is complete, and older ones are removed only then. So the newest checkpoint is
+intact, at whatever moment the process ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distdl.engine.fault_injection import reached
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.checkpoints import Checkpoint
+from distdl.engine.storage.header import CheckpointHeader
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the writing of the checkpoint after a step went: what refused it, or the removal of older ones."""
+    """The outcome of writing one checkpoint, with the error of the write or of the removal of older ones."""
 
     step: int
     refused: OSError | None = None
@@ -34,7 +36,7 @@ class Outcome:
 
 
 class CheckpointWriter:
-    """Writes one checkpoint after another, keeping the last `keep` and the best."""
+    """Writes checkpoints one at a time; keeps the last `keep` and the best."""
 
     def __init__(self, keep: int) -> None:
         self._keep = keep
@@ -46,23 +48,23 @@ class CheckpointWriter:
         self,
         folder: Path,
         arrays: Iterable[tuple[str, NDArray[Any]]],
-        header: Mapping[str, Any],
+        header: CheckpointHeader,
         flush_logs: Callable[[], None],
     ) -> None:
-        """Copy the state and let the thread write it into `folder`, once `flush_logs` has brought the logs to disk."""
-        assert self._pending is None, "the outcome of the checkpoint before is not known"
+        """Copy the state, and let the thread write it into `folder` after `flush_logs`."""
+        assert self._pending is None, "ask for the outcome of the previous checkpoint first"
         for name, array in arrays:
             if name not in self._copies:
                 self._copies[name] = np.empty_like(array)
             np.copyto(self._copies[name], array)
-        checkpoint = Checkpoint(self._copies, {**header, "progress": dict(header["progress"])})
-        self._pending = self._thread.submit(self._write, folder, checkpoint, flush_logs)
+        checkpoint, best_step = Checkpoint(self._copies, header.to_json()), header.progress.best_step
+        self._pending = self._thread.submit(self._write, folder, checkpoint, header.step, best_step, flush_logs)
 
     def outcome(self, *, wait: bool) -> Outcome | None:
-        """Return, once, how the last one that was started went; None where there is none, or `wait` is false and it
-        is not done.
+        """Return the outcome of the checkpoint that was started last, once; None if there is none.
 
-        What the disk refuses is part of the outcome; anything else that the thread met is raised here.
+        Without `wait`, None also if it is not done. The outcome contains an error of the disk; any other exception of
+        the thread is raised here.
         """
         pending = self._pending
         if pending is None or not (wait or pending.done()):
@@ -71,18 +73,20 @@ class CheckpointWriter:
         try:
             outcome = pending.result()
         finally:
-            if outcome is not None or pending.done():  # else Ctrl-C has ended the wait
+            if outcome is not None or pending.done():  # otherwise Ctrl-C ended the wait
                 self._pending = None
         return outcome
 
     def close(self) -> None:
-        """End the thread, when it is done."""
+        """Wait for the thread and end it."""
         self._thread.shutdown()
 
-    def _write(self, folder: Path, checkpoint: Checkpoint, flush_logs: Callable[[], None]) -> Outcome:
-        """Write the checkpoint, then remove old ones; on the thread."""
-        step, best_step = checkpoint.header["step"], checkpoint.header["progress"]["best_step"]
+    def _write(
+        self, folder: Path, checkpoint: Checkpoint, step: int, best_step: int | None, flush_logs: Callable[[], None]
+    ) -> Outcome:
+        """Write the checkpoint, then remove old ones. Runs on the thread."""
         try:
+            reached("checkpoint-write")
             flush_logs()
             checkpoints.write(checkpoints.path_of_step(folder, step), checkpoint)
         except OSError as error:
@@ -91,4 +95,5 @@ class CheckpointWriter:
             checkpoints.remove_old(folder, step, self._keep, best_step)
         except OSError as error:
             return Outcome(step, removal_refused=error)
+        reached("checkpoint-write", when="after")
         return Outcome(step)

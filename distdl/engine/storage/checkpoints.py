@@ -1,11 +1,11 @@
-"""Checkpoints: all that survives a step, in one safetensors file that proves itself intact.
+"""Checkpoints: the whole state after a step, in one safetensors file that proves itself intact.
 
-A safetensors file is eight bytes of header length, a JSON header and the tensors' bytes. The format has no
-checksum, and a flipped bit in the data loads silently; so the header's metadata carries, besides what a run
-needs to go on, the sha256 of the whole file, taken with the sixty-four digits of the digest itself set to
-zero. A file that is torn, truncated or altered anywhere is named as such and never loaded.
+A safetensors file consists of eight bytes of header length, a JSON header and the bytes of the tensors. The format
+has no checksum, and a flipped bit in the data loads silently. So the metadata in the header contains the sha256 of the
+whole file, with the 64 digits of the digest itself set to zero. A message names a file that is torn, truncated or
+altered anywhere. Such a file is never loaded.
 
-The metadata has one key, ``distdl``, whose value is a JSON object with ``format``, ``sha256`` and ``header``.
+The metadata has one key, ``distdl``. Its value is a JSON object with ``format``, ``sha256`` and ``header``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import safetensors
@@ -31,9 +31,9 @@ from distdl.errors import DamagedFileError, UserError
 
 FORMAT = "distdl checkpoint 1"
 NO_DIGEST = "0" * 64
-#: What safetensors calls the elements that our arrays may have.
+#: The names of our dtypes in safetensors.
 DTYPES = {"f4": "F32", "f8": "F64", "i4": "I32", "i8": "I64", "u1": "U8"}
-#: No header of ours comes near this; a damaged length must not make us read or allocate anything.
+#: Far more than any of our headers: a damaged length must not make us read or allocate much.
 LARGEST_HEADER_BYTES = 2**20
 BLOCK_BYTES = 2**20
 NAME = re.compile(r"step-([0-9]{9,18})\.safetensors")
@@ -41,14 +41,22 @@ NAME = re.compile(r"step-([0-9]{9,18})\.safetensors")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What one file holds: the tensors by name, and the header (config, step, versions, progress)."""
+    """The content of one file: the tensors by name, and the header as JSON, which `CheckpointHeader` parses."""
 
     tensors: dict[str, NDArray[Any]]
     header: dict[str, Any]
 
 
+class FoundCheckpoint(NamedTuple):
+    """An intact checkpoint, and the damage of the newer ones in its folder."""
+
+    path: Path
+    checkpoint: Checkpoint
+    complaints: list[str]
+
+
 def encoded(checkpoint: Checkpoint) -> list[bytes | memoryview]:
-    """Return the bytes of the file in pieces: a header, and the tensors where they are, uncopied."""
+    """Return the bytes of the file in pieces: the header, and views of the tensors."""
     tensors = sorted(checkpoint.tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     metadata = {"format": FORMAT, "sha256": NO_DIGEST, "header": checkpoint.header}
     entries: dict[str, Any] = {"__metadata__": {"distdl": json.dumps(metadata, allow_nan=False)}}
@@ -61,12 +69,12 @@ def encoded(checkpoint: Checkpoint) -> list[bytes | memoryview]:
         data.append(little.reshape(-1).view(np.uint8).data)
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    assert len(header) <= LARGEST_HEADER_BYTES, "we would not read this file again"
+    assert len(header) <= LARGEST_HEADER_BYTES, "read() would refuse this file"
     header = len(header).to_bytes(8, "little") + header
     digest = hashlib.sha256(header)
     for part in data:
         digest.update(part)
-    # The first zeros are ours: the metadata comes first, and in it the digest stands before what others have written.
+    # The first zeros are the digest's: the metadata comes first, and in it the digest comes before any foreign text.
     return [header.replace(NO_DIGEST.encode(), digest.hexdigest().encode(), 1), *data]
 
 
@@ -76,7 +84,7 @@ def encode(checkpoint: Checkpoint) -> bytes:
 
 
 def decode(data: bytes, name: str) -> Checkpoint:
-    """Return what the bytes of a file hold; raise `DamagedFileError` naming `name` if they are not whole."""
+    """Return the content of a file; raise `DamagedFileError` with its `name` if the bytes are damaged."""
     metadata, place = _metadata(data, len(data), name)
     digest = hashlib.sha256()
     digest.update(data[:place])
@@ -93,9 +101,9 @@ def decode(data: bytes, name: str) -> Checkpoint:
 
 
 def _metadata(data: bytes, size: int, name: str) -> tuple[dict[str, Any], int]:
-    """Return our metadata, and where in the file the digest's digits stand; trusts nothing it reads.
+    """Return our metadata, and the position of the digest's digits in the file. Trusts no value in the file.
 
-    `data` are the file's first bytes, the whole header among them; `size` is that of the whole file.
+    `data` begins with the whole header of the file; `size` is the size of the whole file.
     """
     length = int.from_bytes(data[:8], "little")
     if size < 8:
@@ -122,7 +130,7 @@ def _metadata(data: bytes, size: int, name: str) -> tuple[dict[str, Any], int]:
 
 
 def _parsed(text: bytes | str) -> Any:
-    """Return the value of a JSON text; NaN and numbers that are too large, which we never write, are a `ValueError`."""
+    """Return the value of a JSON text; raise `ValueError` for NaN and infinite numbers, which we never write."""
 
     def finite(number: str) -> float:
         if not math.isfinite(float(number)):
@@ -133,9 +141,9 @@ def _parsed(text: bytes | str) -> Any:
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:
-    """Write the file so that `path` holds the old content or the new, then read it back and compare.
+    """Write the file so that `path` has the old content or the new, then read it back and compare.
 
-    Raises `OSError` where the disk refuses or does not return what was written.
+    Raises `OSError` if the disk refuses or returns other bytes.
     """
     parts = encoded(checkpoint)
     write_durably(path, *parts, follow=False)
@@ -146,7 +154,7 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def _reads_back(file: BinaryIO, part: memoryview) -> bool:
-    """Whether the file goes on with `part`; in blocks, each compared in one go without a look at single items."""
+    """Whether the next bytes of the file are `part`. Comparing `bytes` is fast; comparing views goes by item."""
     blocks = (part[start : start + BLOCK_BYTES] for start in range(0, len(part), BLOCK_BYTES))
     return all(file.read(len(block)) == bytes(block) for block in blocks)
 
@@ -154,8 +162,8 @@ def _reads_back(file: BinaryIO, part: memoryview) -> bool:
 def read(path: Path, *, follow: bool = True) -> Checkpoint:
     """Return the checkpoint at `path`; raise `UserError` if it cannot be read, `DamagedFileError` if damaged.
 
-    The header is judged first, so that of a file of another kind no more than that is read. A symbolic link is an
-    error where `follow` is false.
+    The header is checked first, so a large file of another kind is not read to its end. Without `follow`, a symbolic
+    link is an error.
     """
     try:
         with os.fdopen(_opened(path, follow=follow), "rb") as file:
@@ -167,38 +175,38 @@ def read(path: Path, *, follow: bool = True) -> Checkpoint:
             data = file.read()
     except OSError as error:
         if error.errno == errno.EIO:
-            raise DamagedFileError(f"{path} is damaged: its disk does not give it back ({error.strerror})") from None
+            raise DamagedFileError(f"{path} is damaged: its disk does not return it ({error.strerror})") from None
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     return decode(data, str(path))
 
 
 def _opened(path: Path, *, follow: bool) -> int:
-    """Open to read; a pipe would block for ever."""
+    """Open to read, without blocking on a pipe."""
     return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
 
 
 def path_of_step(folder: Path, step: int) -> Path:
-    """Return where the checkpoint after `step` steps lies."""
+    """Return the path of the checkpoint after `step` steps."""
     return folder / f"step-{step:09d}.safetensors"
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Return the steps of the checkpoints in `folder`, ascending; a name that is not just so is none of ours."""
+    """Return the steps of the checkpoints in `folder`, ascending; ignore every other name."""
     try:
-        names = os.listdir(folder)  # noqa: PTH208  names are all that is looked at
+        names = os.listdir(folder)  # noqa: PTH208  only the names are needed
     except (FileNotFoundError, NotADirectoryError):
         return []
     steps = [int(found[1]) for found in map(NAME.fullmatch, names) if found]
     return sorted(step for step in steps if path_of_step(folder, step).name in names)
 
 
-def newest_intact(folder: Path) -> tuple[Path, Checkpoint, list[str]] | None:
-    """Return the newest checkpoint in `folder` that is whole, and what was wrong with those after it."""
+def newest_intact(folder: Path) -> FoundCheckpoint | None:
+    """Return the newest intact checkpoint in `folder`; raise `DamagedFileError` if all are damaged."""
     complaints: list[str] = []
     for step in reversed(steps_in(folder)):
         path = path_of_step(folder, step)
         try:
-            return path, read(path, follow=False), complaints
+            return FoundCheckpoint(path, read(path, follow=False), complaints)
         except DamagedFileError as error:
             complaints.append(str(error))
     if complaints:
@@ -207,18 +215,18 @@ def newest_intact(folder: Path) -> tuple[Path, Checkpoint, list[str]] | None:
 
 
 def remove_old(folder: Path, newest: int, keep: int, best_step: int | None) -> None:
-    """Remove all checkpoints up to step `newest` but the last `keep` of them and the best."""
+    """Remove the checkpoints up to step `newest`, except the last `keep` of them and the best."""
     old = [step for step in steps_in(folder) if step <= newest][:-keep]
     remove(folder, (path_of_step(folder, step).name for step in old if step != best_step))
 
 
 def remove_later(folder: Path, newest: int) -> None:
-    """Remove the checkpoints after step `newest`, intact or not: the run goes on from there another time."""
+    """Remove the checkpoints after step `newest`, intact or not: the run repeats these steps."""
     remove(folder, (path_of_step(folder, step).name for step in steps_in(folder) if step > newest))
 
 
 def restore(checkpoint: Checkpoint, into: list[tuple[str, NDArray[Any]]], name: str) -> None:
-    """Copy the tensors into arrays of the same names; raise `UserError` where names, shapes or dtypes differ."""
+    """Copy the tensors into arrays of the same names; raise `UserError` if names, shapes or dtypes differ."""
     wanted = {key: (array.shape, array.dtype) for key, array in into}
     found = {key: (array.shape, array.dtype) for key, array in checkpoint.tensors.items()}
     if wanted != found:
@@ -232,5 +240,5 @@ def restore(checkpoint: Checkpoint, into: list[tuple[str, NDArray[Any]]], name: 
 
 
 def described(array: NDArray[Any] | None) -> str:
-    """Return dtype and shape of a tensor, for a message."""
+    """Return the dtype and shape of a tensor, for a message."""
     return "absent" if array is None else f"{array.dtype} {array.shape}"

@@ -1,10 +1,10 @@
-"""Writing files so that a reader finds the old content or the new, whatever happens in between.
+"""Durable writes: a reader finds the old content or the new, even after a crash at any point.
 
-Temporary name, write, flush to disk, rename, flush the folder. Every system call goes through `os` here, one
-by one, so that a test can end the process in the middle of any of them.
+The order is: temporary name, write, flush to disk, rename, flush the folder. Each system call goes through `os`, so
+a test can end the process at any of them.
 
-Nothing is written, cut or removed through a symbolic link: a temporary file is always a new one, a log is opened
-as what it is, and where it matters so is the folder around them.
+Nothing is written, cut or removed through a symbolic link. A temporary file is always new. Logs, and folders inside a
+run folder, are opened without following links.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from distdl.errors import UserError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-#: Whatever bears this suffix is ours, and is swept at the next start; a name nobody else would give.
+#: The next start removes all files with this suffix. It is long enough that nobody else uses it.
 TEMPORARY_SUFFIX = ".distdl-partial"
 #: The logs of a run.
 LOGS = ("metrics", "timing", "hashes")
-#: What we write, cut or remove in a run folder, besides the checkpoints.
-OWN_FILES = ("config.toml", "env.json", "summary.json", "lock", *(f"{name}.jsonl" for name in LOGS))
-#: Less what the umask takes: never writable by everyone, whatever the umask.
+#: All files of a run folder, except the checkpoints.
+RUN_FILES = ("config.toml", "env.json", "summary.json", "lock", *(f"{name}.jsonl" for name in LOGS))
+#: Modes before the umask; never writable by everyone.
 FILE_MODE = 0o664
 FOLDER_MODE = 0o775
 #: The most buffers that one system call takes on Linux (IOV_MAX).
@@ -38,14 +38,14 @@ MOST_BUFFERS = 1024
 
 
 def write_durably(path: Path, *parts: Buffer, follow: bool = True) -> None:
-    """Replace the content of `path` by `parts`, one behind the other, or leave it as it was.
+    """Replace the content of `path` by the concatenated `parts`, or leave it unchanged.
 
-    Where `follow` is false, the folder may be no symbolic link. Raises `OSError` where the disk refuses; the
-    temporary file is then gone and `path` is untouched.
+    Without `follow`, the folder must not be a symbolic link. Raises `OSError` if the disk refuses; then the temporary
+    file is removed and `path` is unchanged.
     """
     temporary = path.name + TEMPORARY_SUFFIX
     with opened_folder(path.parent, follow=follow) as folder:
-        with suppress(FileNotFoundError):  # what a write that was cut off has left
+        with suppress(FileNotFoundError):  # the remains of an interrupted write
             os.unlink(temporary, dir_fd=folder)
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE, dir_fd=folder)
         try:
@@ -59,29 +59,29 @@ def write_durably(path: Path, *parts: Buffer, follow: bool = True) -> None:
             with suppress(OSError):
                 os.unlink(temporary, dir_fd=folder)
             raise
-        os.fsync(folder)  # so that the rename survives a crash of the machine
+        os.fsync(folder)  # then the rename survives a crash of the machine
 
 
 def indented_json(value: Mapping[str, Any]) -> bytes:
-    """Return `value` as a JSON file that people read: indented, with a last newline. A NaN is a `ValueError`."""
+    """Return `value` as the content of a readable JSON file; raise `ValueError` for a NaN."""
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _write_all(handle: int, parts: Iterable[Buffer]) -> None:
-    left = [view for view in (memoryview(part).cast("B") for part in parts) if view]
-    while left:
-        written = os.writev(handle, left[:MOST_BUFFERS])
+    remaining = [view for view in (memoryview(part).cast("B") for part in parts) if view]
+    while remaining:
+        written = os.writev(handle, remaining[:MOST_BUFFERS])
         if not written:
-            raise OSError(errno.EIO, "the disk takes nothing and does not say why")
-        while left and written >= len(left[0]):
-            written -= len(left.pop(0))
+            raise OSError(errno.EIO, "the disk takes nothing and gives no reason")
+        while remaining and written >= len(remaining[0]):
+            written -= len(remaining.pop(0))
         if written:
-            left[0] = left[0][written:]
+            remaining[0] = remaining[0][written:]
 
 
 @contextmanager
 def opened_folder(folder: Path, *, follow: bool = False) -> Iterator[int]:
-    """Open a folder, for system calls relative to it; one that is a symbolic link only where `follow` says so."""
+    """Open a folder for system calls relative to it; without `follow`, raise `OSError` if it is a symbolic link."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
     try:
         yield handle
@@ -90,14 +90,14 @@ def opened_folder(folder: Path, *, follow: bool = False) -> Iterator[int]:
 
 
 def opened_log(path: Path) -> int:
-    """Open a file to append to, made if need be; raise `OSError` if it is a symbolic link."""
+    """Open a file to append to, and make it if necessary; raise `OSError` if it is a symbolic link."""
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
 
 
 def try_folder(folder: Path) -> None:
-    """Make a nameless file in `folder`, or in the nearest above it that exists; nothing is left behind.
+    """Make a nameless temporary file in `folder` or its nearest existing parent; raise `OSError` if that fails.
 
-    Raises `OSError` where that cannot be, so that a person knows before the work and not after it.
+    So the user learns of a read-only folder before the work, not after it.
     """
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -106,13 +106,12 @@ def try_folder(folder: Path) -> None:
 
 
 def check_output(path: Path, flag: str) -> None:
-    """Raise `UserError` where the file that `flag` names could not be written in the end; nothing is left behind.
+    """Raise `UserError` if the file that `flag` names could not be written at the end of the work. Writes nothing.
 
-    A file takes the place of what is there, so that may be nothing but a regular file: no pipe, device or link, and
-    nothing that bears the name of a run's own files.
+    The new file replaces an old one. So the old one must be a regular file, without the name of a file of a run.
     """
-    if path.name in OWN_FILES or path.suffix == ".safetensors":
-        raise UserError(f"{flag} {path} has the name of a file of a run's own: give another name")
+    if path.name in RUN_FILES or path.suffix == ".safetensors":
+        raise UserError(f"{flag} {path} has the name of a file of a run: give another name")
     try:
         if path.is_dir():
             raise UserError(f"{flag} {path} is a folder: give the name of a file")
@@ -125,7 +124,7 @@ def check_output(path: Path, flag: str) -> None:
 
 
 def write_output(path: Path, content: Buffer, flag: str) -> None:
-    """Write the file that `flag` names, in a folder that is made if need be; raise `UserError` where that fails."""
+    """Write the file that `flag` names, and make its folder if necessary; raise `UserError` if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, content)
@@ -134,7 +133,7 @@ def write_output(path: Path, content: Buffer, flag: str) -> None:
 
 
 def remove(folder: Path, names: Iterable[str]) -> None:
-    """Remove files of a folder, which may be no symbolic link; those that are gone already are no error."""
+    """Remove files of a folder; raise `OSError` if the folder is a symbolic link. A missing file is no error."""
     with opened_folder(folder) as handle:
         for name in names:
             with suppress(FileNotFoundError):
@@ -142,7 +141,7 @@ def remove(folder: Path, names: Iterable[str]) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what writes that were cut off have left in `folder`, and nothing else."""
+    """Remove the remains of interrupted writes in `folder`, and nothing else."""
     for path in folder.glob("*" + TEMPORARY_SUFFIX):
         if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)

@@ -1,46 +1,46 @@
-"""Who computes which micro-batches: equal shards, or with `--balance` shards by measured speed.
+"""Shards of micro-batches: equal ones, or with `--balance` shards by measured speed.
 
-Every rank times its micro-batches. The seconds travel in the record of the reduction, in a field with one entry
-a rank, so that after each step all ranks hold the same numbers and draw the same conclusions (`Balance`, pure).
-Who computes a micro-batch does not show in its bits, nor in those of the sum.
+Every rank times its micro-batches. The seconds travel in the record of the reduction, in a field with one entry per
+rank. So after each step all ranks hold the same numbers and draw the same conclusions (`Balance`, which is pure).
+The result is bitwise the same whichever rank computes a micro-batch.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from distdl.parallel import Field, Shard, contiguous_shards, deal, share
+from distdl.engine.step import MutableRecord, OptimizerStep, StepObserver
+from distdl.parallel import Field, Shard, contiguous_shards, deal, loads_by_speed
 
 #: The weight of a new measurement in the smoothed seconds of a micro-batch.
 SMOOTHING = 0.1
-#: A measurement and what was expected may differ by this factor and count no more beyond it: one hiccup of a
+#: A measurement counts as at most this many times, and at least this fraction of, the expected seconds: one delay of a
 #: machine is not its speed.
 LARGEST_SURPRISE = 4.0
 #: Shares change if the step's computation is expected to become shorter by more than this part of it,
 LEAST_GAIN = 0.05
-#: and not again within so many steps.
+#: and not again within this number of steps.
 LEAST_STEPS = 5
-#: A rank whose share is nothing is tried with one micro-batch after so many steps, since it may have recovered,
+#: A rank without a share is tried with one micro-batch after this number of steps, since it may have recovered,
 STEPS_BETWEEN_TRIALS = 50
-#: or after as many as it takes for trials to cost no more than this part of the time.
+#: or later, so that trials cost at most this part of the time.
 COST_OF_TRIALS = 0.02
-#: A rank that shares its core with another load and sleeps while it waits gets the core back only after the load's
-#: time slice, some milliseconds, in each of the step's waits. So with `--balance` ranks poll longer than a slice.
+#: A rank that sleeps while it waits, on a core that another load uses too, gets the core back only after the load's
+#: time slice of some milliseconds, in each wait of a step. So with `--balance` ranks poll for longer than a slice.
 SPIN_SECONDS = 20e-3
 
 
 class Balance:
-    """From the seconds that ranks took in the steps so far to the shares of the next one; a function of those alone."""
+    """Decides the shares of the next step from the seconds of all ranks so far. A pure function of these."""
 
     def __init__(self, ranks: int, leaves: int) -> None:
         """Start with equal shares of the `leaves` micro-batches of a full batch."""
         self._speeds = (1.0,) * ranks
-        self.loads = share(leaves, self._speeds)
+        self.loads = loads_by_speed(leaves, self._speeds)
         self._seconds = [0.0] * ranks  # of a micro-batch, smoothed
         self._times_measured = [0] * ranks
         self._steps_unmeasured = [0] * ranks
@@ -48,8 +48,8 @@ class Balance:
         self._last_change = 0
 
     def shares(self, leaves: int) -> tuple[int, ...]:
-        """Return how many of the `leaves` micro-batches of the next step each rank computes."""
-        loads = list(share(leaves, self._speeds))
+        """Return the number of micro-batches of each rank in a step of `leaves` micro-batches."""
+        loads = list(loads_by_speed(leaves, self._speeds))
         on_trial = [rank for rank, load in enumerate(loads) if load == 0 and self._is_due(rank)]
         for rank in on_trial:
             giver = max(set(range(len(loads))) - set(on_trial), key=lambda other: (loads[other], other), default=rank)
@@ -59,10 +59,10 @@ class Balance:
         return tuple(loads)
 
     def observe(self, seconds: Sequence[float | None]) -> bool:
-        """Take in the seconds that each rank took a micro-batch, None if it computed none; say if shares change."""
+        """Take in the seconds per micro-batch of each rank, None if it computed none; return whether shares change."""
         self._steps += 1
         if self._steps == 1:
-            return False  # buffers were made, pages touched for the first time
+            return False  # the first step also allocates buffers
         for rank, measured in enumerate(seconds):
             self._steps_unmeasured[rank] += 1
             if measured is not None:
@@ -70,14 +70,14 @@ class Balance:
         if self._steps - self._last_change < LEAST_STEPS:
             return False
         speeds = tuple(1 / seconds for seconds in self._expected())
-        loads = share(sum(self.loads), speeds)
+        loads = loads_by_speed(sum(self.loads), speeds)
         if self._seconds_of(loads) >= (1 - LEAST_GAIN) * self._seconds_of(self.loads):
             return False
         self._speeds, self.loads, self._last_change = speeds, loads, self._steps
         return True
 
     def _smooth(self, rank: int, measured: float) -> None:
-        """Weigh in a measurement: the more, the longer the rank has not been measured; at first the plain mean."""
+        """Average a measurement in. Its weight grows with the steps since the previous one; at first it is the mean."""
         self._times_measured[rank] += 1
         expected = self._seconds[rank] if self._times_measured[rank] > 1 else measured
         expected = min(expected, LARGEST_SURPRISE * measured)
@@ -87,7 +87,7 @@ class Balance:
         self._steps_unmeasured[rank] = 0
 
     def _expected(self) -> list[float]:
-        """Return each rank's seconds a micro-batch; who was never measured is taken for fast, and so gets measured."""
+        """Return the seconds per micro-batch of each rank. An unmeasured rank counts as fast, so it gets measured."""
         fastest = min((seconds for seconds in self._seconds if seconds), default=1.0)
         return [seconds or fastest for seconds in self._seconds]
 
@@ -99,77 +99,67 @@ class Balance:
         return self._steps_unmeasured[rank] >= max(STEPS_BETWEEN_TRIALS, wait)
 
 
-class Dealer:
+class Dealer(StepObserver):
     """Deals equal, contiguous shards, and measures nothing."""
 
-    #: What the dealer adds to the record of a micro-batch.
-    fields: tuple[Field, ...] = ()
+    #: The new shares of a full batch if the latest step changed them.
+    new_shares: Sequence[int] | None = None
 
-    def __init__(self, rank: int, ranks: int) -> None:
-        self.rank = rank
+    def __init__(self, ranks: int) -> None:
         self.ranks = ranks
 
-    def shards(self, leaves: int) -> Sequence[Shard]:
-        """Return the micro-batches that each rank computes, of the `leaves` of a step or an evaluation."""
-        return contiguous_shards(leaves, self.ranks)
-
-    def begin(self) -> None:
-        """Start the clock before the first micro-batch of a step."""
-
-    def values(self, *, whole: bool) -> Mapping[str, NDArray[Any]]:  # noqa: ARG002
-        """Return what belongs into `fields` for the micro-batch just computed; `whole` if of full size."""
-        return {}
-
-    def stepped(
-        self,
-        shards: Sequence[Shard],  # noqa: ARG002
-        total: Mapping[str, NDArray[Any]],  # noqa: ARG002
-    ) -> Sequence[int] | None:
-        """Take in the reduced record of a step; return the new shares of a full batch if they change."""
-        return None
+    def shards(self, micro_batches: int) -> Sequence[Shard]:
+        """Return the micro-batches of each rank, for a step or an evaluation of so many."""
+        return contiguous_shards(micro_batches, self.ranks)
 
     def epoch_record(self) -> dict[str, Any]:
-        """Return what ``timing.jsonl`` says of the epoch that has ended, and forget it."""
+        """Return the dealer's entries in ``timing.jsonl`` for the epoch that just ended, and forget them."""
         return {}
 
 
 class BalancedDealer(Dealer):
-    """Deals by measured speed, whole blocks of the canonical tree first."""
+    """Deals by measured speed, whole blocks of the canonical tree first.
 
-    def __init__(self, rank: int, ranks: int, leaves: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        super().__init__(rank, ranks)
+    `micro_batches` is the number of a full batch.
+    """
+
+    def __init__(
+        self, rank: int, ranks: int, micro_batches: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        super().__init__(ranks)
+        self.rank = rank
         self.fields = (Field("seconds", "f8", ranks), Field("timed", "i8", ranks))
-        self._balance = Balance(ranks, leaves)
+        self._balance = Balance(ranks, micro_batches)
         self._clock = clock
         self._now = 0.0
         self._seconds = np.zeros(ranks)
         self._timed = np.zeros(ranks, np.int64)
         self._computed = [0] * ranks
 
-    def shards(self, leaves: int) -> Sequence[Shard]:
-        """Return the micro-batches that each rank computes, of the `leaves` of a step or an evaluation."""
-        return deal(self._balance.shares(leaves))
+    def shards(self, micro_batches: int) -> Sequence[Shard]:
+        """Return the micro-batches of each rank, for a step or an evaluation of so many."""
+        return deal(self._balance.shares(micro_batches))
 
-    def begin(self) -> None:
-        """Start the clock before the first micro-batch of a step."""
+    def begin(self, step: OptimizerStep) -> None:  # noqa: ARG002
+        """Start the clock before the first micro-batch."""
         self._now = self._clock()
 
-    def values(self, *, whole: bool) -> Mapping[str, NDArray[Any]]:
-        """Return our entry of the seconds since the micro-batch before; a smaller one does not tell a speed."""
+    def micro_batch(self, step: OptimizerStep, index: int, record: MutableRecord) -> None:
+        """Send the seconds since the previous micro-batch. Only full ones tell a speed."""
+        is_full = (index + 1) * step.micro_batch_size <= step.samples
         before, self._now = self._now, self._clock()
-        self._seconds[self.rank] = self._now - before if whole else 0.0
-        self._timed[self.rank] = whole
-        return {"seconds": self._seconds, "timed": self._timed}
+        self._seconds[self.rank] = self._now - before if is_full else 0.0
+        self._timed[self.rank] = is_full
+        record["seconds"], record["timed"] = self._seconds, self._timed
 
-    def stepped(self, shards: Sequence[Shard], total: Mapping[str, NDArray[Any]]) -> Sequence[int] | None:
-        """Take in the reduced record of a step; return the new shares of a full batch if they change."""
-        self._computed = [count + len(shard) for count, shard in zip(self._computed, shards, strict=True)]
-        seconds = [
-            float(total["seconds"][rank]) / int(count) if count else None for rank, count in enumerate(total["timed"])
-        ]
-        return self._balance.loads if self._balance.observe(seconds) else None
+    def ended(self, step: OptimizerStep) -> None:
+        """Take in the seconds of all ranks, and decide whether shares change."""
+        self._computed = [count + len(shard) for count, shard in zip(self._computed, step.shards, strict=True)]
+        timed, summed = step.total["timed"].tolist(), step.total["seconds"].tolist()
+        seconds = [total / count if count else None for total, count in zip(summed, timed, strict=True)]
+        self.new_shares = self._balance.loads if self._balance.observe(seconds) else None
 
     def epoch_record(self) -> dict[str, Any]:
-        """Return how many micro-batches each rank has computed in the epoch."""
+        """Return the number of micro-batches that each rank computed in the epoch."""
         computed, self._computed = self._computed, [0] * self.ranks
         return {"shares": computed}

@@ -1,4 +1,4 @@
-"""A checkpoint is written while training goes on, and is nevertheless that of its step, in order, and waited for."""
+"""Checkpoints are written while training continues. Each has the content of its step, in order, and none is lost."""
 
 import concurrent.futures
 import json
@@ -11,14 +11,15 @@ from small_runs import piece_of_digits, small_config, small_run
 
 from distdl.engine import train
 from distdl.engine.coordinator import Coordinator
-from distdl.engine.metrics import JsonLines
 from distdl.engine.storage import checkpoints, files
 from distdl.engine.storage.checkpoint_writer import CheckpointWriter
+from distdl.engine.storage.header import CheckpointHeader, RunProgress
+from distdl.engine.storage.json_lines import JsonLines
 from distdl.engine.trainer import Trainer
 from distdl.errors import UserError
 from distdl.parallel import OneProcess
 
-LONG_ENOUGH = 60  # seconds: against hanging
+LONG_ENOUGH = 60  # seconds; a timeout against hangs
 
 
 def step_of(path):
@@ -27,7 +28,7 @@ def step_of(path):
 
 @pytest.fixture
 def held_back(monkeypatch):
-    """Every write waits until the step after its own has been taken, the last one's excepted."""
+    """Each write except the last waits until the next step is done."""
     write, stepped, taken = checkpoints.write, Coordinator.stepped, {step: threading.Event() for step in range(1, 7)}
     overlapped = []
 
@@ -47,7 +48,7 @@ def held_back(monkeypatch):
     return overlapped
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_its_content_is_that_of_its_step(
+def test_training_continues_while_a_checkpoint_is_written_and_its_content_is_that_of_its_step(
     tmp_path, held_back, monkeypatch
 ):
     held = small_run(OneProcess(), tmp_path / "held", checkpoint_every=1, keep_checkpoints=9)
@@ -91,13 +92,13 @@ def test_logs_are_on_the_disk_before_the_checkpoint_that_counts_their_bytes_is_v
     assert made[:2] + made[8:] == ["config.toml", "env.json", "summary.json"]
 
 
-def test_one_checkpoint_is_written_at_a_time_and_all_are_there_when_training_returns(tmp_path, monkeypatch):
+def test_one_checkpoint_is_written_at_a_time_and_all_are_complete_when_training_returns(tmp_path, monkeypatch):
     write, running, most = checkpoints.write, [], []
 
     def slow(path, checkpoint):
         running.append(path)
         most.append(len(running))
-        time.sleep(0.05)  # longer than a step: who does not wait is found out
+        time.sleep(0.05)  # longer than a step, so a missing wait shows
         write(path, checkpoint)
         running.remove(path)
 
@@ -120,7 +121,7 @@ def test_a_run_that_stops_early_has_its_last_checkpoint_on_disk(tmp_path, monkey
     assert checkpoints.newest_intact(tmp_path / "run" / "checkpoints")[1].header["step"] == steps
 
 
-def test_the_checkpoint_under_way_is_finished_when_training_ends_by_an_error(tmp_path, monkeypatch):
+def test_the_pending_checkpoint_is_finished_if_training_ends_with_an_error(tmp_path, monkeypatch):
     write, step = checkpoints.write, Trainer.step
 
     def slow(path, checkpoint):
@@ -140,7 +141,7 @@ def test_the_checkpoint_under_way_is_finished_when_training_ends_by_an_error(tmp
     assert not list((tmp_path / "run" / "checkpoints").glob(f"*{files.TEMPORARY_SUFFIX}"))
 
 
-def test_a_checkpoint_that_is_missed_is_said_at_the_next_step_and_not_only_at_the_next_checkpoint(
+def test_a_failed_checkpoint_is_reported_at_the_next_step_not_only_at_the_next_checkpoint(
     tmp_path, monkeypatch, capsys
 ):
     write, stepped, said = checkpoints.write, Coordinator.stepped, {}
@@ -151,8 +152,8 @@ def test_a_checkpoint_that_is_missed_is_said_at_the_next_step_and_not_only_at_th
         write(path, checkpoint)
 
     def patient(self, state, *others):
-        if self._writer._pending is not None:
-            concurrent.futures.wait([self._writer._pending], LONG_ENOUGH)
+        if self.keeper._writer._pending is not None:
+            concurrent.futures.wait([self.keeper._writer._pending], LONG_ENOUGH)
         stepped(self, state, *others)
         said[state.step] = capsys.readouterr().err
 
@@ -160,19 +161,21 @@ def test_a_checkpoint_that_is_missed_is_said_at_the_next_step_and_not_only_at_th
     monkeypatch.setattr(Coordinator, "stepped", patient)
     small_run(OneProcess(), tmp_path / "run")
     assert said[4].startswith("distdl: warning: cannot write the checkpoint after step 3")
-    assert said[4].endswith("No space left on device; the checkpoints before it are intact, training goes on\n")
+    assert said[4].endswith("No space left on device; the checkpoints before it are intact, training continues\n")
     assert [step for step in said if said[step]] == [4]
 
 
-def test_the_third_miss_ends_the_run_at_the_next_checkpoint_also_if_it_was_said_before(tmp_path, monkeypatch, capsys):
+def test_the_third_failure_ends_the_run_at_the_next_checkpoint_even_if_it_was_reported_before(
+    tmp_path, monkeypatch, capsys
+):
     stepped = Coordinator.stepped
 
     def refused(path, checkpoint):
         raise OSError(5, "Input/output error")
 
     def patient(self, state, *others):
-        if self._writer._pending is not None:
-            concurrent.futures.wait([self._writer._pending], LONG_ENOUGH)
+        if self.keeper._writer._pending is not None:
+            concurrent.futures.wait([self.keeper._writer._pending], LONG_ENOUGH)
         stepped(self, state, *others)
 
     monkeypatch.setattr(checkpoints, "write", refused)
@@ -180,11 +183,11 @@ def test_the_third_miss_ends_the_run_at_the_next_checkpoint_also_if_it_was_said_
     with pytest.raises(UserError, match=r"cannot write the checkpoint after step 3 .*make room and use --resume"):
         small_run(OneProcess(), tmp_path / "run", checkpoint_every=1)
     warnings = capsys.readouterr().err.splitlines()
-    ends = ["training goes on", "training goes on", "training ends at the next one"]
+    ends = ["training continues", "training continues", "training ends at the next one"]
     assert [line.rpartition(", ")[2] for line in warnings] == ends
 
 
-def test_a_defect_on_the_thread_is_raised_as_it_is(tmp_path, monkeypatch):
+def test_a_defect_on_the_thread_is_raised_unchanged(tmp_path, monkeypatch):
     def defective(path, checkpoint):
         raise RuntimeError("a defect on the thread")
 
@@ -194,7 +197,7 @@ def test_a_defect_on_the_thread_is_raised_as_it_is(tmp_path, monkeypatch):
             small_run(OneProcess(), tmp_path / f"{settings}", **settings)
 
 
-def test_old_checkpoints_that_cannot_be_removed_are_warned_about_and_the_new_one_counts(tmp_path, monkeypatch, capsys):
+def test_a_failed_removal_of_old_checkpoints_is_a_warning_and_the_new_one_counts(tmp_path, monkeypatch, capsys):
     def refused(*_):
         raise OSError(1, "Operation not permitted")
 
@@ -206,7 +209,7 @@ def test_old_checkpoints_that_cannot_be_removed_are_warned_about_and_the_new_one
     assert all("cannot remove old checkpoints" in line and "Operation not permitted" in line for line in warnings)
 
 
-def test_the_last_and_the_best_are_kept_by_a_whole_run(tmp_path):
+def test_a_whole_run_keeps_the_last_and_the_best(tmp_path):
     small_run(OneProcess(), tmp_path / "run", checkpoint_every=1, keep_checkpoints=2, epochs=4)
     best = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert best["steps"] == 12
@@ -215,12 +218,13 @@ def test_the_last_and_the_best_are_kept_by_a_whole_run(tmp_path):
     assert checkpoints.steps_in(folder) == sorted({best_step, 11, 12})
 
 
-def test_the_copy_of_the_state_is_made_into_the_same_memory_every_time(tmp_path):
+def test_every_copy_of_the_state_uses_the_same_memory(tmp_path):
     writer = CheckpointWriter(keep=1)
     array, places = np.arange(3.0), set()
     for step in (1, 2):
         array[0] = step
-        writer.start(tmp_path, [("w", array)], {"step": step, "progress": {"best_step": None}}, lambda: None)
+        header = CheckpointHeader(step, {}, RunProgress(), {}, "", {}, "")
+        writer.start(tmp_path, [("w", array)], header, lambda: None)
         array[0] = -1
         assert writer.outcome(wait=True).step == step
         assert writer.outcome(wait=True) is None

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -155,19 +156,24 @@ def ranks_with_a_clock(ranks, leaves):
 
 
 def one_step(clocks, dealers, seconds, leaves=8, ragged=False):
-    """Compute and sum a step as the trainer does; return the shards and what each rank was told."""
+    """Compute and sum a step as the trainer does; return the shards and the new shares that each rank decided on."""
     shards = dealers[0].shards(leaves)
     assert all(dealer.shards(leaves) == shards for dealer in dealers)
+    step = SimpleNamespace(micro_batch_size=2, samples=2 * leaves - ragged, shards=shards)
     total = {"seconds": 0.0, "timed": 0}
     for rank, dealer in enumerate(dealers):
         clocks[rank].now += 1000.0  # it waited, or did whatever else a step consists of
-        dealer.begin()
+        dealer.begin(step)
         for leaf in shards[rank]:
             smaller = ragged and leaf == leaves - 1
             clocks[rank].now += 0.01 if smaller else seconds[rank]
-            values = dealer.values(whole=not smaller)
-            total = {name: total[name] + values[name] for name in total}
-    return shards, [dealer.stepped(shards, total) for dealer in dealers]
+            record = {}
+            dealer.micro_batch(step, leaf, record)
+            total = {name: total[name] + record[name] for name in total}
+    step.total = total
+    for dealer in dealers:
+        dealer.ended(step)
+    return shards, [dealer.new_shares for dealer in dealers]
 
 
 def test_all_ranks_draw_the_same_conclusion_from_their_clocks():
@@ -202,9 +208,8 @@ def test_the_epochs_record_counts_what_each_rank_computed():
 
 
 def test_without_balance_shards_are_contiguous_and_nothing_is_measured():
-    dealer = Dealer(1, 3)
+    dealer = Dealer(3)
     assert dealer.shards(8) == contiguous_shards(8, 3)
     assert dealer.fields == ()
-    assert dealer.values(whole=True) == {}
-    assert dealer.stepped(dealer.shards(8), {}) is None
+    assert dealer.new_shares is None
     assert dealer.epoch_record() == {}

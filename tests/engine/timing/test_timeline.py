@@ -25,11 +25,11 @@ def take_steps(timeline, rank, seconds_of_steps):
         timeline.begin()
         began = rank.now
         rank.now = began + seconds[rank.rank]
-        timeline.enter_reduction()
+        timeline.computed()
         rank.now = began + max(seconds) + REDUCTION
-        timeline.leave_reduction()
+        timeline.reduced()
         rank.now += UPDATE
-        timeline.end()
+        timeline.ended()
 
 
 def test_who_comes_last_waits_for_nobody_and_the_others_for_it():
@@ -85,11 +85,12 @@ def test_a_step_that_is_begun_again_counts_once():
     clock = iter([0.0, 1.0, 10.0, 11.0, 12.0, 13.0])
     timeline = Timeline(OneProcess(), lambda: next(clock))
     timeline.begin()
-    timeline.enter_reduction()
+    timeline.computed()
     timeline.begin()
-    timeline.enter_reduction()
-    timeline.leave_reduction()
-    assert timeline.end() == 3.0
+    timeline.computed()
+    timeline.reduced()
+    timeline.ended()
+    assert timeline.step_seconds == 3.0
     assert timeline.spent().compute == (2.0,)
 
 
@@ -189,7 +190,7 @@ def test_a_trace_that_cannot_be_written_is_refused_before_anything_is(tmp_path, 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.toml", "lock", "step-000000001.safetensors"])
 def test_a_trace_takes_the_place_of_no_file_of_a_run(tmp_path, name):
     path = tmp_path / "run" / name
-    with pytest.raises(UserError, match=r"^--trace .* has the name of a file of a run's own: give another name"):
+    with pytest.raises(UserError, match=r"^--trace .* has the name of a file of a run: give another name"):
         train(small_config(tmp_path / "run", trace=path), OneProcess())
     assert not (tmp_path / "run").exists()
 

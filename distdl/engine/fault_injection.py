@@ -1,0 +1,178 @@
+"""Fault injection for tests: kill a rank, raise an error or spoil numbers at a chosen point of a run.
+
+Tests call `fail_at`. The engine calls `reached` at each point. A call costs some 0.1 microseconds if no fault is
+registered, and users never register one. Tests thus need no names from inside the engine, so code can move freely.
+(The idea is `EventInjector.fail_at` of torchft.)
+
+An action gets the `owner` of its point, so it can change the run's numbers. Each rank reaches these points, in the
+order of the table, unless the table says otherwise. "Committed" means: all ranks agreed that the phase succeeded.
+
+| phase | when | what has happened, and what has not | owner |
+|---|---|---|---|
+| data | before | rank 0 has read the dataset; no rank has shared it | None |
+| | after | each host has its copy of the dataset | None |
+| run-folder | before | rank 0 only: it has locked the run folder; no other rank knows the folder | None |
+| | after | rank 0 only: it has written the first files of the run folder | None |
+| training | before | the banner is printed; no step has begun | state |
+| step | before | an optimizer step begins | state |
+| forward | before | a micro-batch of a step has been prepared; its forward pass has not begun | state |
+| backward | after | a micro-batch of a step has been computed; its record is not in the sum | index, record |
+| reduction | before | this rank has computed its shard; no gradient has been sent | state |
+| | after | this rank has the sum of all records; the step is not committed | record |
+| update | before | the step is committed; parameters and optimizer state are unchanged | state |
+| | after | parameters, optimizer state and buffers are updated; the step is not yet counted | state |
+| validation, test | before | the phase begins | state |
+| | after | this rank has the metric sums of all ranks; the phase is not committed | sums |
+| | committed | the phase is committed; the state is unchanged | sums |
+| checkpoint | before | the phase begins | state |
+| | after | rank 0 has copied the state for its writer thread; the phase is not committed | state |
+| | committed | the phase is committed; the logbook has not noted the checkpoint | state |
+| checkpoint-write | before | rank 0 only, in its writer thread: nothing of the checkpoint is on disk | None |
+| | after | rank 0 only, in its writer thread: the checkpoint is complete, older ones are removed | None |
+| finish | before | rank 0 has not written the summary | state |
+| | after | rank 0 has written the summary and printed the receipt; the phase is not committed | state |
+| vote no, shrink, compare | before | this action of a recovery begins (`parallel/recovery.py`) | state |
+| take, rebuild, agree | before | the same | state |
+| takeover | before | new rank 0 only: it has locked the run folder; it reaches this point once per log file | None |
+
+The owners are: *state*: the `TrainingState`, with the network's parameters and gradients, the optimizer's vectors and
+the metric sums of the epoch; *record*: the arrays that are reduced, by name (``gradient``, ``statistics``,
+``loss_sum``, ``counts``), after the *index* of the micro-batch; *sums*: the `Sums` of the phase.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from distdl.engine.state import TrainingState
+from distdl.engine.step import MutableRecord, OptimizerStep, StepObserver
+from distdl.job.launcher import read_launch
+
+#: The points by phase: when `reached` is called.
+POINTS = {
+    "data": ("before", "after"),
+    "run-folder": ("before", "after"),
+    "training": ("before",),
+    "step": ("before",),
+    "forward": ("before",),
+    "backward": ("after",),
+    "reduction": ("before", "after"),
+    "update": ("before", "after"),
+    "validation": ("before", "after", "committed"),
+    "test": ("before", "after", "committed"),
+    "checkpoint": ("before", "after", "committed"),
+    "checkpoint-write": ("before", "after"),
+    "finish": ("before", "after"),
+    "vote no": ("before",),
+    "shrink": ("before",),
+    "compare": ("before",),
+    "take": ("before",),
+    "rebuild": ("before",),
+    "agree": ("before",),
+    "takeover": ("before",),
+}
+PHASES = tuple(POINTS)
+
+#: Called with the owner of the point. It may kill the process, raise an error, or change arrays of the owner.
+Action = Callable[[Any], object]
+
+
+@dataclass
+class _Fault:
+    action: Action
+    step: int | None
+    #: Remaining visits of the point up to the fault; None: each visit.
+    remaining: int | None
+
+    def is_due(self, step: int | None) -> bool:
+        """Count a visit in a step; return whether the fault strikes now."""
+        if self.step not in {None, step} or self.remaining == 0:
+            return False
+        if self.remaining is not None:
+            self.remaining -= 1
+        return not self.remaining
+
+
+_faults: dict[tuple[str, str], list[_Fault]] = {}
+#: The last step that began, counted from 1.
+_step: int | None = None
+
+
+def fail_at(
+    phase: str, *, rank: int | None, action: Action, step: int | None = None, nth: int | None = 1, when: str = "before"
+) -> None:
+    """Call `action` when `rank` reaches the point for the `nth` time, or each time if `nth` is None.
+
+    `rank` is the number that the launcher gave; None means each rank. With `step`, counted from 1, only visits during
+    and after that step, before the next one, count. Raises `ValueError` for a point that does not exist.
+
+    >>> seen = []
+    >>> fail_at("update", rank=0, step=2, action=seen.append)
+    >>> for step in (1, 2, 3):
+    ...     reached("step", step=step)
+    ...     reached("update", owner=f"the state in step {step}")
+    >>> seen
+    ['the state in step 2']
+    >>> forget()
+    """
+    if phase not in POINTS:
+        raise ValueError(f"no phase is called {phase!r}: expected one of {', '.join(PHASES)}")
+    if when not in POINTS[phase]:
+        raise ValueError(f"{phase!r} has no point {when!r}: expected one of {', '.join(POINTS[phase])}")
+    if rank in {None, read_launch().rank}:
+        _faults.setdefault((phase, when), []).append(_Fault(action, step, nth))
+
+
+def forget() -> None:
+    """Forget all registered faults."""
+    global _step  # noqa: PLW0603  the faults of a process
+    _faults.clear()
+    _step = None
+
+
+def reached(phase: str, *, when: str = "before", step: int | None = None, owner: Any = None) -> None:
+    """Call the actions that are due at this point. The start of a step gives its number as `step`."""
+    if _faults:
+        _visit(phase, when, step, owner)
+
+
+def _visit(phase: str, when: str, step: int | None, owner: Any) -> None:
+    global _step  # noqa: PLW0603  the faults of a process
+    assert when in POINTS[phase]
+    _step = _step if step is None else step
+    for fault in [one for one in _faults.get((phase, when), ()) if one.is_due(_step)]:  # count for all: one may raise
+        fault.action(owner)
+
+
+class FaultPoints(StepObserver):
+    """Reaches the points inside a step; the first observer of the trainer's steps."""
+
+    def __init__(self, state: TrainingState) -> None:
+        self._state = state
+
+    def begin(self, step: OptimizerStep) -> None:  # noqa: ARG002
+        """Reach ``step``."""
+        reached("step", step=self._state.step + 1, owner=self._state)
+
+    def micro_batch(self, step: OptimizerStep, index: int, record: MutableRecord) -> None:  # noqa: ARG002
+        """Reach ``backward`` after."""
+        reached("backward", when="after", owner=(index, record))
+
+    def computed(self, step: OptimizerStep) -> None:  # noqa: ARG002
+        """Reach ``reduction``."""
+        reached("reduction", owner=self._state)
+
+    def reduced(self, step: OptimizerStep) -> bool:
+        """Reach ``reduction`` after."""
+        reached("reduction", when="after", owner=step.total)
+        return True
+
+    def committed(self, step: OptimizerStep) -> None:  # noqa: ARG002
+        """Reach ``update``."""
+        reached("update", owner=self._state)
+
+    def ended(self, step: OptimizerStep) -> None:  # noqa: ARG002
+        """Reach ``update`` after."""
+        reached("update", when="after", owner=self._state)

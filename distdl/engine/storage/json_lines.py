@@ -1,0 +1,67 @@
+"""Log files of one JSON object per line, which lose no record when a disk is full for a while."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from distdl.engine.storage.files import opened_log
+
+
+def line_of(record: Mapping[str, Any]) -> bytes:
+    """Return the line of a record in a log."""
+    return (json.dumps(record, allow_nan=False) + "\n").encode()
+
+
+class JsonLines:
+    """A file of one JSON object per line, first cut to a given length.
+
+    If a full disk refuses bytes, they wait in memory, from the exact byte at which the disk was full. They are written
+    before anything else as soon as there is room. So no record is lost or torn.
+    """
+
+    def __init__(self, path: Path, keep_bytes: int = 0) -> None:
+        self.path = path
+        self._file = os.fdopen(opened_log(path), "ab", buffering=0)
+        self._waiting = b""
+        if self.length > keep_bytes:
+            self._file.truncate(keep_bytes)
+
+    @property
+    def length(self) -> int:
+        """The file's length in bytes."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append a record. If this raises `OSError`, the record waits in memory; do not write it again."""
+        self.append(line_of(record))
+
+    def append(self, lines: bytes) -> None:
+        """Append whole lines. If this raises `OSError`, they wait in memory."""
+        self._waiting += lines
+        self._write_waiting()
+
+    def written_length(self) -> int:
+        """Write the records that wait in memory and return the file's length; raise `OSError` if still refused."""
+        self._write_waiting()
+        return self.length
+
+    def flush_to_disk(self) -> None:
+        """Return when the file's content is on the disk; another thread may write to it meanwhile.
+
+        Raises `OSError` if the disk refuses.
+        """
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; raise `OSError` if records still wait and the disk still refuses them."""
+        with closing(self._file):
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
