@@ -9,6 +9,7 @@ from typing import Any
 
 import distdl
 from distdl.config import NOT_IN_CONFIG_FILE, TrainConfig
+from distdl.engine.table import table
 from distdl.search.procedure import Trial, TrialResult, leaderboard
 from distdl.search.settings import Range, SearchSettings, flag_name
 
@@ -62,10 +63,8 @@ def best_trials_table(results: Sequence[TrialResult], settings: SearchSettings) 
         test = "-" if one.test_accuracy is None else f"{one.test_accuracy:.2%}"
         values = [f"{one.settings[searched.name]:g}" for searched in settings.ranges]
         rows.append([f"{one.round}", f"{one.trial}", f"{one.epochs}", _score(one), test, *values])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     more = "; results.jsonl has the others" if len(ordered) > MOST_ROWS else ""
-    return ["", f"the best of {len(ordered)} trials{more}", *lines, ""]
+    return ["", f"the best of {len(ordered)} trials{more}", *table(rows, indent="  "), ""]
 
 
 def summary(results: Sequence[TrialResult], ranges: Sequence[Range]) -> dict[str, Any]:
