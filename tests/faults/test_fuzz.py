@@ -72,7 +72,7 @@ def test_the_fuzzer_finds(defect, said, run_python):
     """What it is there for, each put in by hand."""
     program = (
         f"import sys; sys.path.insert(0, {str(HERE)!r}); import fuzz\n"
-        "from distdl import cli, config, train\nfrom distdl.engine import checkpoint as checkpoints\n"
+        "from distdl import cli, config, train\nfrom distdl.engine.storage import checkpoints\n"
         "kind = fuzz.KINDS['checkpoint']\n"
         "class Defective(kind):\n"
         "    def __init__(self):\n"
