@@ -1,7 +1,7 @@
-"""Aligned arrays and the hashes of named arrays: the two things that every part needs of an array; and a label.
+"""Aligned arrays, the hash of named arrays, and the label for "no label".
 
-Alignment is for speed alone (an addition of two float32 vectors takes half the time on 64-byte boundaries);
-the hashes are what receipts and replica checks are made of.
+Alignment only affects speed: an addition of two float32 vectors takes half the time on 64-byte boundaries. Receipts and
+replica checks consist of the hashes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 ALIGNMENT_BYTES = 64
-#: The label of a pixel that has none: it counts neither in the loss nor among the right answers.
+#: The label of a pixel without a label: it counts neither in the loss nor in the accuracy.
 NO_LABEL = -1
 
 
@@ -24,7 +24,7 @@ def aligned_empty(shape: int | Sequence[int], dtype: DTypeLike = np.float32) -> 
 
 
 def aligned_zeros(shape: int | Sequence[int], dtype: DTypeLike = np.float32) -> NDArray[Any]:
-    """Return an array of zeros whose first byte lies on a 64-byte boundary; memory is taken once it is written to."""
+    """Return an array of zeros whose first byte lies on a 64-byte boundary; memory is used once it is written to."""
     return _aligned(np.zeros, shape, np.dtype(dtype))
 
 
@@ -39,11 +39,11 @@ def _aligned(
 
 
 def sha256_of_arrays(named: Iterable[tuple[str, NDArray[Any]]]) -> str:
-    """Return the sha256, in hexadecimal, of arrays with their names, in the order given.
+    """Return the sha256, in hexadecimal, of arrays with their names, in the given order.
 
-    For each array the digest takes, in UTF-8, ``name``, a zero byte, the dtype as NumPy spells its
-    little-endian form (``<f4``), a zero byte, the shape as decimal numbers joined by commas, a zero byte,
-    and then the elements' bytes, little-endian, in C order.
+    For each array the digest gets, in UTF-8: ``name``, a zero byte, NumPy's name of the little-endian dtype (``<f4``),
+    a zero byte, the shape as decimal numbers joined by commas, a zero byte. Then it gets the bytes of the elements,
+    little-endian, in C order.
 
     >>> sha256_of_arrays([("w", np.zeros((2, 3), np.float32))])[:16]
     '596b188a90764a2c'

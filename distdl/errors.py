@@ -1,13 +1,13 @@
-"""What can go wrong, and the exit code of each.
+"""The errors and their exit codes.
 
-| exit code | class              | meaning                                                        |
-|-----------|--------------------|----------------------------------------------------------------|
-| 1         | any other          | a defect of ours: shown with its traceback                     |
-| 2         | `UserError`        | what the user gave is wrong: one line, no traceback            |
-| 3         | `DamagedFileError` | a file is damaged: one line that names it                      |
-| 4         | `CorruptionError`  | memory or a computation went wrong unnoticed: one line         |
-| 75        | `Stopped`          | stopped by a signal, after a checkpoint: start it again later  |
-| 130       | KeyboardInterrupt  | stopped at once: by a second signal, or before the first step  |
+| exit code | class              | meaning                                                             |
+|-----------|--------------------|---------------------------------------------------------------------|
+| 1         | any other          | a defect in distdl: shown with its traceback                        |
+| 2         | `UserError`        | invalid user input: one line, no traceback                          |
+| 3         | `DamagedFileError` | a file is damaged: one line that names it                           |
+| 4         | `CorruptionError`  | silent corruption of memory or of a computation: one line           |
+| 75        | `Stopped`          | stopped by a signal, after a checkpoint: start it again later       |
+| 130       | KeyboardInterrupt  | stopped at once: by a second signal, or before the first step       |
 """
 
 from __future__ import annotations
@@ -21,60 +21,60 @@ EXIT_DEFECT = 1
 EXIT_USER = 2
 EXIT_DAMAGED = 3
 EXIT_CORRUPTION = 4
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: what schedulers and scripts take for "try again"
-EXIT_INTERRUPTED = 130  # as a shell says it of Ctrl-C
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: "try again" for schedulers and scripts
+EXIT_INTERRUPTED = 130  # the exit code of a shell after Ctrl-C
 
 
 class DistdlError(Exception):
-    """An error with a message for a person, in one line, and an exit code.
+    """An error with a message of one line for the user, and an exit code.
 
-    `agreed` is set once every rank is known to raise the same error; such an error needs no abort.
+    `agreed` is set if every rank raises the same error; such an error needs no abort.
     """
 
     exit_code = EXIT_DEFECT
     agreed = False
-    #: What stands in front of the message when a command prints it.
+    #: The text before the message when a command prints it.
     label = "error: "
 
 
 class UserError(DistdlError):
-    """What the user gave is wrong. The message says what was given, what was expected, what to do."""
+    """The user's input is invalid. The message names the given value, the expected one and the remedy."""
 
     exit_code = EXIT_USER
 
 
 class DamagedFileError(UserError):
-    """A file that we read is damaged: torn, truncated, altered, or not what its header says."""
+    """An input file is damaged: torn, truncated, altered, or different from its header."""
 
     exit_code = EXIT_DAMAGED
 
 
 class DivergedError(UserError):
-    """The loss, a gradient or the weights have left the range of numbers: most often the learning rate is too large."""
+    """The loss, a gradient or the weights are no longer finite; usually the learning rate is too large."""
 
 
 class CorruptionError(DistdlError):
-    """Ranks that must have the same bits have not: memory or a computation went wrong, and nothing said so."""
+    """Bits that must be equal differ: memory or a computation went wrong without an error."""
 
     exit_code = EXIT_CORRUPTION
 
 
-class Stopped(DistdlError):  # noqa: N818  it is what was asked for
-    """A signal asked the training to stop; it did so after a step, on all ranks, with a checkpoint."""
+class Stopped(DistdlError):  # noqa: N818  the user asked for it
+    """A signal asked the training to stop, and it stopped on all ranks after a step, with a checkpoint."""
 
     exit_code = EXIT_STOPPED
     label = ""
 
 
-class PeerLost(DistdlError):  # noqa: N818  the event has this name in the design
-    """A rank of the world has died or the world was revoked by one that saw it die.
+class PeerLost(DistdlError):  # noqa: N818  it names the event
+    """A rank of the world has died, or a rank that saw it die has revoked the world.
 
-    Where it is `agreed`, every rank that is left knows that what they were about to agree on does not count.
+    If it is `agreed`, every surviving rank knows that the agreement has failed.
     """
 
 
 def one_line(text: str) -> str:
-    r"""Return the text with line breaks as spaces, and whatever a terminal would not show, or obey, as an escape.
+    r"""Return the text with spaces instead of line breaks, and escapes instead of control characters.
 
     >>> one_line("a name\nwith \x1b[31m")
     'a name with \\x1b[31m'
@@ -88,7 +88,7 @@ def quoted(path: Path) -> str:
 
 
 def unknown_name(kind: str, given: str, known: Iterable[str], other: Mapping[str, str] | None = None) -> UserError:
-    """Return the error for a name that is not known, with the nearest known one suggested: see `nearest`.
+    """Return the error for an unknown name; it suggests the nearest known one (see `nearest`).
 
     >>> str(unknown_name("optimizer", "adma", ["adam", "sgd"]))
     "unknown optimizer 'adma': expected one of adam, sgd; did you mean 'adam'?"
@@ -100,7 +100,7 @@ def unknown_name(kind: str, given: str, known: Iterable[str], other: Mapping[str
 
 
 def nearest(given: str, known: Iterable[str], other: Mapping[str, str]) -> str | None:
-    """Return the known name that may be meant, None if none is near; `other` has what else one is called.
+    """Return the known name that is nearest, or None; `other` maps further names to known ones.
 
     >>> nearest("SDG", ["adam", "sgd"], {}), nearest("learning_rate", ["lr", "seed"], {"learning_rate": "lr"})
     ('sgd', 'lr')

@@ -1,12 +1,12 @@
 """Optimizers over flat vectors: from the parameters, the reduced gradient and the step to new parameters.
 
-The base class owns the update: it walks over the vectors in blocks that stay in the cache, adds the weight
-decay, and hands each block to the rule of the subclass. Everything is elementwise and in place, so every rank
-computes the same bits from the same gradient.
+The base class owns the update: it walks over the vectors in pieces that stay in the cache, adds the weight decay, and
+passes each piece to the rule of the subclass. Everything is elementwise and in place. So every rank computes the same
+bits from the same gradient.
 
 Legend: w parameters, g gradient (mean over the batch), λ weight decay, η learning rate, t = 1, 2, … the update.
-Where the book and PyTorch differ (where η stands in Momentum, the form of Nesterov's rule, the place of ε and its
-size), these are PyTorch's.
+The book and PyTorch differ in the position of η in Momentum, in Nesterov's rule, and in the position and size of ε.
+These optimizers follow PyTorch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from distdl.arrays import aligned_empty, aligned_zeros
 from distdl.errors import unknown_name
 
 Vector = NDArray[Any]
+State = dict[str, Vector]
 
 BLOCK = 32768  # elements; four float32 vectors of this length fit the second-level cache
 
@@ -30,9 +31,9 @@ BLOCK = 32768  # elements; four float32 vectors of this length fit the second-le
 class Optimizer(ABC):
     """Updates a flat parameter vector in place (book 6.1).
 
-    `weight_decay` λ adds λw to the gradient where `decay_slices` say so (weights, not biases), and `l1` adds the
-    sign of w times itself there. The parts in `frozen`, ascending, are left as they are, to the bit. `state` holds the
-    vectors that must survive a step, by name, each as long as the parameters.
+    In `decay_slices` (weights, not biases) `weight_decay` λ adds λw to the gradient, and `l1` adds ``l1 sign(w)``. The
+    slices in `frozen`, ascending, keep their bits. `state` holds the vectors that must survive a step, by name, each as
+    long as the parameters.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ()
@@ -47,85 +48,68 @@ class Optimizer(ABC):
         frozen: Sequence[slice] = (),
         dtype: Any = np.float32,
     ) -> None:
-        self.weight_decay = weight_decay
-        self.l1 = l1
-        self.frozen = tuple(frozen)
+        self.weight_decay, self.l1, self.frozen = weight_decay, l1, tuple(frozen)
         self.decay_slices = tuple(where for where in decay_slices if where not in self.frozen)
         starts, stops = [0, *(where.stop for where in frozen)], [*(where.start for where in frozen), size]
         self._updated = [slice(*ends) for ends in zip(starts, stops, strict=True)]
-        self.state: dict[str, Vector] = {name: aligned_zeros(size, dtype) for name in self.state_names}
+        self.state: State = {name: aligned_zeros(size, dtype) for name in self.state_names}
         self._scratch = aligned_empty(min(size, BLOCK), dtype)
 
     def update(self, parameters: Vector, gradients: Vector, learning_rate: float, step: int) -> None:
-        """Take update number `step` = 1, 2, …; both vectors are overwritten (the gradient serves as scratch)."""
+        """Apply update number `step` = 1, 2, …; overwrite both vectors (the gradient serves as scratch)."""
         if self.weight_decay or self.l1:
-            for block in _blocks(self.decay_slices):
-                scratch = self._scratch[: block.stop - block.start]
-                self._decay(parameters[block], gradients[block], learning_rate, scratch)
-        for block in _blocks(self._updated):
-            scratch = self._scratch[: block.stop - block.start]
-            state = {name: vector[block] for name, vector in self.state.items()}
-            self._rule(parameters[block], gradients[block], state, learning_rate, step, scratch)
+            for piece in _pieces(self.decay_slices):
+                scratch = self._scratch[: piece.stop - piece.start]
+                self._decay(parameters[piece], gradients[piece], learning_rate, scratch)
+        for piece in _pieces(self._updated):
+            scratch = self._scratch[: piece.stop - piece.start]
+            state = {name: vector[piece] for name, vector in self.state.items()}
+            self._rule(parameters[piece], gradients[piece], state, learning_rate, step, scratch)
 
-    def _decay(self, w: Vector, g: Vector, learning_rate: float, scratch: Vector) -> None:  # noqa: ARG002
-        """Add what λ and `l1` say to the block `g` of the gradient."""
+    def _decay(self, w: Vector, g: Vector, learning_rate: float, scratch: Vector) -> None:
+        """Add the terms of λ and `l1` to the piece `g` of the gradient."""
         if self.weight_decay:
             np.multiply(w, self.weight_decay, out=scratch)
             g += scratch
+        self._add_l1(w, g, scratch)
+
+    def _add_l1(self, w: Vector, g: Vector, scratch: Vector) -> None:
         if self.l1:
             np.sign(w, out=scratch)
             scratch *= self.l1
             g += scratch
 
     @abstractmethod
-    def _rule(
-        self, w: Vector, g: Vector, state: dict[str, Vector], learning_rate: float, step: int, scratch: Vector
-    ) -> None:
-        """Update the block `w` and its `state` in place; `g` and `scratch` may be overwritten."""
+    def _rule(self, w: Vector, g: Vector, state: State, learning_rate: float, step: int, scratch: Vector) -> None:
+        """Update the piece `w` and its `state` in place; `g` and `scratch` may be overwritten."""
 
 
-def _blocks(parts: Iterable[slice]) -> Iterator[slice]:
-    """Yield the parts of a vector in pieces of at most `BLOCK` elements."""
-    for part in parts:
-        for start in range(part.start, part.stop, BLOCK):
-            yield slice(start, min(start + BLOCK, part.stop))
+def _pieces(slices: Iterable[slice]) -> Iterator[slice]:
+    """Yield slices in pieces of at most `BLOCK` elements."""
+    for where in slices:
+        for start in range(where.start, where.stop, BLOCK):
+            yield slice(start, min(start + BLOCK, where.stop))
 
 
 class SGD(Optimizer):
     """Stochastic gradient descent: w ← w - ηg (book 6.1.2)."""
 
-    def _rule(
-        self,
-        w: Vector,
-        g: Vector,
-        state: dict[str, Vector],  # noqa: ARG002
-        learning_rate: float,
-        step: int,  # noqa: ARG002
-        scratch: Vector,  # noqa: ARG002
-    ) -> None:
+    def _rule(self, w: Vector, g: Vector, state: State, learning_rate: float, step: int, scratch: Vector) -> None:
         g *= learning_rate
         w -= g
 
 
 class Momentum(Optimizer):
-    """SGD with momentum, as PyTorch has it: v ← αv + g, w ← w - ηv with α = 0.9 (book 6.1.4).
+    """SGD with momentum, as in PyTorch: v ← αv + g, w ← w - ηv with α = 0.9 (book 6.1.4).
 
-    The book keeps η inside of v: v ← αv - ηg, w ← w + v. At a constant rate the steps are the same. Where a schedule
-    changes the rate, the book's v goes on with the rates of earlier steps, and this one takes the new rate at once.
+    The book keeps η inside v: v ← αv - ηg, w ← w + v. At a constant rate the steps are the same. If a schedule changes
+    the rate, the book's v keeps the rates of earlier steps; this one uses the new rate at once.
     """
 
-    state_names = ("momentum_buffer",)  # "velocity" is the book's v, in checkpoints of earlier versions
+    state_names = ("momentum_buffer",)  # checkpoints of earlier versions have the book's v as "velocity"
     momentum = 0.9
 
-    def _rule(
-        self,
-        w: Vector,
-        g: Vector,
-        state: dict[str, Vector],
-        learning_rate: float,
-        step: int,  # noqa: ARG002
-        scratch: Vector,  # noqa: ARG002
-    ) -> None:
+    def _rule(self, w: Vector, g: Vector, state: State, learning_rate: float, step: int, scratch: Vector) -> None:
         v = state["momentum_buffer"]
         v *= self.momentum
         v += g
@@ -134,20 +118,12 @@ class Momentum(Optimizer):
 
 
 class Nesterov(Optimizer):
-    """Nesterov's accelerated gradient, as PyTorch has it: v ← αv + g, w ← w - η(g + αv) with α = 0.9 (book 6.1.4)."""
+    """Nesterov's accelerated gradient, as in PyTorch: v ← αv + g, w ← w - η(g + αv) with α = 0.9 (book 6.1.4)."""
 
     state_names = ("velocity",)
     momentum = 0.9
 
-    def _rule(
-        self,
-        w: Vector,
-        g: Vector,
-        state: dict[str, Vector],
-        learning_rate: float,
-        step: int,  # noqa: ARG002
-        scratch: Vector,
-    ) -> None:
+    def _rule(self, w: Vector, g: Vector, state: State, learning_rate: float, step: int, scratch: Vector) -> None:
         velocity = state["velocity"]
         velocity *= self.momentum
         velocity += g
@@ -163,15 +139,7 @@ class AdaGrad(Optimizer):
     state_names = ("sum_of_squares",)
     epsilon = 1e-10
 
-    def _rule(
-        self,
-        w: Vector,
-        g: Vector,
-        state: dict[str, Vector],
-        learning_rate: float,
-        step: int,  # noqa: ARG002
-        scratch: Vector,
-    ) -> None:
+    def _rule(self, w: Vector, g: Vector, state: State, learning_rate: float, step: int, scratch: Vector) -> None:
         h = state["sum_of_squares"]
         np.multiply(g, g, out=scratch)
         h += scratch
@@ -184,15 +152,7 @@ class RMSProp(Optimizer):
     state_names = ("mean_of_squares",)
     beta, epsilon = 0.99, 1e-8
 
-    def _rule(
-        self,
-        w: Vector,
-        g: Vector,
-        state: dict[str, Vector],
-        learning_rate: float,
-        step: int,  # noqa: ARG002
-        scratch: Vector,
-    ) -> None:
+    def _rule(self, w: Vector, g: Vector, state: State, learning_rate: float, step: int, scratch: Vector) -> None:
         h = state["mean_of_squares"]
         h *= self.beta
         np.multiply(g, g, out=scratch)
@@ -220,9 +180,7 @@ class Adam(Optimizer):
     state_names = ("first_moment", "second_moment")
     beta1, beta2, epsilon = 0.9, 0.999, 1e-8
 
-    def _rule(
-        self, w: Vector, g: Vector, state: dict[str, Vector], learning_rate: float, step: int, scratch: Vector
-    ) -> None:
+    def _rule(self, w: Vector, g: Vector, state: State, learning_rate: float, step: int, scratch: Vector) -> None:
         m, v = state["first_moment"], state["second_moment"]
         np.multiply(g, 1 - self.beta1, out=scratch)
         m *= self.beta1
@@ -245,10 +203,7 @@ class AdamW(Adam):
     def _decay(self, w: Vector, g: Vector, learning_rate: float, scratch: Vector) -> None:
         if self.weight_decay:
             w *= 1 - learning_rate * self.weight_decay
-        if self.l1:
-            np.sign(w, out=scratch)
-            scratch *= self.l1
-            g += scratch
+        self._add_l1(w, g, scratch)
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
@@ -263,21 +218,21 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 
 
 def clip_by_norm(gradient: Vector, largest: float) -> float:
-    """Scale the flat gradient down in place so that its length is at most `largest`; return its length before.
+    """Scale the flat gradient in place so that its norm is at most `largest`; return its norm before.
 
-    The factor is ``largest / (length + 1e-6)``, as PyTorch's ``clip_grad_norm_`` takes it. Not in the book. Source:
-    Pascanu, Mikolov and Bengio 2013.
+    The factor is ``largest / (norm + 1e-6)``, as in PyTorch's ``clip_grad_norm_``. Not in the book. Source: Pascanu,
+    Mikolov and Bengio 2013.
     """
-    length = math.sqrt(float(np.vdot(gradient, gradient)))
-    if not math.isfinite(length):  # the squares overflow
-        length = float(np.linalg.norm(gradient.astype(np.float64)))
-    if length + 1e-6 > largest:
-        gradient *= largest / (length + 1e-6)
-    return length
+    norm = math.sqrt(float(np.vdot(gradient, gradient)))
+    if not math.isfinite(norm):  # the squares overflow
+        norm = float(np.linalg.norm(gradient.astype(np.float64)))
+    if norm + 1e-6 > largest:
+        gradient *= largest / (norm + 1e-6)
+    return norm
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
-    """Return the optimizer of that name; raise `UserError` listing the known ones otherwise."""
+    """Return the optimizer with this name; raise `UserError`, listing the known ones, if there is none."""
     if name not in OPTIMIZERS:
         raise unknown_name("optimizer", name, OPTIMIZERS)
     return OPTIMIZERS[name]

@@ -1,12 +1,12 @@
-"""Random numbers keyed by what they are for, so that no generator has state that survives a step.
+"""Random numbers keyed by their purpose, so no generator has state that survives a step.
 
-A `Key` is a path of words and numbers: ``Key(seed).of("dropout", step, micro_batch)``. Each path names one
-Philox4x64 stream (Salmon et al., *Parallel random numbers: as easy as 1, 2, 3*, 2011); its 128-bit key is the
-BLAKE2b digest of the path. Whoever asks for the same path gets the same numbers, on any rank, however often:
-nothing has to be saved, and a step that is done again draws again what it drew before.
+A `Key` is a path of words and numbers: ``Key(seed).of("dropout", step, micro_batch)``. Each path names one Philox4x64
+stream (Salmon et al., *Parallel random numbers: as easy as 1, 2, 3*, 2011). Its 128-bit key is the BLAKE2b digest of
+the path. The same path gives the same numbers on any rank, any number of times. So nothing must be saved, and a
+repeated step draws the same numbers again.
 
-Only the raw 64-bit words of Philox are used, which are fixed by its definition. Uniforms, normals, masks and
-shuffles are derived here, because NumPy does not promise its own from one release to the next.
+Only the raw 64-bit words of Philox are used: its definition fixes them. Uniforms, normals, masks and shuffles are
+derived here, because NumPy does not promise that its own stay the same in later releases.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Key:
     path: tuple[str | int, ...] = ()
 
     def of(self, *names: str | int) -> Key:
-        """Return the key of a stream below this one, named by plain integers and by words without a slash."""
-        for name in names:  # a NumPy integer, or a word like "a/str:b", would name another stream than it seems to
+        """Return the key of a stream below this one; names are plain integers and words without a slash."""
+        for name in names:  # a NumPy integer or a word like "a/str:b" would silently name another stream
             assert type(name) is int or (type(name) is str and "/" not in name), f"no name of a stream: {name!r}"
         return Key(self.seed, self.path + names)
 

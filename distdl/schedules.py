@@ -11,14 +11,14 @@ Schedule = Callable[[int], float]
 
 
 def constant(learning_rate: float) -> Schedule:
-    """Return the schedule that always gives `learning_rate`, as all trainings of the book do (section 4.5)."""
+    """Return the schedule that is always `learning_rate`, as in all training runs of the book (section 4.5)."""
     return lambda step: learning_rate  # noqa: ARG005
 
 
 def step_decay(learning_rate: float, every_steps: int, factor: float) -> Schedule:
     """Return the schedule ``learning_rate · factor^⌊step / every_steps⌋``.
 
-    Sources: the book names learning-rate decay (section 8.1.2); in steps, He et al. 2015.
+    Sources: the book mentions learning-rate decay (section 8.1.2); in steps: He et al. 2015.
 
     >>> [step_decay(1.0, every_steps=2, factor=0.5)(step) for step in range(5)]
     [1.0, 1.0, 0.5, 0.5, 0.25]
@@ -29,9 +29,9 @@ def step_decay(learning_rate: float, every_steps: int, factor: float) -> Schedul
 
 
 def cosine(learning_rate: float, total_steps: int) -> Schedule:
-    """Return ``learning_rate · (1 + cos(π · step / total_steps)) / 2``: from the full rate down to 0.
+    """Return the schedule ``learning_rate · (1 + cos(π · step / total_steps)) / 2``, from the full rate down to 0.
 
-    Sources: the book names learning-rate decay (section 8.1.2); Loshchilov and Hutter 2017, *SGDR*, without restarts.
+    Sources: the book mentions learning-rate decay (section 8.1.2); Loshchilov and Hutter 2017, *SGDR*, no restarts.
 
     >>> [round(cosine(1.0, total_steps=4)(step), 3) for step in range(5)]
     [1.0, 0.854, 0.5, 0.146, 0.0]
@@ -42,7 +42,7 @@ def cosine(learning_rate: float, total_steps: int) -> Schedule:
 
 
 def warmed_up(schedule: Schedule, steps: int) -> Schedule:
-    """Return `schedule` with its first `steps` rates reduced to 1/n, 2/n … n/n of what it says.
+    """Return `schedule` with its first n = `steps` rates multiplied by 1/n, 2/n … n/n.
 
     Not in the book. Source: Goyal et al. 2017, *Accurate, large minibatch SGD*, section 2.2 of the paper.
 
@@ -58,9 +58,9 @@ SCHEDULES = ("constant", "step", "cosine")
 def make_schedule(
     name: str, learning_rate: float, *, every_steps: int, factor: float, total_steps: int, warmup_steps: int = 0
 ) -> Schedule:
-    """Return the schedule called `name`; raise `UserError` listing the known ones otherwise.
+    """Return the schedule called `name`; raise `UserError`, listing the known ones, if there is none.
 
-    `every_steps` and `factor` are those of the step schedule, `total_steps` is the length of the cosine.
+    `every_steps` and `factor` belong to the step schedule; `total_steps` is the length of the cosine.
     """
     if name == "constant":
         schedule = constant(learning_rate)

@@ -1,17 +1,141 @@
-"""The main job: ``python -m distdl.train``, or ``mpirun -n 4 python -m distdl.train``; ``--help`` lists all flags."""
+"""Train: ``python -m distdl.train``, or ``mpirun -n 4 python -m distdl.train``; ``--help`` lists all flags."""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from distdl import cli
-from distdl.config import parse
+from distdl.cli import Command, Flag
+from distdl.config import (
+    DATASETS,
+    GROUPS,
+    MODELS,
+    NOT_IN_CONFIG_FILE,
+    OTHER_NAMES,
+    TrainConfig,
+    check_dataset_name,
+    check_model_name,
+    flag_of,
+    is_own,
+    reads_data_dir,
+    run_folder_of,
+)
+from distdl.errors import DamagedFileError, UserError
+
+COMMAND = Command(
+    program="python -m distdl.train",
+    summary="Train a NumPy CNN, with the same bits on any number of ranks.",
+    settings=TrainConfig,
+    examples=(
+        "python -m distdl.train",
+        "mpirun -n 4 python -m distdl.train --dataset mnist --model lenet",
+        "python -m distdl.train --dataset folder:photos --run-dir my-run --resume auto",
+    ),
+    groups=GROUPS,
+    flags={
+        "dataset": Flag(value="DATA", names=DATASETS),
+        "model": Flag(value="MODEL", names=MODELS),
+        "freeze": Flag(value="NAMES"),
+        "init_from": Flag(value="PATH"),
+        "resume": Flag(value="PATH"),
+    },
+    other_names=OTHER_NAMES,
+    not_in_file=NOT_IN_CONFIG_FILE,
+    trains=True,
+)
+
+
+def parse(arguments: Sequence[str]) -> TrainConfig:
+    """Return the checked config of a command line: see `config_of`."""
+    return config_of(COMMAND.given(arguments))
+
+
+def config_of(given: Mapping[str, Any]) -> TrainConfig:
+    """Return the checked config with the flags of a command line, as `Command.given` returns them.
+
+    The flags override the file of `--config`. That overrides the ``config.toml`` of the run that is resumed, and that
+    the defaults. Raises `UserError`.
+    """
+    texts: dict[str, Any] = {}
+    resumed = _config_of_resumed_run(given)
+    if resumed is not None:
+        texts |= COMMAND.read_file(resumed, without=("max_steps",))
+    if "config" in given:
+        texts |= COMMAND.read_file(Path(given["config"]))
+    config = COMMAND.made_from({**texts, **given})
+    check_dataset_name(config.dataset)
+    check_model_name(config.model)
+    for setting in ("dataset", "model"):
+        _refuse_code_of_a_file(setting, getattr(config, setting), given)
+    config = config.checked()
+    _refuse_without_effect(config, given)
+    return config
+
+
+def _config_of_resumed_run(given: Mapping[str, Any]) -> Path | None:
+    """Return the config file of the run to resume, if there is one."""
+    resume = given.get("resume")
+    folder = given.get("run_dir") if resume == "auto" else resume
+    if folder is None:
+        return None
+    try:
+        found = run_folder_of(Path(folder))
+        if found is None:
+            return None
+        own = found / "config.toml"
+        is_lost = not os.path.lexists(own) or (own.is_file() and not own.stat().st_size)
+        if is_lost and "config" not in given and _has_checkpoints(found):
+            raise DamagedFileError(
+                f"{own} is missing or empty, so the run would continue with other settings: restore the file, or give "
+                "its settings with --config FILE"
+            )
+        # The folder may be a link, but no file in it: the search for the checkpoint says so.
+        return own if own.is_file() and not own.is_symlink() else None
+    except OSError:
+        return None  # the search for the checkpoint reports what is wrong with the folder
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    inside = folder / "checkpoints"
+    return inside.is_dir() and any(path.is_file() for path in inside.glob("step-*.safetensors"))
+
+
+def _refuse_code_of_a_file(setting: str, name: str, given: Mapping[str, Any]) -> None:
+    """Raise `UserError` for the user's own code that the command line does not name.
+
+    A config file, also that of a resumed run, may come from elsewhere, and this process would run the code.
+    """
+    if not is_own(name):
+        return
+    if name.startswith("__main__:"):
+        raise UserError(f"the {setting} {name!r} is that of a script that trained it: resume the run by that script")
+    if given.get(setting) != name:
+        raise UserError(
+            f"a config file names the {setting} {name!r}, which is code and no {setting} of ours: to run it, give "
+            f"--{setting} {name} on the command line too"
+        )
+
+
+def _refuse_without_effect(config: TrainConfig, given: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a flag that has no effect with the other settings. A file may hold such a setting."""
+    if not reads_data_dir(config.dataset) and "data_dir" in given:
+        raise UserError(
+            f"--data-dir does nothing for --dataset {config.dataset}: give --dataset mnist, or leave it out"
+        )
+    for name in ("lr_step_epochs", "lr_step_factor"):
+        if config.schedule != "step" and name in given:
+            raise UserError(
+                f"{flag_of(name)} does nothing for --schedule {config.schedule}: give --schedule step, or leave it out"
+            )
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train as the flags say; return the exit code."""
-    config = parse(arguments, "python -m distdl.train")
+    """Train with the settings of the command line; return the exit code."""
+    config = parse(arguments)
     cli.set_blas_threads(config.threads_per_rank)
     from distdl.engine import train  # noqa: PLC0415  NumPy reads the number of threads when it is loaded
 
@@ -20,4 +144,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, trains=True))
+    sys.exit(cli.run(main, trains=COMMAND.trains))

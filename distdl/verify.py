@@ -2,8 +2,8 @@
 
     python -m distdl.verify --ranks 1,2,4 -- --model deep_convnet --epochs 2
 
-runs ``distdl.train`` with the flags behind ``--`` once for each number of ranks, and compares the receipts and
-the bytes of ``metrics.jsonl``. If they differ it names the first step and tensor that do, and exits with 1.
+runs ``distdl.train`` with the flags after ``--`` once for each number of ranks. It compares the receipts and the bytes
+of ``metrics.jsonl``. If they differ, it names the first step and tensor that differ and exits with 1.
 """
 
 from __future__ import annotations
@@ -20,16 +20,52 @@ from pathlib import Path
 from typing import Any
 
 from distdl import cli
+from distdl.cli import Command, Flag
 from distdl.errors import EXIT_DAMAGED, EXIT_DEFECT, DamagedFileError, UserError
 from distdl.job.launcher import read_launch
-from distdl.mpirun import environment_for, mpirun_command
+from distdl.job.mpirun_command import environment_for, mpirun_command
 
+#: Flags of distdl.train that this command sets itself.
 OURS = ("--run-dir", "--resume", "--record-hashes", "--log-every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """The flags of the command."""
+
+    ranks: tuple[int, ...] = (1, 2, 4)
+    """Numbers of ranks to compare, separated by commas; by default 1,2,4."""
+
+
+def parse_ranks(text: str) -> tuple[int, ...]:
+    """Return the numbers in a text such as ``1,2,4``; raise `UserError`."""
+    try:
+        ranks = tuple(int(number) for number in text.split(","))
+    except ValueError:
+        ranks = ()
+    if len(set(ranks)) < 2 or min(ranks) < 1:
+        raise UserError(f"--ranks {text}: expected at least two different numbers from 1 up, such as 1,2,4")
+    return ranks
+
+
+COMMAND = Command(
+    program="python -m distdl.verify",
+    summary="Prove that a training gives the same bits on any number of ranks.",
+    settings=VerifyOptions,
+    examples=(
+        "python -m distdl.verify",
+        "python -m distdl.verify --ranks 1,3 -- --model deep_convnet --epochs 2",
+        "python -m distdl.verify --ranks 1,2,4 -- --max-steps 20 --augment flip",
+    ),
+    groups={"flags": ("ranks",)},
+    flags={"ranks": Flag(value="1,2,4", parse=parse_ranks)},
+    flags_after_dashes="distdl.train",
+)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run left behind."""
+    """The results of one training."""
 
     ranks: int
     folder: Path
@@ -43,7 +79,7 @@ class Outcome:
 
     @property
     def proof(self) -> tuple[str, str, bytes]:
-        """What must be equal: both hashes, and the bytes of ``metrics.jsonl``."""
+        """The data that must be equal: both hashes and the bytes of ``metrics.jsonl``."""
         return (
             self.summary["weights_sha256"],
             self.summary["state_sha256"],
@@ -52,28 +88,21 @@ class Outcome:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run and compare; return 0 where all agree, 1 where they differ."""
+    """Train and compare; return 0 if all results are equal, 1 if they differ."""
     own, flags = cli.split_at_dashes(arguments)
-    parser = cli.OneLineParser(
-        prog="python -m distdl.verify",
-        description=(__doc__ or "").splitlines()[0],
-        advice="usage: python -m distdl.verify --ranks 1,2,4 -- <flags of distdl.train>",
-    )
-    parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks to compare, with commas (default: 1,2,4)")
-    given = parser.parse_args(own)
-    ranks = _numbers(given.ranks)
+    options = COMMAND.parse(own)
     if read_launch().size > 1:
         raise UserError("distdl.verify starts its ranks itself: call it without mpirun")
     for flag in flags:
         if flag in {"-h", "--help"}:
-            raise UserError(f"{flag} behind -- trains nothing: python -m distdl.train --help lists the flags")
+            raise UserError(f"{flag} after -- trains nothing: python -m distdl.train --help lists the flags")
         if flag.split("=")[0].replace("_", "-") in OURS:
             raise UserError(f"{flag.split('=')[0]} is set by distdl.verify itself: leave it out")
 
     folder = Path(tempfile.mkdtemp(prefix="distdl-verify-"))
     different = False
     try:
-        different = _are_different(ranks, flags, folder)
+        different = _are_different(options.ranks, flags, folder)
     finally:
         if not different:
             shutil.rmtree(folder)
@@ -81,8 +110,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _are_different(ranks: Sequence[int], flags: Sequence[str], folder: Path) -> bool:
-    """Run on each number of ranks, in folders below `folder`, and say whether the runs differ."""
-    from distdl.engine.console import Console  # noqa: PLC0415  it brings NumPy
+    """Train on each number of ranks, in folders below `folder`, and return whether the results differ."""
+    from distdl.engine.console import Console  # noqa: PLC0415  it imports NumPy
 
     console = Console(live=False)
     outcomes = []
@@ -103,41 +132,31 @@ def _are_different(ranks: Sequence[int], flags: Sequence[str], folder: Path) -> 
     return False
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        ranks = [int(number) for number in text.split(",")]
-    except ValueError:
-        ranks = []
-    if len(set(ranks)) < 2 or min(ranks) < 1:
-        raise UserError(f"--ranks {text}: expected at least two different numbers from 1 up, such as 1,2,4")
-    return ranks
-
-
 def _trained(ranks: int, flags: Sequence[str], folder: Path) -> Outcome:
-    """Train in a process of its own, or in as many as there are ranks."""
-    program = ["-m", "distdl.train", *flags, "--record-hashes", "--log-every=1", f"--run-dir={folder}"]
-    launch = mpirun_command(ranks, [sys.executable, *program])
-    command = [sys.executable, *program] if ranks == 1 else launch.argv
+    """Train on so many ranks, in processes of their own."""
+    program = [sys.executable, "-m", "distdl.train", *flags]
+    program += ["--record-hashes", "--log-every=1", f"--run-dir={folder}"]
+    command = mpirun_command(ranks, program)
     started = time.perf_counter()
     done = subprocess.run(
-        command,
-        env=environment_for(launch),
+        program if ranks == 1 else command.argv,
+        env=environment_for(command),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
-        told = [line for line in done.stderr.splitlines() if line.startswith("distdl: error: ")]
-        if told:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("distdl: error: ")]
+        if errors:
             kind = DamagedFileError if done.returncode == EXIT_DAMAGED else UserError
-            raise kind(f"with {ranks} ranks: {told[0].removeprefix('distdl: error: ')}")
+            raise kind(f"with {ranks} ranks: {errors[0].removeprefix('distdl: error: ')}")
         raise RuntimeError(f"training with {ranks} ranks ended with exit code {done.returncode}:\n{done.stderr}")
     return Outcome(ranks, folder, time.perf_counter() - started)
 
 
 def first_difference(one: Outcome, other: Outcome) -> str:
-    """Name the first step and tensor whose hashes differ, or else what does."""
+    """Return the first step and tensor whose hashes differ, or else the part of the results that differs."""
     with (one.folder / "hashes.jsonl").open() as ones, (other.folder / "hashes.jsonl").open() as others:
         for left, right in zip(map(json.loads, ones), map(json.loads, others), strict=False):
             for name, hash_of_one in left["hashes"].items():
@@ -148,8 +167,8 @@ def first_difference(one: Outcome, other: Outcome) -> str:
                     )
     if one.proof[:2] == other.proof[:2]:
         return f"the weights agree, metrics.jsonl does not, with {one.ranks} and {other.ranks} ranks"
-    return f"every recorded step agrees, the ends do not, with {one.ranks} and {other.ranks} ranks"
+    return f"all recorded steps agree, the final states do not, with {one.ranks} and {other.ranks} ranks"
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(cli.run(main, trains=COMMAND.trains))

@@ -1,57 +1,73 @@
-"""What the examples of the chapters share: their flags, pixels, a network, one step of training, the picture.
+"""The code that the examples of the chapters share: flags, data, a network, a training loop's step, and the figure.
 
-An example is a function of its options, started by `run`. It also runs on several ranks (`mpirun -n 2 python
-examples/…`), where every rank runs all of it, rank 0 alone speaks and draws, and the figures are the same.
+An example is a function of its options, and `run` starts it. On several ranks (`mpirun -n 2 python examples/…`) every
+rank runs all of it, rank 0 alone prints and draws, and the results are the same.
 """
 
 import itertools
 import sys
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
 from distdl import cli, nn
+from distdl.config import DATASETS
 from distdl.data import sources, split
 from distdl.engine.environment import numerics
+from distdl.engine.step import OptimizerStep, supervised
 from distdl.errors import UserError
 from distdl.inference import figures
-from distdl.parallel import REDUCTIONS, Field, Layout, contiguous_shards, guard, together, world
+from distdl.parallel import from_rank_0, guard, on_rank_0, together, world
 from distdl.rng import Key
 
 
-def run(example, description, *, has_data=False, switches=None):
-    """Run `example(options)` with the flags of the command line, and end with its exit code.
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The flags of an example. An example with a flag of its own derives its options from them."""
 
-    `switches` are flags of the example's own, which are on or off: what each does, by name.
-    """
-    name = Path(sys.argv[0]).stem
+    dataset: str = "digits"
+    """Dataset with pixels like those of the book."""
+    data_dir: Path | None = None
+    """Folder of the dataset's files."""
+    seed: int = 0
+    """Seed of all random numbers."""
+    quick: bool = False
+    """Take a few steps only, to see whether the example runs."""
+    out: Path = Path("runs", f"{Path(sys.argv[0]).stem}.png")
+    """File of the figure."""
 
-    def command(arguments):
-        parser = cli.OneLineParser(description=description.splitlines()[0], advice="--help lists all flags")
-        add = parser.add_argument
-        if has_data:
-            add("--dataset", default="digits", help="digits, mnist or fashion-mnist (default: %(default)s)")
-            add("--data-dir", type=Path, help="folder with the data set's files")
-        add("--seed", type=int, default=0, help="of all random numbers (default: %(default)s)")
-        add("--quick", action="store_true", help="a few steps only, to see whether it runs")
-        for switch, what_it_does in (switches or {}).items():
-            add(f"--{switch}", action="store_true", help=what_it_does)
-        add("--out", type=Path, default=Path("runs", f"{name}.png"), help="the picture (default: %(default)s)")
-        options = parser.parse_args(arguments)
-        options.communicator = communicator = world()
-        options.key = Key(options.seed)
-        options.say = print if communicator.rank == 0 else lambda *_: None
-        together(communicator, lambda: check_picture(options.out) if communicator.rank == 0 else None)
+
+def run(example, description, *, has_data=False, options=Options):
+    """Run `example(options)` with the flags of the command line, and exit with its exit code."""
+    names = [field.name for field in fields(options) if has_data or field.name not in {"dataset", "data_dir"}]
+    program = f"python examples/{Path(sys.argv[0]).name}"
+    command = cli.Command(
+        program=program,
+        summary=description.splitlines()[0],
+        settings=options,
+        examples=(program, f"{program} --quick", f"mpirun -n 2 {program}"),
+        groups={"flags": names},
+        flags={"dataset": cli.Flag(value="NAME", names=DATASETS)},
+    )
+
+    def main(arguments):
+        given = SimpleNamespace(**vars(command.parse(arguments)))
+        given.communicator = communicator = world()
+        given.key = Key(given.seed)
+        given.say = print if communicator.rank == 0 else lambda *_: None
+        on_rank_0(communicator, lambda: check_file(given.out))
         with guard(communicator), numerics(threads=1):
-            example(options)
+            example(given)
         return 0
 
-    sys.exit(cli.run(command))
+    sys.exit(cli.run(main))
 
 
-def check_picture(out):
-    """Raise `UserError` where the picture could not be written in the end."""
+def check_file(out):
+    """Raise `UserError` if the figure could not be drawn or written."""
     figures.need_matplotlib()
     if out.suffix != ".png":
         raise UserError(f"--out {out}: expected a file name that ends in .png")
@@ -62,7 +78,7 @@ def check_picture(out):
 
 
 def axes(rows, columns, **settings):
-    """Return a figure and its axes, row by row in one list."""
+    """Return a figure, and a list of its axes, row by row."""
     from matplotlib.figure import Figure  # noqa: PLC0415  matplotlib is an extra
 
     figure = Figure(figsize=(4 * columns, 3.2 * rows), layout="constrained")
@@ -70,13 +86,13 @@ def axes(rows, columns, **settings):
 
 
 def save(figure, options):
-    """Write the picture, on rank 0 alone, and say where it is."""
+    """Write the figure on rank 0, and print its file name."""
     if options.communicator.rank == 0:
         write(figure, options.out)
 
 
 def write(figure, out):
-    """Write a picture, and say where it is."""
+    """Write a figure, and print its file name."""
     try:
         figure.savefig(out, dpi=100)
     except OSError as error:
@@ -85,9 +101,9 @@ def write(figure, out):
 
 
 def new_folder(options):
-    """Return a folder for a run beside the picture, which none has used yet; the same on every rank."""
+    """Return an unused folder for a run next to the figure, the same on every rank."""
     names = (options.out.with_name(f"{options.out.stem}-{number}") for number in itertools.count(1))
-    return Path(options.communicator.bcast_json(str(next(name for name in names if not name.exists()))))
+    return Path(from_rank_0(options.communicator, lambda: str(next(name for name in names if not name.exists()))))
 
 
 def pixels(options):
@@ -102,12 +118,12 @@ def pixels(options):
 
 
 def multi_layer_net(data, hidden, initializer, **settings):
-    """Return the book's MultiLayerNet, or MultiLayerNetExtend, for such data (chapter 6)."""
+    """Return the book's MultiLayerNet or MultiLayerNetExtend for the data (chapter 6)."""
     return nn.multilayer_net(data.images.shape[1:], 10, hidden, initializer=initializer, **settings)
 
 
 def batches(data, batch_size, epochs, key):
-    """Yield the images and labels of each batch; every epoch has an order of its own."""
+    """Yield the images and labels of each batch; every epoch has its own order."""
     for epoch in range(epochs):
         order = split.epoch_order(key, epoch, len(data.labels))
         for step in range(split.steps_per_epoch(len(order), batch_size)):
@@ -116,41 +132,33 @@ def batches(data, batch_size, epochs, key):
 
 
 class Training:
-    """What `distdl.engine` does in a step, in a few lines: the same bits on any number of ranks."""
+    """Trains a network with the engine's step, so the bits are the same on any number of ranks."""
 
-    def __init__(self, options, network, optimizer, learning_rate, **settings):
-        self.communicator, self.key, self.network = options.communicator, options.key, network
+    def __init__(self, options, network, optimizer, learning_rate, *, micro_batch_size=64, **settings):
         network.initialize(options.key.of("initialization"))
-        self.optimizer = optimizer(network.parameters.size, decay_slices=network.decay_slices, **settings)
-        self.learning_rate, self.steps, self.loss = learning_rate, 0, nn.SoftmaxCrossEntropy()
-        sizes = [("gradient", "f4", network.gradients.size), ("statistics", "f8", network.statistics.size)]
-        fields = [Field(*size) for size in [*sizes, ("loss", "f8", 1)] if size[2]]
-        self.reduction = REDUCTIONS["tree"](self.communicator, Layout(fields))
+        optimizer = optimizer(network.parameters.size, decay_slices=network.decay_slices, **settings)
+        self._step = OptimizerStep(options.communicator, network, optimizer, micro_batch_size=micro_batch_size)
+        self.network, self.key, self.learning_rate = network, options.key, learning_rate
+        self.steps, self.loss = 0, nn.SoftmaxCrossEntropy()
 
-    def step(self, images, labels, micro_batch_size=64):
+    def step(self, images, labels):
         """Take one step on a batch and return its mean loss. Collective."""
-        network = self.network
         self.steps += 1
-        shards = contiguous_shards(split.micro_batch_count(len(labels), micro_batch_size), self.communicator.size)
-        self.reduction.begin(shards)
-        for index in shards[self.communicator.rank]:
-            part = slice(index * micro_batch_size, (index + 1) * micro_batch_size)
-            logits = network.forward(images[part], training=True, key=self.key.of("training", self.steps, index))
-            loss = self.loss.forward(logits, labels[part])  # summed over the samples, as the gradients are
-            network.backward(self.loss.backward())
-            leaf = {"gradient": network.gradients, "statistics": network.statistics, "loss": np.array([loss])}
-            self.reduction.add(index, leaf)
-        total = self.reduction.total()
-        network.update_buffers(total.get("statistics", network.statistics))
-        np.divide(total["gradient"], len(labels), out=network.gradients)
-        self.optimizer.update(network.parameters, network.gradients, self.learning_rate, self.steps)
-        return float(total["loss"][0]) / len(labels)
+        load = partial(self._micro_batch, images, labels)
+        compute = supervised(self.network, self.loss, load, self.key.of("training", self.steps))
+        samples = len(labels)
+        total = self._step.take(compute, samples=samples, learning_rate=self.learning_rate, update=self.steps)
+        return float(total["loss_sum"][0]) / samples
+
+    def _micro_batch(self, images, labels, index):
+        part = slice(index * self._step.micro_batch_size, (index + 1) * self._step.micro_batch_size)
+        return images[part], labels[part]
 
 
 def accuracy(network, images, labels, block=1000):
-    """Return the share of the images that the network names right."""
-    right = (
+    """Return the share of correct predictions."""
+    correct = (
         nn.count_correct(network.forward(images[start : start + block]), labels[start : start + block])
         for start in range(0, len(labels), block)
     )
-    return sum(right) / len(labels)
+    return sum(correct) / len(labels)

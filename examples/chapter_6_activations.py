@@ -11,7 +11,7 @@ import numpy as np
 
 from distdl import nn
 from distdl.inference import figures
-from distdl.nn import between
+from distdl.nn import network_copies
 
 LAYERS, UNITS, SAMPLES = 5, 100, 1000
 BOOK = (0.0396, 0.0029, 1.97e-4, 1.32e-5, 9.46e-7)
@@ -32,7 +32,7 @@ def activations(activation, initializer, key):
     network = nn.Sequential(layers, (UNITS,), dtype=np.float64)
     network.initialize(key.of("initialization"))
     x = key.of("inputs").normal(SAMPLES * UNITS).reshape(SAMPLES, UNITS)
-    of_layers = list(between.activations(network, x).values())[1::2]
+    of_layers = list(network_copies.layer_outputs(network, x).values())[1::2]
     return {f"layer {number}": z for number, z in enumerate(of_layers, start=1)}
 
 

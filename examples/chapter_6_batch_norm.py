@@ -21,10 +21,10 @@ GUESSING = 0.2
 def accuracies(options, data, scale, epochs, *, batch_norm):
     """Return the accuracy on the training samples after each epoch."""
     network = chapter.multi_layer_net(data, [100] * 5, nn.Normal(scale), batch_norm=batch_norm)
-    training = chapter.Training(options, network, SGD, 0.01)
+    training = chapter.Training(options, network, SGD, 0.01, micro_batch_size=50)
     curve = []
     for step, (images, labels) in enumerate(chapter.batches(data, 100, epochs, options.key), start=1):
-        training.step(images, labels, micro_batch_size=50)
+        training.step(images, labels)
         if step % 10 == 0:
             curve.append(chapter.accuracy(network, data.images, data.labels))
     return curve

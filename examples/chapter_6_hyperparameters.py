@@ -17,8 +17,8 @@ from distdl.data import sources
 from distdl.inference import figures
 from distdl.parallel import together
 from distdl.rng import Key
-from distdl.search.procedure import standing
-from distdl.search.settings import Range, Settings
+from distdl.search.procedure import leaderboard
+from distdl.search.settings import Range, SearchSettings
 from distdl.search.trials import search
 
 RANGES = (Range("lr", 1e-6, 1e-2, "log"), Range("weight_decay", 1e-8, 1e-4, "log"))
@@ -45,13 +45,13 @@ def draw(found, path):
 
     figure = Figure(figsize=(10, 7.5), layout="constrained")
     axes = figure.subplots(4, 5, sharex=True, sharey=True).flat
-    best = [record for record in standing(found.records) if not record.diverged]
-    for number, (ax, record) in enumerate(zip(axes, best, strict=False), start=1):
-        epochs = figures.epochs_of(found.folder / record.run_folder / "metrics.jsonl")
+    best = [trial for trial in leaderboard(found.results) if not trial.diverged]
+    for number, (ax, trial) in enumerate(zip(axes, best, strict=False), start=1):
+        epochs = figures.epochs_of(found.folder / trial.run_folder / "metrics.jsonl")
         ax.plot([epoch["validation_accuracy"] for epoch in epochs])
         ax.plot([epoch["train_accuracy"] for epoch in epochs], "--")
         ax.set(ylim=(0, 1))
-        lr, decay = record.settings["lr"], record.settings["weight_decay"]
+        lr, decay = trial.settings["lr"], trial.settings["weight_decay"]
         ax.set_title(f"{number}: lr {lr:.2g}, decay {decay:.1g}", fontsize="small")
     chapter.write(figure, path)
 
@@ -70,7 +70,7 @@ def main(options):
         epochs=epochs,
         seed=options.seed,
     )
-    settings = Settings(ranges=RANGES, config=config, rounds=2, trials=trials, seed=options.seed)
+    settings = SearchSettings(ranges=RANGES, config=config, rounds=2, trials=trials, seed=options.seed)
     found = search(settings, communicator, build_network=multi_layer_net, dataset=dataset)
     if communicator.rank == 0:
         draw(found, options.out)

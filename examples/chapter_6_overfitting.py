@@ -19,10 +19,10 @@ EPOCHS = {"neither": 301, "weight decay 0.1": 201, "Dropout 0.2": 301}
 def curves(options, data, epochs, *, weight_decay=0.0, dropout=0.0):
     """Return the accuracy on the 300 samples and on the test part after epochs 1, 6, 11 and so on."""
     network = chapter.multi_layer_net(data, [100] * 6, nn.He(), dropout=dropout)
-    training = chapter.Training(options, network, SGD, 0.01, weight_decay=weight_decay)
+    training = chapter.Training(options, network, SGD, 0.01, micro_batch_size=50, weight_decay=weight_decay)
     found = []
     for step, (images, labels) in enumerate(chapter.batches(data, 100, epochs, options.key), start=1):
-        training.step(images, labels, micro_batch_size=50)
+        training.step(images, labels)
         epoch, batch = divmod(step, 3)
         if batch == 0 and epoch % 5 == 1:
             on_training = chapter.accuracy(network, data.images, data.labels)

@@ -16,7 +16,7 @@ from distdl import nn
 from distdl.config import TrainConfig
 from distdl.engine import train
 from distdl.inference import figures
-from distdl.inference.evaluation import load
+from distdl.inference.load import load
 from distdl.rng import Key
 
 

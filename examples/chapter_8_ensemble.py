@@ -20,7 +20,8 @@ from distdl.config import TrainConfig
 from distdl.data import sources
 from distdl.engine import train
 from distdl.inference import figures
-from distdl.inference.evaluation import evaluate, load
+from distdl.inference.load import load
+from distdl.inference.score import evaluate
 from distdl.parallel import together
 
 MEMBERS = 3

@@ -16,7 +16,8 @@ import chapter
 from distdl.config import TrainConfig
 from distdl.engine import train
 from distdl.inference import figures
-from distdl.inference.evaluation import evaluate, in_half_precision, load
+from distdl.inference.load import load
+from distdl.inference.score import evaluate, in_half_precision
 
 
 def main(options):

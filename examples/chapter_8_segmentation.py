@@ -16,7 +16,7 @@ from distdl import nn
 from distdl.config import TrainConfig
 from distdl.data import sources
 from distdl.engine import train
-from distdl.inference.evaluation import load
+from distdl.inference.load import load
 from distdl.parallel import together
 
 BACKGROUND, SHOWN = 10, 6

@@ -8,6 +8,8 @@ a few times; of each layer the median counts. Where ReLU is computed together wi
 The seconds are those of one rank with one thread, and differ from run to run.
 """
 
+from dataclasses import dataclass
+
 import chapter
 import numpy as np
 
@@ -16,7 +18,14 @@ from distdl.bench.layers import Stopwatch
 
 SAMPLES = 32
 DIRECTIONS = ("forward", "backward")
-SWITCHES = {"original": "AlexNet in its original form, for 224x224x3 and 1,000 classes: half a minute, 2 GB of memory"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(chapter.Options):
+    """The flags of this example."""
+
+    original: bool = False
+    """Take AlexNet in its original form, for 224x224x3 and 1,000 classes: half a minute, 2 GB of memory."""
 
 
 def seconds_by_layer(network, passes, key):
@@ -65,4 +74,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    chapter.run(main, __doc__, switches=SWITCHES)
+    chapter.run(main, __doc__, options=Options)

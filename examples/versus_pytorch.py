@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,7 @@ from distdl.engine.environment import kernel_family, numerics
 from distdl.engine.state import TrainingState
 from distdl.engine.trainer import Trainer
 from distdl.errors import UserError, unknown_name
-from distdl.mpirun import environment_for, mpirun_command
+from distdl.job.mpirun_command import environment_for, mpirun_command
 from distdl.nn import build_model
 from distdl.optim import optimizer_class
 from distdl.parallel import world
@@ -334,22 +334,54 @@ def cpu():
 # ----------------------------------------------------------------------------------------------- command line
 
 
-def parse(arguments):
-    parser = cli.OneLineParser(
-        prog="python examples/versus_pytorch.py", description=__doc__.split("\n")[0], advice="see --help"
-    )
-    parser.add_argument("--torch-python", default=sys.executable, help="interpreter that has PyTorch; else this one")
-    parser.add_argument("--rows", default=",".join(ROWS), help="rows of the table, with commas between (%(default)s)")
-    parser.add_argument("--starts", type=int, default=3, help="how often both are started anew (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=4, help="turns of each after a start (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="length of a turn (%(default)s)")
-    parser.add_argument("--micro-batch-size", type=int, help="ours, for all rows; without it that of each row of ROWS")
-    parser.add_argument("--quick", action="store_true", help="two rounds of a blink: does it run at all?")
-    options = parser.parse_args(arguments)
-    options.rows = options.rows.split(",")
-    for name in options.rows:
+def parse_rows(text):
+    """Return the rows of a text such as mlp-1,mlp-2; raise `UserError`."""
+    for name in text.split(","):
         if name not in ROWS:
             raise unknown_name("row", name, ROWS)
+    return tuple(text.split(","))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The flags of the comparison."""
+
+    torch_python: str = sys.executable
+    """Python interpreter that has PyTorch; by default this one."""
+    rows: tuple[str, ...] = tuple(ROWS)
+    """Rows of the table, separated by commas; by default all."""
+    starts: int = 3
+    """Number of starts of both programs."""
+    rounds: int = 4
+    """Turns of each after a start."""
+    seconds: float = 2.0
+    """Length of a turn."""
+    micro_batch_size: int | None = None
+    """Our micro-batch size, for all rows; by default that of each row."""
+    quick: bool = False
+    """Two very short rounds, to see whether the comparison runs."""
+
+
+COMMAND = cli.Command(
+    program="python examples/versus_pytorch.py",
+    summary="Compare the speed of this trainer with that of PyTorch on this machine.",
+    settings=Options,
+    examples=(
+        "python examples/versus_pytorch.py",
+        "python examples/versus_pytorch.py --rows mlp-2,simple_convnet-2",
+        "python examples/versus_pytorch.py --torch-python ~/torch/bin/python",
+    ),
+    groups={"flags": [field.name for field in fields(Options)]},
+    flags={
+        "torch_python": cli.Flag(value="PYTHON", parse=str),
+        "rows": cli.Flag(value="ROWS", names=ROWS, parse=parse_rows),
+    },
+)
+
+
+def parse(arguments):
+    """Return the options of a command line; raise `UserError`."""
+    options = COMMAND.parse(arguments)
     if min(options.starts, options.rounds) < 1 or not 0 < options.seconds < math.inf:
         given = f"--starts {options.starts} --rounds {options.rounds} --seconds {options.seconds:g}"
         raise UserError(f"{given} given: all must be above 0")

@@ -70,7 +70,7 @@ def no_fault_outlives_its_test():
 def needs_mpirun():
     """Skip where no job can be started: without an mpirun, or in a rank of a job."""
     from distdl.errors import UserError
-    from distdl.mpirun import find_mpirun
+    from distdl.job.mpirun_command import find_mpirun
 
     if LAUNCH.by is not None:
         pytest.skip("already under a launcher")
@@ -83,7 +83,7 @@ def needs_mpirun():
 @pytest.fixture(scope="session")
 def survives(needs_mpirun):
     """Whether jobs of this environment survive the death of a rank."""
-    from distdl.mpirun import mpirun_command
+    from distdl.job.mpirun_command import mpirun_command
 
     return "--with-ft" in mpirun_command(2, ["true"]).argv
 
@@ -117,7 +117,7 @@ def run_program():
 @pytest.fixture(scope="session")
 def run_job(needs_mpirun, run_program):
     """Run a job, as `mpirun_command` gives it, to its end; `timeout` is against hanging."""
-    from distdl.mpirun import environment_for
+    from distdl.job.mpirun_command import environment_for
 
     def run(launch, *, timeout, cwd=None):
         return run_program(launch.argv, env=environment_for(launch), cwd=cwd, timeout=timeout)

@@ -268,7 +268,7 @@ def test_the_checker_finds(path, source, said):
         ("distdl/parallel/mpi.py", "from distdl.job import streams"),
         ("distdl/parallel/mpi.py", "from mpi4py import MPI"),
         ("distdl/bench/__main__.py", "from distdl import cli"),
-        ("distdl/verify.py", "from distdl import cli\nfrom distdl.mpirun import environment_for"),
+        ("distdl/verify.py", "from distdl import cli\nfrom distdl.job.mpirun_command import environment_for"),
         ("distdl/evaluate.py", "from distdl.inference import figures"),
         ("distdl/rng.py", "import numpy as np\nnp.random.Philox(key=1).random_raw(2)"),
         ("distdl/data/split.py", "key.random.shuffle()"),

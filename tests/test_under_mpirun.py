@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from distdl.mpirun import mpirun_command
+from distdl.job.mpirun_command import mpirun_command
 
 SECONDS = 400
 UP_TO_EIGHT_RANKS = [f"tests/end_to_end/test_{name}.py" for name in ("same_bits", "balance_bits", "evaluate")]

@@ -31,13 +31,13 @@ from distdl.config import TrainConfig
 from distdl.data import MicroBatches, PreparedDataset, sources
 from distdl.data.split import batch_rows, epoch_order
 from distdl.engine.checks.nonfinite import FiniteCheck
-from distdl.engine.prepare import check_outputs
+from distdl.engine.requirements import check_outputs
 from distdl.engine.state import TrainingState
 from distdl.engine.step import OptimizerStep, supervised
 from distdl.engine.timing.timeline import Timeline
 from distdl.engine.timing.trace import Trace
-from distdl.engine.user_code import agree_on, network_builder
-from distdl.errors import DivergedError, UserError
+from distdl.engine.user_code import check_equal_networks, network_builder
+from distdl.errors import UserError
 from distdl.nn import Sequential, make_loss
 from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, on_rank_0, share_arrays, together
@@ -182,7 +182,7 @@ class CaseSteps:
         self.case = case
         self.state = state
         self.timeline = Timeline(world)
-        check = FiniteCheck(state, skip=False, save=lambda fault: None, diverged=_diverged)  # noqa: ARG005
+        check = FiniteCheck(config, state, save=lambda fault: None)  # noqa: ARG005
         self._step = OptimizerStep(
             world,
             state.network,
@@ -218,7 +218,7 @@ class Workbench:
         arrays = on_rank_0(communicator, lambda: _dataset(settings).to_arrays()) or {}
         self._dataset = PreparedDataset.from_arrays(share_arrays(communicator, arrays))
         self.network = together(communicator, self._build)
-        agree_on(communicator, settings.model, self.network)
+        check_equal_networks(communicator, settings.model, self.network)
         self.worlds = {count: communicator.split(0 if communicator.rank < count else None) for count in ranks}
         self.cores_of_ranks = cores_of_ranks(communicator)
         self._first_weights, self._first_buffers = self.network.parameters.copy(), self.network.buffers.copy()
@@ -346,12 +346,6 @@ def measure_scaling(
             if measurement is not None:
                 one.measurements.append(measurement)
     return measured
-
-
-def _diverged(fault: str) -> DivergedError:
-    error = DivergedError(f"{fault}: expected finite numbers; check the initial weights of --model, and the dataset")
-    error.agreed = True
-    return error
 
 
 def _dataset(settings: BenchSettings) -> PreparedDataset:

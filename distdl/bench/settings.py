@@ -41,28 +41,40 @@ class BenchSettings:
     """The settings of a benchmark. With the defaults it takes about a minute on two cores."""
 
     model: str = "simple_convnet"
-    """A built-in model, or the user's own: file.py:function or package.module:function."""
+    """Network to train; or your own file.py:function or package.module:function."""
     input_shape: tuple[int, int, int] = (28, 28, 1)
-    """(H, W, C) of the random pixels."""
+    """Height, width and channels of the random pixels to train on; by default 28x28x1."""
     dataset: str | None = None
-    """Dataset to use instead of random pixels."""
+    """Dataset to train on instead of random pixels."""
     data_dir: Path | None = None
+    """Folder of the dataset's files."""
     batch_size: int = 128
+    """Samples of one optimizer step; with weak scaling, of one rank."""
     micro_batch_size: int = 16
+    """Samples of one forward and backward pass."""
     optimizer: str = "adam"
+    """Rule of the weight update."""
     reduction: str = "tree"
+    """How gradients are summed."""
     ranks: tuple[int, ...] | None = None
-    """Numbers of ranks to measure; None: 1, 2, 4 … and all."""
+    """Numbers of ranks to measure; by default 1, 2, 4 ... and all."""
     scaling: str = "both"
+    """Scaling to measure."""
     steps: int | None = None
-    """Steps per measurement; None: as many as one rank takes in a second."""
+    """Steps of a measurement; by default as many as one rank takes in a second."""
     repetitions: int = 5
+    """Number of repetitions of each measurement."""
     layers: bool = False
+    """Measure each layer, and the matrix products of this machine for comparison."""
     communication: bool = False
+    """Measure the reduction of several sizes, and MPI's Allreduce for comparison."""
     interconnect: Interconnect | None = None
-    """Interconnect to predict for; None: the measured one."""
+    """Latency and bandwidth of another interconnect, to predict up to 1,024 ranks on it; by default the measured
+    ones."""
     out: Path | None = None
+    """Folder for bench.json and scaling.svg; by default a new folder under runs/."""
     trace: Path | None = None
+    """JSON file for the times in which each rank computed, reduced and waited; view it in ui.perfetto.dev."""
 
     def checked(self) -> BenchSettings:
         """Return the settings; raise `UserError` if one is invalid."""

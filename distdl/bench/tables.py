@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from distdl.bench.communication import ReductionTimes
 from distdl.bench.layers import LayerTimes, TimedPass
 from distdl.bench.measure import MeasuredCase
 from distdl.bench.projection import CostModel, FitCheck, projected_ranks
+from distdl.engine.table import table
 
+INDENT = "  "
 MARK = "*"
 #: A model with a larger relative error is of little use.
 POOR_FIT = 0.25
 FOOTNOTE = f"{MARK} more ranks than cores: the ranks share cores, so this shows the cost of sharing, not the scaling"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 0) -> list[str]:
-    """Return the lines of a table; the first `left` columns are aligned to the left, the others to the right.
-
-    >>> table(["name", "n"], [["a", "10"], ["bcd", "9"]], left=1)
-    ['  name   n', '  a     10', '  bcd    9']
-    """
-    everything = [list(head), *map(list, rows)]
-    widths = [max(len(row[column]) for row in everything) for column in range(len(head))]
-    return [
-        "  "
-        + "  ".join(
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in everything
-    ]
 
 
 def base_rate(measured: Sequence[MeasuredCase], kind: str) -> float:
@@ -63,7 +47,7 @@ def scaling_table(measured: Sequence[MeasuredCase], kind: str) -> list[str]:
     head = ["ranks ", "samples/s", "spread", "speed-up", "efficiency", "compute", "reduction", "wait", "slowest"]
     first = ours[0].case
     batch = f"batch {first.batch_size}" + (" per rank" if kind == "weak" else "")
-    lines = [f"{kind} scaling, {batch}", *table(head, rows)]
+    lines = [f"{kind} scaling, {batch}", *table([head, *rows], indent=INDENT)]
     return [*lines, f"  {FOOTNOTE}"] if any(one.oversubscribed for one in ours) else lines
 
 
@@ -103,7 +87,7 @@ def layers_table(times: LayerTimes) -> list[str]:
     return [
         f"layers: one micro-batch of {times.samples} on one rank, {_milliseconds(times.seconds)} ms in total; "
         "forward, then backward",
-        *table(["part", "", *columns, *columns], rows, left=2),
+        *table([["part", "", *columns, *columns], *rows], "<<", indent=INDENT),
         "  also: " + " · ".join("{} {} ms ({})".format(name, *share(seconds)) for name, seconds in rest.items()),
         "  sgemm: the same matrix products alone, in GFLOP/s",
     ]
@@ -134,7 +118,7 @@ def communication_table(times: Sequence[ReductionTimes], agreements: Mapping[int
             rows.append(cells)
         mark = MARK if ours[0].oversubscribed else ""
         head = ["bytes", *(cell for name in names for cell in (f"{name} us", "GB/s")), f"{names[0]} / allreduce"]
-        lines += [f"reduction of a vector over {ranks}{mark} ranks", *table(head, rows)]
+        lines += [f"reduction of a vector over {ranks}{mark} ranks", *table([head, *rows], indent=INDENT)]
     if any(one.oversubscribed for one in times):
         lines.append(f"  {FOOTNOTE}")
     return lines + [
@@ -144,6 +128,7 @@ def communication_table(times: Sequence[ReductionTimes], agreements: Mapping[int
 
 def fit_lines(model: CostModel, checks: Sequence[FitCheck]) -> list[str]:
     """Return the fitted numbers and the errors of the fit."""
+    head = ["scaling", "ranks", "measured ms", "fitted ms", "error", "left out ms", "error"]
     bandwidth = f"{1 / model.byte_seconds / 1e9:.2f} GB/s" if model.byte_seconds else "unlimited"
     rows = [
         [
@@ -161,7 +146,7 @@ def fit_lines(model: CostModel, checks: Sequence[FitCheck]) -> list[str]:
         f"model: {model.once_seconds * 1e3:.3f} ms + {model.micro_batch_seconds * 1e3:.3f} ms per micro-batch · "
         f"latency {model.latency_seconds * 1e6:.1f} us · bandwidth {bandwidth} · "
         f"deviation of compute {model.deviation:.1%}",
-        *table(["scaling", "ranks", "measured ms", "fitted ms", "error", "left out ms", "error"], rows, left=1),
+        *table([head, *rows], "<", indent=INDENT),
     ]
     errors = [abs(one.fitted_error) for one in checks]
     left_out = [abs(one.left_out_error) for one in checks if one.left_out_error is not None]
@@ -192,7 +177,10 @@ def projection_table(batch: tuple[int, int], model: CostModel, kind: str, projec
             ]
         )
     head = ["ranks", "samples/s", "speed-up", "efficiency", "compute", "reduction", "wait"]
-    return [f"{kind} scaling, PREDICTED, not measured: one rank per core, {projected_over}", *table(head, rows)]
+    return [
+        f"{kind} scaling, PREDICTED, not measured: one rank per core, {projected_over}",
+        *table([head, *rows], indent=INDENT),
+    ]
 
 
 def predicted_speedups(batch: tuple[int, int], model: CostModel, kind: str) -> list[tuple[int, float]]:

@@ -1,4 +1,4 @@
-"""What bits and speed depend on besides the config: library versions, CPU kernels, threads, NumPy's settings."""
+"""The environment, on which bits and speed depend: library versions, CPU kernels, threads, NumPy's settings."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ import distdl
 from distdl.errors import UserError
 from distdl.parallel import Communicator, ranks_per_host
 
-#: Elements that NumPy converts at a time where operands differ in dtype.
+#: Elements that NumPy converts at a time if operands differ in dtype.
 CAST_ELEMENTS = 1024
 
 
 @contextmanager
 def blas_threads(count: int) -> Iterator[None]:
-    """Limit BLAS to `count` threads inside, and check that it obeys; raise `UserError` where it does not."""
+    """Limit BLAS to `count` threads inside the block; raise `UserError` if it does not obey."""
     with threadpoolctl.threadpool_limits(count, user_api="blas"):
         for library in _blas_libraries():
             if library["num_threads"] != count:
                 raise UserError(
-                    f"{library['internal_api']} runs {library['num_threads']} threads where --threads-per-rank asks "
+                    f"{library['internal_api']} runs {library['num_threads']} threads, but --threads-per-rank asks "
                     f"for {count}: set {library['internal_api'].upper()}_NUM_THREADS={count} before the start"
                 )
         yield
@@ -36,8 +36,9 @@ def blas_threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def numerics(threads: int) -> Iterator[None]:
-    """Set up NumPy and BLAS for training inside: `threads` of BLAS, no warning where numbers overflow (the trainer
-    looks for itself), and casts in blocks that stay in the first-level cache.
+    """Set up NumPy and BLAS for the block: `threads` of BLAS, and casts in blocks that stay in the first-level cache.
+
+    NumPy does not warn of overflows: the trainer checks for them.
     """
     with blas_threads(threads), np.errstate(over="ignore", invalid="ignore"):
         np.setbufsize(CAST_ELEMENTS)  # until errstate ends
@@ -49,9 +50,9 @@ def _blas_libraries() -> list[dict[str, Any]]:
 
 
 def kernel_family() -> str:
-    """Return what decides which machine code computes products and functions, such as ``SkylakeX; AVX512_SKX``.
+    """Return the name of the CPU kernels that compute products and functions, such as ``SkylakeX; AVX512_SKX``.
 
-    That is the core type OpenBLAS chose, and the instruction sets NumPy found for its own loops.
+    It is the core type that OpenBLAS chose, and the instruction sets that NumPy found for its loops.
     """
     blas = [f"{library.get('architecture', library['internal_api'])}" for library in _blas_libraries()]
     simd = np.show_config(mode="dicts")["SIMD Extensions"]
@@ -80,7 +81,7 @@ def describe(communicator: Communicator) -> dict[str, Any]:
 
 
 def _system() -> str:
-    """Return what ``platform.platform()`` does, which starts a program to find it out: not wise in a rank of MPI."""
+    """Return the value of ``platform.platform()``, which starts a process; a rank of MPI should not fork."""
     kernel = os.uname()
     return "-".join([kernel.sysname, kernel.release, kernel.machine, "with", "".join(platform.libc_ver())])
 

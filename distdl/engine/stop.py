@@ -1,12 +1,14 @@
-"""Stopping when a signal asks for it: at the same step on all ranks, after a checkpoint.
+"""Stopping at a signal: at the same step on all ranks, after a checkpoint.
 
-SIGUSR1 is the warning that schedulers send before a job's time is up; SIGTERM, Ctrl-C (SIGINT) and the loss of the
-terminal (SIGHUP, unless `nohup` has it ignored) are taken alike.
-A handler only notes the signal. The note travels in the record of the next step's reduction, in a field with one
-count a signal, so all ranks learn of it together, whichever of them was told; the other fields of the record keep
-their bits. A rank that has no micro-batch in a step sends nothing, and what it was told waits for its next one; so
-does a signal that comes during validation, a checkpoint or start-up (before there is a handler: `distdl.job.signals`).
-Only Ctrl-C before the first step stops at once: there is nothing to save. A second signal stops at once too.
+SIGUSR1 is the warning that schedulers send before a job's time is over. SIGTERM, Ctrl-C (SIGINT) and the loss of the
+terminal (SIGHUP, unless `nohup` ignores it) have the same effect.
+
+A handler only notes the signal. The note travels in the record of the next step's reduction, in a field with one count
+per signal. So all ranks learn of it in the same step, on whichever rank the signal arrived. The other fields of the
+record keep their bits. A rank without a micro-batch in a step sends nothing, so its note waits for the next step. So
+does a signal during validation, a checkpoint or start-up (before the handlers are set: `distdl.job.signals`).
+
+Two signals stop at once: Ctrl-C before the first step, because there is nothing to save, and a second signal.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import NoReturn
@@ -27,14 +29,14 @@ from distdl.job.signals import STOPPING as SIGNALS
 from distdl.job.signals import release_signals
 from distdl.parallel import Field
 
-#: A terminal tells a process of Ctrl-C and so does the launcher: signals so close to the first are the same request.
+#: Both the terminal and the launcher send Ctrl-C to a process: signals within this time are the same request.
 SAME_REQUEST_SECONDS = 0.5
 
 
 class StopRequest(StepObserver):
-    """What signals have asked for, on this rank (`values`) and on all (`agreed`)."""
+    """The signals received on this rank, and the signal that all ranks have agreed to obey (`agreed`)."""
 
-    #: What the request adds to the record of a micro-batch.
+    #: The fields that the request adds to the record of a micro-batch.
     fields = (Field("stop", "i8", len(SIGNALS)),)
 
     def __init__(self) -> None:
@@ -46,7 +48,10 @@ class StopRequest(StepObserver):
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Handle the signals while inside, in the main thread; those that a script handles or ignores stay with it."""
+        """Handle the signals inside the ``with`` block, if this is the main thread.
+
+        Signals that a script handles or ignores are left alone.
+        """
         before = {}
         handles = threading.current_thread() is threading.main_thread()
         if handles:
@@ -62,9 +67,8 @@ class StopRequest(StepObserver):
 
     @property
     def asked(self) -> str | None:
-        """The name of a signal that has asked this rank, or through a step all of them, to stop; None if none has."""
-        heard = [number.name for number, count in zip(SIGNALS, self._heard, strict=True) if count]
-        return heard[0] if heard else self.agreed
+        """The name of a signal that has asked this rank, or all ranks in an earlier step, to stop; None without one."""
+        return _first(self._heard) or self.agreed
 
     def micro_batch(self, step: OptimizerStep, index: int, record: MutableRecord) -> None:  # noqa: ARG002
         """Send the signals that this rank has received."""
@@ -72,16 +76,13 @@ class StopRequest(StepObserver):
         record["stop"] = self._heard
 
     def ended(self, step: OptimizerStep) -> None:
-        """Take in the signals that any rank has received."""
-        told = step.total["stop"].tolist()
-        self.agreed = (
-            next(number.name for number, count in zip(SIGNALS, told, strict=True) if count) if any(told) else None
-        )
+        """Read the signals that any rank has received."""
+        self.agreed = _first(step.total["stop"])
 
     def stop(self, step: int) -> NoReturn:
-        """Raise `Stopped`, on every rank alike; the state after `step` is saved."""
+        """Raise `Stopped` on every rank; the state after `step` has been saved."""
         stopped = Stopped(
-            f"stopped by {self.agreed} after step {step}, which is saved: the same command with --resume goes on "
+            f"stopped by {self.agreed} after step {step}, which is saved: the same command with --resume continues "
             f"(exit code {Stopped.exit_code})"
         )
         stopped.agreed = True
@@ -97,3 +98,8 @@ class StopRequest(StepObserver):
             raise KeyboardInterrupt
         self._heard_at = now
         self._heard[SIGNALS.index(signal.Signals(number))] = 1
+
+
+def _first(counts: Iterable[np.int64]) -> str | None:
+    """Return the name of the first signal with a count; None without one."""
+    return next((number.name for number, count in zip(SIGNALS, counts, strict=True) if count), None)

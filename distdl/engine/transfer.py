@@ -1,7 +1,7 @@
-"""Transfer learning: a run that begins with the weights of another one, and parameters that stay as they are.
+"""Transfer learning: start with the weights of another run, and freeze parameters.
 
-What `--init-from` names is read when a new run begins and never again: from there on the weights are the run's own,
-in its own checkpoints. What `--freeze` names is not updated. Source: section 8.2.
+A new run reads `--init-from` once. From then on its weights are in its own checkpoints. `--freeze` names parameters
+that are not updated. Source: section 8.2.
 """
 
 from __future__ import annotations
@@ -17,45 +17,45 @@ from distdl.engine.storage.run_folder import find_checkpoint
 from distdl.errors import UserError, unknown_name
 from distdl.nn import Sequential
 
-#: Of tensors that a line names one by one.
+#: The most tensors that a message names.
 MOST_NAMED = 8
 
 
 @dataclass(frozen=True)
-class Taken:
-    """What a run has taken from a checkpoint, by name, and what begins as it would have without one."""
+class Transfer:
+    """The tensors that a run copied from a checkpoint, by name, and the others, which stay initialized by the seed."""
 
     path: Path
-    names: Sequence[str]
-    anew: Sequence[str]
+    copied: Sequence[str]
+    initialized: Sequence[str]
     complaints: Sequence[str]
-    """What was wrong with newer checkpoints."""
+    """The damage of newer checkpoints."""
 
     def __str__(self) -> str:
-        count = len(self.names) + len(self.anew)
-        return f"begins with {len(self.names)} of {count} tensors from {self.path}; anew: {_listed(self.anew)}"
+        copied, count = len(self.copied), len(self.copied) + len(self.initialized)
+        return f"begins with {copied} of {count} tensors from {self.path}; initialized: {_listed(self.initialized)}"
 
 
-def take(given: str, network: Sequential, model: str) -> Taken:
-    """Copy a checkpoint's tensors (of a run folder, the newest intact one's) to where name, shape and dtype agree.
+def copy_weights(given: str, network: Sequential, model: str) -> Transfer:
+    """Copy the parameters and buffers of a checkpoint into the network, if name, shape and dtype agree.
 
-    Parameters and buffers are taken, the optimizer's vectors are not. Raises `UserError` where there is no checkpoint,
-    or nothing agrees with the network of `model`, `DamagedFileError` for a damaged one.
+    `given` is a checkpoint, or a run folder with its newest intact one. Raises `UserError` if there is no checkpoint,
+    or if no tensor agrees with the network of `model`; `DamagedFileError` if the file is damaged.
     """
     try:
         path, checkpoint, complaints = find_checkpoint(Path(given), f"--init-from {given}")
     except OSError as error:
         raise UserError(f"cannot look into {error.filename}: {error.strerror}; give another --init-from") from None
     own = [*network.named_parameters(), *network.named_buffers()]
-    taken, anew = [], []
+    copied, initialized = [], []
     for name, array in own:
         found = checkpoint.tensors.get(name)
         if found is None or (found.shape, found.dtype) != (array.shape, array.dtype):
-            anew.append(name)
+            initialized.append(name)
         else:
             np.copyto(array, found)
-            taken.append(name)
-    if not taken:
+            copied.append(name)
+    if not copied:
         such_as = "".join(
             f": {name} is {described(checkpoint.tensors.get(name))} there and {described(array)} here"
             for name, array in own[:1]
@@ -64,13 +64,13 @@ def take(given: str, network: Sequential, model: str) -> Taken:
             f"--init-from {path} has no tensor with the name and shape of one in --model {model}{such_as}; give the "
             "run of a network that has such layers"
         )
-    return Taken(path, taken, anew, complaints)
+    return Transfer(path, copied, initialized, complaints)
 
 
 def frozen_slices(network: Sequential, freeze: str | None) -> list[slice]:
-    """Return the parts of the flat vectors that are frozen: of parameters, and of all below layers, of these names.
+    """Return the slices of the flat vectors that are frozen: the named parameters, and all parameters of named layers.
 
-    Raises `UserError` for a name that is none, and where nothing is left to train.
+    Raises `UserError` for an unknown name, and if nothing remains to train.
 
     >>> from distdl.nn import Affine
     >>> frozen_slices(Sequential([Affine(3), Affine(2)], (4,)), "affine_1")
@@ -91,7 +91,7 @@ def frozen_slices(network: Sequential, freeze: str | None) -> list[slice]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Return the names, or the first of many and how many more there are.
+    """Return the names; of many the first, and the number of the others.
 
     >>> _listed(["affine_2.weight", "affine_2.bias"]), _listed([])
     ('affine_2.weight, affine_2.bias', 'none')

@@ -1,7 +1,7 @@
-"""What can be seen of a network, a training or an evaluation: functions that return matplotlib figures.
+"""Figures of a network, a training or an evaluation: functions that return matplotlib figures.
 
-They neither show nor save: `figure.savefig("name.png")` does, without any display. What they draw is worked out by
-plain NumPy functions beside them. matplotlib comes with ``pip install 'distdl-mpi[plots]'``.
+`figure.savefig("name.png")` saves one; no display is needed. Plain NumPy functions compute the numbers to draw.
+matplotlib comes with ``pip install 'distdl-mpi[plots]'``.
 
 N samples, H height, W width, C channels, F filters, K classes. Sources: sections 6.2.2, 7.6 and 8.1.
 """
@@ -21,22 +21,22 @@ from numpy.typing import NDArray
 
 from distdl.errors import DamagedFileError, UserError
 from distdl.nn import Sequential
-from distdl.nn.between import activations
+from distdl.nn.network_copies import layer_outputs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, FigureBase
 
 INCHES_PER_IMAGE = 0.9
-#: Cells of a confusion matrix beyond this number a side have no count written into them.
+#: A larger confusion matrix has no counts in its cells.
 MOST_COUNTS = 20
 
 
-# ------------------------------------------------------------------------------------------------ what is to be drawn
+# ------------------------------------------------------------------------------------------------------------ numbers
 
 
 def scaled(images: NDArray[Any]) -> NDArray[np.float64]:
-    """Return images (N, H, W, C) with the least number of each at 0 and the greatest at 1; a constant one is 0.5.
+    """Return images (N, H, W, C), each scaled so that its minimum is 0 and its maximum 1. A constant image is 0.5.
 
     >>> scaled(np.array([[-2.0, 0.0, 2.0], [3, 3, 3]]).reshape(2, 1, 3, 1)).reshape(2, 3)
     array([[0. , 0.5, 1. ],
@@ -49,17 +49,17 @@ def scaled(images: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def filter_images(weight: NDArray[Any]) -> NDArray[np.float64]:
-    """Return the filters of a convolution, whose weight is (FH, FW, C, F), as images (F, FH, FW, C or 1) in 0 .. 1.
+    """Return the filters of a convolution weight (FH, FW, C, F) as images (F, FH, FW, C or 1), each scaled to 0 .. 1.
 
-    Each is scaled by itself. Filters of one or three channels stay so; of other numbers the mean over the channels is
-    taken. Source: section 7.6.1.
+    Filters of one or three channels keep them. Of other numbers the mean over the channels is taken. Source: section
+    7.6.1.
     """
     images = weight.transpose(3, 0, 1, 2)
     return scaled(images if images.shape[3] in {1, 3} else images.mean(axis=3, keepdims=True))
 
 
 def first_convolution(network: Sequential) -> tuple[str, NDArray[Any]]:
-    """Return the name and the weight (FH, FW, C, F) of the first convolution; raise `UserError` where there is none."""
+    """Return the name and weight (FH, FW, C, F) of the first convolution; raise `UserError` if there is none."""
     for name, view in network.named_parameters():
         if view.ndim == 4:
             return name.removesuffix(".weight"), view
@@ -67,7 +67,9 @@ def first_convolution(network: Sequential) -> tuple[str, NDArray[Any]]:
 
 
 def confusion_matrix(labels: NDArray[Any], predictions: NDArray[Any], classes: int) -> NDArray[np.int64]:
-    """Return how many labels of each class (rows) were taken for each class (columns), (K, K); any shape, the same.
+    """Return the confusion matrix (K, K): the count of each actual class (rows) and predicted class (columns).
+
+    `labels` and `predictions` have the same shape, any.
 
     >>> confusion_matrix(np.array([0, 0, 1]), np.array([0, 1, 1]), 2)
     array([[1, 1],
@@ -82,7 +84,7 @@ def confusion_matrix(labels: NDArray[Any], predictions: NDArray[Any], classes: i
 
 
 def records_of(log: Path) -> list[dict[str, Any]]:
-    """Return the records of a log: raise `UserError` where it cannot be read, `DamagedFileError` where it is none."""
+    """Return the records of a log; raise `UserError` if it cannot be read, `DamagedFileError` if it is damaged."""
     try:
         records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
@@ -95,9 +97,9 @@ def records_of(log: Path) -> list[dict[str, Any]]:
 
 
 def epochs_of(metrics: Path | Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the records of whole epochs from a ``metrics.jsonl`` or its records.
+    """Return the records of whole epochs, from a ``metrics.jsonl`` or its records; raise `UserError` if there are none.
 
-    Raises `UserError` where the file cannot be read, or no epoch is in it, `DamagedFileError` where it is no log.
+    Raises the errors of `records_of`.
     """
     records = records_of(metrics) if isinstance(metrics, Path) else metrics
     epochs = [record for record in records if "validation_loss" in record]
@@ -110,9 +112,9 @@ def epochs_of(metrics: Path | Iterable[Mapping[str, Any]]) -> list[Mapping[str, 
 
 
 def filters(networks: Sequential | Mapping[str, Sequential]) -> Figure:
-    """Return the filters of the first convolution; of several networks side by side, each under its title.
+    """Return the filters of the first convolution; those of several networks side by side, each under its title.
 
-    The least weight of each filter is black, the greatest white. Source: section 7.6.1.
+    The minimum weight of each filter is black, the maximum white. Source: section 7.6.1.
     """
     by_title = {"": networks} if isinstance(networks, Sequential) else dict(networks)
     shown = {title: filter_images(first_convolution(network)[1]) for title, network in by_title.items()}
@@ -129,16 +131,16 @@ def filters(networks: Sequential | Mapping[str, Sequential]) -> Figure:
 
 
 def feature_maps(network: Sequential, image: NDArray[Any], layer: str | None = None) -> Figure:
-    """Return an image (H, W, C), as the network takes it, and what a layer makes of it, a picture a channel.
+    """Return an image (H, W, C), normalized for the network, and the output of a layer for it, one map per channel.
 
-    `layer` is a name such as ``relu_1``; without it the first convolution is taken. Each map is scaled by itself.
-    Raises `UserError` where the network has no such layer, or the layer puts out no images. Source: section 7.6.
+    `layer` is a name such as ``relu_1``; the first convolution by default. Each map is scaled separately. Raises
+    `UserError` if the network has no such layer, or its outputs are no images. Source: section 7.6.
     """
-    outputs = activations(network, np.ascontiguousarray(image[np.newaxis], network.dtype))
+    outputs = layer_outputs(network, np.ascontiguousarray(image[np.newaxis], network.dtype))
     name = layer or first_convolution(network)[0].split(".")[0]
     images = {known: output for known, output in outputs.items() if output.ndim == 4}
     if name not in images:
-        raise UserError(f"no layer {name!r} puts out images: expected one of {', '.join(images) or 'none here'}")
+        raise UserError(f"no layer {name!r} has images as outputs: expected one of {', '.join(images) or 'none here'}")
     maps = scaled(images[name].transpose(3, 1, 2, 0))
     figure = _figure(_columns(1 + len(maps)), -(-(1 + len(maps)) // _columns(1 + len(maps))))
     first, *others = _grid(figure, 1 + len(maps))
@@ -157,26 +159,26 @@ def misclassified(
     *,
     most: int = 40,
 ) -> Figure:
-    """Return those of the images (N, H, W, C) that were named wrong, each with its label and what it was taken for.
+    """Return the misclassified ones of the images (N, H, W, C), each with its actual and predicted class.
 
-    `labels` and `predictions` are (N,); `names` those of the classes. At most the first `most` are drawn; the title
-    counts all. Source: section 8.1.1.
+    `labels` and `predictions` are (N,); `names` are the names of the classes. At most the first `most` are drawn; the
+    title counts all. Source: section 8.1.1.
     """
     wrong = np.flatnonzero(np.asarray(labels) != predictions)
     shown = wrong[:most]
     figure = _figure(_columns(len(shown)) * 1.4, -(-max(len(shown), 1) // _columns(len(shown))) * 1.5)
     for axes, sample in zip(_grid(figure, len(shown)), shown.tolist(), strict=True):
-        true, taken = (str(which) if names is None else names[which] for which in (labels[sample], predictions[sample]))
-        _draw(axes, images[sample], f"{true}, taken for {taken}")
+        actual, predicted = (str(k) if names is None else names[k] for k in (labels[sample], predictions[sample]))
+        _draw(axes, images[sample], f"{actual}, predicted {predicted}")
     first = f", the first {len(shown)}" if len(shown) < len(wrong) else ""
-    figure.suptitle(f"{len(wrong)} of {len(labels)} named wrong{first}")
+    figure.suptitle(f"{len(wrong)} of {len(labels)} misclassified{first}")
     return figure
 
 
 def confusion(matrix: NDArray[Any], names: Sequence[str] | None = None) -> Figure:
-    """Return a confusion matrix (K, K): the true classes downwards, what they were taken for to the right.
+    """Return a confusion matrix (K, K): a row for each actual class, a column for each predicted class.
 
-    The colour is that of the mistakes; the right answers on the diagonal, which are most, have none.
+    Colours show the mistakes. The correct predictions on the diagonal have none, since they are the most.
     """
     classes = len(matrix)
     mistakes = np.where(np.eye(classes, dtype=bool), 0, matrix)
@@ -184,30 +186,28 @@ def confusion(matrix: NDArray[Any], names: Sequence[str] | None = None) -> Figur
     axes = figure.subplots()
     axes.imshow(mistakes, cmap="Reds")
     if classes <= MOST_COUNTS:
-        for true in range(classes):
-            for taken in range(classes):
-                dark = 2 * mistakes[true, taken] > max(int(mistakes.max()), 1)
-                colour = "white" if dark else "black"
-                axes.text(taken, true, str(matrix[true, taken]), ha="center", va="center", color=colour, fontsize=8)
+        for row, column in np.ndindex(classes, classes):
+            dark = 2 * mistakes[row, column] > max(int(mistakes.max()), 1)
+            colour = "white" if dark else "black"
+            axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=colour, fontsize=8)
     ticks = range(classes) if classes <= MOST_COUNTS or names is not None else None
     if ticks is not None:
-        labels = [str(which) if names is None else names[which] for which in ticks]
+        labels = [str(k) if names is None else names[k] for k in ticks]
         axes.set_xticks(ticks, labels, rotation=0 if names is None else 90)
         axes.set_yticks(ticks, labels)
-    axes.set_xlabel("taken for")
-    axes.set_ylabel("true class")
-    total = int(np.sum(matrix))
-    axes.set_title(f"{int(np.trace(matrix))} of {total} named right")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("actual class")
+    axes.set_title(f"{int(np.trace(matrix))} of {int(np.sum(matrix))} correct")
     return figure
 
 
 def activation_histograms(
     of_networks: Mapping[str, Mapping[str, NDArray[Any]]], *, bins: int = 30, limits: tuple[float, float] | None = None
 ) -> Figure:
-    """Return histograms of what layers put out, any shape: a row for each network, under its title.
+    """Return histograms of the outputs of layers: a row for each network, under its title.
 
-    `distdl.nn.between.activations` makes the mapping of a network; `limits` are those of all, if given. Source:
-    section 6.2.2.
+    `distdl.nn.network_copies.layer_outputs` returns the mapping of a network. `limits` are the limits of all
+    histograms. Source: section 6.2.2.
     """
     columns = max(map(len, of_networks.values()), default=0)
     figure = _figure(2.6 * max(columns, 1), 1.9 * max(len(of_networks), 1), inches=1)
@@ -222,27 +222,27 @@ def activation_histograms(
 
 
 def curves(metrics: Path | Iterable[Mapping[str, Any]]) -> Figure:
-    """Return loss and accuracy over the epochs, in training and validation, from ``metrics.jsonl`` or its records.
+    """Return loss and accuracy of training and validation over the epochs, from ``metrics.jsonl`` or its records.
 
-    What the records have none of, such as the accuracy of a regression, is left out.
+    Regression has no accuracy.
     """
     epochs = epochs_of(metrics)
-    shown = [what for what in ("loss", "accuracy") if f"train_{what}" in epochs[0]]
+    shown = [name for name in ("loss", "accuracy") if f"train_{name}" in epochs[0]]
     figure = _figure(4.5 * len(shown), 3.6, inches=1)
-    for axes, what in zip(_subplots(figure, 1, len(shown)), shown, strict=True):
+    for axes, name in zip(_subplots(figure, 1, len(shown)), shown, strict=True):
         for part in ("train", "validation"):
-            values = [record[f"{part}_{what}"] for record in epochs]
+            values = [record[f"{part}_{name}"] for record in epochs]
             axes.plot([record["epoch"] for record in epochs], values, label=part)
         axes.set_xlabel("epoch")
-        axes.set_title(what)
+        axes.set_title(name)
         axes.legend()
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------- with matplotlib
+# --------------------------------------------------------------------------------------------------------- matplotlib
 
 
-#: How to get matplotlib, for a program that continues without a figure.
+#: A message of a program that continues without a figure.
 NEEDS_MATPLOTLIB = "drawing it needs matplotlib (pip install 'distdl-mpi[plots]')"
 
 
@@ -257,6 +257,13 @@ def need_matplotlib() -> None:
         raise UserError("drawing needs matplotlib, which is not installed: pip install 'distdl-mpi[plots]'")
 
 
+def content_of(figure: Figure, kind: str, *, dpi: float | str = "figure") -> bytes:
+    """Return a figure as the content of a file: ``png``, ``svg`` or ``pdf``."""
+    content = io.BytesIO()
+    figure.savefig(content, format=kind, dpi=dpi)
+    return content.getvalue()
+
+
 def svg(figure: Figure) -> bytes:
     """Return a figure as an SVG document. Text stays text, and equal figures give equal bytes."""
     import matplotlib as mpl  # noqa: PLC0415  half a second, and not installed everywhere
@@ -268,7 +275,7 @@ def svg(figure: Figure) -> bytes:
 
 
 def _figure(columns: float, rows: float, *, inches: float = INCHES_PER_IMAGE) -> Figure:
-    """Return an empty figure of so many images' width and height."""
+    """Return an empty figure with room for so many columns and rows of images."""
     need_matplotlib()
     from matplotlib.figure import Figure  # noqa: PLC0415  half a second, and not installed everywhere
 
@@ -276,7 +283,7 @@ def _figure(columns: float, rows: float, *, inches: float = INCHES_PER_IMAGE) ->
 
 
 def _columns(count: int) -> int:
-    """Return how many of so many images stand side by side: about a square of them."""
+    """Return the number of columns of a grid that is about square."""
     return max(math.ceil(math.sqrt(count)), 1)
 
 
@@ -286,7 +293,7 @@ def _subplots(figure: FigureBase, rows: int, columns: int) -> list[Axes]:
 
 
 def _grid(figure: FigureBase, count: int, columns: int | None = None, rows: int | None = None) -> Iterator[Axes]:
-    """Yield axes for so many images, without ticks; those left over are blank."""
+    """Yield axes without ticks for so many images; the other axes of the grid are blank."""
     columns = columns or _columns(count)
     axes = _subplots(figure, rows or -(-max(count, 1) // columns), columns)
     for one in axes:
@@ -295,9 +302,9 @@ def _grid(figure: FigureBase, count: int, columns: int | None = None, rows: int 
 
 
 def _draw(axes: Axes, image: NDArray[Any], title: str = "") -> None:
-    """Draw an image (H, W, C), its least number black and its greatest white; the mean of all channels but of three.
+    """Draw an image (H, W, C) with its minimum in black and its maximum in white.
 
-    Bytes of three channels are colours as they are.
+    Three channels are colours, unscaled if they are uint8. Of other numbers of channels the mean is drawn.
     """
     colours = image.shape[-1] == 3
     shown = image if colours else image.mean(axis=-1, keepdims=True)

@@ -1,18 +1,19 @@
-"""What killed runs have left in shared memory and in temporary folders, and how the next start finds and removes it.
+"""Files that killed runs have left in shared memory and temporary folders: the next start finds and removes them.
 
-A killed process removes nothing: a file of ours that not every rank had mapped yet (`shared.py`), the MPI library's
-own segments, Open MPI's session folder. Names and ages do not tell whether a file is still used, so each of ours is
-*held*: locked (`flock`) by its owner as long as that needs it. The kernel lets go of the lock when the owner ends,
-however it ends; a file that can be locked has no owner any more.
+A killed process removes nothing: neither a file of ours that not every rank had mapped yet (`shared.py`), nor the MPI
+library's segments, nor Open MPI's session folder. Names and ages do not show whether a file is still used. So the owner
+of each file of ours keeps it locked (`flock`) as long as necessary. The kernel releases the lock when the owner ends,
+for any reason. A file that can be locked has no owner any longer.
 
-For what the MPI library makes, each rank holds a register: a file that lists what of it the rank has mapped, and the
-launchers it descends from. It is removed at an ordinary end where there is an `mpirun`, which removes what its ranks
-have made; without one Open MPI leaves its segments, and the register stays to tell of them. What the register of a dead
-rank lists is removed once no living rank's register lists it (a session folder: once its launcher is gone), and then
-the register itself.
+For the files of the MPI library, each rank keeps a *register*: a locked file that lists the library's files that the
+rank has mapped, and the launchers that the rank descends from.
 
-Nothing else is touched: neither what other programs leave, nor what belongs to another user, nor anything on hosts on
-which no run is started.
+- An `mpirun` removes the files of its ranks, so then a rank removes its register at an ordinary exit. Without an
+  `mpirun`, Open MPI leaves its segments, so the register stays and lists them.
+- A file in the register of a dead rank is removed once no living rank's register lists it. A session folder is removed
+  once its launcher has ended. Then the register is removed.
+
+Nothing else is touched: no files of other programs or other users, and no files on hosts where no run starts.
 """
 
 from __future__ import annotations
@@ -36,17 +37,17 @@ from distdl.job.processes import Process, ancestors
 
 MEMORY = "distdl-memory-"
 REGISTER = "distdl-rank-"
-#: The segments of MPICH and of Open MPI, and Open MPI's session folder, which is named after its launcher's number.
+#: The segments of MPICH and of Open MPI; Open MPI's session folder, whose name holds its launcher's process number.
 SEGMENT = re.compile(r"/.*/(mpich_shm_|sm_segment\.|vader_segment\.)[^/]+")
 SESSION = re.compile(r"/.*/ompi\.(\d+)")
-#: MPICH removes its own segments at an ordinary end, whoever has started it.
+#: MPICH removes its own segments at an ordinary exit, with or without an `mpirun`.
 TIDIED_BY_MPICH = "mpich_shm_"
 
 
 def create_locked(folder: Path, prefix: str) -> tuple[int, str]:
-    """Create a file that nobody sweeps as long as the returned handle is open; return that and the path.
+    """Create a locked file and return its handle and path; no sweep removes it while the handle is open.
 
-    Raises `OSError` where the folder has none of it.
+    Raises `OSError` if the file cannot be created.
     """
     while True:
         handle, path = tempfile.mkstemp(prefix=prefix, dir=folder)
@@ -58,19 +59,19 @@ def create_locked(folder: Path, prefix: str) -> tuple[int, str]:
             Path(path).unlink(missing_ok=True)
             os.close(handle)
             raise
-        os.close(handle)  # swept before it was locked: make another
+        os.close(handle)  # a sweep removed it before it was locked: create another
 
 
 @cache
 def register(folders: tuple[Path, ...]) -> None:
-    """List what the MPI library has made for this rank in a file in the first of `folders` that takes it."""
+    """Write this rank's register into the first of `folders` in which that succeeds."""
     made = sorted(made_by_mpi(Path("/proc/self/maps").read_text(errors="replace"), folders))
     launchers = [one for one in ancestors() if one.name in LAUNCHERS]
     text = json.dumps({"made": made, "launchers": [asdict(one) for one in launchers]})
     by_library = all(Path(path).name.startswith(TIDIED_BY_MPICH) for path in made)
     tidied = by_library or any(one.name not in STEP_DAEMONS for one in launchers)
     for folder in folders:
-        with suppress(OSError):  # a rank without a register runs as well; what it leaves is not found
+        with suppress(OSError):  # a rank can run without a register; then no sweep finds its files
             handle, path = create_locked(folder, REGISTER)
             os.write(handle, text.encode())
             if tidied:
@@ -79,7 +80,7 @@ def register(folders: tuple[Path, ...]) -> None:
 
 
 def made_by_mpi(maps: str, folders: Sequence[Path]) -> set[str]:
-    """Return the paths of MPI's segments and session folders in `folders` that ``/proc/self/maps`` shows."""
+    """Return MPI's segments and session folders in `folders`, from the text of ``/proc/self/maps``."""
     found = set()
     for line in maps.splitlines():
         path = (line.split(maxsplit=5) + [""] * 6)[5]
@@ -92,14 +93,14 @@ def made_by_mpi(maps: str, folders: Sequence[Path]) -> set[str]:
 
 
 def sweep(folders: Iterable[Path]) -> list[str]:
-    """Remove what dead processes of this user have left in `folders` and what it lists, and return the paths.
+    """Remove the files of this user's dead processes in `folders`, and the files they list; return the paths.
 
-    Of two that sweep at once each leaves alone what the other holds; what both leave is for the next.
+    If two processes sweep at once, each skips the files that the other has locked. The next sweep removes the rest.
     """
     removed: list[str] = []
     living: set[str] = set()
     dead: list[Path] = []
-    for path in [path for folder in folders for path in _ours_in(folder)]:
+    for path in [path for folder in folders for path in _own_files_in(folder)]:
         with suppress(OSError), _orphaned(path) as orphaned:
             if path.name.startswith(REGISTER):
                 dead += [path] if orphaned else []
@@ -112,15 +113,15 @@ def sweep(folders: Iterable[Path]) -> list[str]:
             if not orphaned:
                 continue
             listed = _read(path)
-            still_there = [made for made in listed.made if not _gone(made, living, listed, removed)]
-            if not still_there:
+            remaining = [made for made in listed.made if not _remove(made, living, listed, removed)]
+            if not remaining:
                 path.unlink()
                 removed.append(str(path))
     return removed
 
 
-def _ours_in(folder: Path) -> list[Path]:
-    """Return the files in `folder` that have a name of ours and belong to this user."""
+def _own_files_in(folder: Path) -> list[Path]:
+    """Return the files in `folder` that have one of our names and belong to this user."""
     found = []
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
@@ -133,7 +134,7 @@ def _ours_in(folder: Path) -> list[Path]:
 
 @contextmanager
 def _orphaned(path: Path) -> Iterator[bool]:
-    """Say whether nobody holds the file; if so, it is held inside of the block."""
+    """Yield whether no process has locked the file; if so, lock it inside the ``with`` block."""
     handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         try:
@@ -153,7 +154,7 @@ class _Register:
 
 
 def _read(path: Path) -> _Register:
-    """Return what a register lists: nothing where its owner was killed before it had written all of it."""
+    """Return the content of a register; empty if its owner was killed while it wrote."""
     try:
         written = json.loads(path.read_bytes())
         return _Register(written["made"], [Process(**one) for one in written["launchers"]])
@@ -161,13 +162,13 @@ def _read(path: Path) -> _Register:
         return _Register()
 
 
-def _gone(path: str, living: Set[str], listed: _Register, removed: list[str]) -> bool:
-    """Remove a segment or session folder that nothing alive uses, and say whether it is gone."""
+def _remove(path: str, living: Set[str], listed: _Register, removed: list[str]) -> bool:
+    """Remove a segment or session folder unless a living process uses it; return whether it no longer exists."""
     session = SESSION.fullmatch(path)
     if session:
         in_use = any(one.pid == int(session[1]) and one.lives for one in listed.launchers)
     else:
-        in_use = SEGMENT.fullmatch(path) is None  # not by us; it is none of ours to remove
+        in_use = SEGMENT.fullmatch(path) is None  # another file: never remove it
     try:
         found = Path(path).lstat()
         if in_use or path in living or found.st_uid != os.geteuid():

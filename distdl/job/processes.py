@@ -1,7 +1,6 @@
-"""What Linux says of the processes of this machine, in ``/proc``: whether one lives, what it is, whose child it is.
+"""The processes of this host as Linux shows them in ``/proc``: whether one lives, its program, its parent.
 
-A number may be given to another process once its owner is gone, so a process is known by its number and the moment
-it was started.
+Linux may reuse the number of an ended process. So a process is identified by its number and its start time.
 """
 
 from __future__ import annotations
@@ -17,26 +16,26 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Process:
-    """A process that lived when it was looked at."""
+    """A process that lived at the time of `look_at`."""
 
     pid: int
     name: str
-    """Of its program, the first 15 characters."""
+    """The first 15 characters of its program's name."""
     state: str
-    """One letter: R runs, S sleeps, D waits for a disk, T was stopped …"""
+    """One letter: R running, S sleeping, D waiting for a disk, T stopped …"""
     parent: int
     started: int
     """Clock ticks from the start of the machine."""
 
     @property
     def lives(self) -> bool:
-        """Whether it has not ended since."""
+        """Whether it still lives."""
         now = look_at(self.pid)
         return now is not None and now.started == self.started
 
 
 def look_at(pid: int) -> Process | None:
-    """Return the process of that number; None where there is none, or one that has ended and awaits its burial.
+    """Return the process with that number; None if there is none, or only a zombie process.
 
     >>> look_at(os.getpid()).parent == os.getppid()
     True
@@ -53,7 +52,7 @@ def look_at(pid: int) -> Process | None:
 
 
 def ancestors() -> Iterator[Process]:
-    """Yield the parent of this process, its parent, and so on, as far as they can be seen."""
+    """Yield the parent of this process, its parent, and so on, as far as ``/proc`` shows them."""
     process = look_at(os.getppid())
     while process is not None:
         yield process
@@ -61,6 +60,6 @@ def ancestors() -> Iterator[Process]:
 
 
 def send_when_the_parent_dies(signal_number: int) -> None:
-    """Ask the kernel to send this process a signal when its parent ends; the next program it becomes keeps that."""
+    """Ask the kernel to send this process a signal when its parent ends; this also holds after an `exec`."""
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal_number, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")

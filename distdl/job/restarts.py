@@ -1,19 +1,19 @@
-"""Start a job again when it fails, from its last checkpoint: the `--restarts` of `launch/local.sh`.
+"""Start a job again from its last checkpoint if it fails: the `--restarts` of `launch/local.sh`.
 
-| the job ended with             | another start                                                                |
-|--------------------------------|------------------------------------------------------------------------------|
-| 0 and its ``summary.json``     | no: done                                                                     |
-| 2, 3                           | no: what the user gave, or a file, would be wrong again                      |
-| 4                              | no: a host computes wrongly, and somebody has to look at it first            |
-| 75, 130                        | no: a scheduler, or Ctrl-C, wanted it to stop                                |
-| any code, after a signal to us | no: signals are passed on to `mpirun`, and whoever sent one wants an end     |
-| 0 without ``summary.json``     | yes: Open MPI calls it well when all ranks have been killed, fault-tolerant  |
-| anything else                  | yes: a rank or the launcher was killed, the host failed, a rank had an error |
+| the job ended with              | restart                                                                      |
+|---------------------------------|------------------------------------------------------------------------------|
+| 0 and its ``summary.json``      | no: done                                                                     |
+| 2, 3                            | no: the user's input or a file would be wrong again                          |
+| 4                               | no: a host computes wrongly, and somebody must look at it first              |
+| 75, 130                         | no: a scheduler or Ctrl-C wanted the job to stop                             |
+| any code, after a signal to us  | no: signals are passed on to `mpirun`, and the sender wants the job to end   |
+| 0 without ``summary.json``      | yes: fault-tolerant Open MPI returns 0 even if all ranks were killed         |
+| anything else                   | yes: a rank or the launcher was killed, the host failed, a rank had an error |
 
-Exit code 1, a defect, is among the last: what a failing host or network does to MPI looks like one.
+Exit code 1, a defect, is among the last: a failing host or interconnect can make MPI end like that.
 
-The launcher runs in a process group of its own, so that Ctrl-C reaches it once and not twice, and reads nothing; it
-is told to end should this process be killed.
+The launcher runs in a process group of its own, so Ctrl-C reaches it once and not twice. It reads no input. It ends if
+this process is killed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import itertools
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -31,7 +30,7 @@ from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
-from distdl.config import run_folder_of, value_of
+from distdl.config import flag_of, run_folder_of
 from distdl.errors import (
     EXIT_CORRUPTION,
     EXIT_DAMAGED,
@@ -41,24 +40,25 @@ from distdl.errors import (
     EXIT_USER,
     UserError,
 )
+from distdl.job import streams
 from distdl.job.launcher import remove_session_folder
 from distdl.job.processes import send_when_the_parent_dies
 
 FINAL = frozenset({0, EXIT_USER, EXIT_DAMAGED, EXIT_CORRUPTION, EXIT_STOPPED, EXIT_INTERRUPTED})
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-#: Where a run gets its folder if it was given none, below the folder it was started in.
+#: The parent of the run folder if the flags name none; relative to the working folder.
 RUNS = Path("runs")
-#: How long a rank may outlive its launcher and hold the run folder; it should be a second.
-SECONDS_TO_LET_GO = 60.0
-#: How long `mpirun` may take to end at a second signal.
+#: The time that a rank may outlive its launcher and keep the run folder locked; normally a second.
+SECONDS_TO_RELEASE = 60.0
+#: The time that `mpirun` may take to end after a second signal.
 SECONDS_TO_END = 20.0
 
-#: Returns the command line and the environment that start a job with the given flags of the program.
+#: A function that returns the command line and the environment for given flags of the program.
 CommandOf = Callable[[Sequence[str]], tuple[Sequence[str], dict[str, str]]]
 
 
 def run_until_done(command_of: CommandOf, flags: Sequence[str], restarts: int) -> int:
-    """Run the job, and again up to `restarts` times while it fails; return its exit code."""
+    """Run the job; while it fails, restart it up to `restarts` times; return its last exit code."""
     folder_of_runs_is_new = not RUNS.exists()
     folder, chosen = run_folder(flags)
     job = _Job()
@@ -68,7 +68,7 @@ def run_until_done(command_of: CommandOf, flags: Sequence[str], restarts: int) -
         code = job.run(*command_of(flags_now))
         unfinished = code == 0 and _identity(folder / "summary.json") in {None, before}
         if job.stopping:
-            code = EXIT_INTERRUPTED if unfinished else code  # mpirun may call it well
+            code = EXIT_INTERRUPTED if unfinished else code  # mpirun may return 0
             break
         if unfinished:
             code, what = EXIT_DEFECT, "without a summary"
@@ -77,18 +77,19 @@ def run_until_done(command_of: CommandOf, flags: Sequence[str], restarts: int) -
         if code in FINAL:
             break
         if attempt > restarts:
-            _say(f"the job ended {what}, {attempt} times in all; --run-dir {folder} --resume auto goes on")
+            advice = f"continue with --run-dir {folder} --resume auto"
+            streams.say_line(f"the job ended {what}, {attempt} times in all; {advice}")
             break
-        _wait_until_let_go(folder, job)
+        _wait_for_the_lock(folder, job)
         if job.stopping:
             break
-        goes_on = "from the start"
+        how = "from the start"
         if (folder / "config.toml").is_file():
-            goes_on = f"--run-dir {folder} --resume auto"
+            how = f"--run-dir {folder} --resume auto"
             flags_now = [*flags, f"--run-dir={folder}", "--resume=auto"]
-        _say(f"the job ended {what}: restart {attempt} of {restarts}, {goes_on}")
+        streams.say_line(f"the job ended {what}: restart {attempt} of {restarts}, {how}")
     if chosen:
-        with suppress(OSError):  # it holds a run
+        with suppress(OSError):  # not empty: it holds a run
             folder.rmdir()
             if folder_of_runs_is_new:
                 RUNS.rmdir()
@@ -96,8 +97,8 @@ def run_until_done(command_of: CommandOf, flags: Sequence[str], restarts: int) -
 
 
 def run_folder(flags: Sequence[str]) -> tuple[Path, bool]:
-    """Return the folder of the run that these flags start, and whether it had to be chosen, and made, here."""
-    given, resumed = value_of("run_dir", flags), value_of("resume", flags)
+    """Return the folder of the run that these flags start, and whether this call has chosen and created it."""
+    given, resumed = _value_of("run_dir", flags), _value_of("resume", flags)
     if given is not None:
         return Path(given), False
     if resumed is not None:
@@ -114,24 +115,34 @@ def run_folder(flags: Sequence[str]) -> tuple[Path, bool]:
     return folder, True
 
 
+def _value_of(name: str, flags: Sequence[str]) -> str | None:
+    """Return the value of the last ``--name value`` or ``--name=value``."""
+    value = None
+    for position, word in enumerate(flags):
+        flag, equals, after = word.partition("=")
+        if flag.replace("_", "-") == flag_of(name):
+            value = after if equals else next(iter(flags[position + 1 :]), value)
+    return value
+
+
 class _Job:
-    """One `mpirun` at a time, and the signals that this process gets meanwhile."""
+    """Runs one `mpirun` at a time, and passes on the signals that this process gets."""
 
     def __init__(self) -> None:
         self.stopping = False
-        self._told_twice: float | None = None
+        self._second_signal_at: float | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._pending: list[int] = []
         for number in PASSED_ON:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            if signal.getsignal(number) is not signal.SIG_IGN:  # ignored under nohup
                 signal.signal(number, self._pass_on)
 
     def run(self, argv: Sequence[str], environment: dict[str, str]) -> int:
-        """Run the command to its end; return its exit code, 128 and more for a signal."""
+        """Run the command to its end; return its exit code, or 128 + the number of the signal that ended it."""
         us = os.getpid()
 
-        def tie() -> None:
-            send_when_the_parent_dies(signal.SIGKILL)  # ranks end with it; at SIGTERM they would finish their step
+        def tie_to_us() -> None:
+            send_when_the_parent_dies(signal.SIGKILL)  # its ranks end too; at SIGTERM they would finish their step
             if os.getppid() != us:
                 os._exit(EXIT_DEFECT)
             remove_session_folder(os.getpid())
@@ -141,9 +152,9 @@ class _Job:
             env=environment,
             stdin=subprocess.DEVNULL,
             process_group=0,
-            preexec_fn=tie,  # noqa: PLW1509  this process has one thread
+            preexec_fn=tie_to_us,  # noqa: PLW1509  this process has one thread
         )
-        while self._pending:  # came while it was started
+        while self._pending:  # signals that came during the start
             self._process.send_signal(self._pending.pop())
         code = self._ended(self._process)
         remove_session_folder(self._process.pid)
@@ -151,17 +162,17 @@ class _Job:
         return code if code >= 0 else 128 - code
 
     def _ended(self, process: subprocess.Popen[bytes]) -> int:
-        """Wait for the end; kill an `mpirun` that a second signal has not ended, as happens to a busy Open MPI."""
+        """Wait for the end; kill an `mpirun` that ignores a second signal, as a busy Open MPI sometimes does."""
         while True:
             try:
                 return process.wait(timeout=1.0)
             except subprocess.TimeoutExpired:
-                if self._told_twice is not None and time.monotonic() > self._told_twice + SECONDS_TO_END:
+                if self._second_signal_at is not None and time.monotonic() > self._second_signal_at + SECONDS_TO_END:
                     process.kill()
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
-        if self.stopping and self._told_twice is None:
-            self._told_twice = time.monotonic()
+        if self.stopping and self._second_signal_at is None:
+            self._second_signal_at = time.monotonic()
         self.stopping = True
         if self._process is None:
             self._pending.append(number)
@@ -169,9 +180,9 @@ class _Job:
             self._process.send_signal(number)
 
 
-def _wait_until_let_go(folder: Path, job: _Job) -> None:
-    """Return when no rank holds the run folder any more."""
-    deadline = time.monotonic() + SECONDS_TO_LET_GO
+def _wait_for_the_lock(folder: Path, job: _Job) -> None:
+    """Return once no rank locks the run folder any longer."""
+    deadline = time.monotonic() + SECONDS_TO_RELEASE
     while time.monotonic() < deadline and not job.stopping:
         try:
             with (folder / "lock").open("rb") as lock:
@@ -180,11 +191,11 @@ def _wait_until_let_go(folder: Path, job: _Job) -> None:
         except BlockingIOError:
             time.sleep(0.1)
         except OSError:
-            break  # there is none; whatever else is wrong with the folder, the next start says
+            break  # no lock file; the next start reports other errors of the folder
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Return what tells a file from one that has taken its place."""
+    """Return a value that changes if another file replaces this one; None if there is none."""
     try:
         found = path.stat()
     except OSError:
@@ -197,9 +208,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"exit code {128 + number}"
-
-
-def _say(text: str) -> None:
-    with suppress(OSError):
-        sys.stderr.write(f"distdl: {text}\n")
-        sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What is printed: the two streams of a process, and what becomes of it where nobody reads or a disk is full."""
+"""Writing to the two output streams of a process, even if they are closed, nobody reads them, or a disk is full."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
-#: What a disk without room says.
+from distdl.errors import one_line
+
+#: The errors of a full disk.
 FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def prepare() -> None:
-    """Let each line leave in one piece, with what the terminal has no character for as an escape; open what is closed.
+    """Make both streams write whole lines, escape characters that the terminal lacks, and open closed streams.
 
-    What is printed leads nowhere where a stream was closed before Python was started; no file that is opened later then
-    gets the number of the stream, which libraries write to. An unbuffered Python (`PYTHONUNBUFFERED`) writes the end of
-    a line apart, and Open MPI's launcher passes on what has no end yet in front of the next line, be that of the other
-    stream. A dot in the banner must not end a training.
+    - A stream that was closed before Python started is opened on the null device. Otherwise a file opened later would
+      get the stream's number, and libraries would write into it.
+    - An unbuffered Python (`PYTHONUNBUFFERED`) writes the end of a line separately. Open MPI's launcher would then mix
+      the unfinished line with the next line of either stream.
+    - A character like the · of the banner must not end a training.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -31,24 +34,25 @@ def prepare() -> None:
 
 
 def write(stream: TextIO | None, text: str) -> OSError | None:
-    """Write at once; return what went wrong. A stream that fails leads nowhere from then on.
+    """Write and flush the text; return the error, if any.
 
-    Nothing of it is left to fail when Python ends, which would change the exit code. A full disk costs what was to be
-    written, and no more: there may be room for the next.
+    After an error the stream leads to the null device. Nothing stays buffered that could fail at exit, because that
+    would change the exit code. If only the disk is full, the stream stays as it is and this text is lost: the disk may
+    have room for the next one.
     """
-    if stream is None:  # closed before Python was started
+    if stream is None:  # closed before Python started
         return None
     try:
         stream.write(text)
         stream.flush()
     except OSError as error:
-        with suppress(OSError):  # a stream that a script has put in place may have no file behind it
+        with suppress(OSError):  # a stream that a script has set may have no file
             kept = os.dup(stream.fileno()) if error.errno in FULL else None
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
             if kept is not None:
-                stream.flush()  # of what is left in its buffer
+                stream.flush()  # drops the rest of its buffer
                 os.dup2(kept, stream.fileno())
                 os.close(kept)
         return error
@@ -56,6 +60,11 @@ def write(stream: TextIO | None, text: str) -> OSError | None:
 
 
 def say(text: str = "") -> None:
-    """Hand on what was printed, and then `text` to the error stream."""
+    """Flush standard output, then write `text` to the error stream."""
     write(sys.stdout, "")
     write(sys.stderr, text)
+
+
+def say_line(text: str) -> None:
+    """Print ``distdl: text`` to the error stream, as one line."""
+    say(f"distdl: {one_line(text)}\n")

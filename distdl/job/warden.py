@@ -1,16 +1,15 @@
-"""The warden: a process beside each rank that kills the rank once it shows no sign of life (``--detect-hangs``).
+"""The warden: a process beside each rank that kills the rank if its signs of life stop (``--detect-hangs``).
 
-A rank that is stopped, swapped out, or stuck inside of a library keeps all others waiting. They know how to go on
-without one that has died, so a rank that hangs is made one: its death is seen as any other, nobody has to be
-persuaded of it, and a dead process writes into no file, which is why nothing else fences it off. Where no rank is
-let go on without, the job ends instead of hanging.
+A rank that is stopped, swapped out or stuck inside a library keeps all others waiting. They can continue without a dead
+rank, so the warden kills a rank that hangs, and its death is handled like any other. Nothing else must fence the rank
+off: a dead process writes into no file. Without fault tolerance the job ends instead of hanging.
 
-A thread of the rank gives a sign several times in the seconds that were set. It needs Python for an instant to do so:
-a long step lets it, a call that never comes back to Python and never lets go of it does not. The warden lives on the
-rank's own host, and is stopped together with it where a scheduler or a person at a terminal suspends the whole job. It
-counts its own looks, not the hours that may have passed between two of them.
+A thread of the rank gives a sign of life several times in the given seconds. It needs Python for an instant. A long
+step allows that; a call that never returns to Python and keeps the interpreter's lock does not. The warden lives on the
+rank's host. It is stopped together with the rank if a scheduler or a person at a terminal suspends the whole job. It
+counts its own looks, not the time between them, which may be hours.
 
-This file is the warden's program too, and starts in an instant: nothing of the package is imported at its head.
+This file is also the warden's program. It starts in an instant, because its head imports nothing of the package.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ import sys
 import threading
 from contextlib import suppress
 
-#: How often a rank gives a sign, and its warden looks, in the seconds that were set.
+#: The number of signs of a rank, and of looks of its warden, in the given seconds.
 SIGNS = 10
-#: What a launcher passes on to a rank and whatever that has started: the warden does not end before its rank.
+#: Signals that a launcher passes on to a rank and its children: they must not end the warden before its rank.
 NOT_FOR_THE_WARDEN = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 
 
 class Warden:
-    """Kills this process once it gives no sign for some seconds while the warden is entered; never with 0 seconds.
+    """Inside its ``with`` block, kills this process if it gives no sign of life for `seconds`; 0 turns it off.
 
-    `name` is what a message calls the process. Entering raises `UserError` where no process can be started.
+    Messages call the process `name`. Entering the block raises `UserError` if no process can be started.
     """
 
     def __init__(self, name: str, seconds: float) -> None:
@@ -43,7 +42,7 @@ class Warden:
     def __enter__(self) -> Warden:
         if self._seconds:
             arguments = [sys.executable, "-I", "-S", __file__, self._name, str(self._seconds)]
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_THE_WARDEN)  # which the new process keeps
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_THE_WARDEN)  # the new process inherits it
             try:
                 self._process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
             except OSError as error:
@@ -60,29 +59,29 @@ class Warden:
     def __exit__(self, *_error: object) -> None:
         self._over.set()
         if self._process is not None:
-            self._thread.join()  # or its last sign would go to whatever has the number of the closed pipe by then
+            self._thread.join()  # otherwise its last sign could go to a new file with the number of the closed pipe
             self._process.kill()
             self._process.communicate()
 
     def _give_signs(self) -> None:
         while not self._over.wait(self._seconds / SIGNS):
-            with suppress(BlockingIOError):  # the warden has been stopped for long, the pipe is full of signs
+            with suppress(BlockingIOError):  # the pipe is full: the warden was stopped for long
                 try:
                     os.write(self._signs, b".")
                 except BrokenPipeError:
                     if not self._over.is_set():
-                        say(f"{self._name} has lost its warden: should it hang, it is not killed (--detect-hangs)")
+                        say(f"{self._name} has lost its warden: if it hangs, it will not be killed (--detect-hangs)")
                     return
 
 
 def _cannot_start(error: OSError) -> Exception:
-    from distdl.errors import UserError  # noqa: PLC0415  the program has no package
+    from distdl.errors import UserError  # noqa: PLC0415  not at the head: the program has no package
 
     return UserError(f"--detect-hangs cannot start the process that watches this rank: {error}; leave the flag out")
 
 
 def watch(name: str, seconds: float) -> None:
-    """Read the signs of the parent process from standard input to their end; kill it once they stay out."""
+    """Read the signs of the parent process from standard input to their end; kill the parent if they stop."""
     watched = os.getppid()
     silent = 0
     while silent < SIGNS:
@@ -91,7 +90,7 @@ def watch(name: str, seconds: float) -> None:
             silent += 1
         elif os.read(0, 4096):
             silent = 0
-        else:  # it has ended
+        else:  # the parent has ended
             return
     if os.getppid() == watched:
         host = os.uname().nodename
@@ -100,8 +99,8 @@ def watch(name: str, seconds: float) -> None:
 
 
 def say(text: str) -> None:
-    """Write a line to the error stream, in one piece."""
-    with suppress(OSError):  # nobody is there to be told
+    """Write a line to the error stream in one piece."""
+    with suppress(OSError):  # nobody reads it
         os.write(2, f"distdl: {text}\n".encode(errors="replace"))
 
 

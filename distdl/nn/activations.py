@@ -1,9 +1,4 @@
-"""Activations: functions of each element, any shape.
-
-Sources: *Deep Learning from Scratch*, sections 3.2 and 5.5; tanh and leaky ReLU: A. Ng, *Neural Networks and Deep
-Learning*, week 3.
-"""
-# ruff: noqa: ARG002  every layer's forward takes the same arguments, whether it needs them or not
+"""Activations: functions of each element, any shape. Ng's course is A. Ng, *Neural Networks and Deep Learning*."""
 
 from __future__ import annotations
 
@@ -17,28 +12,25 @@ from distdl.rng import Key
 
 
 class ReLU(Layer):
-    """``y = max(x, 0)``; the gradient passes where x > 0, and is 0 at 0. Source: section 5.5.1."""
+    """``y = max(x, 0)``; the gradient passes if x > 0, and is 0 at 0. Source: section 5.5.1."""
 
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
-        """Return ``max(x, 0)``, any shape."""
         self.y = self.workspace.array("y", x.shape)
         return np.maximum(x, 0, out=self.y)
 
     def backward(self, dy: Array) -> Array:
-        """Return `dy` where the output was positive, else 0."""
         positive = self.workspace.array("positive", dy.shape, dtype=np.bool_)
         np.greater(self.y, 0, out=positive)
         return np.multiply(dy, positive, out=self.workspace.array("dx", dy.shape))
 
 
 class Sigmoid(Layer):
-    """``y = 1 / (1 + exp(-x))``, to the last digits in both tails; where ``exp(-x)`` overflows, ``1 / inf`` is 0.
+    """``y = 1 / (1 + exp(-x))``, accurate in both tails; if ``exp(-x)`` overflows, ``1 / inf`` is 0.
 
     Backward: ``dx = dy y (1 - y)``. Source: sections 3.2.4 and 5.5.2.
     """
 
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
-        """Return the sigmoid of each element, any shape."""
         self.y = y = self.workspace.array("y", x.shape)
         np.multiply(x, -1, out=y)
         with np.errstate(over="ignore"):
@@ -47,7 +39,6 @@ class Sigmoid(Layer):
         return np.divide(1, y, out=y)
 
     def backward(self, dy: Array) -> Array:
-        """Return ``dy y (1 - y)``."""
         dx = np.subtract(1, self.y, out=self.workspace.array("dx", dy.shape))
         dx *= self.y
         dx *= dy
@@ -58,12 +49,10 @@ class Tanh(Layer):
     """``y = tanh(x)``. Backward: ``dx = dy (1 - y²)``. Source: Ng's course, week 3; in the book section 6.2.2."""
 
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
-        """Return the hyperbolic tangent of each element, any shape."""
         self.y = self.workspace.array("y", x.shape)
         return np.tanh(x, out=self.y)
 
     def backward(self, dy: Array) -> Array:
-        """Return ``dy (1 - y²)``."""
         dx = np.multiply(self.y, self.y, out=self.workspace.array("dx", dy.shape))
         np.subtract(1, dx, out=dx)
         dx *= dy
@@ -71,7 +60,7 @@ class Tanh(Layer):
 
 
 class LeakyReLU(Layer):
-    """``y = x`` where x > 0, else ``slope x``; the gradient at 0 is that of the negative side.
+    """``y = x`` if x > 0, else ``slope x``; the gradient at 0 is that of the negative side.
 
     Not in the book. Sources: Ng's course, week 3; Maas, Hannun and Ng 2013.
     """
@@ -82,15 +71,13 @@ class LeakyReLU(Layer):
         self.slope = slope
 
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
-        """Return `x` with its negative elements times the slope, any shape."""
         self.positive = np.greater(x, 0, out=self.workspace.array("positive", x.shape, dtype=np.bool_))
-        return self._leak(x, "y")
+        return self._sloped(x, "y")
 
     def backward(self, dy: Array) -> Array:
-        """Return `dy`, times the slope where x was not positive."""
-        return self._leak(dy, "dx")
+        return self._sloped(dy, "dx")
 
-    def _leak(self, x: Array, name: str) -> Array:
+    def _sloped(self, x: Array, name: str) -> Array:
         y = np.multiply(x, self.slope, out=self.workspace.array(name, x.shape))
         np.copyto(y, x, where=self.positive)
         return y
@@ -99,19 +86,14 @@ class LeakyReLU(Layer):
         return f"LeakyReLU {self.slope:g}"
 
 
-class Identity(Layer):
-    """``y = x``: the output of regression (section 3.5)."""
-
-
 class Softmax(Layer):
-    """``y[n, k] = exp(x[n, k]) / sum over j of exp(x[n, j])`` along the last axis, safe against overflow.
+    """``y[n, k] = exp(x[n, k]) / sum over j of exp(x[n, j])`` along the last axis, without overflow.
 
-    Losses of classifiers take logits and hold their own softmax; this is for where probabilities are wanted inside of a
-    network. Backward: ``dx = y (dy - sum over k of y dy)``. Source: section 3.5.
+    The losses of classifiers take logits and include the softmax; this layer is for probabilities inside a network.
+    Backward: ``dx = y (dy - sum over k of y dy)``. Source: section 3.5.
     """
 
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
-        """Return the probabilities, any shape (..., K)."""
         self.y = y = self.workspace.array("y", x.shape)
         np.subtract(x, x.max(axis=-1, keepdims=True), out=y)
         np.exp(y, out=y)
@@ -119,7 +101,6 @@ class Softmax(Layer):
         return y
 
     def backward(self, dy: Array) -> Array:
-        """Return ``y (dy - sum over k of y dy)``."""
         dx = np.multiply(self.y, dy, out=self.workspace.array("dx", dy.shape))
         inner = dx.sum(axis=-1, keepdims=True)
         np.subtract(dy, inner, out=dx)

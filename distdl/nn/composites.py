@@ -1,4 +1,4 @@
-"""Layers made of other layers: a way around them (ResNet), and several ways side by side (GoogLeNet)."""
+"""Layers with branches: a shortcut around other layers (ResNet), and several branches side by side (GoogLeNet)."""
 
 from __future__ import annotations
 
@@ -8,132 +8,81 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from distdl.errors import UserError
-from distdl.nn.layers import (
-    Array,
-    BufferSpec,
-    Layer,
-    ParameterSpec,
-    Products,
-    Shape,
-    Vectors,
-    list_of_layers,
-    show_shape,
-)
-from distdl.nn.path import Path
+from distdl.nn.arguments import show_shape
+from distdl.nn.layer_stack import LayerGroup, LayerStack, list_of_layers
+from distdl.nn.layers import Array, Layer, Shape, Vectors
 from distdl.rng import Key
 
 
-class Composite(Layer):
-    """Ways that the same input takes, each through layers of its own; a subclass says how outputs become one.
+class Composite(LayerGroup):
+    """Named branches that take the same input, each a stack of layers; a subclass joins their outputs.
 
-    `ways` gives each way's name, which stands before those of its layers (``body.conv2d_1.weight``), and its layers; a
-    way without layers passes the input on.
+    A branch without layers passes the input on.
     """
 
-    def __init__(self, ways: Sequence[tuple[str, Sequence[Layer]]]) -> None:
-        self.ways = [(name, list_of_layers(f"{type(self).__name__}, {name}", layers)) for name, layers in ways]
+    members: Sequence[tuple[str, LayerStack]]
+
+    def __init__(self, branches: Sequence[tuple[str, Sequence[Layer]]]) -> None:
+        owner = type(self).__name__
+        self.members = [(name, LayerStack(list_of_layers(f"{owner}, {name}", layers))) for name, layers in branches]
 
     def build(self, input_shape: Shape, dtype: DTypeLike) -> Shape:
-        """Each way's first layer must take such an input."""
-        super().build(input_shape, dtype)
-        self.paths = [
-            (name, Path(layers, input_shape, dtype, self.form) if layers else None) for name, layers in self.ways
-        ]
-        return self._joined_shape([input_shape if path is None else path.shapes[-1] for _, path in self.paths])
+        self.input_shape = super().build(input_shape, dtype)
+        for _, stack in self.members:
+            stack.form = self.form
+        return self._joined_shape([stack.build(input_shape, dtype) for _, stack in self.members])
+
+    def bind(self, vectors: Vectors) -> None:
+        super().bind(vectors)
+        for name, stack in self.members:
+            stack.needs_input_gradient = self.needs_input_gradient
+            stack.bind(vectors.below(name))
 
     def _joined_shape(self, shapes: Sequence[Shape]) -> Shape:
-        """Return the shape of the output; raise `UserError` where those of the ways do not fit together."""
+        """Return the shape of the output; raise `UserError` if the outputs of the branches do not fit together."""
         raise NotImplementedError
 
     def _join(self, outputs: Sequence[Array]) -> Array:
-        """Return the output, given those of the ways."""
+        """Return the output, given those of the branches."""
         raise NotImplementedError
 
-    def _parts_of(self, dy: Array) -> Sequence[Array]:
-        """Return the gradient by the output of each way."""
+    def _split(self, dy: Array) -> Sequence[Array]:
+        """Return the gradient with respect to the output of each branch."""
         raise NotImplementedError
-
-    def parameter_specs(self) -> list[ParameterSpec]:
-        """Return those of all ways."""
-        return [
-            ParameterSpec(f"{name}.{spec.name}", spec.shape, spec.initializer, spec.fan_in, spec.decay)
-            for name, path in self._built()
-            for spec in path.parameter_specs()
-        ]
-
-    def buffer_specs(self) -> list[BufferSpec]:
-        """Return those of all ways."""
-        return [
-            BufferSpec(f"{name}.{spec.name}", spec.shape, spec.initial, spec.statistics)
-            for name, path in self._built()
-            for spec in path.buffer_specs()
-        ]
-
-    def bind(self, vectors: Vectors) -> None:
-        """Hand each way its views."""
-        super().bind(vectors)
-        for name, path in self._built():
-            path.bind(vectors.below(name), needs_input_gradient=self.needs_input_gradient)
-
-    def prepare(self) -> None:
-        """Let all ways derive data from their parameters."""
-        for _, path in self._built():
-            path.prepare()
-
-    def update_buffers(self) -> None:
-        """Let all ways update theirs."""
-        for _, path in self._built():
-            path.update_buffers()
-
-    def products(self, samples: int) -> Products:
-        """Return those of all ways."""
-        ways = [path.products(samples) for _, path in self._built()]
-        return Products(
-            forward=tuple(product for way in ways for product in way.forward),
-            backward=tuple(product for way in ways for product in way.backward),
-        )
 
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
-        """Return the joined outputs of all ways; a layer of theirs draws from ``key.of(way, layer)``."""
-        outputs = []
-        for name, path in self.paths:
-            if path is None:
-                outputs.append(x)
-                continue
-            below = None if key is None else key.of(name)
-            outputs.append(path.forward(x, training=training, key=below))
-        return self._join(outputs)
+        """Return the joined outputs of all branches; their layers draw from ``key.of(branch, layer)``."""
+        return self._join(
+            [
+                stack.forward(x, training=training, key=None if key is None else key.of(name))
+                for name, stack in self.members
+            ]
+        )
 
     def backward(self, dy: Array) -> Array | None:
-        """Set the gradients of all layers; return that of the input, the sum over the ways."""
-        parts = [
-            part if path is None else path.backward(part)
-            for (_, path), part in zip(self.paths, self._parts_of(dy), strict=True)
-        ]
+        """Set the gradients of all layers; return that of the input, the sum over the branches."""
+        parts = [stack.backward(part) for (_, stack), part in zip(self.members, self._split(dy), strict=True)]
         if not self.needs_input_gradient:
             return None
-        first, *others = parts
-        assert first is not None, "every way gives its input gradient where it is needed"
-        dx = self.workspace.array("dx", first.shape)
-        np.copyto(dx, first)
-        for other in others:
-            assert other is not None, "every way gives its input gradient where it is needed"
-            dx += other
+        dx = self.workspace.array("dx", (len(dy), *self.input_shape))
+        for number, part in enumerate(parts):
+            assert part is not None, "every branch returns its input gradient if it is needed"
+            if number:
+                dx += part
+            else:
+                np.copyto(dx, part)
         return dx
 
-    def _built(self) -> list[tuple[str, Path]]:
-        return [(name, path) for name, path in self.paths if path is not None]
-
     def __str__(self) -> str:
-        ways = "; ".join(", ".join(map(str, layers)) or "as it is" for _, layers in self.ways)
-        return f"{type(self).__name__} ({ways})"
+        branches = "; ".join(", ".join(map(str, stack.layers)) or "identity" for _, stack in self.members)
+        return f"{type(self).__name__} ({branches})"
 
 
 class Residual(Composite):
     """``y = body(x) + shortcut(x)``; without a shortcut the input itself is added.
 
-    The shortcut is for bodies that change the shape: a 1x1 convolution with the same stride. The ReLU behind the sum
-    is a layer of its own. Source: section 8.2.4; He et al. 2015.
+    A body that changes the shape needs a shortcut: a 1x1 convolution with the same stride. The ReLU after the sum is
+    a layer of its own. Source: section 8.2.4; He et al. 2015.
     """
 
     def __init__(self, body: Sequence[Layer], shortcut: Sequence[Layer] = ()) -> None:
@@ -145,8 +94,8 @@ class Residual(Composite):
         body, shortcut = shapes
         if body != shortcut:
             raise UserError(
-                f"the body puts out {show_shape(body)}, the shortcut {show_shape(shortcut)}: expected the same; give a "
-                "shortcut such as [Conv2d(filters, 1, stride=stride)]"
+                f"the body's output is {show_shape(body)}, the shortcut's {show_shape(shortcut)}: expected the same; "
+                "give a shortcut such as [Conv2d(filters, 1, stride=stride)]"
             )
         return body
 
@@ -154,14 +103,14 @@ class Residual(Composite):
         body, shortcut = outputs
         return np.add(body, shortcut, out=self.workspace.array("y", body.shape))
 
-    def _parts_of(self, dy: Array) -> Sequence[Array]:
+    def _split(self, dy: Array) -> Sequence[Array]:
         return [dy, dy]
 
 
 class Branches(Composite):
-    """The outputs of several ways, one after another on the last axis: the module of GoogLeNet ("Inception").
+    """The outputs of several branches, concatenated on the last axis: the module of GoogLeNet ("Inception").
 
-    Ways must agree in all other axes. Source: section 8.2.3; Szegedy et al. 2014.
+    The outputs must agree in all other axes. Source: section 8.2.3; Szegedy et al. 2014.
     """
 
     def __init__(self, *branches: Sequence[Layer]) -> None:
@@ -172,7 +121,9 @@ class Branches(Composite):
     def _joined_shape(self, shapes: Sequence[Shape]) -> Shape:
         if len({shape[:-1] for shape in shapes}) > 1:
             given = ", ".join(show_shape(shape) for shape in shapes)
-            raise UserError(f"the branches put out {given}: expected the same but for the channels; use padding")
+            raise UserError(
+                f"the outputs of the branches are {given}: expected the same but for the channels; use padding"
+            )
         self.widths = [shape[-1] for shape in shapes]
         return (*shapes[0][:-1], sum(self.widths))
 
@@ -180,11 +131,9 @@ class Branches(Composite):
         y = self.workspace.array("y", (*outputs[0].shape[:-1], sum(self.widths)))
         return np.concatenate(outputs, axis=-1, out=y)
 
-    def _parts_of(self, dy: Array) -> Sequence[Array]:
-        parts, start = [], 0
-        for number, width in enumerate(self.widths):
-            part = self.workspace.array(f"part {number}", (*dy.shape[:-1], width))
-            np.copyto(part, dy[..., start : start + width])
-            parts.append(part)
-            start += width
+    def _split(self, dy: Array) -> Sequence[Array]:
+        parts = []
+        for number, view in enumerate(np.split(dy, np.cumsum(self.widths[:-1]), axis=-1)):
+            parts.append(self.workspace.array(f"part {number}", view.shape))
+            np.copyto(parts[-1], view)
         return parts

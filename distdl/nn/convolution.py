@@ -1,16 +1,14 @@
-"""Convolution over images kept as (N, H, W, C).
+"""Convolution over images (N, H, W, C).
 
 N samples, H height and W width of the input, C channels, FN filters, FH and FW the kernel, OH and OW the output; see
 `windows` for their geometry.
 
-The idea (im2col, section 7.4): copy the patch of the image under every position of the kernel into one row
-of a matrix (N * OH * OW, FH * FW * C). The convolution is then one product with the weights (FH * FW * C,
-FN), and its result is already an image (N, OH, OW, FN) again. The matrix transposed on the other side gives
-the weights' gradient. The input's gradient, for stride 1, is itself a convolution: of the padded output
-gradient with the kernel turned by 180 degrees; for other strides the gradients of the patches are added
-back to where they came from (col2im).
+The idea (im2col, section 7.4): copy the patch of the image under every position of the kernel into one row of a matrix
+(N * OH * OW, FH * FW * C). The convolution is then one product with the weights (FH * FW * C, FN), and its result is
+again an image (N, OH, OW, FN). The transposed matrix times the output gradient is the gradient of the weights. For
+stride 1 the input gradient is a convolution too: of the padded output gradient with the kernel flipped along both axes.
+For other strides the gradients of the patches are added back to their pixels (col2im).
 """
-# ruff: noqa: ARG002  every layer's forward takes the same arguments, whether it needs them or not
 
 from __future__ import annotations
 
@@ -18,8 +16,9 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from distdl.errors import UserError
+from distdl.nn.arguments import image_shape, show_shape, whole_number
 from distdl.nn.initializers import He, Initializer, Zeros
-from distdl.nn.layers import Array, Layer, ParameterSpec, Product, Products, Shape, Workspace, show_shape, whole_number
+from distdl.nn.layers import Array, Layer, ParameterSpec, Product, Products, Shape, Workspace, sum_rows
 from distdl.nn.windows import Pair, Window, patches, patches_adjoint, window_of
 from distdl.rng import Key
 
@@ -29,9 +28,9 @@ class Conv2d(Layer):
 
     ``y[n, i, j, f] = b[f] + sum over h, w, c of x[n, i SH + h - PH, j SW + w - PW, c] weight[h, w, c, f]``
 
-    x is (N, H, W, C), the weight (FH, FW, C, FN), the bias (FN,), y is (N, OH, OW, FN). Kernel, stride and
-    padding are one number or a pair (height, width). Where the stride does not divide, the rest is left
-    out, as in PyTorch. With `bias` false there is none, as in front of a `BatchNorm`, which would take it away again.
+    x is (N, H, W, C), the weight (FH, FW, C, FN), the bias (FN,), y is (N, OH, OW, FN). Kernel, stride and padding are
+    one number or a pair (height, width). If the stride does not divide the size, the rest of the image is ignored, as
+    in PyTorch. `bias` false leaves the bias out: a `BatchNorm` that follows would subtract it again.
     Source: sections 7.2 and 7.4.
     """
 
@@ -50,16 +49,15 @@ class Conv2d(Layer):
         self.initializer = initializer or He()
 
     def build(self, input_shape: Shape, dtype: DTypeLike) -> Shape:
-        """The input must be an image (H, W, C), with padding no smaller than the kernel."""
+        """Accept an image (H, W, C) that, with its padding, is at least as large as the kernel."""
         super().build(input_shape, dtype)
         self.output_size = self.window.fitted_size(input_shape, "kernel")
-        H, W, C = input_shape
-        self.size, self.channels = (H, W), C
+        H, W, self.channels = input_shape
+        self.size = (H, W)
         self.backward_workspace = Workspace(dtype)
         return (*self.output_size, self.filters)
 
     def parameter_specs(self) -> list[ParameterSpec]:
-        """Return weight (FH, FW, C, FN) and bias (FN,)."""
         FH, FW = self.window.kernel
         C, FN = self.channels, self.filters
         weight = ParameterSpec("weight", (FH, FW, C, FN), self.initializer, fan_in=FH * FW * C)
@@ -74,7 +72,6 @@ class Conv2d(Layer):
         return Products(forward=(Product(rows, patch, FN),), backward=(Product(patch, rows, FN), *dx))
 
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
-        """Return the filtered images, (N, OH, OW, FN)."""
         self.patches = patches(x, self.window, self.workspace)
         weight = self.parameters["weight"].reshape(-1, self.filters)  # FH * FW * C, FN
         y = self.workspace.array("y", (len(self.patches), self.filters))
@@ -84,29 +81,27 @@ class Conv2d(Layer):
         return y.reshape(len(x), *self.output_size, self.filters)
 
     def backward(self, dy: Array) -> Array | None:
-        """Set the gradients of weight and bias; return that of the input, (N, H, W, C)."""
         d = dy.reshape(-1, self.filters)  # N * OH * OW, FN
         np.matmul(self.patches.T, d, out=self.gradients["weight"].reshape(-1, self.filters))
         if self.bias:
-            ones = self.workspace.array("ones", (len(d),), fill=1)
-            np.matmul(ones, d, out=self.gradients["bias"])
+            sum_rows(d, self.workspace, out=self.gradients["bias"])
         if not self.needs_input_gradient:
             return None
-        return self._turned_convolution(dy) if self.window.stride == (1, 1) else self._scattered(d)
+        return self._by_flipped_kernel(dy) if self.window.stride == (1, 1) else self._by_scattering(d)
 
-    def _turned_convolution(self, dy: Array) -> Array:
-        """Return the input's gradient for stride 1: patches of the padded dy times the turned kernel."""
+    def _by_flipped_kernel(self, dy: Array) -> Array:
+        """Return the input gradient for stride 1: patches of the padded dy times the flipped kernel."""
         (FH, FW), (PH, PW) = self.window.kernel, self.window.padding
         around = Window((FH, FW), padding=(FH - 1 - PH, FW - 1 - PW))
         d_patches = patches(dy, around, self.backward_workspace)  # N * H * W, FH * FW * FN
-        turned = self.workspace.array("turned", (FH, FW, self.filters, self.channels))
-        np.copyto(turned, self.parameters["weight"][::-1, ::-1].swapaxes(2, 3))
+        flipped = self.workspace.array("flipped", (FH, FW, self.filters, self.channels))
+        np.copyto(flipped, self.parameters["weight"][::-1, ::-1].swapaxes(2, 3))
         dx = self.workspace.array("dx", (len(d_patches), self.channels))
-        np.matmul(d_patches, turned.reshape(-1, self.channels), out=dx)
+        np.matmul(d_patches, flipped.reshape(-1, self.channels), out=dx)
         return dx.reshape(len(dy), *self.size, self.channels)
 
-    def _scattered(self, d: Array) -> Array:
-        """Return the input's gradient for any stride: gradients of the patches, added back."""
+    def _by_scattering(self, d: Array) -> Array:
+        """Return the input gradient for any stride: the gradients of the patches, added back."""
         weight = self.parameters["weight"].reshape(-1, self.filters)
         d_patches = self.backward_workspace.array("patches", self.patches.shape)
         np.matmul(d, weight.T, out=d_patches)
@@ -117,11 +112,11 @@ class Conv2d(Layer):
 
 
 class ConvTranspose2d(Layer):
-    """Transposed convolution: the adjoint of `Conv2d` by its input, which makes images larger.
+    """Transposed convolution: the adjoint of `Conv2d` with respect to its input; it enlarges images.
 
     Each pixel of the input adds its multiple of the kernel to the output: with x (N, H, W, C), weight (FH, FW, FN, C)
     and bias (FN,), ``y[n, i SH + h - PH, j SW + w - PW, f] += sum over c of x[n, i, j, c] weight[h, w, f, c]``. The
-    output is (N, OH, OW, FN) with ``OH = (H - 1) SH + FH - 2 PH``, and OW alike. Source: section 8.4 (FCN); Dumoulin
+    output is (N, OH, OW, FN) with ``OH = (H - 1) SH + FH - 2 PH``; OW is alike. Source: section 8.4 (FCN); Dumoulin
     and Visin, *A guide to convolution arithmetic*, 2016.
     """
 
@@ -139,22 +134,19 @@ class ConvTranspose2d(Layer):
         self.initializer = initializer or He()
 
     def build(self, input_shape: Shape, dtype: DTypeLike) -> Shape:
-        """The input must be an image (H, W, C), the output at least one pixel."""
+        """Accept an image (H, W, C) whose output has at least one pixel."""
         super().build(input_shape, dtype)
-        if len(input_shape) != 3:
-            raise UserError(f"input {show_shape(input_shape)} is not an image; expected height x width x channels")
-        H, W, self.channels = input_shape
+        H, W, self.channels = image_shape(input_shape)
         (FH, FW), (SH, SW), (PH, PW) = self.window.kernel, self.window.stride, self.window.padding
         self.size, self.output_size = (H, W), ((H - 1) * SH + FH - 2 * PH, (W - 1) * SW + FW - 2 * PW)
         if min(self.output_size) < 1:
-            raise UserError(f"the padding leaves nothing of the output for {show_shape(input_shape)}; give less")
+            raise UserError(f"the padding removes the whole output for {show_shape(input_shape)}; give less padding")
         self.backward_workspace = Workspace(dtype)
         return (*self.output_size, self.filters)
 
     def parameter_specs(self) -> list[ParameterSpec]:
-        """Return weight (FH, FW, FN, C) and bias (FN,)."""
         (FH, FW), (SH, SW) = self.window.kernel, self.window.stride
-        fan_in = max(1, FH * FW * self.channels // (SH * SW))  # what one pixel of the output is summed from
+        fan_in = max(1, FH * FW * self.channels // (SH * SW))  # the number of products in one output pixel
         return [
             ParameterSpec("weight", (FH, FW, self.filters, self.channels), self.initializer, fan_in=fan_in),
             ParameterSpec("bias", (self.filters,), Zeros(), fan_in=fan_in, decay=False),
@@ -168,7 +160,6 @@ class ConvTranspose2d(Layer):
         return Products(forward=(Product(rows, C, patch),), backward=(Product(patch, rows, C), *dx))
 
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
-        """Return the larger images, (N, OH, OW, FN)."""
         self.pixels = x.reshape(-1, self.channels)
         weight = self.parameters["weight"].reshape(-1, self.channels)  # FH * FW * FN, C
         spread = self.workspace.array("spread", (len(self.pixels), len(weight)))
@@ -177,12 +168,9 @@ class ConvTranspose2d(Layer):
         return np.add(sums, self.parameters["bias"], out=self.workspace.array("y", sums.shape))
 
     def backward(self, dy: Array) -> Array | None:
-        """Set the gradients of weight and bias; return that of the input, (N, H, W, C)."""
         d = patches(dy, self.window, self.backward_workspace)  # N * H * W, FH * FW * FN
         np.matmul(d.T, self.pixels, out=self.gradients["weight"].reshape(-1, self.channels))
-        flat = dy.reshape(-1, self.filters)
-        ones = self.workspace.array("ones", (len(flat),), fill=1)
-        np.matmul(ones, flat, out=self.gradients["bias"])
+        sum_rows(dy.reshape(-1, self.filters), self.workspace, out=self.gradients["bias"])
         if not self.needs_input_gradient:
             return None
         dx = self.workspace.array("dx", (len(d), self.channels))

@@ -1,89 +1,90 @@
-"""The fast form of convolutional parts: convolution, ReLU and 2x2 max-pooling as one block, blocks in chains.
+"""The fast form of convolutional parts: blocks of convolution, ReLU and 2x2 max-pooling, connected in chains.
 
-The plain layers copy every patch and walk over every activation several times. A block computes the same with
-less work and long contiguous runs, and hands its output to the next block in the layout that it wants.
+The plain layers copy every patch and walk over every activation several times. A block computes the same with less
+work and in long contiguous runs. It writes its output in the layout that the next block reads.
 
-Layout. Inside a chain an image is kept as four *parity planes*: pixel (2i + a, 2j + b) of the padded image lies in
+Layout: inside a chain an image is four *parity planes*. Pixel (2i + a, 2j + b) of the padded image is in
 ``planes[a, b, i, j]``, an array (2, 2, TH, TW, N, C). So every second row or column is a contiguous run, and a 2x2
-window is one element of each plane. The four views of an image by parity are its *quarters*; blocks read and write
-each other's quarters, and NHWC arrays have them too, so layout changes happen where data moves anyway.
+window is one element of each plane. The four views of an image by parity are its *quarters*. Blocks read and write each
+other's quarters. NHWC arrays have quarters too, so the layout changes during copies that are needed anyway.
 
-Two algorithms, chosen by shape alone:
+The shape alone chooses between two algorithms:
 
 - `WinogradBlock`, 3x3 with stride 1: F(2x2, 3x3) of Lavin and Gray, *Fast algorithms for convolutional neural
-  networks*, 2016. Each 2x2 tile of the output comes from a 4x4 tile of the input by 16 products instead of 36.
-- `PatchBlock`, the first layer, any kernel with stride 1: patches element by element (K, M) instead of patch by patch
-  (M, K), which with few channels is what makes long runs; no gradient by the input is ever needed.
+  networks*, 2016. It computes each 2x2 tile of the output from a 4x4 tile of the input by 16 products instead of 36.
+- `PatchBlock`, the first layer, any kernel with stride 1: patches as a matrix (K, M) with one row per kernel element,
+  not (M, K). With few channels this gives long runs. The first layer never needs an input gradient.
 
-N samples of a tile, C channels, F filters, FH and FW the kernel, OH and OW the convolution's output, T the 2x2 tiles of
-the output along an axis, K = FH FW C.
+N samples of a tile, C channels, F filters, FH and FW the kernel, OH and OW the convolution's output, TH and TW the 2x2
+tiles of this output along its axes, PH and PW the padding or the pooled output, K = FH FW C.
 """
-
-# ruff: noqa: ARG002  blocks have one interface; what lies a tile in one is of one tile at a time in another
 
 from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from distdl.nn.activations import ReLU
 from distdl.nn.convolution import Conv2d
-from distdl.nn.layers import Array, Layer, Workspace
+from distdl.nn.layers import Array, Layer, Watch, Workspace
 from distdl.nn.pooling import MaxPool2d
 from distdl.nn.windows import Window
 
-Watch = Callable[[str, str | None], None]
+Parity: TypeAlias = tuple[int, int]
+PARITIES: tuple[Parity, ...] = ((0, 0), (0, 1), (1, 0), (1, 1))
 
-Quarters = list[list[Array]]
-"""Four views of an image by the parity of row and column: ``quarters[a][b]``, (rows, columns, N, C)."""
+Quarters: TypeAlias = dict[Parity, Array]
+"""Four views (rows, columns, N, C) of an image, by the parity of row and column."""
 
-#: Rows of the transforms: of the kernel (G), and the products of both axes at once.
+#: The transform G of the kernel along one axis, and of both axes at once.
 _G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 _GG = np.einsum("ia,jb->ijab", _G, _G).reshape(16, 9)
 
 #: A tile's working set should stay in the caches of one core.
 TILE_BYTES = 2**22
 LARGEST_TILE = 16
-#: From this many channels on, a first layer of 3x3 is better transformed than copied patch by patch.
+#: From this number of channels on, Winograd is faster than patches for a first layer of 3x3.
 FEW_CHANNELS = 8
-#: Floats in two of the widest vector registers: the width of a product that OpenBLAS computes at its best.
+#: Floats in two of the widest vector registers: OpenBLAS is fastest if a product's width is a multiple of it.
 BLAS_WIDTH = 16
 MOST_LANES_PER_FILTER = 9 / 8
 
 
 def quarters_of(image: Array) -> Quarters:
     """Return the quarters of an image whose first two axes are rows and columns."""
-    return [[image[a::2, b::2] for b in (0, 1)] for a in (0, 1)]
+    return {(a, b): image[a::2, b::2] for a, b in PARITIES}
 
 
-def rows_first(nhwc: Array) -> Array:
-    """Return (N, H, W, C) as a view (H, W, N, C)."""
-    return nhwc.transpose(1, 2, 0, 3)
+def quarters_of_nhwc(images: Array) -> Quarters:
+    """Return the quarters of images (N, H, W, C)."""
+    return quarters_of(images.transpose(1, 2, 0, 3))
 
 
 class Block(ABC):
-    """A convolution, and the ReLU and the 2x2 max-pooling behind it where they are there.
+    """A convolution, with the ReLU and the 2x2 max-pooling that follow it, if any.
 
-    One block serves all tiles of a micro-batch: what it keeps from `forward` to `backward` lies in a workspace a tile.
-    Weight gradients are summed over the tiles; `finish` writes them to the layer.
+    One block processes all tiles of a micro-batch. Each tile has a workspace for the arrays that `backward` reads.
+    The block sums the weight gradients over the tiles; `finish` writes them to the layer.
     """
 
     bias_after_pooling = False
-    """Whether `_products` leaves the bias out where there is pooling: added after it, it is a quarter of the work."""
+    """Whether `_products` leaves the bias out if pooling follows: adding it later is a quarter of the work."""
 
     def __init__(self, conv: Conv2d, name: str, *, relu: bool, pool: bool) -> None:
         self.conv, self.name, self.relu, self.pool = conv, name, relu, pool
         (self.H, self.W), (self.OH, self.OW) = conv.size, conv.output_size
-        self.C, self.F = conv.channels, conv.filters
+        self.C, self.F, self.K = conv.channels, conv.filters, conv.parameters["weight"].size // conv.filters
         self.lanes = self._lanes()
         self.TH, self.TW = -(-self.OH // 2), -(-self.OW // 2)
         self.output_size = (self.OH // 2, self.OW // 2) if pool else (self.OH, self.OW)
         self.dtype = conv.parameters["weight"].dtype
         self._own = Workspace(self.dtype)
+        self._views: dict[tuple[Workspace, int], list[tuple[Array, Array]]] = {}
         self._tiles_summed = 0
 
     @property
@@ -92,20 +93,20 @@ class Block(ABC):
         """The working set of one sample."""
 
     def _lanes(self) -> int:
-        """Return how many filters the planes have room for; those beyond F are zero and seen by nobody."""
+        """Return the number of filters that the planes hold; those beyond F are zero and never leave the block."""
         return self.F
 
     @abstractmethod
     def prepare(self) -> None:
-        """Derive from the weights what all tiles use."""
+        """Derive data from the weights that all tiles use."""
 
     @abstractmethod
     def input_quarters(self, tile: Workspace, N: int) -> Quarters:
-        """Return where the input image goes."""
+        """Return the quarters to which the input image is written."""
 
-    @abstractmethod
     def gradient_quarters(self, tile: Workspace, N: int) -> Quarters:
-        """Return where `backward` leaves the gradient by the input image."""
+        """Return the quarters in which `backward` leaves the gradient with respect to the input image."""
+        raise NotImplementedError
 
     @abstractmethod
     def _products(self, tile: Workspace, N: int, y: Array) -> None:
@@ -113,24 +114,23 @@ class Block(ABC):
 
     @abstractmethod
     def _gradients(self, tile: Workspace, N: int) -> None:
-        """Compute the gradients from that by the output, which lies in `_dy`."""
+        """Compute the gradients from the output gradient in `_dy`."""
 
     @abstractmethod
     def _dy(self, tile: Workspace, N: int) -> Array:
-        """Return where the gradient by the convolution's output goes, (2, 2, TH, TW, N, lanes)."""
+        """Return the array for the gradient with respect to the convolution's output, (2, 2, TH, TW, N, lanes)."""
 
     @abstractmethod
     def finish(self) -> None:
         """Write the gradients of weight and bias, summed over the tiles."""
 
     def forward(self, tile: Workspace, N: int, output: Quarters) -> None:
-        """Compute the block's output from what lies in `input_quarters`."""
+        """Compute the block's output from the image in `input_quarters`."""
         y = self._y(tile, N)
         self._products(tile, N, y)
         if not self.pool:
-            for a in (0, 1):
-                for b in (0, 1):
-                    self._activate(self._valid(y, a, b), output[a][b])
+            for parity in PARITIES:
+                self._activate(self._valid(y, parity), output[parity])
             return
         h, p = self._maxima(tile, N)
         valid = self._pooled(y)
@@ -139,19 +139,16 @@ class Block(ABC):
         if self.bias_after_pooling and self.conv.bias:
             p += self._bias(N)
         self._activate(p, p)
-        for a in (0, 1):
-            for b in (0, 1):
-                np.copyto(output[a][b], p[a::2, b::2, :, : self.F])
+        _copy(quarters_of(p[..., : self.F]), output)
 
     def backward(self, tile: Workspace, N: int, d_output: Quarters) -> None:
-        """Add to the weights' gradients, and leave that by the input in `gradient_quarters`."""
+        """Add to the weights' gradients, and leave the input gradient in `gradient_quarters`."""
         y, dy = self._y(tile, N), self._dy(tile, N)
         if self.pool:
             self._unpool(tile, N, d_output, y, dy)
         else:
-            for a in (0, 1):
-                for b in (0, 1):
-                    self._pass_on(self._valid(y, a, b), d_output[a][b], self._valid(dy, a, b))
+            for parity in PARITIES:
+                self._pass_gradient(self._valid(y, parity), d_output[parity], self._valid(dy, parity))
         self._gradients(tile, N)
         self._tiles_summed += 1
 
@@ -159,12 +156,12 @@ class Block(ABC):
         return f"{self.conv}{' + ReLU' * self.relu}{' + MaxPool2d 2x2' * self.pool} ({type(self).__name__})"
 
     def _unpool(self, tile: Workspace, N: int, d_output: Quarters, y: Array, dy: Array) -> None:
-        """Give the gradient of each window to its first maximum: the first row that has it, and there the first."""
+        """Give the gradient of each window to its first maximum: the first row with it, and its first pixel there."""
         h, p = self._maxima(tile, N)
         d = self._own.array("d", p.shape)
-        for a in (0, 1):
-            for b in (0, 1):
-                self._pass_on(p[a::2, b::2], d_output[a][b], d[a::2, b::2])
+        maxima, d_maxima = quarters_of(p), quarters_of(d)
+        for parity in PARITIES:
+            self._pass_gradient(maxima[parity], d_output[parity], d_maxima[parity])
         dh = self._own.array("dh", h.shape)
         wins = self._own.array("wins", p.shape, dtype=np.bool_)
         np.greater_equal(h[0], h[1], out=wins)
@@ -183,8 +180,8 @@ class Block(ABC):
         elif output is not y:
             np.copyto(output, y)
 
-    def _pass_on(self, y: Array, d_output: Array, dy: Array) -> None:
-        """Write the gradient before the ReLU, whose sign is that of `y`."""
+    def _pass_gradient(self, y: Array, d_output: Array, dy: Array) -> None:
+        """Write the gradient before the ReLU; the sign of the ReLU's input is that of `y`."""
         if self.lanes > self.F:
             np.copyto(dy[..., : self.F], d_output)
             d_output = dy  # long runs from here on
@@ -196,7 +193,7 @@ class Block(ABC):
         np.multiply(d_output, positive, out=dy)
 
     def _bias(self, N: int) -> Array:
-        """Return the bias once a sample, (N, F): longer runs to add than F alone."""
+        """Return the bias once per sample, (N, F): longer runs to add than F alone."""
         bias = self._own.array("bias", (N, self.F))
         np.copyto(bias, self.conv.parameters["bias"])
         return bias
@@ -206,55 +203,56 @@ class Block(ABC):
 
     def _maxima(self, tile: Workspace, N: int) -> tuple[Array, Array]:
         """Return the maxima of each row of a window, (2, PH, PW, N, lanes), and of the window, (PH, PW, N, lanes)."""
-        PH, PW = self.output_size
-        return (
-            tile.array(f"h {id(self)}", (2, PH, PW, N, self.lanes)),
-            tile.array(f"p {id(self)}", (PH, PW, N, self.lanes)),
-        )
+        shape = (*self.output_size, N, self.lanes)
+        return tile.array(f"h {id(self)}", (2, *shape)), tile.array(f"p {id(self)}", shape)
 
-    def _valid(self, planes: Array, a: int, b: int) -> Array:
-        """Return what of a plane is inside the image; of an odd size the last tile is only half used."""
+    def _valid(self, planes: Array, parity: Parity) -> Array:
+        """Return the part of a plane inside the image; if the size is odd, the image covers half of the last tile."""
+        a, b = parity
         return planes[a, b, : (self.OH + 1 - a) // 2, : (self.OW + 1 - b) // 2]
 
     def _pooled(self, planes: Array) -> Array:
-        """Return what of the planes belongs to whole windows."""
+        """Return the part of the planes that belongs to whole windows."""
         return planes[:, :, : self.OH // 2, : self.OW // 2]
 
+    def _quarters(self, planes: Array) -> Quarters:
+        """Return the quarters of the input image inside the planes (2, 2, TH, TW, ...) of the padded image.
 
-def padded_quarters(planes: Array, size: tuple[int, int], padding: tuple[int, int]) -> Quarters:
-    """Return the quarters of the image (H, W) inside the planes of that image with its margin.
+        Pixel (r, c) of the image is pixel (r + PH, c + PW) of the padded image.
+        """
+        PH, PW = self.conv.window.padding
 
-    `planes` are (2, 2, TH, TW, ...): pixel (r, c) of the image is pixel (r + PH, c + PW) with its margin.
-    """
-    (H, W), (PH, PW) = size, padding
-    return [
-        [
-            planes[
-                (a + PH) % 2,
-                (b + PW) % 2,
-                (a + PH) // 2 : (a + PH) // 2 + (H + 1 - a) // 2,
-                (b + PW) // 2 : (b + PW) // 2 + (W + 1 - b) // 2,
-            ]
-            for b in (0, 1)
-        ]
-        for a in (0, 1)
-    ]
+        def inside(parity: int, padding: int, size: int) -> slice:
+            start = (parity + padding) // 2
+            return slice(start, start + (size + 1 - parity) // 2)
+
+        return {
+            (a, b): planes[(a + PH) % 2, (b + PW) % 2, inside(a, PH, self.H), inside(b, PW, self.W)]
+            for a, b in PARITIES
+        }
+
+    def _add_product(self, x: Array, dy: Array, total: Array) -> None:
+        """Add the product to `total`, a gradient of the weights; the first tile overwrites it."""
+        if not self._tiles_summed:
+            np.matmul(x, dy, out=total)
+            return
+        part = self._own.array("of a tile", total.shape)
+        np.matmul(x, dy, out=part)
+        np.add(total, part, out=total)
 
 
 class PatchBlock(Block):
     """The first convolution: one product of patches (K + 1, M) with weights, M = 4 TH TW N outputs.
 
-    The last row of the patches is all ones, so that the bias is one more weight, in both directions.
+    The last row of the patches is all ones. So the bias is one more weight, in both directions.
     """
 
     @property
     def bytes_per_sample(self) -> int:
-        """The patches and the outputs of one sample."""
-        K = self.conv.parameters["weight"].size // self.F
-        return 4 * self.TH * self.TW * (K + 1 + self.lanes) * self.dtype.itemsize
+        return 4 * self.TH * self.TW * (self.K + 1 + self.lanes) * self.dtype.itemsize
 
     def _lanes(self) -> int:
-        """Return F, or a few more where that makes the width one for which BLAS is made: 32 is faster than 30."""
+        """Return F, or a few more if that makes a width for which BLAS is fast: 32 is faster than 30."""
         full = -(-self.F // BLAS_WIDTH) * BLAS_WIDTH
         return full if full <= self.F * MOST_LANES_PER_FILTER else self.F
 
@@ -266,43 +264,38 @@ class PatchBlock(Block):
             weights[-1, : self.F] = self.conv.parameters["bias"]
 
     def _weights(self, name: str) -> Array:
-        return self._own.array(name, (self.conv.parameters["weight"].size // self.F + 1, self.lanes))
+        return self._own.array(name, (self.K + 1, self.lanes))
 
     def _planes(self, tile: Workspace, N: int) -> Array:
-        """Return the planes of the padded input, channel by channel: (C, 2, 2, TH + FH / 2, TW + FW / 2, N)."""
+        """Return the planes of the padded input, one channel after another: (C, 2, 2, TH + FH / 2, TW + FW / 2, N)."""
         FH, FW = self.conv.window.kernel
         return tile.array(f"x {id(self)}", (self.C, 2, 2, self.TH + FH // 2, self.TW + FW // 2, N))
 
     def input_quarters(self, tile: Workspace, N: int) -> Quarters:
-        """Return where the input image goes."""
-        planes = self._planes(tile, N).transpose(1, 2, 3, 4, 5, 0)
-        return padded_quarters(planes, (self.H, self.W), self.conv.window.padding)
-
-    def gradient_quarters(self, tile: Workspace, N: int) -> Quarters:
-        """There is none: nothing in front has parameters."""
-        raise AssertionError("the first layer needs no gradient by its input")
+        return self._quarters(self._planes(tile, N).transpose(1, 2, 3, 4, 5, 0))
 
     def _patches(self, tile: Workspace, N: int) -> Array:
-        K = self.conv.parameters["weight"].size // self.F
-        return tile.array(f"patches {id(self)}", (K + 1, 2, 2, self.TH, self.TW, N), fill=1)
+        return tile.array(f"patches {id(self)}", (self.K + 1, 2, 2, self.TH, self.TW, N), fill=1)
 
     def _products(self, tile: Workspace, N: int, y: Array) -> None:
         patches = self._patches(tile, N)
-        for seen, elements in tile.kept(f"seen {id(self)} {N}", lambda: self._seen(tile, N)):
-            np.copyto(elements, seen)
+        if (tile, N) not in self._views:
+            self._views[tile, N] = self._copies(tile, N)
+        for pixels, elements in self._views[tile, N]:
+            np.copyto(elements, pixels)
         np.matmul(patches.reshape(len(patches), -1).T, self._weights("weights"), out=y.reshape(-1, self.lanes))
 
-    def _seen(self, tile: Workspace, N: int) -> list[tuple[Array, Array]]:
-        """Return pairs of views: what kernel elements see of the input, and where that goes among the patches.
+    def _copies(self, tile: Workspace, N: int) -> list[tuple[Array, Array]]:
+        """Return pairs of views: the input pixels under some kernel elements, and their place among the patches.
 
-        Element (i, j) at the outputs of parity (a, b) sees the plane of parity (a + i, b + j), shifted by half of
-        that. So elements two rows or columns apart see the same plane, shifted by one, and are copied in one go.
+        Element (i, j) at the outputs of parity (a, b) reads the plane of parity (a + i, b + j), shifted by half of
+        that. So elements two rows or columns apart read the same plane, shifted by one. One copy serves all of them.
         """
         FH, FW = self.conv.window.kernel
         planes, TH, TW = self._planes(tile, N), self.TH, self.TW
         patches = self._patches(tile, N)[:-1].reshape(FH, FW, self.C, 2, 2, TH, TW, N)
         pairs = []
-        for i, j, a, b in itertools.product(range(min(FH, 2)), range(min(FW, 2)), (0, 1), (0, 1)):
+        for i, j, (a, b) in itertools.product(range(min(FH, 2)), range(min(FW, 2)), PARITIES):
             elements = patches[i::2, j::2, :, a, b]
             up, left = (a + i) // 2, (b + j) // 2
             plane = planes[:, (a + i) % 2, (b + j) % 2, up : up + TH + (FH - 1 - i) // 2]
@@ -311,19 +304,14 @@ class PatchBlock(Block):
         return pairs
 
     def _dy(self, tile: Workspace, N: int) -> Array:
-        # Where the image is odd, the other half of the last tiles must stay zero.
+        # If the image is odd, the other half of the last tiles must stay zero.
         return self._own.array("dy", (2, 2, self.TH, self.TW, N, self.lanes))
 
     def _gradients(self, tile: Workspace, N: int) -> None:
         patches, dy = self._patches(tile, N), self._dy(tile, N)
-        total, part = self._weights("d_weights"), self._weights("d_weights of a tile")
-        out = part if self._tiles_summed else total
-        np.matmul(patches.reshape(len(patches), -1), dy.reshape(-1, self.lanes), out=out)
-        if self._tiles_summed:
-            np.add(total, part, out=total)
+        self._add_product(patches.reshape(len(patches), -1), dy.reshape(-1, self.lanes), self._weights("d_weights"))
 
     def finish(self) -> None:
-        """Write the gradients of weight and bias."""
         total = self._weights("d_weights")
         np.copyto(self.conv.gradients["weight"].reshape(-1, self.F), total[:-1, : self.F])
         if self.conv.bias:
@@ -334,10 +322,9 @@ class PatchBlock(Block):
 class WinogradBlock(Block):
     """A 3x3 convolution with stride 1: transform input tiles, 16 products, transform back.
 
-    For one axis, with an input tile r0 .. r3, the transformed tile is v = (r0 - r2, r1 + r2, r2 - r1, r1 - r3);
-    from the products m the outputs are (m0 + m1 + m2, m1 - m2 - m3). Backwards the gradient by m is
-    (d0, d0 + d1, d0 - d1, -d1); we keep d1 in place of -d1 and turn the sign of what it is multiplied with, the
-    weights' transform.
+    Along one axis, an input tile r0 .. r3 is transformed to v = (r0 - r2, r1 + r2, r2 - r1, r1 - r3). The outputs are
+    (m0 + m1 + m2, m1 - m2 - m3), from the products m. Backward, the gradient with respect to m is
+    (d0, d0 + d1, d0 - d1, -d1). We store d1 instead of -d1 and change the sign of its factor, the transformed weights.
 
     The input is transformed one row frequency at a time, so that its working set stays in the cache.
     """
@@ -346,30 +333,25 @@ class WinogradBlock(Block):
 
     @property
     def bytes_per_sample(self) -> int:
-        """One row frequency of transformed inputs and products, and the outputs."""
         return self.TH * self.TW * (4 * self.C + 8 * self.F) * self.dtype.itemsize
 
     def prepare(self) -> None:
-        """Transform the weights: U = G w G', and its transpose with turned signs for the way back."""
+        """Transform the weights: U = G w G', and its transpose with changed signs for `backward`."""
         C, F = self.C, self.F
         U, UT = self._own.array("U", (4, 4, C, F)), self._own.array("UT", (4, 4, F, C))
         weight = self.conv.parameters["weight"].reshape(9, C * F)
         np.matmul(_GG.astype(self.dtype), weight, out=U.reshape(16, C * F))
         np.copyto(UT, U.swapaxes(2, 3))
-        _turn_signs(UT)
+        _change_signs(UT)
 
     def _planes(self, tile: Workspace, N: int, name: str) -> Array:
         return tile.array(name, (2, 2, self.TH + 1, self.TW + 1, N, self.C))
 
     def input_quarters(self, tile: Workspace, N: int) -> Quarters:
-        """Return where the input image goes."""
-        planes = self._planes(tile, N, f"x {id(self)}")
-        return padded_quarters(planes, (self.H, self.W), self.conv.window.padding)
+        return self._quarters(self._planes(tile, N, f"x {id(self)}"))
 
     def gradient_quarters(self, tile: Workspace, N: int) -> Quarters:
-        """Return where `backward` leaves the gradient by the input image."""
-        planes = self._planes(self._own, N, "dx")
-        return padded_quarters(planes, (self.H, self.W), self.conv.window.padding)
+        return self._quarters(self._planes(self._own, N, "dx"))
 
     def _transformed(self, tile: Workspace, N: int) -> Array:
         return tile.array(f"V {id(self)}", (4, 4, self.TH, self.TW, N, self.C))
@@ -421,48 +403,41 @@ class WinogradBlock(Block):
             np.add(one, other, out=total)
             np.subtract(one, other, out=difference)
         V, D = self._transformed(tile, N).reshape(16, -1, C), D.reshape(16, -1, F)
-        d_U, d_bias = self._own.array("d_U", (16, C, F)), self._own.array("d_bias", (F,))
         ones = self._own.array("ones", (D.shape[1],), fill=1)
-        if self._tiles_summed:
-            part, bias_part = self._own.array("d_U of a tile", (16, C, F)), self._own.array("d_bias of a tile", (F,))
-            np.matmul(V.swapaxes(1, 2), D, out=part)
-            np.add(d_U, part, out=d_U)
-            np.matmul(ones, D[5], out=bias_part)
-            np.add(d_bias, bias_part, out=d_bias)
-        else:
-            np.matmul(V.swapaxes(1, 2), D, out=d_U)
-            np.matmul(ones, D[5], out=d_bias)  # frequency (1, 1) is the sum of the four outputs' gradients
+        self._add_product(V.swapaxes(1, 2), D, self._own.array("d_U", (16, C, F)))
+        # Frequency (1, 1) is the sum of the gradients of the four outputs.
+        self._add_product(ones, D[5], self._own.array("d_bias", (F,)))
         if self.conv.needs_input_gradient:
             np.matmul(D, self._own.array("UT", (4, 4, F, C)).reshape(16, F, C), out=V)
             self._transform_back(self._transformed(tile, N), self._planes(self._own, N, "dx"), N)
 
     def _transform_back(self, V: Array, dx: Array, N: int) -> None:
-        """Add up what each pixel of the input gets from the tiles it is in: along rows, then along columns."""
+        """Add up the gradients that each input pixel gets from its tiles: along rows, then along columns."""
         rows = self._own.array("d_rows", (4, 2, self.TH, self.TW + 1, N, self.C))
         _overlap([V[:, k] for k in range(4)], even=rows[:, 0], odd=rows[:, 1], axis=2)
         _overlap(list(rows), even=dx[0], odd=dx[1], axis=1)
 
     def finish(self) -> None:
-        """Transform the weights' gradient back, G' dU G, and write it and the bias's."""
+        """Transform the weights' gradient back, G' dU G; write it and the gradient of the bias."""
         C, F = self.C, self.F
         d_U = self._own.array("d_U", (16, C, F))
-        _turn_signs(d_U.reshape(4, 4, C, F))
+        _change_signs(d_U.reshape(4, 4, C, F))
         np.matmul(_GG.T.astype(self.dtype), d_U.reshape(16, C * F), out=self.conv.gradients["weight"].reshape(9, C * F))
         if self.conv.bias:
             np.copyto(self.conv.gradients["bias"], self._own.array("d_bias", (F,)))
         self._tiles_summed = 0
 
 
-def _turn_signs(transform: Array) -> None:
-    """Turn the sign where just one of the two frequencies is the last."""
+def _change_signs(transform: Array) -> None:
+    """Change the sign if exactly one of the two frequencies is the last."""
     transform[3, :3] *= -1
     transform[:3, 3] *= -1
 
 
 def _overlap(v: Sequence[Array], *, even: Array, odd: Array, axis: int) -> None:
-    """Add the gradients by neighbouring input tiles, which share two pixels, along one axis.
+    """Add the gradients of neighbouring input tiles, which share two pixels, along one axis.
 
-    A tile's pixels get (v0, v1 - v2 + v3, v1 + v2 - v0, -v3); its third and fourth are the next one's first and second.
+    A tile's pixels get (v0, v1 - v2 + v3, v1 + v2 - v0, -v3). The last two are the next tile's first two.
     """
     T = v[0].shape[axis]
 
@@ -485,9 +460,9 @@ def _overlap(v: Sequence[Array], *, even: Array, odd: Array, axis: int) -> None:
 
 
 class Chain:
-    """Blocks in a row, run over tiles of a few samples so that what they work on stays in the cache.
+    """Blocks in a row, run over tiles of a few samples so that their working set stays in the cache.
 
-    The tile's size follows from the shapes alone. Images come in and go out as (N, H, W, C).
+    The shapes alone determine the tile's size. Images enter and leave as (N, H, W, C).
     """
 
     def __init__(self, blocks: Sequence[Block]) -> None:
@@ -498,7 +473,6 @@ class Chain:
         self.tile_size = min(max(TILE_BYTES // largest, 4), LARGEST_TILE)
 
     def prepare(self) -> None:
-        """Derive from the parameters what `forward` and `backward` use."""
         for block in self.blocks:
             block.prepare()
 
@@ -507,22 +481,22 @@ class Chain:
         y = self._own.array("y", (len(x), *self.blocks[-1].output_size, self.blocks[-1].F))
         for tile, rows in self._tiles_of(len(x)):
             N = rows.stop - rows.start
-            _copy(quarters_of(rows_first(x[rows])), self.blocks[0].input_quarters(tile, N))
-            for block, behind in zip(self.blocks, [*self.blocks[1:], None], strict=True):
-                output = quarters_of(rows_first(y[rows])) if behind is None else behind.input_quarters(tile, N)
+            _copy(quarters_of_nhwc(x[rows]), self.blocks[0].input_quarters(tile, N))
+            for block, following in zip(self.blocks, [*self.blocks[1:], None], strict=True):
+                output = following.input_quarters(tile, N) if following else quarters_of_nhwc(y[rows])
                 block.forward(tile, N, output)
                 if watch:
                     watch("forward", block.name)
         return y
 
     def backward(self, dy: Array, *, watch: Watch | None = None) -> Array | None:
-        """Set the gradients of all blocks; return that of the input where anything in front needs it."""
+        """Set the gradients of all blocks; return that of the input if a layer in front needs it."""
         first = self.blocks[0]
         wanted = first.conv.needs_input_gradient
         dx = self._own.array("dx", (len(dy), first.H, first.W, first.C)) if wanted else None
         for tile, rows in self._tiles_of(len(dy)):
             N = rows.stop - rows.start
-            d = quarters_of(rows_first(dy[rows]))
+            d = quarters_of_nhwc(dy[rows])
             for block in reversed(self.blocks):
                 block.backward(tile, N, d)
                 if watch:
@@ -530,13 +504,13 @@ class Chain:
                 if block is not first or wanted:
                     d = block.gradient_quarters(tile, N)
             if dx is not None:
-                _copy(d, quarters_of(rows_first(dx[rows])))
+                _copy(d, quarters_of_nhwc(dx[rows]))
         for block in self.blocks:
             block.finish()
         return dx
 
     def _tiles_of(self, N: int) -> list[tuple[Workspace, slice]]:
-        """Return the tiles of a micro-batch, as equal as can be, and the workspace of each."""
+        """Return the tiles of a micro-batch, as equal as possible, and the workspace of each."""
         count = -(-N // self.tile_size)
         while len(self._tiles) < count:
             self._tiles.append(Workspace(self._own.dtype))
@@ -544,15 +518,14 @@ class Chain:
 
 
 def _copy(source: Quarters, target: Quarters) -> None:
-    for a in (0, 1):
-        for b in (0, 1):
-            np.copyto(target[a][b], source[a][b])
+    for parity in PARITIES:
+        np.copyto(target[parity], source[parity])
 
 
 def chain_at(layers: Sequence[Layer], names: Sequence[str]) -> tuple[Chain | None, int]:
-    """Return the chain that begins at the first of these layers and how many it takes; None and 0 without one.
+    """Return the chain that begins at the first of these layers and its number of layers; None and 1 without a chain.
 
-    Classes are compared exactly: a layer that someone has derived from ours may compute something else.
+    Classes are compared exactly: a class derived from one of ours may compute something else.
     """
     blocks: list[Block] = []
     taken = 0
@@ -564,10 +537,11 @@ def chain_at(layers: Sequence[Layer], names: Sequence[str]) -> tuple[Chain | Non
         assert isinstance(conv, Conv2d)
         following = [*layers[taken + 1 : taken + 3], Layer(), Layer()]
         relu = type(following[0]) is ReLU
-        pool = _is_two_by_two(following[1] if relu else following[0]) and min(conv.output_size) >= 2
+        after = following[relu]
+        pool = type(after) is MaxPool2d and after.window == Window((2, 2), stride=(2, 2)) and min(conv.output_size) >= 2
         blocks.append(algorithm(conv, names[taken], relu=relu, pool=pool))
         taken += 1 + relu + pool
-    return (Chain(blocks), taken) if blocks else (None, 0)
+    return (Chain(blocks), taken) if blocks else (None, 1)
 
 
 def _algorithm_for(layer: Layer) -> type[Block] | None:
@@ -576,7 +550,3 @@ def _algorithm_for(layer: Layer) -> type[Block] | None:
     if layer.window.kernel == (3, 3) and (layer.needs_input_gradient or layer.channels >= FEW_CHANNELS):
         return WinogradBlock
     return None if layer.needs_input_gradient else PatchBlock
-
-
-def _is_two_by_two(layer: Layer) -> bool:
-    return type(layer) is MaxPool2d and layer.window == Window((2, 2), stride=(2, 2))

@@ -1,10 +1,9 @@
-"""Is a `backward` right? Compare its gradients with central differences (sections 4.3 and 5.7).
+"""Check a `backward`: compare its gradients with central differences (sections 4.3 and 5.7).
 
-``df/dx[i]`` is about ``(f(x + h e[i]) - f(x - h e[i])) / 2h``. In float64 with h = 1e-5 both agree to some
-1e-9 where `backward` is right, and not at all where it is wrong. An error is relative to the largest entry
-of its array.
+``df/dx[i]`` is about ``(f(x + h e[i]) - f(x - h e[i])) / 2h``. In float64 with h = 1e-5 both agree to about 1e-9 if
+`backward` is correct, and not at all if it is wrong. An error is relative to the largest entry of its array.
 
-To check a layer of your own::
+To check your own layer::
 
     assert check_layer(MyLayer(), (4, 4, 2)) < 1e-6
 """
@@ -25,7 +24,7 @@ from distdl.rng import Key
 
 STEP = 1e-5
 NOISE = 1e-6
-"""Arrays whose gradients all stay below this are compared absolutely, in units of it."""
+"""If all gradients of an array are below this, the error is absolute, in units of it."""
 
 
 def numerical_gradient(
@@ -33,9 +32,8 @@ def numerical_gradient(
 ) -> Array:
     """Return the gradient of `f`, which reads the contiguous float64 array `x`, by central differences.
 
-    With `indices` (into the flattened array) only those elements are done, and the result is as long as
-    `indices`; without, it has the shape of `x`. `x` is changed on the way and restored. Source: sections 4.3 and 4.4
-    (with h = 1e-4).
+    With `indices` (into the flattened array) the result has one element per index; without, it has the shape of `x`.
+    `x` changes temporarily and is restored. Source: sections 4.3 and 4.4 (with h = 1e-4).
 
     >>> x = np.array([3.0, 4.0])
     >>> numerical_gradient(lambda: float((x**2).sum()), x).round(6).tolist()
@@ -60,7 +58,7 @@ def numerical_gradient(
 def check_network(
     network: Sequential,
     x: Array,
-    labels: Array,
+    targets: Array,
     loss: LossFunction | None = None,
     *,
     elements: int = 20,
@@ -69,14 +67,14 @@ def check_network(
 ) -> float:
     """Return the largest relative error among the gradients of all parameters of a float64 network.
 
-    At most `elements` elements of each parameter are compared, the same ones each time. The loss is
-    `SoftmaxCrossEntropy` unless given; `labels` are what it takes. With ``training=True`` a network with dropout
-    needs a `key`; masks are then the same in every evaluation. Source: section 5.7.
+    It compares at most `elements` elements of each parameter, always the same ones. The default loss is
+    `SoftmaxCrossEntropy`. With ``training=True`` a network with dropout needs a `key`, which fixes the masks.
+    Source: section 5.7.
     """
     loss = loss or SoftmaxCrossEntropy()
 
     def value() -> float:
-        return loss.forward(network.forward(x, training=training, key=key), labels)
+        return loss.forward(network.forward(x, training=training, key=key), targets)
 
     value()
     network.backward(loss.backward())
@@ -96,11 +94,11 @@ def check_layer(
     training: bool = False,
     key: Key | None = None,
 ) -> float:
-    """Return the largest relative error among the gradients of a layer by its input and its parameters.
+    """Return the largest relative error among the gradients of a layer with respect to its input and parameters.
 
-    The layer is built for inputs (samples, *input_shape) of normal numbers, in float64; a random projection
-    makes its output one number. Parameters start at their initial values plus some noise. At most
-    `elements` elements of each array are compared. Source: section 5.7, where it is done for a whole network.
+    The input (samples, *input_shape) is normal numbers in float64. A random projection reduces the output to one
+    number. Parameters are their initial values plus noise. It compares at most `elements` elements of each array.
+    Source: section 5.7, which checks a whole network.
 
     >>> from distdl.nn.activations import Sigmoid
     >>> check_layer(Sigmoid(), (4, 4, 2)) < 1e-6
@@ -111,23 +109,21 @@ def check_layer(
     network.bind(needs_input_gradient=True)
     network.initialize(key)
     network.parameters += 0.1 * key.of("noise").normal(network.parameters.size)
-    x = _normal(key.of("x"), (samples, *input_shape))
-    dy = _normal(key.of("dy"), (samples, *network.output_shape))
+    x, dy = (
+        key.of(name).normal(samples * math.prod(shape)).reshape(samples, *shape)
+        for name, shape in (("x", network.input_shape), ("dy", network.output_shape))
+    )
 
     def value() -> float:
         return float((network.forward(x, training=training, key=key) * dy).sum())
 
     value()
-    dx = layer.backward(dy)
+    dx = network.backward(dy)
     if dx is None or dx.shape != x.shape:
         raise UserError(f"{layer}: backward returned no array of the input's shape {x.shape}")
     checked = [(x, dx.copy())]
     checked += [(layer.parameters[name], gradient.copy()) for name, gradient in layer.gradients.items()]
     return max(_error(value, array, gradient, elements) for array, gradient in checked)
-
-
-def _normal(key: Key, shape: Shape) -> Array:
-    return key.normal(math.prod(shape)).reshape(shape)
 
 
 def _error(value: Callable[[], float], array: Array, gradient: Array, elements: int) -> float:

@@ -1,43 +1,42 @@
 """Layers: classes with `forward` and `backward`, as in *Deep Learning from Scratch* (chapters 5 and 6).
 
-N samples, D inputs and K outputs of an affine layer; ``...`` is any per-sample shape.
+N samples, D inputs and K outputs of an affine layer; ``...`` is the shape of one sample.
 
-What every layer keeps to:
+Every layer follows these rules:
 
 - It is a pure function of its input, its parameters and its key: same shapes, same bits.
 - It never writes into its arguments.
-- What `forward` and `backward` return may be a buffer of the layer, made once per N and overwritten by its
-  next call with the same N. Who wants to keep it copies it. Buffers of each N are kept for good, so evaluate
-  in blocks of few different N, and no larger than need be.
-- `backward` belongs to the latest `forward`, whose input and output must be unchanged until then. It
-  overwrites `gradients`, never adds to them.
+- `forward` and `backward` may return a working array of the layer. The next call with the same N overwrites it, so
+  copy a result to keep it. A layer never frees these arrays: evaluate in small blocks of few different N.
+- `backward` belongs to the latest `forward`, whose input and output must not change in between.
+- `backward` overwrites `gradients` and never adds to them.
 """
-# ruff: noqa: ARG002  every layer's forward takes the same arguments, whether it needs them or not
 
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from distdl.arrays import aligned_empty
 from distdl.errors import UserError
+from distdl.nn.arguments import show_shape, whole_number
 from distdl.nn.initializers import He, Initializer, Zeros
 from distdl.rng import Key
 
 Array: TypeAlias = NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
-T = TypeVar("T")
+Form = Literal["fast", "plain"]
+Watch = Callable[[str, str | None], None]
 
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """A parameter that a layer needs: its name within the layer, its shape, and how it begins.
+    """A parameter that a layer needs: its name within the layer, its shape and its initializer.
 
     `decay` says whether weight decay applies to it (weights: yes; biases: no).
     """
@@ -51,9 +50,9 @@ class ParameterSpec:
 
 @dataclass(frozen=True)
 class BufferSpec:
-    """Numbers that a layer keeps besides its parameters, and that no gradient changes: its name, shape and start.
+    """An array that a layer keeps in addition to its parameters and that has no gradient: name, shape, initial value.
 
-    `statistics` is how many float64 numbers the layer sums over its input in training for each update of the buffer.
+    In training the layer sums `statistics` float64 numbers over its input; each update of the buffer uses these sums.
     """
 
     name: str
@@ -76,7 +75,7 @@ class Product(NamedTuple):
 
 
 class Products(NamedTuple):
-    """The matrix products that a layer stands for; an algorithm may do with fewer operations than these have."""
+    """The matrix products that define a layer; an algorithm may need fewer operations than these have."""
 
     forward: tuple[Product, ...] = ()
     backward: tuple[Product, ...] = ()
@@ -84,7 +83,7 @@ class Products(NamedTuple):
 
 @dataclass(frozen=True)
 class Vectors:
-    """Named views of a network's vectors, one a parameter or buffer."""
+    """Named views of a network's vectors, one per parameter or buffer."""
 
     parameters: Mapping[str, Array]
     gradients: Mapping[str, Array]
@@ -92,7 +91,7 @@ class Vectors:
     statistics: Mapping[str, Array]
 
     def below(self, name: str) -> Vectors:
-        """Return those whose names begin with ``name.``, without it."""
+        """Return the views whose names begin with ``name.``, without this prefix."""
         start = f"{name}."
         return Vectors(
             *(
@@ -103,15 +102,14 @@ class Vectors:
 
 
 class Workspace:
-    """The buffers of a layer: aligned arrays made on first use and kept, one per name and shape."""
+    """The working arrays of a layer: aligned, made on first use, one per name and shape, never freed."""
 
     def __init__(self, dtype: DTypeLike) -> None:
         self.dtype = np.dtype(dtype)
         self._arrays: dict[tuple[str, Shape], Array] = {}
-        self._kept: dict[str, Any] = {}
 
     def array(self, name: str, shape: Shape, *, dtype: DTypeLike | None = None, fill: float = 0) -> Array:
-        """Return the array of this name and shape, filled with `fill` when it is made and only then."""
+        """Return the array of this name and shape; fill it with `fill` only when it is made."""
         array = self._arrays.get((name, shape))
         if array is None:
             array = aligned_empty(shape, self.dtype if dtype is None else dtype)
@@ -119,20 +117,12 @@ class Workspace:
             self._arrays[name, shape] = array
         return array
 
-    def kept(self, name: str, make: Callable[[], T]) -> T:
-        """Return what `make` returned when this name was first asked for: views that are dear to make again."""
-        if name not in self._kept:
-            self._kept[name] = make()
-        found: T = self._kept[name]
-        return found
-
 
 class Layer:
-    """The base of all layers. Here it passes its input on; a subclass overrides what it does differently.
+    """The base of all layers: the identity, ``y = x`` (section 3.5). A subclass overrides what it does differently.
 
-    That a layer is a class with `forward` and `backward` is from section 5.4.
-    A network calls `build` once, makes the parameters that `parameter_specs` then lists, and puts them with
-    their gradients, as views of its two flat vectors, into the dictionaries `parameters` and `gradients`.
+    The class with `forward` and `backward` is from section 5.4. A network calls `build` once and makes the parameters
+    that `parameter_specs` then lists. The dictionaries `parameters` and `gradients` hold views of its flat vectors.
 
     >>> class Double(Layer):
     ...     def forward(self, x, *, training, key):
@@ -146,29 +136,29 @@ class Layer:
     buffers: Mapping[str, Array]
     statistics: Mapping[str, Array]
     needs_input_gradient = True
-    """False where nothing in front has parameters: `backward` may then return None."""
-    form: Literal["fast", "plain"] = "fast"
-    """Set before `build`: for layers that are made of others, how those are run."""
+    """False if no layer in front has parameters: `backward` may then return None."""
+    form: Form = "fast"
+    """Set before `build`: how a layer that is made of others runs them."""
 
     def build(self, input_shape: Shape, dtype: DTypeLike) -> Shape:
         """Prepare for inputs of this shape, without N; return the shape of the output, without N.
 
         A subclass that overrides it begins with ``super().build(input_shape, dtype)``, which makes the workspace.
-        Raises `UserError` if such an input does not fit; the network puts the layer's name in front.
+        Raises `UserError` if such an input does not fit; the network adds the layer's name.
         """
         self.workspace = Workspace(dtype)
         return input_shape
 
     def parameter_specs(self) -> list[ParameterSpec]:
-        """Return the parameters that the layer needs, once it is built."""
+        """Return the parameters that the built layer needs."""
         return []
 
     def buffer_specs(self) -> list[BufferSpec]:
-        """Return the buffers that the layer needs, once it is built."""
+        """Return the buffers that the built layer needs."""
         return []
 
     def bind(self, vectors: Vectors) -> None:
-        """Take the layer's own views of the network's vectors, by the names that its specs gave."""
+        """Take the layer's own views of the network's vectors, by the names in its specs."""
         self.parameters, self.gradients = vectors.parameters, vectors.gradients
         self.buffers, self.statistics = vectors.buffers, vectors.statistics
 
@@ -179,10 +169,10 @@ class Layer:
         """
 
     def update_buffers(self) -> None:
-        """Update `buffers` once a step; `statistics` then hold the sums over the whole batch."""
+        """Update `buffers` once per step; `statistics` then hold the sums over the whole batch."""
 
     def products(self, samples: int) -> Products:
-        """Return the matrix products of one forward and one backward of this many samples, once it is built."""
+        """Return the matrix products of one forward and one backward pass of the built layer."""
         return Products()
 
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
@@ -193,7 +183,7 @@ class Layer:
         return x
 
     def backward(self, dy: Array) -> Array | None:
-        """Return the gradient by the input, given that by the output; overwrite `gradients`."""
+        """Return the gradient with respect to the input, given that to the output; overwrite `gradients`."""
         return dy
 
     def __str__(self) -> str:
@@ -201,26 +191,23 @@ class Layer:
 
 
 class Flatten(Layer):
-    """Each sample as one row: (N, H, W, C) becomes (N, H * W * C). In section 7.5 the affine layer does it itself."""
+    """Each sample as one row: (N, H, W, C) becomes (N, H * W * C). In section 7.5 the affine layer does it."""
 
     def build(self, input_shape: Shape, dtype: DTypeLike) -> Shape:
-        """Any input fits."""
         self.input_shape = super().build(input_shape, dtype)
         return (math.prod(input_shape),)
 
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
-        """Return `x` with all axes but the first made one."""
         return x.reshape(len(x), -1)
 
     def backward(self, dy: Array) -> Array:
-        """Return `dy` in the shape of the input."""
         return dy.reshape(len(dy), *self.input_shape)
 
 
 class Affine(Layer):
     """``y = x W + b`` with x (N, D), W (D, K), b (K,), y (N, K).
 
-    Backward: ``dx = dy W'``, ``dW = x' dy``, ``db = 1 dy``, where ' is the transpose and 1 a row of ones.
+    Backward: ``dx = dy W'``, ``dW = x' dy``, ``db = 1 dy``, with ' for the transpose and 1 for a row of ones.
     Source: section 5.6.
     """
 
@@ -229,7 +216,6 @@ class Affine(Layer):
         self.initializer = initializer or He()
 
     def build(self, input_shape: Shape, dtype: DTypeLike) -> Shape:
-        """The input must be flat: (D,)."""
         super().build(input_shape, dtype)
         if len(input_shape) != 1:
             raise UserError(f"input {show_shape(input_shape)} is not flat; put Flatten() in front of this layer")
@@ -237,20 +223,17 @@ class Affine(Layer):
         return (self.outputs,)
 
     def parameter_specs(self) -> list[ParameterSpec]:
-        """Return weight (D, K) and bias (K,)."""
         return [
             ParameterSpec("weight", (self.inputs, self.outputs), self.initializer, fan_in=self.inputs),
             ParameterSpec("bias", (self.outputs,), Zeros(), fan_in=self.inputs, decay=False),
         ]
 
     def products(self, samples: int) -> Products:
-        """Return ``x W``; ``x' dy`` and ``dy W'``."""
         N, D, K = samples, self.inputs, self.outputs
         dx = (Product(N, K, D),) if self.needs_input_gradient else ()
         return Products(forward=(Product(N, D, K),), backward=(Product(D, N, K), *dx))
 
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
-        """Return ``x W + b``, (N, K)."""
         self.x = x
         y = self.workspace.array("y", (len(x), self.outputs))
         np.matmul(x, self.parameters["weight"], out=y)
@@ -258,10 +241,8 @@ class Affine(Layer):
         return y
 
     def backward(self, dy: Array) -> Array | None:
-        """Set the gradients of weight and bias; return that of the input, (N, D)."""
         np.matmul(self.x.T, dy, out=self.gradients["weight"])
-        ones = self.workspace.array("ones", (len(dy),), fill=1)
-        np.matmul(ones, dy, out=self.gradients["bias"])
+        sum_rows(dy, self.workspace, out=self.gradients["bias"])
         if not self.needs_input_gradient:
             return None
         dx = self.workspace.array("dx", self.x.shape)
@@ -274,9 +255,8 @@ class Affine(Layer):
 class Dropout(Layer):
     """In training, set each element to 0 with probability `ratio` and divide the others by ``1 - ratio``.
 
-    The mean stays what it was, so evaluation passes its input on ("inverted" dropout). The mask is a
-    function of the key alone. Source: section 6.4.3 (which scales in evaluation instead); Srivastava et al.
-    2014.
+    This keeps the mean, so evaluation passes its input on ("inverted" dropout). The mask is a function of the key
+    alone. Source: section 6.4.3 (which scales in evaluation instead); Srivastava et al. 2014.
     """
 
     def __init__(self, ratio: float = 0.5) -> None:
@@ -285,20 +265,19 @@ class Dropout(Layer):
         self.ratio = ratio
 
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
-        """Return `x`, thinned out in training. Raises `ValueError` in training without a key."""
+        """Return `x`, masked in training. Raises `ValueError` in training without a key."""
         self.training = training
         if not training:
             return x
         if key is None:
             raise ValueError("Dropout draws random numbers in training: pass key=Key(seed).of(...) to forward")
         self.mask = key.mask(x.size, 1 - self.ratio).reshape(x.shape)
-        return self._thin(x, "y")
+        return self._masked(x, "y")
 
     def backward(self, dy: Array) -> Array:
-        """Return `dy` where an element was kept, scaled as in forward, else 0."""
-        return self._thin(dy, "dx") if self.training else dy
+        return self._masked(dy, "dx") if self.training else dy
 
-    def _thin(self, x: Array, name: str) -> Array:
+    def _masked(self, x: Array, name: str) -> Array:
         y = np.multiply(x, self.mask, out=self.workspace.array(name, x.shape))
         y *= 1 / (1 - self.ratio)
         return y
@@ -307,42 +286,6 @@ class Dropout(Layer):
         return f"Dropout {self.ratio}"
 
 
-def as_whole(given: Any, least: int) -> int | None:
-    """Return a whole number of any integer type as an `int`; None if it is no such number, or below `least`."""
-    if isinstance(given, bool):
-        return None
-    try:
-        number = operator.index(given)
-    except TypeError:
-        return None
-    return number if number >= least else None
-
-
-def whole_number(layer: str, name: str, given: Any, least: int = 1) -> int:
-    """Return the setting `name` of a layer as an `int`; raise `UserError` if it is none, or below `least`."""
-    number = as_whole(given, least)
-    if number is None:
-        raise UserError(f"{layer}: {name} {given!r} given, expected a whole number of at least {least}")
-    return number
-
-
-def list_of_layers(owner: str, given: Any) -> list[Layer]:
-    """Return the layers that `owner` is made of; raise `UserError` if something else is among them."""
-    if isinstance(given, Layer | str) or not isinstance(given, Iterable):
-        raise UserError(f"{owner}: {given} given, expected a list of layers")
-    layers = list(given)
-    for layer in layers:
-        if isinstance(layer, type):
-            raise UserError(f"{owner}: the class {layer.__name__} given, expected a layer: {layer.__name__}(...)")
-        if not isinstance(layer, Layer):
-            raise UserError(f"{owner}: {layer!r} given, expected a layer")
-    return layers
-
-
-def show_shape(shape: Shape) -> str:
-    """Return a shape as people write it.
-
-    >>> show_shape((28, 28, 1))
-    '28x28x1'
-    """
-    return "x".join(str(n) for n in shape)
+def sum_rows(d: Array, workspace: Workspace, out: Array) -> None:
+    """Write the sum of the rows of `d` (M, K) to `out` (K,): a product with ones is faster than ``np.sum``."""
+    np.matmul(workspace.array("ones", (len(d),), fill=1), d, out=out)

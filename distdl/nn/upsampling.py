@@ -1,41 +1,34 @@
-"""Making images (N, H, W, C) larger without parameters."""
-# ruff: noqa: ARG002  every layer's forward takes the same arguments, whether it needs them or not
+"""Enlarge images (N, H, W, C) without parameters."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from distdl.errors import UserError
-from distdl.nn.layers import Array, Layer, Shape, show_shape, whole_number
+from distdl.nn.arguments import image_shape, whole_number
+from distdl.nn.layers import Array, Layer, Shape
 from distdl.rng import Key
 
 
 class Upsample2d(Layer):
     """Bilinear interpolation to `factor` times the size: (N, H, W, C) becomes (N, factor H, factor W, C).
 
-    Pixels are squares whose centres lie at halves, and the border repeats itself outwards (as PyTorch's ``bilinear``
-    with ``align_corners=False``). Each axis is one product with a small fixed matrix. Source: section 8.4 (FCN).
+    Pixels are squares with their centres at halves, and the border repeats outwards, as in PyTorch's ``bilinear`` with
+    ``align_corners=False``. Each axis is one product with a small fixed matrix. Source: section 8.4 (FCN).
     """
 
     def __init__(self, factor: int = 2) -> None:
         self.factor = whole_number("Upsample2d", "factor", factor)
 
     def build(self, input_shape: Shape, dtype: DTypeLike) -> Shape:
-        """The input must be an image (H, W, C)."""
-        super().build(input_shape, dtype)
-        if len(input_shape) != 3:
-            raise UserError(f"input {show_shape(input_shape)} is not an image; expected height x width x channels")
-        H, W, C = input_shape
+        H, W, C = image_shape(super().build(input_shape, dtype))
         self.rows, self.columns = interpolation(H, self.factor, dtype), interpolation(W, self.factor, dtype)
         return (self.factor * H, self.factor * W, C)
 
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
-        """Return the larger images."""
         return self._resized(x, self.rows, self.columns, "y")
 
     def backward(self, dy: Array) -> Array:
-        """Return the gradient by the input: each pixel gets from the outputs what it gave to them."""
         return self._resized(dy, self.rows.T, self.columns.T, "dx")
 
     def _resized(self, x: Array, rows: Array, columns: Array, name: str) -> Array:

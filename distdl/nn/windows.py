@@ -1,7 +1,7 @@
-"""Windows over images kept as (N, H, W, C): their geometry, the margin around an image, and patches as a matrix.
+"""Windows over images (N, H, W, C): their geometry, the margin around an image, and patches as a matrix.
 
 N samples, H height and W width of the input, C channels, FH and FW the window, OH and OW the output; a stride is
-(SH, SW), a padding (PH, PW). ``OH = floor((H + 2 PH - FH) / SH) + 1``, and OW alike.
+(SH, SW), a padding (PH, PW). ``OH = floor((H + 2 PH - FH) / SH) + 1``; OW is alike.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from distdl.errors import UserError
-from distdl.nn.layers import Array, Shape, Workspace, as_whole, show_shape
+from distdl.nn.arguments import as_whole, image_shape, show_shape
+from distdl.nn.layers import Array, Shape, Workspace
 
 Pair: TypeAlias = tuple[int, int]
 
@@ -39,10 +40,9 @@ class Window:
         return OH, OW
 
     def fitted_size(self, input_shape: Shape, kind: str) -> Pair:
-        """Return (OH, OW) for an input (H, W, C); raise `UserError` if it is no image, or one too small."""
-        if len(input_shape) != 3:
-            raise UserError(f"input {show_shape(input_shape)} is not an image; expected height x width x channels")
-        output_size = self.output_size((input_shape[0], input_shape[1]))
+        """Return (OH, OW) for an input (H, W, C); raise `UserError` if it is not an image, or too small."""
+        H, W, _ = image_shape(input_shape)
+        output_size = self.output_size((H, W))
         if min(output_size) < 1:
             padding = self.padding[0] if self.padding[0] == self.padding[1] else show_shape(self.padding)
             raise UserError(
@@ -52,7 +52,7 @@ class Window:
         return output_size
 
     def placements(self, padded: Array) -> Iterator[Array]:
-        """Yield what each element of the kernel, in row-major order, sees of `padded`: (N, OH, OW, C)."""
+        """Yield for each kernel element, in row-major order, the pixels of `padded` under it: (N, OH, OW, C)."""
         (FH, FW), (SH, SW) = self.kernel, self.stride
         OH, OW = Window(self.kernel, self.stride).output_size((padded.shape[1], padded.shape[2]))
         for i in range(FH):
@@ -68,10 +68,7 @@ class Window:
 
 
 def pad(x: Array, padding: Pair, workspace: Workspace, *, fill: float = 0) -> Array:
-    """Return images (N, H, W, C) with a margin of `fill` around them: (N, H + 2 PH, W + 2 PW, C).
-
-    A negative padding cuts a margin off.
-    """
+    """Return images (N, H, W, C) with a margin of `fill`: (N, H + 2 PH, W + 2 PW, C); negative padding crops them."""
     if padding == (0, 0):
         return x
     N, H, W, C = x.shape
@@ -82,15 +79,15 @@ def pad(x: Array, padding: Pair, workspace: Workspace, *, fill: float = 0) -> Ar
 
 
 def _inside(size: int, margin: int) -> slice:
-    """Return what a margin, if there is one, leaves of an axis."""
+    """Return the part of an axis inside its margin, or the whole axis if the margin is not positive."""
     return slice(margin, size - margin) if margin > 0 else slice(None)
 
 
 def patches(x: Array, window: Window, workspace: Workspace | None = None) -> Array:
     """Return the patches of images (N, H, W, C) as the rows of a matrix (N * OH * OW, FH * FW * C).
 
-    This is the book's im2col (section 7.4.3), except that channels come last within a row. With a workspace,
-    the matrix is a buffer of it.
+    This is the book's im2col (section 7.4.3), except that channels come last within a row. If a workspace is given,
+    the matrix is one of its arrays.
 
     >>> patches(np.ones((1, 7, 7, 3)), Window((5, 5))).shape
     (9, 75)
@@ -107,10 +104,11 @@ def patches(x: Array, window: Window, workspace: Workspace | None = None) -> Arr
 
 
 def patches_adjoint(d: Array, size: Pair, window: Window, workspace: Workspace | None = None) -> Array:
-    """Return images (N, H, W, C), each pixel the sum of the elements of `d` that `patches` copies it to.
+    """Return images (N, H, W, C); each pixel is the sum of the elements of `d` to which `patches` copies it.
 
-    `d` is (N * OH * OW, FH * FW * C), `size` is (H, W). The adjoint of `patches`: ``<patches(x), d>`` equals
-    ``<x, patches_adjoint(d)>``. The book's col2im (section 7.4.3). With a workspace, the result is a buffer of it.
+    `d` is (N * OH * OW, FH * FW * C), `size` is (H, W). This is the adjoint of `patches`, ``<patches(x), d>`` equals
+    ``<x, patches_adjoint(d)>``, and the book's col2im (section 7.4.3). If a workspace is given, the result is one of
+    its arrays.
     """
     workspace = workspace or Workspace(d.dtype)
     (H, W), (FH, FW), (PH, PW) = size, window.kernel, window.padding
@@ -119,13 +117,13 @@ def patches_adjoint(d: Array, size: Pair, window: Window, workspace: Workspace |
     N, C = d.shape[0], d.shape[-1]
     padded = workspace.array("sums", (N, H + 2 * PH, W + 2 * PW, C))
     padded.fill(0)
-    for k, seen in enumerate(window.placements(padded)):
-        np.add(seen, d[:, :, :, k], out=seen)
+    for k, pixels in enumerate(window.placements(padded)):
+        np.add(pixels, d[:, :, :, k], out=pixels)
     return without_margin(padded, window.padding, workspace)
 
 
 def without_margin(padded: Array, padding: Pair, workspace: Workspace) -> Array:
-    """Return what `pad` was given, as a buffer of the workspace."""
+    """Return the images inside the margin of `pad`, as an array of the workspace."""
     if padding == (0, 0):
         return padded
     (PH, PW), (H, W) = padding, padded.shape[1:3]
@@ -136,12 +134,12 @@ def without_margin(padded: Array, padding: Pair, workspace: Workspace) -> Array:
 
 
 def window_of(kind: str, kernel: int | Pair, stride: int | Pair, padding: int | Pair) -> Window:
-    """Return the window of a layer; raise `UserError` if its numbers make no sense."""
+    """Return the window of a layer; raise `UserError` if its numbers are invalid."""
     pairs = []
     for name, given, least in (("size", kernel, 1), ("stride", stride, 1), ("padding", padding, 0)):
         try:
             pair = [as_whole(n, least) for n in given]  # type: ignore[union-attr]
-        except TypeError:  # one number
+        except TypeError:  # a single number
             pair = [as_whole(given, least)] * 2
         if len(pair) != 2 or pair[0] is None or pair[1] is None:
             raise UserError(f"{kind}: {name} {given!r} given, expected one or two whole numbers from {least} on")

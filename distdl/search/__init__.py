@@ -1,4 +1,4 @@
-"""Hyperparameter search: what a search is asked, the book's procedure and halving, trials on groups of ranks, reports.
+"""Hyperparameter search: settings, the book's procedure and halving, trials on groups of ranks, tables and chart.
 
-It stands on the engine, as the benchmark does; ``distdl/search.py`` is its command.
+Importing this package loads neither NumPy nor MPI.
 """

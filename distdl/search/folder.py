@@ -1,8 +1,8 @@
-"""The folder of a search: ``search.json`` says what is searched, ``results.jsonl`` has a line for each trial so far.
+"""The folder of a search: ``search.json`` holds the settings, ``results.jsonl`` has one line per completed trial.
 
-Both hold nothing that depends on time, ranks or interruptions, and so are the same bytes however the search went.
-``results.jsonl`` is written anew after each trial, as a whole, so no line is ever torn. The trainings lie in
-``trials/``, each a run folder, from which a training that was cut off goes on.
+Neither file depends on time, ranks or interruptions. So both have the same bytes for every course of the search. The
+whole of ``results.jsonl`` is replaced after each trial, so no line is ever torn. ``trials/`` holds the run folder of
+each training, so an interrupted training can continue.
 """
 
 from __future__ import annotations
@@ -26,67 +26,67 @@ from distdl.engine.storage.files import (
 from distdl.engine.storage.json_lines import line_of
 from distdl.engine.storage.run_folder import lock_folder, unused_folder
 from distdl.errors import DamagedFileError, UserError
-from distdl.search.procedure import Record, Trial, planned
-from distdl.search.settings import Settings
+from distdl.search.procedure import Trial, TrialResult, trials_of_round
+from distdl.search.settings import SearchSettings, flag_name
 
 SEARCH, RESULTS, SUMMARY, LOCK, TRIALS = "search.json", "results.jsonl", "summary.json", "lock", "trials"
-#: Where the picture is, if one can be drawn.
-PICTURE = "search.svg"
+CHART = "search.svg"
 
 
-def choose(settings: Settings) -> Path:
-    """Return the folder of the search; raise `UserError` where it cannot be. Nothing is written."""
-    what = f"{settings.config.dataset}-{settings.config.model}-search"
-    folder = settings.out or unused_folder(what)
+def choose_folder(settings: SearchSettings) -> Path:
+    """Return the folder of the search, without creating it; raise `UserError` if it is not usable."""
+    name = f"{settings.config.dataset}-{settings.config.model}-search"
+    folder = settings.out or unused_folder(name)
     try:
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"--out {folder} is no folder: give another")
-        for name in (SEARCH, RESULTS, SUMMARY, LOCK, TRIALS, PICTURE):
+            raise UserError(f"--out {folder} is not a folder: give another")
+        for name in (SEARCH, RESULTS, SUMMARY, LOCK, TRIALS, CHART):
             if (folder / name).is_symlink():
                 raise UserError(
-                    f"{folder / name} is a symbolic link: inside the folder of a search none is followed, so that no "
-                    "file elsewhere is written; put what it leads to in its place"
+                    f"{folder / name} is a symbolic link, which a search never follows, so that it writes no file "
+                    "elsewhere: replace the link by its target"
                 )
         found = {path.name for path in folder.iterdir()} if folder.exists() else set()
         if found and not settings.resume:
-            raise UserError(f"--out {folder} is not empty: give another folder, or --resume to go on with its search")
+            raise UserError(f"--out {folder} is not empty: give another folder, or --resume to continue its search")
         if SEARCH not in found and any(name != LOCK and not name.endswith(TEMPORARY_SUFFIX) for name in found):
-            raise UserError(f"--resume: there is no search in --out {folder}, but other files; give another folder")
+            raise UserError(f"--resume: --out {folder} holds no search, but other files; give another folder")
         try_folder(folder)
     except OSError as error:
         raise UserError(f"--out {folder} cannot be used: {error.strerror or error}; give another") from None
     return folder
 
 
-def content_of_search(settings: Settings, data_sha256: str) -> dict[str, Any]:
-    """Return the content of ``search.json``: all that decides on the results."""
+def search_json(settings: SearchSettings, data_sha256: str) -> dict[str, Any]:
+    """Return the content of ``search.json``: everything that determines the results."""
     return {**settings.to_json(), "data_sha256": data_sha256}
 
 
-def read(folder: Path, settings: Settings, data_sha256: str) -> list[Record]:
-    """Return the records of a search that goes on; none where it begins.
+def read_results(folder: Path, settings: SearchSettings, data_sha256: str) -> list[TrialResult]:
+    """Return the results of a search to continue; none if there is no search yet.
 
-    Raises `UserError` where it had other settings or data, and `DamagedFileError` where the files are not as we write
-    them.
+    Raises `UserError` if that search has other settings or data, and `DamagedFileError` if a file is damaged.
     """
     if not (folder / SEARCH).exists():
         return []
-    before, ours = _json(folder / SEARCH, _bytes(folder / SEARCH)), content_of_search(settings, data_sha256)
-    if not isinstance(before, dict):
+    theirs, ours = _parse(folder / SEARCH, _read(folder / SEARCH)), search_json(settings, data_sha256)
+    if not isinstance(theirs, dict):
         raise DamagedFileError(f"{folder / SEARCH} is damaged: it is not what a search writes")
-    different = _differences(json.loads(json.dumps(ours)), before)
+    different = _differences(json.loads(json.dumps(ours)), theirs)
     if different:
         raise UserError(
-            f"cannot go on with the search in {folder}: {'; '.join(different)}; give the same, or another --out"
+            f"cannot continue the search in {folder}: {'; '.join(different)}; give the same, or another --out"
         )
-    path, records = folder / RESULTS, list[Record]()
-    lines = _bytes(path).splitlines() if path.exists() else []
+    path, results = folder / RESULTS, list[TrialResult]()
+    lines = _read(path).splitlines() if path.exists() else []
     for number in range(1, settings.rounds + 1):
-        for trial, line in zip(planned(settings, number, records), lines[len(records) :], strict=False):
-            records.append(_record(path, len(records) + 1, _json(path, line), trial))
-    if len(lines) > len(records):
-        raise DamagedFileError(f"{path} is damaged: it has {len(lines)} lines, the search {len(records)} trials")
-    return records
+        for trial, line in zip(trials_of_round(settings, number, results), lines[len(results) :], strict=False):
+            results.append(_result(path, len(results) + 1, _parse(path, line), trial))
+    if len(lines) > len(results):
+        raise DamagedFileError(
+            f"{path} is damaged: it has {len(lines)} lines, but the search has {len(results)} trials"
+        )
+    return results
 
 
 def _differences(ours: Mapping[str, Any], theirs: Any) -> list[str]:
@@ -96,50 +96,49 @@ def _differences(ours: Mapping[str, Any], theirs: Any) -> list[str]:
         if name == "config":
             clauses += _differences(value, theirs.get(name))
         elif theirs.get(name) != value:
-            clauses.append(f"{name.replace('_', '-')} is {value!r} here and {theirs.get(name)!r} there")
+            clauses.append(f"{flag_name(name)} is {value!r} here and {theirs.get(name)!r} there")
     return clauses
 
 
-def _bytes(path: Path) -> bytes:
+def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _json(path: Path, content: bytes) -> Any:
+def _parse(path: Path, content: bytes) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
         raise DamagedFileError(f"{path} is damaged: it is not the JSON that a search writes") from None
 
 
-def _record(path: Path, number: int, values: Any, trial: Trial) -> Record:
-    """Return the record of a line; raise `DamagedFileError` where it is not that of the trial."""
-    expected = vars(trial)
+def _result(path: Path, number: int, values: Any, trial: Trial) -> TrialResult:
+    """Return the result on a line of the file; raise `DamagedFileError` if it does not belong to the trial."""
     numbers = dict.fromkeys(("validation_loss", "validation_accuracy", "test_accuracy"), float)
     outcome = {"steps": int, **numbers, "weights_sha256": str}
     if (
         not isinstance(values, dict)
-        or set(values) != {field.name for field in fields(Record)}
-        or any(values[name] != value for name, value in expected.items())
+        or set(values) != {field.name for field in fields(TrialResult)}
+        or any(values[name] != value for name, value in vars(trial).items())
         or not all(values[name] is None or type(values[name]) is kind for name, kind in outcome.items())
         or (values["steps"] is None) != (values["validation_loss"] is None)
     ):
-        raise DamagedFileError(f"{path} is damaged: line {number} is not that of {expected['run_folder']}")
-    return Record(**values)
+        raise DamagedFileError(f"{path} is damaged: line {number} does not belong to {trial.run_folder}")
+    return TrialResult(**values)
 
 
 class SearchFolder:
-    """The folder, made and locked as long as the process lives; rank 0 has it.
+    """The folder on rank 0, created, and locked during the life of the process.
 
-    `ours`: this job had the folder before, and has lost the rank that had locked it. Raises `UserError` where the disk
-    refuses or another search is at work there.
+    `ours`: this job locked the folder before, and has lost the rank that held the lock. Raises `UserError` if the disk
+    refuses or another search uses the folder.
     """
 
     def __init__(self, folder: Path, content: Mapping[str, Any], *, ours: bool) -> None:
         self.folder = folder
-        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
+        self._created = [path for path in (folder, *folder.parents) if not path.exists()]
         self.is_new = not (folder / SEARCH).exists()
         try:
             folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
@@ -149,28 +148,24 @@ class SearchFolder:
         except OSError as error:
             raise _refused(folder, error) from None
 
-    def save(self, records: Sequence[Record]) -> None:
-        """Write the table; raise `UserError` where the disk refuses, and leave the one before."""
-        self.write(RESULTS, b"".join(line_of(record.to_json()) for record in records))
-
-    def summarize(self, summary: Mapping[str, Any]) -> None:
-        """Write ``summary.json``; raise `UserError` where the disk refuses."""
-        self.write(SUMMARY, indented_json(summary))
+    def save(self, results: Sequence[TrialResult]) -> None:
+        """Replace ``results.jsonl``; if the disk refuses, keep the previous one and raise `UserError`."""
+        self.write(RESULTS, b"".join(line_of(one.to_json()) for one in results))
 
     def write(self, name: str, content: bytes) -> None:
-        """Replace a file; raise `UserError` where the disk refuses."""
+        """Replace a file; raise `UserError` if the disk refuses."""
         try:
             write_durably(self.folder / name, content)
         except OSError as error:
             raise _refused(self.folder / name, error) from None
 
     def undo(self) -> None:
-        """Take away again what a search has made that could not begin; what has been trained stays."""
+        """Remove everything that a search without a checkpoint has created."""
         if self.is_new and not any(self.folder.glob(f"{TRIALS}/*/checkpoints/*")):
             shutil.rmtree(self.folder / TRIALS, ignore_errors=True)
             for name in (SEARCH, LOCK):
                 (self.folder / name).unlink(missing_ok=True)
-            for path in self._made:
+            for path in self._created:
                 with suppress(OSError):
                     path.rmdir()
 
@@ -187,4 +182,4 @@ def _locked(folder: Path, *, ours: bool) -> IO[bytes]:
 
 
 def _refused(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write {path}: {error.strerror or error}; make room, and --resume goes on from there")
+    return UserError(f"cannot write {path}: {error.strerror or error}; make room, then continue with --resume")

@@ -1,4 +1,4 @@
-"""What a search is asked to do, checked once. Neither NumPy nor MPI is imported here."""
+"""The settings of a search, and the parser of `--range`. This module imports neither NumPy nor MPI."""
 
 from __future__ import annotations
 
@@ -16,24 +16,16 @@ from distdl.errors import UserError, unknown_name
 
 METHODS = ("random", "halving")
 SCALES = ("linear", "log")
-#: The share of a round's trials that the next round builds on, where the user gives none.
+#: The default share of a round's trials that the next round builds on.
 DEFAULT_KEEP = {"random": 0.25, "halving": 0.5}
-#: Of anything that is counted; more is a mistake.
+#: The largest accepted count.
 MOST = 2**20
 
-#: What does not change the result of a trial; all other settings of two searches must agree where one goes on.
+#: Settings that do not change the result of a trial. A resumed search may change these and no others.
 WITHOUT_EFFECT = (
     *("config", "run_dir", "resume", "data_dir", "max_steps", "checkpoint_every", "keep_checkpoints", "log_every"),
-    *(
-        "stall_warning",
-        "detect_hangs",
-        "record_hashes",
-        "threads_per_rank",
-        "balance",
-        "verify_every",
-        "audit",
-        "trace",
-    ),
+    *("stall_warning", "detect_hangs", "record_hashes", "threads_per_rank", "balance", "verify_every", "audit"),
+    "trace",
 )
 
 
@@ -44,13 +36,22 @@ def _searchable() -> Iterator[tuple[str, bool]]:
             yield name, float not in kinds
 
 
-#: The settings of a training that can be searched, and whether they are whole numbers.
+#: The settings of a training that can be searched, and whether each is a whole number.
 SEARCHABLE = dict(_searchable())
+
+
+def flag_name(setting: str) -> str:
+    """Return the name of a setting in the form of a flag.
+
+    >>> flag_name("weight_decay")
+    'weight-decay'
+    """
+    return setting.replace("_", "-")
 
 
 @dataclass(frozen=True)
 class Range:
-    """Where a setting is looked for: from `low` to `high`, both included, on a linear or logarithmic scale."""
+    """The values to search for a setting: `low` to `high`, both included, on a linear or logarithmic scale."""
 
     name: str
     low: float
@@ -58,8 +59,8 @@ class Range:
     scale: str = "linear"
 
     def __str__(self) -> str:
-        """As the command line has it."""
-        return f"{self.name.replace('_', '-')}={self.low!r}:{self.high!r}" + (":log" if self.scale == "log" else "")
+        """Return the range in the form of the flag."""
+        return f"{flag_name(self.name)}={self.low!r}:{self.high!r}" + (":log" if self.scale == "log" else "")
 
     @property
     def whole(self) -> bool:
@@ -67,7 +68,7 @@ class Range:
         return SEARCHABLE[self.name]
 
     def checked(self) -> Range:
-        """Return the range, with whole numbers where the setting is one; raise `UserError` where it cannot be."""
+        """Return the range, with ints if the setting is a whole number; raise `UserError` if it is invalid."""
         if self.name not in SEARCHABLE:
             raise unknown_name("setting to search", self.name, SEARCHABLE, OTHER_NAMES)
         if self.scale not in SCALES:
@@ -77,16 +78,18 @@ class Range:
         if not self.low < self.high:
             raise UserError(f"--range {self}: {self.low:g} is not below {self.high:g}; give the lower end first")
         if self.scale == "log" and not self.low > 0:
-            raise UserError(f"--range {self}: a logarithmic scale begins above 0; give a higher low end, or no :log")
+            raise UserError(
+                f"--range {self}: a logarithmic scale begins above 0; give a higher low end, or leave out :log"
+            )
         if not self.whole:
             return replace(self, low=float(self.low), high=float(self.high))
         if self.low != int(self.low) or self.high != int(self.high):
-            raise UserError(f"--range {self}: {self.name.replace('_', '-')} is a whole number; give whole ends")
+            raise UserError(f"--range {self}: {flag_name(self.name)} is a whole number; give whole ends")
         return replace(self, low=int(self.low), high=int(self.high))
 
 
 def parse_range(text: str) -> Range:
-    """Return the range of a text like ``lr=1e-6:1e-2:log``; raise `UserError` otherwise.
+    """Return the range that a text such as ``lr=1e-6:1e-2:log`` describes, or raise `UserError`.
 
     >>> parse_range("weight-decay=1e-8:1e-4:log")
     Range(name='weight_decay', low=1e-08, high=0.0001, scale='log')
@@ -105,27 +108,33 @@ def parse_range(text: str) -> Range:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """A search: `config` is what all trials have in common."""
+class SearchSettings:
+    """The settings of a search; `config` holds the settings that all trials share."""
 
     ranges: tuple[Range, ...]
+    """Setting to search, with its lowest and highest value, such as batch-size=16:128, or lr=1e-6:1e-2:log on a
+    logarithmic scale; give one for each setting. It overrides a config file after --."""
     config: TrainConfig = TrainConfig()  # noqa: RUF009  frozen
     method: str = "random"
-    """random: each round draws new trials, from the ranges that the best of the round before span.
-    halving: all trials are drawn at first, and each round goes on with the best of the round before."""
+    """random: each round draws new trials from the ranges that the best trials of the previous round span; halving: the
+    first round draws all trials, and each later round continues the best of the previous round."""
     rounds: int = 3
+    """Number of rounds."""
     trials: int = 16
-    """Of a round; with halving, of the first round."""
+    """Trials of a round; with halving, of the first round."""
     keep: float | None = None
-    """The share of the trials of a round that the next one builds on; without it .25, and .5 for halving."""
+    """Share of the trials of a round that the next round builds on; by default 0.25 for random and 0.5 for halving."""
     seed: int = 0
-    """Of the drawn settings; trainings have that of `config`."""
+    """Seed of the drawn settings; trainings have their own --seed after --."""
     ranks_per_trial: int = 1
+    """Ranks that train a trial together."""
     out: Path | None = None
+    """Folder of the results; by default a new folder under runs/."""
     resume: bool = False
+    """Continue the search in --out."""
 
-    def checked(self) -> Settings:
-        """Return the settings with every default filled in; raise `UserError` for one that cannot be."""
+    def checked(self) -> SearchSettings:
+        """Return the settings with all defaults filled in; raise `UserError` if one is invalid."""
         if self.method not in METHODS:
             raise unknown_name("method", self.method, METHODS)
         settings = replace(
@@ -146,44 +155,46 @@ class Settings:
         if not 0 < settings.share < 1:
             raise UserError(f"--keep must be above 0 and below 1, the share of the trials to keep, not {self.keep}")
         if self.resume and self.out is None:
-            raise UserError("--resume goes on with the search in --out: give that folder too")
+            raise UserError("--resume continues the search in --out: give that folder too")
         if self.config.max_steps is not None:
             raise UserError(
-                f"max_steps = {self.config.max_steps} of the config: a search itself says where its trials stop; leave "
-                "it out of the file"
+                f"max_steps = {self.config.max_steps} of the config: a search decides when its trials stop; leave it "
+                "out of the file"
             )
         if "\0" in str(self.out):
-            raise UserError(f"--out {str(self.out)!r} holds a NUL character: no file can have this name")
+            raise UserError(
+                f"--out {str(self.out)!r} contains a NUL character: no file can have this name; give another"
+            )
         settings._check_ranges()
         settings._check_rounds()
         return settings
 
     @property
     def share(self) -> float:
-        """The share of trials kept, of checked settings."""
+        """The share of trials kept. The settings must be checked."""
         assert self.keep is not None
         return self.keep
 
     @property
     def epochs(self) -> list[int]:
-        """The epochs that a trial has been trained for at the end of each round, of checked settings."""
+        """The epochs of a trial up to the end of each round. The settings must be checked."""
         last = self.config.epoch_count
         if self.method == "random":
             return [last] * self.rounds
-        return [nearest(last * self.share ** (self.rounds - number)) for number in range(1, self.rounds + 1)]
+        return [rounded(last * self.share ** (self.rounds - number)) for number in range(1, self.rounds + 1)]
 
     def config_with(self, values: Mapping[str, Any]) -> TrainConfig:
         """Return the config of a trial."""
         return replace(self.config, **values)
 
     def extremes(self) -> Iterator[TrainConfig]:
-        """Yield the configs at all corners of the ranges; raise `UserError` where one cannot be."""
+        """Yield the configs at all corners of the ranges; raise `UserError` if one is invalid."""
         names = [one.name for one in self.ranges]
         for corner in itertools.product(*((one.low, one.high) for one in self.ranges)):
             try:
                 yield self.config_with(dict(zip(names, corner, strict=True))).checked()
             except UserError as error:
-                raise UserError(f"the ranges reach what cannot be: {error}") from None
+                raise UserError(f"the ranges contain invalid values: {error}") from None
 
     def _check_ranges(self) -> None:
         names = [one.name for one in self.ranges]
@@ -191,10 +202,10 @@ class Settings:
             raise UserError("there is nothing to search: give --range, such as --range lr=1e-6:1e-2:log")
         for name in names:
             if names.count(name) > 1:
-                raise UserError(f"--range {name.replace('_', '-')} is given {names.count(name)} times: give it once")
+                raise UserError(f"--range {flag_name(name)} is given {names.count(name)} times: give it once")
             if name in {"lr_step_epochs", "lr_step_factor"} and self.config.schedule != "step":
                 raise UserError(
-                    f"--range {name.replace('_', '-')} does nothing for --schedule {self.config.schedule}: give "
+                    f"--range {flag_name(name)} has no effect with --schedule {self.config.schedule}: give "
                     "-- --schedule step, or leave it out"
                 )
         for _ in self.extremes():
@@ -211,7 +222,7 @@ class Settings:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Return what decides on the results, as plain values."""
+        """Return the settings that determine the results, as JSON values."""
         return {
             "method": self.method,
             "ranges": [str(one) for one in self.ranges],
@@ -223,10 +234,10 @@ class Settings:
         }
 
 
-def nearest(number: float) -> int:
-    """Return the nearest whole number, of two the higher.
+def rounded(number: float) -> int:
+    """Return the nearest integer; a half is rounded up.
 
-    >>> nearest(2.5), nearest(2.4)
+    >>> rounded(2.5), rounded(2.4)
     (3, 2)
     """
     return math.floor(number + 0.5)

@@ -1,12 +1,14 @@
-"""A search: what every rank does.
+"""Run a search: train its trials on groups of ranks.
 
-The ranks are divided into groups, and each group trains a trial of its own. When all groups are done, everybody learns
-of all results, rank 0 writes them, and the next trials begin. A trial does not depend on the ranks that train it, its
-settings follow from the seed and the results of the rounds before alone, and results are taken down in the order of
-the trials; so a search ends with the same bytes on any number of ranks.
+The ranks form groups, and each group trains one trial. After all groups have finished, every rank receives all results,
+rank 0 saves them, and the next trials start. A search ends with the same bytes on any number of ranks, because
 
-Where a rank is lost and the MPI library lets the others go on, they do: as new groups, with the trials that are not
-taken down yet, each from its last checkpoint.
+- a trial does not depend on the ranks that train it;
+- its hyperparameters depend only on the seed and on the results of the previous rounds;
+- results are saved in the order of the trials.
+
+If a rank is lost and the MPI library survives failures, the survivors form new groups. They continue with the trials
+without a saved result, each from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -20,63 +22,66 @@ from distdl.config import TrainConfig, is_own
 from distdl.data import Dataset, split
 from distdl.engine import train
 from distdl.engine.console import Console
-from distdl.engine.prepare import labelled, outputs_of
+from distdl.engine.prepare import labelled
+from distdl.engine.requirements import outputs_of
 from distdl.engine.stop import StopRequest
-from distdl.engine.user_code import BuildNetwork, agree_on, load_dataset, network_builder
+from distdl.engine.storage.files import indented_json
+from distdl.engine.user_code import BuildNetwork, check_equal_networks, load_dataset, network_builder
 from distdl.errors import DistdlError, DivergedError, Stopped, UserError
+from distdl.inference import figures
 from distdl.nn import Sequential
-from distdl.parallel import Communicator, Survivors, guard, together, world
+from distdl.parallel import Communicator, Survivors, from_rank_0, guard, on_rank_0, together, world
 from distdl.rng import Key
-from distdl.search import results as report
-from distdl.search.folder import PICTURE, RESULTS, SearchFolder, choose, content_of_search, read
-from distdl.search.procedure import Record, Trial, planned, ranges_of, standing
-from distdl.search.settings import Range, Settings
+from distdl.search import tables
+from distdl.search.chart import search_figure
+from distdl.search.folder import CHART, RESULTS, SUMMARY, SearchFolder, choose_folder, read_results, search_json
+from distdl.search.procedure import Trial, TrialResult, leaderboard, ranges_of_round, trials_of_round
+from distdl.search.settings import Range, SearchSettings
 
-#: What a record takes from the summary of a training.
+#: The fields of a training's summary that form the outcome of a trial.
 OUTCOME = ("steps", "validation_loss", "validation_accuracy", "test_accuracy", "weights_sha256")
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search has found, the same on every rank."""
+class SearchResult:
+    """The result of a search, the same on every rank."""
 
     folder: Path
-    records: list[Record]
+    results: list[TrialResult]
     ranges: tuple[Range, ...]
-    """As the last round but one has narrowed them."""
+    """The ranges of the last round."""
 
     @property
-    def best(self) -> Record | None:
-        """The best trial; None where all have diverged."""
-        first = standing(self.records)[0]
+    def best(self) -> TrialResult | None:
+        """The best trial; None if all have diverged."""
+        first = leaderboard(self.results)[0]
         return None if first.diverged else first
 
 
 def search(
-    settings: Settings,
+    settings: SearchSettings,
     communicator: Communicator | None = None,
     *,
     build_network: BuildNetwork | None = None,
     dataset: Dataset | None = None,
-) -> Found:
-    """Search as `settings` say, on all ranks of `communicator` (`world()` if not given), and return what was found.
+) -> SearchResult:
+    """Search with `settings` on all ranks of `communicator` (`world()` if not given), and return the result.
 
-    `build_network` and `dataset` take the place of what the config names, as in `train`; they must be the same on every
-    rank. Collective. Raises `UserError`, on every rank, for what the user gave; any other exception on any rank ends
-    the whole job.
+    `build_network` and `dataset` replace the model and dataset of the config, as in `train`. They must be the same on
+    every rank. Collective. Raises `UserError` on every rank if the user's input is invalid. Any other exception on any
+    rank ends the job.
     """
     communicator = world() if communicator is None else communicator
-    one = _Search(settings, build_network, dataset)
-    with guard(communicator), one.stop.listening():
+    run = _Search(settings, build_network, dataset)
+    with guard(communicator), run.stop.listening():
         try:
-            found = Survivors(communicator).run(one.run)
+            return Survivors(communicator).run(run.attempt)
         finally:
-            one.close()
-    return found
+            run.close()
 
 
-class _Quiet(Console):
-    """Of a trial, only warnings are printed."""
+class _WarningsOnly(Console):
+    """The console of a trial: it prints warnings with the trial's name, and nothing else."""
 
     def __init__(self, trial: Trial) -> None:
         super().__init__(live=False)
@@ -86,52 +91,50 @@ class _Quiet(Console):
         """Print nothing."""
 
     def warning(self, text: str) -> None:
-        """Print the warning with the trial's name in front."""
+        """Print the warning after the name of the trial."""
         super().warning(f"{self._name}: {text}")
 
 
 class _Search:
-    """A rank's part in a search; `run` begins again on the ranks that are left where one was lost."""
+    """One rank's part of a search. If a rank is lost, the survivors call `attempt` again."""
 
-    def __init__(self, settings: Settings, build_network: BuildNetwork | None, dataset: Dataset | None) -> None:
+    def __init__(self, settings: SearchSettings, build_network: BuildNetwork | None, dataset: Dataset | None) -> None:
         self._given = replace(settings, config=labelled(settings.config, build_network, dataset))
         self._build_network = build_network
         self._dataset = dataset
-        self._place: Path | None = None
-        self._open: SearchFolder | None = None
-        self._records: list[Record] = []
+        self._path: Path | None = None
+        self._open: SearchFolder | None = None  # on rank 0 only
+        self._results: list[TrialResult] = []
         self._console = Console(live=False)
         self.stop = StopRequest()
 
-    def run(self, communicator: Communicator) -> Found:
-        """Do all trials that are not taken down yet. Collective."""
+    def attempt(self, communicator: Communicator) -> SearchResult:
+        """Do all trials without a saved result. Collective."""
         self._communicator = communicator
         try:
             self._prepare()
             return self._search()
         except UserError:
-            if self._open is not None and not self._records:
+            if self._open is not None and not self._results:
                 self._open.undo()
             raise
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Unlock the folder."""
         if self._open is not None:
             self._open.close()
 
     def _prepare(self) -> None:
-        """Do all that can fail because of what the user gave, and make the folder. Collective."""
-        communicator, coordinates = self._communicator, self._communicator.rank == 0
-        places = communicator.allgather_json(None if self._place is None else str(self._place))
-        known = next((place for place in places if place is not None), None)  # from before a rank was lost
-        begins = known is None
+        """Form the groups, check everything that depends on the user's input, and open the folder. Collective."""
+        communicator = self._communicator
+        paths = communicator.allgather_json(None if self._path is None else str(self._path))
+        known = next((path for path in paths if path is not None), None)  # from an attempt before a rank was lost
         self._settings = settings = together(communicator, self._given.checked)
-        if begins:
+        if known is None:
             together(communicator, lambda: _check_ranks(settings, communicator.size))
         self._groups = max(1, communicator.size // settings.ranks_per_trial)
-        chosen = together(communicator, lambda: str(choose(settings)) if coordinates and begins else known)
-        self._place = folder = Path(communicator.bcast_json(chosen))
         self._group_number = communicator.rank * self._groups // communicator.size
+        self._path = Path(from_rank_0(communicator, lambda: str(choose_folder(settings)) if known is None else known))
         group = communicator.split(self._group_number)
         assert group is not None
         self._group = group
@@ -139,33 +142,34 @@ class _Search:
         data_sha256, self._training_samples, shape, outputs = loaded
         if self._build_network is not None or is_own(settings.config.model) or settings.config.model_settings:
             name = getattr(self._build_network, "__qualname__", settings.config.model)
-            agree_on(communicator, name, together(communicator, lambda: self._network(shape, outputs)))
+            check_equal_networks(communicator, name, together(communicator, lambda: self._build(shape, outputs)))
 
-        def take_over() -> list[dict[str, Any]]:
-            if not coordinates:
-                return []
+        def open_folder() -> list[dict[str, Any]]:
             if self._open is None:
-                before = read(folder, settings, data_sha256) if settings.resume or not begins else []
-                self._open = SearchFolder(folder, content_of_search(settings, data_sha256), ours=not begins)
-                self._records = before
-            return [record.to_json() for record in self._records]
+                may_continue = settings.resume or known is not None
+                results = read_results(self.folder, settings, data_sha256) if may_continue else []
+                content = search_json(settings, data_sha256)
+                self._open = SearchFolder(self.folder, content, ours=known is not None)
+                self._results = results
+            return [result.to_json() for result in self._results]
 
-        records = communicator.bcast_json(together(communicator, take_over))
-        self._records = [Record(**record) for record in records]
-        if not begins:
-            self._say(f"a rank was lost; {communicator.size} go on with the trials that are not taken down yet")
+        self._results = [TrialResult(**result) for result in from_rank_0(communicator, open_folder)]
+        if known is not None:
+            ranks = f"{communicator.size} rank{'s continue' if communicator.size > 1 else ' continues'}"
+            self._print(f"a rank was lost; {ranks} with the trials that have no saved result")
             return
-        for line in report.banner(settings, communicator.size, self._groups):
-            self._say(line)
-        if self._records:
-            self._say(f"resumed from {folder} after {len(self._records)} trials")
+        for line in tables.banner(settings, communicator.size, self._groups):
+            self._print(line)
+        if self._results:
+            self._print(f"resumed from {self.folder} after {len(self._results)} trials")
         elif settings.resume and self._open is not None and self._open.is_new:
-            self._say(f"there is no search in {folder} yet: a new one begins")
+            self._print(f"there is no search in {self.folder} yet: a new one begins")
 
     def _load(self) -> tuple[str, int, list[int], int]:
-        """Load the dataset on the first rank of each group; return its hash, and how many samples are for training.
+        """Load the dataset on the first rank of each group.
 
-        And what a network is built for: the shape of an image, and the number of outputs.
+        Returns its hash, the number of training samples, the shape of an image, and the number of outputs to build a
+        network for.
         """
         if self._group.rank != 0:
             return "", 0, [], 0
@@ -176,82 +180,86 @@ class _Search:
         training = split.split(data.labels, data.test_start, Key(config.seed)).training
         return data.sha256(), len(training), list(data.images.shape[1:]), outputs_of(config, data)[-1]
 
-    def _network(self, shape: Sequence[int], outputs: int) -> Sequential:
-        """Build a model that is not ours once, before there is a folder; groups whose files differ train none alike."""
+    def _build(self, shape: Sequence[int], outputs: int) -> Sequential:
+        """Build the user's own model once, to compare it between the groups: their files may differ."""
         height, width, channels = shape
         config = self._settings.config
         build = network_builder(config.model, config.model_settings, self._build_network)
         return build((height, width, channels), outputs)
 
-    def _search(self) -> Found:
-        settings, records = self._settings, self._records
+    def _search(self) -> SearchResult:
+        settings, results = self._settings, self._results
         for number in range(1, settings.rounds + 1):
-            trials = planned(settings, number, records)
-            done = sum(record.round == number for record in records)
+            trials = trials_of_round(settings, number, results)
+            done = sum(result.round == number for result in results)
             if done < len(trials):
-                for line in report.round_lines(settings, number, trials, ranges_of(settings, number, records)):
-                    self._say(line)
+                for line in tables.round_lines(settings, number, trials, ranges_of_round(settings, number, results)):
+                    self._print(line)
             while done < len(trials):
                 self._train_at_once(trials[done : done + self._groups])
-                done = sum(record.round == number for record in records)
-        found = Found(self.folder, records, ranges_of(settings, settings.rounds, records))
-        together(self._communicator, lambda: self._finish(found))
+                done = sum(result.round == number for result in results)
+        found = SearchResult(self.folder, results, ranges_of_round(settings, settings.rounds, results))
+        on_rank_0(self._communicator, lambda: self._finish(found))
         return found
 
     @property
     def folder(self) -> Path:
-        """The folder of the search, once it is chosen."""
-        assert self._place is not None
-        return self._place
+        """The folder of the search."""
+        assert self._path is not None
+        return self._path
 
     def _train_at_once(self, trials: Sequence[Trial]) -> None:
-        """Train each of the trials on a group of its own, and take down the results. Collective."""
+        """Train each of the trials on one group, and save the results. Collective."""
         communicator = self._communicator
         mine = trials[self._group_number] if self._group_number < len(trials) else None
-        record = together(communicator, lambda: None if mine is None else self._trained(mine))
-        leads = self._group.rank == 0 and record is not None
-        told = communicator.allgather_json(
-            [self._group_number, record.to_json() if record is not None and leads else None, self.stop.asked]
-        )
-        results = {group: Record(**values) for group, values, _ in told if values is not None}
-        new = list[Record]()
+        result = together(communicator, lambda: None if mine is None else self._train(mine))
+        own = result.to_json() if result is not None and self._group.rank == 0 else None
+        everyone = communicator.allgather_json([self._group_number, own, self.stop.asked])
+        by_group = {group: TrialResult(**values) for group, values, _ in everyone if values is not None}
+        new = list[TrialResult]()
         for group in range(len(trials)):
-            if group not in results:
-                break  # stopped; those behind it are not lost, their run folders have them
-            new.append(results[group])
-        together(communicator, lambda: self._open.save([*self._records, *new]) if self._open is not None else None)
-        self._records += new
-        for result in new:
-            self._say(report.trial_line(result, self._settings))
-        signals = [asked for _, _, asked in told if asked is not None]
+            if group not in by_group:
+                break  # stopped; later trials are not lost, because their run folders hold them
+            new.append(by_group[group])
+
+        def save() -> None:
+            assert self._open is not None
+            self._open.save([*self._results, *new])
+
+        on_rank_0(communicator, save)
+        self._results += new
+        for one in new:
+            self._print(tables.trial_line(one, self._settings))
+        signals = [asked for _, _, asked in everyone if asked is not None]
         if signals:
             stopped = Stopped(
-                f"stopped by {signals[0]} after {len(self._records)} trials: the same command with --resume, and "
-                f"--out {self.folder}, goes on (exit code {Stopped.exit_code})"
+                f"stopped by {signals[0]} after {len(self._results)} trials: the same command with --resume and "
+                f"--out {self.folder} continues (exit code {Stopped.exit_code})"
             )
             stopped.agreed = True
             raise stopped
 
-    def _trained(self, trial: Trial) -> Record | None:
-        """Train a trial on this rank's group; None where a signal has stopped it."""
-        known: dict[str, Any] = asdict(trial)
+    def _train(self, trial: Trial) -> TrialResult | None:
+        """Train a trial on this rank's group; return None if a signal has stopped it."""
+        outcome: dict[str, Any] = dict.fromkeys(OUTCOME)
         try:
             summary = train(
                 self._config_of(trial),
                 self._group,
                 build_network=self._build_network,
                 dataset=self._dataset,
-                console=_Quiet(trial),
+                console=_WarningsOnly(trial),
                 stop=self.stop,
             )
+            outcome = {name: getattr(summary, name) for name in OUTCOME}
         except DivergedError:
-            return Record(**(known | dict.fromkeys(OUTCOME)))
+            pass
         except Stopped:
             return None
         except DistdlError as error:
-            error.agreed &= isinstance(error, UserError)  # those of other groups do not know, and must be ended
+            error.agreed &= isinstance(error, UserError)  # other groups do not know of it, and must be ended
             raise
-        return Record(**(known | {name: getattr(summary, name) for name in OUTCOME}))
+        return TrialResult(**asdict(trial), **outcome)
 
     def _config_of(self, trial: Trial) -> TrainConfig:
         config = replace(
@@ -265,29 +273,27 @@ class _Search:
             config = replace(config, max_steps=trial.epochs * steps_per_epoch)
         return config
 
-    def _finish(self, found: Found) -> None:
-        """Write the summary and the picture, and print the table: rank 0's work."""
-        if self._open is None:
-            return
-        self._open.summarize(report.summary(found.records, found.ranges))
-        for line in report.table(found.records, self._settings):
-            self._say(line)
-        written = [RESULTS, "summary.json"]
-        picture = report.picture(found.records, self._settings)
-        if picture is None:
-            self._say(f"no {PICTURE}: drawing it needs matplotlib (pip install 'distdl-mpi[plots]')")
+    def _finish(self, found: SearchResult) -> None:
+        """Write the summary and the chart, and print the table."""
+        assert self._open is not None
+        self._open.write(SUMMARY, indented_json(tables.summary(found.results, found.ranges)))
+        for line in tables.best_trials_table(found.results, self._settings):
+            self._print(line)
+        written = [RESULTS, SUMMARY]
+        if figures.has_matplotlib():
+            self._open.write(CHART, figures.svg(search_figure(found.results, self._settings)))
+            written.append(CHART)
         else:
-            self._open.write(PICTURE, picture)
-            written.append(PICTURE)
-        self._say(f"written: {', '.join(str(found.folder / name) for name in written)}")
+            self._print(f"no {CHART}: {figures.NEEDS_MATPLOTLIB}")
+        self._print(f"written: {', '.join(str(found.folder / name) for name in written)}")
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if self._communicator.rank == 0:
             self._console.line(text)
 
 
-def _check_ranks(settings: Settings, ranks: int) -> None:
-    """Raise `UserError` where the ranks cannot be divided so, or a group has more of them than work."""
+def _check_ranks(settings: SearchSettings, ranks: int) -> None:
+    """Raise `UserError` if the ranks cannot form such groups, or if a group has more ranks than micro-batches."""
     if settings.ranks_per_trial > ranks:
         raise UserError(
             f"--ranks-per-trial {settings.ranks_per_trial} is more than the {ranks} rank{'s' if ranks > 1 else ''} of "

@@ -15,7 +15,7 @@ from distdl.bench.layers import Stopwatch
 from distdl.bench.measure import ScalingCase, Workbench, measure_scaling
 from distdl.bench.settings import BenchSettings, Interconnect
 from distdl.inference import figures
-from distdl.mpirun import mpirun_command
+from distdl.job.mpirun_command import mpirun_command
 from distdl.nn import build_model
 from distdl.parallel import OneProcess
 

@@ -1,4 +1,4 @@
-"""An evaluation gives the scores that the run has given itself, on any number of ranks, and leaves the run alone."""
+"""An evaluation has the same scores as the run itself, on any number of ranks, and never changes the run."""
 
 import dataclasses
 import json
@@ -20,7 +20,9 @@ from distdl.data.split import micro_batch
 from distdl.engine import train
 from distdl.engine.storage import checkpoints
 from distdl.errors import UserError
-from distdl.inference.evaluation import Score, evaluate, in_half_precision, load
+from distdl.inference import evaluate_runs, score_table
+from distdl.inference.load import load
+from distdl.inference.score import Score, evaluate, in_half_precision
 from distdl.job.launcher import read_launch
 from distdl.nn import Affine, BatchNorm, Conv2d, Flatten, ReLU, Sequential, Tanh, build_model
 from distdl.parallel import OneProcess
@@ -31,7 +33,7 @@ MODELS = {"convnet": "simple_convnet", "mlp": "mlp"}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Finished runs on the digits: of two networks with micro-batches of their own, and of another seed."""
+    """Finished runs on the digits: two networks with different micro-batch sizes, and another seed."""
     folder = tmp_path_factory.mktemp("runs")
     common = {"epochs": 3, "batch_size": 64}
     for name, settings in {
@@ -45,7 +47,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mnist_runs(tmp_path_factory):
-    """Runs on a tiny set that has a test part of its own, in ``data``; ``other`` has other images."""
+    """Runs on a tiny dataset with its own test part, in ``data``; ``other`` has other images."""
     folder = tmp_path_factory.mktemp("mnist")
     write_files(folder / "data", mnist_files())
     write_files(folder / "other", mnist_files(training=21))
@@ -63,13 +65,13 @@ def summary_of(folder):
 
 
 def records_of(folder, name):
-    """The records in the metrics that have such a value."""
+    """The records in the metrics that have this value."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if name in record]
 
 
 def command(arguments, folder, capsys, monkeypatch):
-    """Run the command in this process; return its exit code and what it said."""
+    """Run the command in this process; return its exit code and its output."""
     monkeypatch.chdir(folder)
     code = cli.run(shown.main, list(map(str, arguments)))
     return code, *capsys.readouterr()
@@ -81,7 +83,7 @@ def softmax(logits):
 
 
 def plain_logits(folder):
-    """The logits of the test part and its labels, from the tensors of the last checkpoint and little else."""
+    """The logits of the test part and its labels, straight from the tensors of the last checkpoint."""
     checkpoint = checkpoints.newest_intact(folder / "checkpoints")[1]
     config = checkpoint.header["config"]
     [trained] = load([folder], OneProcess())
@@ -99,7 +101,7 @@ def plain_logits(folder):
 
 
 @alone
-def test_a_model_of_ones_own_is_run_only_where_the_command_names_it(tmp_path, capsys, monkeypatch):
+def test_a_model_from_user_code_runs_only_if_the_command_names_it(tmp_path, capsys, monkeypatch):
     file = tmp_path / "mine.py"
     file.write_text(
         "from pathlib import Path\n"
@@ -122,7 +124,7 @@ def test_a_model_of_ones_own_is_run_only_where_the_command_names_it(tmp_path, ca
 
 @alone
 @pytest.mark.parametrize("name", MODELS)
-def test_the_test_score_is_that_of_the_run_to_the_last_bit(runs, name, tmp_path, capsys, monkeypatch):
+def test_the_test_score_is_bitwise_that_of_the_run(runs, name, tmp_path, capsys, monkeypatch):
     code, out, err = command([runs / name, "--json", "numbers.json"], tmp_path, capsys, monkeypatch)
     assert (code, err) == (0, "")
     numbers = json.loads((tmp_path / "numbers.json").read_text())
@@ -156,7 +158,7 @@ def test_a_checkpoint_is_scored_by_itself(runs):
 
 
 @alone
-def test_scores_that_a_full_disk_has_no_room_for_are_not_taken_for_printed(runs):
+def test_scores_that_a_full_disk_refuses_are_an_error(runs):
     command = f"{sys.executable} -m distdl.evaluate {runs / 'mlp'} > /dev/full"
     done = subprocess.run(["bash", "-c", command], check=False, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
@@ -164,8 +166,8 @@ def test_scores_that_a_full_disk_has_no_room_for_are_not_taken_for_printed(runs)
 
 
 @alone
-def test_two_ranks_print_and_write_what_one_process_does(runs, tmp_path, run_job):
-    from distdl.mpirun import mpirun_command
+def test_two_ranks_print_and_write_the_same_as_one_process(runs, tmp_path, run_job):
+    from distdl.job.mpirun_command import mpirun_command
 
     flags = [str(runs / "convnet"), str(runs / "mlp"), "--half", "--confusion", "--json=numbers.json"]
     program = [sys.executable, "-m", "distdl.evaluate", *flags]
@@ -185,8 +187,8 @@ def test_two_ranks_print_and_write_what_one_process_does(runs, tmp_path, run_job
 
 
 @pytest.mark.mpi(min_size=2)
-def test_ranks_that_build_different_networks_are_told_apart(communicator, shared_tmp_path):
-    """Of the same sizes, so nothing else would notice; a model's file may differ between hosts."""
+def test_ranks_that_build_different_networks_are_refused(communicator, shared_tmp_path):
+    """The sizes agree, so nothing else would notice. The file of a model may differ between hosts."""
     dataset, folder = piece_of_digits(VERY_RAGGED), shared_tmp_path / "run"
 
     def network(shape, classes, between=ReLU):
@@ -206,7 +208,7 @@ def test_ranks_that_build_different_networks_are_told_apart(communicator, shared
 
 @pytest.mark.mpi(min_size=2)
 def test_any_number_of_ranks_gives_the_bits_of_one_process(communicator, shared_tmp_path):
-    """The test part has 37 samples, so the last micro-batch is ragged, and some ranks have none at all."""
+    """The test part has 37 samples, so the last micro-batch is ragged, and some ranks have no sample."""
     dataset, folders = piece_of_digits(VERY_RAGGED), [shared_tmp_path / "a", shared_tmp_path / "b"]
 
     def scored(communicator):
@@ -236,7 +238,7 @@ def test_any_number_of_ranks_gives_the_bits_of_one_process(communicator, shared_
 
 
 @alone
-def test_an_ensemble_is_the_mean_of_its_members_softmax(runs):
+def test_an_ensemble_is_the_mean_of_the_softmax_of_its_members(runs):
     found = evaluate(load([runs / name for name in MODELS], OneProcess()), "test", OneProcess())
     members = [plain_logits(runs / name) for name in MODELS]
     labels = members[0][1]
@@ -251,7 +253,7 @@ def test_an_ensemble_is_the_mean_of_its_members_softmax(runs):
 
 
 @alone
-def test_an_ensemble_of_one_is_the_one_and_so_is_one_given_twice(runs):
+def test_an_ensemble_of_one_is_its_member_and_so_is_a_member_given_twice(runs):
     once = evaluate(load([runs / "mlp"], OneProcess()), "test", OneProcess())
     twice = evaluate(load([runs / "mlp"] * 2, OneProcess()), "test", OneProcess())
     assert once.ensemble == once.scores[0]
@@ -262,7 +264,7 @@ def test_an_ensemble_of_one_is_the_one_and_so_is_one_given_twice(runs):
 
 
 @alone
-def test_members_of_other_seeds_are_scored_together_where_the_test_part_is_the_sets_own(mnist_runs):
+def test_members_of_other_seeds_are_scored_together_if_the_dataset_has_its_own_test_part(mnist_runs):
     folders = [mnist_runs / "0", mnist_runs / "1"]
     trained = load(folders, OneProcess())
     found = evaluate(trained, "test", OneProcess())
@@ -275,7 +277,7 @@ def test_members_of_other_seeds_are_scored_together_where_the_test_part_is_the_s
 
 
 @alone
-def test_the_data_may_lie_in_another_folder_now(mnist_runs, tmp_path):
+def test_the_data_may_have_moved_to_another_folder(mnist_runs, tmp_path):
     shutil.copytree(mnist_runs / "data", tmp_path / "moved")
     shutil.copytree(mnist_runs / "0", tmp_path / "run")
     found = evaluate(load([tmp_path / "run"], OneProcess(), data_dir=tmp_path / "moved"), "test", OneProcess())
@@ -290,7 +292,7 @@ def with_batch_norm(shape, outputs):
 
 
 def plain_mean(task, outputs):
-    """The mean of the members' answers, and its loss, as they are defined."""
+    """The mean of the predictions of the members, and its loss, by their definitions."""
     labels, members = outputs[0][1], [logits for logits, _ in outputs]
     if task == "regression":
         mean = sum(members) / len(members)
@@ -306,7 +308,7 @@ def plain_mean(task, outputs):
 
 @alone
 @pytest.mark.parametrize("task", [*TASKS, "batch norm"])
-def test_every_task_is_scored_as_in_its_run_alone_and_as_an_ensemble(task, tmp_path):
+def test_every_task_is_scored_as_in_its_run_and_as_an_ensemble(task, tmp_path):
     name = "classification" if task == "batch norm" else task
     dataset, build_network, settings = TASKS[name]
     build_network = with_batch_norm if task == "batch norm" else build_network
@@ -342,17 +344,22 @@ def test_every_task_is_scored_as_in_its_run_alone_and_as_an_ensemble(task, tmp_p
 
 
 @alone
-def test_numbers_are_reported_by_their_loss_and_have_no_confusion(tmp_path):
+def test_regression_is_scored_by_its_loss_and_has_no_confusion_matrix(tmp_path):
     dataset, build_network, _ = TASKS["regression"]
     run_task(OneProcess(), tmp_path / "run", "regression")
     trained = load([tmp_path / "run"], OneProcess(), dataset=dataset, build_network=build_network)
     found = evaluate(trained, "test", OneProcess())
     loss = summary_of(tmp_path / "run")["test_loss"]
-    assert shown.summary_of("test", found, None) == f"test loss: {loss:.6f}"
-    assert shown.report(trained, "test", found, None)[-1].endswith(f"–{loss:10.4f}")
+    assert score_table.summary_line("test", found, None) == f"test loss: {loss:.6f}"
+    assert score_table.score_table(trained, "test", found, None)[-1].endswith(f"–{loss:10.4f}")
     large = dataclasses.replace(found, scores=[Score(9073030.6755, 0, 0)])
-    assert shown.report(trained, "test", large, found)[-1].split()[-4:] == ["–", "9073030.6755", "–", f"{loss:.4f}"]
-    numbers = shown.as_json(trained, "test", found, found)
+    assert score_table.score_table(trained, "test", large, found)[-1].split()[-4:] == [
+        "–",
+        "9073030.6755",
+        "–",
+        f"{loss:.4f}",
+    ]
+    numbers = score_table.scores_json(trained, "test", found, found)
     assert numbers["ensemble"] == {
         "accuracy": None,
         "correct": 0,
@@ -361,14 +368,14 @@ def test_numbers_are_reported_by_their_loss_and_have_no_confusion(tmp_path):
     }
     for flag in ("--confusion", "--confusion-figure=c.png", "--misclassified=m.png"):
         with pytest.raises(UserError, match=f"{flag.split('=')[0]} is for .* task has numbers; leave the flag out"):
-            shown._refuse_pictures_of(trained[0], shown.parse([str(tmp_path), flag]))
+            evaluate_runs.check_task(trained[0], shown.parse([str(tmp_path), flag]))
 
 
-# ------------------------------------------------------------------------------------------- what is shown and written
+# ------------------------------------------------------------------------------------------------------- output, files
 
 
 @alone
-def test_half_precision_stands_beside_full_and_differs_from_it(runs, tmp_path, capsys, monkeypatch):
+def test_half_precision_is_shown_next_to_full_precision_and_differs_from_it(runs, tmp_path, capsys, monkeypatch):
     flags = [runs / "convnet", "--half", "--json=numbers.json"]
     code, out, _ = command(flags, tmp_path, capsys, monkeypatch)
     numbers = json.loads((tmp_path / "numbers.json").read_text())
@@ -382,27 +389,27 @@ def test_half_precision_stands_beside_full_and_differs_from_it(runs, tmp_path, c
 
 
 @alone
-def test_pictures_and_the_confusion_matrix_show_the_ensembles_answers(runs, tmp_path, capsys, monkeypatch):
+def test_pictures_and_the_confusion_matrix_show_the_predictions_of_the_ensemble(runs, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     flags = ["--confusion", "--confusion-figure=new/c.png", "--misclassified=m.svg", "--json=new/numbers.json"]
     code, out, err = command([runs / "mlp", runs / "convnet", *flags], tmp_path, capsys, monkeypatch)
     assert (code, err) == (0, "")
     numbers = json.loads((tmp_path / "new" / "numbers.json").read_text())
     lines = out.splitlines()
-    top = next(place for place, line in enumerate(lines) if line.startswith("true/taken"))
+    top = next(place for place, line in enumerate(lines) if line.startswith("actual/predicted"))
     printed = [list(map(int, line.split())) for line in lines[top + 1 : top + 11]]
     assert [line[1:] for line in printed] == numbers["confusion"]
     found = evaluate(load([runs / "mlp", runs / "convnet"], OneProcess()), "test", OneProcess())
-    for true in range(10):
-        for taken in range(10):
-            both = (found.labels == true) & (found.predictions == taken)
-            assert numbers["confusion"][true][taken] == int(both.sum())
+    for actual in range(10):
+        for predicted in range(10):
+            both = (found.labels == actual) & (found.predictions == predicted)
+            assert numbers["confusion"][actual][predicted] == int(both.sum())
     assert (tmp_path / "new" / "c.png").read_bytes()[:4] == b"\x89PNG"
     assert b"<svg" in (tmp_path / "m.svg").read_bytes()[:500]
 
 
 @alone
-def test_the_run_folder_is_left_as_it_is(runs, tmp_path, capsys, monkeypatch):
+def test_the_run_folder_does_not_change(runs, tmp_path, capsys, monkeypatch):
     def seen():
         times = {path: path.stat().st_mtime_ns for path in [runs, *runs.rglob("*")]}
         return picture(runs), times
@@ -417,7 +424,7 @@ def test_the_run_folder_is_left_as_it_is(runs, tmp_path, capsys, monkeypatch):
 
 
 @alone
-def test_a_damaged_newest_checkpoint_is_warned_of_and_the_one_before_is_used(runs, tmp_path, capsys, monkeypatch):
+def test_a_damaged_newest_checkpoint_gives_a_warning_and_the_previous_one_is_used(runs, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(runs / "mlp", folder)
     *_, before, newest = checkpoints.steps_in(folder / "checkpoints")
@@ -430,7 +437,7 @@ def test_a_damaged_newest_checkpoint_is_warned_of_and_the_one_before_is_used(run
     assert f"{record['validation_accuracy']:.2%}" in out.splitlines()[-1]
 
 
-# ------------------------------------------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------------------------------------------------ refusals
 
 
 def flip_a_bit(path):
@@ -440,7 +447,7 @@ def flip_a_bit(path):
 
 
 def with_header(source, target, **changed):
-    """Write a checkpoint as an attacker or another version would: sealed, with something else in the header."""
+    """Write a checkpoint with a valid checksum and a changed header, as an attacker or another version could."""
     found = checkpoints.read(source)
     target.parent.mkdir(parents=True, exist_ok=True)
     header = {name: value for name, value in {**found.header, **changed}.items() if value is not None}
@@ -449,7 +456,7 @@ def with_header(source, target, **changed):
 
 @pytest.fixture(scope="module")
 def wrong(runs, mnist_runs, tmp_path_factory):
-    """A folder with all that cannot be evaluated."""
+    """A folder with files and runs that cannot be evaluated."""
     folder = tmp_path_factory.mktemp("wrong")
     for name in ("mlp", "convnet", "seed 1"):
         shutil.copytree(runs / name, folder / name)
@@ -509,7 +516,7 @@ REFUSED = {
 
 @alone
 @pytest.mark.parametrize("what", REFUSED)
-def test_it_is_said_in_one_line_and_nothing_is_left(what, wrong, capsys, monkeypatch):
+def test_a_refusal_is_one_line_and_leaves_no_file(what, wrong, capsys, monkeypatch):
     flags, expected, words = REFUSED[what]
     before = picture(wrong)
     code, out, err = command(flags, wrong, capsys, monkeypatch)
@@ -530,8 +537,8 @@ def test_without_matplotlib_the_extra_is_named_before_any_work(wrong, capsys, mo
 
 @alone
 @pytest.mark.parametrize("what", ["a damaged checkpoint", "members of two splits"])
-def test_two_ranks_say_it_once_between_them(what, wrong, run_job):
-    from distdl.mpirun import mpirun_command
+def test_two_ranks_print_a_refusal_once(what, wrong, run_job):
+    from distdl.job.mpirun_command import mpirun_command
 
     flags, expected, words = REFUSED[what]
     done = run_job(mpirun_command(2, [sys.executable, "-m", "distdl.evaluate", *flags]), cwd=wrong, timeout=60)

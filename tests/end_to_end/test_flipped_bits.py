@@ -11,7 +11,7 @@ from distdl import nn
 from distdl.engine.storage import checkpoints
 from distdl.engine.timing.balance import Balance
 from distdl.errors import CorruptionError
-from distdl.mpirun import mpirun_command
+from distdl.job.mpirun_command import mpirun_command
 from distdl.parallel import OneProcess
 
 FLIPS = {

@@ -10,7 +10,7 @@ import pytest
 
 from distdl.errors import UserError
 from distdl.job.launcher import read_launch
-from distdl.mpirun import find_mpirun
+from distdl.job.mpirun_command import find_mpirun
 
 pytestmark = pytest.mark.skipif(read_launch().by is not None, reason="starts its own mpirun")
 

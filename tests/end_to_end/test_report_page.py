@@ -1,4 +1,4 @@
-"""A run on one page, with what its own files say, and with nothing that would have to be loaded."""
+"""The report page shows the content of the run's files, and loads nothing from elsewhere."""
 
 import base64
 import io
@@ -52,7 +52,7 @@ def heads(page):
     return re.findall("<h2>(.*?)</h2>", page)
 
 
-PICTURES = ["Filters of the first convolution", "What it makes of an image", "What the layers put out"]
+PICTURES = ["Filters of the first convolution", "Feature maps of an image", "Activations of the layers"]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def digits(runs):
     return page_of(runs / "digits")
 
 
-def test_the_page_says_what_the_files_of_the_run_say(runs, digits):
+def test_the_page_shows_the_values_of_the_files_of_the_run(runs, digits):
     page, run = digits, runs / "digits"
     summary = json.loads((run / "summary.json").read_text())
     assert f"weights sha256: {summary['weights_sha256']}" in page
@@ -70,14 +70,14 @@ def test_the_page_says_what_the_files_of_the_run_say(runs, digits):
     assert "<tr><th>model</th>" not in page, "the default"
     assert heads(page)[1:7] == [
         "Learning curves",
-        "Which class is taken for which",
-        "Images named wrong",
+        "Confusion matrix",
+        "Misclassified images",
         *PICTURES,
     ]
     assert "Where the time went" in heads(page)
 
 
-def test_every_picture_is_inside_of_the_page(digits):
+def test_every_picture_is_inside_the_page(digits):
     page = digits
     images = re.findall(r'<img alt="" src="data:image/png;base64,([^"]*)">', page)
     assert len(images) == page.count("<img") == 6
@@ -85,15 +85,15 @@ def test_every_picture_is_inside_of_the_page(digits):
     assert not re.search(r"https?:|<script|<link", page)
 
 
-def test_a_regression_and_a_run_without_an_epoch_have_what_they_can_have(runs):
+def test_a_regression_and_a_run_without_an_epoch_have_the_sections_that_apply(runs):
     page = page_of(runs / "numbers")
     assert heads(page)[1:5] == ["Learning curves", *PICTURES]
     assert "&lt;b&gt;.npz" in page
     assert "<b>" not in page
     assert heads(page_of(runs / "stopped", out=runs / "a new folder" / "elsewhere.html"))[1:4] == [
-        "Which class is taken for which",
-        "Images named wrong",
-        "What the layers put out",
+        "Confusion matrix",
+        "Misclassified images",
+        "Activations of the layers",
     ]
 
 
@@ -108,10 +108,10 @@ def test_a_regression_and_a_run_without_an_epoch_have_what_they_can_have(runs):
         (["digits", "--model=net.py:net"], "no run was trained with it"),
         (["digits", "--dataset=mnist"], "was trained on digits"),
         (["digits", "--model=net"], "unknown model 'net'"),
-        (["digits", "numbers"], "unrecognized arguments: numbers"),
+        (["digits", "numbers"], "unexpected argument 'numbers'"),
     ],
 )
-def test_what_is_wrong_is_one_line_and_nothing_is_written(arguments, said, runs, monkeypatch):
+def test_a_refusal_is_one_line_and_nothing_is_written(arguments, said, runs, monkeypatch):
     monkeypatch.chdir(runs)
     if not (runs / "pipe.html").exists():
         os.mkfifo(runs / "pipe.html")

@@ -182,7 +182,7 @@ AUDITED = """
 import json, os, sys
 from distdl import cli, train
 from distdl import engine  # everything that a start imports
-import tyro, safetensors.numpy, threadpoolctl
+import safetensors.numpy, threadpoolctl
 
 NEVER = ("pickle.", "socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto", "subprocess.", "os.system",
          "os.exec", "os.posix_spawn", "os.fork", "shutil.", "ftplib.", "urllib.", "os.chmod", "os.chown", "os.link",

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from distdl.engine.stop import SAME_REQUEST_SECONDS
-from distdl.mpirun import environment_for, mpirun_command
+from distdl.job.mpirun_command import environment_for, mpirun_command
 
 FLAGS = ["--model", "mlp", "--epochs", "2"]
 STEP = 4
@@ -89,7 +89,7 @@ def test_a_signal_to_mpirun_saves_the_step_and_resume_gives_the_undisturbed_rece
     assert f"stopped after step {STEP}; --resume {tmp_path / 'run'} continues" in out
     told = [line for line in error.splitlines() if line.startswith("distdl: ")]
     assert told == [
-        f"distdl: stopped by {number.name} after step {STEP}, which is saved: the same command with --resume goes on "
+        f"distdl: stopped by {number.name} after step {STEP}, which is saved: the same command with --resume continues "
         "(exit code 75)"
     ]
     assert "Traceback" not in error

@@ -14,7 +14,7 @@ from small_runs import VERY_RAGGED, piece_of_digits, small_config, small_run
 from distdl.engine import train
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.files import TEMPORARY_SUFFIX
-from distdl.mpirun import mpirun_command
+from distdl.job.mpirun_command import mpirun_command
 from distdl.parallel import OneProcess
 
 #: Trains as `small_run` does, with the faults that the rules of `saboteur.py` describe.

@@ -1,4 +1,4 @@
-"""A run begins with another's weights where they agree, frozen ones stay, and neither depends on ranks or a resume."""
+"""A run begins with the matching weights of another run. Frozen ones stay. Neither depends on ranks or a resume."""
 
 import dataclasses
 import shutil
@@ -18,13 +18,13 @@ from distdl.rng import Key
 
 
 def network(shape, classes):
-    """Layers inside of a layer, and batch normalization, which keeps moments besides its parameters."""
+    """A network with nested layers and batch normalization, which has moments in addition to its parameters."""
     way = [Conv2d(4, 3, padding=1), BatchNorm(), ReLU()]
     layers = [Conv2d(4, 3, padding=1), BatchNorm(), ReLU(), Residual(way), Flatten(), Affine(8), ReLU()]
     return Sequential([*layers, Affine(classes)], shape)
 
 
-#: What a network for another number of classes has in another shape.
+#: Parameters whose shape depends on the number of classes.
 OF_THE_CLASSES = {"affine_2.weight", "affine_2.bias"}
 FREEZE = "conv2d_1, residual_1.body,affine_1.bias"
 FROZEN = {
@@ -40,13 +40,13 @@ def of_five_classes():
 
 
 def source_in(folder, **settings):
-    """A run on ten classes, whose weights others begin with."""
+    """A run on ten classes, the source of weights."""
     small_run(OneProcess(), folder, build_network=network, **settings)
     return str(folder)
 
 
 def transferred(communicator, folder, **settings):
-    """A run on five classes, of another seed."""
+    """A run on five classes, with another seed."""
     config = small_config(folder, seed=1, **settings)
     return train(config, communicator, build_network=network, dataset=of_five_classes())
 
@@ -72,7 +72,9 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("given", ["run folder", "checkpoint"])
-def test_what_agrees_begins_with_the_bits_of_the_source_and_all_else_with_those_of_the_seed(tmp_path, capsys, given):
+def test_matching_tensors_begin_with_the_bits_of_the_source_and_all_others_with_those_of_the_seed(
+    tmp_path, capsys, given
+):
     source = source_in(tmp_path / "source")
     if given == "checkpoint":
         source = str(sorted((tmp_path / "source" / "checkpoints").iterdir())[0])
@@ -88,14 +90,14 @@ def test_what_agrees_begins_with_the_bits_of_the_source_and_all_else_with_those_
         assert same(begun.pop(name), theirs[name]), name
     for name in OF_THE_CLASSES:
         assert same(begun.pop(name), dict(plain.named_parameters())[name]), name
-    assert "first_moment/conv2d_1.weight" in begun, "and the optimizer's vectors are not taken"
+    assert "first_moment/conv2d_1.weight" in begun, "the optimizer's vectors are not copied"
     assert not any(array.any() for array in begun.values())
     assert f"begins with {len(names) - 2} of {len(names)} tensors from {source}" in said
-    assert "; anew: affine_2.weight, affine_2.bias\n" in said
+    assert "; initialized: affine_2.weight, affine_2.bias\n" in said
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_what_is_frozen_keeps_its_bits_to_the_end_and_all_else_moves(tmp_path, optimizer, monkeypatch):
+def test_frozen_parameters_keep_their_bits_and_all_others_change(tmp_path, optimizer, monkeypatch):
     lengths, clip_by_norm = [], step.clip_by_norm
 
     def clipped(gradient, largest):
@@ -121,7 +123,7 @@ def test_what_is_frozen_keeps_its_bits_to_the_end_and_all_else_moves(tmp_path, o
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("settings", [{}, {"audit": 1, "clip_norm": 0.5, "optimizer": "momentum", "balance": True}])
 def test_every_number_of_ranks_gives_the_bits_of_one_process(communicator, shared_tmp_path, settings, monkeypatch):
-    """Rank 0 alone looks at the source: another host need not see it."""
+    """Only rank 0 reads the source: another host need not have it."""
     settings = {"freeze": FREEZE, "init_from": str(shared_tmp_path / "source"), **settings}
     expected = None
     if communicator.rank == 0:
@@ -139,7 +141,7 @@ def test_every_number_of_ranks_gives_the_bits_of_one_process(communicator, share
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("settings", [{"init_from": "nowhere"}, {"freeze": "conv2d"}])
-def test_what_cannot_be_is_refused_by_all_ranks_before_anything_is_written(communicator, shared_tmp_path, settings):
+def test_all_ranks_refuse_an_impossible_transfer_before_anything_is_written(communicator, shared_tmp_path, settings):
     with pytest.raises(UserError, match=next(iter(settings.values()))) as caught:
         transferred(communicator, shared_tmp_path / "run", **settings)
     assert caught.value.agreed
@@ -148,11 +150,11 @@ def test_what_cannot_be_is_refused_by_all_ranks_before_anything_is_written(commu
     remove(communicator, shared_tmp_path)
 
 
-def test_a_resumed_run_goes_on_from_its_own_weights_and_does_not_need_the_source(tmp_path, capsys):
+def test_a_resumed_run_continues_from_its_own_weights_and_does_not_need_the_source(tmp_path, capsys):
     settings = {"init_from": source_in(tmp_path / "source"), "freeze": FREEZE}
     straight = transferred(OneProcess(), tmp_path / "straight", **settings)
     fresh = transferred(OneProcess(), tmp_path / "auto", resume="auto", **settings)
-    assert fresh.state_sha256 == straight.state_sha256, "with nothing there it begins with the source"
+    assert fresh.state_sha256 == straight.state_sha256, "without a checkpoint it begins with the source"
     transferred(OneProcess(), tmp_path / "stopped", max_steps=2, **settings)
     shutil.rmtree(tmp_path / "source")
     capsys.readouterr()
@@ -163,7 +165,7 @@ def test_a_resumed_run_goes_on_from_its_own_weights_and_does_not_need_the_source
     assert "begins with" not in said
 
 
-def test_the_checkpoint_before_a_damaged_one_is_taken_and_the_damaged_one_named(tmp_path, capsys):
+def test_the_checkpoint_before_a_damaged_one_is_used_and_the_damaged_one_is_named(tmp_path, capsys):
     source = source_in(tmp_path / "source")
     *_, before, damaged = sorted((tmp_path / "source" / "checkpoints").iterdir())
     damaged.write_bytes(damaged.read_bytes()[:-1])

@@ -1,4 +1,4 @@
-"""BLAS runs as many threads as it was asked to, and env.json records what the bits may depend on."""
+"""BLAS runs the requested number of threads, and env.json records everything that the bits may depend on."""
 
 import json
 import os
@@ -21,20 +21,20 @@ def threads():
     return [library["num_threads"] for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"]
 
 
-def test_numpys_blas_is_one_that_can_be_limited():
+def test_the_blas_of_numpy_can_be_limited():
     np.ones((2, 2)) @ np.ones((2, 2))
     assert threads()
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_blas_runs_the_threads_it_was_asked_for_and_its_old_number_afterwards(count):
+def test_blas_runs_the_requested_threads_and_its_old_number_afterwards(count):
     before = threads()
     with blas_threads(count):
         assert threads() == [count] * len(before)
     assert threads() == before
 
 
-def test_the_old_number_of_threads_comes_back_after_an_error_too():
+def test_the_old_number_of_threads_returns_after_an_error_too():
     before = threads()
     with pytest.raises(ZeroDivisionError), blas_threads(2):
         raise ZeroDivisionError
@@ -48,14 +48,14 @@ def test_a_blas_that_does_not_obey_is_an_error_that_says_what_to_do(monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr(environment.threadpoolctl, "threadpool_info", lambda: [openmp, stubborn])
         with pytest.raises(UserError) as caught, blas_threads(1):
-            pytest.fail("the work began all the same")
+            pytest.fail("the work began")
     assert str(caught.value) == (
-        "openblas runs 8 threads where --threads-per-rank asks for 1: set OPENBLAS_NUM_THREADS=1 before the start"
+        "openblas runs 8 threads, but --threads-per-rank asks for 1: set OPENBLAS_NUM_THREADS=1 before the start"
     )
     assert threads() == before
 
 
-def test_threads_of_others_than_blas_are_none_of_our_business(monkeypatch):
+def test_threads_of_other_libraries_are_not_checked(monkeypatch):
     openmp = {"user_api": "openmp", "internal_api": "openmp", "num_threads": 5}
     monkeypatch.setattr(environment.threadpoolctl, "threadpool_info", lambda: [openmp])
     with blas_threads(1):
@@ -84,7 +84,7 @@ def test_the_description_names_everything_that_the_bits_may_depend_on():
 
 
 class ThreeRanks(OneProcess):
-    """What rank 0 sees of two hosts with different processors."""
+    """Three ranks on two hosts with different processors, as rank 0 sees them."""
 
     def __init__(self):
         super().__init__("three ranks")
@@ -108,7 +108,9 @@ def test_a_library_that_is_not_installed_is_recorded_as_absent(monkeypatch):
         return "1.2"
 
     monkeypatch.setattr(environment, "version", version)
-    monkeypatch.setattr(environment, "_package_versions", environment._package_versions.__wrapped__)  # not from memory
+    monkeypatch.setattr(
+        environment, "_package_versions", environment._package_versions.__wrapped__
+    )  # without the cache
     versions = describe(OneProcess())["versions"]
     assert versions["mpi4py"] == "absent"
     assert versions["tyro"] == "1.2"
@@ -124,7 +126,7 @@ def test_the_kernel_family_names_the_core_type_of_the_blas():
             assert library.get("architecture", library["internal_api"]) in family
 
 
-def test_the_kernel_family_is_known_even_where_the_blas_is_not(monkeypatch):
+def test_the_kernel_family_is_known_even_if_the_blas_is_unknown(monkeypatch):
     monkeypatch.setattr(environment.threadpoolctl, "threadpool_info", list)
     assert kernel_family().startswith("no known BLAS; ")
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from distdl.data import sources, split
-from distdl.inference.evaluation import evaluate, load
+from distdl.inference.load import load
+from distdl.inference.score import evaluate
 from distdl.job.launcher import read_launch
 from distdl.nn import build_model, numerical_gradient
 from distdl.rng import Key
@@ -479,7 +480,7 @@ def test_the_gradients_of_the_deep_network_are_those_of_differences(run, monkeyp
 @pytest.fixture
 def run_on_two_ranks(run_job, tmp_path):
     """Run an example with --quick on two ranks, and return what it said."""
-    from distdl.mpirun import mpirun_command
+    from distdl.job.mpirun_command import mpirun_command
 
     def run(name):
         launch = mpirun_command(2, [sys.executable, str(EXAMPLES / f"{name}.py"), "--quick"])
@@ -529,7 +530,7 @@ def test_what_cannot_be_is_one_line(started, arguments, words, tmp_path):
 
 
 def test_what_cannot_be_is_one_line_on_two_ranks_too(run_job, tmp_path):
-    from distdl.mpirun import mpirun_command
+    from distdl.job.mpirun_command import mpirun_command
 
     launch = mpirun_command(2, [sys.executable, str(EXAMPLES / "chapter_6_hyperparameters.py"), "--dataset", "mnits"])
     done = run_job(launch, timeout=SECONDS, cwd=tmp_path)

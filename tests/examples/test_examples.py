@@ -10,7 +10,7 @@ import pytest
 
 from distdl.errors import UserError
 from distdl.job.launcher import read_launch
-from distdl.mpirun import find_mpirun, mpirun_command
+from distdl.job.mpirun_command import find_mpirun, mpirun_command
 
 REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "examples" / "README.md").read_text(encoding="utf-8")

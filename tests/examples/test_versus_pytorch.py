@@ -72,7 +72,7 @@ def test_two_ranks_take_turns_with_ddp(versus_pytorch, torch_python, needs_mpiru
         (["--rows", "simple_convnet"], "simple_convnet-"),
         (["--rounds", "0"], "--rounds 0"),
         (["--seconds", "nan"], "--seconds nan"),
-        (["--seconds", "soon"], "invalid float"),
+        (["--seconds", "soon"], "--seconds must be a number, not 'soon'"),
         (["--micro-batch-size", "80"], "expected 1 to 64"),
         (["--torch-python", "no/such/python"], "cannot run no/such/python: No such file or directory"),
     ],

@@ -27,14 +27,13 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "end_to_end"))
 
 import numpy as np
 import safetensors.numpy
-import tyro
 from bad_inputs import MNIST_FILES, TINY, mnist_files, write_files
 
 from distdl import cli, config, train
@@ -337,19 +336,6 @@ KINDS: dict[str, Callable[[], Kind]] = {
 RUN = Trainer.run
 
 
-def _remembering(cli: Callable[..., Any]) -> Callable[..., Any]:
-    """Parse flags that have been parsed once no more: most kinds never change them, and it is most of the time."""
-    known: dict[tuple[str, ...], Any] = {}
-
-    def remembered(of: type, *, args: list[str], **options: Any) -> Any:
-        key = tuple(args)
-        if key not in known:
-            known[key] = cli(of, args=args, **options)
-        return known[key]
-
-    return remembered
-
-
 def _run(arguments: list[str]) -> tuple[int, str]:
     err = io.StringIO()
     with redirect_stdout(io.StringIO()), redirect_stderr(err):
@@ -397,7 +383,6 @@ def main(name: str, seed: int, count: int, only: int | None = None) -> int:
     with (
         tempfile.TemporaryDirectory() as folder,
         patch.object(Trainer, "run", lambda _: None),
-        patch("tyro.cli", _remembering(tyro.cli)),
     ):
         os.chdir(folder)
         kind = KINDS[name]()

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distdl.mpirun import environment_for, mpirun_command
+from distdl.job.mpirun_command import environment_for, mpirun_command
 
 SABOTEUR = Path(__file__).with_name("saboteur.py")
 #: Against hanging alone. A run takes a few seconds on idle cores.

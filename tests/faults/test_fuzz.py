@@ -62,9 +62,9 @@ def test_files_altered_at_random_are_refused_in_one_line_or_are_valid(kind, seed
     ("defect", "said"),
     [
         ("checkpoints.read = lambda path: 1 / 0", "Traceback"),
-        ("cli._say = lambda text: None", "not one line of ours"),
-        ("cli._say = lambda text: print('one', 'two', sep='\\n', file=sys.stderr)", "not one line of ours"),
-        ("config.parse = train.parse = lambda *_: bytearray(400 * 2**20) and 1 / 0", "MB"),
+        ("cli.streams.say_line = lambda text: None", "not one line of ours"),
+        ("cli.streams.say_line = lambda text: print('one', 'two', sep='\\n', file=sys.stderr)", "not one line of ours"),
+        ("train.parse = lambda *_: bytearray(400 * 2**20) and 1 / 0", "MB"),
         ("fuzz.MOST_SECONDS = 0.0", "took"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Figures show what their numbers say: axes, images and titles; no pixel is compared."""
+"""Figures show the right axes, images and titles. The tests compare no pixels."""
 
 import json
 
@@ -8,7 +8,7 @@ import pytest
 from distdl.errors import UserError
 from distdl.inference import figures
 from distdl.nn import Affine, Conv2d, Flatten, ReLU, Sequential, build_model
-from distdl.nn.between import activations
+from distdl.nn.network_copies import layer_outputs
 from distdl.rng import Key
 
 pytest.importorskip("matplotlib")
@@ -47,11 +47,11 @@ def test_confusion_matrix_counts_each_pair_once():
     assert found.sum() == 500
 
 
-def test_classes_that_do_not_occur_have_rows_and_columns_of_zeros():
+def test_absent_classes_have_rows_and_columns_of_zeros():
     assert figures.confusion_matrix(np.array([0]), np.array([1]), 3).tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 0]]
 
 
-def test_scaled_images_go_from_0_to_1_each_by_itself_and_keep_their_order():
+def test_each_scaled_image_ranges_from_0_to_1_and_keeps_the_order_of_its_pixels():
     images = random(5, 4, 3, 2) * np.arange(1, 6).reshape(5, 1, 1, 1)
     found = figures.scaled(images)
     for before, after in zip(images, found, strict=True):
@@ -61,7 +61,7 @@ def test_scaled_images_go_from_0_to_1_each_by_itself_and_keep_their_order():
 
 
 @pytest.mark.parametrize(("channels", "shown"), [(1, 1), (2, 1), (3, 3), (5, 1)])
-def test_filter_images_are_the_filters_by_themselves(channels, shown):
+def test_filter_images_are_the_filters_each_scaled_separately(channels, shown):
     weight = random(3, 2, channels, 4)
     found = figures.filter_images(weight)
     assert found.shape == (4, 3, 2, shown)
@@ -70,7 +70,7 @@ def test_filter_images_are_the_filters_by_themselves(channels, shown):
         assert np.allclose(found[f], (one - one.min()) / (one.max() - one.min()), atol=1e-12)
 
 
-def test_the_first_convolution_is_found_and_its_lack_is_said():
+def test_the_first_convolution_is_found_and_its_absence_is_an_error():
     network = network_of()
     name, weight = figures.first_convolution(network)
     assert name == "conv2d_1"
@@ -83,7 +83,7 @@ def test_the_first_convolution_is_found_and_its_lack_is_said():
 # ------------------------------------------------------------------------------------------------------------ figures
 
 
-def test_filters_of_several_networks_stand_side_by_side_under_their_titles():
+def test_filters_of_several_networks_are_side_by_side_under_their_titles():
     before, after = network_of(), network_of()
     after.parameters[:] *= -1
     figure = figures.filters({"before training": before, "after training": after})
@@ -98,9 +98,9 @@ def test_filters_of_colours_are_drawn_in_colour():
     assert {image.shape for image in drawn(figures.filters(network_of(channels=3)))} == {(3, 3, 3)}
 
 
-def test_feature_maps_are_the_channels_of_the_layer_behind_the_input():
+def test_feature_maps_are_the_input_and_the_channels_of_the_layer():
     network, image = network_of(), random(8, 8, 1).astype(np.float32)
-    outputs = activations(network, image[np.newaxis])
+    outputs = layer_outputs(network, image[np.newaxis])
     for layer in (None, "relu_1"):
         figure = figures.feature_maps(network, image, layer)
         first, *maps = drawn(figure)
@@ -111,30 +111,30 @@ def test_feature_maps_are_the_channels_of_the_layer_behind_the_input():
 
 
 @pytest.mark.parametrize("layer", ["affine_1", "relu_7"])
-def test_a_layer_without_maps_is_named_beside_those_that_have_some(layer):
+def test_a_layer_without_maps_is_named_together_with_those_that_have_maps(layer):
     with pytest.raises(UserError, match=f"{layer}.*conv2d_1, relu_1"):
         figures.feature_maps(network_of(), random(8, 8, 1), layer)
 
 
-def test_misclassified_shows_the_wrong_ones_alone_with_both_names():
+def test_misclassified_shows_only_misclassified_images_with_both_names():
     images = np.arange(5 * 4, dtype=np.uint8).reshape(5, 2, 2, 1) * 3 % 7
     labels, predictions = np.array([0, 1, 2, 0, 1]), np.array([0, 2, 2, 1, 1])
     figure = figures.misclassified(images, labels, predictions, ["cat", "dog", "eel"])
-    assert figure.get_suptitle() == "2 of 5 named wrong"
-    assert titles(figure)[:2] == ["dog, taken for eel", "cat, taken for dog"]
+    assert figure.get_suptitle() == "2 of 5 misclassified"
+    assert titles(figure)[:2] == ["dog, predicted eel", "cat, predicted dog"]
     assert np.array_equal(drawn(figure), figures.scaled(images[[1, 3]])[..., 0])
-    assert titles(figures.misclassified(images, labels, predictions))[:2] == ["1, taken for 2", "0, taken for 1"]
+    assert titles(figures.misclassified(images, labels, predictions))[:2] == ["1, predicted 2", "0, predicted 1"]
 
 
-def test_misclassified_says_how_many_are_not_shown_and_when_there_are_none():
+def test_the_title_of_misclassified_counts_those_not_shown_and_also_none():
     images, labels = np.zeros((9, 2, 2, 1), np.uint8), np.zeros(9, np.int64)
     figure = figures.misclassified(images, labels, labels + 1, most=4)
-    assert (len(drawn(figure)), figure.get_suptitle()) == (4, "9 of 9 named wrong, the first 4")
+    assert (len(drawn(figure)), figure.get_suptitle()) == (4, "9 of 9 misclassified, the first 4")
     figure = figures.misclassified(images, labels, labels)
-    assert (drawn(figure), figure.get_suptitle()) == ([], "0 of 9 named wrong")
+    assert (drawn(figure), figure.get_suptitle()) == ([], "0 of 9 misclassified")
 
 
-def test_confusion_writes_every_count_and_colours_the_mistakes():
+def test_confusion_shows_every_count_and_colours_the_mistakes():
     matrix = np.array([[8, 1, 0], [2, 7, 0], [0, 0, 9]])
     figure = figures.confusion(matrix, ["cat", "dog", "eel"])
     (axes,) = figure.axes
@@ -142,11 +142,11 @@ def test_confusion_writes_every_count_and_colours_the_mistakes():
         ((column, row), str(matrix[row, column])) for row in range(3) for column in range(3)
     }
     assert np.array_equal(drawn(figure)[0], [[0, 1, 0], [2, 0, 0], [0, 0, 0]])
-    assert axes.get_title() == "24 of 27 named right"
+    assert axes.get_title() == "24 of 27 correct"
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog", "eel"]
 
 
-def test_a_large_confusion_matrix_has_no_counts_written_into_it():
+def test_a_large_confusion_matrix_has_no_counts_in_its_cells():
     (axes,) = figures.confusion(np.eye(30, dtype=np.int64)).axes
     assert len(axes.texts) == 0
 
@@ -164,7 +164,7 @@ def test_activation_histograms_count_every_activation():
     assert sum(bar.get_height() for bar in limited.axes[0].patches) == 1
 
 
-def test_activation_histograms_of_several_networks_stand_in_rows():
+def test_activation_histograms_of_several_networks_are_in_rows():
     figure = figures.activation_histograms({"one": {"a": np.ones(3), "b": np.ones(5)}, "two": {"c": np.ones(7)}})
     assert titles(figure) == ["one: a", "one: b", "two: c", ""]
     assert [sum(bar.get_height() for bar in axes.patches) for axes in figure.axes] == [3, 5, 7, 0]
@@ -188,7 +188,7 @@ RECORDS = [
 
 
 @pytest.mark.parametrize("as_file", [False, True])
-def test_curves_are_those_of_the_epochs(as_file, tmp_path):
+def test_curves_show_the_epochs(as_file, tmp_path):
     metrics = RECORDS
     if as_file:
         metrics = tmp_path / "metrics.jsonl"

@@ -71,7 +71,7 @@ def test_a_composite_in_front_needs_no_input_gradient_and_its_layers_neither():
     )
     residual = network.layers[0]
     assert not residual.needs_input_gradient
-    (_, body), _ = residual.paths
+    (_, body), _ = residual.members
     assert [layer.needs_input_gradient for layer in body.layers] == [False, True, True]
     network.initialize(Key(0))
     network.forward(normal((2, 5, 5, 2), dtype=np.float32))
@@ -115,9 +115,9 @@ def test_dropout_masks_of_different_ways_differ():
     [
         (
             lambda: Residual([Conv2d(4, 1)]),
-            "residual_1 .*the body puts out 4x4x4, the shortcut 4x4x2: expected the same",
+            "residual_1 .*the body's output is 4x4x4, the shortcut's 4x4x2: expected the same",
         ),
-        (lambda: Branches([Conv2d(1, 3)], [Conv2d(1, 1)]), "the branches put out 2x2x1, 4x4x1"),
+        (lambda: Branches([Conv2d(1, 3)], [Conv2d(1, 1)]), "the outputs of the branches are 2x2x1, 4x4x1"),
         (lambda: Residual([Affine(3)]), "affine_1 .*is not flat"),
         (lambda: Residual([]), "expected at least one in the body"),
         (Branches, "expected at least one list"),

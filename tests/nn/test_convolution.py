@@ -77,7 +77,7 @@ def test_both_ways_to_the_input_gradient_agree():
     layer = built(Conv2d(4, (3, 2), padding=(1, 2)), (6, 5, 3))
     y = layer.forward(normal((2, 6, 5, 3)), training=True, key=None)
     dy = normal(y.shape, "dy")
-    assert relative_error(layer.backward(dy), layer._scattered(dy.reshape(-1, 4))) < 1e-12
+    assert relative_error(layer.backward(dy), layer._by_scattering(dy.reshape(-1, 4))) < 1e-12
 
 
 def test_patches_have_the_shapes_of_the_book():

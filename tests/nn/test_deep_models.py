@@ -73,7 +73,7 @@ PUBLISHED_SIZES = {
 
 @pytest.mark.parametrize("case", PUBLISHED_SIZES, ids=lambda case: case[0])
 def test_outputs_have_the_published_sizes_layer_by_layer(case):
-    shapes = build_model(*case).path.shapes
+    shapes = build_model(*case).stack.shapes
     different = [shape for shape, before in zip(shapes, [case[1], *shapes], strict=False) if shape != before]
     assert different == PUBLISHED_SIZES[case]
 
@@ -110,7 +110,7 @@ def test_lenet_has_the_activation_of_the_paper_or_that_of_the_book():
     of_paper, of_book = lenet((28, 28, 1), 10), lenet((28, 28, 1), 10, activation="sigmoid")
     assert [sum(isinstance(layer, kind) for layer in of_paper.layers) for kind in (Tanh, Sigmoid)] == [4, 0]
     assert [sum(isinstance(layer, kind) for layer in of_book.layers) for kind in (Tanh, Sigmoid)] == [0, 4]
-    assert of_paper.path.shapes[0] == (28, 28, 6), "28x28 lies within 32x32"
+    assert of_paper.stack.shapes[0] == (28, 28, 6), "28x28 lies within 32x32"
     with pytest.raises(UserError, match="avgpool2d_2"):
         lenet((11, 11, 1), 10)
 
@@ -145,7 +145,7 @@ def test_steps_of_sgd_make_the_loss_of_the_small_form_smaller(name):
 def begun_cheaply(network):
     """Set weights to numbers of He's spread that repeat: to draw a hundred million of them takes ten seconds."""
     drawn = normal((10_007,))
-    for (name, view), spec in zip(network.named_parameters(), network.path.parameter_specs(), strict=True):
+    for (name, view), spec in zip(network.named_parameters(), network.stack.parameter_specs(), strict=True):
         view[...] = spec.initializer(Key(0), (1,), 1) if "weight" not in name else 0
         if name.endswith("weight"):
             rows = view.reshape(-1)

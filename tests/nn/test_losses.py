@@ -132,7 +132,12 @@ def test_right_answers_are_counted():
         ("mean_squared_error", np.zeros((2, 1)), np.zeros(2), r"outputs are \(2, 1\), targets \(2,\)"),
         ("cross_entropy", np.zeros((2, 4)), np.array([0, -1]), r"labels lie in -1 .. 0; expected 0 .. 3"),
         ("cross_entropy", np.zeros((1, 2, 1, 4)), np.array([[[-2], [1]]]), r"labels lie in -2 .. 1; expected 0 .. 3"),
-        ("cross_entropy", np.zeros((2, 3, 3, 4)), np.array([0, 1]), r"expected 18 integers, one per place of a sample"),
+        (
+            "cross_entropy",
+            np.zeros((2, 3, 3, 4)),
+            np.array([0, 1]),
+            r"expected 18 integers, one per position of a sample",
+        ),
     ],
 )
 def test_targets_that_do_not_fit_are_named(name, outputs, targets, said):

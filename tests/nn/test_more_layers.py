@@ -209,7 +209,7 @@ def test_the_layers_are_those_of_pytorch():
     [
         (lambda: built(GlobalAvgPool2d(), (4,)), "input 4 is not an image"),
         (lambda: built(Upsample2d(2), (4,)), "input 4 is not an image"),
-        (lambda: built(ConvTranspose2d(1, 1, padding=2), (2, 2, 1)), "leaves nothing of the output"),
+        (lambda: built(ConvTranspose2d(1, 1, padding=2), (2, 2, 1)), "removes the whole output"),
         (lambda: LeakyReLU(-1), "slope -1 given"),
         (lambda: LocalResponseNorm(alpha=np.inf), "alpha inf"),
         (lambda: built(AvgPool2d(5), (4, 4, 1)), "is smaller than the 5x5 window"),

@@ -1,4 +1,4 @@
-"""Whole searches: the same files on any number of ranks, and after any interruption; mistakes are told in one line."""
+"""Whole searches: the same files on any number of ranks and after any interruption; errors in one line."""
 
 import json
 import os
@@ -15,28 +15,29 @@ from bad_inputs import changes, picture
 from small_runs import piece_of_digits, remove, worlds
 
 from distdl import cli, nn
-from distdl.config import TrainConfig, parse
+from distdl.config import TrainConfig
 from distdl.engine import train
 from distdl.errors import DamagedFileError, Stopped, UserError
-from distdl.mpirun import mpirun_command
+from distdl.inference import figures
+from distdl.job.mpirun_command import mpirun_command
 from distdl.parallel import OneProcess
 from distdl.search import __main__ as command
-from distdl.search import results as report
-from distdl.search import trials as run
-from distdl.search.folder import PICTURE
-from distdl.search.settings import Range, Settings
+from distdl.search import trials
+from distdl.search.folder import CHART
+from distdl.search.settings import Range, SearchSettings
 from distdl.search.trials import search
+from distdl.train import parse
 
 ROWS = 90
 CONFIG = TrainConfig(model="mlp", epochs=2, batch_size=32, micro_batch_size=8)
-RANDOM = Settings(
+RANDOM = SearchSettings(
     ranges=(Range("lr", 1e-4, 1e-1, "log"), Range("weight_decay", 1e-8, 1e-4, "log")),
     config=CONFIG,
     rounds=2,
     trials=5,
 )
 HALVING = replace(RANDOM, method="halving", trials=4, config=replace(CONFIG, epochs=4), rounds=3)
-#: Adam's steps are as long as the learning rate: from about 1e20 on the loss overflows.
+#: Adam's steps are as long as the learning rate. From about 1e20 the loss overflows.
 DIVERGING = replace(RANDOM, ranges=(Range("lr", 1e-3, 1e30, "log"),), rounds=2, trials=6)
 FILES = ("search.json", "results.jsonl", "summary.json")
 
@@ -54,17 +55,17 @@ def ink(shape, outputs):
 
 
 def test_a_task_without_an_accuracy_is_judged_by_its_validation_loss(tmp_path, capsys):
-    """Halving, and numbers for labels: how much ink is in the rows of a digit."""
+    """Halving, and numbers as targets: the amount of ink in each row of a digit."""
     digits = piece_of_digits(ROWS)
     numbers = digits.images[..., 0].mean(axis=2).astype(np.float32) / 16
     data = replace(digits, labels=numbers, classes=numbers.shape[1])
     found = search(replace(HALVING, out=tmp_path / "search"), OneProcess(), build_network=ink, dataset=data)
-    assert all(record.validation_accuracy is None and not record.diverged for record in found.records)
-    [*others, last] = found.records
+    assert all(result.validation_accuracy is None and not result.diverged for result in found.results)
+    [*others, last] = found.results
     assert found.best == last
-    at_first = [record for record in others if record.round == 1]
-    assert {record.trial for record in others if record.round == 2} == {
-        record.trial for record in sorted(at_first, key=lambda record: record.validation_loss)[:2]
+    at_first = [result for result in others if result.round == 1]
+    assert {result.trial for result in others if result.round == 2} == {
+        result.trial for result in sorted(at_first, key=lambda result: result.validation_loss)[:2]
     }
     assert f"validation loss {last.validation_loss:.4g}" in capsys.readouterr().out
 
@@ -93,30 +94,30 @@ def test_every_number_of_ranks_gives_the_same_files(communicator, shared_tmp_pat
     remove(communicator, shared_tmp_path)
 
 
-def test_a_record_has_what_the_run_folder_says(undisturbed):
+def test_a_result_equals_the_summary_in_the_run_folder(undisturbed):
     lines = (undisturbed / "random" / "results.jsonl").read_text().splitlines()
     assert len(lines) == 10
     for record in map(json.loads, lines):
         summary = json.loads((undisturbed / "random" / record["run_folder"] / "summary.json").read_text())
-        for name in run.OUTCOME:
+        for name in trials.OUTCOME:
             assert record[name] == summary[name]
     assert len({json.loads(line)["weights_sha256"] for line in lines}) == 10
 
 
-def test_the_last_line_is_the_command_that_trains_so(tmp_path, capsys):
+def test_the_last_line_is_the_command_that_trains_with_the_best_settings(tmp_path, capsys):
     own = ["--range", "lr=1e-4:1e-1:log", "--trials", "2", "--rounds", "1", "--out"]
     assert command.main([*own, str(tmp_path / "search"), "--", "--model", "mlp", "--epochs", "1"]) == 0
     said = capsys.readouterr().out
     last = said.splitlines()[-1]
     assert last.startswith("best: python -m distdl.train --model mlp --epochs 1 --lr ")
-    summary = train(replace(parse(shlex.split(last)[4:], "train"), run_dir=tmp_path / "run"), OneProcess())
+    summary = train(replace(parse(shlex.split(last)[4:]), run_dir=tmp_path / "run"), OneProcess())
     best = json.loads((tmp_path / "search" / "summary.json").read_text())["best"]
     assert summary.weights_sha256 == best["weights_sha256"]
     assert said.count("weights sha256") == 0, "trials are quiet"
     assert len([line for line in said.splitlines() if line.startswith("  trial")]) == 2
 
 
-def test_halving_goes_on_with_a_training_as_if_it_had_not_been_interrupted(undisturbed, tmp_path, monkeypatch):
+def test_halving_continues_a_training_as_if_it_had_not_been_interrupted(undisturbed, tmp_path, monkeypatch):
     folder = undisturbed / "halving"
     records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert [(record["round"], record["epochs"]) for record in records] == [(1, 1)] * 4 + [(2, 2)] * 2 + [(3, 4)]
@@ -128,7 +129,7 @@ def test_halving_goes_on_with_a_training_as_if_it_had_not_been_interrupted(undis
         folder / records[-1]["run_folder"] / "metrics.jsonl"
     ).read_bytes()
     assert [record["test_accuracy"] for record in records[:-1]] == [None] * 6
-    # No step was taken twice: what was timed tells of each epoch once.
+    # No step was taken twice: each epoch was timed once.
     timed = (folder / records[-1]["run_folder"] / "timing.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in timed] == [1, 2, 3, 4]
 
@@ -137,7 +138,7 @@ def test_halving_goes_on_with_a_training_as_if_it_had_not_been_interrupted(undis
 def test_interrupted_after_any_trial_and_resumed_gives_the_same_files(
     undisturbed, tmp_path, monkeypatch, name, settings
 ):
-    """Each start trains two trials, and is interrupted when the third begins."""
+    """Each start trains two trials, and is interrupted when the third starts."""
     folder, calls = tmp_path / "search", []
 
     def interrupted(*arguments, **keywords):
@@ -146,7 +147,7 @@ def test_interrupted_after_any_trial_and_resumed_gives_the_same_files(
             raise KeyboardInterrupt
         return train(*arguments, **keywords)
 
-    monkeypatch.setattr(run, "train", interrupted)
+    monkeypatch.setattr(trials, "train", interrupted)
     for _ in range(20):
         try:
             searched(settings, folder, resume=True)
@@ -158,24 +159,24 @@ def test_interrupted_after_any_trial_and_resumed_gives_the_same_files(
     assert len(calls) < 2 * len((folder / "results.jsonl").read_bytes().splitlines()), "nothing was repeated"
 
 
-def test_a_resumed_search_that_was_finished_trains_nothing(undisturbed, tmp_path, monkeypatch, capsys):
+def test_a_resume_of_a_finished_search_trains_nothing(undisturbed, tmp_path, monkeypatch, capsys):
     searched(RANDOM, tmp_path / "search")
-    monkeypatch.setattr(run, "train", None)
+    monkeypatch.setattr(trials, "train", None)
     searched(RANDOM, tmp_path / "search", resume=True)
     assert files(tmp_path / "search") == files(undisturbed / "random")
     assert "resumed from" in capsys.readouterr().out
 
 
-def test_a_signal_stops_the_search_within_a_trial_and_a_resume_goes_on_there(undisturbed, tmp_path, monkeypatch):
+def test_a_signal_stops_the_search_within_a_trial_and_a_resume_continues_there(undisturbed, tmp_path, monkeypatch):
     folder, calls = tmp_path / "search", []
 
-    def told(*arguments, **keywords):
+    def signaled(*arguments, **keywords):
         calls.append(1)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGUSR1)
         return train(*arguments, **keywords)
 
-    monkeypatch.setattr(run, "train", told)
+    monkeypatch.setattr(trials, "train", signaled)
     with pytest.raises(Stopped, match="stopped by SIGUSR1 after 2 trials: the same command with --resume"):
         searched(RANDOM, folder)
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
@@ -187,16 +188,16 @@ def test_a_signal_stops_the_search_within_a_trial_and_a_resume_goes_on_there(und
 
 def test_a_trial_that_diverges_is_a_result_and_the_worst(tmp_path, capsys):
     found = searched(DIVERGING, tmp_path / "search")
-    diverged = [record for record in found.records if record.diverged]
-    assert 0 < len(diverged) < len(found.records)
-    assert found.ranges[0].high < min(record.settings["lr"] for record in diverged), "none is kept"
+    diverged = [result for result in found.results if result.diverged]
+    assert 0 < len(diverged) < len(found.results)
+    assert found.ranges[0].high < min(result.settings["lr"] for result in diverged), "none is kept"
     assert all(json.loads(line)["weights_sha256"] is None for line in lines_of(tmp_path / "search", diverged=True))
     said = capsys.readouterr().out
     assert len([line for line in said.splitlines() if "  diverged     " in line]) >= len(diverged)
     assert "training has diverged" not in said
     assert json.loads((tmp_path / "search" / "summary.json").read_text())["diverged"] == len(diverged)
     (tmp_path / "search" / "summary.json").unlink()
-    assert searched(DIVERGING, tmp_path / "search", resume=True).records == found.records
+    assert searched(DIVERGING, tmp_path / "search", resume=True).results == found.results
 
 
 def lines_of(folder, *, diverged):
@@ -204,7 +205,7 @@ def lines_of(folder, *, diverged):
     return [line for line in lines if (json.loads(line)["steps"] is None) == diverged]
 
 
-def test_a_search_in_which_all_diverge_ends_in_one_line(tmp_path, capsys):
+def test_a_search_whose_trials_all_diverge_ends_in_one_line(tmp_path, capsys):
     flags = ["--range", "lr=1e30:1e31", "--trials", "2", "--rounds", "2", "--out"]
     rest = ["--", "--model", "mlp", "--epochs", "1", "--optimizer", "sgd"]
     assert cli.run(command.main, [*flags, str(tmp_path / "search"), *rest]) == 2
@@ -213,18 +214,18 @@ def test_a_search_in_which_all_diverge_ends_in_one_line(tmp_path, capsys):
     assert json.loads((tmp_path / "search" / "summary.json").read_text())["best"] is None
 
 
-def test_the_picture_is_drawn_and_its_absence_is_told(undisturbed, tmp_path, monkeypatch, capsys):
+def test_the_chart_is_drawn_or_a_line_says_how_to_get_it(undisturbed, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    drawn = (undisturbed / "random" / PICTURE).read_text()
+    drawn = (undisturbed / "random" / CHART).read_text()
     assert drawn.lstrip().startswith("<?xml")
     assert drawn.count("weight-decay") >= 1
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
     searched(RANDOM, tmp_path / "search", rounds=1)
-    assert not (tmp_path / "search" / PICTURE).exists()
-    assert f"no {PICTURE}: drawing it needs matplotlib" in capsys.readouterr().out
+    assert not (tmp_path / "search" / CHART).exists()
+    assert f"no {CHART}: drawing it needs matplotlib" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------- what cannot be
+# ------------------------------------------------------------------------------------------------- invalid input
 
 
 def refused(settings, folder, said, communicator=None, *, kind=UserError, dataset=True, **more):
@@ -239,10 +240,10 @@ def refused(settings, folder, said, communicator=None, *, kind=UserError, datase
     assert changes(before, picture(folder.parent)) == []
 
 
-def test_a_folder_that_is_used_needs_resume_and_the_same_settings(tmp_path):
+def test_a_used_folder_needs_resume_and_the_same_settings(tmp_path):
     folder, settings = tmp_path / "search", replace(RANDOM, rounds=1, trials=2)
     searched(settings, folder)
-    refused(settings, folder, "is not empty: give another folder, or --resume to go on with its search")
+    refused(settings, folder, "is not empty: give another folder, or --resume to continue its search")
     for changed, said in (
         ({"trials": 3}, "trials is 3 here and 2 there"),
         ({"seed": 3}, "seed is 3 here and 0 there"),
@@ -256,13 +257,13 @@ def test_a_folder_that_is_used_needs_resume_and_the_same_settings(tmp_path):
     searched(settings, folder, resume=True, ranks_per_trial=1, config=replace(CONFIG, log_every=3))
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
+def test_a_folder_with_other_content_is_refused_and_not_changed(tmp_path):
     (tmp_path / "file").write_text("x")
-    refused(RANDOM, tmp_path / "file", "is no folder")
+    refused(RANDOM, tmp_path / "file", "is not a folder")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "letter").write_text("x")
     refused(RANDOM, tmp_path / "folder", "is not empty")
-    refused(RANDOM, tmp_path / "folder", "there is no search in --out", resume=True)
+    refused(RANDOM, tmp_path / "folder", "holds no search, but other files", resume=True)
     refused(RANDOM, tmp_path / "file" / "below", "cannot be used")
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "search.json").symlink_to(tmp_path / "file")
@@ -280,7 +281,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     ],
     ids=["torn", "another kind", "another trial", "one too many", "nested"],
 )
-def test_a_damaged_table_is_named_and_left_as_it_is(undisturbed, tmp_path, spoil):
+def test_damaged_results_are_named_and_not_changed(undisturbed, tmp_path, spoil):
     folder = tmp_path / "search"
     folder.mkdir()
     (folder / "search.json").write_bytes((undisturbed / "random" / "search.json").read_bytes())
@@ -291,7 +292,7 @@ def test_a_damaged_table_is_named_and_left_as_it_is(undisturbed, tmp_path, spoil
 
 
 @pytest.mark.parametrize("content", ["[1]", "{", "[" * 100_000], ids=["a list", "torn", "nested"])
-def test_damaged_settings_of_a_search_are_named(tmp_path, content):
+def test_damaged_settings_are_named(tmp_path, content):
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "search.json").write_text(content)
     refused(RANDOM, tmp_path / "search", "search.json is damaged", kind=DamagedFileError, resume=True)
@@ -305,24 +306,24 @@ def test_two_searches_cannot_share_a_folder(tmp_path, monkeypatch):
             searched(RANDOM, folder, resume=True)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "train", meanwhile)
+    monkeypatch.setattr(trials, "train", meanwhile)
     with pytest.raises(KeyboardInterrupt):
         searched(RANDOM, folder)
 
 
-def test_a_resume_with_nothing_to_go_on_from_says_so(tmp_path, monkeypatch, capsys):
+def test_a_resume_without_a_search_says_so(tmp_path, monkeypatch, capsys):
     def stopped(*arguments, **keywords):
         (tmp_path / "search" / "trials" / "any" / "checkpoints" / "any").mkdir(parents=True, exist_ok=True)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "train", stopped)
+    monkeypatch.setattr(trials, "train", stopped)
     for begins in (True, False):
         with pytest.raises(KeyboardInterrupt):
             searched(RANDOM, tmp_path / "search", resume=True)
         assert ("there is no search in" in capsys.readouterr().out) is begins
 
 
-def test_what_the_first_training_refuses_ends_the_search_and_leaves_nothing(tmp_path):
+def test_a_search_that_its_first_training_refuses_leaves_nothing(tmp_path):
     deep = replace(CONFIG, model="no_such_net")
     refused(RANDOM, tmp_path / "new" / "search", "unknown model 'no_such_net'", config=deep)
     (tmp_path / "empty").mkdir()
@@ -331,7 +332,7 @@ def test_what_the_first_training_refuses_ends_the_search_and_leaves_nothing(tmp_
     refused(RANDOM, tmp_path / "search", "--ranks-per-trial 2 is more than the 1 rank of this job", ranks_per_trial=2)
 
 
-def test_a_model_of_ones_own_is_searched_by_its_name_and_a_bad_one_is_refused_before_there_is_a_folder(tmp_path):
+def test_a_user_s_own_model_is_searched_by_name_and_a_bad_one_is_refused_before_the_folder_exists(tmp_path):
     (tmp_path / "own.py").write_text(
         "from distdl import nn\n\ndef net(shape, outputs):\n"
         "    return nn.Sequential([nn.Flatten(), nn.Affine(outputs)], shape)\n\n"
@@ -343,7 +344,7 @@ def test_a_model_of_ones_own_is_searched_by_its_name_and_a_bad_one_is_refused_be
     by_script = search(short, OneProcess(), build_network=ink, dataset=piece_of_digits(ROWS))
     written = json.loads((by_script.folder / "search.json").read_bytes())["config"]
     assert (written["model"], written["dataset"]) == (f"{__name__}:ink", piece_of_digits(ROWS).name)
-    assert [one.weights_sha256 for one in by_name.records] == [one.weights_sha256 for one in by_script.records]
+    assert [one.weights_sha256 for one in by_name.results] == [one.weights_sha256 for one in by_script.results]
     bad = replace(CONFIG, model=f"{tmp_path / 'own.py'}:bad")
     refused(
         RANDOM, tmp_path / "new", "own.py:bad raised IndexError: tuple index out of range .line 6 of own.py", config=bad
@@ -351,8 +352,8 @@ def test_a_model_of_ones_own_is_searched_by_its_name_and_a_bad_one_is_refused_be
 
 
 @pytest.mark.mpi(min_size=2)
-def test_groups_that_build_different_networks_are_told_apart(communicator, shared_tmp_path):
-    """Each trains trials by itself, so nothing else would notice; a model's file may differ between hosts."""
+def test_groups_that_build_different_networks_are_refused(communicator, shared_tmp_path):
+    """A model's file may differ between hosts. No other check compares the groups, because each trains alone."""
 
     def network(shape, outputs):
         between = nn.Tanh if communicator.rank == 1 else nn.ReLU
@@ -381,17 +382,17 @@ def test_more_ranks_for_a_trial_than_micro_batches_are_refused_on_all_ranks(comm
 FLAGS = ["--range", "lr=1e-4:1e-1:log", "--range", "weight-decay=1e-8:1e-4:log", "--rounds", "2", "--trials", "3"]
 REST = ["--", "--model", "mlp", "--epochs", "1"]
 
-#: Searches, but kills a rank when it begins its n-th training.
+#: A search that kills a rank when it begins its n-th training.
 KILLED = """
 import os, signal, sys
 from distdl import cli
 from distdl.search import __main__ as search
 from distdl.job.launcher import read_launch
 cli.set_blas_threads(1)
-from distdl.search import trials as run
+from distdl.search import trials
 
 def main(arguments):
-    train, calls = run.train, []
+    train, calls = trials.train, []
 
     def trapped(*given, **named):
         calls.append(1)
@@ -399,7 +400,7 @@ def main(arguments):
             os.kill(os.getpid(), signal.SIGKILL)
         return train(*given, **named)
 
-    run.train = trapped
+    trials.train = trapped
     return search.main(arguments[2:])
 
 sys.exit(cli.run(main))
@@ -407,15 +408,15 @@ sys.exit(cli.run(main))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_killed_costs_no_trial(run_job, survives, tmp_path, rank):
-    """Open MPI goes on without it; elsewhere the job ends, and a resume in one process goes on."""
+def test_a_killed_rank_costs_no_trial(run_job, survives, tmp_path, rank):
+    """With Open MPI the survivors continue. Otherwise the job ends, and a resume in one process continues."""
     (tmp_path / "program.py").write_text(KILLED)
     words = [*FLAGS, "--out", str(tmp_path / "search")]
     program = [sys.executable, str(tmp_path / "program.py"), str(rank), "2", *words, *REST]
     done = run_job(mpirun_command(2, program), timeout=100)
     if survives:
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("a rank was lost; 1 go on") == 1
+        assert done.stdout.count("a rank was lost; 1 rank continues") == 1
         assert done.stdout.splitlines()[-1].startswith("best: ")
     else:
         assert done.returncode != 0
@@ -425,7 +426,7 @@ def test_a_rank_that_is_killed_costs_no_trial(run_job, survives, tmp_path, rank)
     assert files(tmp_path / "search") == files(tmp_path / "undisturbed")
 
 
-def test_under_mpirun_a_mistake_is_told_once(run_job, tmp_path):
+def test_under_mpirun_an_error_is_printed_once(run_job, tmp_path):
     words = [*FLAGS, "--ranks-per-trial", "3", "--out", str(tmp_path / "search"), *REST]
     done = run_job(mpirun_command(2, [sys.executable, "-m", "distdl.search", *words]), timeout=60, cwd=tmp_path)
     assert done.returncode == 2

@@ -21,13 +21,8 @@ from distdl.data.dataset import Dataset
 from distdl.data.sources.idx import read_idx
 from distdl.errors import DamagedFileError, UserError, quoted
 
-#: In the order in which they are read.
-FILES = (
-    "train-images-idx3-ubyte.gz",
-    "train-labels-idx1-ubyte.gz",
-    "t10k-images-idx3-ubyte.gz",
-    "t10k-labels-idx1-ubyte.gz",
-)
+TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
+TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"
 #: The start of every URL of a download, redirects included.
 DOWNLOADS_FROM = "https://"
 MOST_REDIRECTS = 5
@@ -42,25 +37,20 @@ class Published:
     name: str
     title: str
     mirrors: tuple[str, ...]
-    sha256: dict[str, str]
-    sizes: dict[str, int]
-    """Bytes of each file."""
+    files: dict[str, tuple[int, str]]
+    """Bytes and sha256 of each file, in the order in which they are read."""
 
 
 MNIST = Published(
     "mnist",
     "MNIST",
-    (
-        "https://ossci-datasets.s3.amazonaws.com/mnist/",
-        "https://storage.googleapis.com/cvdf-datasets/mnist/",
-    ),
+    ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
     {
-        "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-        "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-        "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-        "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+        TRAIN_IMAGES: (9_912_422, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
+        TRAIN_LABELS: (28_881, "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
+        TEST_IMAGES: (1_648_877, "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
+        TEST_LABELS: (4_542, "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"),
     },
-    dict(zip(FILES, (9_912_422, 28_881, 1_648_877, 4_542), strict=True)),
 )
 FASHION_MNIST = Published(
     "fashion-mnist",
@@ -70,12 +60,11 @@ FASHION_MNIST = Published(
         "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
     ),
     {
-        "train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-        "train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-        "t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-        "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+        TRAIN_IMAGES: (26_421_880, "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"),
+        TRAIN_LABELS: (29_515, "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"),
+        TEST_IMAGES: (4_422_102, "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"),
+        TEST_LABELS: (5_148, "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"),
     },
-    dict(zip(FILES, (26_421_880, 29_515, 4_422_102, 5_148), strict=True)),
 )
 
 
@@ -97,7 +86,7 @@ def _load(published: Published, data_dir: Path | None) -> Dataset:
 
     Raises `UserError` if a file cannot be read or does not fit the others, `DamagedFileError` if a file is damaged.
     """
-    paths = _download_all(published) if data_dir is None else _find_in(data_dir, published.title)
+    paths = _download_all(published) if data_dir is None else _find_in(data_dir, published)
     train_images, train_labels = _read_pair(paths[0], paths[1])
     test_images, test_labels = _read_pair(paths[2], paths[3])
     if train_images.shape[1:] != test_images.shape[1:]:
@@ -126,29 +115,23 @@ def _read_pair(images_path: Path, labels_path: Path) -> tuple[NDArray[np.uint8],
     return images, labels
 
 
-def _find_in(data_dir: Path, title: str) -> list[Path]:
+def _find_in(data_dir: Path, published: Published) -> list[Path]:
     """Return the paths of the four files in a folder."""
     try:
         present = {path.name for path in data_dir.iterdir()}
     except OSError as error:
         raise UserError(
             f"the data folder {quoted(data_dir)} cannot be read ({error.strerror or error}): "
-            f"expected a folder with the four {title} files; give another --data-dir"
+            f"expected a folder with the four {published.title} files; give another --data-dir"
         ) from error
-    paths, missing = [], []
-    for compressed in FILES:
-        plain = compressed.removesuffix(".gz")
-        name = next((name for name in (plain, compressed) if name in present), None)
-        if name is None:
-            missing.append(plain)
-        else:
-            paths.append(data_dir / name)
+    plain = [name.removesuffix(".gz") for name in published.files]
+    missing = [name for name in plain if not {name, f"{name}.gz"} & present]
     if missing:
         raise UserError(
-            f"the data folder {quoted(data_dir)} lacks {', '.join(missing)}: expected the four {title} files, "
-            "plain or gzipped (with .gz at the end of the name); give another --data-dir, or none to download them"
+            f"the data folder {quoted(data_dir)} lacks {', '.join(missing)}: expected the four {published.title} "
+            "files, plain or gzipped (.gz at the end of the name); give another --data-dir, or none to download them"
         )
-    return paths
+    return [data_dir / (name if name in present else f"{name}.gz") for name in plain]
 
 
 def _download_all(published: Published) -> list[Path]:
@@ -160,18 +143,18 @@ def _download_all(published: Published) -> list[Path]:
             f"downloading {published.title} needs pooch, which is not installed: pip install 'distdl-mpi[data]', "
             "or give the folder with the four files by --data-dir"
         ) from error
-    return [_download(pooch, published, name) for name in FILES]
+    return [_download(pooch, published, name) for name in published.files]
 
 
 def _download(pooch: Any, published: Published, name: str) -> Path:
     """Return the path of one file, from the cache or from the first mirror that has it intact."""
     cache = pooch.os_cache("distdl") / published.name
+    size, sha256 = published.files[name]
+    fetch = functools.partial(_fetch, size)
     failures = []
     for mirror in published.mirrors:
         try:
-            fetch = functools.partial(_fetch, published.sizes[name])
-            pinned = f"sha256:{published.sha256[name]}"
-            return Path(pooch.retrieve(mirror + name, known_hash=pinned, fname=name, path=cache, downloader=fetch))
+            return Path(pooch.retrieve(mirror + name, f"sha256:{sha256}", fname=name, path=cache, downloader=fetch))
         except (OSError, ValueError) as error:  # the internet access or the disk; another sha256
             failures.append(f"{mirror}: {textwrap.shorten(str(error), 160)}")
     raise UserError(

@@ -1,11 +1,13 @@
-"""The watchdog: says which rank is late when nothing moves any more, and what that rank is doing.
+"""The watchdog: when a job makes no progress, it names the late rank and shows where that rank is.
 
-A job that hangs shows nothing: one rank waits for a disk or loops for ever, the others wait for it. So every rank has
-a thread that looks once a second whether the rank has done anything since: steps, and micro-batches within them.
-Whether it waits for others shows in its stack, which is then inside of a collective call. Each thread writes what it
-sees into a page that the ranks of a host share. Once a rank has done nothing for the seconds that were given, those
-who do not wait print where they are; of those who wait, the lowest rank of each host names who is late. They do so
-again after twice that time, four times, and so on, and say when it goes on.
+A job that hangs shows nothing: one rank waits for a disk or loops forever, and the others wait for it. So in every rank
+a thread checks once a second whether the rank has done anything since: steps, and micro-batches within them. It writes
+the result into memory that the ranks of a host share. It looks at the rank's stack: inside a collective call, the rank
+waits for others.
+
+After the given seconds without progress, a rank that does not wait prints its stack. Of the waiting ranks, the lowest
+one of each host names the late rank. Both repeat this after twice that time, four times, and so on, and print a line
+when the rank continues.
 
 The training does nothing for this but count. The threads end with the training, and with the process.
 """
@@ -27,29 +29,28 @@ from distdl.parallel import Communicator
 from distdl.parallel.shared import shared_bytes
 
 SECONDS_BETWEEN_LOOKS = 1.0
-#: The module whose functions a rank is in while it waits for others.
+#: A rank that waits for others is inside a function of this module.
 WHERE_RANKS_WAIT = "distdl.parallel.mpi"
-#: A watchdog that has not looked for so long was held up itself: its process was stopped, or never let go of Python.
+#: A watchdog that has not looked for this time was blocked: its process was stopped, or kept the interpreter's lock.
 SECONDS_TO_RESPOND = 10.0
-#: What a rank tells its host. The clock is that of the host.
+#: The record of a rank in the shared memory of its host; `looked` is a time on the host's clock.
 SLOT = np.dtype([(name, "i8") for name in ("rank", "pid", "started", "steps", "waits")] + [("looked", "f8")])
-#: States of a process (`Process.state`) that explain why it is late.
-STATES = {"T": "stopped by a signal", "t": "held by a debugger", "D": "waits for a disk"}
-
-#: Ends a line below which a stack follows.
+#: States of a process (`Process.state`) that explain its lateness.
+STATES = {"T": "stopped by a signal", "t": "stopped by a debugger", "D": "waiting for a disk"}
+#: The end of a line that a stack follows.
 HERE = "it is here:"
 
-#: One such record.
+#: One record of dtype `SLOT`.
 Slot = np.void
-#: What a rank has done: its steps, and a count that moves within a step.
+#: A function that returns a rank's number of steps, and a count that grows within a step.
 Progress = Callable[[], tuple[int, int]]
 
 
 class Watchdog:
-    """Watches the training of the thread that makes it, while it is entered; with 0 seconds it does not.
+    """Inside its ``with`` block, watches the training of the thread that created it; 0 seconds turn it off.
 
-    Making one is collective, and raises `UserError` on every rank where a host has no room for the shared page.
-    `progress` is what is known of this rank's work; it is replaced when the work begins.
+    The constructor is collective. It raises `UserError` on every rank if a host has no room for the shared memory.
+    `progress` returns the work of this rank so far; set it when the work begins.
     """
 
     def __init__(self, communicator: Communicator, stall_seconds: float) -> None:
@@ -62,8 +63,8 @@ class Watchdog:
             return
         host = communicator.host()
         self._whole_world = host.size == communicator.size
-        self._page = shared_bytes(communicator, host, SLOT.itemsize * host.size, "the watchdog").view(SLOT)
-        self._own = self._page[host.rank : host.rank + 1]
+        self._slots = shared_bytes(communicator, host, SLOT.itemsize * host.size, "the watchdog").view(SLOT)
+        self._own = self._slots[host.rank : host.rank + 1]
         this = look_at(os.getpid())
         assert this is not None
         self._own["rank"], self._own["started"], self._own["waits"] = communicator.rank, this.started, True
@@ -78,7 +79,7 @@ class Watchdog:
     def __exit__(self, *_error: object) -> None:
         self._over.set()
         if self._thread is not None:
-            self._thread.join(SECONDS_TO_RESPOND)  # not for ever: it may be printing to somebody who does not read
+            self._thread.join(SECONDS_TO_RESPOND)  # not forever: nobody may be reading its output
 
     def _watch(self) -> None:
         rank = int(self._own["rank"][0])
@@ -86,36 +87,36 @@ class Watchdog:
         done = self.progress()
         looked = moved = time.monotonic()
         due = moved + self._stall_seconds
-        has_spoken = False
+        has_printed = False
         over = False
         while not over:
             over = self._over.wait(pause)
             now, before, done = time.monotonic(), done, self.progress()
             self._own["steps"], self._own["waits"], self._own["looked"] = done[0], waits(self._watched_thread), now
             if done != before:
-                if has_spoken:
-                    say(f"[rank {rank}] goes on after {now - moved:.0f} s\n")
-                moved, due, has_spoken = now, now + self._stall_seconds, False
+                if has_printed:
+                    say(f"[rank {rank}] continues after {now - moved:.0f} s\n")
+                moved, due, has_printed = now, now + self._stall_seconds, False
             elif over:
                 break
-            elif now - looked > SECONDS_TO_RESPOND:  # this process, perhaps the whole job, was stopped meanwhile
+            elif now - looked > SECONDS_TO_RESPOND:  # the process was stopped meanwhile, perhaps with the whole job
                 due = now + self._stall_seconds
             elif now >= due:
-                others = [one for one in self._page if one["pid"] and one["rank"] != rank]
-                lines = what_to_say(self._own[0], others, now - moved, now, whole_world=self._whole_world)
+                others = [one for one in self._slots if one["pid"] and one["rank"] != rank]
+                lines = stall_message(self._own[0], others, now - moved, now, whole_world=self._whole_world)
                 if lines and lines[-1].endswith(HERE):
                     frame = sys._current_frames().get(self._watched_thread)
                     lines += "".join(traceback.format_stack(frame)).splitlines()
                 say("".join(f"[rank {rank}] {line}\n" for line in lines))
-                has_spoken |= bool(lines)
+                has_printed |= bool(lines)
                 due = now + (now - moved)
             looked = now
 
 
-def what_to_say(own: Slot, others: Sequence[Slot], seconds: float, now: float, *, whole_world: bool) -> list[str]:
-    """Return the lines of a rank that has done nothing for some seconds; none where another one says the same.
+def stall_message(own: Slot, others: Sequence[Slot], seconds: float, now: float, *, whole_world: bool) -> list[str]:
+    """Return the lines that a rank without progress prints; none if another rank prints the same.
 
-    If the last of them ends with `HERE`, its stack is to follow.
+    If the last line ends with `HERE`, the rank's stack must follow.
     """
     after = f"after {own['steps']} step{'s' if own['steps'] != 1 else ''}"
     if not own["waits"]:
@@ -125,7 +126,7 @@ def what_to_say(own: Slot, others: Sequence[Slot], seconds: float, now: float, *
     for one, process in zip(others, processes, strict=True):
         name = f"rank {one['rank']} (process {one['pid']}"
         if process is None or process.started != one["started"]:
-            gone.append(f"{name}, which is gone)")
+            gone.append(f"{name}, which has ended)")
         elif process.state in STATES:
             late.append(f"{name}, {STATES[process.state]})")
         elif now - one["looked"] > SECONDS_TO_RESPOND:
@@ -144,7 +145,7 @@ def what_to_say(own: Slot, others: Sequence[Slot], seconds: float, now: float, *
 
 
 def waits(thread: int) -> bool:
-    """Return whether a thread is inside of a collective call, where it waits for other ranks."""
+    """Return whether a thread waits for other ranks, inside a collective call."""
     frame = sys._current_frames().get(thread)
     while frame is not None and frame.f_globals.get("__name__") != WHERE_RANKS_WAIT:
         frame = frame.f_back

@@ -35,7 +35,7 @@ SPIN_SECONDS = 20e-3
 
 
 class Balance:
-    """From the seconds that ranks took in the steps so far to the shares of the next one; a function of those alone."""
+    """Decides the shares of the next step from the seconds of all ranks so far. A pure function of these."""
 
     def __init__(self, ranks: int, leaves: int) -> None:
         """Start with equal shares of the `leaves` micro-batches of a full batch."""
@@ -48,7 +48,7 @@ class Balance:
         self._last_change = 0
 
     def shares(self, leaves: int) -> tuple[int, ...]:
-        """Return how many of the `leaves` micro-batches of the next step each rank computes."""
+        """Return the number of micro-batches of each rank in a step of `leaves` micro-batches."""
         loads = list(loads_by_speed(leaves, self._speeds))
         on_trial = [rank for rank, load in enumerate(loads) if load == 0 and self._is_due(rank)]
         for rank in on_trial:
@@ -59,10 +59,10 @@ class Balance:
         return tuple(loads)
 
     def observe(self, seconds: Sequence[float | None]) -> bool:
-        """Take in the seconds that each rank took a micro-batch, None if it computed none; say if shares change."""
+        """Take in the seconds per micro-batch of each rank, None if it computed none; return whether shares change."""
         self._steps += 1
         if self._steps == 1:
-            return False  # buffers were made, pages touched for the first time
+            return False  # the first step also allocates buffers
         for rank, measured in enumerate(seconds):
             self._steps_unmeasured[rank] += 1
             if measured is not None:
@@ -77,7 +77,7 @@ class Balance:
         return True
 
     def _smooth(self, rank: int, measured: float) -> None:
-        """Weigh in a measurement: the more, the longer the rank has not been measured; at first the plain mean."""
+        """Average a measurement in. Its weight grows with the steps since the previous one; at first it is the mean."""
         self._times_measured[rank] += 1
         expected = self._seconds[rank] if self._times_measured[rank] > 1 else measured
         expected = min(expected, LARGEST_SURPRISE * measured)
@@ -87,7 +87,7 @@ class Balance:
         self._steps_unmeasured[rank] = 0
 
     def _expected(self) -> list[float]:
-        """Return each rank's seconds a micro-batch; who was never measured is taken for fast, and so gets measured."""
+        """Return the seconds per micro-batch of each rank. An unmeasured rank counts as fast, so it gets measured."""
         fastest = min((seconds for seconds in self._seconds if seconds), default=1.0)
         return [seconds or fastest for seconds in self._seconds]
 

@@ -1,15 +1,15 @@
-"""Where the time of each step goes, on each rank: compute, reduction, waiting for slower ranks.
+"""The timeline: the time of each step on each rank, as compute, reduction, and waiting for slower ranks.
 
-A step has four marks on a rank's own clock: it begins, enters the reduction, leaves it, ends. Outside of the
-reduction it computes. Inside, who comes last waits for nobody, so what a rank spends there beyond the rank that
-spends least was spent waiting (the "wait at N x N" of F. Wolf and B. Mohr, *Automatic performance analysis of
-hybrid MPI/OpenMP applications*, 2003, told from durations, so that no clocks have to agree). The rest is the
-reduction itself.
+A step has four marks on a rank's own clock: it begins, enters the reduction, leaves it, ends. Outside of the reduction
+the rank computes. Inside, the last rank to arrive waits for nobody. So the shortest time inside is the reduction
+itself, and any longer time was waiting (the "wait at N x N" of F. Wolf and B. Mohr, *Automatic performance analysis of
+hybrid MPI/OpenMP applications*, 2003). This needs durations only, so clocks need not agree.
 
     compute | waiting | reduction | compute
     begin   enter               leave     end
 
-Marks go into an array made once. Ranks compare them when it is full and at the end of an epoch, never in a step.
+The marks go into an array that is allocated once. Ranks compare them when it is full and at the end of an epoch, never
+within a step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from distdl.engine.step import OptimizerStep, StepObserver
 from distdl.parallel import Communicator
 
-#: Steps between two comparisons: 8 KiB a rank travel, and at 1,024 ranks every rank receives 8 MiB.
+#: Steps between two comparisons. Each rank sends 8 KiB; with 1,024 ranks each receives 8 MiB.
 STEPS_COMPARED = 1024
 
 Clock = Callable[[], float]
@@ -32,7 +32,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds that each rank spent in some steps: one number a rank, in rank order."""
+    """The seconds that each rank spent in some steps: one number per rank, in rank order."""
 
     compute: tuple[float, ...]
     reduction: tuple[float, ...]
@@ -40,16 +40,16 @@ class Spent:
 
     @property
     def seconds(self) -> float:
-        """What rank 0 spent in all; ranks take their steps together, so the others spent as much."""
+        """The total seconds of rank 0. All ranks take their steps together, so the others spent the same."""
         return self.compute[0] + self.reduction[0] + self.waiting[0]
 
     @property
     def slowest(self) -> int:
-        """The rank that computed longest, the first if several did."""
+        """The rank that computed longest; the first one in a tie."""
         return self.compute.index(max(self.compute))
 
     def shares(self) -> tuple[float, float, float]:
-        """Return the parts of compute, reduction and waiting in the time of all ranks; they add up to 1.
+        """Return the shares of compute, reduction and waiting in the time of all ranks; their sum is 1.
 
         >>> Spent(compute=(3.0, 2.0), reduction=(1.0, 1.0), waiting=(0.0, 1.0)).shares()
         (0.625, 0.25, 0.125)
@@ -103,7 +103,7 @@ class Timeline(StepObserver):
         self.step_seconds = float(marks[3] - marks[0])
 
     def spent(self) -> Spent:
-        """Return what all ranks have spent since the last call. Collective."""
+        """Return the seconds of all ranks since the previous call. Collective."""
         self._compare()
         everyone = self.communicator.allgather_json(self._sums.tolist())
         self._sums[:] = 0
@@ -111,7 +111,7 @@ class Timeline(StepObserver):
         return Spent(compute, reduction, waiting)
 
     def _compare(self) -> None:
-        """Find out how long this rank waited in each step, and make room for more."""
+        """Find how long this rank waited in each step, and make room for more marks."""
         marks, self._ended = self._marks[: self._ended], 0
         inside = marks[:, 2] - marks[:, 1]
         everyone = np.empty((self.communicator.size, len(marks)))

@@ -1,17 +1,17 @@
-"""``--trace FILE.json``: what each rank did when, for https://ui.perfetto.dev or ``chrome://tracing``.
+"""``--trace FILE.json``: a timeline of all ranks for https://ui.perfetto.dev or ``chrome://tracing``.
 
-One process a rank with one track, on which compute, waiting and reduction follow each other without overlap
-(what they mean is defined in `timeline`); between the steps, where validation and checkpoints are, it is empty.
+Each rank is a process with one track, on which compute, waiting and reduction follow each other without overlap
+(`timeline` defines them). The track is empty between steps, during validation and checkpoints.
 
-Clocks: hosts do not agree on the time. After a barrier all ranks read their clocks; of many barriers that count
-which took least time on the rank that took longest, since there nobody was held up between the barrier and the
-clock (the idea of D. L. Mills, *Network Time Protocol*, RFC 1305: trust the sample with the shortest delay). A
-rank's difference to rank 0 is its offset, wrong by no more than that barrier took. It is estimated at the start
-and at the end, and taken as changing evenly in between, since clocks drift apart by some microseconds a second.
+Clocks: the clocks of hosts differ. After a barrier all ranks read their clocks. Of many barriers the best one counts:
+the one whose slowest rank was fastest, because no rank was delayed between the barrier and its clock (the idea of
+D. L. Mills, *Network Time Protocol*, RFC 1305: trust the sample with the shortest delay). The offset of a rank is its
+difference to rank 0; its error is at most the duration of that barrier. Offsets are measured at the start and at the
+end, and interpolated in between, because clocks drift apart by some microseconds per second.
 
-Memory: the newest steps are kept, and `MOST_STEPS` of them over all ranks.
+Memory: only the newest `MOST_STEPS` steps over all ranks are kept.
 
-The format: *Trace Event Format*, https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
+Format: *Trace Event Format*, https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from distdl.engine.storage.files import check_output, write_durably
 from distdl.engine.timing.timeline import Clock, Timeline
 from distdl.parallel import Communicator
 
-#: Steps that are kept over all ranks together; about 30 MB of JSON.
+#: Steps that are kept, over all ranks together: about 30 MB of JSON.
 MOST_STEPS = 2**16
 CLOCK_ROUNDS = 40
-#: What lies between the marks of a step: begin, entered the reduction, last rank entered, left it, end.
+#: The slices between the marks of a step: begin, entered the reduction, last rank entered, left it, end.
 TRACK = ("compute", "waiting", "reduction", "update")
 
 Marks = NDArray[np.float64]
@@ -41,14 +41,14 @@ Marks = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Reading:
-    """A rank's clock, and by how much it is ahead of rank 0's at that time, in seconds."""
+    """A rank's clock, and its lead over rank 0's clock at that time, in seconds."""
 
     clock: float
     ahead: float
 
 
 def read_clocks(communicator: Communicator, clock: Clock) -> Reading:
-    """Return this rank's clock compared with rank 0's. Collective."""
+    """Return the reading of this rank's clock against rank 0's. Collective."""
     communicator.barrier()
     own = [clock()]
     for _ in range(CLOCK_ROUNDS):
@@ -60,7 +60,7 @@ def read_clocks(communicator: Communicator, clock: Clock) -> Reading:
 
 
 def on_rank_zeros_clock(times: Marks, first: Reading, last: Reading) -> Marks:
-    """Return times of a rank's clock as rank 0's clock showed them.
+    """Convert times of a rank's clock to those of rank 0's clock.
 
     >>> on_rank_zeros_clock(np.array([10.0, 15.0, 20.0]), Reading(10.0, 2.0), Reading(20.0, 4.0))
     array([ 8., 12., 16.])
@@ -70,7 +70,7 @@ def on_rank_zeros_clock(times: Marks, first: Reading, last: Reading) -> Marks:
 
 
 class Trace:
-    """Keeps the newest steps of a timeline, and writes them in the end."""
+    """Keeps the newest steps of a timeline."""
 
     def __init__(self, timeline: Timeline) -> None:
         self._communicator = timeline.communicator
@@ -107,7 +107,7 @@ class Trace:
 
 
 def chrome_trace(ranks: Marks, hosts: Sequence[str], *, first_step: int, left_out: int) -> dict[str, Any]:
-    """Return the trace as the format has it; `ranks` holds the marks, (ranks, steps, marks), in seconds."""
+    """Return the trace in its format; `ranks` holds the marks (ranks, steps, marks) in seconds."""
     nanoseconds = np.rint((ranks - (ranks.min() if ranks.size else 0.0)) * 1e9).astype(np.int64)
     events: list[dict[str, Any]] = []
     for rank, (steps, host) in enumerate(zip(nanoseconds.tolist(), hosts, strict=True)):
@@ -126,7 +126,7 @@ def chrome_trace(ranks: Marks, hosts: Sequence[str], *, first_step: int, left_ou
 
 
 def _events(rank: int, steps: Sequence[Sequence[int]], first_step: int) -> Iterator[dict[str, Any]]:
-    """Yield the complete events of a rank, in order; times are in nanoseconds, those of the format in microseconds."""
+    """Yield the complete events of a rank in order. `steps` are in nanoseconds, the format uses microseconds."""
     for number, marks in enumerate(steps, first_step):
         for name, start, end in zip(TRACK, marks[:-1], marks[1:], strict=True):
             if end > start:
@@ -142,11 +142,11 @@ def _events(rank: int, steps: Sequence[Sequence[int]], first_step: int) -> Itera
 
 
 def check_writable(path: Path) -> None:
-    """Raise `UserError` where the trace could not be written; nothing is left behind."""
+    """Raise `UserError` if the trace could not be written. Create nothing."""
     check_output(path, "--trace")
 
 
 def write(path: Path, trace: Mapping[str, Any]) -> None:
-    """Write the trace; raise `OSError` where the disk refuses."""
+    """Write the trace; raise `OSError` if the disk refuses."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, json.dumps(trace).encode())

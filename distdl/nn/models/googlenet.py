@@ -10,12 +10,12 @@ from distdl.nn.composites import Branches
 from distdl.nn.convolution import Conv2d
 from distdl.nn.initializers import He
 from distdl.nn.layers import Affine, Dropout, Layer, Shape
-from distdl.nn.models.forms import is_original
+from distdl.nn.models.variants import is_original
 from distdl.nn.network import Sequential
 from distdl.nn.normalization import LocalResponseNorm
 from distdl.nn.pooling import GlobalAvgPool2d, MaxPool2d
 
-#: Filters of the 1x1 branch; of the 3x3 branch before and in it; of the 5x5 branch alike; behind the pooling.
+#: Filters of each module: 1x1; 1x1 before the 3x3, 3x3; 1x1 before the 5x5, 5x5; 1x1 after the pooling.
 MODULES = {
     "3a": (64, 96, 128, 16, 32, 32),
     "3b": (128, 128, 192, 32, 96, 64),
@@ -33,10 +33,10 @@ def googlenet(input_shape: Shape, classes: int, *, dtype: DTypeLike = np.float32
     """Return GoogLeNet as in the paper's table 1, without the two auxiliary classifiers; He.
 
     It has local response normalization and no BatchNorm, biases in its convolutions, and true 5x5 kernels: 6,998,552
-    parameters for 1,000 classes. (torchvision's has BatchNorm, no biases, and 3x3 for 5x5.) The original form is for
-    sides of at least 192 pixels, made for 224x224. In the form for sides of 28 to 64 the first convolution is 3x3,
-    stride 1, where the original has 7x7, stride 2, and the pooling before module 3a is left out. Other sizes raise
-    `UserError`. Poolings have a margin of 1, which makes the paper's sizes.
+    parameters for 1,000 classes. (torchvision's has BatchNorm, no biases, and 3x3 instead of 5x5.) The original variant
+    is for sides of at least 192 pixels, made for 224x224. In the variant for sides of 28 to 64 the first convolution is
+    3x3, stride 1, instead of 7x7, stride 2, and there is no pooling before module 3a. Other sizes raise `UserError`.
+    Poolings have a margin of 1, which gives the paper's sizes.
 
     Sources: section 8.2.3; Szegedy et al. 2014.
     """
@@ -63,16 +63,16 @@ def googlenet(input_shape: Shape, classes: int, *, dtype: DTypeLike = np.float32
     return Sequential(layers, input_shape, dtype=dtype)
 
 
-def inception(ones: int, before_threes: int, threes: int, before_fives: int, fives: int, behind_pool: int) -> Branches:
+def inception(ones: int, before_threes: int, threes: int, before_fives: int, fives: int, after_pool: int) -> Branches:
     """Return a module: 1x1; 1x1 - 3x3; 1x1 - 5x5; pooling - 1x1. Each convolution has its ReLU.
 
-    The 1x1 convolutions before the larger ones and behind the pooling make the channels fewer.
+    The 1x1 convolutions before the larger ones and after the pooling reduce the number of channels.
     """
     return Branches(
         _convolution(ones, 1),
         [*_convolution(before_threes, 1), *_convolution(threes, 3)],
         [*_convolution(before_fives, 1), *_convolution(fives, 5)],
-        [MaxPool2d(3, stride=1, padding=1), *_convolution(behind_pool, 1)],
+        [MaxPool2d(3, stride=1, padding=1), *_convolution(after_pool, 1)],
     )
 
 

@@ -14,7 +14,7 @@ from distdl.nn.layers import Affine, Dropout, Flatten, Layer, Shape
 from distdl.nn.network import Sequential
 from distdl.nn.normalization import BatchNorm
 
-#: Each activation with the initial weights made for it (section 6.2).
+#: Each activation with the initial weights that suit it (section 6.2).
 ACTIVATIONS: dict[str, tuple[Callable[[], Layer], Initializer]] = {
     "relu": (ReLU, He()),
     "leaky_relu": (LeakyReLU, He()),
@@ -24,14 +24,14 @@ ACTIVATIONS: dict[str, tuple[Callable[[], Layer], Initializer]] = {
 
 
 def logistic(input_shape: Shape, classes: int, *, dtype: DTypeLike = np.float32) -> Sequential:
-    """Return multinomial logistic regression: one affine layer, whose softmax is in the loss (Ng, week 2).
+    """Return multinomial logistic regression: one affine layer; the loss includes the softmax (Ng, week 2).
 
-    It begins with Normal(0.01); its loss has one minimum, wherever it begins.
+    Initial weights are Normal(0.01); the loss has one minimum, so they hardly matter.
     """
     return Sequential([Flatten(), Affine(classes, Normal(0.01))], input_shape, dtype=dtype)
 
 
-#: Initial weights by name; a number is the deviation of `Normal`, as the book's `weight_init_std`.
+#: Initial weights by name; a number is the standard deviation of `Normal`, as the book's `weight_init_std`.
 INITIALIZERS: dict[str, Initializer] = {"he": He(), "xavier": Xavier(), "zeros": Zeros()}
 
 
@@ -49,9 +49,9 @@ def multilayer_net(
     """Return the book's MultiLayerNet of any depth, or with `batch_norm` or `dropout` its MultiLayerNetExtend.
 
     For each of the `hidden` sizes it has affine - BatchNorm - activation - Dropout (a ratio), and at the end an affine
-    layer. Activations are relu, leaky_relu, sigmoid and tanh. All weights begin by `initializer` (also he, xavier,
-    zeros, or a standard deviation); without one by that which is made for the activation, He for both ReLUs and Xavier
-    else. Weight decay is the optimizer's. Raises `UserError`. Source: sections 6.1.8 to 6.4.
+    layer. Activations are relu, leaky_relu, sigmoid and tanh. `initializer` sets all initial weights (also he, xavier,
+    zeros, or a standard deviation); the default suits the activation: He for both ReLUs, otherwise Xavier. Weight decay
+    belongs to the optimizer. Raises `UserError` for invalid settings. Source: sections 6.1.8 to 6.4.
 
     >>> net = multilayer_net((28, 28, 1), 10, hidden=(100,) * 4, batch_norm=True)
     >>> net.layer_names[:4], net.parameter_count
@@ -66,8 +66,8 @@ def multilayer_net(
         raise UserError(f"batch_norm={batch_norm!r} given, expected true or false")
     if isinstance(dropout, bool) or not isinstance(dropout, int | float):
         raise UserError(f"dropout={dropout!r} given, expected a ratio from 0 to below 1")
-    activate, made_for_it = ACTIVATIONS[activation]
-    start = made_for_it if initializer is None else _initializer(initializer)
+    activate, default = ACTIVATIONS[activation]
+    start = default if initializer is None else _initializer(initializer)
     layers: list[Layer] = [Flatten()]
     for size in sizes:
         layers.append(Affine(size, start))
@@ -81,7 +81,7 @@ def multilayer_net(
 
 
 def _initializer(given: Initializer | str | float) -> Initializer:
-    """Return the initializer that a name or a standard deviation stands for; raise `UserError`."""
+    """Return the initializer for a name or a standard deviation; raise `UserError` if it is invalid."""
     if isinstance(given, str):
         if given not in INITIALIZERS:
             raise unknown_name("initializer", given, INITIALIZERS)
@@ -102,10 +102,10 @@ def mlp(
     dropout: float = 0.0,
     dtype: DTypeLike = np.float32,
 ) -> Sequential:
-    """Return the two-layer network of chapter 5 (5.7.2), 100 hidden units with ReLU, all weights by Normal(0.01).
+    """Return the two-layer network of chapter 5 (5.7.2): 100 hidden units with ReLU, all weights Normal(0.01).
 
-    With `hidden`, one or more sizes, it is `multilayer_net`, whose settings are the same; its weights then begin by
-    what is made for the activation, since by Normal(0.01) a deep network does not learn (section 6.2).
+    With `hidden`, one or more sizes, it is `multilayer_net` with the same settings. The initial weights then suit the
+    activation, because a deep network does not learn from Normal(0.01) (section 6.2).
     """
     return multilayer_net(
         input_shape,

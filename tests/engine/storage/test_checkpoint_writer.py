@@ -19,7 +19,7 @@ from distdl.engine.storage.header import CheckpointHeader, RunProgress
 from distdl.errors import UserError
 from distdl.parallel import OneProcess
 
-LONG_ENOUGH = 60  # seconds: against hanging
+LONG_ENOUGH = 60  # seconds; a timeout against hangs
 
 
 def refusing(number, text):

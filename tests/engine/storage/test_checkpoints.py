@@ -1,4 +1,4 @@
-"""A checkpoint is the old one or the new one, whatever cuts the write off; and a damaged one is never loaded."""
+"""An interrupted write leaves the old checkpoint or the new one, and a damaged checkpoint is never loaded."""
 
 import errno
 import hashlib
@@ -19,11 +19,11 @@ def small(value):
 
 
 class Killed(BaseException):
-    """The process is gone: nothing that would tidy up after an error runs."""
+    """The end of the process: no error handler runs."""
 
 
 class FlakyDisk:
-    """Stands for `os`: counts system calls and bytes, and fails where it is told to, from there on or just once."""
+    """A replacement for `os` that fails after so many system calls or bytes, once or from then on."""
 
     CALLS = ("open", "writev", "fsync", "close", "rename", "unlink", "listdir", "fstat")
 
@@ -41,7 +41,7 @@ class FlakyDisk:
 
         def call(*arguments, **named):
             if name == "close":
-                os.close(*arguments)  # closed in any case: this process lives on
+                os.close(*arguments)  # in any case: this process continues
             self.made.append(name)
             if self.calls_left == 0:
                 if self.once:
@@ -78,7 +78,7 @@ def install(monkeypatch, **settings):
     return disk
 
 
-def what_is_there(folder):
+def newest_intact_step(folder):
     found = checkpoints.newest_intact(folder)
     return None if found is None else found[1].header["step"]
 
@@ -97,8 +97,8 @@ DISK_ERRORS = errors(errno.ENOSPC, errno.EIO, errno.EDQUOT)
 
 
 @pytest.mark.parametrize("failure", [pytest.param(Killed, id="killed"), *DISK_ERRORS])
-@pytest.mark.parametrize("target", [1, 2], ids=["over the old file", "beside the old file"])
-def test_cut_off_at_any_byte_of_a_write_the_old_checkpoint_stays(folder, monkeypatch, target, failure):
+@pytest.mark.parametrize("target", [1, 2], ids=["over the old file", "next to the old file"])
+def test_an_interruption_at_any_byte_of_a_write_leaves_the_old_checkpoint(folder, monkeypatch, target, failure):
     path = checkpoints.path_of_step(folder, target)
     size = len(checkpoints.encode(small(2)))
     for count in range(size):
@@ -106,19 +106,21 @@ def test_cut_off_at_any_byte_of_a_write_the_old_checkpoint_stays(folder, monkeyp
             install(patched, bytes_until=count, failure=failure)
             with pytest.raises(Killed if failure is Killed else OSError):
                 checkpoints.write(path, small(2))
-        assert what_is_there(folder) == 1, f"after {count} of {size} bytes"
+        assert newest_intact_step(folder) == 1, f"after {count} of {size} bytes"
         if failure is not Killed:
             assert [path.name for path in folder.iterdir()] == ["step-000000001.safetensors"]
     with monkeypatch.context() as patched:
         install(patched, bytes_until=size, failure=failure)
         checkpoints.write(path, small(2))
-    assert what_is_there(folder) == 2
+    assert newest_intact_step(folder) == 2
 
 
 @pytest.mark.parametrize("once", [True, False], ids=["once", "from then on"])
 @pytest.mark.parametrize("failure", [pytest.param(Killed, id="killed"), *DISK_ERRORS])
-@pytest.mark.parametrize("target", [1, 2], ids=["over the old file", "beside the old file"])
-def test_cut_off_at_any_system_call_leaves_the_old_checkpoint_or_the_new(folder, monkeypatch, target, failure, once):
+@pytest.mark.parametrize("target", [1, 2], ids=["over the old file", "next to the old file"])
+def test_an_interruption_at_any_system_call_leaves_the_old_checkpoint_or_the_new(
+    folder, monkeypatch, target, failure, once
+):
     path = checkpoints.path_of_step(folder, target)
     outcomes, cut_off = [], []
     for calls in range(30):
@@ -129,11 +131,11 @@ def test_cut_off_at_any_system_call_leaves_the_old_checkpoint_or_the_new(folder,
                 checkpoints.remove_old(folder, target, keep=1, best_step=None)
             except (Killed, OSError):
                 cut_off.append(disk.made[calls])
-        outcomes.append(what_is_there(folder))
+        outcomes.append(newest_intact_step(folder))
         if len(cut_off) == calls:
             break
-    # Folder, what a kill has left, the temporary file and the folder's name; then what was written is read back;
-    # then older ones are removed.
+    # The folder, the remains of an earlier kill, the temporary file, the rename; then the new file is read back; then
+    # older ones are removed.
     durably = ["open", "unlink", "open", "writev", "fsync", "close", "rename", "fsync", "close"]
     assert cut_off[: len(durably)] == durably
     assert cut_off[len(durably) :][:3] == ["open", "listdir", "open"]
@@ -141,27 +143,27 @@ def test_cut_off_at_any_system_call_leaves_the_old_checkpoint_or_the_new(folder,
 
 
 @pytest.mark.parametrize("piece", [1, 7])
-def test_short_writes_are_carried_on(folder, monkeypatch, piece):
+def test_short_writes_are_continued(folder, monkeypatch, piece):
     install(monkeypatch, piece=piece)
     checkpoints.write(checkpoints.path_of_step(folder, 2), small(2))
-    assert what_is_there(folder) == 2
+    assert newest_intact_step(folder) == 2
 
 
-def test_a_write_that_is_short_at_any_byte_is_carried_on(folder, monkeypatch):
+def test_a_write_that_is_short_at_any_byte_is_continued(folder, monkeypatch):
     size = len(checkpoints.encode(small(2)))
     for count in range(1, size):
         with monkeypatch.context() as patched:
             install(patched, bytes_until=count, failure=None, once=True)
             checkpoints.write(checkpoints.path_of_step(folder, 2), small(2))
-        assert what_is_there(folder) == 2
+        assert newest_intact_step(folder) == 2
         checkpoints.path_of_step(folder, 2).unlink()
 
 
-def test_a_disk_that_takes_nothing_and_gives_no_reason_is_an_error_and_no_endless_loop(folder, monkeypatch):
+def test_a_disk_that_takes_nothing_without_a_reason_is_an_error_and_no_endless_loop(folder, monkeypatch):
     install(monkeypatch, bytes_until=100, failure=None)
     with pytest.raises(OSError, match="takes nothing"):
         checkpoints.write(checkpoints.path_of_step(folder, 2), small(2))
-    assert what_is_there(folder) == 1
+    assert newest_intact_step(folder) == 1
 
 
 def test_more_tensors_than_one_system_call_takes_are_written(tmp_path):
@@ -171,7 +173,7 @@ def test_more_tensors_than_one_system_call_takes_are_written(tmp_path):
     assert all(found[name] == array for name, array in tensors.items())
 
 
-def test_what_does_not_read_back_as_it_was_written_is_an_error(folder, monkeypatch):
+def test_a_file_that_reads_back_differently_is_an_error(folder, monkeypatch):
     for damage in (lambda data: data[:-1], lambda data: data + b"\0", lambda data: data[:-1] + b"\x77"):
 
         def altering(path, *parts, damage=damage, follow=True):
@@ -183,14 +185,14 @@ def test_what_does_not_read_back_as_it_was_written_is_an_error(folder, monkeypat
 
 
 def test_nothing_is_visible_before_it_is_on_the_disk(folder, monkeypatch):
-    """Content, then the name: each is flushed before the next is begun."""
+    """The content is flushed before the rename, and the folder after it."""
     disk = install(monkeypatch)
     checkpoints.write(checkpoints.path_of_step(folder, 2), small(2))
     made = [name for name in disk.made if name in {"writev", "fsync", "rename"}]
     assert made == ["writev", "fsync", "rename", "fsync"]
 
 
-def test_what_a_kill_left_is_swept_at_the_next_start_and_nothing_else(folder, monkeypatch):
+def test_the_next_start_removes_the_remains_of_a_kill_and_nothing_else(folder, monkeypatch):
     with monkeypatch.context() as patched:
         install(patched, bytes_until=100)
         with pytest.raises(Killed):
@@ -206,16 +208,16 @@ def test_what_a_kill_left_is_swept_at_the_next_start_and_nothing_else(folder, mo
     assert sorted(path.name for path in folder.iterdir()) == left
 
 
-def test_what_a_kill_left_does_not_stand_in_the_way_of_the_next_write(folder):
+def test_the_remains_of_a_kill_do_not_prevent_the_next_write(folder):
     path = checkpoints.path_of_step(folder, 2)
     (folder / (path.name + files.TEMPORARY_SUFFIX)).write_text("x" * 10_000)
     checkpoints.write(path, small(2))
-    assert what_is_there(folder) == 2
+    assert newest_intact_step(folder) == 2
     assert len(list(folder.iterdir())) == 2
 
 
 def damaged_copies(data):
-    """Yield the file with each of its bits flipped, ended after each of its bytes, and with a byte more."""
+    """Yield the file with each of its bits flipped, truncated after each of its bytes, and with one more byte."""
     for place in range(len(data)):
         for bit in range(8):
             flipped = bytearray(data)
@@ -226,11 +228,11 @@ def damaged_copies(data):
     yield data + b"\0"
 
 
-def test_every_flipped_bit_and_every_truncation_is_found_by_name_and_the_checkpoint_before_is_used(folder):
+def test_every_flipped_bit_and_every_truncation_is_named_and_the_previous_checkpoint_is_used(folder):
     path = checkpoints.path_of_step(folder, 2)
     whole = checkpoints.encode(small(2))
     path.write_bytes(whole)
-    assert what_is_there(folder) == 2
+    assert newest_intact_step(folder) == 2
     for data in damaged_copies(whole):
         path.write_bytes(data)
         taken, checkpoint, complaints = checkpoints.newest_intact(folder)
@@ -239,7 +241,7 @@ def test_every_flipped_bit_and_every_truncation_is_found_by_name_and_the_checkpo
         assert complaints[0].startswith(f"{path} is damaged")
 
 
-def test_a_file_that_its_disk_does_not_give_back_is_damaged_and_the_one_before_is_used(folder, monkeypatch):
+def test_a_file_that_its_disk_does_not_return_is_damaged_and_the_previous_one_is_used(folder, monkeypatch):
     path = checkpoints.path_of_step(folder, 2)
     checkpoints.write(path, small(2))
     fdopen = os.fdopen
@@ -270,20 +272,20 @@ def test_a_file_that_its_disk_does_not_give_back_is_damaged_and_the_one_before_i
     assert complaints == [f"{path} is damaged: its disk does not return it (Input/output error)"]
 
 
-def test_a_pipe_in_the_place_of_a_checkpoint_does_not_block(folder):
+def test_a_pipe_in_place_of_a_checkpoint_does_not_block(folder):
     os.mkfifo(checkpoints.path_of_step(folder, 2))
     with pytest.raises(UserError, match="it is not a regular file"):
         checkpoints.newest_intact(folder)
 
 
-def test_a_name_that_is_not_just_so_is_no_checkpoint(folder):
+def test_a_file_with_another_form_of_name_is_no_checkpoint(folder):
     for name in ("step-2.safetensors", "step-00000000٣.safetensors", "step-0000000002.safetensors", "step-000000009"):
         (folder / name).write_text("x")
     (folder / f"step-000000004.safetensors{files.TEMPORARY_SUFFIX}").write_text("x")
     assert checkpoints.steps_in(folder) == [1]
 
 
-def test_the_checksum_is_what_the_documentation_says():
+def test_the_checksum_is_the_documented_one():
     data = checkpoints.encode(small(1))
     length = int.from_bytes(data[:8], "little")
     metadata = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["distdl"])
@@ -291,7 +293,7 @@ def test_the_checksum_is_what_the_documentation_says():
     assert hashlib.sha256(zeroed).hexdigest() == metadata["sha256"]
 
 
-def test_what_is_read_is_what_was_written(tmp_path):
+def test_reading_returns_the_written_tensors_and_header(tmp_path):
     tensors = {
         "a": np.arange(12, dtype=np.float32).reshape(3, 4),
         "b": np.array([1e300]),
@@ -309,7 +311,7 @@ def test_what_is_read_is_what_was_written(tmp_path):
         assert found.tensors[name].tobytes() == array.tobytes()
 
 
-def test_the_newest_intact_checkpoint_is_taken_and_the_damaged_are_named(folder):
+def test_the_newest_intact_checkpoint_is_used_and_the_damaged_ones_are_named(folder):
     for step in (2, 3):
         checkpoints.write(checkpoints.path_of_step(folder, step), small(step))
     for step in (3, 2):
@@ -322,7 +324,7 @@ def test_the_newest_intact_checkpoint_is_taken_and_the_damaged_are_named(folder)
         assert str(path) in complaints[-1]
 
 
-def test_where_none_is_intact_the_error_says_so(folder):
+def test_if_all_are_damaged_the_error_says_so(folder):
     path = checkpoints.path_of_step(folder, 1)
     path.write_bytes(b"")
     with pytest.raises(DamagedFileError, match=r"no checkpoint in .* is intact"):
@@ -336,7 +338,7 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     assert checkpoints.steps_in(tmp_path) == [2, 5, 6, 7]
 
 
-def test_checkpoints_later_than_the_run_do_not_displace_its_own(tmp_path):
+def test_later_checkpoints_of_another_run_do_not_displace_those_of_this_run(tmp_path):
     for step in (1, 2, 3, 8, 9):
         checkpoints.write(checkpoints.path_of_step(tmp_path, step), small(step))
     checkpoints.remove_old(tmp_path, 3, keep=2, best_step=None)
@@ -345,7 +347,7 @@ def test_checkpoints_later_than_the_run_do_not_displace_its_own(tmp_path):
     assert checkpoints.steps_in(tmp_path) == [2, 3]
 
 
-def test_a_header_that_is_no_json_is_never_written(tmp_path):
+def test_a_header_with_nan_is_never_written(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         checkpoints.write(tmp_path / "x", Checkpoint({"w": np.zeros(1)}, {"loss": float("nan")}))
 
@@ -364,14 +366,14 @@ def test_a_header_that_is_no_json_is_never_written(tmp_path):
         ({"w": np.zeros(3, np.float32)}, "step is int64 \\(1,\\) there and absent here"),
     ],
 )
-def test_a_checkpoint_of_another_model_is_refused_and_the_tensor_named(other, named):
+def test_a_checkpoint_of_another_model_is_refused_and_the_tensor_is_named(other, named):
     with pytest.raises(UserError, match=f"x is a checkpoint of another model or version: {named}"):
         checkpoints.restore(small(1), list(other.items()), "x")
     assert not any(array.any() for array in other.values())
 
 
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
-def test_a_number_in_the_header_that_is_none_is_a_damaged_file(number):
+def test_an_invalid_number_in_the_header_is_a_damaged_file(number):
     header = {"__metadata__": {"distdl": f'{{"format": "x", "sha256": "{"0" * 64}", "header": {{"lr": {number}}}}}'}}
     text = json.dumps(header).encode()
     with pytest.raises(DamagedFileError, match="its header cannot be read"):

@@ -15,8 +15,8 @@ from distdl.nn import (
     Sequential,
     build_model,
 )
-from distdl.nn.between import HalfStorage, activations, half_precision
 from distdl.nn.composites import Composite
+from distdl.nn.network_copies import HalfStorage, half_precision, layer_outputs
 from distdl.rng import Key
 
 MODELS = ["mlp", "simple_convnet", "deep_convnet", "composites"]
@@ -73,7 +73,7 @@ def plainly(layers, x):
     for layer in layers:
         x = np.ascontiguousarray(x)
         if isinstance(layer, Composite):
-            outputs = [x if path is None else plainly(path.layers, x) for _, path in layer.paths]
+            outputs = [plainly(branch.layers, x) for _, branch in layer.members]
             x = sum(outputs) if isinstance(layer, Residual) else np.concatenate(outputs, axis=-1)
         else:
             x = layer.forward(x, training=False, key=None)
@@ -108,7 +108,7 @@ def test_the_original_stays_as_it_is(model):
     parameters, buffers, before = network.parameters.copy(), network.buffers.copy(), network.forward(images()).copy()
     half = half_precision(network)
     half.forward(images())
-    activations(network, images())
+    layer_outputs(network, images())
     assert np.array_equal(network.parameters, parameters)
     assert np.array_equal(network.buffers, buffers)
     assert np.array_equal(network.forward(images()), before)
@@ -132,7 +132,7 @@ def test_activations_are_what_each_layer_puts_out(model):
     for layer, name in zip(network.layers, network.layer_names, strict=True):
         x = layer.forward(np.ascontiguousarray(x), training=False, key=None).copy()
         expected[name] = x
-    found = activations(network, images())
+    found = layer_outputs(network, images())
     assert list(found) == network.layer_names
     for name, output in expected.items():
         assert np.array_equal(found[name], output), name

@@ -1,0 +1,56 @@
+"""The console command ``distdl``, also ``python -m distdl``: ``distdl train …`` is ``python -m distdl.train …``.
+
+To add a command, add its module to `COMMANDS`. The module defines `COMMAND` and ``main(arguments)``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import distdl
+from distdl import cli
+from distdl.errors import unknown_name
+
+#: Each command and its module, in the order of ``distdl --help``.
+COMMANDS = {
+    "train": "distdl.train",
+    "mpirun": "distdl.mpirun",
+    "verify": "distdl.verify",
+    "evaluate": "distdl.evaluate",
+    "report": "distdl.report",
+    "search": "distdl.search.__main__",
+    "bench": "distdl.bench.__main__",
+}
+
+
+def main() -> int:
+    """Run the command that the command line names; return the exit code."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name not in COMMANDS:
+        return cli.run(_about, [name])
+    if Path(sys.argv[0]).name == "distdl" and not sys.flags.safe_path:
+        sys.path.insert(0, str(Path.cwd()))  # the user's own modules, as with python -m
+    module = importlib.import_module(COMMANDS[name])
+    return cli.run(module.main, arguments, trains=module.COMMAND.trains)
+
+
+def _about(arguments: Sequence[str]) -> int:
+    """Print the version or the list of commands; raise `UserError` for an unknown command."""
+    (name,) = arguments
+    if name == "--version":
+        sys.stdout.write(f"distdl {distdl.__version__}\n")
+    elif name in {"-h", "--help"}:
+        sys.stdout.write("usage: distdl COMMAND [flags]\n\n")
+        for command, module in COMMANDS.items():
+            sys.stdout.write(f"  {command:10}{importlib.import_module(module).COMMAND.summary}\n")
+        sys.stdout.write("\ndistdl COMMAND --help explains a command. distdl --version shows the version.\n")
+    else:
+        raise unknown_name("command", name, COMMANDS)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""Tables as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def table(rows: Iterable[Sequence[str]], align: str = "", *, indent: str = "") -> list[str]:
+    """Return the rows as lines, with columns as wide as their longest cell and two spaces between them.
+
+    `align` has one character for each of the first columns: "<" for left, ">" for right. The others are aligned right.
+
+    >>> table([["name", "n"], ["a", "10"], ["bcd", "9"]], "<", indent="  ")
+    ['  name   n', '  a     10', '  bcd    9']
+    """
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = align.ljust(len(widths), ">")
+    lines = (
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)) for row in rows
+    )
+    return [f"{indent}{line}".rstrip() for line in lines]

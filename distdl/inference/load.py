@@ -1,0 +1,243 @@
+"""Load trained networks from their run folders or checkpoints.
+
+Rank 0 reads the files, and never writes to a run. The other ranks receive the weights and share the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from distdl.config import DATASETS, FROM_PATH, TrainConfig, is_own, reads_data_dir
+from distdl.data import Dataset, PreparedDataset
+from distdl.engine.prepare import read_data
+from distdl.engine.requirements import check_outputs, outputs_of
+from distdl.engine.state import TrainingState
+from distdl.engine.storage import checkpoints
+from distdl.engine.storage.checkpoints import FoundCheckpoint
+from distdl.engine.storage.header import CheckpointHeader
+from distdl.engine.storage.run_folder import find_checkpoint
+from distdl.engine.user_code import BuildNetwork, check_equal_networks, load_dataset, names_match, network_builder
+from distdl.errors import UserError
+from distdl.nn import Sequential
+from distdl.optim import optimizer_class
+from distdl.parallel import Communicator, from_rank_0, guard, on_rank_0, share_arrays, together, world
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network with the weights of a checkpoint, and the data that it was trained on."""
+
+    given: Path
+    """The run folder or checkpoint that the caller named."""
+    path: Path
+    """The checkpoint."""
+    config: TrainConfig
+    step: int
+    weights_sha256: str
+    network: Sequential
+    data: PreparedDataset
+    complaints: tuple[str, ...]
+    """The damage of newer checkpoints."""
+
+    @property
+    def loss_name(self) -> str:
+        """The name of the loss that the network was trained with."""
+        return self.data.loss_named(self.config.loss)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A checkpoint and its settings, on rank 0."""
+
+    given: Path
+    path: Path
+    checkpoint: checkpoints.Checkpoint
+    header: CheckpointHeader
+    config: TrainConfig
+    complaints: list[str]
+
+    def to_json(self) -> list[Any]:
+        """Return the facts for the other ranks."""
+        return [str(self.given), str(self.path), self.config.to_json(), self.header.step, self.complaints]
+
+
+def load(
+    given: Sequence[Path],
+    communicator: Communicator | None = None,
+    *,
+    best: bool = False,
+    data_dir: Path | None = None,
+    build_network: BuildNetwork | None = None,
+    dataset: Dataset | str | None = None,
+    models: Sequence[str] = (),
+) -> list[Trained]:
+    """Return the networks of checkpoints, or of run folders: of each the newest intact checkpoint, or the `best`.
+
+    - `communicator`: `world()` by default. Only rank 0 reads files and dataset.
+    - `data_dir` and `dataset` replace the settings of the run. `dataset` may be a name as for ``--dataset``.
+    - `build_network` builds a network from user code. Without it, one of the functions `models`
+      (``file.py:function``) does, if the run was trained with it. No code runs because a file names it.
+
+    Collective. Raises `UserError` on every rank if a checkpoint, its data or its network is not available,
+    `DamagedFileError` if a file is damaged.
+    """
+    communicator = world() if communicator is None else communicator
+    with guard(communicator):
+        found = on_rank_0(communicator, lambda: [_find(path, best=best) for path in given]) or []
+        facts = from_rank_0(communicator, lambda: [one.to_json() for one in found])
+        configs = [TrainConfig.from_json(config) for _, _, config, _, _ in facts]
+        together(communicator, lambda: _refuse_unused_models(models, configs))
+        arrays = on_rank_0(communicator, lambda: _data_arrays(found, data_dir, dataset)) or {}
+        shared = share_arrays(communicator, arrays)
+        data = [PreparedDataset.from_arrays(shared, _prefix(config.seed)) for config in configs]
+        networks = together(
+            communicator,
+            lambda: [_build(configs[i], facts[i][1], data[i], build_network, models) for i in range(len(facts))],
+        )
+        for config, network in zip(configs, networks, strict=True):
+            check_equal_networks(communicator, config.model, network)
+        receipts = from_rank_0(communicator, lambda: list(map(_restore, found, networks)))
+        for network in networks:
+            communicator.bcast(network.parameters)
+            communicator.bcast(network.buffers)
+    return [
+        Trained(Path(source), Path(path), configs[i], step, receipts[i], networks[i], data[i], tuple(complaints))
+        for i, (source, path, _, step, complaints) in enumerate(facts)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints and data
+
+
+def _find(given: Path, *, best: bool) -> _Found:
+    """Read the newest or the best checkpoint."""
+    try:
+        if best and given.is_file():
+            raise UserError(
+                f"--best looks for the best checkpoint of a run folder, and {given} is a file: leave it out"
+            )
+        newest = find_checkpoint(given, str(given))
+        found = _checked(given, newest)
+        if not best:
+            return found
+        step = found.header.progress.best_step
+        if step is None:
+            raise UserError(f"--best: {given} has no best checkpoint yet, since no epoch of it was validated")
+        path = checkpoints.path_of_step(newest.path.parent, step)
+        return _checked(given, newest._replace(path=path, checkpoint=checkpoints.read(path, follow=False)))
+    except OSError as error:
+        raise UserError(f"cannot look into {error.filename}: {error.strerror}; give another run folder") from None
+
+
+def _checked(given: Path, found: FoundCheckpoint) -> _Found:
+    """Return the checkpoint with its header and settings; raise an error if they are unusable."""
+    path, checkpoint, complaints = found
+    header = CheckpointHeader.parse(checkpoint.header, path, checkpoint.tensors)
+    try:
+        config = TrainConfig.from_json(header.config)
+        config = replace(config, config=None, run_dir=None, resume=None, trace=None).checked()
+    except (LookupError, TypeError) as error:
+        raise UserError(f"{path} has settings that this version of distdl does not know: {error}") from None
+    except UserError as error:
+        raise UserError(f"the settings in {path} are invalid: {error}") from None
+    return _Found(given, path, checkpoint, header, config, complaints)
+
+
+def _data_arrays(
+    found: Sequence[_Found], data_dir: Path | None, dataset: Dataset | str | None
+) -> dict[str, NDArray[Any]]:
+    """Load the dataset, split it as each run did, and compare it with the data that each run was trained on."""
+    first = found[0]
+    for other in found[1:]:
+        if other.config.dataset != first.config.dataset:
+            raise UserError(
+                f"{other.given} was trained on {other.config.dataset}, {first.given} on {first.config.dataset}: "
+                "expected one dataset; evaluate them one by one"
+            )
+    loaded = _load_dataset(first, data_dir, dataset)
+    of_seed: dict[int, PreparedDataset] = {}
+    for one in found:
+        seed = one.config.seed
+        if seed not in of_seed:
+            of_seed[seed] = read_data(one.config, loaded)
+        if one.header.data_sha256 != of_seed[seed].sha256():
+            raise UserError(
+                f"{one.path} was trained on other images, labels or split than {loaded.name} has here: give the "
+                f"same data by {'--dataset' if one.config.dataset.startswith(FROM_PATH) else '--data-dir'}"
+            )
+    arrays: dict[str, NDArray[Any]] = {}
+    for seed, data in of_seed.items():
+        arrays |= data.to_arrays(_prefix(seed))
+    return arrays
+
+
+def _load_dataset(first: _Found, data_dir: Path | None, dataset: Dataset | str | None) -> Dataset:
+    """Return the given dataset, or load the one that the first run was trained on."""
+    if isinstance(dataset, Dataset):
+        return dataset
+    trained_on = first.config.dataset
+    if dataset is not None and trained_on in DATASETS and dataset != trained_on:
+        raise UserError(f"{first.given} was trained on {trained_on}: leave --dataset {dataset} out")
+    if dataset is None and is_own(trained_on):  # no code runs because a checkpoint names it
+        raise UserError(
+            f"{first.given} was trained on a dataset from user code; if you trust that code, add --dataset {trained_on}"
+        )
+    if data_dir is not None and not reads_data_dir(trained_on):
+        raise UserError(f"--data-dir does nothing for {trained_on}, which {first.given} was trained on: leave it out")
+    return load_dataset(dataset or trained_on, data_dir or first.config.data_dir)
+
+
+def _prefix(seed: int) -> str:
+    """Return the prefix of the arrays that depend on the seed."""
+    return f"{seed} "
+
+
+# ------------------------------------------------------------------------------------------------------------- networks
+
+
+def _build(
+    config: TrainConfig, path: str, data: PreparedDataset, build_network: BuildNetwork | None, models: Sequence[str]
+) -> Sequential:
+    """Build the network that the settings of a run name."""
+    name, given = config.model, build_network if is_own(config.model) else None
+    if is_own(name) and given is None:
+        name = next((model for model in models if names_match(model, config.model)), "")
+        if not name:  # no code runs because a checkpoint names it
+            raise UserError(
+                f"cannot build the network of {path}: it was trained with a model from user code; if you trust that "
+                f"code, add --model {config.model}, or in a script give build_network to distdl.inference.load.load()"
+            )
+    height, width, channels = data.images.shape[1:]
+    try:
+        build = network_builder(name, config.model_settings, given)
+        network = build((height, width, channels), outputs_of(config, data)[-1])
+        check_outputs(config, network.output_shape, data)
+    except UserError as error:
+        raise UserError(
+            f"cannot build the network of {path}: {error}; evaluate a network from a script in a script, with "
+            "distdl.inference.load.load(…, build_network=…)"
+        ) from None
+    return network
+
+
+def _refuse_unused_models(models: Sequence[str], configs: Sequence[TrainConfig]) -> None:
+    """Raise `UserError` for a model that none of the runs was trained with."""
+    for model in models:
+        if not any(is_own(config.model) and names_match(model, config.model) for config in configs):
+            trained_with = ", ".join(sorted({config.model for config in configs}))
+            raise UserError(
+                f"--model {model}: no run was trained with it, but with {trained_with}; name the function of a run, or "
+                "leave the flag out for a model of distdl"
+            )
+
+
+def _restore(found: _Found, network: Sequential) -> str:
+    """Copy the weights of the checkpoint into the network, and return the receipt."""
+    state = TrainingState(network, optimizer_class(found.config.optimizer)(network.parameters.size))
+    checkpoints.restore(found.checkpoint, state.named_arrays(), str(found.path))
+    return state.weights_sha256()

@@ -1,0 +1,206 @@
+"""The report: a run on one page of HTML, with all pictures inside, that loads nothing from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import html
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distdl.config import TrainConfig
+from distdl.engine.console import Console
+from distdl.engine.storage.files import check_output, write_output
+from distdl.errors import DamagedFileError, UserError
+from distdl.inference import figures
+from distdl.inference.load import Trained, load
+from distdl.inference.options import ReportOptions, check_names
+from distdl.inference.score import Evaluation, evaluate
+from distdl.inference.score_table import score_text
+from distdl.nn import Sequential
+from distdl.nn.network_copies import layer_outputs
+from distdl.parallel import guard, on_rank_0, world
+from distdl.rng import Key
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NAME = "report.html"
+#: Test images whose activations are drawn.
+IMAGES_SHOWN = 100
+#: Layers whose outputs are drawn.
+MOST_LAYERS = 8
+STYLE = (
+    "body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
+    "td,th{padding:.15em .8em;text-align:left;border-bottom:1px solid #ddd}img{max-width:100%}"
+)
+
+
+def write_report(options: ReportOptions) -> None:
+    """Score the run on all ranks, and write its page. Collective. Raises `UserError`."""
+    check_names(options.model, options.dataset)
+    figures.need_matplotlib()
+    communicator, run, out = world(), options.run, options.out or options.run / NAME
+
+    def check() -> None:
+        if not (run / "config.toml").is_file():
+            raise UserError(f"{run} is no run folder: expected one that distdl.train has written, such as runs/…")
+        if out.suffix.lower() != ".html":
+            raise UserError(f"--out {out}: expected a name that ends in .html")
+        check_output(out, "--out")
+
+    def write() -> None:
+        write_output(out, page_of(run, trained, found).encode(), "--out")
+        Console(live=False).line(f"report: {out}")
+
+    with guard(communicator):
+        on_rank_0(communicator, check)
+        [trained] = load([run], communicator, data_dir=options.data_dir, dataset=options.dataset, models=options.model)
+        found = evaluate([trained], "test", communicator)
+        on_rank_0(communicator, write)
+
+
+def page_of(run: Path, trained: Trained, found: Evaluation) -> str:
+    """Return the page of a run folder, with its network and its score on the test part."""
+    config = trained.config
+    title = f"{config.model} on {config.dataset}"
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        f"<p>{html.escape(str(run))}, step {trained.step:,}. Receipt: <code>weights sha256: "
+        f"{trained.weights_sha256}</code></p>",
+        "<h2>Result</h2>",
+        _table(_scores(run, trained, found)),
+        *(f"<h2>{html.escape(head)}</h2>{_picture(figure)}" for head, figure in _figures(run, trained, found)),
+        *_time(run),
+        "<h2>Settings</h2>",
+        "<p>Those that differ from the defaults.</p>",
+        _table(settings_of(config)),
+        "<h2>Environment</h2>",
+        _table(_environment(run)),
+    ]
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings of a run that differ from the defaults.
+
+    >>> settings_of(TrainConfig(model="mlp").checked())
+    {'model': 'mlp'}
+    """
+    usual = TrainConfig(dataset=config.dataset, optimizer=config.optimizer).checked().to_json()
+    usual |= {"dataset": TrainConfig.dataset, "optimizer": TrainConfig.optimizer}
+    return {name: value for name, value in config.to_json().items() if value != usual[name]}
+
+
+def _scores(run: Path, trained: Trained, found: Evaluation) -> dict[str, Any]:
+    summary, score, parts = _json(run / "summary.json"), found.ensemble, trained.data.parts
+    rows = {
+        "test": "" if score.accuracy is None else score_text(score),
+        "test loss": f"{score.loss:.6g}",
+        "samples": f"{len(parts.training):,} training, {len(parts.validation):,} validation, {len(parts.test):,} test",
+        "parameters": f"{trained.network.parameter_count:,}",
+    }
+    for name in ("epochs", "steps", "train_loss", "validation_loss", "validation_accuracy", "train_seconds", "ranks"):
+        if summary.get(name) is not None:
+            value = summary[name]
+            rows[name.replace("_", " ")] = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return {name: value for name, value in rows.items() if value}
+
+
+def _figures(run: Path, trained: Trained, found: Evaluation) -> Iterator[tuple[str, Figure]]:
+    """Yield the pictures of this run, with their headings."""
+    data, networks = trained.data, _before_and_after(trained)
+    if epochs := _records(run / "metrics.jsonl", "validation_loss"):
+        yield "Learning curves", figures.curves(epochs)
+    if data.targets_per_sample:
+        matrix = figures.confusion_matrix(found.labels, found.predictions, data.classes)
+        yield "Confusion matrix", figures.confusion(matrix)
+    if data.targets_per_sample == 1:
+        yield "Misclassified images", figures.misclassified(data.images[found.rows], found.labels, found.predictions)
+    images = data.normalization.apply(data.images[found.rows[:IMAGES_SHOWN]])
+    if any(view.ndim == 4 for _, view in trained.network.named_parameters()):
+        yield "Filters of the first convolution", figures.filters(networks)
+        yield "Feature maps of an image", figures.feature_maps(trained.network, images[0])
+    of_networks = {title: _some(layer_outputs(network, images)) for title, network in networks.items()}
+    yield "Activations of the layers", figures.activation_histograms(of_networks)
+
+
+def _before_and_after(trained: Trained) -> dict[str, Sequential]:
+    """Return the trained network, and before it the untrained one, if the seed determines it."""
+    network, config = trained.network, trained.config
+    if config.init_from is not None:
+        return {"after training": network}
+    untrained = Sequential(copy.deepcopy(network.layers), network.input_shape, dtype=network.dtype)
+    untrained.initialize(Key(config.seed).of("initialization"))
+    return {"before training": untrained, "after training": network}
+
+
+def _some(of_layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a few of the layers, at equal distances, with the last one."""
+    names = list(of_layers)
+    step = -(-len(names) // MOST_LAYERS)
+    return {name: of_layers[name] for name in names[(len(names) - 1) % step :: step]}
+
+
+def _time(run: Path) -> list[str]:
+    """Return the parts of the page about time and lost ranks."""
+    epochs, recoveries = _records(run / "timing.jsonl", "train_seconds"), _json(run / "summary.json").get("recoveries")
+    parts = []
+    if epochs:
+        seconds = sum(epoch["train_seconds"] for epoch in epochs)
+        rows: dict[str, Any] = {"training": f"{seconds:.1f} s in {len(epochs)} epochs"}
+        for name in ("compute", "reduction", "wait"):
+            of_all = sum(epoch[f"{name}_share"] * epoch["train_seconds"] for epoch in epochs)
+            rows[name] = f"{of_all / seconds:.1%}" if seconds else "–"
+        parts += ["<h2>Where the time went</h2>", _table(rows)]
+    if recoveries:
+        lost = {
+            f"step {one['step']}": f"ranks {', '.join(map(str, one['lost_ranks']))} lost, {one['ranks']} continued"
+            for one in recoveries
+        }
+        parts += ["<h2>Failures survived</h2>", _table(lost)]
+    return parts
+
+
+def _environment(run: Path) -> dict[str, Any]:
+    found = _json(run / "env.json")
+    rows = {name: found.get(name) for name in ("ranks", "communicator", "system") if found.get(name) is not None}
+    rows["kernels"] = ", ".join(map(str, found.get("kernel_families", [])))
+    return rows | {name: str(version) for name, version in dict(found.get("versions", {})).items()}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Return the content of a file of the run; nothing if there is no file, as before the end of a run."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise DamagedFileError(f"{path} is damaged: distdl.train writes a JSON object there")
+    return found
+
+
+def _records(path: Path, having: str) -> list[dict[str, Any]]:
+    """Return the records of a log that have a field; none if there is no log."""
+    return [record for record in figures.records_of(path) if having in record] if path.is_file() else []
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    lines = (
+        f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items()
+    )
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _picture(figure: Figure) -> str:
+    content = base64.b64encode(figures.content_of(figure, "png", dpi=110)).decode()
+    return f'<img alt="" src="data:image/png;base64,{content}">'

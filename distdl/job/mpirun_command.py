@@ -1,0 +1,105 @@
+"""The command that starts N ranks on this machine: `mpirun` with the options that each MPI needs.
+
+MPICH, Intel MPI and their relatives need only `-n`. By default, Open MPI refuses root and more ranks than cores, and it
+binds every job to the same first cores, even out of a `taskset`. The command sets variables that change all three,
+unless the user has set them. It asks Open MPI 5 to let the survivors of a killed rank continue (ULFM).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distdl.errors import UserError
+
+
+@dataclass(frozen=True)
+class MpirunCommand:
+    """A command line that starts a job, and the environment variables to add for it.
+
+    >>> MpirunCommand(["mpirun", "-n", "2", "python", "my job.py"], {"A": "1"}).shell_line()
+    "env A=1 mpirun -n 2 python 'my job.py'"
+    """
+
+    argv: list[str]
+    environment: dict[str, str]
+
+    def shell_line(self) -> str:
+        """Return the line that does the same in a shell."""
+        variables = [f"{name}={value}" for name, value in self.environment.items()]
+        return shlex.join(["env", *variables, *self.argv] if variables else self.argv)
+
+
+def mpirun_command(ranks: int, program: Sequence[str]) -> MpirunCommand:
+    """Return the command that starts `program` (a whole command line) as `ranks` ranks on this machine.
+
+    Raises `UserError` if there are no ranks to start, or no working `mpirun`.
+    """
+    if ranks < 1:
+        raise UserError(f"cannot start {ranks} ranks: expected 1 or more")
+    mpirun = find_mpirun()
+    version = _open_mpi_version(mpirun)
+    # Open MPI has ULFM, the survival of failures, since version 5. It is off unless the launcher asks for it.
+    fault_tolerance = ["--with-ft", "ulfm"] if version is not None and version >= 5 else []
+    return MpirunCommand(
+        argv=[str(mpirun), *fault_tolerance, "-n", str(ranks), *program],
+        environment={} if version is None else _open_mpi_environment(version),
+    )
+
+
+def find_mpirun() -> Path:
+    """Return the `mpirun` next to this environment's Python, or else the first on PATH.
+
+    Raises `UserError` if there is none.
+    """
+    beside = str(Path(sys.executable).parent)
+    found = shutil.which("mpirun", path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)]))
+    if found is None:
+        raise UserError(
+            f"no mpirun in {beside} and none on PATH: install an MPI into this environment with "
+            "pip install 'distdl-mpi[mpich]', or train in one process with python -m distdl.train"
+        )
+    return Path(found)
+
+
+def environment_for(command: MpirunCommand) -> dict[str, str]:
+    """Return the whole environment of a job: that of this process and the variables of the command."""
+    return {**os.environ, **command.environment}
+
+
+def _open_mpi_version(mpirun: Path) -> int | None:
+    """Return the major version of an Open MPI launcher, or None for another MPI's."""
+    try:
+        answer = subprocess.run([mpirun, "--version"], capture_output=True, text=True, errors="replace", check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"{mpirun} does not work ({error}): reinstall its MPI") from error
+    # Debian's launcher calls itself OpenRTE when started by its full name.
+    found = re.search(r"\(Open ?(?:MPI|RTE)\) (\d+)", answer.stdout)
+    return int(found[1]) if found else None
+
+
+def _open_mpi_environment(version: int) -> dict[str, str]:
+    """Return the variables that lift Open MPI's refusals, except those that the user has set."""
+    variables: dict[str, str] = {}
+    if os.geteuid() == 0:  # as in a container
+        variables |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    # This also helps with fewer ranks than cores. Open MPI counts the two hardware threads of a core as one slot. Two
+    # jobs, or the BLAS threads of one rank, would share a core while other cores are idle.
+    if version >= 5:
+        variables |= {
+            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+            "PRTE_MCA_hwloc_default_binding_policy": "none",
+        }
+    else:
+        variables |= {
+            "OMPI_MCA_rmaps_base_oversubscribe": "1",
+            "OMPI_MCA_hwloc_base_binding_policy": "none",
+        }
+    return {name: value for name, value in variables.items() if name not in os.environ}
