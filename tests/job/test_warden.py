@@ -4,18 +4,22 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from distdl.errors import UserError
+from distdl.job import warden as warden_module
 from distdl.job.processes import look_at
 from distdl.job.warden import Warden
 
 SECONDS = 1.0
 PROGRAM = f"""
 import ctypes, os, signal, sys, time
+from contextlib import suppress
+from distdl.job.processes import look_at
 from distdl.job.warden import Warden
 
 with Warden("rank 3", {SECONDS}) as warden:
@@ -92,6 +96,60 @@ def test_a_process_stuck_in_a_library_is_killed(start):
 )
 def test_a_slow_process_is_left_alone(start, work):
     assert_left_alone(*start(work))
+
+
+def test_a_script_that_continues_after_a_training_is_left_alone(start):
+    """The warden is gone when the block ends, not only when the script ends."""
+    process, warden = start(f"pid = warden._process.pid\nassert look_at(pid) is None\ntime.sleep({3 * SECONDS})")
+    assert_left_alone(process, warden)
+
+
+def test_a_stopped_warden_does_not_hold_up_the_end_of_a_training(start):
+    """A stopped process does not read the end of its input. It must be killed."""
+    assert_left_alone(*start("os.kill(warden._process.pid, signal.SIGSTOP)"))
+
+
+def test_no_sign_is_given_after_the_end_of_a_training(monkeypatch):
+    """The number of the closed pipe may then belong to a new file, which the sign would damage."""
+    begun, under_way, write = threading.Event(), [], os.write
+
+    def slow(handle, data):
+        under_way.append(handle)
+        begun.set()
+        time.sleep(0.1)
+        try:
+            return write(handle, data)
+        finally:
+            under_way.pop()
+
+    monkeypatch.setattr(warden_module, "SIGNS", 10**6)  # in this process; the warden still waits for a minute
+    monkeypatch.setattr(os, "write", slow)
+    with Warden("rank 0", 60.0):
+        assert begun.wait(60)
+    assert under_way == []
+
+
+#: Stops the warden for longer than the seconds without a sign, and fills its pipe.
+FILL_THE_PIPE = f"""
+    os.kill(warden._process.pid, signal.SIGSTOP)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(warden._process.stdin.fileno(), b"." * 1024)
+    time.sleep({1.5 * SECONDS})
+    os.kill(warden._process.pid, signal.SIGCONT)
+"""
+
+
+def test_a_process_whose_warden_was_stopped_for_long_is_left_alone(start):
+    """Its signs find a full pipe. They must neither wait for the warden nor end."""
+    assert_left_alone(*start(f"{FILL_THE_PIPE}\n    time.sleep({3 * SECONDS})"))
+
+
+def test_a_warden_that_was_stopped_for_long_still_kills_a_stopped_process(start):
+    process, warden = start(f"{FILL_THE_PIPE}\n    print(flush=True); time.sleep(60)")
+    process.stdout.readline()
+    os.kill(process.pid, signal.SIGSTOP)
+    assert_killed(process, warden)
 
 
 def test_a_job_that_is_suspended_as_a_whole_is_left_alone(start):
