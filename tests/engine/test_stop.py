@@ -205,13 +205,8 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(communicator, shared_tm
         for victim in range(size if part is not None else 0):
             folder = shared_tmp_path / f"{size}-{victim}"
             expected = small_run(part, folder / "straight", reduction=reduction)
-            signal_at(
-                monkeypatch,
-                2,
-                signal.SIGUSR1,
-                name="_epoch_rows",
-                when=lambda trainer, v=victim: trainer.communicator.rank == v,
-            )
+            on_the_victim = lambda trainer, victim=victim: trainer.communicator.rank == victim  # noqa: E731
+            signal_at(monkeypatch, 2, signal.SIGUSR1, when=on_the_victim)
             with pytest.raises(Stopped, match="stopped by SIGUSR1 after step 2,"):
                 small_run(part, folder / "run", reduction=reduction)
             monkeypatch.undo()
