@@ -25,6 +25,7 @@ from distdl.job.warden import Warden
 with Warden("rank 3", {SECONDS}) as warden:
     print(warden._process.pid, flush=True)
     {{work}}
+{{after}}
 print("the end", flush=True)
 """
 
@@ -34,9 +35,9 @@ def start():
     """Start a process that does some work while it has a warden; return it and the warden's process number."""
     started = []
 
-    def start(work):
+    def start(work, after=""):
         process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM.format(work=work)],
+            [sys.executable, "-c", PROGRAM.format(work=work, after=after)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -168,6 +169,35 @@ def test_the_warden_stays_when_its_rank_is_signalled(start):
         os.killpg(process.pid, number)
     os.kill(process.pid, signal.SIGSTOP)
     assert_killed(process, warden)
+
+
+def test_a_script_that_continues_after_its_training_is_left_alone(start):
+    assert_left_alone(*start("pass", after=f"time.sleep({3 * SECONDS})"))
+
+
+def test_neither_the_thread_nor_the_process_outlives_the_block(monkeypatch):
+    """A sign after the end could go to another file with the number of the pipe."""
+    monkeypatch.setattr(Warden, "_give_signs", lambda self: (self._over.wait(), time.sleep(0.5)))
+    with Warden("rank 0", 60.0) as warden:
+        assert warden._process.poll() is None
+    assert not warden._thread.is_alive()
+    assert warden._process.returncode == -signal.SIGKILL
+
+
+FILL_THE_PIPE = f"""os.kill(warden._process.pid, signal.SIGSTOP)
+    for block in (bytes(4096), b"."):
+        try:
+            while True:
+                os.write(warden._signs, block)
+        except BlockingIOError:
+            pass
+    time.sleep({2 * SECONDS})
+    os.kill(warden._process.pid, signal.SIGCONT)
+    time.sleep({3 * SECONDS})"""
+
+
+def test_a_process_whose_warden_was_stopped_until_the_pipe_was_full_is_left_alone(start):
+    assert_left_alone(*start(FILL_THE_PIPE))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
