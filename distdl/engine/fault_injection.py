@@ -55,10 +55,7 @@ POINTS = {
     ("take", "before"): "this action of a recovery begins | state",
     ("rebuild", "before"): "this action of a recovery begins | state",
     ("agree", "before"): "this action of a recovery begins | state",
-    (
-        "takeover",
-        "before",
-    ): "new rank 0 only, once per log file: it has locked the run folder | None",
+    ("takeover", "before"): "new rank 0 only, once per log file: it has locked the run folder | None",
 }
 PHASES = tuple(dict.fromkeys(phase for phase, _ in POINTS))
 

@@ -33,16 +33,7 @@ from distdl.engine.user_code import BuildNetwork, check_equal_networks, load_dat
 from distdl.errors import UserError
 from distdl.job.warden import Warden
 from distdl.optim import optimizer_class
-from distdl.parallel import (
-    Communicator,
-    Survivors,
-    from_rank_0,
-    guard,
-    on_rank_0,
-    share_arrays,
-    together,
-    world,
-)
+from distdl.parallel import Communicator, Survivors, from_rank_0, guard, on_rank_0, share_arrays, together, world
 from distdl.rng import Key
 from distdl.transforms import Transforms
 

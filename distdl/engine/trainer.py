@@ -323,12 +323,7 @@ class Trainer:
             epochs, steps = divmod(self.state.step, self.steps_per_epoch)
             samples = epochs * len(self.data.parts.training) + steps * self.config.batch_size
             summary = summarize(
-                self.communicator,
-                self.state,
-                self._test,
-                epochs=epochs,
-                samples=samples,
-                recoveries=self.recoveries,
+                self.communicator, self.state, self._test, epochs=epochs, samples=samples, recoveries=self.recoveries
             )
             reached("finish", owner=self.state)
             for listener in self.listeners:
@@ -341,13 +336,7 @@ class Trainer:
         """Return the sums of loss and correct predictions over the rows, each counted once. Collective."""
         shards = self._dealer.shards(self.micro_batches.count(len(rows)))
         return evaluate(
-            self.state.network,
-            self.loss,
-            self.micro_batches,
-            rows,
-            shards,
-            self._metrics,
-            rank=self.communicator.rank,
+            self.state.network, self.loss, self.micro_batches, rows, shards, self._metrics, rank=self.communicator.rank
         )
 
     # -- recovery

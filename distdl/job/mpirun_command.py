@@ -98,8 +98,5 @@ def _open_mpi_environment(version: int) -> dict[str, str]:
             "PRTE_MCA_hwloc_default_binding_policy": "none",
         }
     else:
-        variables |= {
-            "OMPI_MCA_rmaps_base_oversubscribe": "1",
-            "OMPI_MCA_hwloc_base_binding_policy": "none",
-        }
+        variables |= {"OMPI_MCA_rmaps_base_oversubscribe": "1", "OMPI_MCA_hwloc_base_binding_policy": "none"}
     return {name: value for name, value in variables.items() if name not in os.environ}

@@ -114,9 +114,7 @@ def chrome_trace(ranks: Marks, hosts: Sequence[str], *, first_step: int, left_ou
         names = {"process_name": f"rank {rank} on {host}", "thread_name": "training"}
         for name, value in names.items():
             events.append({"ph": "M", "pid": rank, "tid": 0, "name": name, "args": {"name": value}})
-        events.append(
-            {"ph": "M", "pid": rank, "tid": 0, "name": "process_sort_index", "args": {"sort_index": rank}},
-        )
+        events.append({"ph": "M", "pid": rank, "tid": 0, "name": "process_sort_index", "args": {"sort_index": rank}})
         events += _events(rank, steps, first_step)
     return {
         "traceEvents": events,
