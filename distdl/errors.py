@@ -32,9 +32,12 @@ class DistdlError(Exception):
     """
 
     exit_code = EXIT_DEFECT
-    agreed = False
     #: The text before the message when a command prints it.
     label = "error: "
+
+    def __init__(self, message: str = "", *, agreed: bool = False) -> None:
+        super().__init__(message)
+        self.agreed = agreed
 
 
 class UserError(DistdlError):

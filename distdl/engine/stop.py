@@ -81,12 +81,11 @@ class StopRequest(StepObserver):
 
     def stop(self, step: int) -> NoReturn:
         """Raise `Stopped` on every rank; the state after `step` has been saved."""
-        stopped = Stopped(
+        raise Stopped(
             f"stopped by {self.agreed} after step {step}, which is saved: the same command with --resume continues "
-            f"(exit code {Stopped.exit_code})"
+            f"(exit code {Stopped.exit_code})",
+            agreed=True,
         )
-        stopped.agreed = True
-        raise stopped
 
     def _hear(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         now = time.monotonic()

@@ -113,9 +113,7 @@ def diverged(what: str, config: TrainConfig, state: TrainingState) -> DivergedEr
         given = {"--lr": config.lr, "--weight-decay": config.weight_decay, "--l1-decay": config.l1_decay}
         smaller = " or ".join(f"{flag} than {value:g}" for flag, value in given.items() if value)
         advice = f"training has diverged; start a new run with a smaller {smaller}"
-    error = DivergedError(f"{what}: {advice}")
-    error.agreed = True
-    return error
+    return DivergedError(f"{what}: {advice}", agreed=True)
 
 
 def is_finite(array: NDArray[Any]) -> bool:

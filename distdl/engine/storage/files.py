@@ -140,8 +140,8 @@ def remove(folder: Path, names: Iterable[str]) -> None:
                 os.unlink(name, dir_fd=handle)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove the remains of interrupted writes in `folder`, and nothing else."""
-    for path in folder.glob("*" + TEMPORARY_SUFFIX):
+def remove_temporaries(*folders: Path) -> None:
+    """Remove the remains of interrupted writes in `folders`, and nothing else."""
+    for path in (path for folder in folders for path in folder.glob("*" + TEMPORARY_SUFFIX)):
         if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +58,13 @@ class Spent:
         parts = sum(self.compute), sum(self.reduction), sum(self.waiting)
         whole = sum(parts) or 1.0
         return parts[0] / whole, parts[1] / whole, parts[2] / whole
+
+    def named(self) -> dict[str, Any]:
+        """Return all times by their names in ``timing.jsonl``."""
+        compute, reduction, waiting = self.shares()
+        of_all = {"compute_share": compute, "reduction_share": reduction, "wait_share": waiting}
+        of_ranks = {"compute_seconds": self.compute, "reduction_seconds": self.reduction, "wait_seconds": self.waiting}
+        return {"train_seconds": self.seconds, **of_all, "slowest_rank": self.slowest, **of_ranks}
 
     def __str__(self) -> str:
         compute, reduction, waiting = self.shares()
