@@ -1,7 +1,6 @@
 """Mean and deviation of each channel, measured on the training part alone.
 
-For bytes the measurement is exact: it uses integer sums alone. To apply it takes one subtraction and one division for
-each pixel. So a row gets the same bits in every batch.
+For bytes the measurement is exact: it uses integer sums alone. A row gets the same bits in every batch.
 
 Dimensions: N samples, H height, W width, C channels; n rows of a block.
 """

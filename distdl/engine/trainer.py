@@ -1,8 +1,7 @@
 """The trainer: the phases of a run, on every rank.
 
-A run is a sequence of phases: steps, comparisons, validations, checkpoints, the test, the end. Each phase does its
-collective work in buffers first. Then all ranks commit, and only then the phase changes what outlives it. So if a rank
-is lost, the survivors recover and do the same phase again (`parallel/recovery.py`).
+Each phase does its collective work in buffers first. Then all ranks commit, and only then the phase changes the state.
+So if a rank is lost, the survivors recover and do the same phase again (`parallel/recovery.py`).
 
 All state is in `TrainingState`. Order, shards and random numbers are pure functions of config and step. So any number
 of ranks can take a step, and take it again.
@@ -395,7 +394,6 @@ class Trainer:
     # -- details
 
     def _rows_of(self, step: int) -> NDArray[np.int64]:
-        """Return the rows of a step's batch."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             training = self.data.parts.training

@@ -4,8 +4,7 @@
   float32. Every rank calls it.
 - `--dataset` names a function of the folder of `--data-dir`, or None. It returns a `Dataset`. Rank 0 calls it.
 
-A fault of the user's code becomes a `UserError`: one line with file, line and function. Code runs only if the command
-line, or a script, names it (see `distdl.config`).
+A fault of the user's code becomes a `UserError` of one line. Code runs only if the command line, or a script, names it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Figures of a network, a training or an evaluation: functions that return matplotlib figures.
 
 `figure.savefig("name.png")` saves one; no display is needed. Plain NumPy functions compute the numbers to draw.
-matplotlib comes with ``pip install 'distdl-mpi[plots]'``.
 
 N samples, H height, W width, C channels, F filters, K classes. Sources: sections 6.2.2, 7.6 and 8.1.
 """

@@ -6,10 +6,9 @@ A file has a header of big-endian numbers, and then the elements, unsigned bytes
     byte  2      element type: 0x08 = unsigned byte, the only one that MNIST uses
     byte  3      number of dimensions: 3 for images (N, H, W), 1 for labels (N,)
     4 bytes      the length of each dimension
-    the rest     exactly as many elements as the lengths declare
 
-Memory never exceeds the declared size, nor the content of the file, whatever the header says. Elements are read block
-by block, up to the declared number. One more byte shows whether the file is too long. So a gzip bomb costs one block.
+Memory never exceeds the declared size, nor the content of the file. Elements are read block by block, up to the
+declared number. One more byte shows whether the file is too long. So a gzip bomb costs one block.
 
 Source: Y. LeCun, C. Cortes, C. J. C. Burges, *The MNIST database of handwritten digits*, "file formats".
 """
@@ -63,10 +62,7 @@ def read_idx(path: Path, *, kind: Kind) -> NDArray[np.uint8]:
             _check_size(path, shape, file_bytes, compressed)
             elements = _read_elements(stream, path, math.prod(shape))
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DamagedFileError(
-                f"{quoted(path)} is damaged: its gzip data cannot be decompressed ({error}), "
-                "expected an intact file; fetch it again"
-            ) from error
+            _damaged(path, f"its gzip data cannot be decompressed ({error})", "an intact file")
         except OSError as error:
             raise UserError(f"{quoted(path)} cannot be read: {error.strerror or error}") from error
     return np.frombuffer(elements, np.uint8).reshape(shape)
@@ -77,7 +73,6 @@ def _damaged(path: Path, found: str, expected: str) -> NoReturn:
 
 
 def _read_header(stream: BinaryIO | gzip.GzipFile, path: Path, kind: Kind) -> tuple[int, ...]:
-    """Return the declared shape."""
     dimensions = DIMENSIONS[kind]
     header = stream.read(4 + 4 * dimensions)
     expected_magic = bytes([0, 0, UNSIGNED_BYTE, dimensions])

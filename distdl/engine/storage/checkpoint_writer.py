@@ -1,12 +1,9 @@
 """A thread that writes checkpoints from a copy of the state while training continues.
 
 The copy is made between two steps, into buffers allocated once. Then the thread flushes the logs to disk, writes the
-checkpoint, and removes old ones. It only hashes, writes and compares, so it holds Python's lock for a fraction of a
-millisecond at a time. One checkpoint is written at a time: the owner asks for the `outcome` of each before it starts
-the next, and before it ends.
-
-A checkpoint gets its name when it is complete, and older ones are removed only then. So the newest checkpoint is
-intact, at whatever moment the process ends.
+checkpoint, and removes old ones. One checkpoint is written at a time: the owner asks for the `outcome` of each before
+it starts the next, and before it ends. A checkpoint gets its name when it is complete, and older ones are removed only
+then. So the newest checkpoint is intact, at whatever moment the process ends.
 """
 
 from __future__ import annotations

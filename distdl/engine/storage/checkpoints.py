@@ -1,11 +1,8 @@
 """Checkpoints: the whole state after a step, in one safetensors file that proves itself intact.
 
-A safetensors file consists of eight bytes of header length, a JSON header and the bytes of the tensors. The format
-has no checksum, and a flipped bit in the data loads silently. So the metadata in the header contains the sha256 of the
-whole file, with the 64 digits of the digest itself set to zero. A message names a file that is torn, truncated or
-altered anywhere. Such a file is never loaded.
-
-The metadata has one key, ``distdl``. Its value is a JSON object with ``format``, ``sha256`` and ``header``.
+The format has no checksum, and a flipped bit in the data loads silently. So the metadata in the JSON header has one
+key, ``distdl``, a JSON object with ``format``, ``sha256`` and ``header``. The sha256 covers the whole file, with the 64
+digits of the digest itself set to zero. A file that is torn, truncated or altered anywhere is never loaded.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Durable writes: a reader finds the old content or the new, even after a crash at any point.
 
 The order is: temporary name, write, flush to disk, rename, flush the folder. Each system call goes through `os`, so
-a test can end the process at any of them.
-
-Nothing is written, cut or removed through a symbolic link. A temporary file is always new. Logs, and folders inside a
-run folder, are opened without following links.
+a test can end the process at any of them. Nothing is written, cut or removed through a symbolic link. Logs, and folders
+inside a run folder, are opened without following links.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The run folder: decide where a run starts, make the folder and lock it.
 
-`find_start` decides and writes nothing. `locked_run_folder` makes the folder, and locks it for the life of
-the process. The data is loaded in between, which takes time. So the lock comes with a second look: a folder that
-another run used meanwhile is refused.
+`find_start` decides and writes nothing. `locked_run_folder` makes the folder, and locks it for the life of the process.
+The data is loaded in between. So a folder that another run used meanwhile is refused.
 """
 
 from __future__ import annotations
