@@ -185,20 +185,17 @@ class Command(Generic[Settings]):
             raise UserError(f"the config file {path} is no valid TOML: {error}") from None
         except RecursionError:
             raise UserError(f"the config file {path} is no valid TOML of ours: it nests too deeply") from None
-        known = self._settings.keys() - set(self.not_in_file)
+        known, texts = self._settings.keys() - set(self.not_in_file), {}
         for name, value in values.items():
-            if name not in known and name not in without:
+            if name in without:
+                continue
+            if name not in known:
                 raise UserError(f"in the config file {path}: {unknown_name('setting', name, known, self.other_names)}")
-            if isinstance(value, bool) != (self._settings[name].kind is bool) or not isinstance(
-                value, str | int | float
-            ):
-                flag = self._settings[name].flag
-                raise UserError(f"in the config file {path}: {name} = {value!r} is not a value for {flag}")
-        return {
-            name: value if isinstance(value, bool) else str(value)
-            for name, value in values.items()
-            if name not in without
-        }
+            setting, is_switch = self._settings[name], isinstance(value, bool)
+            if is_switch != (setting.kind is bool) or not isinstance(value, str | int | float):
+                raise UserError(f"in the config file {path}: {name} = {value!r} is not a value for {setting.flag}")
+            texts[name] = value if is_switch else str(value)
+        return texts
 
     def help(self) -> str:
         """Return the text of `--help`."""
@@ -232,7 +229,7 @@ class Command(Generic[Settings]):
                     return setting, text if equals else None
             names = {one.flag[2:].replace("-", "_"): one.flag for one in settings if one.flag.startswith("--")}
             near = nearest(flag.replace("-", "_").removeprefix("__"), [*names, "help"], self.other_names)
-            hint = f"did you mean {names.get(near, '--help')}?" if near else "--help lists them all"
+            hint = f"did you mean {names.get(near, '--help')}?" if near else "--help lists all flags"
             raise UserError(f"unknown flag {flag}: {'leave it out' if flag == '--' else hint}{self._after_dashes}")
         for setting in settings:
             if len(setting.flag) == 2 and word.startswith(setting.flag):

@@ -8,7 +8,6 @@ Legend: w parameters, g gradient (mean over the batch), λ weight decay, η lear
 The book and PyTorch differ in the position of η in Momentum, in Nesterov's rule, and in the position and size of ε.
 These optimizers follow PyTorch.
 """
-# ruff: noqa: ARG002  all rules take the same arguments, even if they do not use them
 
 from __future__ import annotations
 
@@ -49,9 +48,7 @@ class Optimizer(ABC):
         frozen: Sequence[slice] = (),
         dtype: Any = np.float32,
     ) -> None:
-        self.weight_decay = weight_decay
-        self.l1 = l1
-        self.frozen = tuple(frozen)
+        self.weight_decay, self.l1, self.frozen = weight_decay, l1, tuple(frozen)
         self.decay_slices = tuple(where for where in decay_slices if where not in self.frozen)
         starts, stops = [0, *(where.stop for where in frozen)], [*(where.start for where in frozen), size]
         self._updated = [slice(*ends) for ends in zip(starts, stops, strict=True)]

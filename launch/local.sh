@@ -1,24 +1,25 @@
 #!/usr/bin/env bash
-# Train with several ranks on this machine, from whatever folder: launch/local.sh -n 4 -- --epochs 3
+# Train with several ranks on this machine, from any folder: launch/local.sh -n 4 -- --epochs 3
 set -eu
 
 usage() {
     cat <<'EOF'
-usage: launch/local.sh -n RANKS [--restarts N] [--dry-run] [--module MODULE] [-- FLAGS OF THE TRAINER]
+usage: launch/local.sh -n RANKS [flags] [-- flags of distdl.train]
 
 Train with RANKS ranks on this machine, with the MPI of the Python environment.
 
-  -n RANKS         how many ranks to start
-  --restarts N     start a job that fails again, up to N times, from its last checkpoint:
-                   a rank or mpirun was killed, the host failed. Not after a wrong flag
-                   or a damaged file (exit codes 2, 3), nor after a signal, which is
-                   passed on to the ranks and ends it all
+  -n RANKS         number of ranks to start
+  --restarts N     start a failed job again from its last checkpoint, up to N
+                   times: if a rank or mpirun was killed, or the host failed; but
+                   not after a wrong flag or a damaged file (exit codes 2, 3), and
+                   not after a signal, which is passed on and ends the job
   --dry-run        print the command line instead of running it
-  --module MODULE  run another module on every rank than distdl.train
-  -h, --help       print this
+  --module MODULE  Python module that every rank runs instead of distdl.train
+  -h, --help       print this text
 
-The Python is $PYTHON if set, else that of the activated virtual environment, else that of
-.venv in the repository, else python3. Relative paths mean the folder you are in.
+The Python is $PYTHON if set, or that of the active virtual environment, or that
+of .venv in the repository, or python3. Relative paths start from the current
+folder.
 
   launch/local.sh -n 4 -- --dataset mnist --epochs 3
   launch/local.sh -n 4 --restarts 5 -- --run-dir my-run --epochs 20

@@ -1,4 +1,4 @@
-"""Arrays start where the processor likes them to, and a hash is of what an array holds, never of how it lies."""
+"""Arrays start on 64-byte boundaries, and a hash depends on an array's content, not on its place in memory."""
 
 import hashlib
 import struct
@@ -23,7 +23,7 @@ def test_the_first_byte_lies_on_a_64_byte_boundary(make, dtype, shape):
         assert array.flags.writeable
 
 
-def test_zeros_are_zero_and_float32_unless_told_otherwise():
+def test_zeros_are_zero_and_float32_by_default():
     for _ in range(20):
         dirty = aligned_empty(1001)
         dirty[...] = np.nan
@@ -40,7 +40,7 @@ def test_arrays_do_not_overlap():
     assert [array.tolist() for array in arrays] == [[number] * 5 for number in range(50)]
 
 
-def test_the_hash_is_that_of_the_bytes_that_the_documentation_lists():
+def test_the_hash_is_the_hash_of_the_documented_bytes():
     weights = np.array([[1.0, -2.5, 3.25], [0.0, -0.0, 1e-30]], np.float32)
     step = np.array([7, -1], np.int64)
     pixels = np.arange(4, dtype=np.uint8).reshape(1, 2, 2, 1)
@@ -69,7 +69,7 @@ def test_the_hash_is_that_of_the_bytes_that_the_documentation_lists():
     assert sha256_of_arrays([]) == hashlib.sha256().hexdigest()
 
 
-def test_the_hash_does_not_depend_on_how_the_array_lies_in_memory():
+def test_the_hash_does_not_depend_on_the_memory_layout():
     array = np.arange(24, dtype=np.float32).reshape(4, 6)
     wide = np.zeros((8, 18), np.float32)
     wide[::2, ::3] = array
@@ -115,7 +115,7 @@ def test_the_hash_depends_on_name_shape_dtype_order_and_every_bit():
     assert len({sha256_of_arrays(named) for named in different}) == len(different)
 
 
-def test_hashing_leaves_the_array_as_it_is():
+def test_hashing_leaves_the_array_unchanged():
     array = np.arange(6, dtype=">f4")
     sha256_of_arrays([("a", array)])
     assert array.dtype.str == ">f4"

@@ -436,7 +436,7 @@ def test_an_unknown_command_is_reported_with_the_nearest(distdl_command):
     assert done.stderr.endswith("; did you mean 'evaluate'?\n")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["trian"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["tarin"]], ids=" ".join)
 def test_the_console_command_needs_neither_numpy_nor_mpi(arguments, pytestconfig, run_program):
     program = (
         f"import sys; sys.argv = ['distdl', *{arguments}]\nfrom distdl.__main__ import main\n"

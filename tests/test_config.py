@@ -403,7 +403,7 @@ def test_all_differences_are_named_including_a_missing_setting():
     [
         (["--epohcs", "3"], "unknown flag --epohcs: did you mean --epochs?"),
         (["--batch_sise=3"], "unknown flag --batch_sise: did you mean --batch-size?"),
-        (["--zzzzzz"], "unknown flag --zzzzzz: --help lists them all"),
+        (["--zzzzzz"], "unknown flag --zzzzzz: --help lists all flags"),
         (["--learning-rate", "0.1"], "unknown flag --learning-rate: did you mean --lr?"),
         (["--output_dir=x"], "unknown flag --output_dir: did you mean --run-dir?"),
         (["--LR", "0.1"], "unknown flag --LR: did you mean --lr?"),

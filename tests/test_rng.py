@@ -1,4 +1,4 @@
-"""Random numbers are a fixed function of their key: nothing is stored, and nothing else has a say in them."""
+"""Random numbers are a fixed function of their key: nothing is stored, and nothing else affects them."""
 
 import hashlib
 import itertools
@@ -14,7 +14,7 @@ MASK = 2**64 - 1
 
 
 def philox_block(counter, key):
-    """Philox4x64-10 as the paper defines it: four 64-bit words of counter and two of key to four random words."""
+    """Philox4x64-10 as in the paper: four 64-bit words of counter and two of key give four random words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -24,8 +24,8 @@ def philox_block(counter, key):
     return [c0, c1, c2, c3]
 
 
-def test_the_words_of_a_key_are_fixed_for_ever():
-    """If this fails, every seed of every user means something else, and old checkpoints cannot be resumed."""
+def test_the_words_of_a_key_are_fixed_forever():
+    """If this fails, every user's seed has another meaning, and old checkpoints cannot be resumed."""
     assert Key(0).of("dropout", 3).words(5).tolist() == [
         0x60D392ABA63D0004,
         0x8AA4418B69FCFFA7,
@@ -37,7 +37,7 @@ def test_the_words_of_a_key_are_fixed_for_ever():
     assert Key(0).of("dropout", 3).permutation(5).tolist() == [4, 0, 1, 2, 3]
 
 
-def test_the_words_are_those_of_philox_as_published_under_the_digest_of_the_path():
+def test_the_words_are_those_of_published_philox_with_the_digest_of_the_path_as_key():
     known_answer = [0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B]
     assert philox_block([0, 0, 0, 0], [0, 0]) == known_answer, "the vector that the authors of Philox published"
 
@@ -73,7 +73,7 @@ DTYPES = {
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 1000, 1001])
-def test_the_same_key_gives_the_same_numbers_however_often_it_is_asked(method, count):
+def test_the_same_key_gives_the_same_numbers_each_time(method, count):
     key = Key(3).of("purpose", 1)
     first = METHODS[method](key, count)
     METHODS[method](key, 17)
@@ -109,7 +109,7 @@ def test_different_paths_give_different_numbers():
 
 
 @pytest.mark.parametrize("name", ["a/b", np.int64(3), True, 1.0, None], ids=repr)
-def test_a_name_that_could_be_taken_for_another_is_refused(name):
+def test_a_name_that_could_mean_another_stream_is_refused(name):
     with pytest.raises(AssertionError, match="no name of a stream"):
         Key(0).of("a", name)
 
@@ -169,7 +169,7 @@ def test_normals_have_the_moments_and_tails_of_the_bell_curve():
 
 
 @pytest.mark.parametrize("probability", [0.001, 0.1, 0.5, 0.85, 0.999])
-def test_masks_are_true_as_often_as_asked(probability):
+def test_masks_are_true_with_the_given_probability(probability):
     n = 200_000
     mask = Key(0).of("mask").mask(n, probability)
     spread = math.sqrt(probability * (1 - probability) / n)
@@ -213,7 +213,7 @@ def test_a_permutation_leaves_one_number_in_its_place_on_average():
     assert np.mean(fixed) == pytest.approx(1, abs=5 / math.sqrt(2000))
 
 
-def test_numpys_global_generator_neither_acts_on_a_key_nor_is_touched_by_it():
+def test_keys_and_numpys_global_generator_do_not_affect_each_other():
     results = []
     for seed in (0, 1):
         np.random.seed(seed)  # noqa: NPY002

@@ -29,7 +29,7 @@ from distdl.bench.settings import SCALINGS, BenchSettings
 from distdl.bench.steps import TrainingSteps
 from distdl.config import TrainConfig
 from distdl.data import PreparedDataset, sources
-from distdl.engine.prepare import check_outputs
+from distdl.engine.requirements import check_outputs
 from distdl.engine.state import TrainingState
 from distdl.engine.timing.trace import Trace
 from distdl.engine.user_code import check_equal_networks, network_builder

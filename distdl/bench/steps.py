@@ -12,7 +12,6 @@ from distdl.engine.checks.nonfinite import FiniteCheck
 from distdl.engine.state import TrainingState
 from distdl.engine.step import OptimizerStep, supervised
 from distdl.engine.timing.timeline import Timeline
-from distdl.errors import DivergedError
 from distdl.nn import make_loss
 from distdl.parallel import Communicator
 from distdl.rng import Key
@@ -30,7 +29,7 @@ class TrainingSteps:
         self.config = config
         self.state = state
         self.timeline = Timeline(communicator)
-        check = FiniteCheck(state, skip=False, save=lambda fault: None, diverged=_diverged)  # noqa: ARG005
+        check = FiniteCheck(config, state, save=lambda fault: None)  # noqa: ARG005
         self._step = OptimizerStep(
             communicator,
             state.network,
@@ -59,9 +58,3 @@ class TrainingSteps:
             rate = self.config.learning_rate
             self._step.take(compute, samples=len(rows), learning_rate=rate, update=step + 1)
             state.step_array += 1
-
-
-def _diverged(fault: str) -> DivergedError:
-    error = DivergedError(f"{fault}: expected finite numbers; check the initial weights of the model, and the dataset")
-    error.agreed = True
-    return error

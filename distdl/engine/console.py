@@ -11,16 +11,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 from distdl.errors import one_line
 from distdl.job.streams import FULL, write
 
 SECONDS_BETWEEN_UPDATES = 0.1
 CLEAR_LINE = "\r\x1b[K"
-#: With more ranks than this, `describe_shares` prints a summary.
-MOST_RANKS_LISTED = 16
 
 
 class Console:
@@ -57,52 +53,3 @@ class Console:
         bar = "#" * done + "-" * (24 - done)
         write(sys.stdout, f"{CLEAR_LINE}epoch {epoch}/{epochs} [{bar}] step {step}/{steps} loss {loss:.4f}")
         self._live_shown = True
-
-
-def banner(
-    environment: Mapping[str, Any], described: str, threads: int, batch: str, shares: str, survives: str
-) -> list[str]:
-    """Return the first lines of a run."""
-    ranks = environment["ranks"]
-    hosts = ", ".join(f"{name} ({count})" for name, count in environment["hosts"].items())
-    return [
-        f"distdl {environment['versions']['distdl']} · {described}",
-        f"{ranks} rank{'s' if ranks > 1 else ''} × {threads} thread{'s' if threads > 1 else ''}"
-        f" · {environment['communicator']} · host{'s' if len(environment['hosts']) > 1 else ''} {hosts}",
-        f"{batch} · {shares}",
-        f"survives failures: {survives}",
-    ]
-
-
-def describe_shares(shares: Sequence[int]) -> str:
-    """Return a phrase for the number of micro-batches that each rank computes in a step.
-
-    >>> describe_shares([5, 3])
-    '5, 3 micro-batches on ranks 0, 1'
-    >>> describe_shares([4] * 20 + [1])
-    '1 to 4 micro-batches a rank, fewest on rank 20'
-    """
-    if len(shares) > MOST_RANKS_LISTED:
-        return f"{min(shares)} to {max(shares)} micro-batches a rank, fewest on rank {shares.index(min(shares))}"
-    ranks = range(len(shares))
-    return f"{', '.join(map(str, shares))} micro-batches on ranks {', '.join(map(str, ranks))}"
-
-
-def shares_of(micro_batches: int, ranks: int) -> str:
-    """Return a phrase for equal shares, with a better number of ranks if there is one.
-
-    >>> shares_of(8, 4)
-    '2 micro-batches a rank'
-    >>> shares_of(8, 5)
-    '1 to 2 micro-batches a rank: as slow as 4 ranks, use 4 or 8'
-    """
-    least, most = micro_batches // ranks, -(-micro_batches // ranks)
-    plural = "es" if most > 1 else ""
-    if least == most:
-        return f"{most} micro-batch{plural} a rank"
-    text = f"{least} to {most} micro-batch{plural} a rank"
-    as_fast = -(-micro_batches // most)
-    if as_fast == ranks:
-        return text
-    better = next(n for n in range(ranks + 1, micro_batches + 1) if -(-micro_batches // n) < most)
-    return f"{text}: as slow as {as_fast} rank{'s' if as_fast > 1 else ''}, use {as_fast} or {better}"

@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.config import TrainConfig
+from distdl.engine.banner import describe_shares
 from distdl.engine.checks.nonfinite import Fault
-from distdl.engine.console import Console, describe_shares
+from distdl.engine.console import Console
 from distdl.engine.events import RunListener
 from distdl.engine.keeper import CheckpointKeeper
 from distdl.engine.logbook import Logbook

@@ -10,29 +10,28 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from distdl.config import TrainConfig
 from distdl.data import Dataset, PreparedDataset, split
 from distdl.engine import transfer
+from distdl.engine.banner import banner_of
 from distdl.engine.checks.watchdog import Watchdog
-from distdl.engine.console import Console, banner, shares_of
+from distdl.engine.console import Console
 from distdl.engine.coordinator import Coordinator, RunFacts
 from distdl.engine.environment import describe, numerics
 from distdl.engine.fault_injection import reached
 from distdl.engine.logbook import Logbook
 from distdl.engine.metrics import Sums
+from distdl.engine.requirements import check_moments, check_outputs, check_ranks, outputs_of, restore
 from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
-from distdl.engine.storage import checkpoints
 from distdl.engine.storage.run_folder import StartingPoint, find_start
+from distdl.engine.summary import Summary
 from distdl.engine.timing import balance
 from distdl.engine.timing.trace import check_writable
-from distdl.engine.trainer import Summary, Trainer
+from distdl.engine.trainer import Trainer
 from distdl.engine.user_code import BuildNetwork, check_equal_networks, load_dataset, network_builder
-from distdl.errors import DamagedFileError, UserError
+from distdl.errors import UserError
 from distdl.job.warden import Warden
-from distdl.nn import BatchNorm, Sequential
 from distdl.optim import optimizer_class
 from distdl.parallel import (
     Communicator,
@@ -131,7 +130,7 @@ class Preparation:
 
     def _prepare(self, communicator: Communicator) -> Trainer:
         config = self.config
-        together(communicator, lambda: _check_ranks(config, communicator.size))
+        together(communicator, lambda: check_ranks(config, communicator.size))
         if config.trace is not None:
             on_rank_0(communicator, partial(check_writable, config.trace))
         start = on_rank_0(communicator, lambda: find_start(config, self.folder, after_failure=self.is_repeated))
@@ -182,7 +181,7 @@ class Preparation:
                 "use smaller images, or fewer ranks on this machine"
             ) from None
         check_outputs(config, network.output_shape, data)
-        _check_moments(config, network)
+        check_moments(config, network)
         return TrainingState(network, optimizer, epoch_sums=Sums(targets_per_sample=data.targets_per_sample))
 
     def _restore(
@@ -227,38 +226,18 @@ class Preparation:
     def introduce(self, trainer: Trainer) -> None:
         """Print the banner on rank 0, and tell all listeners of the start."""
         if trainer.communicator.rank == 0:
-            self._print_banner(trainer)
+            console, parameters = trainer.console, trainer.state.network.parameter_count
+            environment = trainer.facts.environment
+            for line in banner_of(self.config, trainer.data, parameters, environment, trainer.communicator):
+                console.line(line)
+            if self.transferred is not None:
+                for complaint in self.transferred.complaints:
+                    console.warning(f"{complaint}; the one before it is used")
+                console.line(str(self.transferred))
+            if frozen := sum(where.stop - where.start for where in trainer.state.optimizer.frozen):
+                console.line(f"frozen: {frozen:,} of {parameters:,} parameters (--freeze {self.config.freeze})")
         for listener in trainer.listeners:
             listener.started()
-
-    def _print_banner(self, trainer: Trainer) -> None:
-        config, data, communicator, console = self.config, trainer.data, trainer.communicator, trainer.console
-        parameters = trainer.state.network.parameter_count
-        described = (
-            f"{config.dataset} ({len(data.parts.training)} training, {len(data.parts.validation)} validation, "
-            f"{len(data.parts.test)} test) · {config.model} ({parameters:,} parameters) · "
-            f"{config.optimizer} lr {config.lr:g} · seed {config.seed}"
-        )
-        for line in banner(
-            trainer.facts.environment,
-            described,
-            config.threads_per_rank,
-            f"batch {config.batch_size} = {config.micro_batches} micro-batches of {config.micro_batch_size}",
-            shares_of(config.micro_batches, communicator.size) + (" at first (--balance)" if config.balance else ""),
-            _survives(communicator),
-        ):
-            console.line(line)
-        if config.reduction != "tree":
-            moves = ", and with --balance from run to run" if config.balance else ""
-            console.line(
-                f"--reduction {config.reduction}: bits may differ from those of another number of ranks{moves}"
-            )
-        if self.transferred is not None:
-            for complaint in self.transferred.complaints:
-                console.warning(f"{complaint}; the one before it is used")
-            console.line(str(self.transferred))
-        if frozen := sum(where.stop - where.start for where in trainer.state.optimizer.frozen):
-            console.line(f"frozen: {frozen:,} of {parameters:,} parameters (--freeze {config.freeze})")
 
 
 def labelled(config: TrainConfig, build_network: BuildNetwork | None, dataset: Dataset | None) -> TrainConfig:
@@ -278,101 +257,3 @@ def read_data(config: TrainConfig, dataset: Dataset | None) -> PreparedDataset:
     """Load the dataset, split it, and measure its training part."""
     dataset = load_dataset(config.dataset, config.data_dir) if dataset is None else dataset.checked()
     return PreparedDataset.prepare(dataset, config.seed)
-
-
-# -- checks
-
-
-def outputs_of(config: TrainConfig, data: Dataset | PreparedDataset) -> tuple[int, ...]:
-    """Return the shape of the outputs of a sample that the data and the loss need."""
-    if config.loss == "binary_cross_entropy":
-        if data.targets_per_sample != 1 or data.classes != 2:
-            raise UserError(
-                f"--loss binary_cross_entropy is for one label of two classes a sample: {config.dataset} has labels "
-                f"{data.labels.dtype} {data.labels.shape} of {data.classes} classes; leave the flag out"
-            )
-        return (1,)
-    if config.loss not in {"auto", data.default_loss}:
-        kind = "numbers" if data.targets_per_sample == 0 else "labels"
-        raise UserError(f"--loss {config.loss} does not go with {config.dataset}, which has {kind}; leave the flag out")
-    return (*(data.labels.shape[1:] if data.targets_per_sample else ()), data.classes)
-
-
-def check_outputs(config: TrainConfig, output_shape: tuple[int, ...], data: PreparedDataset) -> None:
-    """Raise `UserError` if the outputs of a network have another shape than the data and the loss need."""
-    expected = outputs_of(config, data)
-    if output_shape != expected:
-        what = "classes" if data.targets_per_sample else "numbers"
-        raise UserError(
-            f"the network {config.model} returns outputs {output_shape} for a sample, expected {expected}: "
-            f"{config.dataset} has {data.classes} {what}" + (" for each pixel" if len(expected) > 1 else "")
-        )
-
-
-def _check_moments(config: TrainConfig, network: Sequential) -> None:
-    """Raise `UserError` if batch normalization would see a single number per micro-batch: that is its own mean."""
-    if config.micro_batch_size > 1:
-        return
-    if any(isinstance(layer, BatchNorm) and layer.pixels == 1 for layer in network.every_layer()):
-        raise UserError(
-            f"the network {config.model} normalizes each feature over a micro-batch (BatchNorm), and with "
-            "--micro-batch-size 1 that is one number, which leaves 0: give 2 or more"
-        )
-
-
-def _check_ranks(config: TrainConfig, ranks: int) -> None:
-    if ranks > config.micro_batches:
-        raise UserError(
-            f"{ranks} ranks cannot share a batch of {config.micro_batches} micro-batches (--batch-size "
-            f"{config.batch_size}, --micro-batch-size {config.micro_batch_size}): start at most "
-            f"{config.micro_batches} ranks, or give a larger batch or smaller micro-batches"
-        )
-
-
-def restore(
-    state: TrainingState, start: StartingPoint, data_sha256: str, config: TrainConfig, steps_per_epoch: int
-) -> None:
-    """Copy a checkpoint into the state; raise `UserError` if the run cannot continue from it."""
-    checkpoint, header = start.checkpoint, start.header
-    assert checkpoint is not None
-    assert header is not None
-    checkpoints.restore(checkpoint, state.named_arrays(), str(start.path))
-    state.progress = header.progress
-    if header.data_sha256 != data_sha256:
-        raise UserError(
-            f"cannot resume from {start.path}: it was trained on other images, labels or split than these; give the "
-            "same data, or start a new run"
-        )
-    batch_size = header.config["batch_size"]
-    samples = state.step % steps_per_epoch * batch_size
-    correct, counted = state.epoch_sums.counts.tolist()
-    skipped, rest = divmod(samples - counted, batch_size)
-    if (
-        rest
-        or not 0 <= skipped <= state.progress.skipped_steps
-        or not 0 <= correct <= counted * state.epoch_sums.targets_per_sample
-        or not np.isfinite(state.epoch_sums.loss_sum[0])
-    ):
-        raise DamagedFileError(f"{start.path} is damaged: its sums of the epoch are not those of {samples} samples")
-    if config.max_steps is not None and state.step > config.max_steps:
-        raise UserError(
-            f"cannot resume from {start.path}: it has taken {state.step} steps, and --max-steps is "
-            f"{config.max_steps}; give more, leave the flag out, or start a new run"
-        )
-    epochs = config.epoch_count
-    if state.step > epochs * steps_per_epoch:
-        raise UserError(
-            f"cannot resume from {start.path}: it has taken {state.step} steps, and --epochs {epochs} are "
-            f"{epochs * steps_per_epoch}; give --epochs {-(-state.step // steps_per_epoch)} or more, or start a new run"
-        )
-
-
-def _survives(communicator: Communicator) -> str:
-    if communicator.survives_failures:
-        return "yes"
-    if communicator.size == 1:
-        return "no, because there is one rank; --resume continues from the last checkpoint"
-    return (
-        "no, because only Open MPI 5 started as mpirun --with-ft ulfm continues without a rank; "
-        "--resume continues from the last checkpoint"
-    )

@@ -16,13 +16,12 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
-from numpy.typing import NDArray
 
 from distdl.engine.step import MutableRecord, OptimizerStep, StepObserver
 from distdl.errors import Stopped
@@ -77,7 +76,7 @@ class StopRequest(StepObserver):
         record["stop"] = self._heard
 
     def ended(self, step: OptimizerStep) -> None:
-        """Take in the signals of all ranks, which are the same on every rank."""
+        """Read the signals that any rank has received."""
         self.agreed = _first(step.total["stop"])
 
     def stop(self, step: int) -> NoReturn:
@@ -101,6 +100,6 @@ class StopRequest(StepObserver):
         self._heard[SIGNALS.index(signal.Signals(number))] = 1
 
 
-def _first(counts: NDArray[Any]) -> str | None:
+def _first(counts: Iterable[np.int64]) -> str | None:
     """Return the name of the first signal with a count; None without one."""
     return next((number.name for number, count in zip(SIGNALS, counts, strict=True) if count), None)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from distdl.engine.state import TrainingState
 from distdl.engine.step import OptimizerStep, StepObserver, supervised
 from distdl.engine.stop import StopRequest
 from distdl.engine.storage.header import RunProgress
+from distdl.engine.summary import Summary, summarize
 from distdl.engine.timing.balance import BalancedDealer, Dealer
 from distdl.engine.timing.timeline import Timeline
 from distdl.engine.timing.trace import Trace
@@ -56,27 +57,6 @@ from distdl.parallel import (
 )
 from distdl.rng import Key
 from distdl.schedules import make_schedule
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The results of a run; the content of ``summary.json``."""
-
-    ranks: int
-    steps: int
-    epochs: int
-    train_loss: float | None
-    validation_loss: float | None
-    validation_accuracy: float | None
-    """None for regression."""
-    test_loss: float | None
-    """None if the training is not complete."""
-    test_accuracy: float | None
-    train_seconds: float
-    samples_per_second: float
-    weights_sha256: str
-    state_sha256: str
-    recoveries: list[dict[str, Any]]
 
 
 class Phase(IntEnum):
@@ -154,9 +134,7 @@ class Trainer:
         self._dealer = BalancedDealer(rank, ranks, config.micro_batches) if config.balance else Dealer(ranks)
         self.timeline = Timeline(communicator)
         self._trace = None if config.trace is None else Trace(self.timeline)
-        self._finite_check = nonfinite.FiniteCheck(
-            state, skip=config.on_nonfinite == "skip", save=self._save_micro_batch, diverged=self._diverged
-        )
+        self._finite_check = nonfinite.FiniteCheck(config, state, self._save_micro_batch)
         audit = [corruption.Audit(state, config.audit, own_model=is_own(config.model))] if config.audit else []
         observers: list[StepObserver] = [FaultPoints(state), *audit, self.timeline, self._finite_check]
         self._step = OptimizerStep(
@@ -284,7 +262,7 @@ class Trainer:
     def _validate(self) -> None:
         state, progress = self.state, self.state.progress
         if state.epoch_sums.samples == 0:
-            raise self._diverged(f"every step of epoch {state.step // self.steps_per_epoch} was skipped")
+            raise self._not_finite(f"every step of epoch {state.step // self.steps_per_epoch} was skipped")
         reached("validation", owner=state)
         with committed(self.communicator):
             validation = self.evaluate(self.data.parts.validation)
@@ -342,7 +320,16 @@ class Trainer:
                 trace = self._trace.gather(self.state.step)
                 if self.coordinator is not None and trace is not None:
                     self.coordinator.write_trace(trace)
-            summary = self._summarize()
+            epochs, steps = divmod(self.state.step, self.steps_per_epoch)
+            samples = epochs * len(self.data.parts.training) + steps * self.config.batch_size
+            summary = summarize(
+                self.communicator,
+                self.state,
+                self._test,
+                epochs=epochs,
+                samples=samples,
+                recoveries=self.recoveries,
+            )
             reached("finish", owner=self.state)
             for listener in self.listeners:
                 listener.finished(self.state, self._test, asdict(summary))
@@ -438,51 +425,13 @@ class Trainer:
 
         return from_rank_0(self.communicator, save)
 
+    def _not_finite(self, what: str) -> DivergedError:
+        return nonfinite.diverged(what, self.config, self.state)
+
     def _check_weights(self) -> None:
         if not all(nonfinite.is_finite(array) for _, array in self.state.named_arrays()):
-            raise self._diverged(f"the weights are not finite after step {self.state.step}")
+            raise self._not_finite(f"the weights are not finite after step {self.state.step}")
 
     def _check_loss(self, sums: Sums, part: str) -> None:
         if not math.isfinite(sums.loss):
-            raise self._diverged(f"the {part} loss is {sums.loss} after step {self.state.step}")
-
-    def _diverged(self, what: str) -> DivergedError:
-        """Return the error for numbers that are not finite; every rank has the same numbers."""
-        if self.state.step == self.state.progress.skipped_steps:
-            advice = "no update came before it; check the data, the initial weights and the model, not --lr"
-        else:
-            given = {"--lr": self.config.lr, "--weight-decay": self.config.weight_decay}
-            given["--l1-decay"] = self.config.l1_decay
-            smaller = " or ".join(f"{flag} than {value:g}" for flag, value in given.items() if value)
-            advice = f"training has diverged; start a new run with a smaller {smaller}"
-        error = DivergedError(f"{what}: {advice}")
-        error.agreed = True
-        return error
-
-    def _summarize(self) -> Summary:
-        """Return the summary, after a comparison of all receipts. Collective."""
-        state, progress, test = self.state, self.state.progress, self._test
-        receipt = state.weights_sha256()
-        receipts = self.communicator.allgather_json(receipt)
-        if len(set(receipts)) > 1:
-            raise corruption.corruption_found(
-                self.communicator, corruption.odd_ones_out(receipts), "the weights differ at the end"
-            )
-        epochs, steps = divmod(state.step, self.steps_per_epoch)
-        samples = epochs * len(self.data.parts.training) + steps * self.config.batch_size
-        seconds = progress.train_seconds
-        return Summary(
-            ranks=self.communicator.size,
-            steps=state.step,
-            epochs=epochs,
-            train_loss=progress.train_loss,
-            validation_loss=progress.validation_loss,
-            validation_accuracy=progress.validation_accuracy,
-            test_loss=None if test is None else test.loss,
-            test_accuracy=None if test is None else test.accuracy,
-            train_seconds=seconds,
-            samples_per_second=samples / seconds if seconds else 0.0,
-            weights_sha256=receipt,
-            state_sha256=state.state_sha256(),
-            recoveries=self.recoveries,
-        )
+            raise self._not_finite(f"the {part} loss is {sums.loss} after step {self.state.step}")

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from distdl.config import DATASETS, FROM_PATH, TrainConfig, is_own, reads_data_dir
 from distdl.data import Dataset, PreparedDataset
-from distdl.engine.prepare import check_outputs, outputs_of, read_data
+from distdl.engine.prepare import read_data
+from distdl.engine.requirements import check_outputs, outputs_of
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.checkpoints import FoundCheckpoint

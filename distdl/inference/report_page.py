@@ -11,18 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distdl.config import TrainConfig
+from distdl.engine.console import Console
+from distdl.engine.storage.files import check_output, write_output
 from distdl.errors import DamagedFileError, UserError
 from distdl.inference import figures
-from distdl.inference.load import Trained
-from distdl.inference.score import Evaluation
+from distdl.inference.load import Trained, load
+from distdl.inference.options import ReportOptions, check_names
+from distdl.inference.score import Evaluation, evaluate
 from distdl.inference.score_table import score_text
 from distdl.nn import Sequential
 from distdl.nn.network_copies import layer_outputs
+from distdl.parallel import guard, on_rank_0, world
 from distdl.rng import Key
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+NAME = "report.html"
 #: Test images whose activations are drawn.
 IMAGES_SHOWN = 100
 #: Layers whose outputs are drawn.
@@ -31,6 +36,30 @@ STYLE = (
     "body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
     "td,th{padding:.15em .8em;text-align:left;border-bottom:1px solid #ddd}img{max-width:100%}"
 )
+
+
+def write_report(options: ReportOptions) -> None:
+    """Score the run on all ranks, and write its page. Collective. Raises `UserError`."""
+    check_names(options.model, options.dataset)
+    figures.need_matplotlib()
+    communicator, run, out = world(), options.run, options.out or options.run / NAME
+
+    def check() -> None:
+        if not (run / "config.toml").is_file():
+            raise UserError(f"{run} is no run folder: expected one that distdl.train has written, such as runs/…")
+        if out.suffix.lower() != ".html":
+            raise UserError(f"--out {out}: expected a name that ends in .html")
+        check_output(out, "--out")
+
+    def write() -> None:
+        write_output(out, page_of(run, trained, found).encode(), "--out")
+        Console(live=False).line(f"report: {out}")
+
+    with guard(communicator):
+        on_rank_0(communicator, check)
+        [trained] = load([run], communicator, data_dir=options.data_dir, dataset=options.dataset, models=options.model)
+        found = evaluate([trained], "test", communicator)
+        on_rank_0(communicator, write)
 
 
 def page_of(run: Path, trained: Trained, found: Evaluation) -> str:

@@ -19,8 +19,7 @@ from distdl.nn.losses import (
     make_loss,
 )
 from distdl.nn.models import MODELS, build_model
-from distdl.nn.models.alexnet import alexnet
-from distdl.nn.models.convnets import deep_convnet, lenet, simple_convnet
+from distdl.nn.models.convnets import alexnet, deep_convnet, lenet, simple_convnet
 from distdl.nn.models.googlenet import googlenet
 from distdl.nn.models.multilayer import logistic, mlp, multilayer_net
 from distdl.nn.models.resnet import resnet18, resnet20, resnet50
@@ -34,63 +33,12 @@ from distdl.nn.windows import Window, patches, patches_adjoint
 #: The output of regression (section 3.5) under its usual name; the base class of all layers is the identity.
 Identity = Layer
 
-__all__ = [
-    "LOSSES",
-    "MODELS",
-    "Affine",
-    "AvgPool2d",
-    "BatchNorm",
-    "Branches",
-    "BufferSpec",
-    "Constant",
-    "Conv2d",
-    "ConvTranspose2d",
-    "Dropout",
-    "Flatten",
-    "GlobalAvgPool2d",
-    "He",
-    "Identity",
-    "Initializer",
-    "Layer",
-    "LeakyReLU",
-    "LocalResponseNorm",
-    "LossFunction",
-    "MaxPool2d",
-    "MeanSquaredError",
-    "Normal",
-    "ParameterSpec",
-    "ReLU",
-    "Residual",
-    "Sequential",
-    "Sigmoid",
-    "SigmoidCrossEntropy",
-    "Softmax",
-    "SoftmaxCrossEntropy",
-    "Tanh",
-    "Upsample2d",
-    "Window",
-    "Workspace",
-    "Xavier",
-    "Zeros",
-    "alexnet",
-    "build_model",
-    "check_layer",
-    "check_network",
-    "count_correct",
-    "deep_convnet",
-    "googlenet",
-    "lenet",
-    "logistic",
-    "make_loss",
-    "mlp",
-    "multilayer_net",
-    "numerical_gradient",
-    "patches",
-    "patches_adjoint",
-    "resnet18",
-    "resnet20",
-    "resnet50",
-    "simple_convnet",
-    "vgg11",
-    "vgg16",
-]
+__all__ = ["Affine", "BatchNorm", "Branches", "Conv2d", "ConvTranspose2d", "Dropout", "Flatten", "LocalResponseNorm"]
+__all__ += ["AvgPool2d", "GlobalAvgPool2d", "MaxPool2d", "Residual", "Sequential", "Upsample2d"]
+__all__ += ["Identity", "LeakyReLU", "ReLU", "Sigmoid", "Softmax", "Tanh"]
+__all__ += ["BufferSpec", "Layer", "ParameterSpec", "Window", "Workspace", "patches", "patches_adjoint"]
+__all__ += ["Constant", "He", "Initializer", "Normal", "Xavier", "Zeros"]
+__all__ += ["LOSSES", "LossFunction", "MeanSquaredError", "SigmoidCrossEntropy", "SoftmaxCrossEntropy", "make_loss"]
+__all__ += ["check_layer", "check_network", "count_correct", "numerical_gradient"]
+__all__ += ["MODELS", "alexnet", "build_model", "deep_convnet", "googlenet", "lenet", "logistic", "mlp"]
+__all__ += ["multilayer_net", "resnet18", "resnet20", "resnet50", "simple_convnet", "vgg11", "vgg16"]

@@ -1,9 +1,4 @@
-"""Activations: functions of each element, any shape.
-
-Sources: *Deep Learning from Scratch*, sections 3.2 and 5.5; tanh and leaky ReLU: A. Ng, *Neural Networks and Deep
-Learning*, week 3.
-"""
-# ruff: noqa: ARG002  every layer's forward takes the same arguments, even if it does not use them
+"""Activations: functions of each element, any shape. Ng's course is A. Ng, *Neural Networks and Deep Learning*."""
 
 from __future__ import annotations
 

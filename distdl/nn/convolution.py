@@ -9,7 +9,6 @@ again an image (N, OH, OW, FN). The transposed matrix times the output gradient 
 stride 1 the input gradient is a convolution too: of the padded output gradient with the kernel flipped along both axes.
 For other strides the gradients of the patches are added back to their pixels (col2im).
 """
-# ruff: noqa: ARG002  every layer's forward takes the same arguments, even if it does not use them
 
 from __future__ import annotations
 

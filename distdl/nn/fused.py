@@ -19,8 +19,6 @@ N samples of a tile, C channels, F filters, FH and FW the kernel, OH and OW the 
 tiles of this output along its axes, PH and PW the padding or the pooled output, K = FH FW C.
 """
 
-# ruff: noqa: ARG002  blocks share one interface, but not all of them use the tile's workspace
-
 from __future__ import annotations
 
 import itertools
@@ -62,9 +60,9 @@ def quarters_of(image: Array) -> Quarters:
     return {(a, b): image[a::2, b::2] for a, b in PARITIES}
 
 
-def rows_first(nhwc: Array) -> Array:
-    """Return (N, H, W, C) as a view (H, W, N, C)."""
-    return nhwc.transpose(1, 2, 0, 3)
+def quarters_of_nhwc(images: Array) -> Quarters:
+    """Return the quarters of images (N, H, W, C)."""
+    return quarters_of(images.transpose(1, 2, 0, 3))
 
 
 class Block(ABC):
@@ -86,6 +84,7 @@ class Block(ABC):
         self.output_size = (self.OH // 2, self.OW // 2) if pool else (self.OH, self.OW)
         self.dtype = conv.parameters["weight"].dtype
         self._own = Workspace(self.dtype)
+        self._views: dict[tuple[Workspace, int], list[tuple[Array, Array]]] = {}
         self._tiles_summed = 0
 
     @property
@@ -105,9 +104,9 @@ class Block(ABC):
     def input_quarters(self, tile: Workspace, N: int) -> Quarters:
         """Return the quarters to which the input image is written."""
 
-    @abstractmethod
     def gradient_quarters(self, tile: Workspace, N: int) -> Quarters:
         """Return the quarters in which `backward` leaves the gradient with respect to the input image."""
+        raise NotImplementedError
 
     @abstractmethod
     def _products(self, tile: Workspace, N: int, y: Array) -> None:
@@ -216,6 +215,22 @@ class Block(ABC):
         """Return the part of the planes that belongs to whole windows."""
         return planes[:, :, : self.OH // 2, : self.OW // 2]
 
+    def _quarters(self, planes: Array) -> Quarters:
+        """Return the quarters of the input image inside the planes (2, 2, TH, TW, ...) of the padded image.
+
+        Pixel (r, c) of the image is pixel (r + PH, c + PW) of the padded image.
+        """
+        PH, PW = self.conv.window.padding
+
+        def inside(parity: int, padding: int, size: int) -> slice:
+            start = (parity + padding) // 2
+            return slice(start, start + (size + 1 - parity) // 2)
+
+        return {
+            (a, b): planes[(a + PH) % 2, (b + PW) % 2, inside(a, PH, self.H), inside(b, PW, self.W)]
+            for a, b in PARITIES
+        }
+
     def _add_product(self, x: Array, dy: Array, total: Array) -> None:
         """Add the product to `total`, a gradient of the weights; the first tile overwrites it."""
         if not self._tiles_summed:
@@ -224,20 +239,6 @@ class Block(ABC):
         part = self._own.array("of a tile", total.shape)
         np.matmul(x, dy, out=part)
         np.add(total, part, out=total)
-
-
-def padded_quarters(planes: Array, size: tuple[int, int], padding: tuple[int, int]) -> Quarters:
-    """Return the quarters of an image (H, W) inside the planes of the padded image.
-
-    `planes` are (2, 2, TH, TW, ...): pixel (r, c) of the image is pixel (r + PH, c + PW) of the padded image.
-    """
-    (H, W), (PH, PW) = size, padding
-
-    def inside(parity: int, padding: int, size: int) -> slice:
-        start = (parity + padding) // 2
-        return slice(start, start + (size + 1 - parity) // 2)
-
-    return {(a, b): planes[(a + PH) % 2, (b + PW) % 2, inside(a, PH, H), inside(b, PW, W)] for a, b in PARITIES}
 
 
 class PatchBlock(Block):
@@ -271,19 +272,16 @@ class PatchBlock(Block):
         return tile.array(f"x {id(self)}", (self.C, 2, 2, self.TH + FH // 2, self.TW + FW // 2, N))
 
     def input_quarters(self, tile: Workspace, N: int) -> Quarters:
-        planes = self._planes(tile, N).transpose(1, 2, 3, 4, 5, 0)
-        return padded_quarters(planes, (self.H, self.W), self.conv.window.padding)
-
-    def gradient_quarters(self, tile: Workspace, N: int) -> Quarters:
-        """Fail: no layer in front has parameters."""
-        raise AssertionError("the first layer needs no input gradient")
+        return self._quarters(self._planes(tile, N).transpose(1, 2, 3, 4, 5, 0))
 
     def _patches(self, tile: Workspace, N: int) -> Array:
         return tile.array(f"patches {id(self)}", (self.K + 1, 2, 2, self.TH, self.TW, N), fill=1)
 
     def _products(self, tile: Workspace, N: int, y: Array) -> None:
         patches = self._patches(tile, N)
-        for pixels, elements in tile.cached(f"copies {id(self)} {N}", lambda: self._copies(tile, N)):
+        if (tile, N) not in self._views:
+            self._views[tile, N] = self._copies(tile, N)
+        for pixels, elements in self._views[tile, N]:
             np.copyto(elements, pixels)
         np.matmul(patches.reshape(len(patches), -1).T, self._weights("weights"), out=y.reshape(-1, self.lanes))
 
@@ -345,9 +343,6 @@ class WinogradBlock(Block):
         np.matmul(_GG.astype(self.dtype), weight, out=U.reshape(16, C * F))
         np.copyto(UT, U.swapaxes(2, 3))
         _change_signs(UT)
-
-    def _quarters(self, planes: Array) -> Quarters:
-        return padded_quarters(planes, (self.H, self.W), self.conv.window.padding)
 
     def _planes(self, tile: Workspace, N: int, name: str) -> Array:
         return tile.array(name, (2, 2, self.TH + 1, self.TW + 1, N, self.C))
@@ -486,9 +481,9 @@ class Chain:
         y = self._own.array("y", (len(x), *self.blocks[-1].output_size, self.blocks[-1].F))
         for tile, rows in self._tiles_of(len(x)):
             N = rows.stop - rows.start
-            _copy(quarters_of(rows_first(x[rows])), self.blocks[0].input_quarters(tile, N))
+            _copy(quarters_of_nhwc(x[rows]), self.blocks[0].input_quarters(tile, N))
             for block, following in zip(self.blocks, [*self.blocks[1:], None], strict=True):
-                output = following.input_quarters(tile, N) if following else quarters_of(rows_first(y[rows]))
+                output = following.input_quarters(tile, N) if following else quarters_of_nhwc(y[rows])
                 block.forward(tile, N, output)
                 if watch:
                     watch("forward", block.name)
@@ -501,7 +496,7 @@ class Chain:
         dx = self._own.array("dx", (len(dy), first.H, first.W, first.C)) if wanted else None
         for tile, rows in self._tiles_of(len(dy)):
             N = rows.stop - rows.start
-            d = quarters_of(rows_first(dy[rows]))
+            d = quarters_of_nhwc(dy[rows])
             for block in reversed(self.blocks):
                 block.backward(tile, N, d)
                 if watch:
@@ -509,7 +504,7 @@ class Chain:
                 if block is not first or wanted:
                     d = block.gradient_quarters(tile, N)
             if dx is not None:
-                _copy(d, quarters_of(rows_first(dx[rows])))
+                _copy(d, quarters_of_nhwc(dx[rows]))
         for block in self.blocks:
             block.finish()
         return dx
@@ -542,7 +537,8 @@ def chain_at(layers: Sequence[Layer], names: Sequence[str]) -> tuple[Chain | Non
         assert isinstance(conv, Conv2d)
         following = [*layers[taken + 1 : taken + 3], Layer(), Layer()]
         relu = type(following[0]) is ReLU
-        pool = _is_two_by_two(following[1] if relu else following[0]) and min(conv.output_size) >= 2
+        after = following[relu]
+        pool = type(after) is MaxPool2d and after.window == Window((2, 2), stride=(2, 2)) and min(conv.output_size) >= 2
         blocks.append(algorithm(conv, names[taken], relu=relu, pool=pool))
         taken += 1 + relu + pool
     return (Chain(blocks), taken) if blocks else (None, 1)
@@ -554,7 +550,3 @@ def _algorithm_for(layer: Layer) -> type[Block] | None:
     if layer.window.kernel == (3, 3) and (layer.needs_input_gradient or layer.channels >= FEW_CHANNELS):
         return WinogradBlock
     return None if layer.needs_input_gradient else PatchBlock
-
-
-def _is_two_by_two(layer: Layer) -> bool:
-    return type(layer) is MaxPool2d and layer.window == Window((2, 2), stride=(2, 2))

@@ -109,8 +109,10 @@ def check_layer(
     network.bind(needs_input_gradient=True)
     network.initialize(key)
     network.parameters += 0.1 * key.of("noise").normal(network.parameters.size)
-    x = _normal(key.of("x"), (samples, *input_shape))
-    dy = _normal(key.of("dy"), (samples, *network.output_shape))
+    x, dy = (
+        key.of(name).normal(samples * math.prod(shape)).reshape(samples, *shape)
+        for name, shape in (("x", network.input_shape), ("dy", network.output_shape))
+    )
 
     def value() -> float:
         return float((network.forward(x, training=training, key=key) * dy).sum())
@@ -122,10 +124,6 @@ def check_layer(
     checked = [(x, dx.copy())]
     checked += [(layer.parameters[name], gradient.copy()) for name, gradient in layer.gradients.items()]
     return max(_error(value, array, gradient, elements) for array, gradient in checked)
-
-
-def _normal(key: Key, shape: Shape) -> Array:
-    return key.normal(math.prod(shape)).reshape(shape)
 
 
 def _error(value: Callable[[], float], array: Array, gradient: Array, elements: int) -> float:

@@ -6,7 +6,6 @@ every rank draws the same network and no rank sends it.
 
 Source: *Deep Learning from Scratch*, section 6.2; Glorot and Bengio 2010 (Xavier); He et al. 2015 (He).
 """
-# ruff: noqa: ARG002  all initializers take the same arguments, even if they do not use them
 
 from __future__ import annotations
 

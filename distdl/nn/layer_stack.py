@@ -6,7 +6,6 @@ In the fast form a stack runs convolutions, with the ReLU and the pooling that f
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -160,13 +159,8 @@ class LayerStack(LayerGroup):
 
 def _names(layers: Sequence[Layer]) -> list[str]:
     """Return for each layer its class in lower case and its number among the layers of this class."""
-    seen: Counter[str] = Counter()
-    names = []
-    for layer in layers:
-        kind = type(layer).__name__.lower()
-        seen[kind] += 1
-        names.append(f"{kind}_{seen[kind]}")
-    return names
+    kinds = [type(layer).__name__.lower() for layer in layers]
+    return [f"{kind}_{kinds[:index].count(kind) + 1}" for index, kind in enumerate(kinds)]
 
 
 def list_of_layers(owner: str, given: Any) -> list[Layer]:

@@ -11,14 +11,13 @@ Every layer follows these rules:
 - `backward` belongs to the latest `forward`, whose input and output must not change in between.
 - `backward` overwrites `gradients` and never adds to them.
 """
-# ruff: noqa: ARG002  every layer's forward takes the same arguments, even if it does not use them
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -33,7 +32,6 @@ Array: TypeAlias = NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
 Form = Literal["fast", "plain"]
 Watch = Callable[[str, str | None], None]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,6 @@ class Workspace:
     def __init__(self, dtype: DTypeLike) -> None:
         self.dtype = np.dtype(dtype)
         self._arrays: dict[tuple[str, Shape], Array] = {}
-        self._cached: dict[str, Any] = {}
 
     def array(self, name: str, shape: Shape, *, dtype: DTypeLike | None = None, fill: float = 0) -> Array:
         """Return the array of this name and shape; fill it with `fill` only when it is made."""
@@ -119,13 +116,6 @@ class Workspace:
             array.fill(fill)
             self._arrays[name, shape] = array
         return array
-
-    def cached(self, name: str, make: Callable[[], T]) -> T:
-        """Return the result of the first `make` for this name, such as views that are expensive to make."""
-        if name not in self._cached:
-            self._cached[name] = make()
-        found: T = self._cached[name]
-        return found
 
 
 class Layer:

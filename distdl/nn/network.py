@@ -172,11 +172,6 @@ class Sequential:
 
         The first `forward` inside prepares the data that layers derive from the parameters, such as transformed
         weights; the others reuse it. Outside, every `forward` prepares it. Uses may be nested; each prepares once.
-
-        >>> from distdl.nn import Affine
-        >>> network = Sequential([Affine(1)], (2,))
-        >>> with network.constant_parameters():
-        ...     outputs = [network.forward(np.full((1, 2), i, np.float32)) for i in range(3)]
         """
         self._promises += 1
         self._prepared = False

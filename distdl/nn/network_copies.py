@@ -3,7 +3,6 @@
 The additional layers have no parameters and change no names. So the copy has the parameters and buffers of the
 original, under the same names. The original does not change.
 """
-# ruff: noqa: ARG002  every layer's forward takes the same arguments, even if it does not use them
 
 from __future__ import annotations
 

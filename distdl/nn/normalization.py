@@ -1,5 +1,4 @@
 """Normalization layers; images are (N, H, W, C)."""
-# ruff: noqa: ARG002  every layer's forward takes the same arguments, even if it does not use them
 
 from __future__ import annotations
 
@@ -85,7 +84,10 @@ class BatchNorm(Layer):
         np.subtract(self._lines(rows), self._line(mean), out=self._lines(centred))
         squares = np.multiply(centred, centred, out=y)
         variance = np.matmul(ones, squares) / M
-        self._set_statistics(M, mean.astype(np.float64), variance.astype(np.float64))
+        # The micro-batch's sums, from which ranks compute the moments of the batch.
+        mean64, variance64 = mean.astype(np.float64), variance.astype(np.float64)
+        self.statistics["mean"][:-1], self.statistics["mean"][-1] = M * mean64, M
+        self.statistics["variance"][:] = M * (variance64 + mean64 * mean64)
         self.inverse = (1 / np.sqrt(variance + self.epsilon)).astype(rows.dtype, copy=False)
         lines = self._lines(centred)
         lines *= self._line(self.inverse)
@@ -94,12 +96,6 @@ class BatchNorm(Layer):
         np.multiply(lines, self._line(gamma), out=outputs)
         outputs += self._line(beta)
         return y.reshape(x.shape)
-
-    def _set_statistics(self, M: int, mean: Array, variance: Array) -> None:
-        """Write the micro-batch's sums, from which ranks compute the moments of the batch."""
-        self.statistics["mean"][:-1] = M * mean
-        self.statistics["mean"][-1] = M
-        self.statistics["variance"][:] = M * (variance + mean * mean)
 
     def update_buffers(self) -> None:
         """Move the running moments towards those of the batch, whose sums are in `statistics`."""

@@ -1,5 +1,4 @@
 """Pooling over images (N, H, W, C); see `windows` for the names of sizes."""
-# ruff: noqa: ARG002  every layer's forward takes the same arguments, even if it does not use them
 
 from __future__ import annotations
 
@@ -26,6 +25,15 @@ class _Pool2d(Layer):
         super().build(input_shape, dtype)
         return (*self.window.fitted_size(input_shape, "window"), input_shape[2])
 
+    def _combined(self, padded: Array, combine: np.ufunc) -> Array:
+        """Return the elements of each window combined in row-major order, (N, OH, OW, C)."""
+        first, *others = self.window.placements(padded)
+        y = self.workspace.array("y", first.shape)
+        np.copyto(y, first)
+        for pixels in others:
+            combine(y, pixels, out=y)
+        return y
+
     def __str__(self) -> str:
         return f"{type(self).__name__} {self.window}"
 
@@ -50,11 +58,7 @@ class MaxPool2d(_Pool2d):
 
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         self.padded = pad(x, self.window.padding, self.workspace, fill=-np.inf)
-        first, *others = self.window.placements(self.padded)
-        self.y = self.workspace.array("y", first.shape)
-        np.copyto(self.y, first)
-        for pixels in others:
-            np.maximum(self.y, pixels, out=self.y)
+        self.y = self._combined(self.padded, np.maximum)
         return self.y
 
     def backward(self, dy: Array) -> Array:
@@ -88,11 +92,7 @@ class AvgPool2d(_Pool2d):
     def forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         padded = pad(x, self.window.padding, self.workspace)
         self.padded_shape = padded.shape
-        first, *others = self.window.placements(padded)
-        y = self.workspace.array("y", first.shape)
-        np.copyto(y, first)
-        for pixels in others:
-            np.add(y, pixels, out=y)
+        y = self._combined(padded, np.add)
         y *= 1 / math.prod(self.window.kernel)
         return y
 

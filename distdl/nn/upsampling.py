@@ -1,5 +1,4 @@
 """Enlarge images (N, H, W, C) without parameters."""
-# ruff: noqa: ARG002  every layer's forward takes the same arguments, even if it does not use them
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from distdl.parallel.agreement import (
 from distdl.parallel.communicator import Communicator, CompletedRecovery, OneProcess, ranks_per_host
 from distdl.parallel.dealing import deal, loads_by_speed
 from distdl.parallel.record import Field, Layout, Record
-from distdl.parallel.recovery import Position, Survivors, commit, committed, recover, survive
+from distdl.parallel.recovery import Position, Survivors, commit, committed, recover
 from distdl.parallel.reduction import REDUCTIONS, Reduction
 from distdl.parallel.shared import share_arrays
 from distdl.parallel.tree import Shard, contiguous_shards
@@ -42,7 +42,6 @@ __all__ = [
     "ranks_per_host",
     "recover",
     "share_arrays",
-    "survive",
     "tell_the_others",
     "together",
     "world",

@@ -129,51 +129,36 @@ class Communicator(ABC):
 
 
 class OneProcess(Communicator):
-    """The world of a single rank: every collective call completes at once."""
+    """The world of a single rank: every collective call completes at once. See `Communicator`."""
 
     def __init__(self, description: str = "one process") -> None:
         self.rank = 0
         self.size = 1
         self.description = description
 
-    def barrier(self, longest_pause_seconds: float = LONGEST_PAUSE_SECONDS) -> None:
-        """Return at once."""
-
-    def bcast(self, array: NDArray[Any], root: int = 0) -> None:
-        """Leave `array` unchanged."""
-
-    def allreduce(self, array: NDArray[Any]) -> None:
-        """Leave `array` unchanged."""
+    def barrier(self, longest_pause_seconds: float = LONGEST_PAUSE_SECONDS) -> None: ...
+    def bcast(self, array: NDArray[Any], root: int = 0) -> None: ...
+    def allreduce(self, array: NDArray[Any]) -> None: ...
+    def allgatherv(self, array: Bytes, counts: Sequence[int]) -> None: ...
+    def free(self) -> None: ...
 
     def alltoallv(self, send: Bytes, send_spans: Sequence[Span], receive: Bytes, receive_spans: Sequence[Span]) -> None:
-        """Copy the one span."""
         (start, count), (to, _) = send_spans[0], receive_spans[0]
         receive[to : to + count] = send[start : start + count]
 
-    def allgatherv(self, array: Bytes, counts: Sequence[int]) -> None:
-        """Leave `array` unchanged."""
-
     def allgather_json(self, value: Any) -> list[Any]:
-        """Return the one value."""
         return [value]
 
     def bcast_json(self, value: Any, root: int = 0) -> Any:  # noqa: ARG002
-        """Return the value itself."""
         return value
 
     def split(self, color: int | None) -> Communicator | None:
-        """Return this world, or None."""
         return None if color is None else self
 
     def host(self) -> Communicator:
-        """Return this world."""
         return self
 
-    def free(self) -> None:
-        """Do nothing: there is only one world."""
-
     def abort(self, exit_code: int) -> NoReturn:
-        """End this process."""
         say()
         os._exit(exit_code)
 

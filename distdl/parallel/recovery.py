@@ -204,13 +204,3 @@ class Survivors:
             self.recoveries.append(recover(attempt, lost))
         self.communicator = attempt.communicator
         return attempt.result
-
-
-def survive(
-    communicator: Communicator, work: Callable[[Communicator], T]
-) -> tuple[Communicator, T, CompletedRecovery | None]:
-    """Run `work` with `Survivors`; return the communicator, the result and the recovery."""
-    survivors = Survivors(communicator)
-    known = len(survivors.recoveries)
-    result = survivors.run(work)
-    return survivors.communicator, result, survivors.recoveries[known] if survivors.recoveries[known:] else None

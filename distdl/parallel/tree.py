@@ -6,8 +6,8 @@ Floating-point addition is commutative but not associative. The tree fixes the a
 however the leaves are spread over ranks.
 
 It follows that a tree node ``[lo, hi)`` starts at a multiple of a power of two ``s`` and ends at ``min(lo + s, V)``.
-Two neighbours are siblings exactly if `are_siblings` returns True. So a list of tree nodes in order of `lo` is folded
-like a binary counter: merge the last two as long as they are siblings.
+Two neighbours are siblings exactly if `are_siblings` returns True. So tree nodes in order of `lo` are folded like
+a binary counter: merge the last two as long as they are siblings.
 
 This file is pure integer arithmetic; it touches no array.
 """
@@ -17,8 +17,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
+K = TypeVar("K")
 #: The micro-batches that one rank computes in a step, in increasing order.
 Shard: TypeAlias = range | tuple[int, ...]
 #: Where a tree node is held: the rank, and the number of its slot.
@@ -49,25 +50,25 @@ def are_siblings(left: TreeNode, right: TreeNode, leaves: int) -> bool:
     )
 
 
-def fold(nodes: Sequence[TreeNode], leaves: int) -> tuple[list[TreeNode], list[tuple[int, int]]]:
-    """Merge siblings until no siblings remain.
+def fold(held: Mapping[K, TreeNode], leaves: int) -> tuple[dict[K, TreeNode], list[tuple[K, K]]]:
+    """Merge disjoint tree nodes, each held at a place, until no siblings remain.
 
-    Returns the remaining tree nodes and the merges in order. A merge ``(into, from)`` names two positions in `nodes`:
-    their values are added, and the sum stays at `into`. `nodes` must be disjoint and in order of `lo`.
+    Returns the remaining tree nodes by place, in order of `lo`, and the merges in order. A merge ``(into, from)`` adds
+    the values at two places; the sum stays at `into`.
 
-    >>> fold([TreeNode(0, 1), TreeNode(1, 2), TreeNode(2, 3)], leaves=3)
-    ([TreeNode(lo=0, hi=3)], [(0, 1), (0, 2)])
+    >>> fold({"a": TreeNode(0, 1), "b": TreeNode(1, 2), "c": TreeNode(2, 3)}, leaves=3)
+    ({'a': TreeNode(lo=0, hi=3)}, [('a', 'b'), ('a', 'c')])
     """
-    stack: list[tuple[TreeNode, int]] = []
-    merges: list[tuple[int, int]] = []
-    for position, node in enumerate(nodes):
-        stack.append((node, position))
+    stack: list[tuple[TreeNode, K]] = []
+    merges: list[tuple[K, K]] = []
+    for place, node in sorted(held.items(), key=lambda item: item[1].lo):
+        stack.append((node, place))
         while len(stack) > 1 and are_siblings(stack[-2][0], stack[-1][0], leaves):
             right, from_ = stack.pop()
             left, into = stack.pop()
             stack.append((TreeNode(left.lo, right.hi), into))
             merges.append((into, from_))
-    return [node for node, _ in stack], merges
+    return {place: node for node, place in stack}, merges
 
 
 def maximal_nodes(shard: Shard, leaves: int) -> list[TreeNode]:
@@ -78,7 +79,7 @@ def maximal_nodes(shard: Shard, leaves: int) -> list[TreeNode]:
     >>> maximal_nodes((0, 1, 5), leaves=8)
     [TreeNode(lo=0, hi=2), TreeNode(lo=5, hi=6)]
     """
-    return fold([TreeNode(leaf, leaf + 1) for leaf in shard], leaves)[0]
+    return list(fold({leaf: TreeNode(leaf, leaf + 1) for leaf in shard}, leaves)[0].values())
 
 
 def contiguous_shards(leaves: int, ranks: int) -> list[range]:
@@ -116,22 +117,9 @@ def plan_sum(shards: tuple[Shard, ...], leaves: int, hosts: tuple[tuple[int, ...
     """Return the plan for shards that hold all leaves once, with the ranks of each host."""
     nodes = [maximal_nodes(shard, leaves) for shard in shards]
     held = {(rank, slot): node for rank, of_rank in enumerate(nodes) for slot, node in enumerate(of_rank)}
-    within, remaining = [], []
-    for ranks in hosts:
-        rest, merges = _fold_held({place: node for place, node in held.items() if place[0] in ranks}, leaves)
-        within.append(merges)
-        remaining.append(rest)
-    roots, between = _fold_held({place: node for rest in remaining for place, node in rest.items()}, leaves)
+    folded = [fold({place: node for place, node in held.items() if place[0] in ranks}, leaves) for ranks in hosts]
+    roots, between = fold({place: node for rest, _ in folded for place, node in rest.items()}, leaves)
     assert list(roots.values()) == [TreeNode(0, leaves)], (
         f"shards {shards} do not hold the leaves 0..{leaves - 1} once each"
     )
-    return Plan(nodes, within, [list(rest) for rest in remaining], between, next(iter(roots)))
-
-
-def _fold_held(held: Mapping[Place, TreeNode], leaves: int) -> tuple[dict[Place, TreeNode], Merges]:
-    """Merge siblings until no siblings remain; return the remaining tree nodes by place, and the merges."""
-    places = sorted(held, key=lambda place: held[place].lo)
-    rest, merges = fold([held[place] for place in places], leaves)
-    merged = {from_ for _, from_ in merges}
-    remaining = [place for position, place in enumerate(places) if position not in merged]
-    return dict(zip(remaining, rest, strict=True)), [(places[into], places[from_]) for into, from_ in merges]
+    return Plan(nodes, [merges for _, merges in folded], [list(rest) for rest, _ in folded], between, next(iter(roots)))

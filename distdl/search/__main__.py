@@ -30,7 +30,7 @@ COMMAND = Command(
     examples=(
         "python -m distdl.search --range lr=1e-6:1e-2:log",
         "mpirun -n 4 python -m distdl.search --range lr=1e-4:1e-1:log -- --model mlp",
-        "python -m distdl.search --range batch-size=16:128 --method halving -- --epochs 9",
+        "python -m distdl.search --range lr=0.001:0.1 --method halving -- --epochs 9",
     ),
     groups={
         "search": ("ranges", "method", "rounds", "trials", "keep", "seed"),

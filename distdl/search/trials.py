@@ -22,7 +22,8 @@ from distdl.config import TrainConfig, is_own
 from distdl.data import Dataset, split
 from distdl.engine import train
 from distdl.engine.console import Console
-from distdl.engine.prepare import labelled, outputs_of
+from distdl.engine.prepare import labelled
+from distdl.engine.requirements import outputs_of
 from distdl.engine.stop import StopRequest
 from distdl.engine.storage.files import indented_json
 from distdl.engine.user_code import BuildNetwork, check_equal_networks, load_dataset, network_builder

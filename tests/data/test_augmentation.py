@@ -1,4 +1,4 @@
-"""Images are changed as asked, as a plain loop over pixels would, and from the key alone."""
+"""Images change as requested, equal to a plain loop over pixels, and depend on the key alone."""
 
 import math
 import tracemalloc
@@ -25,7 +25,7 @@ def bytes_of(shape, seed=0):
 
 
 def drawn(count, **given):
-    """What is done to each of `count` images, all alike: nothing but what is given."""
+    """Draws that change `count` images alike: only by the given values."""
     numbers = {"angle": 0, "scale": 1, "down": 0, "right": 0, "mirror": 1, "brightness": 1} | given
     return Draws(**{name: np.broadcast_to(np.float64(value), count) for name, value in numbers.items()})
 
@@ -38,7 +38,7 @@ def changed(images, **given):
 
 
 def bilinear(image, y, x):
-    """The mean of the four pixels around a place of an image (H, W, C); zeros lie around it."""
+    """Return the mean of the four pixels around a place of an image (H, W, C) with zeros around it."""
     H, W, C = image.shape
     total = np.zeros(C)
     for row in (math.floor(y), math.floor(y) + 1):
@@ -49,9 +49,9 @@ def bilinear(image, y, x):
 
 
 def place(draws, n, i, j, H, W):
-    """Undo, one after the other, what was done last: moved, turned, enlarged, mirrored."""
+    """Undo the changes in reverse order: move, turn, enlarge, mirror."""
     y, x = i - draws.down[n] - (H - 1) / 2, j - draws.right[n] - (W - 1) / 2
-    # Turned counterclockwise as one sees it, where y grows downward; so the place turns clockwise.
+    # y grows downward. The image turns counterclockwise for the viewer, so the place turns clockwise.
     turned = complex(x, -y) * complex(math.cos(draws.angle[n]), -math.sin(draws.angle[n])) / draws.scale[n]
     return -turned.imag + (H - 1) / 2, turned.real * draws.mirror[n] + (W - 1) / 2
 
@@ -69,8 +69,8 @@ def plainly_changed(images, draws):
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 @pytest.mark.parametrize("asked", [ALL, GEOMETRIC, "rotate=30", "scale=0.5", "shift=2", "crop=3,flip"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_pixel_is_what_a_plain_loop_finds(shape, asked, dtype):
-    """But for the rounding of places: by half a step of 1/256 pixel twice, along each axis."""
+def test_every_pixel_equals_that_of_a_plain_loop(shape, asked, dtype):
+    """Equal except for the rounding of places: twice half a step of 1/256 pixel, along each axis."""
     augmentation, images = Augmentation.parse(asked), bytes_of(shape).astype(dtype)
     for step in range(3):
         key = KEY.of(step)
@@ -81,7 +81,7 @@ def test_every_pixel_is_what_a_plain_loop_finds(shape, asked, dtype):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_moved_by_fractions_of_a_pixel_the_means_are_exact(shape):
+def test_means_are_exact_for_moves_by_fractions_of_a_pixel(shape):
     images = bytes_of(shape)
     for down, right in [(0.25, -0.5), (1.5, 1.75), (-0.00390625, 0), (-9.5, 0.5)]:
         draws = drawn(len(images), down=down, right=right)
@@ -93,14 +93,14 @@ def test_moved_by_fractions_of_a_pixel_the_means_are_exact(shape):
 
 @pytest.mark.parametrize("quarters", [1, 2, 3, -1])
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 9])
-def test_turned_by_right_angles_is_rot90(size, quarters):
+def test_a_turn_by_right_angles_is_rot90(size, quarters):
     images = bytes_of((2, size, size, 3))
     found = changed(images, angle=quarters * math.pi / 2)
     np.testing.assert_array_equal(found, np.rot90(images, quarters, axes=(1, 2)))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_mirrored_is_every_row_backwards(shape):
+def test_mirrored_is_every_row_reversed(shape):
     images = bytes_of(shape)
     np.testing.assert_array_equal(changed(images, mirror=-1), images[:, :, ::-1])
 
@@ -113,7 +113,7 @@ def test_moved_by_whole_pixels_is_a_slice_with_zeros_around(down, right):
     np.testing.assert_array_equal(changed(images, down=down, right=right), expected)
 
 
-def test_enlarged_and_made_smaller_about_the_center():
+def test_images_are_enlarged_and_reduced_about_the_center():
     row = np.array([0, 8, 16, 24], np.uint8).reshape(1, 1, 4, 1)
     assert changed(row, scale=2).ravel().tolist() == [6, 10, 14, 18]
     assert changed(row, scale=0.5).ravel().tolist() == [0, 4, 20, 0]
@@ -137,24 +137,24 @@ def test_brightness_is_one_factor_for_all_pixels_of_an_image():
     assert len(set.union(*factors)) == 3
 
 
-# ---------------------------------------------------------------------------------------------- what changes nothing
+# ---------------------------------------------------------------------------------------------- no change
 
 
 @pytest.mark.parametrize("asked", [Transforms(), Transforms.parse("rotate=0,crop=0,shift=0,scale=0,brightness=0.0")])
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_nothing_asked_gives_the_bits_that_came_in(asked, dtype):
+def test_no_transform_keeps_the_bits(asked, dtype):
     images = bytes_of((2, 3, 5, 3)).astype(dtype)
     if dtype == np.float32:
         images[0, 0, 0] = -0.0
     assert Augmentation(asked).apply(images, KEY).tobytes() == images.astype(np.float32).tobytes()
 
 
-def test_an_image_that_is_drawn_to_stay_keeps_its_bits():
-    """Of 200 images, mirrored or not and moved by -1, 0 or 1 pixel either way, about one in eighteen stays."""
+def test_an_image_that_is_not_moved_keeps_its_bits():
+    """Of 200 images, mirrored or not and moved by -1, 0 or 1 pixel along each axis, about one in eighteen stays."""
     augmentation = Augmentation.parse("crop=1,flip")
     images = np.concatenate([Key(0).normal(200 * 20).astype(np.float32).reshape(-1, 5, 4, 1), np.zeros((50, 5, 4, 1))])
     images = images.astype(np.float32)
-    images[::3] *= -1  # zeros with a sign among them
+    images[::3] *= -1  # some zeros become -0.0
     draws = augmentation.draw(KEY, len(images))
     stay = (draws.down == 0) & (draws.right == 0) & (draws.mirror == 1)
     found = augmentation.apply(images, KEY)
@@ -163,7 +163,7 @@ def test_an_image_that_is_drawn_to_stay_keeps_its_bits():
     assert [bool((a != b).any()) for a, b in zip(found[:200], images, strict=False)] == (~stay[:200]).tolist()
 
 
-def test_images_stay_as_they_are_and_out_may_be_the_images():
+def test_images_stay_unchanged_and_out_may_be_the_images():
     images = bytes_of((3, 6, 6, 2)).astype(np.float32)
     before = images.copy()
     for asked in (ALL, "flip", "brightness=0.3"):
@@ -180,7 +180,7 @@ def test_images_stay_as_they_are_and_out_may_be_the_images():
 # ---------------------------------------------------------------------------------------------------------- the key
 
 
-def test_the_same_key_gives_the_same_bits_whatever_was_done_before():
+def test_the_same_key_gives_the_same_bits_after_any_other_call():
     images = bytes_of((16, 8, 8, 1))
     fresh, used = Augmentation.parse(ALL), Augmentation.parse(ALL)
     for other in ((16, 8, 8, 1), (5, 8, 8, 1), (16, 9, 7, 2), (0, 8, 8, 1)):
@@ -197,9 +197,9 @@ def test_another_micro_batch_step_or_seed_gives_other_images():
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_however_micro_batches_are_dealt_to_ranks_each_is_the_same(ranks):
-    """Each rank has an augmentation of its own, and computes its micro-batches one by one, as the trainer does."""
-    rows, size = bytes_of((37, 8, 8, 1)), 8  # five micro-batches, the last of them ragged
+def test_a_micro_batch_is_the_same_on_every_rank(ranks):
+    """Each rank has its own augmentation, and computes its micro-batches one by one, as the trainer does."""
+    rows, size = bytes_of((37, 8, 8, 1)), 8  # five micro-batches; the last one is ragged
     step = Key(0).of("training", 12)
     alone = Augmentation.parse(ALL)
     expected = [alone.apply(rows[i * size : (i + 1) * size], step.of(i)) for i in range(5)]
@@ -210,7 +210,7 @@ def test_however_micro_batches_are_dealt_to_ranks_each_is_the_same(ranks):
             assert images.tobytes() == expected[index].tobytes()
 
 
-def test_one_transform_more_leaves_what_is_drawn_for_the_others():
+def test_one_more_transform_does_not_change_the_others():
     some, more = (Augmentation.parse(asked).draw(KEY, 9) for asked in ("rotate=10,crop=2", ALL))
     np.testing.assert_array_equal(some.angle, more.angle)
     assert (np.abs(some.down - more.down) <= 2).all()
@@ -220,7 +220,7 @@ def test_one_transform_more_leaves_what_is_drawn_for_the_others():
 # ----------------------------------------------------------------------------------------------------------- ranges
 
 
-def test_what_is_drawn_is_uniform_within_what_was_asked_for():
+def test_the_draws_are_uniform_within_the_limits():
     count = 20_000
     draws = Augmentation.parse("rotate=10,shift=2,scale=0.1,flip,brightness=0.3").draw(KEY, count)
     for values, middle, most in [
@@ -241,7 +241,7 @@ def test_what_is_drawn_is_uniform_within_what_was_asked_for():
     np.testing.assert_allclose(np.corrcoef(every), np.eye(6), atol=0.03)
 
 
-def test_a_piece_is_cut_from_each_place_of_the_padded_image_as_often():
+def test_a_crop_takes_every_place_of_the_padded_image_equally_often():
     draws = Augmentation.parse("crop=2").draw(KEY, 10_000)
     values, counts = np.unique(np.stack([draws.down, draws.right]), axis=1, return_counts=True)
     assert values.T.tolist() == [[down, right] for down in range(-2, 3) for right in range(-2, 3)]
@@ -273,7 +273,7 @@ def test_no_pixel_is_ever_nan(images, seed):
     assert np.isfinite(Augmentation.parse(most + ",flip").apply(images, Key(seed))).all()
 
 
-def test_applied_again_it_allocates_less_than_one_array_of_its_pixels():
+def test_a_repeated_call_allocates_less_than_one_array_of_pixels():
     images, out = bytes_of((16, 64, 64, 1)), np.empty((16, 64, 64, 1), np.float32)
     augmentation = Augmentation.parse(ALL)
     augmentation.apply(images, KEY, out)
@@ -291,7 +291,7 @@ def test_applied_again_it_allocates_less_than_one_array_of_its_pixels():
 # --------------------------------------------------------------------------------------------------------- the text
 
 
-def test_all_is_read_in_any_order_and_with_spaces():
+def test_transforms_are_read_in_any_order_and_with_spaces():
     expected = Transforms(rotate=10, shift=2.5, scale=0.1, crop=2, flip=True, brightness=0.1)
     assert Transforms.parse("rotate=10,shift=2.5,scale=0.1,crop=2,flip,brightness=.1") == expected
     assert Transforms.parse(" flip , brightness = 1e-1,crop=02,scale=0.10,shift=2.5, rotate=10.0 ") == expected
@@ -332,7 +332,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("text", "said"), BAD, ids=[repr(text[:12]) for text, _ in BAD])
-def test_what_cannot_be_is_said_in_one_line_that_names_the_part(text, said):
+def test_a_wrong_text_is_one_line_that_names_the_wrong_part(text, said):
     with pytest.raises(UserError) as caught:
         Augmentation.parse(text)
     message = str(caught.value)
@@ -345,12 +345,12 @@ def test_what_cannot_be_is_said_in_one_line_that_names_the_part(text, said):
 @pytest.mark.parametrize(
     "given", [{"rotate": -1}, {"scale": math.nan}, {"crop": 1.5}, {"flip": 1}, {"shift": "2"}, {"brightness": True}]
 )
-def test_settings_of_a_script_are_checked_too(given):
+def test_settings_of_a_script_are_also_checked(given):
     with pytest.raises(UserError, match=f"--augment {next(iter(given))}="):
         Transforms(**given)
 
 
-def test_a_move_out_of_sight_is_refused_once_the_size_is_known():
+def test_a_move_out_of_sight_is_refused_when_the_size_is_known():
     for text in ("shift=7.5", "crop=7", "shift=4.5,crop=3"):
         Transforms.parse(text).check_fit(8, 20)
     with pytest.raises(UserError, match=r"--augment shift=7.5,crop=7 together can move images of 8x20 pixels out of"):

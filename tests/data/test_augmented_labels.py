@@ -1,4 +1,4 @@
-"""Labels of pixels go where their pixels go, as a plain loop over pixels would take them."""
+"""Labels of pixels move with their pixels, as in a plain loop over pixels."""
 
 import math
 
@@ -22,7 +22,7 @@ def moved(labels, **given):
 
 
 def plainly_moved(labels, draws, n, i, j):
-    """The label of the pixel that its place is nearest to; of each where rounding of the place decides between some."""
+    """Return the label of the nearest pixel; several labels if the rounding of the place decides between them."""
     _, H, W = labels.shape
     y, x = place(draws, n, i, j, H, W)
     slack = 1.1 / 256  # places are rounded to half a step twice
@@ -36,7 +36,7 @@ def plainly_moved(labels, draws, n, i, j):
 
 @pytest.mark.parametrize("asked", [ALL, GEOMETRIC, "rotate=30", "scale=0.5", "shift=2", "crop=3,flip"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_label_is_that_of_the_nearest_pixel_which_a_plain_loop_finds(shape, asked):
+def test_every_label_is_that_of_the_nearest_pixel_as_in_a_plain_loop(shape, asked):
     augmentation, labels = Augmentation.parse(asked), labels_of(shape)
     uncertain = 0
     for step in range(3):
@@ -58,7 +58,7 @@ def test_moved_by_whole_pixels_is_a_slice_with_no_labels_around(down, right):
     np.testing.assert_array_equal(moved(labels, down=down, right=right), expected)
 
 
-def test_mirrored_and_turned_by_right_angles_each_label_is_copied():
+def test_mirroring_and_right_angles_copy_each_label():
     labels = labels_of((3, 7, 7))
     np.testing.assert_array_equal(moved(labels, mirror=-1), labels[:, :, ::-1])
     for quarters in (1, 2, 3):
@@ -72,7 +72,7 @@ def test_less_than_half_a_pixel_moves_no_label_and_more_moves_all():
     np.testing.assert_array_equal(moved(labels, down=0.51)[:, 1:], labels[:, :-1])
 
 
-def test_nothing_asked_or_drawn_leaves_the_labels():
+def test_no_transform_keeps_the_labels():
     labels = labels_of((2, 4, 6))
     assert Augmentation.parse("brightness=1,rotate=0").apply_to_labels(labels, KEY) is labels
     before = labels.copy()
@@ -83,7 +83,7 @@ def test_nothing_asked_or_drawn_leaves_the_labels():
 
 @pytest.mark.parametrize("asked", [ALL, GEOMETRIC, "rotate=30", "scale=0.5", "shift=2.5", "crop=3,flip"])
 def test_image_and_labels_stay_aligned(asked):
-    """An image whose pixels are their labels: where the four pixels around a place are alike, so is the result."""
+    """The pixels of the image are its labels. So four equal pixels around a place give the same value as the label."""
     labels = np.kron(labels_of((6, 4, 4)), np.ones((1, 8, 8), np.int64)) + 1  # squares of eight pixels
     asked = asked.replace(",brightness=0.1", "")
     augmentation = Augmentation.parse(asked)
@@ -93,7 +93,7 @@ def test_image_and_labels_stay_aligned(asked):
         where = augmentation.apply_to_labels(labels, KEY.of(step))
         inside = where != NO_LABEL
         value, square = found[..., 0], found[..., 1]
-        # Between two labels a < b the mean of squares lies above the square of the mean; zeros lie around the image.
+        # Between two labels a < b the mean of squares is above the square of the mean. Zeros surround the image.
         pure = (square == value * value) & (value > 0)
         assert pure.sum() > inside.sum() / 3
         np.testing.assert_array_equal(value[pure], where[pure])
@@ -101,7 +101,7 @@ def test_image_and_labels_stay_aligned(asked):
         assert value[~inside].max(initial=0) <= CLASSES / 2, "and half at most of a pixel without one"
 
 
-def test_the_same_key_gives_the_same_labels_whatever_was_done_before():
+def test_the_same_key_gives_the_same_labels_after_any_other_call():
     labels, used = labels_of((16, 8, 8)), Augmentation.parse(ALL)
     expected = Augmentation.parse(ALL).apply_to_labels(labels, KEY)
     used.apply(bytes_of((16, 8, 8, 1)), KEY.of(7))

@@ -1,4 +1,4 @@
-"""Datasets: the checks of one from a script, and the prepared form that all ranks share."""
+"""Datasets: the checks of a script's dataset, and the prepared form that all ranks share."""
 
 from dataclasses import replace
 

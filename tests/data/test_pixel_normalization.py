@@ -1,4 +1,4 @@
-"""Mean and deviation per channel, against NumPy's own in float64."""
+"""Mean and deviation of each channel, compared with those of NumPy in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distdl.errors import UserError
 
 def random_images(shape=(50, 6, 5, 3), dtype=np.uint8):
     pixels = np.random.default_rng(0).integers(0, 256, shape)
-    # Channels that differ, so that one taken for another shows.
+    # Channels differ, so that a swapped channel fails the test.
     return (pixels // (1 + np.arange(shape[-1]))).astype(dtype)
 
 
@@ -85,7 +85,7 @@ def test_a_constant_channel_of_bytes_becomes_zero(value):
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -1e30, 1e-40])
 def test_a_constant_channel_of_floats_becomes_zero(value):
-    """A sum of many 0.1 in float32 is no multiple of 0.1: what rounding leaves must not pass for a deviation."""
+    """A sum of many 0.1 in float32 is no multiple of 0.1; the rounding error must not become a deviation."""
     images = random_images((1000, 6, 5, 3), np.float32)
     images[..., 1] = value
     measured = measure(images, some_rows(1000))
@@ -94,7 +94,7 @@ def test_a_constant_channel_of_floats_becomes_zero(value):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_pixels_that_are_no_numbers_are_refused(value):
+def test_pixels_that_are_not_finite_are_refused(value):
     images = random_images(dtype=np.float32)
     images[3, 2, 1, 0] = value
     with pytest.raises(UserError, match="NaN or infinite") as caught:
@@ -103,7 +103,7 @@ def test_pixels_that_are_no_numbers_are_refused(value):
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_memory_stays_small_for_a_big_set(dtype):
+def test_memory_stays_small_for_a_large_dataset(dtype):
     images = np.zeros((2000, 128, 128, 3), dtype)
     tracemalloc.start()
     try:
@@ -113,7 +113,7 @@ def test_memory_stays_small_for_a_big_set(dtype):
         tracemalloc.stop()
 
 
-def test_training_part_has_mean_zero_and_deviation_one_once_applied():
+def test_the_normalized_training_part_has_mean_zero_and_deviation_one():
     images = random_images()
     training = measure(images, some_rows()).apply(images[some_rows()]).astype(np.float64)
     np.testing.assert_allclose(training.mean(axis=(0, 1, 2)), 0, atol=1e-6)
@@ -135,7 +135,7 @@ def test_apply_is_one_subtraction_and_one_division_in_float32(dtype):
 
 @settings(deadline=None)
 @given(data=st.data())
-def test_a_row_gets_the_same_bits_whatever_rows_stand_beside_it(data):
+def test_a_row_gets_the_same_bits_in_every_batch(data):
     height, width, channels = (data.draw(st.integers(1, 9)) for _ in range(3))
     images = random_images((20, height, width, channels))
     measured = measure(images, np.arange(20))
@@ -145,7 +145,7 @@ def test_a_row_gets_the_same_bits_whatever_rows_stand_beside_it(data):
     assert same_bits(measured.apply(images[rows], out), whole[rows])
 
 
-def test_apply_takes_a_measure_that_was_stored():
+def test_apply_accepts_a_stored_measurement():
     stored = measure(random_images(), some_rows())
     again = Normalization(np.array(stored.mean.tolist(), np.float32), np.array(stored.deviation.tolist(), np.float32))
     assert same_bits(again.apply(random_images()), stored.apply(random_images()))

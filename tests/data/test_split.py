@@ -1,4 +1,4 @@
-"""Which rows train, validate and test, and in which order."""
+"""The rows of the training, validation and test part, and their order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distdl.data.split import (
 from distdl.errors import UserError
 from distdl.rng import Key
 
-# With five classes and twenty rows at least one class has four, enough for every part.
+# Of five classes in twenty rows at least one has four rows, enough for every part.
 labels_of_some_rows = st.lists(st.integers(0, 4), min_size=20, max_size=300).map(np.array)
 seeds = st.integers(0, 2**64 - 1)
 sizes = st.integers(1, 60)
@@ -51,7 +51,7 @@ def test_each_class_is_split_70_15_15(labels, seed):
 
 
 @given(labels=labels_of_some_rows, seed=seeds, data=st.data())
-def test_an_own_test_part_is_kept_and_a_tenth_of_the_rest_validates(labels, seed, data):
+def test_an_own_test_part_is_kept_and_validation_is_a_tenth_of_the_rest(labels, seed, data):
     test_start = data.draw(st.integers(10, len(labels) - 1))
     result = split(labels, test_start, Key(seed))
     np.testing.assert_array_equal(result.test, np.arange(test_start, len(labels)))
@@ -69,7 +69,7 @@ def test_split_depends_on_the_seed_alone(test_start):
 
 
 def test_the_split_of_a_seed_never_changes():
-    """Receipts that people have published depend on these numbers."""
+    """Published receipts depend on these numbers."""
     stratified = split(np.arange(20) % 2, None, Key(0))
     assert stratified.validation.tolist() == [2, 5, 12, 15]
     assert stratified.test.tolist() == [1, 8, 14, 19]

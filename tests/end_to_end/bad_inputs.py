@@ -1,4 +1,4 @@
-"""What the tests of bad input share: tiny MNIST folders, and a picture of a folder to hold against a later one."""
+"""Shared by the tests of bad input: tiny MNIST folders, and pictures of a folder to compare."""
 
 import hashlib
 import os
@@ -13,21 +13,21 @@ TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 MNIST_FILES = (TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS)
 
-#: Flags of a training that takes a hundredth of a second, should it start after all.
+#: Flags of a training that takes a hundredth of a second, if it starts by mistake.
 TINY = ["--model", "mlp", "--batch-size", "8", "--micro-batch-size", "4", "--epochs", "2"]
 
-#: Files up to here are compared byte by byte; sparse ones and bombs by size and time.
+#: Larger files are compared by size and time instead of by content.
 COMPARED_BYTES = 2**20
 
 
 def idx_bytes(array, declared=None):
-    """Return an IDX file of bytes, whose header may lie about the shape."""
+    """Return an IDX file of bytes. Its header may declare another shape."""
     shape = array.shape if declared is None else declared
     return struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape) + array.astype(np.uint8).tobytes()
 
 
 def mnist_files(training=20, test=5, height=4, width=4):
-    """Return the four files of a small MNIST as a dictionary from name to bytes."""
+    """Return the four files of a small MNIST, {name: bytes}."""
     rng = random.Random(f"{training} {test} {height} {width}")
 
     def random_array(*shape, below=256):
@@ -43,7 +43,7 @@ def mnist_files(training=20, test=5, height=4, width=4):
 
 
 def write_files(folder, files):
-    """Write the files into a folder, made if need be, and return the folder."""
+    """Write the files into a folder, create it if necessary, and return it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -52,7 +52,7 @@ def write_files(folder, files):
 
 
 def picture(folder):
-    """Return what every file and folder below `folder` is, so that two pictures differ where anything has changed."""
+    """Return the state of every file and folder below `folder`. Any change gives another picture."""
     seen = {}
     for root, folders, files in os.walk(folder):
         for name in folders + files:
@@ -68,7 +68,7 @@ def picture(folder):
 
 
 def changes(before, after):
-    """Return what differs between two pictures, as text for a message."""
+    """Return the differences between two pictures, as texts."""
     return [
         f"{'left behind' if path not in before else 'removed' if path not in after else 'changed'}: {path}"
         for path in sorted(before.keys() | after.keys())
@@ -77,6 +77,6 @@ def changes(before, after):
 
 
 def without_launcher(environment):
-    """Return the environment without the variables of any launcher, as a plain start sees it."""
+    """Return the environment without the variables of any launcher."""
     prefixes = ("OMPI_", "PMI_", "PMIX_", "PRTE_", "SLURM_", "HYDRA_", "MPIR_")
     return {name: value for name, value in environment.items() if not name.startswith(prefixes)}

@@ -1,4 +1,4 @@
-"""A command line to be refused, and whether it is: exit code, one line of ours, nothing changed, little memory."""
+"""Check that a command line is refused: exit code, one line, no changed file, little memory."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from contextlib import AbstractContextManager, nullcontext, redirect_stderr, red
 from dataclasses import dataclass, field
 from unittest.mock import patch
 
-from bad_inputs import (
-    changes,
-    picture,
-)
+from bad_inputs import changes, picture
 
 from distdl import cli, engine, train
 
@@ -22,7 +19,7 @@ USER, DAMAGED = 2, 3
 
 @dataclass
 class Case:
-    """A command line, the exit code it deserves, and what its one line must mention."""
+    """A command line, its expected exit code, and words that its one line must contain."""
 
     name: str
     arguments: list[str]
@@ -32,7 +29,7 @@ class Case:
 
 
 class Memory:
-    """Measures the most bytes held inside. Where nothing reads a file it is left out: it takes five times as long."""
+    """Measure the peak memory inside the block. It makes the block five times slower."""
 
     peak = 0
 
@@ -45,7 +42,10 @@ class Memory:
 
 
 def outcome(arguments):
-    """Run the command and return its exit code, what it printed, and the most bytes it held."""
+    """Run the command and return its exit code, output, errors and peak memory.
+
+    The parsing of flags is measured only if it reads a config file.
+    """
     out, err, memory = io.StringIO(), io.StringIO(), Memory()
     reads_a_config = any(argument.startswith("--config") for argument in arguments)
     original = engine.train
@@ -61,18 +61,18 @@ def outcome(arguments):
 
 
 def problems_of(case: Case) -> list[str]:
-    """Run a case and return what is wrong with the way it was refused."""
+    """Run a case and return the problems of its refusal."""
     before = picture(".")
     try:
         with case.during():
             code, out, err, peak = outcome(case.arguments)
-    except (Exception, SystemExit) as error:  # noqa: BLE001  what a user would see as a traceback
+    except (Exception, SystemExit) as error:  # noqa: BLE001  the user would see a traceback
         return [f"raised {error!r}", *changes(before, picture("."))]
     problems = changes(before, picture("."))
     if code != case.code:
         problems.append(f"exit code {code} instead of {case.code}")
     if not (err.startswith("distdl: error: ") and err.endswith("\n") and len(err.splitlines()) == 1):
-        problems.append("not one line of ours")
+        problems.append("not one line of distdl")
     problems += [f"no word of {word!r}" for word in case.words if word not in err]
     problems += ["a traceback"] if "Traceback" in err else []
     problems += [f"printed {out[:200]!r}"] if out else []

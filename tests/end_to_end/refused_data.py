@@ -1,4 +1,4 @@
-"""Data files that are refused: families of cases for test_bad_input."""
+"""Refused data files: families of cases for test_bad_input."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from refusals import DAMAGED, USER, Case
 
 
 class DataShop:
-    """A folder of a tiny MNIST that is intact again for every case."""
+    """Restores a folder with a tiny MNIST before every case."""
 
     def __init__(self, workshop):
         self.folder = workshop / "data"
@@ -55,7 +55,7 @@ def torn_data(workshop) -> Iterator[Case]:
         for length in sorted(set(lengths)):
             yield shop.case(f"ends after {length}", name, whole[:length])
         for extra in (b"\0", b"\xff" * 1000):
-            yield shop.case(f"{len(extra)} bytes more", name, whole + extra)
+            yield shop.case(f"{len(extra)} more bytes", name, whole + extra)
         yield shop.case("empty and gzipped", name, gzip.compress(b""), suffix=".gz")
         yield shop.case("random bytes", name, rng.randbytes(200))
         yield shop.case("text", name, b"<html>404 Not Found</html>\n")
@@ -134,14 +134,14 @@ def damaged_gzip(workshop) -> Iterator[Case]:
         stream.write(shop.files[TRAIN_IMAGES])
         for _ in range(256):
             stream.write(zeros)
-    yield shop.case("a bomb behind whole images", TRAIN_IMAGES, bomb.getvalue(), DAMAGED, "continues", suffix=".gz")
+    yield shop.case("a bomb after intact images", TRAIN_IMAGES, bomb.getvalue(), DAMAGED, "continues", suffix=".gz")
     labels = gzip.compress(shop.files[TRAIN_LABELS] + zeros * 64)
-    yield shop.case("a bomb behind whole labels", TRAIN_LABELS, labels, DAMAGED, "continues", suffix=".gz")
+    yield shop.case("a bomb after intact labels", TRAIN_LABELS, labels, DAMAGED, "continues", suffix=".gz")
     huge = idx_bytes(np.zeros(0), (2**20, 2**6, 2**6))
     yield shop.case("4 GiB declared in little", TRAIN_IMAGES, gzip.compress(huge), DAMAGED, "declares", suffix=".gz")
     some = gzip.compress(idx_bytes(np.zeros(0), (2**7, 2**10, 2**10)) + zeros * 4)
     yield shop.case("128 MiB declared, 4 there", TRAIN_IMAGES, some, suffix=".gz")
-    # A header that tells the truth about a sparse file, which is too large.
+    # A correct header of a sparse file that is too large.
     case = shop.case("3 GiB", TRAIN_IMAGES, idx_bytes(np.zeros(0), (3, 2**15, 2**15)), USER, "at most")
     os.truncate(shop.folder / TRAIN_IMAGES, 16 + 3 * 2**30)
     yield case

@@ -1,4 +1,4 @@
-"""Checkpoints and run folders that are refused: families of cases for test_bad_input."""
+"""Families of refused checkpoints and run folders, for test_bad_input."""
 
 from __future__ import annotations
 
@@ -15,19 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
-from bad_inputs import (
-    TINY,
-    TRAIN_IMAGES,
-    mnist_files,
-    write_files,
-)
+from bad_inputs import TINY, TRAIN_IMAGES, mnist_files, write_files
 from refusals import DAMAGED, USER, Case, outcome
 
 from distdl.engine.storage import checkpoints
 
 
 class RunShop:
-    """A short run in ``run``, whose checkpoints can be damaged, one at a time."""
+    """A short run in ``run``. Its checkpoints can be damaged one at a time."""
 
     def __init__(self, workshop, *flags):
         self.folder = workshop / "run"
@@ -42,7 +37,7 @@ class RunShop:
         self.metadata = json.loads(json.loads(self.whole[8 : 8 + self.header_bytes])["__metadata__"]["distdl"])
 
     def case(self, what, content, code=DAMAGED, *words):
-        """The newest checkpoint holds `content` and is asked for by name."""
+        """Return a case that resumes from the newest checkpoint, which holds `content`."""
         self.newest.write_bytes(content)
         path = str(self.newest.relative_to(Path.cwd()))
         return Case(f"checkpoint: {what}", ["--resume", path], code, [path, *words])
@@ -93,7 +88,7 @@ def torn_checkpoints(workshop) -> Iterator[Case]:
 
 
 def sealed(metadata, tensors=None):
-    """Return a safetensors file with our metadata and a true digest, whatever else the metadata says."""
+    """Return a safetensors file with these metadata and a correct digest."""
     given = {"format": checkpoints.FORMAT, "sha256": checkpoints.NO_DIGEST, **metadata}
     data = safetensors.numpy.save(tensors or {"a": np.zeros(3)}, {"distdl": json.dumps(given)})
     digest = hashlib.sha256(data).hexdigest().encode()
@@ -170,7 +165,7 @@ OTHER_SETTINGS = {
 def other_runs(workshop) -> Iterator[Case]:
     shop = RunShop(workshop)
     for flag, value in OTHER_SETTINGS.items():
-        more = ["--schedule=step"] if flag.startswith("--lr-step") else []  # they do nothing without
+        more = ["--schedule=step"] if flag.startswith("--lr-step") else []  # they have no effect without it
         yield shop.resume(f"{flag} {value}", USER, [f"{flag} is", value, "in the checkpoint"], flag, value, *more)
     yield shop.resume("fewer epochs", USER, ["--epochs 1 ", "--epochs 2 or more"], "--epochs=1")
     yield shop.resume("fewer steps", USER, ["taken 6 steps", "--max-steps is 5"], "--max-steps=5")
@@ -238,7 +233,7 @@ def transfers(workshop) -> Iterator[Case]:
 
 
 class Locked:
-    """Another process's lock on a run folder: for flock, another open file is another process."""
+    """A lock on a run folder as by another process: flock distinguishes open files, not processes."""
 
     def __enter__(self):
         self.file = Path("run/lock").open("rb")
@@ -249,7 +244,7 @@ class Locked:
 
 
 class Refusing:
-    """A disk that refuses a system call on any path or file, from the `after`-th call on."""
+    """A disk on which a system call fails, from the `after`-th call on, for paths that contain `where`."""
 
     def __init__(self, call, number, after=0, where=""):
         self.call, self.number, self.after, self.where = call, number, after, where

@@ -1,16 +1,15 @@
-"""Flags and config files that are refused: families of cases for test_bad_input."""
+"""Families of refused flags and config files, for test_bad_input."""
 
 from __future__ import annotations
 
 import os
 import random
 import shutil
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
-from bad_inputs import (
-    TINY,
-)
+from bad_inputs import TINY
 from refusals import USER, Case
 
 from distdl import config
@@ -24,7 +23,7 @@ def flag_of(name):
 
 
 def typos(name):
-    """Return some ways to misspell a flag: a letter left out, two swapped, one too many, one replaced."""
+    """Return misspellings of a flag: a letter left out, two swapped, one too many, one replaced."""
     rng = random.Random(name)
     flag, place = flag_of(name), rng.randrange(3, len(flag_of(name)))
     known = {flag_of(other) for other in config.FIELDS}
@@ -104,9 +103,9 @@ CHOICES = {
     "dataset": config.DATASETS,
     "model": config.MODELS,
     "optimizer": config.OPTIMIZERS,
-    "loss": ("auto", "cross_entropy", "binary_cross_entropy", "mean_squared_error"),
-    "schedule": ("constant", "step", "cosine"),
-    "reduction": ("tree", "allreduce"),
+    "loss": typing.get_args(config.LossName),
+    "schedule": typing.get_args(config.ScheduleName),
+    "reduction": config.REDUCTIONS,
 }
 
 

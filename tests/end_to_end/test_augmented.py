@@ -1,4 +1,4 @@
-"""Augmented images are the same on any number of ranks and after any resume, and nothing but training sees them."""
+"""Augmented images are the same on any number of ranks and after any resume; only training uses them."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ ALL = "rotate=10,shift=2,scale=0.1,crop=2,flip,brightness=0.1"
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("settings", [{}, {"audit": 1, "balance": True}, {"model": "deep_convnet", "epochs": 1}])
 def test_every_number_of_ranks_gives_the_bits_of_one_process(communicator, shared_tmp_path, settings):
-    """The audit computes micro-batches of other ranks again, and fails unless these see the same images."""
+    """The audit recomputes micro-batches of other ranks, and fails unless they have the same images."""
     settings = {"augment": ALL, "rows": VERY_RAGGED, **settings}
     expected = small_run(OneProcess(), shared_tmp_path / "one", **settings) if communicator.rank == 0 else None
     for size, part in worlds(communicator):
@@ -41,15 +41,15 @@ def test_stopped_on_one_number_of_ranks_and_resumed_on_another_gives_the_same_bi
     remove(communicator, shared_tmp_path)
 
 
-def test_what_is_asked_for_shows_in_the_receipt(tmp_path):
+def test_each_augmentation_gives_another_receipt(tmp_path):
     texts = [None, "flip", "rotate=10", "rotate=11", ALL]
     found = [small_run(OneProcess(), tmp_path / f"{i}", augment=text)[0] for i, text in enumerate(texts)]
     assert len(set(found)) == len(texts)
     assert small_run(OneProcess(), tmp_path / "nothing", augment="rotate=0")[0] == found[0]
 
 
-def test_each_micro_batch_of_training_is_augmented_by_its_own_key_and_evaluation_by_none(tmp_path, monkeypatch):
-    """Of 85 samples in batches of 32 and micro-batches of 4; validation and test have 9 and 37 besides."""
+def test_each_training_micro_batch_has_its_own_key_and_evaluation_has_none(tmp_path, monkeypatch):
+    """The 85 samples make batches of 32 and micro-batches of 4; validation and test have 9 and 37 more samples."""
     keys, apply = [], Augmentation.apply
 
     def watched(self, images, key, out=None):
@@ -84,7 +84,7 @@ def test_moves_out_of_sight_are_refused_by_all_ranks_before_anything_is_written(
 
 
 def masks(rows=VERY_RAGGED):
-    """Each pixel is ink or none."""
+    """Return digits with a label for each pixel: ink or none."""
     digits = piece_of_digits(rows)
     return dataclasses.replace(digits, labels=(digits.images[..., 0] > 8).astype(np.int64), classes=2)
 
@@ -98,7 +98,7 @@ def segmentation_run(communicator, folder, **settings):
 
 @pytest.mark.mpi(min_size=2)
 def test_moved_labels_of_pixels_are_the_same_on_any_number_of_ranks_and_after_a_resume(communicator, shared_tmp_path):
-    """The audit computes micro-batches of other ranks again."""
+    """The audit recomputes micro-batches of other ranks."""
     expected = segmentation_run(OneProcess(), shared_tmp_path / "one") if communicator.rank == 0 else None
     for size, part in worlds(communicator):
         folder = shared_tmp_path / f"{size}"
@@ -110,7 +110,7 @@ def test_moved_labels_of_pixels_are_the_same_on_any_number_of_ranks_and_after_a_
 
 
 def test_labels_of_pixels_are_moved_with_their_images_in_training_and_not_in_evaluation(tmp_path, monkeypatch):
-    """All pixels are moved in or out of sight alike, so what has a label is ink if, and only if, its label is 1."""
+    """Images and labels move together. So a pixel with a label is ink if, and only if, the label is 1."""
     seen, images = [], []
     forward, apply = SoftmaxCrossEntropy.forward, Normalization.apply
 
@@ -126,7 +126,7 @@ def test_labels_of_pixels_are_moved_with_their_images_in_training_and_not_in_eva
     monkeypatch.setattr(Normalization, "apply", watched_images)
     config = small_config(tmp_path / "run", augment="crop=3,flip", epochs=1)
     train(config, OneProcess(), dataset=masks(), build_network=pixelwise)
-    in_training = 22  # micro-batches of 85 samples; then 9 of validation and 37 of the test part
+    in_training = 22  # micro-batches of the 85 samples; 9 samples of validation and 37 of the test part follow
     assert [len(labels) for labels in seen] == [len(pixels) for pixels in images]
     assert sum(map(len, seen[:in_training])) == 85
     for labels, pixels in zip(seen[:in_training], images, strict=False):

@@ -1,7 +1,7 @@
-"""More than five hundred wrong command lines, settings, data sets, checkpoints and folders, in one process.
+"""Give more than five hundred wrong command lines, settings, datasets, checkpoints and folders to one process.
 
-Each is refused with exit code 2 (what the user gave) or 3 (a damaged file) and one line of ours that names what is
-wrong; nothing is printed besides, nothing is left behind or changed, and memory stays bounded.
+Each must end with exit code 2 (wrong input) or 3 (a damaged file) and one line that names the error. The command prints
+nothing else, changes no file, and uses little memory.
 """
 
 from __future__ import annotations
@@ -13,12 +13,7 @@ import pytest
 import refused_data
 import refused_runs
 import refused_settings
-from bad_inputs import (
-    TINY,
-    mnist_files,
-    without_launcher,
-    write_files,
-)
+from bad_inputs import TINY, mnist_files, without_launcher, write_files
 from refusals import USER, outcome, problems_of
 from refused_runs import RunShop
 
@@ -34,14 +29,14 @@ CASES_RUN: dict[str, set[str]] = {}
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
-def test_bad_input_is_refused_in_one_line_and_leaves_nothing_behind(family, workshop):
+def test_bad_input_is_refused_in_one_line_and_changes_no_file(family, workshop):
     names, failures = [], []
     for case in family(workshop):
         names.append(case.name)
         failures += [f"{case.name}: {'; '.join(problems)}" for problems in [problems_of(case)] if problems]
     CASES_RUN[family.__name__] = set(names)
     assert not failures, f"{len(failures)} of {len(names)} cases:\n" + "\n".join(failures)
-    assert len(set(names)) == len(names), "two cases of one name"
+    assert len(set(names)) == len(names), "two cases have the same name"
 
 
 def test_more_than_five_hundred_cases_ran():
@@ -50,7 +45,7 @@ def test_more_than_five_hundred_cases_ran():
     assert sum(map(len, CASES_RUN.values())) >= LEAST_CASES
 
 
-def test_a_wrong_flag_is_said_before_numpy_or_mpi_are_imported():
+def test_a_wrong_flag_is_reported_before_numpy_or_mpi_are_imported():
     import subprocess
     import sys
 
@@ -70,7 +65,7 @@ def test_a_wrong_flag_is_said_before_numpy_or_mpi_are_imported():
     assert done.stderr == "distdl: error: unknown flag --epocs: did you mean --epochs?\n"
 
 
-# ----------------------------------------------------------------------------------------- what is mended instead
+# What is accepted instead
 
 
 @pytest.mark.parametrize("how", [["--resume=run"], ["--resume=auto", "--run-dir=run"]])
@@ -88,10 +83,10 @@ def test_the_checkpoint_before_a_damaged_one_is_used_and_the_damaged_one_named(w
     assert "damaged" in err
     assert shop.paths[-2].name in out
     assert [line for line in out.splitlines() if "sha256" in line] == receipt
-    assert shop.newest.read_bytes()[-8:] == shop.whole[-8:], "made anew"
+    assert shop.newest.read_bytes()[-8:] == shop.whole[-8:], "written again"
 
 
-def test_of_several_damaged_checkpoints_each_is_named(workshop):
+def test_each_of_several_damaged_checkpoints_is_named(workshop):
     shop = RunShop(workshop, "--checkpoint-every=1", "--keep-checkpoints=5")
     for path in shop.paths[-2:]:
         path.write_bytes(b"")
@@ -101,7 +96,7 @@ def test_of_several_damaged_checkpoints_each_is_named(workshop):
     assert len(err.splitlines()) == 2
 
 
-def test_a_config_file_written_by_a_run_can_be_read_whatever_the_folder_is_called(workshop):
+def test_the_config_file_of_a_run_can_be_read_with_any_folder_name(workshop):
     for name in ("emoji \U0001f600", 'quote " and \\', "delete \x7f bell \x07", "line\nbreak"):
         folder = write_files(workshop / name, mnist_files())
         arguments = [*TINY, "--dataset=mnist", f"--data-dir={folder}", f"--run-dir={workshop}/run {name}"]
@@ -109,7 +104,7 @@ def test_a_config_file_written_by_a_run_can_be_read_whatever_the_folder_is_calle
         assert outcome([f"--resume={workshop}/run {name}", "--epochs=1"])[0] == 0
 
 
-def test_a_resume_without_max_steps_goes_on_to_the_end(workshop):
+def test_a_resume_without_max_steps_continues_to_the_end(workshop):
     write_files(workshop / "data", mnist_files())
     assert outcome([*TINY, "--dataset=mnist", "--data-dir=data", "--run-dir=run", "--max-steps=1"])[0] == 0
     code, out, err, _ = outcome(["--resume=run"])
@@ -117,9 +112,9 @@ def test_a_resume_without_max_steps_goes_on_to_the_end(workshop):
     assert "test accuracy" in out
 
 
-def test_a_resume_may_end_at_the_step_where_the_run_is(workshop):
+def test_a_resume_may_stop_at_the_current_step(workshop):
     shop = RunShop(workshop, "--max-steps=2")
-    code, out, err, _ = outcome(["--resume=run", "--max-steps=2"])  # as another start of the same job does
+    code, out, err, _ = outcome(["--resume=run", "--max-steps=2"])  # as a second start of the same job does
     assert (code, err) == (0, "")
     assert "weights sha256: " in out
     assert shop.newest.read_bytes() == shop.whole

@@ -1,7 +1,7 @@
-"""Wrong input given to real commands, alone and under this environment's mpirun.
+"""Give wrong input to real commands, alone and under this environment's mpirun.
 
-However many ranks there are, a person reads one line of ours, once; the exit code says whose fault it is; nothing is
-left behind, and the command ends.
+For any number of ranks the user reads one line, once. The exit code gives the kind of error. The command ends and
+changes no file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ USER, DAMAGED = 2, 3
 
 @pytest.fixture(scope="module")
 def library():
-    """The vendor of the MPI of this environment, asked in a process of its own, so that none starts in this one."""
+    """Return the vendor of this environment's MPI, from another process, because MPI must not start in this one."""
     program = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.get_vendor()[0])"
     done = run([sys.executable, "-c", program], REPOSITORY, environment_with())
     if done.returncode:
@@ -37,7 +37,7 @@ def library():
 
 
 def environment_with(**variables):
-    """Return this process's environment without any launcher's variables, with some more, and with our package."""
+    """Return the environment without variables of a launcher, with the given ones, and with the package on the path."""
     search = os.pathsep.join(filter(None, [str(variables.pop("first", "")), str(REPOSITORY)]))
     return {**without_launcher(os.environ), "PYTHONPATH": search, **variables}
 
@@ -64,7 +64,7 @@ def run(argv, folder, environment, **settings):
 
 
 def started(argv, folder, output):
-    """Start a command that prints into a file descriptor, which is closed here; its errors go into a pipe."""
+    """Start a command that prints to a file descriptor, and close that here. Its errors go to a pipe."""
     process = subprocess.Popen(
         argv,
         cwd=folder,
@@ -83,7 +83,7 @@ def shared_files():
 
 
 def nothing_new_in_shared_memory(before):
-    """Return whether what has come since is gone again; another job's file lives for some milliseconds."""
+    """Return whether all new files are gone again. A file of another job lives for some milliseconds."""
     deadline = time.monotonic() + 5
     new = shared_files() - before
     while new and time.monotonic() < deadline:
@@ -96,9 +96,9 @@ SWEEP = "from distdl.job import leftovers; from distdl.parallel import shared; l
 
 
 def assert_refused_once(argv, folder, code, words, environment=None, *, sweeps=False, **settings):
-    """Run a command that must fail with one line of ours, which mentions the words, and change nothing.
+    """Run a command that must fail with one line that contains the words, and change no file.
 
-    With `sweeps`, what it has left in shared memory is gone once the next start has swept.
+    With `sweeps`, files may stay in shared memory until the next start removes them.
     """
     before, shared = picture(folder), shared_files()
     done = run(argv, folder, environment or environment_with(), **settings)
@@ -110,7 +110,7 @@ def assert_refused_once(argv, folder, code, words, environment=None, *, sweeps=F
     assert [word for word in words if word not in lines[0]] == []
     assert "Traceback" not in everything
     assert "Warning" not in everything
-    assert "survives failures" not in everything, "the banner of a run that never was"
+    assert "survives failures" not in everything, "the banner of a run that did not start"
     assert changes(before, picture(folder)) == []
     if sweeps:
         subprocess.run([sys.executable, "-c", SWEEP], env=environment_with(), check=True)
@@ -120,7 +120,7 @@ def assert_refused_once(argv, folder, code, words, environment=None, *, sweeps=F
 
 @pytest.fixture(scope="module")
 def used_folder(tmp_path_factory):
-    """A folder with a small MNIST in ``data``, a finished run in ``run``, and one with a flipped bit in ``torn``."""
+    """Return a folder with a small MNIST in ``data``, a finished run in ``run``, and a damaged one in ``torn``."""
     folder = tmp_path_factory.mktemp("commands")
     write_files(folder / "data", mnist_files())
     write_files(folder / "small", mnist_files(height=3, width=3))
@@ -138,7 +138,7 @@ def used_folder(tmp_path_factory):
     return folder
 
 
-# ---------------------------------------------------------------------------------------------- as a single process
+# One process
 
 MNIST = [*TINY, "--dataset=mnist"]
 ALONE = {
@@ -151,12 +151,12 @@ ALONE = {
 
 
 @pytest.mark.parametrize("what", ALONE)
-def test_one_process_says_it_in_one_line(what, used_folder):
+def test_one_process_reports_it_in_one_line(what, used_folder):
     flags, code, words = ALONE[what]
     assert_refused_once([*TRAIN, *flags], used_folder, code, words)
 
 
-def test_on_a_terminal_the_line_has_neither_colors_nor_boxes(used_folder):
+def test_on_a_terminal_the_line_has_no_colors(used_folder):
     import pty
 
     ours, theirs = pty.openpty()
@@ -180,12 +180,12 @@ def test_on_a_terminal_the_line_has_neither_colors_nor_boxes(used_folder):
     assert done.stderr.isprintable() or done.stderr[:-1].isprintable()
 
 
-def test_an_unwritable_run_folder_is_said_in_one_line(used_folder, tmp_path):
+def test_an_unwritable_run_folder_is_reported_in_one_line(used_folder, tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
 
     def obey_permissions():
-        """Let even the root user be bound by the permissions of files: drop its right to override them."""
+        """Make the permissions of files bind root too: drop its right to override them."""
         for capability in (1, 2):
             ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
 
@@ -198,7 +198,7 @@ def test_an_unwritable_run_folder_is_said_in_one_line(used_folder, tmp_path):
     assert list(closed.iterdir()) == []
 
 
-def test_too_little_memory_for_the_network_is_said_in_one_line(used_folder, tmp_path):
+def test_too_little_memory_for_the_network_is_reported_in_one_line(used_folder, tmp_path):
     import resource
 
     write_files(tmp_path / "large", mnist_files(training=10, test=1, height=1, width=1))
@@ -216,7 +216,7 @@ def test_too_little_memory_for_the_network_is_said_in_one_line(used_folder, tmp_
     assert_refused_once([*TRAIN, *flags], used_folder, USER, words, preexec_fn=little_memory)
 
 
-def test_a_terminal_without_our_characters_ends_no_training(used_folder, tmp_path):
+def test_a_terminal_without_unicode_does_not_end_a_training(used_folder, tmp_path):
     done = run([*TRAIN, *TINY, "--max-steps=1"], tmp_path, environment_with(PYTHONIOENCODING="ascii"))
     assert (done.returncode, done.stderr) == (0, "")
     assert "weights sha256: " in done.stdout
@@ -226,7 +226,7 @@ PRINTS_MORE = "import sys; from distdl import cli, train; code = cli.run(train.m
 
 
 @pytest.mark.parametrize("output", ["a closed pipe", "a lost terminal", "closed from the start"])
-def test_when_nobody_reads_any_more_the_training_goes_on(output, tmp_path):
+def test_a_training_continues_without_a_reader(output, tmp_path):
     ours, theirs = os.openpty() if output == "a lost terminal" else os.pipe()
     without_output = ["sh", "-c", 'exec "$@" >&-', "sh"] if output == "closed from the start" else []
     argv = [*without_output, sys.executable, "-c", PRINTS_MORE, *TINY, "--epochs=2", "--run-dir=new"]
@@ -249,7 +249,7 @@ UNREAD = {
 
 
 @pytest.mark.parametrize("command", UNREAD)
-def test_when_nobody_reads_it_a_command_does_its_work_all_the_same(command, used_folder, tmp_path, request):
+def test_a_command_does_its_work_without_a_reader(command, used_folder, tmp_path, request):
     if command == "report":
         pytest.importorskip("matplotlib")
     if command == "verify":
@@ -263,7 +263,7 @@ def test_when_nobody_reads_it_a_command_does_its_work_all_the_same(command, used
     assert len(list(tmp_path.iterdir())) == (0 if command == "verify" else 1)
 
 
-# ----------------------------------------------------------------------------------------------------- under mpirun
+# Under mpirun
 
 UNDER_MPIRUN = {
     "an unknown flag": (2, ["--batchsize", "8"], USER, ["--batchsize", "--batch-size"]),
@@ -283,13 +283,13 @@ UNDER_MPIRUN = {
 
 
 @pytest.mark.parametrize("what", UNDER_MPIRUN)
-def test_ranks_say_it_once_between_them(what, used_folder, library):
+def test_the_ranks_report_it_once(what, used_folder, library):
     ranks, flags, code, words = UNDER_MPIRUN[what]
     argv, variables = launched(ranks, flags)
     assert_refused_once(argv, used_folder, code, words, environment_with(**variables))
 
 
-# -------------------------------------------------------------------- what belongs together, but was not put together
+# A launcher and an MPI library that do not fit
 
 WRONG_LAUNCHERS = {
     "MPICH": {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"},
@@ -308,7 +308,7 @@ def test_the_mpirun_of_another_mpi_is_named_with_what_to_do(used_folder, library
 def test_the_real_mpirun_of_another_mpi_is_named_too(used_folder, library, monkeypatch):
     other = os.environ.get("DISTDL_OTHER_MPIRUN")
     if not other:
-        pytest.skip("one MPI is here: set DISTDL_OTHER_MPIRUN to the mpirun of another MPI")
+        pytest.skip("needs a second MPI: set DISTDL_OTHER_MPIRUN to its mpirun")
     monkeypatch.setattr("distdl.job.mpirun_command.find_mpirun", lambda: Path(other))
     argv, variables = launched(2, TINY)
     words = ["2 separate processes", library, "use the mpirun of that library"]
@@ -324,7 +324,7 @@ def test_one_process_in_a_batch_script_of_slurm_trains(tmp_path):
 def test_srun_without_the_right_mpi_is_named_with_what_to_do(used_folder, library):
     words = ["srun", "4 separate processes", "--mpi=pmi2", "--mpi=pmix"]
     environment = environment_with(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="4")
-    # Open MPI leaves a segment where nobody has started it but srun, and the register that tells of it stays.
+    # Started by srun alone, Open MPI leaves a segment. The register that lists the segment stays too.
     assert_refused_once([*TRAIN, *TINY], used_folder, USER, words, environment, sweeps=library == "Open MPI")
 
 
@@ -345,19 +345,19 @@ sys.meta_path = [WithoutMpi4py if finder is PathFinder else finder for finder in
 
 @pytest.fixture
 def without_mpi4py(tmp_path):
-    """A folder that, first on the path, makes Python believe that mpi4py is not installed."""
+    """Return a folder that, first on the path, hides mpi4py from Python."""
     return write_files(tmp_path / "first", {"sitecustomize.py": NO_MPI4PY.encode()})
 
 
 @pytest.fixture
 def without_library(tmp_path):
-    """A folder that, first on the path, holds an mpi4py which finds no MPI library."""
+    """Return a folder that, first on the path, holds an mpi4py that finds no MPI library."""
     error = 'raise RuntimeError("cannot load MPI library\\nlibmpi.so.12: cannot open shared object file")\n'
     files = {"__init__.py": b"class rc: ...\n", "MPI.py": error.encode()}
     return write_files(tmp_path / "first" / "mpi4py", files).parent
 
 
-def test_without_mpi4py_one_process_trains_and_says_so_once(tmp_path, without_mpi4py):
+def test_without_mpi4py_one_process_trains_and_reports_it_once(tmp_path, without_mpi4py):
     done = run([*TRAIN, *TINY, "--max-steps=1", "--run-dir=new"], tmp_path, environment_with(first=without_mpi4py))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("mpi4py is not installed: pip install") == 1
@@ -375,14 +375,14 @@ def test_without_an_mpi_library_one_process_trains(tmp_path, without_library):
 
 @pytest.mark.parametrize("missing", ["without_mpi4py", "without_library"])
 @pytest.mark.parametrize("by", ["PMI_RANK PMI_SIZE", "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE"])
-def test_without_mpi_four_ranks_are_refused_with_what_to_install(by, missing, used_folder, request):
+def test_without_mpi_four_ranks_are_refused_with_a_package_to_install(by, missing, used_folder, request):
     rank, size = by.split()
     environment = environment_with(first=request.getfixturevalue(missing), **{rank: "0", size: "4"})
     words = ["4 separate processes", "no MPI library", "pip install"]
     assert_refused_once([*TRAIN, *TINY], used_folder, USER, words, environment)
 
 
-def test_the_other_ranks_of_a_refused_job_stay_silent(used_folder, without_mpi4py):
+def test_the_other_ranks_of_a_refused_job_print_nothing(used_folder, without_mpi4py):
     environment = environment_with(first=without_mpi4py, PMI_RANK="3", PMI_SIZE="4")
     done = run([*TRAIN, *TINY], used_folder, environment)
     assert (done.returncode, done.stdout, done.stderr) == (USER, "", "")

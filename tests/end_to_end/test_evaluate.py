@@ -20,7 +20,7 @@ from distdl.data.split import micro_batch
 from distdl.engine import train
 from distdl.engine.storage import checkpoints
 from distdl.errors import UserError
-from distdl.inference import score_table
+from distdl.inference import evaluate_runs, score_table
 from distdl.inference.load import load
 from distdl.inference.score import Score, evaluate, in_half_precision
 from distdl.job.launcher import read_launch
@@ -368,7 +368,7 @@ def test_regression_is_scored_by_its_loss_and_has_no_confusion_matrix(tmp_path):
     }
     for flag in ("--confusion", "--confusion-figure=c.png", "--misclassified=m.png"):
         with pytest.raises(UserError, match=f"{flag.split('=')[0]} is for .* task has numbers; leave the flag out"):
-            shown._check_task(trained[0], shown.parse([str(tmp_path), flag]))
+            evaluate_runs.check_task(trained[0], shown.parse([str(tmp_path), flag]))
 
 
 # ------------------------------------------------------------------------------------------------------- output, files

@@ -1,7 +1,6 @@
-"""No rank waits for ever: what one rank raises, or dies of, ends the whole job at once, with a message.
+"""No rank waits forever: an exception or the death of one rank ends the whole job at once, with a message.
 
-Who dies by a signal, or of a fault of its host, does so where no rank is let go on without it (`test_survival.py` has
-the other side).
+Here the MPI does not survive failures. `test_survival.py` tests an MPI that does.
 """
 
 import sys
@@ -11,7 +10,7 @@ import pytest
 
 from distdl.job.mpirun_command import mpirun_command
 
-#: Trains the digits; rank 1 does something in the middle of the first epoch, in its third step.
+#: Trains on digits. Rank 1 runs the trap in its third step, in the middle of the first epoch.
 PROGRAM = """
 import os, signal, sys
 from distdl import cli
@@ -42,7 +41,7 @@ sys.exit(cli.run(main))
 """
 
 
-#: Some ranks fail, before or after the world is made; the others want something of all.
+#: Some ranks fail before or after the world is made. The others start a collective operation.
 FAILING = """
 import sys, time
 from distdl import cli
@@ -81,8 +80,8 @@ EVERYONE = {0, 1, 2}
 @pytest.mark.parametrize(
     ("ranks", "fault_tolerance"), [({0}, True), ({1, 2}, True), (EVERYONE, True), (EVERYONE, False)], ids=str
 )
-def test_what_some_ranks_raise_before_there_is_a_world_is_said_once(run_job, tmp_path, ranks, fault_tolerance):
-    """Such as a config file that is missing on one host. Rank 0 comes late, and is not ended before it has spoken."""
+def test_an_error_before_the_world_is_made_is_reported_once(run_job, tmp_path, ranks, fault_tolerance):
+    """For example, a config file is missing on one host. Rank 0 is late, but prints its error before it is ended."""
     done = run_failing(run_job, tmp_path, "fail()", "pass", ranks, fault_tolerance)
     assert done.returncode == 3
     said = [line for line in done.stderr.splitlines() if "distdl" in line or "torn" in line]
@@ -90,7 +89,7 @@ def test_what_some_ranks_raise_before_there_is_a_world_is_said_once(run_job, tmp
 
 
 @pytest.mark.parametrize(("ranks", "fault_tolerance"), [({2}, True), ({2}, False), (EVERYONE, True)], ids=str)
-def test_what_some_ranks_raise_alone_after_that_ends_the_job(run_job, tmp_path, ranks, fault_tolerance):
+def test_an_error_of_some_ranks_in_the_world_ends_the_job(run_job, tmp_path, ranks, fault_tolerance):
     done = run_failing(run_job, tmp_path, "pass", "fail()", ranks, fault_tolerance)
     assert done.returncode != 0
     said = {line for line in done.stderr.splitlines() if "torn" in line}
@@ -100,11 +99,11 @@ def test_what_some_ranks_raise_alone_after_that_ends_the_job(run_job, tmp_path, 
 
 
 def launch_of(ranks, arguments, *, fault_tolerance):
-    """What starts Python with these arguments, with fault tolerance where this MPI has it, or without."""
+    """Return the command that starts Python with these arguments, with or without fault tolerance."""
     launch = mpirun_command(ranks, [sys.executable, *arguments])
     if not fault_tolerance:
         if "--with-ft" not in launch.argv:
-            pytest.skip("this mpirun knows no fault tolerance")
+            pytest.skip("this mpirun has no fault tolerance")
         launch = replace(launch, argv=[word for word in launch.argv if word not in {"--with-ft", "ulfm"}])
     return launch
 
@@ -128,8 +127,8 @@ def test_a_rank_that_raises_in_an_epoch_ends_the_job_with_its_traceback(run_job,
     assert "[rank 1] RuntimeError: a defect in rank 1" in lines
 
 
-def test_a_rank_that_raises_behind_a_shell_ends_the_job(run_job, tmp_path):
-    """Were it the shell that ended, by a signal, the launcher would take it for the loss of a rank."""
+def test_a_rank_that_raises_below_a_shell_ends_the_job(run_job, tmp_path):
+    """If the shell ended by a signal, the launcher would report a lost rank instead."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(trap="raise RuntimeError('a defect in rank 1')"))
     launch = mpirun_command(2, ["sh", "-c", f"{sys.executable} {program} {tmp_path / 'run'}; exit $?"])
@@ -146,18 +145,18 @@ def test_a_rank_that_raises_behind_a_shell_ends_the_job(run_job, tmp_path):
         ("raise KeyboardInterrupt", "[rank 1] KeyboardInterrupt"),
     ],
 )
-def test_a_rank_that_leaves_in_an_epoch_ends_the_job(run_job, tmp_path, trap, message):
+def test_a_rank_that_exits_in_an_epoch_ends_the_job(run_job, tmp_path, trap, message):
     assert message in run_with_trap(run_job, tmp_path, trap).stderr.splitlines()
 
 
-def test_a_rank_without_memory_ends_the_job_where_no_other_goes_on(run_job, tmp_path, survives):
+def test_a_rank_without_memory_ends_the_job_without_fault_tolerance(run_job, tmp_path, survives):
     trap = "raise MemoryError('no memory')"
     done = run_with_trap(run_job, tmp_path, trap, fault_tolerance=not survives)
     assert "[rank 1] MemoryError: no memory" in done.stderr.splitlines()
 
 
 @pytest.mark.parametrize("trap", ["os.kill(os.getpid(), signal.SIGKILL)", "os.abort()"])
-def test_a_rank_that_dies_in_an_epoch_ends_the_job_where_no_other_goes_on(run_job, tmp_path, trap, survives):
+def test_a_rank_that_dies_in_an_epoch_ends_the_job_without_fault_tolerance(run_job, tmp_path, trap, survives):
     run_with_trap(run_job, tmp_path, trap, fault_tolerance=not survives)
 
 
@@ -167,7 +166,7 @@ def run_script(run_job, tmp_path, text):
     return run_job(mpirun_command(2, [sys.executable, str(program)]), cwd=tmp_path, timeout=60)
 
 
-def test_an_exception_outside_the_training_ends_the_job_too(run_job, tmp_path):
+def test_an_exception_outside_of_the_training_ends_the_job(run_job, tmp_path):
     done = run_script(
         run_job,
         tmp_path,
@@ -183,7 +182,7 @@ def test_an_exception_outside_the_training_ends_the_job_too(run_job, tmp_path):
     assert "[rank 1] RuntimeError: outside" in done.stderr.splitlines()
 
 
-def test_a_plain_script_says_once_what_every_rank_raises_and_ends_with_its_code(run_job, tmp_path):
+def test_a_plain_script_reports_an_error_of_all_ranks_once_and_exits_with_its_code(run_job, tmp_path):
     done = run_script(
         run_job,
         tmp_path,

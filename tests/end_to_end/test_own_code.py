@@ -1,4 +1,4 @@
-"""A user's own model or dataset: it trains as ours do, and whatever is wrong with it is one line that names it."""
+"""A user's own model or dataset trains like ours; a fault in it is one line that names the place."""
 
 import io
 import json
@@ -46,12 +46,12 @@ def net(input_shape, classes, hidden=None):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working folder with a model and a file that it imports; a plain start's environment."""
+    """A working folder with a model and a file that it imports; the environment of a start without a launcher."""
     monkeypatch.chdir(tmp_path)
     for name in os.environ.keys() - without_launcher(os.environ).keys():
         monkeypatch.delenv(name)
     for name in [name for name in os.environ if name.endswith("_NUM_THREADS")]:
-        monkeypatch.setenv(name, os.environ[name])  # so that what a command sets is undone
+        monkeypatch.setenv(name, os.environ[name])  # so that pytest undoes the settings of a command
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in ("sizes", "package", "package.module"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -76,7 +76,7 @@ def receipt(*arguments):
 
 
 def refusal(folder, *arguments):
-    """The one line that refuses these arguments, of which nothing is left behind."""
+    """Return the one line that refuses these arguments; check that the command leaves no files."""
     before, path = picture(folder), list(sys.path)
     code, out, err = outcome("--run-dir=new", *arguments)
     assert (code, out) == (USER, ""), (out, err)
@@ -122,7 +122,7 @@ def test_a_model_of_a_module_gives_the_receipt_of_the_same_model_of_ours(folder)
     assert changes(before, picture(package)) == [], "no compiled files"
 
 
-def test_a_run_of_an_own_code_is_resumed_by_the_same_command_alone(folder):
+def test_a_run_with_user_code_is_resumed_only_by_the_same_command(folder):
     own = "--model=models/good.py:net"
     whole = receipt("--run-dir=whole", own, "--max-steps=6")
     receipt("--run-dir=run", own)
@@ -134,8 +134,8 @@ def test_a_run_of_an_own_code_is_resumed_by_the_same_command_alone(folder):
     assert receipt("--resume=run", "--max-steps=6", own) == whole
 
 
-def test_code_that_a_config_file_names_is_not_run_unless_the_command_line_names_it_too(folder):
-    """A run folder, or a config file, may have come from elsewhere."""
+def test_a_function_in_a_config_file_runs_only_if_the_command_line_names_it_too(folder):
+    """A run folder or a config file may come from a stranger."""
     (folder / "models" / "bad.py").write_text("open('written', 'w').close()\n" + GOOD)
     (folder / "given.toml").write_text('model = "models/bad.py:net"\n')
     out, err = io.StringIO(), io.StringIO()
@@ -159,13 +159,13 @@ def test_a_run_of_a_script_is_resumed_by_the_script(folder):
     assert "resume the run by that script" in refusal(folder, "--config=given.toml", "--model=__main__:network")
 
 
-#: What is wrong: the file's text, the name after the colon, and what the line must say.
+#: The fault: the file's text, the name after the colon, and words of the message.
 WRONG = {
     "an error of syntax": ("def net(:\n", "net", ["wrong.py cannot be imported", "SyntaxError", "line 1"]),
     "an import that is not there": ("x = 1\nimport nowhere_at_all\n", "net", ["nowhere_at_all", "line 2 of wrong.py"]),
     "an error while it is imported": ("\n\nx = 1 / 0\n", "net", ["ZeroDivisionError", "line 3 of wrong.py"]),
     "an exit while it is imported": ("import sys\nsys.exit(0)\n", "net", ["SystemExit: 0", "line 2 of wrong.py"]),
-    "bytes that are no text": ("x = '\udcff'\n", "net", ["wrong.py cannot be imported", "SyntaxError"]),
+    "bytes outside of UTF-8": ("x = '\udcff'\n", "net", ["wrong.py cannot be imported", "SyntaxError"]),
     "no such function": ("def nett(shape, classes): ...\n", "net", ["no function 'net'", "it has nett"]),
     "an empty file": ("", "net", ["no function 'net'", "write one", "function(input_shape, classes)"]),
     "no function but a number": ("net = 3\n", "net", ["net is an int", "function(input_shape, classes)"]),
@@ -254,7 +254,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_what_is_wrong_with_a_file_is_one_line_that_names_it(what, folder):
+def test_a_wrong_file_is_one_line_that_names_it(what, folder):
     text, function, words = WRONG[what]
     (folder / "wrong.py").write_text(text, encoding="utf-8", errors="surrogateescape")
     said = refusal(folder, f"--model=wrong.py:{function}")
@@ -272,27 +272,27 @@ NAMES = {
     "no place": (":net", ["':net'", "file.py:function"]),
     "a path without py": ("models/good:net", ["'models/good:net'", "file.py:function"]),
     "no name of a function": ("models/good.py:net()", ["'models/good.py:net()'", "file.py:function"]),
-    "what is inside of a function": ("models/good.py:net.<locals>.x", ["file.py:function"]),
+    "a function inside of a function": ("models/good.py:net.<locals>.x", ["file.py:function"]),
     "a file alone": ("models/good.py", ["unknown model", "file.py:function"]),
     "a NUL character": ("a\0b.py:net", ["names no function"]),
-    "no text": ("a\udcff.py:net", ["names no function"]),
+    "a surrogate": ("a\udcff.py:net", ["names no function"]),
 }
 
 
 @pytest.mark.parametrize("what", NAMES)
-def test_a_name_that_leads_to_no_function_is_one_line(what, folder):
+def test_a_name_without_a_function_is_one_line(what, folder):
     (folder / "folder.py").mkdir()
     name, words = NAMES[what]
     said = refusal(folder, f"--model={name}")
     assert [word for word in words if word not in said] == [], said
 
 
-def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(folder):
+def test_a_pipe_instead_of_a_file_does_not_block(folder):
     os.mkfifo(folder / "pipe.py")
     assert "pipe.py is not a regular file" in refusal(folder, "--model=pipe.py:net")
 
 
-def test_a_network_that_needs_larger_images_says_what_fits(folder):
+def test_a_network_for_larger_images_names_the_possible_sizes(folder):
     for model in ("alexnet", "vgg16", "googlenet", "resnet18"):
         said = refusal(folder, f"--model={model}")
         assert [word for word in (model, "28 to 64", "192", "8x8x1", "resize") if word not in said] == [], said
@@ -300,7 +300,7 @@ def test_a_network_that_needs_larger_images_says_what_fits(folder):
     assert "conv2d_2 (Conv2d 16@5x5): input 4x4x6 is smaller" in said
 
 
-def test_ranks_that_have_built_different_networks_are_told_apart():
+def test_a_rank_with_a_different_network_is_named():
     one, other = (architecture_sha256(build_model(name, (28, 28, 1), 10)) for name in ("mlp", "logistic"))
     assert architecture_sha256(build_model("mlp", (28, 28, 1), 10)) == one
     check_equal_hashes("net.py:net", [one, one, one])
@@ -331,7 +331,7 @@ def test_model_settings_are_the_keywords_of_the_function(folder):
     assert [word for word in ("good.py:net raised TypeError", "'width'") if word not in said] == []
 
 
-def test_an_mlp_has_the_depth_that_its_settings_say(folder):
+def test_an_mlp_has_the_depth_of_its_settings(folder):
     out = outcome("--run-dir=deep", "--model=mlp", "--model-settings=hidden=40-30-20,batch_norm,dropout=0.2")[1]
     parameters = 65 * 40 + 41 * 30 + 31 * 20 + 2 * (40 + 30 + 20) + 21 * 10
     assert f"mlp ({parameters:,} parameters)" in out
@@ -349,7 +349,7 @@ MODEL_SETTINGS = {
     "no name": ("=3", ["names no setting", "name=value"]),
     "no value": ("hidden=3;4", ["such as hidden=100-50"]),
     "another dtype": ("dtype=float64", ["float32"]),
-    "what is no setting": ("input_shape=3", ["setting of the model mlp 'input_shape'", "hidden"]),
+    "an argument that is no setting": ("input_shape=3", ["setting of the model mlp 'input_shape'", "hidden"]),
     "another name": ("name=3", ["setting of the model mlp 'name'", "hidden"]),
 }
 
@@ -372,7 +372,7 @@ def digits(data_dir):
     return load("digits", None)
 
 def numbers(data_dir):
-    # Where the ink of each digit has its middle: row and column.
+    # The center of the ink of each digit: row and column.
     images = load("digits", None).images
     ink = images.reshape(-1, 64).astype(np.float32)
     places = np.moveaxis(np.indices((8, 8)), 0, -1).reshape(64, 2)
@@ -380,7 +380,7 @@ def numbers(data_dir):
     return Dataset("middles", images, middles.astype(np.float32), 2, None)
 
 def pixels(data_dir):
-    # Whether there is ink, for each pixel.
+    # 1 for each pixel with ink.
     images = load("digits", None).images
     return Dataset("ink", images, (images[..., 0] > 8).astype(np.int64), 2, 1500)
 
@@ -430,7 +430,7 @@ def test_commands_train_resume_and_evaluate_regression_and_segmentation(task, fl
     assert member["loss"] == json.loads((data / "run" / "summary.json").read_text())["test_loss"]
 
 
-def test_code_of_a_dataset_that_a_config_file_names_is_not_run_unless_the_command_line_names_it_too(data):
+def test_a_dataset_function_in_a_config_file_runs_only_if_the_command_line_names_it_too(data):
     (data / "bad.py").write_text("open('written', 'w').close()\n" + DATA)
     (data / "given.toml").write_text('dataset = "bad.py:digits"\n')
     said = refusal(data, "--config=given.toml")
@@ -455,12 +455,12 @@ def test_code_of_a_dataset_that_a_config_file_names_is_not_run_unless_the_comman
         ("folder:nowhere", ["'nowhere' cannot be read"]),
     ],
 )
-def test_what_is_wrong_with_a_dataset_is_one_line_that_names_it(name, words, data):
+def test_a_wrong_dataset_is_one_line_that_names_it(name, words, data):
     said = refusal(data, f"--dataset={name}")
     assert [word for word in words if word not in said] == [], said
 
 
-def test_evaluate_calls_only_the_function_that_a_run_was_trained_with(data):
+def test_evaluate_calls_only_the_function_of_the_training(data):
     (data / "same.py").write_text(GOOD.replace("nn.ReLU", "nn.Sigmoid"))
     receipt("--run-dir=ours", "--model=mlp")
     receipt("--run-dir=own", "--model=models/good.py:net")
@@ -486,7 +486,7 @@ def test_evaluate_calls_only_the_function_that_a_run_was_trained_with(data):
         ({"dataset": Dataset("x", np.zeros((9, 8, 8, 1), np.uint8), np.zeros(9, int), 10**30, None)}, "classes 1000"),
     ],
 )
-def test_what_a_script_gives_wrongly_is_an_error_before_there_is_a_run(given, words, folder):
+def test_wrong_arguments_of_a_script_are_an_error_before_the_run_starts(given, words, folder):
     with pytest.raises(UserError, match=words):
         train_from_a_script(TrainConfig(model="mlp", max_steps=1), **given)
     assert sorted(path.name for path in folder.iterdir()) == ["models"]

@@ -210,7 +210,7 @@ def test_no_process_remains_after_a_survived_kill(run_job, tmp_path, ulfm):
             remaining.append((process / "cmdline").read_bytes())
     assert not [line for line in remaining if str(folder).encode() in line]
     assert "survives failures: yes" in done.stdout
-    assert "rank 1 was lost in step 2; 1 rank goes on" in done.stdout
+    assert "rank 1 was lost in step 2; 1 rank continues" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Labels, a label a pixel, or numbers: each task is trained, validated, tested and resumed, with the same bits."""
+"""Classification, segmentation and regression train, validate, test and resume with the same bits."""
 
 import dataclasses
 import json
@@ -21,8 +21,8 @@ def pieces(labels_of, classes):
     return dataclasses.replace(digits, name="task", labels=labels, classes=classes)
 
 
-def centre_of_the_ink(images, _labels):
-    """Row and column, in pixels."""
+def center_of_the_ink(images, _labels):
+    """Return row and column of the center of the ink, in pixels."""
     ink = images.sum(axis=(1, 2))
     rows, columns = (np.tensordot(images.sum(axis=axis), np.arange(8.0), 1) / ink for axis in (2, 1))
     return np.stack([rows, columns], axis=1).astype(np.float32)
@@ -38,7 +38,7 @@ def pixelwise(shape, outputs):
 
 
 TASKS = {
-    "regression": (pieces(centre_of_the_ink, 2), flat(lambda: Affine(32), ReLU), {}),
+    "regression": (pieces(center_of_the_ink, 2), flat(lambda: Affine(32), ReLU), {}),
     "segmentation": (pieces(lambda images, _: (images > 8).astype(np.int64), 2), pixelwise, {}),
     "logistic regression": (pieces(lambda _, labels: labels % 2, 2), flat(), {"loss": "binary_cross_entropy"}),
     "classification": (pieces(lambda _, labels: labels, 10), flat(), {"loss": "cross_entropy"}),
@@ -81,7 +81,7 @@ def test_labels_of_other_kinds_are_learned(tmp_path, capsys, task, least):
 def test_numbers_are_learned_and_have_no_accuracy(tmp_path, capsys):
     summary = run(OneProcess(), tmp_path / "run", "regression", epochs=12, keep_checkpoints=1)
     out = capsys.readouterr().out
-    assert summary.test_loss < 0.05  # square pixels; a mean of all would be 0.2
+    assert summary.test_loss < 0.05  # square pixels; the mean of all targets would give 0.2
     assert summary.test_accuracy is summary.validation_accuracy is None
     assert f"test loss: {summary.test_loss:.6f}" in out
     assert "accuracy" not in out
@@ -102,13 +102,13 @@ def test_numbers_are_learned_and_have_no_accuracy(tmp_path, capsys):
         ("segmentation", {"loss": "binary_cross_entropy"}, "is for one label of two classes a sample: task has"),
     ],
 )
-def test_a_loss_that_does_not_go_with_the_labels_is_one_line(tmp_path, task, settings, said):
+def test_a_loss_that_does_not_match_the_labels_is_one_line(tmp_path, task, settings, said):
     with pytest.raises(UserError, match=said):
         run(OneProcess(), tmp_path / "run", task, **settings)
     assert not list(tmp_path.iterdir())
 
 
-def test_outputs_that_do_not_fit_the_labels_are_one_line(tmp_path):
+def test_outputs_that_do_not_match_the_labels_are_one_line(tmp_path):
     dataset, *_ = TASKS["segmentation"]
     said = r"returns outputs \(2,\) for a sample, expected \(8, 8, 2\): task has 2 classes for each pixel"
     with pytest.raises(UserError, match=said):

@@ -1,4 +1,4 @@
-"""`distdl.verify` proves equal bits, and finds the first step and tensor where they are not."""
+"""`distdl.verify` proves equal bits, and finds the first step and tensor that differ."""
 
 import json
 import os
@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture
 def verified(run_program, tmp_path):
-    """Run `distdl.verify` in an empty folder, which is that of temporary files too."""
+    """Run `distdl.verify` in an empty folder, which is also the folder of temporary files."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(tmp_path)}
 
     def run(*arguments):
@@ -32,7 +32,7 @@ def verified(run_program, tmp_path):
 
 
 @pytest.mark.usefixtures("needs_mpirun")
-def test_equal_bits_are_proved_and_nothing_is_left(verified, tmp_path):
+def test_equal_bits_are_proved_and_no_file_remains(verified, tmp_path):
     done = verified("--ranks", "1,2,3", "--", "--max-steps", "12", "--model", "deep_convnet")
     assert done.returncode == 0, done.stderr
     assert "same bits on 1,2,3 ranks: weights, state and metrics.jsonl agree after 12 steps" in done.stdout
@@ -40,14 +40,14 @@ def test_equal_bits_are_proved_and_nothing_is_left(verified, tmp_path):
 
 
 @pytest.mark.usefixtures("needs_mpirun")
-def test_a_reduction_whose_bits_depend_on_the_ranks_is_caught_at_its_first_step(verified, tmp_path):
+def test_bits_that_depend_on_the_ranks_are_found_at_the_first_step(verified, tmp_path):
     done = verified("--ranks", "1,3", "--", "--max-steps", "3", "--reduction", "allreduce")
     assert done.returncode == 1, done.stderr
     assert re.search(r"DIFFERENT: first at step 1, tensor \w+\.\w+: [0-9a-f]{16} with 1 ranks", done.stdout)
 
 
 @pytest.mark.usefixtures("needs_mpirun")
-def test_a_training_that_fails_is_reported_in_one_line(verified, tmp_path):
+def test_a_failed_training_is_reported_in_one_line(verified, tmp_path):
     done = verified("--ranks", "1,2", "--", "--model", "simple_convet")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
@@ -59,7 +59,7 @@ def test_a_training_that_fails_is_reported_in_one_line(verified, tmp_path):
 
 
 @pytest.mark.usefixtures("needs_mpirun")
-def test_a_damaged_file_keeps_its_exit_code_and_nothing_is_left(verified, tmp_path):
+def test_a_damaged_file_keeps_its_exit_code_and_no_file_remains(verified, tmp_path):
     files = mnist_files()
     write_files(tmp_path / "data", {**files, TRAIN_IMAGES: files[TRAIN_IMAGES][:-1]})
     done = verified("--ranks", "1,2", "--", "--dataset", "mnist", "--data-dir", "data")
@@ -74,17 +74,17 @@ def test_a_damaged_file_keeps_its_exit_code_and_nothing_is_left(verified, tmp_pa
         (["--ranks", "2"], "at least two different numbers"),
         (["--ranks", "0,1"], "at least two different numbers"),
         (["--ranks", "one,2"], "at least two different numbers"),
-        (["--rank", "x"], "usage: python -m distdl.verify"),
+        (["--rank", "x"], r"unknown flag --rank: did you mean --ranks\? \(flags of distdl.train go after --\)"),
         (["--ranks", "1,2", "--", "--run-dir", "x"], "--run-dir is set by distdl.verify itself"),
-        (["--ranks", "1,2", "--", "-h"], "-h behind -- trains nothing: python -m distdl.train --help"),
+        (["--ranks", "1,2", "--", "-h"], "-h after -- trains nothing: python -m distdl.train --help"),
     ],
 )
-def test_what_cannot_be_compared_is_said(arguments, message):
+def test_wrong_flags_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         verify.main(arguments)
 
 
-def test_under_mpirun_it_says_that_it_starts_its_ranks_itself(monkeypatch):
+def test_verify_under_mpirun_is_refused(monkeypatch):
     monkeypatch.setattr(verify, "read_launch", lambda: Launch("MPICH's mpirun", 0, 2))
     with pytest.raises(UserError, match="starts its ranks itself: call it without mpirun"):
         verify.main([])
@@ -100,12 +100,12 @@ def outcome(folder, ranks, hashes, *, metrics=b"", weights="w"):
     return Outcome(ranks, folder, 0.0)
 
 
-def test_the_first_difference_is_named(tmp_path):
+def test_the_first_different_tensor_is_named(tmp_path):
     one = outcome(tmp_path / "a", 1, [{"w": "1", "b": "1"}, {"w": "2", "b": "2"}, {"w": "3", "b": "3"}])
     two = outcome(tmp_path / "b", 2, [{"w": "1", "b": "1"}, {"w": "2", "b": "x"}, {"w": "y", "b": "3"}])
     assert first_difference(one, two) == "first at step 2, tensor b: 2 with 1 ranks, x with 2"
 
 
-def test_a_difference_in_the_metrics_alone_is_named(tmp_path):
+def test_a_difference_only_in_the_metrics_is_named(tmp_path):
     one, two = outcome(tmp_path / "a", 1, [{"w": "1"}]), outcome(tmp_path / "b", 2, [{"w": "1"}], metrics=b"x")
     assert first_difference(one, two) == "the weights agree, metrics.jsonl does not, with 1 and 2 ranks"

@@ -13,52 +13,48 @@ from small_runs import piece_of_digits, small_config, small_run
 
 from distdl.engine import prepare as engine_run
 from distdl.engine import train
-from distdl.engine.coordinator import Coordinator
 from distdl.engine.environment import describe
-from distdl.engine.stop import StopRequest
+from distdl.engine.fault_injection import fail_at, forget
 from distdl.engine.storage import checkpoints, run_folder
 from distdl.engine.storage.files import TEMPORARY_SUFFIX
 from distdl.engine.storage.json_lines import JsonLines
-from distdl.engine.trainer import Trainer
 from distdl.errors import PeerLost, UserError
-from distdl.nn import Sequential
 from distdl.parallel import OneProcess
 from distdl.parallel import shared as shared_module
 
 
-def failing_writes(monkeypatch, fails):
-    """Let the n-th write of a checkpoint fail where ``fails(n)``."""
-    write, count = checkpoints.write, iter(range(1, 1000))
+def failing_writes(fails):
+    """Let the n-th write of a checkpoint fail if ``fails(n)``."""
+    count = iter(range(1, 1000))
 
-    def flaky(path, checkpoint):
+    def refuse(_owner):
         if fails(next(count)):
             raise OSError(28, "No space left on device")
-        write(path, checkpoint)
 
-    monkeypatch.setattr(checkpoints, "write", flaky)
+    fail_at("checkpoint-write", rank=0, nth=None, action=refuse)
 
 
-def test_a_full_disk_is_warned_about_and_training_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_warned_about_and_training_goes_on(tmp_path, capsys):
     expected = small_run(OneProcess(), tmp_path / "plain")
-    failing_writes(monkeypatch, lambda count: count in {2, 3})
+    failing_writes(lambda count: count in {2, 3})
     assert small_run(OneProcess(), tmp_path / "run", checkpoint_every=1) == expected
     warnings = [line for line in capsys.readouterr().err.splitlines() if "No space left" in line]
     assert len(warnings) == 2
     assert checkpoints.steps_in(tmp_path / "run" / "checkpoints") == [4, 5, 6]
 
 
-def test_a_disk_that_stays_full_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+def test_a_disk_that_stays_full_ends_the_run_and_keeps_the_last_checkpoint(tmp_path):
     expected = small_run(OneProcess(), tmp_path / "plain")
-    failing_writes(monkeypatch, lambda count: count > 1)
+    failing_writes(lambda count: count > 1)
     with pytest.raises(UserError, match=r"cannot write the checkpoint after step 4 .* No space left"):
         small_run(OneProcess(), tmp_path / "run", checkpoint_every=1)
-    monkeypatch.undo()
+    forget()
     assert checkpoints.steps_in(tmp_path / "run" / "checkpoints") == [1]
     assert small_run(OneProcess(), tmp_path / "run", resume="auto") == expected
 
 
-def test_the_last_checkpoint_must_not_be_missed(tmp_path, monkeypatch):
-    failing_writes(monkeypatch, lambda count: count == 2)
+def test_the_last_checkpoint_must_not_be_missed(tmp_path):
+    failing_writes(lambda count: count == 2)
     with pytest.raises(UserError, match="cannot write the checkpoint after step 6"):
         small_run(OneProcess(), tmp_path / "run")
 
@@ -171,34 +167,41 @@ WITHOUT_AN_UPDATE = [
 ]
 
 
-def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, monkeypatch):
-    """The loss of the step is a number; the gradient's last element is none."""
-    backward = Sequential.backward
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
+    """The loss of the step is finite; the last element of the gradient is not."""
 
-    def overflowing(self, gradient):
-        backward(self, gradient)
-        self.gradients[-1] = np.inf
+    def overflow(owner):
+        _, record = owner
+        record["gradient"][-1] = np.inf
 
-    monkeypatch.setattr(Sequential, "backward", overflowing)
+    fail_at("backward", when="after", rank=0, nth=None, action=overflow)
     for more in ({}, {"on_nonfinite": "skip"}):
         with pytest.raises(UserError, match=WITHOUT_AN_UPDATE[len(more)]) as caught:
             small_run(OneProcess(), tmp_path / f"run {len(more)}", optimizer="momentum", **more)
         assert "diverged" not in str(caught.value)
 
 
-def test_a_validation_loss_that_is_not_finite_ends_the_run_before_the_checkpoint(tmp_path, monkeypatch):
-    evaluate = Trainer.evaluate
+def overflow(sums):
+    sums.loss_sum[0] = np.inf
 
-    def overflowing(self, rows):
-        sums = evaluate(self, rows)
-        sums.loss_sum[0] = np.inf
-        return sums
 
-    monkeypatch.setattr(Trainer, "evaluate", overflowing)
+def test_a_validation_loss_that_is_not_finite_ends_the_run_before_the_checkpoint(tmp_path):
+    fail_at("validation", when="after", rank=0, action=overflow)
     with pytest.raises(UserError, match="the validation loss is inf after step 3: training has diverged"):
         small_run(OneProcess(), tmp_path / "run")
     assert not checkpoints.steps_in(tmp_path / "run" / "checkpoints")
     assert "Infinity" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_a_test_loss_that_is_not_finite_ends_the_run_with_the_checkpoint_of_its_weights(tmp_path):
+    expected = small_run(OneProcess(), tmp_path / "plain")
+    fail_at("test", when="after", rank=0, action=overflow)
+    with pytest.raises(UserError, match="the test loss is inf after step 6: training has diverged"):
+        small_run(OneProcess(), tmp_path / "run")
+    assert not (tmp_path / "run" / "summary.json").exists()
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert not [record for record in records if "test_loss" in record]
+    assert small_run(OneProcess(), tmp_path / "run", resume="auto") == expected
 
 
 class FullDisk:
@@ -248,18 +251,11 @@ def test_a_log_record_that_a_full_disk_tore_is_completed_when_there_is_room(tmp_
 
 
 @pytest.mark.parametrize("at", [0, 1, 50, 200])
-def test_a_disk_that_is_full_for_a_while_costs_no_record_and_no_run(tmp_path, room, monkeypatch, capsys, at):
+def test_a_disk_that_is_full_for_a_while_costs_no_record_and_no_run(tmp_path, room, capsys, at):
     expected = small_run(OneProcess(), tmp_path / "plain")
     capsys.readouterr()
     room["bytes"] = at
-    stepped = Coordinator.stepped
-
-    def freed_at_step_five(self, state, *others):
-        if state.step == 5:
-            room["bytes"] = 10**9
-        stepped(self, state, *others)
-
-    monkeypatch.setattr(Coordinator, "stepped", freed_at_step_five)
+    fail_at("step", rank=0, step=5, action=lambda _: room.update(bytes=10**9))
     assert small_run(OneProcess(), tmp_path / "run") == expected
     warnings = capsys.readouterr().err.splitlines()
     assert [("metrics.jsonl" in line, "checkpoint after step 3" in line) for line in warnings] == [
@@ -292,16 +288,9 @@ def test_two_default_runs_of_the_same_second_get_folders_of_their_own(tmp_path, 
         assert (second / "checkpoints").is_dir()
 
 
-def while_data_are_loaded(monkeypatch, do):
-    """Let something happen between the choice of the run folder and its use, once."""
-    load = engine_run.read_data
-
-    def loaded(*arguments):
-        monkeypatch.setattr(engine_run, "read_data", load)
-        do()
-        return load(*arguments)
-
-    monkeypatch.setattr(engine_run, "read_data", loaded)
+def while_data_are_loaded(do):
+    """Let something happen once between the choice of the run folder and its use."""
+    fail_at("data", rank=0, action=lambda _: do())
 
 
 def content_of(folder):
@@ -309,7 +298,7 @@ def content_of(folder):
 
 
 @pytest.mark.parametrize(("settings", "before"), [({}, 0), ({"resume": "auto"}, 0), ({"resume": "auto"}, 2)])
-def test_a_folder_that_another_run_has_used_meanwhile_is_left_as_it_is(tmp_path, monkeypatch, settings, before):
+def test_a_folder_that_another_run_has_used_meanwhile_is_left_as_it_is(tmp_path, settings, before):
     """The other is a job that was started at the same time, or one that was just ending."""
     folder, left = tmp_path / "run", {}
     if before:
@@ -319,7 +308,7 @@ def test_a_folder_that_another_run_has_used_meanwhile_is_left_as_it_is(tmp_path,
         small_run(OneProcess(), folder, **settings)
         left.update(content_of(folder))
 
-    while_data_are_loaded(monkeypatch, other_run)
+    while_data_are_loaded(other_run)
     with pytest.raises(UserError, match=r"run was used by another run meanwhile: start again"):
         small_run(OneProcess(), folder, max_steps=3, **settings)
     assert content_of(folder) == left != {}
@@ -327,43 +316,53 @@ def test_a_folder_that_another_run_has_used_meanwhile_is_left_as_it_is(tmp_path,
     lock.close()
 
 
-def losing_a_rank(*_):
+def lose_a_rank(*_):
     raise PeerLost("a rank was lost")
 
 
+def interrupt(_state):
+    raise KeyboardInterrupt
+
+
+class Alone(OneProcess):
+    """The only survivor of each failure."""
+
+    def shrink(self):
+        return self
+
+
 def test_a_job_that_loses_a_rank_before_it_has_a_folder_takes_none_from_another(tmp_path, monkeypatch):
+    """Another job of the same second makes its folder before the failure."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_folder, "datetime", type("Noon", (), {"now": lambda: datetime(2026, 1, 1, 12)}))
-    preparation = engine_run.Preparation(small_config(None).checked(), None, piece_of_digits(94), None, StopRequest())
-    while_data_are_loaded(monkeypatch, losing_a_rank)
-    with pytest.raises(PeerLost):
-        preparation.trainer(OneProcess())
-    with (
-        run_folder.locked_run_folder(run_folder.find_start(small_config(None).checked())) as (theirs, lock),
-        lock,
-    ):
-        preparation.trainer(OneProcess())
-        assert preparation.folder == tmp_path / f"{theirs}-2"
-    preparation.close()
+    left = {}
+
+    def other_job():
+        train(small_config(None, max_steps=1), OneProcess(), dataset=piece_of_digits(94))
+        left.update(content_of(tmp_path))
+        lose_a_rank()
+
+    while_data_are_loaded(other_job)
+    train(small_config(None, max_steps=2), Alone(), dataset=piece_of_digits(94))
+    theirs, ours = sorted((tmp_path / "runs").iterdir())
+    assert content_of(theirs) == left != {}
+    assert ours.name == f"{theirs.name}-2"
+    assert json.loads((ours / "summary.json").read_text())["steps"] == 2
 
 
-def test_a_job_that_loses_a_rank_when_it_has_a_folder_goes_on_in_it(tmp_path, monkeypatch):
-    config = small_config(tmp_path / "run").checked()
-    preparation = engine_run.Preparation(config, None, piece_of_digits(94), None, StopRequest())
-    opened = Coordinator.open_run
+def test_a_job_that_loses_a_rank_when_it_has_a_folder_continues_in_it(tmp_path):
+    expected = small_run(OneProcess(), tmp_path / "plain")
+    seen = []
 
-    def loses_a_rank(self):
-        opened(self)
-        losing_a_rank()
+    def lose_one(_owner):
+        seen.append((tmp_path / "run" / "config.toml").is_file())
+        lose_a_rank()
 
-    with monkeypatch.context() as patched:
-        patched.setattr(Coordinator, "open_run", loses_a_rank)
-        with pytest.raises(PeerLost):
-            preparation.trainer(OneProcess())
-    assert (tmp_path / "run" / "config.toml").is_file()
-    preparation.trainer(OneProcess())
-    assert preparation.folder == tmp_path / "run"
-    preparation.close()
+    fail_at("run-folder", when="after", rank=0, action=lose_one)
+    assert small_run(Alone(), tmp_path / "run") == expected
+    assert seen == [True]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "run"]
+    assert len(json.loads((tmp_path / "run" / "summary.json").read_text())["recoveries"]) == 1
 
 
 def test_a_run_that_loses_a_folder_to_another_takes_nothing_from_it(tmp_path, monkeypatch):
@@ -409,16 +408,11 @@ def test_a_checkpoint_is_resumed_from_inside_its_folder(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "straight"]
 
 
-def test_a_run_that_goes_on_has_no_summary_before_it_ends(tmp_path, monkeypatch):
+def test_a_run_that_goes_on_has_no_summary_before_it_ends(tmp_path):
     small_run(OneProcess(), tmp_path / "run", max_steps=2)
     assert (tmp_path / "run" / "summary.json").is_file()
-    step, seen = Trainer.step, []
-
-    def looks(self):
-        seen.append((tmp_path / "run" / "summary.json").exists())
-        step(self)
-
-    monkeypatch.setattr(Trainer, "step", looks)
+    seen = []
+    fail_at("step", rank=0, nth=None, action=lambda _: seen.append((tmp_path / "run" / "summary.json").exists()))
     small_run(OneProcess(), tmp_path / "run", resume="auto", max_steps=3)
     assert seen == [False]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3
@@ -434,19 +428,15 @@ def test_checkpoints_later_than_the_one_resumed_from_go(tmp_path):
     assert small_run(OneProcess(), folder, resume="auto") == expected
 
 
-def test_a_run_resumed_into_another_folder_and_killed_at_once_can_be_resumed_there(tmp_path, monkeypatch):
+def test_a_run_resumed_into_another_folder_and_killed_at_once_can_be_resumed_there(tmp_path):
     expected = small_run(OneProcess(), tmp_path / "straight")
     first, second = tmp_path / "first", tmp_path / "second"
     small_run(OneProcess(), first, max_steps=4, checkpoint_every=1, keep_checkpoints=9)
     best = checkpoints.newest_intact(first / "checkpoints")[1].header["progress"]["best_step"]
 
-    def killed(self):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            small_run(OneProcess(), second, resume=str(first))
+    fail_at("step", rank=0, action=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        small_run(OneProcess(), second, resume=str(first))
     assert checkpoints.steps_in(second / "checkpoints") == [best, 4] == [3, 4]
     shutil.rmtree(first)
     assert small_run(OneProcess(), second, resume="auto") == expected
@@ -513,10 +503,8 @@ def test_no_room_for_partial_sums_is_said_before_anything_is_written(communicato
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_checkpoint_that_only_the_coordinator_misses_ends_every_rank_alike(
-    communicator, shared_tmp_path, monkeypatch
-):
-    failing_writes(monkeypatch, lambda count: True)
+def test_a_checkpoint_that_only_the_coordinator_misses_ends_every_rank_alike(communicator, shared_tmp_path):
+    failing_writes(lambda count: True)
     with pytest.raises(UserError, match="cannot write the checkpoint after step 3") as caught:
         small_run(communicator, shared_tmp_path / "run", checkpoint_every=1)
     assert caught.value.agreed

@@ -23,12 +23,12 @@ from distdl.parallel import OneProcess
 
 pytestmark = pytest.mark.usefixtures("signals_at_their_defaults")
 
-#: A backward pass that is neither the first nor the last of its step; steps have 8, 8 and 6 micro-batches.
+#: A backward pass that is neither the first nor the last of its step; the steps have 8, 8 and 6 micro-batches.
 PASS_IN_STEP = {1: 2, 3: 18, 5: 32, 6: 40}
 
 
 def tell(number):
-    """Send this process a signal, whose handler has run on return."""
+    """Send this process a signal; its handler has run on return."""
     os.kill(os.getpid(), number)
 
 
@@ -40,7 +40,7 @@ def sent_by(request):
 
 
 def signal_at(monkeypatch, where, number, *, name="step", of=Trainer, when=lambda _: True):
-    """Let this process get a signal when `name` is called for the `where`-th time."""
+    """Send this process a signal when `name` is called for the `where`-th time."""
     calls, original = iter(range(1, 1000)), getattr(of, name)
 
     def signalled(self, *arguments, **keywords):
@@ -53,7 +53,7 @@ def signal_at(monkeypatch, where, number, *, name="step", of=Trainer, when=lambd
 
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("step", [1, 3, 5])
-def test_a_signal_stops_after_the_step_it_came_in_and_resume_gives_the_same_bits(tmp_path, monkeypatch, number, step):
+def test_a_signal_stops_after_its_step_and_resume_gives_the_same_bits(tmp_path, monkeypatch, number, step):
     """Step 3 is the last of its epoch."""
     expected = small_run(OneProcess(), tmp_path / "straight")
     signal_at(monkeypatch, PASS_IN_STEP[step], number, name="backward", of=Sequential)
@@ -69,7 +69,7 @@ def test_a_signal_stops_after_the_step_it_came_in_and_resume_gives_the_same_bits
     ("name", "of", "stopped_after"),
     [("evaluate", Trainer, 4), ("save", CheckpointKeeper, 4), ("started", Coordinator, 1)],
 )
-def test_a_signal_outside_of_a_step_waits_for_the_next_one(tmp_path, monkeypatch, name, of, stopped_after):
+def test_a_signal_outside_a_step_waits_for_the_next_one(tmp_path, monkeypatch, name, of, stopped_after):
     """The first validation and the first checkpoint are after step 3."""
     signal_at(monkeypatch, 1, signal.SIGUSR1, name=name, of=of)
     with pytest.raises(Stopped, match=f"after step {stopped_after},"):
@@ -124,19 +124,19 @@ def test_handlers_are_restored_and_those_of_a_script_left_alone(monkeypatch):
 
 
 def tell_this_thread(number):
-    """What is sent to the process any thread of it may take, and those that other tests have left block nothing."""
+    """Any thread may take a signal to the process, and threads left by other tests block no signals."""
     signal.pthread_kill(threading.get_ident(), number)
 
 
 @pytest.fixture
 def blocked():
-    """Says what is blocked, and puts back what was before the test."""
+    """A function that returns the blocked signals; the signals blocked before the test are restored."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     yield lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ())
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def test_what_a_command_has_held_is_heard_by_the_training_and_held_again(blocked, monkeypatch):
+def test_signals_held_by_a_command_reach_the_training_and_are_held_again(blocked, monkeypatch):
     monkeypatch.setattr("distdl.job.signals._held", set())
     hold_signals()
     for number in HELD:
@@ -148,7 +148,7 @@ def test_what_a_command_has_held_is_heard_by_the_training_and_held_again(blocked
     assert blocked() >= HELD
 
 
-def test_what_a_script_has_blocked_stays_blocked(blocked, monkeypatch):
+def test_signals_blocked_by_a_script_stay_blocked(blocked, monkeypatch):
     monkeypatch.setattr("distdl.job.signals._held", set())
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     hold_signals()
@@ -189,7 +189,7 @@ def test_a_start_that_fails_restores_the_handlers(tmp_path, monkeypatch):
     assert [signal.getsignal(number) for number in SIGNALS] == handlers
 
 
-def test_the_first_signal_that_any_rank_was_told_is_the_one_named():
+def test_the_first_signal_of_any_rank_is_named():
     request = StopRequest()
     request.ended(SimpleNamespace(total={"stop": np.array([0, 3, 1, 0])}))
     assert request.agreed == "SIGTERM"

@@ -29,7 +29,7 @@ def test_each_launcher_is_recognized_by_its_variables(environment, launch):
 
 
 @pytest.mark.parametrize("job", [SALLOC, SBATCH], ids=["salloc", "sbatch"])
-def test_the_one_process_of_a_shell_or_batch_script_is_no_rank(job):
+def test_the_single_process_of_a_shell_or_batch_script_is_no_rank(job):
     assert read_launch(job) == Launch(None, 0, 1)
 
 
@@ -37,19 +37,19 @@ def test_the_one_process_of_a_shell_or_batch_script_is_no_rank(job):
     ("environment", "library", "together"),
     [
         (OPEN_MPI, "Open MPI", True),
-        (OPEN_MPI, "Fujitsu MPI", True),  # made from Open MPI
+        (OPEN_MPI, "Fujitsu MPI", True),  # built from Open MPI
         (OPEN_MPI, "MPICH", False),
         (OPEN_MPI, "Intel MPI", False),
         (MPICH, "MPICH", True),
         (MPICH, "Intel MPI", True),
         (MPICH, "Open MPI", False),
-        (SRUN, "MPICH", True),  # whether srun was told the right --mpi shows only once MPI is started
+        (SRUN, "MPICH", True),  # a wrong --mpi of srun is detected only after MPI has started
         (SRUN, "Open MPI", True),
-        ({**SRUN, **MPICH}, "Open MPI", True),  # srun --mpi=pmi2, which Open MPI up to 4 can be built for
+        ({**SRUN, **MPICH}, "Open MPI", True),  # srun --mpi=pmi2; Open MPI up to 4 can be built for it
         ({}, "Open MPI", True),
     ],
 )
-def test_a_library_and_the_launcher_of_another_do_not_compatible(environment, library, together):
+def test_a_library_is_not_compatible_with_the_launcher_of_another(environment, library, together):
     assert compatible(read_launch(environment), library, environment) is together
 
 
@@ -87,7 +87,7 @@ def test_half_a_launch_or_no_number_is_no_launch(environment):
     assert read_launch(environment) == Launch(None, 0, 1)
 
 
-def test_the_process_s_own_variables_are_read_at_the_time_of_the_call(monkeypatch):
+def test_the_variables_of_the_process_are_read_at_the_time_of_the_call(monkeypatch):
     for name in {**OPEN_MPI, **MPICH, **SRUN}:
         monkeypatch.delenv(name, raising=False)
     assert read_launch().by is None
@@ -96,20 +96,20 @@ def test_the_process_s_own_variables_are_read_at_the_time_of_the_call(monkeypatc
     assert read_launch() == Launch("MPICH's mpirun", 1, 3)
 
 
-def test_rank_0_alone_speaks():
+def test_rank_0_alone_prints_for_all():
     assert read_launch({}).prints_for_all
     assert read_launch({"PMI_RANK": "0", "PMI_SIZE": "4"}).prints_for_all
     assert not read_launch({"PMI_RANK": "3", "PMI_SIZE": "4"}).prints_for_all
 
 
 @pytest.mark.parametrize(
-    ("said", "survives"),
+    ("value", "survives"),
     [("1", True), ("true", True), ("True", True), ("yes", True), ("0", False), ("false", False), ("", False)],
 )
-def test_failures_are_survived_where_the_launcher_says_so(said, survives):
-    assert survives_failures({"OMPI_MCA_mpi_ft_enable": said}) is survives
+def test_failures_are_survived_if_the_launcher_sets_it(value, survives):
+    assert survives_failures({"OMPI_MCA_mpi_ft_enable": value}) is survives
 
 
-def test_failures_are_not_survived_where_the_launcher_says_nothing():
+def test_failures_are_not_survived_if_the_launcher_does_not_set_it():
     assert survives_failures({}) is False
     assert survives_failures({**OPEN_MPI, "OMPI_MCA_mpi_ft_verbose": "1"}) is False

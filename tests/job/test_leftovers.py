@@ -1,4 +1,4 @@
-"""Sweeping takes what dead processes of ours have left, and nothing else."""
+"""Sweeping removes the files of our dead processes, and nothing else."""
 
 import json
 import os
@@ -18,14 +18,14 @@ from distdl.parallel import shared as shared_module
 
 @pytest.fixture
 def folder(tmp_path):
-    """Stands for the kernel's shared memory."""
+    """A folder in place of the kernel's shared memory."""
     folder = tmp_path / "shared memory"
     folder.mkdir()
     return folder
 
 
 def left_by_a_dead_process(folder, prefix, content=""):
-    """A file whose owner was killed while it held it."""
+    """A file whose owner was killed while it had locked the file."""
     program = """
 import os, pathlib, signal, sys
 from distdl.job import leftovers
@@ -51,14 +51,14 @@ def made(path):
     return path
 
 
-def test_a_file_without_an_owner_is_removed_and_one_that_is_held_is_not(folder):
+def test_a_file_without_an_owner_is_removed_and_a_locked_one_is_not(folder):
     orphan = left_by_a_dead_process(folder, leftovers.MEMORY)
-    handle, held = leftovers.create_locked(folder, leftovers.MEMORY)
+    handle, locked = leftovers.create_locked(folder, leftovers.MEMORY)
     assert leftovers.sweep([folder]) == [str(orphan)]
     assert not orphan.exists()
-    assert Path(held).exists()
+    assert Path(locked).exists()
     os.close(handle)
-    assert leftovers.sweep([folder, folder / "absent"]) == [held]
+    assert leftovers.sweep([folder, folder / "absent"]) == [locked]
 
 
 def test_files_of_others_stay(folder, tmp_path):
@@ -85,7 +85,7 @@ def test_files_of_another_user_stay(folder, monkeypatch):
     assert register.exists()
 
 
-def test_what_the_register_of_a_dead_rank_lists_is_removed_with_it(folder):
+def test_the_files_in_the_register_of_a_dead_rank_are_removed_with_it(folder):
     segments = [made(folder / name) for name in ("mpich_shm_12ab_0", "sm_segment.host.0.1.0", "vader_segment.host.1")]
     session = folder / "ompi.4194305"  # no process can have this number
     (session / "1" / "0").mkdir(parents=True)
@@ -96,7 +96,7 @@ def test_what_the_register_of_a_dead_rank_lists_is_removed_with_it(folder):
     assert list(folder.iterdir()) == [bystander]
 
 
-def test_what_a_living_rank_uses_too_stays_until_that_has_ended(folder):
+def test_a_file_that_a_living_rank_also_uses_stays_until_that_rank_has_ended(folder):
     segment = made(folder / "mpich_shm_12ab_0")
     register_of_a_dead_rank(folder, segment)
     handle, _ = leftovers.create_locked(folder, leftovers.REGISTER)
@@ -120,8 +120,8 @@ def test_the_session_folder_of_a_living_launcher_stays(folder):
 @pytest.mark.parametrize(
     ("launchers", "left"), [([], True), (["slurmstepd"], True), (["prted"], False), (["mpirun", "slurmstepd"], False)]
 )
-def test_what_mpi_leaves_where_no_mpirun_tidies_up_is_removed_by_the_next_start(folder, launchers, left):
-    """Open MPI in one process that srun, or nobody, has started."""
+def test_without_an_mpirun_the_next_start_removes_the_files_of_mpi(folder, launchers, left):
+    """Open MPI in one process, started by srun or without a launcher."""
     program = """
 import mmap, pathlib, sys
 from distdl.job import leftovers
@@ -141,7 +141,7 @@ assert leftovers.sweep([folder]) == []
 
 
 @pytest.mark.parametrize("name", ["results.npz", "ompi.12x", "my_mpich_shm_1"])
-def test_a_register_cannot_make_us_remove_what_no_mpi_has_made(folder, name):
+def test_a_register_cannot_make_us_remove_other_files_than_those_of_mpi(folder, name):
     mine = made(folder / name)
     register_of_a_dead_rank(folder, mine)
     assert leftovers.sweep([folder]) == []
@@ -160,7 +160,7 @@ def test_a_session_folder_that_is_a_link_is_not_followed(folder, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"made": []}', '{"made": [], "launchers": [{}]}'])
-def test_a_register_that_was_cut_off_lists_nothing_and_goes(folder, content):
+def test_an_incomplete_register_lists_nothing_and_is_removed(folder, content):
     register = left_by_a_dead_process(folder, leftovers.REGISTER, content)
     assert leftovers.sweep([folder]) == [str(register)]
 
@@ -183,7 +183,7 @@ def test_only_the_segments_and_sessions_of_mpi_are_found_in_the_maps():
     }
 
 
-def test_a_file_that_is_swept_before_it_is_locked_is_made_again(folder, monkeypatch):
+def test_a_file_that_is_swept_before_it_is_locked_is_created_again(folder, monkeypatch):
     lock, swept = leftovers.flock, []
 
     def swept_first(handle, how):
@@ -200,7 +200,7 @@ def test_a_file_that_is_swept_before_it_is_locked_is_made_again(folder, monkeypa
     os.close(handle)
 
 
-def test_a_rank_killed_before_all_have_mapped_its_file_leaves_one_that_the_next_start_sweeps(tmp_path):
+def test_the_next_start_sweeps_the_file_of_a_rank_killed_before_all_have_mapped_it(tmp_path):
     program = """
 import os, pathlib, signal, sys
 import numpy as np
@@ -215,7 +215,7 @@ share_arrays(OneProcess(), {"a": np.arange(5)})
     assert leftovers.sweep([tmp_path]) == [str(left)]
 
 
-def test_a_file_in_use_is_not_swept_and_nothing_stays_after(tmp_path, monkeypatch):
+def test_a_file_in_use_is_not_swept_and_no_file_remains_afterwards(tmp_path, monkeypatch):
     monkeypatch.setattr(shared_module, "SHARED_MEMORY", tmp_path)
     map_file, swept = shared_module._map, []
 
@@ -232,7 +232,7 @@ def test_a_file_in_use_is_not_swept_and_nothing_stays_after(tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_a_process_is_known_by_its_number_and_its_start():
+def test_a_process_is_identified_by_its_number_and_its_start():
     child = subprocess.Popen(["sleep", "600"])
     try:
         process = look_at(child.pid)
@@ -242,7 +242,7 @@ def test_a_process_is_known_by_its_number_and_its_start():
         assert not type(process)(**{**asdict(process), "started": process.started - 1}).lives
     finally:
         child.kill()
-    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is not buried yet
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it is a zombie process now
     assert look_at(child.pid) is None
     assert not process.lives
     child.wait()

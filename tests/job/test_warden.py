@@ -1,4 +1,4 @@
-"""No rank that hangs keeps the others waiting: its warden kills what gives no sign of life, and nothing else."""
+"""The warden kills a rank that gives no sign of life, and nothing else."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ print("the end", flush=True)
 
 @pytest.fixture
 def start():
-    """Start a process that does something while it has a warden; return it and the warden's number."""
+    """Start a process that does some work while it has a warden; return it and the warden's process number."""
     started = []
 
     def start(work):
@@ -79,7 +79,7 @@ def test_a_stopped_process_is_killed(start):
 
 
 def test_a_process_stuck_in_a_library_is_killed(start):
-    assert_killed(*start("ctypes.PyDLL(None).sleep(60)  # never lets go of Python"))
+    assert_killed(*start("ctypes.PyDLL(None).sleep(60)  # keeps the interpreter's lock"))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_slow_process_is_left_alone(start, work):
 
 
 def test_a_job_that_is_suspended_as_a_whole_is_left_alone(start):
-    """As Ctrl-Z does, or a scheduler that needs the cores for another."""
+    """As by Ctrl-Z, or by a scheduler that needs the cores for another job."""
     process, warden = start(f"time.sleep({3 * SECONDS})")
     os.killpg(process.pid, signal.SIGSTOP)
     time.sleep(2 * SECONDS)
@@ -113,13 +113,13 @@ def test_the_warden_stays_when_its_rank_is_signalled(start):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_no_warden_is_left_behind_by_a_process_that_dies(start, number):
+def test_the_warden_of_a_process_that_dies_ends_too(start, number):
     process, warden = start("time.sleep(60)")
     os.kill(process.pid, number)
     assert is_gone(warden)
 
 
-def test_a_process_whose_warden_is_killed_says_so_and_goes_on(start):
+def test_a_process_whose_warden_is_killed_prints_that_and_continues(start):
     process, warden = start(f"time.sleep({SECONDS})")
     os.kill(warden, signal.SIGKILL)
     output, error = process.communicate(timeout=60)
@@ -134,6 +134,6 @@ def test_without_seconds_there_is_no_warden():
 
 def test_a_warden_that_cannot_be_started_is_one_line(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    said = r"--detect-hangs cannot start .*No such file.*; leave the flag out"
-    with pytest.raises(UserError, match=said), Warden("rank 0", 1.0):
+    message = r"--detect-hangs cannot start .*No such file.*; leave the flag out"
+    with pytest.raises(UserError, match=message), Warden("rank 0", 1.0):
         pass

@@ -1,4 +1,4 @@
-"""`kill -9` of mpirun: no rank lives on, what is left is swept at the next start, and the run goes on from there."""
+"""`kill -9` of mpirun: no rank survives, and the next start sweeps the leftovers and continues the run."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from trapped_training import (
     TRAINING,
-    WAIT_FOR_EVER,
+    WAIT_FOREVER,
     are_gone,
     ended,
     needs_mpirun,
@@ -29,24 +29,24 @@ from distdl.job.mpirun_command import mpirun_command
 from distdl.parallel import shared
 
 pytestmark = needs_mpirun
-BUSY_FOR_EVER = WAIT_FOR_EVER.replace("time.sleep(600)", "while True:\n    pass")
+BUSY_FOREVER = WAIT_FOREVER.replace("time.sleep(600)", "while True:\n    pass")
 
 
 def registers_of(launcher):
-    """The registers of a job's ranks, and what they list."""
+    """The registers of a job's ranks, and the files that they list."""
     found = {}
     for path in Path("/dev/shm").glob(leftovers.REGISTER + "*"):
         try:
             written = json.loads(path.read_text())
-        except (FileNotFoundError, ValueError):  # of another job, which comes or goes
+        except (FileNotFoundError, ValueError):  # of another job, which starts or ends
             continue
         if launcher in [one["pid"] for one in written["launchers"]]:
             found[path] = written["made"]
     return found
 
 
-@pytest.mark.parametrize("trap", [WAIT_FOR_EVER, BUSY_FOR_EVER], ids=["asleep", "busy"])
-def test_no_rank_outlives_its_launcher_and_the_next_start_sweeps_and_goes_on(tmp_path, trap):
+@pytest.mark.parametrize("trap", [WAIT_FOREVER, BUSY_FOREVER], ids=["asleep", "busy"])
+def test_no_rank_outlives_its_launcher_and_the_next_start_sweeps_and_continues(tmp_path, trap):
     process = start(tmp_path, trap, flags=["--run-dir", "run"])
     until(lambda: len(list(tmp_path.glob("waits-*"))) == 3)
     ranks, registers = ranks_of(tmp_path), registers_of(process.pid)
@@ -54,7 +54,7 @@ def test_no_rank_outlives_its_launcher_and_the_next_start_sweeps_and_goes_on(tmp
     made = {path for paths in registers.values() for path in paths}
     assert made
     assert all(Path(path).exists() for path in made)
-    os.kill(ranks[1], signal.SIGSTOP)  # the dead give no signals, but a stopped rank cannot watch
+    os.kill(ranks[1], signal.SIGSTOP)  # a stopped rank cannot watch its launcher
     process.kill()
     assert ended(process)[0] == -signal.SIGKILL
     until(lambda: are_gone(ranks))
@@ -66,8 +66,8 @@ def test_no_rank_outlives_its_launcher_and_the_next_start_sweeps_and_goes_on(tmp
     assert not [path for path in [*made, *registers] if Path(path).exists()]
 
 
-def test_a_rank_that_a_shell_has_started_does_not_outlive_the_launcher_either(tmp_path):
-    environment = write_trap(tmp_path, WAIT_FOR_EVER)
+def test_a_rank_started_by_a_shell_does_not_outlive_the_launcher_either(tmp_path):
+    environment = write_trap(tmp_path, WAIT_FOREVER)
     training = [sys.executable, "-m", "trapped", *TRAINING, "--run-dir", "run"]
     launch = mpirun_command(3, ["/bin/sh", "-c", '"$@"; exit $?', "sh", *training])
     process = subprocess.Popen(launch.argv, cwd=tmp_path, env=environment | launch.environment)
@@ -78,8 +78,8 @@ def test_a_rank_that_a_shell_has_started_does_not_outlive_the_launcher_either(tm
     until(lambda: are_gone(ranks))
 
 
-def test_a_rank_that_comes_when_the_launcher_is_gone_already_ends(tmp_path):
-    """It has loaded Python for so long; it neither waits nor trains."""
+def test_a_rank_that_starts_after_the_end_of_its_launcher_ends(tmp_path):
+    """Its launcher ends while it loads Python. It neither waits nor trains."""
     (tmp_path / "late.py").write_text("""
 import os, pathlib, runpy, time
 launcher = os.getppid()
@@ -100,12 +100,12 @@ runpy.run_module("distdl.train", run_name="__main__")
 
 
 def test_an_ordinary_end_leaves_no_register(tmp_path):
-    trap = WAIT_FOR_EVER.replace("time.sleep(600)", 'while not pathlib.Path("go").exists():\n    time.sleep(0.01)')
+    trap = WAIT_FOREVER.replace("time.sleep(600)", 'while not pathlib.Path("go").exists():\n    time.sleep(0.01)')
     process = start(tmp_path, trap, flags=["--run-dir", "run"])
     until(lambda: len(list(tmp_path.glob("waits-*"))) == 3)
     registers = registers_of(process.pid)
     assert len(registers) == 3
-    leftovers.sweep(shared.folders())  # which takes nothing from the living
+    leftovers.sweep(shared.folders())  # removes nothing of living ranks
     assert all(path.exists() for path in registers)
     assert all(Path(path).exists() for made in registers.values() for path in made)
     (tmp_path / "go").touch()

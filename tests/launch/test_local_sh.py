@@ -1,4 +1,4 @@
-"""`launch/local.sh` as a person meets it."""
+"""`launch/local.sh` as a user runs it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCRIPT = REPOSITORY / "launch" / "local.sh"
 def run_script(
     *arguments: str, folder: Path, script: Path = SCRIPT, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the script in a folder, with the Python of these tests unless told otherwise."""
+    """Run the script in a folder, by default with the Python of these tests."""
     environment = {
         name: value for name, value in os.environ.items() if name not in {"PYTHON", "VIRTUAL_ENV", "PYTHONPATH"}
     }
@@ -29,8 +29,8 @@ def run_script(
     )
 
 
-def pretended_python(path: Path, name: str) -> Path:
-    """Write a Python that can import everything, and prints its name and what it was told to run."""
+def fake_python(path: Path, name: str) -> Path:
+    """Write a fake Python that can import everything, and prints its name and its arguments."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then exit 0; fi\necho {name} "$@"\n')
     path.chmod(0o755)
@@ -39,57 +39,57 @@ def pretended_python(path: Path, name: str) -> Path:
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_shows_how_to_start(flag: str, tmp_path: Path) -> None:
-    answer = run_script(flag, folder=tmp_path, PYTHON="/nowhere")
-    assert answer.returncode == 0
-    assert answer.stdout.startswith("usage: launch/local.sh -n RANKS")
-    assert answer.stderr == ""
+    done = run_script(flag, folder=tmp_path, PYTHON="/nowhere")
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: launch/local.sh -n RANKS")
+    assert done.stderr == ""
 
 
-def test_each_way_to_choose_a_python_wins_over_the_next(tmp_path: Path) -> None:
+def test_each_way_to_choose_a_python_precedes_the_next(tmp_path: Path) -> None:
     script = tmp_path / "repository" / "launch" / "local.sh"
     script.parent.mkdir(parents=True)
     shutil.copy(SCRIPT, script)
-    on_path = pretended_python(tmp_path / "bin" / "python3", "path").parent
+    on_path = fake_python(tmp_path / "bin" / "python3", "path").parent
     variables = {"PATH": f"{on_path}{os.pathsep}{os.environ['PATH']}"}
 
     def chosen() -> str:
-        answer = run_script("-n", "2", "--", "a b", folder=tmp_path, script=script, **variables)
-        assert answer.stderr == ""
-        name, command = answer.stdout.split(maxsplit=1)
+        done = run_script("-n", "2", "--", "a b", folder=tmp_path, script=script, **variables)
+        assert done.stderr == ""
+        name, command = done.stdout.split(maxsplit=1)
         assert command == "-m distdl.mpirun -n 2 -- a b\n"
         return name
 
     assert chosen() == "path"
-    pretended_python(tmp_path / "repository" / ".venv" / "bin" / "python", "beside")
+    fake_python(tmp_path / "repository" / ".venv" / "bin" / "python", "beside")
     assert chosen() == "beside"
-    variables["VIRTUAL_ENV"] = str(pretended_python(tmp_path / "venv" / "bin" / "python", "activated").parents[1])
+    variables["VIRTUAL_ENV"] = str(fake_python(tmp_path / "venv" / "bin" / "python", "activated").parents[1])
     assert chosen() == "activated"
-    variables["PYTHON"] = str(pretended_python(tmp_path / "given", "given"))
+    variables["PYTHON"] = str(fake_python(tmp_path / "given", "given"))
     assert chosen() == "given"
 
 
-def test_a_python_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    answer = run_script("-n", "2", folder=tmp_path, PYTHON="/nowhere/python")
-    assert answer.returncode == 2
-    assert answer.stderr.startswith("launch/local.sh: no Python called /nowhere/python")
-    assert answer.stderr.count("\n") == 1
+def test_a_missing_python_is_reported_in_one_line(tmp_path: Path) -> None:
+    done = run_script("-n", "2", folder=tmp_path, PYTHON="/nowhere/python")
+    assert done.returncode == 2
+    assert done.stderr.startswith("launch/local.sh: no Python called /nowhere/python")
+    assert done.stderr.count("\n") == 1
 
 
-def test_a_python_without_distdl_is_one_line_that_says_what_to_install(tmp_path: Path) -> None:
-    python = pretended_python(tmp_path / "python", "without")
+def test_a_python_without_distdl_is_one_line_that_names_the_remedy(tmp_path: Path) -> None:
+    python = fake_python(tmp_path / "python", "without")
     python.write_text("#!/bin/sh\necho 'No module named distdl' >&2\nexit 1\n")
-    answer = run_script("-n", "2", folder=tmp_path, PYTHON=str(python))
-    assert answer.returncode == 2
-    assert f"{python} -m pip install '{REPOSITORY}[mpich]'" in answer.stderr
-    assert answer.stderr.count("\n") == 1
+    done = run_script("-n", "2", folder=tmp_path, PYTHON=str(python))
+    assert done.returncode == 2
+    assert f"{python} -m pip install '{REPOSITORY}[mpich]'" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_wrong_flag_is_one_line_and_exit_2(tmp_path: Path) -> None:
     for arguments in ([], ["-n", "many"], ["--epochs", "3"]):
-        answer = run_script(*arguments, folder=tmp_path)
-        assert answer.returncode == 2
-        assert answer.stderr.startswith("distdl: error: ")
-        assert answer.stderr.count("\n") == 1
+        done = run_script(*arguments, folder=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.startswith("distdl: error: ")
+        assert done.stderr.count("\n") == 1
 
 
 needs_mpirun = pytest.mark.skipif(
@@ -101,15 +101,15 @@ needs_mpirun = pytest.mark.skipif(
 @needs_mpirun
 def test_dry_run_prints_the_command_and_runs_nothing(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text("open('was-here', 'w').close()")
-    answer = run_script("-n", "2", "--dry-run", "--module", "program", "--", "a b", folder=tmp_path)
-    assert answer.returncode == 0, answer.stderr
-    assert shlex.split(answer.stdout)[-6:] == ["-n", "2", sys.executable, "-m", "program", "a b"]
+    done = run_script("-n", "2", "--dry-run", "--module", "program", "--", "a b", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert shlex.split(done.stdout)[-6:] == ["-n", "2", sys.executable, "-m", "program", "a b"]
     assert not (tmp_path / "was-here").exists()
 
 
 @needs_mpirun
-def test_relative_paths_mean_the_folder_of_the_caller(tmp_path: Path) -> None:
+def test_relative_paths_start_at_the_folder_of_the_caller(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text("import sys; open(sys.argv[1], 'a').close()")
-    answer = run_script("-n", "2", "--module", "program", "--", "my run", folder=tmp_path)
-    assert answer.returncode == 0, answer.stderr
+    done = run_script("-n", "2", "--module", "program", "--", "my run", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "my run").exists()

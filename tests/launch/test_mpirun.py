@@ -1,4 +1,4 @@
-"""The launcher, first against pretended MPIs, then with the `mpirun` of this environment."""
+"""The start of jobs, with pretended MPIs and with the `mpirun` of this environment."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import pytest
 
 from distdl import cli, mpirun
 from distdl.errors import UserError
+from distdl.job.mpirun_command import environment_for, find_mpirun, mpirun_command
 
 REPOSITORY = Path(mpirun.__file__).parents[1]
 VERSIONS = {
@@ -46,7 +47,7 @@ def write_program(path: Path, text: str) -> Path:
 
 
 class PretendedEnvironment:
-    """An environment with an `mpirun` that knows its version, and otherwise prints what it was started with."""
+    """An environment with an `mpirun` that prints its version or else its arguments."""
 
     def __init__(self, folder: Path) -> None:
         self.mpirun = folder / "bin" / "mpirun"
@@ -63,7 +64,7 @@ for argument in "$0" "$@"; do printf '%s\\n' "$argument"; done
 
 @pytest.fixture
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PretendedEnvironment:
-    """Pretend that Python lives in an environment without MPI, run by nobody in particular."""
+    """Pretend that Python is in an environment without MPI, and that the user is not root."""
     for variable in AS_ROOT | PLACEMENT[4] | PLACEMENT[5]:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
@@ -72,20 +73,20 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PretendedEnv
     return PretendedEnvironment(tmp_path)
 
 
-def test_mpirun_beside_python_is_taken_before_that_on_the_path(
+def test_the_mpirun_next_to_python_precedes_the_one_on_the_path(
     environment: PretendedEnvironment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_path = write_program(tmp_path / "system" / "mpirun", "#!/bin/sh\n")
     monkeypatch.setenv("PATH", str(on_path.parent))
-    assert mpirun.find_mpirun() == on_path
+    assert find_mpirun() == on_path
     environment.install("mpich")
-    assert mpirun.find_mpirun() == environment.mpirun
+    assert find_mpirun() == environment.mpirun
 
 
 @pytest.mark.usefixtures("environment")
-def test_without_mpirun_one_line_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_mpirun_one_line_names_a_package_to_install(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"pip install 'distdl-mpi\[mpich\]'"):
-        mpirun.find_mpirun()
+        find_mpirun()
     assert cli.run(mpirun.main, ["-n", "2", "--module", "json"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -95,20 +96,20 @@ def test_without_mpirun_one_line_says_what_to_install(capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("version", ["mpich", "intel"])
 @pytest.mark.parametrize("user", [0, 1000])
-def test_the_kin_of_mpich_need_only_the_number_of_ranks(
+def test_relatives_of_mpich_need_only_the_number_of_ranks(
     environment: PretendedEnvironment, version: str, user: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environment.install(version)
     monkeypatch.setattr(os, "geteuid", lambda: user)
-    launch = mpirun.mpirun_command(64, ["python", "-m", "distdl.train"])
+    launch = mpirun_command(64, ["python", "-m", "distdl.train"])
     assert launch.argv == [str(environment.mpirun), "-n", "64", "python", "-m", "distdl.train"]
     assert launch.environment == {}
 
 
 @pytest.mark.parametrize("version", ["openmpi4", "openmpi4-debian"])
-def test_open_mpi_4_may_share_cores_and_knows_no_ulfm(environment: PretendedEnvironment, version: str) -> None:
+def test_open_mpi_4_may_share_cores_and_has_no_ulfm(environment: PretendedEnvironment, version: str) -> None:
     environment.install(version)
-    launch = mpirun.mpirun_command(3, ["python"])
+    launch = mpirun_command(3, ["python"])
     assert launch.argv == [str(environment.mpirun), "-n", "3", "python"]
     assert launch.environment == PLACEMENT[4]
 
@@ -118,7 +119,7 @@ def test_open_mpi_from_5_on_may_share_cores_and_survives_failures(
     environment: PretendedEnvironment, version: str
 ) -> None:
     environment.install(version)
-    launch = mpirun.mpirun_command(3, ["python"])
+    launch = mpirun_command(3, ["python"])
     assert launch.argv == [str(environment.mpirun), "--with-ft", "ulfm", "-n", "3", "python"]
     assert launch.environment == PLACEMENT[5]
 
@@ -129,15 +130,15 @@ def test_only_root_tells_open_mpi_that_root_may_run(
 ) -> None:
     environment.install(f"openmpi{version}")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert mpirun.mpirun_command(1, ["python"]).environment == AS_ROOT | PLACEMENT[version]
+    assert mpirun_command(1, ["python"]).environment == AS_ROOT | PLACEMENT[version]
 
 
-def test_what_a_person_has_set_wins(environment: PretendedEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_of_the_user_are_kept(environment: PretendedEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
     environment.install("openmpi5")
     monkeypatch.setenv("PRTE_MCA_hwloc_default_binding_policy", "core")
-    launch = mpirun.mpirun_command(2, ["python"])
+    launch = mpirun_command(2, ["python"])
     assert launch.environment == {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
-    whole = mpirun.environment_for(launch)
+    whole = environment_for(launch)
     assert whole["PRTE_MCA_hwloc_default_binding_policy"] == "core"
     assert whole["PRTE_MCA_rmaps_default_mapping_policy"] == ":oversubscribe"
     assert whole.items() >= dict(os.environ).items()
@@ -147,14 +148,14 @@ def test_what_a_person_has_set_wins(environment: PretendedEnvironment, monkeypat
 def test_fewer_ranks_than_one_are_refused(environment: PretendedEnvironment, ranks: int) -> None:
     environment.install("mpich")
     with pytest.raises(UserError, match=f"cannot start {ranks} ranks"):
-        mpirun.mpirun_command(ranks, ["python"])
+        mpirun_command(ranks, ["python"])
 
 
 @pytest.mark.parametrize("text", ["#!/bin/sh\nexit 127\n", "#!/nowhere/sh\n"])
 def test_an_mpirun_that_does_not_work_is_named(environment: PretendedEnvironment, text: str) -> None:
     write_program(environment.mpirun, text)
     with pytest.raises(UserError, match=f"{environment.mpirun} does not work"):
-        mpirun.mpirun_command(2, ["python"])
+        mpirun_command(2, ["python"])
 
 
 @pytest.mark.parametrize("version", ["mpich", "openmpi4", "openmpi5"])
@@ -167,7 +168,7 @@ def test_the_dry_run_line_does_the_same_when_pasted_into_a_shell(
     line = capsys.readouterr().out
     assert line.count("\n") == 1
 
-    launch = mpirun.mpirun_command(4, [sys.executable, "-m", "json", *flags])
+    launch = mpirun_command(4, [sys.executable, "-m", "json", *flags])
     variables = [f"{name}={value}" for name, value in launch.environment.items()]
     assert shlex.split(line) == (["env", *variables] if variables else []) + launch.argv
     pasted = subprocess.run(
@@ -212,12 +213,12 @@ def test_the_launcher_imports_neither_numpy_nor_mpi() -> None:
     assert answer.stdout == "[]\n"
 
 
-# From here on with the real mpirun.
+# The real mpirun
 
 
 def has_mpirun() -> bool:
     try:
-        mpirun.find_mpirun()
+        find_mpirun()
     except UserError:
         return False
     return True
@@ -230,7 +231,7 @@ RANK = "int(os.environ.get('OMPI_COMM_WORLD_RANK', os.environ.get('PMI_RANK', '-
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to run in, whose modules every rank can import beside distdl."""
+    """Return a working folder. Every rank can import its modules and distdl."""
     monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}{os.pathsep}{tmp_path}")
     return tmp_path
 
@@ -239,16 +240,8 @@ def start(job: Path, ranks: int, program: str, *flags: str, supervised: Sequence
     (job / "program_of_this_test.py").write_text(program)
     return subprocess.Popen(
         [
-            sys.executable,
-            "-m",
-            "distdl.mpirun",
-            "-n",
-            str(ranks),
-            *supervised,
-            "--module",
-            "program_of_this_test",
-            "--",
-            *flags,
+            *(sys.executable, "-m", "distdl.mpirun", "-n", str(ranks), *supervised),
+            *("--module", "program_of_this_test", "--", *flags),
         ],
         cwd=job,
         stdout=subprocess.PIPE,
@@ -269,7 +262,7 @@ def exit_code_and_output(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 @real
 @pytest.mark.parametrize("supervised", [[], ["--restarts", "1"]], ids=["alone", "supervised"])
-def test_what_a_killed_launcher_of_the_same_process_number_has_left_is_no_obstacle(
+def test_files_of_a_killed_launcher_with_the_same_process_number_do_no_harm(
     job: Path, supervised: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(job))
@@ -315,7 +308,7 @@ pathlib.Path(f"rank-{world.rank}").write_text(str(world.allreduce(world.rank)))
 
 
 @real
-def test_the_exit_code_of_the_program_passes_through(job: Path) -> None:
+def test_the_exit_code_is_that_of_the_program(job: Path) -> None:
     code, _ = exit_code_and_output(start(job, 2, "raise SystemExit(7)"))
     assert code == 7
 

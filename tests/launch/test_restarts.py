@@ -1,4 +1,4 @@
-"""`launch/local.sh --restarts`: a job that fails is started again, and ends as if nothing had happened."""
+"""`launch/local.sh --restarts`: a job that fails is restarted, and ends with the receipt of an undisturbed run."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from trapped_training import (
     REPOSITORY,
-    WAIT_FOR_EVER,
+    WAIT_FOREVER,
     are_gone,
     ended,
     needs_mpirun,
@@ -27,7 +27,7 @@ from distdl.job.restarts import run_folder
 
 pytestmark = pytest.mark.usefixtures("signals_at_their_defaults")
 
-#: Runs a job of one process that ends as the list in `ends` says, one start after the other.
+#: Runs a job of one process; its starts end as listed in `ends`, one after the other.
 DRIVER = """
 import json, os, sys
 from distdl import cli
@@ -50,7 +50,7 @@ if ends[0] == "refused":
 if ends[0] != "before it began":
     folder.mkdir(exist_ok=True)
     (folder / "config.toml").touch()
-if ends[0] == "killed when it had begun":
+if ends[0] == "killed after it began":
     (folder / "summary.json").unlink(missing_ok=True)
 if ends[0] == 0:
     (folder / "summary.json.partial").touch()
@@ -77,7 +77,7 @@ def run_scripted(folder, ends, *flags, restarts=3):
     return done.returncode, starts, done.stderr.splitlines()
 
 
-def test_a_job_that_fails_goes_on_from_its_checkpoint_until_it_is_done(tmp_path):
+def test_a_job_that_fails_continues_from_its_checkpoint_until_it_is_done(tmp_path):
     code, starts, said = run_scripted(tmp_path, ["SIGKILL", 9, 1, 0], "--epochs=3", "--run-dir=run")
     assert code == 0
     assert starts == [["--epochs=3", "--run-dir=run"]] + 3 * [
@@ -92,7 +92,7 @@ def test_a_job_that_fails_goes_on_from_its_checkpoint_until_it_is_done(tmp_path)
 
 
 @pytest.mark.parametrize("code", [0, 2, 3, 4, 75, 130])
-def test_what_would_be_the_same_again_or_was_wanted_is_not_started_again(tmp_path, code):
+def test_an_end_that_was_wanted_or_would_repeat_is_not_restarted(tmp_path, code):
     assert run_scripted(tmp_path, [code, 0], "--run-dir=run") == (code, [["--run-dir=run"]], [])
 
 
@@ -105,25 +105,25 @@ def test_no_more_restarts_than_allowed_and_the_last_exit_code(tmp_path):
     )
 
 
-@pytest.mark.parametrize("end", ["killed", "killed when it had begun"])
-def test_all_well_without_a_new_summary_is_not_believed(tmp_path, end):
+@pytest.mark.parametrize("end", ["killed", "killed after it began"])
+def test_exit_code_0_without_a_new_summary_is_a_failure(tmp_path, end):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "summary.json").touch()  # of the run as it ended before
+    (tmp_path / "run" / "summary.json").touch()  # of an earlier end of the run
     code, starts, said = run_scripted(tmp_path, [end, end], "--run-dir=run", restarts=1)
     assert code == 1
     assert len(starts) == 2
     assert all(line.startswith("distdl: the job ended without a summary") for line in said)
 
 
-def test_before_the_run_began_the_same_flags_are_given_again(tmp_path):
-    """With `--resume auto` a run that shall go on from another folder would start afresh."""
+def test_a_job_that_fails_before_the_run_began_restarts_with_the_same_flags(tmp_path):
+    """With `--resume auto` a run that continues another folder's run would start from nothing."""
     flags = ["--resume=other", "--run-dir=run"]
     code, starts, said = run_scripted(tmp_path, ["before it began", 0], *flags)
     assert (code, starts) == (0, [flags, flags])
     assert said == ["distdl: the job ended without a summary: restart 1 of 3, from the start"]
 
 
-def test_a_run_folder_is_chosen_once_where_none_is_given(tmp_path):
+def test_a_run_folder_is_chosen_once_if_none_is_given(tmp_path):
     code, starts, _ = run_scripted(tmp_path, ["SIGKILL", 0])
     assert code == 0
     (folder,) = (tmp_path / "runs").iterdir()
@@ -138,12 +138,12 @@ def test_a_wrong_flag_leaves_no_chosen_folder_behind(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_two_chosen_folders_in_one_second_are_two(tmp_path, monkeypatch):
+def test_folders_chosen_in_the_same_second_differ(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert len({run_folder([])[0] for _ in range(3)}) == 3
 
 
-def test_the_folder_of_a_run_is_that_which_is_resumed(tmp_path):
+def test_a_resumed_run_keeps_its_folder(tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.toml").touch()
@@ -176,7 +176,7 @@ def test_a_killed_job_ends_with_the_receipt_of_the_undisturbed_one(tmp_path, kil
     assert code == 0, errors
     assert receipt_of(printed) == undisturbed_receipt()
     assert (tmp_path / "sprung").exists()
-    if killed != "a rank":  # which those who survive may make up for
+    if killed != "a rank":  # the survivors may continue without a restart
         assert errors.count(": restart 1 of 2, --run-dir runs/") == 1
     assert "restart 2 of 2" not in errors
     assert are_gone(ranks_of(tmp_path))
@@ -185,10 +185,10 @@ def test_a_killed_job_ends_with_the_receipt_of_the_undisturbed_one(tmp_path, kil
 @needs_mpirun
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_job_and_the_restarts(tmp_path, number):
-    process = start(tmp_path, WAIT_FOR_EVER, "--restarts", "2", flags=["--run-dir", "run"])
+    process = start(tmp_path, WAIT_FOREVER, "--restarts", "2", flags=["--run-dir", "run"])
     until(lambda: len(list(tmp_path.glob("waits-*"))) == 3)
     process.send_signal(number)
-    time.sleep(2 * SAME_REQUEST_SECONDS)  # the first asks to stop after the step, which never ends here
+    time.sleep(2 * SAME_REQUEST_SECONDS)  # the first signal asks to stop after the step, which never ends here
     process.send_signal(number)
     code, _, errors = ended(process)
     assert code != 0
@@ -202,13 +202,13 @@ import os, signal, sys, threading, time
 from distdl.job import restarts
 restarts.SECONDS_TO_END = 1.0
 deaf = "import pathlib, signal, time; signal.signal(15, signal.SIG_IGN); pathlib.Path('deaf').touch(); time.sleep(600)"
-def tell():
+def send():
     while not os.path.exists("deaf"):
         time.sleep(0.01)
     for _ in range(2):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.5)
-threading.Thread(target=tell).start()
+threading.Thread(target=send).start()
 print(restarts._Job().run([sys.executable, "-c", deaf], dict(os.environ)))
 """
     done = subprocess.run(
@@ -226,7 +226,7 @@ def warned(*_):
     raise SystemExit(75)
 signal.signal(signal.SIGUSR1, warned)
 """
-        + WAIT_FOR_EVER
+        + WAIT_FOREVER
     )
     process = start(tmp_path, trap, "--restarts", "2", flags=["--run-dir", "run"])
     until(lambda: len(list(tmp_path.glob("waits-*"))) == 3)
@@ -239,7 +239,7 @@ signal.signal(signal.SIGUSR1, warned)
 
 @needs_mpirun
 def test_a_killed_supervisor_takes_the_job_with_it(tmp_path):
-    process = start(tmp_path, WAIT_FOR_EVER, "--restarts", "2", flags=["--run-dir", "run"])
+    process = start(tmp_path, WAIT_FOREVER, "--restarts", "2", flags=["--run-dir", "run"])
     until(lambda: len(list(tmp_path.glob("waits-*"))) == 3)
     process.kill()
     ended(process)

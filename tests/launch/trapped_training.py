@@ -1,4 +1,4 @@
-"""Trainings that run into a trap, started as a person starts them, and the receipt of one that does not."""
+"""Trainings with a fault in their eighth step, started as a user starts them, and the receipt without the fault."""
 
 import os
 import re
@@ -20,7 +20,7 @@ LOCAL_SH = REPOSITORY / "launch" / "local.sh"
 TRAINING = ["--model", "mlp", "--epochs", "2", "--checkpoint-every", "3"]
 SECONDS_AGAINST_HANGING = 120
 
-#: Each rank springs the trap before its eighth step, unless an earlier start has left the file `sprung`.
+#: Before its eighth step a rank runs the trap, unless an earlier start has created the file `sprung`.
 PROGRAM = """
 import os, pathlib, signal, sys, time
 from distdl import cli
@@ -46,7 +46,7 @@ def main(arguments):
 
 sys.exit(cli.run(main))
 """
-WAIT_FOR_EVER = """
+WAIT_FOREVER = """
 pathlib.Path("sprung").touch()
 pathlib.Path(f"waits-{rank}").touch()
 time.sleep(600)
@@ -55,14 +55,14 @@ time.sleep(600)
 needs_mpirun = pytest.mark.skipif(
     shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") is None
     or read_launch().by is not None,
-    reason="this environment has no mpirun, or this is a rank already",
+    reason="this environment has no mpirun, or this process is a rank",
 )
 
 
 def write_trap(folder, trap):
-    """Write the module `trapped`, whose trap has the variable `rank`, and return the environment it runs in.
+    """Write the module `trapped` and return its environment; the code of the trap can use the variable `rank`.
 
-    What a killed launcher leaves in the folder of temporary files is gone with this folder.
+    The temporary folder lies in `folder`, so files of a killed launcher are removed with it.
     """
     lines = [f"    {line}" for line in trap.strip().splitlines()]
     (folder / "trapped.py").write_text(PROGRAM.format(trap="\n".join(lines)))
@@ -89,7 +89,7 @@ def start(folder, trap, *arguments, flags=()):
 
 
 def ended(process):
-    """Wait for the end; return the exit code, what was printed, and the errors."""
+    """Wait for the end; return the exit code, the output and the errors."""
     with process:
         try:
             printed, errors = process.communicate(timeout=SECONDS_AGAINST_HANGING)
@@ -116,15 +116,15 @@ def undisturbed_receipt():
 
 
 def until(condition):
-    """Wait until the condition holds; only against hanging is there a limit."""
+    """Wait until the condition holds; the time limit is only against hanging."""
     deadline = time.monotonic() + SECONDS_AGAINST_HANGING
     while not condition():
-        assert time.monotonic() < deadline, "waited for ever"
+        assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.05)
 
 
 def ranks_of(folder):
-    """The processes of the ranks that have taken a step."""
+    """The process numbers of the ranks that have taken a step."""
     return [int(text) for path in folder.glob("process-*") if (text := path.read_text())]
 
 

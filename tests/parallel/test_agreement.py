@@ -7,7 +7,7 @@ from distdl.parallel import OneProcess, commit, committed, from_rank_0, on_rank_
 
 
 class Group(OneProcess):
-    """Ranks whose agreements end as `outcomes` say: a bool, or an error to raise. Records the flags of this rank."""
+    """Ranks whose agreements have the given `outcomes`: a bool, or an error to raise. Records this rank's flags."""
 
     def __init__(self, outcomes, numbers=(0, 1, 2, 3), flags=None):
         super().__init__()
@@ -30,7 +30,7 @@ class Group(OneProcess):
 
 
 def refused(group, work):
-    """Do work whose agreement says no: it must end with a failure that all ranks know."""
+    """Do work whose agreement fails: it must end with a failure that all ranks know."""
     with pytest.raises(PeerLost) as caught:
         work(group)
     assert caught.value.agreed

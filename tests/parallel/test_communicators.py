@@ -1,4 +1,4 @@
-"""One process and MPI keep the same contract; errors are shared by all ranks; waiting ranks leave the core."""
+"""One process and MPI keep the same contract; all ranks share errors; waiting ranks leave their core to others."""
 
 import os
 import signal
@@ -27,14 +27,14 @@ def assert_contract(communicator):
     counts = np.array([rank, 1], np.int64)
     communicator.allreduce(counts)
     assert counts.tolist() == [size * (size - 1) // 2, size]
-    # rank r sends r + 1 bytes of value r to everyone
+    # rank r sends r + 1 bytes of value r to all ranks
     send = np.full(size + 1, rank, np.uint8)
     receive = np.full(sum(r + 1 for r in range(size)), 99, np.uint8)
     starts = [r * (r + 1) // 2 for r in range(size)]
     communicator.alltoallv(send, [(0, rank + 1)] * size, receive, [(starts[r], r + 1) for r in range(size)])
     everything = [r for r in range(size) for _ in range(r + 1)]
     assert receive.tolist() == everything
-    # what a rank sends may lie anywhere in its buffer, and ranks may send nothing, not even to themselves
+    # the sent bytes may lie anywhere in the buffer, and ranks may send nothing, not even to themselves
     mail = np.arange(size, dtype=np.uint8) + 10 * rank
     arrived = np.full(size, 99, np.uint8)
     spans = [(r, int(r != rank)) for r in range(size)]
@@ -64,7 +64,7 @@ def test_mpi_keeps_the_contract(communicator):
 
 
 @pytest.mark.mpi(min_size=2)
-def test_what_one_rank_may_not_do_is_an_error_on_every_rank(communicator):
+def test_an_error_of_one_rank_is_raised_on_every_rank(communicator):
     for culprit in range(communicator.size):
 
         def work(culprit=culprit):
@@ -79,7 +79,7 @@ def test_what_one_rank_may_not_do_is_an_error_on_every_rank(communicator):
     assert together(communicator, lambda: communicator.rank) == communicator.rank
 
 
-def test_the_guard_passes_on_what_every_rank_raises():
+def test_the_guard_passes_an_error_that_every_rank_raises():
     with pytest.raises(UserError, match="mine"), guard(OneProcess()):
         raise UserError("mine")
 
@@ -109,12 +109,12 @@ def leftovers():
     return {path.name for path in Path("/dev/shm").glob("distdl-memory-*")}
 
 
-def assert_nothing_new_but(before, communicator):
-    """What has come since is gone again; another job's file lives for some milliseconds."""
+def assert_no_new_file_since(before, communicator):
+    """No new file remains; a file of another job exists for some milliseconds only."""
     deadline = time.monotonic() + 5
     while (new := leftovers() - before) and time.monotonic() < deadline:
         time.sleep(0.05)
-    communicator.barrier()  # nobody makes files for the next test while another still looks
+    communicator.barrier()  # no rank creates files for the next test while another still looks
     assert not new
 
 
@@ -130,7 +130,7 @@ def assert_shared(communicator, **keywords):
         with pytest.raises(ValueError, match="read-only"):
             shared[name][...] = 0
     communicator.barrier()
-    assert_nothing_new_but(before, communicator)
+    assert_no_new_file_since(before, communicator)
 
 
 def test_one_process_shares_arrays_with_itself():
@@ -138,19 +138,19 @@ def test_one_process_shares_arrays_with_itself():
 
 
 @pytest.mark.mpi(min_size=2)
-def test_all_ranks_of_a_node_see_the_arrays_of_the_coordinator(communicator):
+def test_all_ranks_of_a_host_see_the_arrays_of_the_coordinator(communicator):
     assert_shared(communicator)
 
 
 @pytest.mark.mpi(min_size=3)
 def test_each_host_gets_a_copy(communicator):
-    """Two hosts, pretended: ranks 0 and 1 on the first, the others on the second."""
+    """Two simulated hosts: ranks 0 and 1 on the first, the others on the second."""
     assert_shared(communicator, host=communicator.split(min(communicator.rank // 2, 1)))
 
 
 @pytest.mark.mpi(min_size=2)
 def test_one_copy_serves_all_ranks_of_a_host(communicator):
-    """The mapped file of every rank is one and the same."""
+    """Every rank has mapped the same file."""
     megabytes = np.zeros(2**22, np.uint8)
     shared = share_arrays(communicator, {"a": megabytes} if communicator.rank == 0 else {})
     address = shared["a"].ctypes.data
@@ -182,13 +182,13 @@ def test_no_room_anywhere_is_an_error_on_every_rank(communicator, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UserError, match=r"no room for .* MB of the dataset.*No space left on device"):
         share_arrays(communicator, ARRAYS if communicator.rank == 0 else {})
-    assert_nothing_new_but(before, communicator)
+    assert_no_new_file_since(before, communicator)
 
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("what", ["reserve", "map"])
 def test_a_host_that_fails_leaves_no_file_on_any_host(what, communicator, monkeypatch):
-    """As many hosts as ranks, pretended; the last one has no room, or may not map its file."""
+    """As many simulated hosts as ranks; the last one has no room, or may not map its file."""
 
     def refused(*_arguments, **_keywords):
         raise OSError(12, "Cannot allocate memory")
@@ -203,32 +203,32 @@ def test_a_host_that_fails_leaves_no_file_on_any_host(what, communicator, monkey
         share_arrays(communicator, ARRAYS if communicator.rank == 0 else {}, host=host)
     host.free()
     communicator.barrier()
-    assert_nothing_new_but(before, communicator)
+    assert_no_new_file_since(before, communicator)
 
 
 @pytest.mark.mpi(min_size=2)
-def test_no_number_of_trainings_uses_up_the_communicators_of_mpi(communicator, monkeypatch):
+def test_many_trainings_do_not_exhaust_the_communicators_of_mpi(communicator, monkeypatch):
     from distdl.parallel.mpi import MpiCommunicator
 
     made, freed = [], []
     make, free = MpiCommunicator.__init__, MpiCommunicator.free
     monkeypatch.setattr(MpiCommunicator, "__init__", lambda self, *a, **k: (made.append(self), make(self, *a, **k))[1])
     monkeypatch.setattr(MpiCommunicator, "free", lambda self: (freed.append(self), free(self))[1])
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which world() replaces
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # world() replaces it
     arrays = ARRAYS if communicator.rank == 0 else {}
     share_arrays(world(), arrays)
     kept = len(made) - len(freed)
     for _ in range(3):
         share_arrays(world(), arrays)
-        share_arrays(world(), arrays, host=OneProcess())  # as on hosts of one rank each, whose leaders are all ranks
+        share_arrays(world(), arrays, host=OneProcess())  # as on hosts of one rank each: all ranks are leaders
     assert len(made) - len(freed) == kept
-    assert len(freed) == 3  # the leaders' groups
+    assert len(freed) == 3  # the groups of leaders
     world().barrier()
 
 
 @pytest.mark.mpi(min_size=2)
-def test_no_number_of_trainings_on_several_hosts_uses_up_the_communicators(communicator, shared_tmp_path, monkeypatch):
-    """Each rank is taken for a host of its own."""
+def test_many_trainings_on_several_hosts_do_not_exhaust_the_communicators(communicator, shared_tmp_path, monkeypatch):
+    """Each rank is a simulated host of its own."""
     own = communicator.split(communicator.rank)
     monkeypatch.setattr(type(communicator), "host", lambda _: own)
     for number in range(2):
@@ -239,7 +239,7 @@ def test_no_number_of_trainings_on_several_hosts_uses_up_the_communicators(commu
     own.free()
 
 
-def test_an_error_that_each_rank_finds_alone_is_not_taken_for_agreed(monkeypatch):
+def test_an_error_that_each_rank_finds_alone_is_not_agreed(monkeypatch):
     monkeypatch.setitem(sys.modules, "distdl.parallel.mpi", None)
     monkeypatch.delattr("distdl.parallel.mpi", raising=False)
     for name in ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"):
@@ -248,26 +248,26 @@ def test_an_error_that_each_rank_finds_alone_is_not_taken_for_agreed(monkeypatch
     monkeypatch.setenv("PMI_SIZE", "4")
     with pytest.raises(UserError, match="4 separate processes") as caught:
         world()
-    assert not caught.value.agreed  # so a silent rank waits for rank 0 to speak
+    assert not caught.value.agreed  # so a silent rank waits until rank 0 has printed it
 
 
-def test_an_abort_after_a_recovery_wakes_those_that_are_left_and_ends_the_launcher_not_a_shell(monkeypatch):
-    """Whoever aborts may know of the group before the loss alone."""
+def test_an_abort_after_a_recovery_wakes_the_survivors_and_ends_the_launcher_not_a_shell(monkeypatch):
+    """The aborting rank may know only the group from before the failure."""
     mpi = pytest.importorskip("distdl.parallel.mpi", exc_type=(ImportError, RuntimeError))
     done = []
 
-    class Left:
-        _common = SimpleNamespace(revoke=lambda: done.append("those left"))
+    class Survivors:
+        _common = SimpleNamespace(revoke=lambda: done.append("survivors"))
 
     before = object.__new__(mpi.MpiCommunicator)
-    before._common = SimpleNamespace(revoke=lambda: done.append("those before"))
+    before._common = SimpleNamespace(revoke=lambda: done.append("before"))
     above = [Process(22, "sh", "S", 11, 0), Process(11, "prterun", "S", 7, 0), Process(7, "mpirun", "S", 1, 0)]
-    monkeypatch.setattr(mpi, "_world", Left())
+    monkeypatch.setattr(mpi, "_world", Survivors())
     monkeypatch.setattr(mpi, "SECONDS_TO_PASS_ON", 0.0)
     monkeypatch.setattr(mpi, "survives_failures", lambda: True)
     monkeypatch.setattr(mpi, "ancestors", lambda: iter(above))
     monkeypatch.setattr(mpi.os, "kill", lambda *told: done.append(told))
     monkeypatch.setattr(mpi.os, "_exit", done.append)
     before.abort(3)
-    assert sorted(done[:2]) == ["those before", "those left"]
+    assert sorted(done[:2]) == ["before", "survivors"]
     assert done[2:] == [(11, signal.SIGTERM), 3]

@@ -1,4 +1,4 @@
-"""Micro-batches are dealt by speed: as fast as can be, each of them once, in few partial sums."""
+"""Micro-batches are dealt by speed: for the earliest end, each of them once, in few partial sums."""
 
 import itertools
 
@@ -17,23 +17,23 @@ def slowest(loads, speeds):
     return max(load / speed for load, speed in zip(loads, speeds, strict=True))
 
 
-def all_shares(leaves, ranks):
+def all_loads(leaves, ranks):
     if ranks == 1:
         yield (leaves,)
         return
     for first in range(leaves + 1):
-        for rest in all_shares(leaves - first, ranks - 1):
+        for rest in all_loads(leaves - first, ranks - 1):
             yield (first, *rest)
 
 
 @given(st.integers(0, 9), st.lists(st.floats(0.05, 20), min_size=1, max_size=4).map(tuple))
-def test_no_other_shares_would_be_done_sooner(leaves, speeds):
-    best = min(slowest(loads, speeds) for loads in all_shares(leaves, len(speeds)))
+def test_no_other_loads_would_end_sooner(leaves, speeds):
+    best = min(slowest(loads, speeds) for loads in all_loads(leaves, len(speeds)))
     assert slowest(loads_by_speed(leaves, speeds), speeds) == best
 
 
 @given(st.integers(0, 300), SPEEDS)
-def test_shares_add_up_and_a_faster_rank_never_gets_fewer(leaves, speeds):
+def test_loads_add_up_and_a_faster_rank_never_gets_fewer(leaves, speeds):
     loads = loads_by_speed(leaves, speeds)
     assert sum(loads) == leaves
     for one, other in itertools.permutations(range(len(speeds)), 2):
@@ -46,18 +46,18 @@ def test_equal_speeds_give_the_loads_of_contiguous_shards(leaves, ranks, speed):
     assert list(loads_by_speed(leaves, (speed,) * ranks)) == [len(shard) for shard in contiguous_shards(leaves, ranks)]
 
 
-def test_shares_follow_the_speeds():
+def test_loads_follow_the_speeds():
     assert loads_by_speed(12, (2.0, 1.0, 1.0)) == (6, 3, 3)
     assert loads_by_speed(100, (1.0, 1.0, 0.5)) == (40, 40, 20)
 
 
-def test_a_speed_of_nothing_is_a_defect():
+def test_a_speed_of_zero_is_a_defect():
     with pytest.raises(AssertionError, match="above 0"):
         loads_by_speed(8, (1.0, 0.0))
 
 
 @given(LOADS)
-def test_every_micro_batch_is_dealt_once_and_shards_have_the_lengths_asked_for(loads):
+def test_every_micro_batch_is_dealt_once_and_shards_have_the_given_lengths(loads):
     shards = deal(tuple(loads))
     assert [len(shard) for shard in shards] == loads
     assert all(list(shard) == sorted(shard) for shard in shards)
@@ -65,7 +65,7 @@ def test_every_micro_batch_is_dealt_once_and_shards_have_the_lengths_asked_for(l
 
 
 @given(LOADS)
-def test_a_rank_holds_few_nodes_one_a_binary_digit_of_its_load(loads):
+def test_a_rank_holds_one_tree_node_per_binary_digit_of_its_load(loads):
     leaves = sum(loads)
     for shard in deal(tuple(loads)):
         nodes = maximal_nodes(shard, leaves)
@@ -76,8 +76,8 @@ def test_a_rank_holds_few_nodes_one_a_binary_digit_of_its_load(loads):
 
 
 @given(st.integers(0, 7), st.data())
-def test_with_a_power_of_two_of_micro_batches_no_dealing_has_fewer_nodes(power, data):
-    """A rank's load is a sum of that many powers of two at least, whichever they are."""
+def test_no_dealing_of_a_power_of_two_of_micro_batches_has_fewer_tree_nodes(power, data):
+    """Any sum of powers of two that gives a rank's load has at least this many terms."""
     leaves, loads = 2**power, []
     while sum(loads) < leaves:
         loads.append(data.draw(st.integers(1, leaves - sum(loads))))

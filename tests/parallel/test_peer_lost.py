@@ -1,6 +1,6 @@
-"""A rank that dies in the middle of a reduction is reported to all others, for whomever they wait just then.
+"""If a rank dies in the middle of a reduction, all others learn of it, whichever rank they wait for.
 
-And should MPI itself not end with making the group of those left, nobody waits for it for ever.
+If MPI never completes the group of the survivors, the job ends.
 """
 
 import sys
@@ -35,7 +35,7 @@ try:
     outcome = "never noticed"
 except PeerLost as error:
     outcome = f"lost a peer in step {step}"
-# Nobody leaves before all have noticed, since the end of a second rank would wake the others too.
+# No rank exits before all have noticed: the end of a second rank would wake the others too.
 folder = pathlib.Path(sys.argv[4])
 (folder / f"noticed-{rank}").touch()
 ends = time.monotonic() + 30
@@ -45,7 +45,7 @@ if len(list(folder.glob("noticed-*"))) < size - 1:
     outcome += ", but not all did"
 sys.stdout.write(f"rank {rank} {outcome}\\n")
 sys.stdout.flush()
-os._exit(0)  # MPI_Finalize may wait for the dead
+os._exit(0)  # MPI_Finalize may wait for the dead rank
 """
 
 
@@ -57,12 +57,12 @@ def test_all_survivors_of_a_kill_see_that_a_peer_is_lost(tmp_path, run_job, ulfm
     program.write_text(PROGRAM)
     launch = mpirun_command(4, [sys.executable, str(program), str(victim), spread, moment, str(tmp_path)])
     done = run_job(launch, timeout=120)
-    told = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
+    printed = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
     survivors = [rank for rank in range(4) if rank != victim]
-    assert told == [f"rank {rank} lost a peer in step 3" for rank in survivors], done.stdout + done.stderr
+    assert printed == [f"rank {rank} lost a peer in step 3" for rank in survivors], done.stdout + done.stderr
 
 
-#: Rank 2 dies. The others meet it in an agreement, or in a collective call and then in the agreement that refuses.
+#: Rank 2 dies. The others see that in an agreement, or in a collective call before the agreement in which they vote no.
 AGREEING = """
 import os, signal, sys
 from distdl.errors import PeerLost
@@ -92,7 +92,7 @@ print(f"rank {rank} {', '.join(told)}", flush=True)
     ("first", "told"), [("agreement", []), ("collective", ["barrier: agreed False"])], ids=["agreement", "collective"]
 )
 def test_a_failure_in_an_agreement_is_known_to_all_and_one_in_another_call_is_not(tmp_path, run_job, ulfm, first, told):
-    """A rank refuses a failure of the second kind in the next agreement; it must not refuse one of the first kind."""
+    """After a failure of the second kind a rank votes no in the next agreement. After one of the first it must not."""
     program = tmp_path / "program.py"
     program.write_text(AGREEING)
     done = run_job(mpirun_command(3, [sys.executable, str(program), first]), timeout=60)
@@ -101,7 +101,7 @@ def test_a_failure_in_an_agreement_is_known_to_all_and_one_in_another_call_is_no
     assert lines == [f"rank {rank} {expected}" for rank in (0, 1)], done.stdout + done.stderr
 
 
-#: Rank 2 dies; rank 1 does not come to make the new group, as if it hung inside of MPI.
+#: Rank 2 dies; rank 1 does not join the shrink, as if it hung inside MPI.
 STUCK = """
 import os, signal, time
 from distdl.errors import PeerLost
@@ -121,7 +121,7 @@ print("the end was reached")
 """
 
 
-def test_a_group_that_is_never_made_ends_the_job(tmp_path, run_job, ulfm):
+def test_a_shrink_that_never_completes_ends_the_job(tmp_path, run_job, ulfm):
     program = tmp_path / "program.py"
     program.write_text(STUCK)
     done = run_job(mpirun_command(3, [sys.executable, str(program)]), timeout=60)

@@ -1,12 +1,15 @@
 """Recovery without processes: every order of events and every moment of death of a few ranks, exhaustively.
 
-The model knows of MPI what the standard promises. A collective call ends well on a rank once all ranks of the group
-have entered it (a broadcast: once its root has), and may end with a loss on any rank once one of the group has died or
-revoked it. An agreement, and a shrink, is decided as soon as all that live have entered it, alike for all of them; who
-has entered and died may count or not. MPI matches agreements and shrinks of a group by their order alone.
+The model assumes only the promises of the MPI standard:
 
-A rank that dies has always entered its next call before: where it had not, the others can do nothing else than they
-could in this case.
+- A collective call can complete on a rank once all ranks of the group have entered it (a broadcast: once its root has).
+  It can fail on any rank once a rank of the group has died or revoked the group.
+- An agreement or a shrink is decided once all living ranks have entered it, equally for all of them. A rank that
+  entered it and died may count or not.
+- MPI matches the agreements and shrinks of a group by their order alone.
+
+In the model, a rank that dies has always entered its next call. This covers the other case: if it has not entered the
+call, the other ranks have no further possibilities.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +25,7 @@ AGREEMENTS = {"commit", Action.VOTE_NO, Action.AGREE, Action.SHRINK}
 
 @dataclass(frozen=True)
 class Rank:
-    """`steps` is what it has taken, in order; `call` the call that it has entered, the n-th of its kind on `group`."""
+    """`steps`: the steps it has taken, in order; `call`: the call it has entered, the n-th of its kind on `group`."""
 
     alive: bool = True
     group: int = 0
@@ -42,7 +45,7 @@ class Rank:
 @dataclass(frozen=True)
 class World:
     ranks: tuple
-    groups: tuple  #: (members, revoked, what was decided by its agreements)
+    groups: tuple  #: (members, revoked, results of its agreements)
     deaths: int
 
 
@@ -50,7 +53,7 @@ class Model:
     def __init__(self, ranks, steps, deaths, first_steps, recovery=Recovery):
         self.steps, self.deaths, self.recovery = steps, deaths, recovery
         everyone = tuple(range(ranks))
-        # Ranks that start at different positions begin with a loss that all have heard of.
+        # Ranks at different positions start with a failure that all of them have seen.
         unequal = len(set(first_steps)) > 1
         start = []
         for taken in first_steps:
@@ -66,7 +69,7 @@ class Model:
         return replace(rank, call=call, calls=rank.calls + 1, shown=shown)
 
     def next_of(self, rank):
-        """Let a rank that is not recovering go on to the next step, or end."""
+        """Let a rank that is not recovering start its next step, or end."""
         if len(rank.steps) == self.steps:
             return replace(rank, call="end", recovering=None)
         return self.enter(replace(rank, recovering=None), "work")
@@ -80,7 +83,7 @@ class Model:
         rank = replace(rank, recovering=(recovery.action, recovery.source))
         return self.next_of(rank) if recovery.action is Action.CONTINUE else self.enter(rank, recovery.action)
 
-    def after_loss(self, rank, *, agreed):
+    def after_failure(self, rank, *, agreed):
         if rank.recovering is None:
             return self.go_by(rank, self.recovery(agreed=agreed))
         recovery = self.recovery_of(rank)
@@ -108,11 +111,11 @@ class Model:
         if revoked or not all(other.alive for other in others):
             groups = list(world.groups)
             groups[rank.group] = (members, True, groups[rank.group][2])
-            yield self.put(world, number, self.after_loss(rank, agreed=False), groups=tuple(groups))
+            yield self.put(world, number, self.after_failure(rank, agreed=False), groups=tuple(groups))
         needed = others
         if rank.call is Action.TAKE:
             needed = [others[rank.recovering[1]]]
-        # Who has left the group for the next one has done so with all that live, and so nobody waits for it here.
+        # A rank leaves the group for the next one together with all living ranks, so no rank waits for it here.
         if all(other.group == rank.group and other.calls >= rank.calls for other in needed):
             yield self.put(world, number, self.completed(world, number, rank, others))
 
@@ -137,7 +140,7 @@ class Model:
         members, revoked, decided = world.groups[rank.group]
         turn = rank.agreements - 1
         if turn < len(decided):
-            yield self.put(world, number, self.told(rank, decided[turn], world))
+            yield self.put(world, number, self.decided(rank, decided[turn], world))
             return
         entered = {
             member: world.ranks[member]
@@ -152,10 +155,10 @@ class Model:
         if rank.call is Action.SHRINK:
             unnoticed = [member for member in dead if member in entered and world.ranks[member].call is Action.SHRINK]
             for counted in {(), tuple(unnoticed)}:
-                left = tuple(member for member in members if member not in dead or member in counted)
+                survivors = tuple(member for member in members if member not in dead or member in counted)
                 groups = list(world.groups)
                 groups[rank.group] = (members, revoked, (*decided, len(groups)))
-                groups.append((left, False, ()))
+                groups.append((survivors, False, ()))
                 yield World(world.ranks, tuple(groups), world.deaths)
             return
         all_yes = all(other.call is not Action.VOTE_NO for other in entered.values())
@@ -165,10 +168,10 @@ class Model:
             groups[rank.group] = (members, revoked, (*decided, outcome))
             yield World(world.ranks, tuple(groups), world.deaths)
 
-    def told(self, rank, outcome, world):
+    def decided(self, rank, outcome, world):
         if rank.call == "commit":
             if not outcome:
-                return self.after_loss(rank, agreed=True)
+                return self.after_failure(rank, agreed=True)
             return self.next_of(replace(rank, steps=(*rank.steps, len(rank.steps))))
         recovery = self.recovery_of(rank)
         if rank.call is Action.SHRINK:
@@ -181,11 +184,11 @@ class Model:
         return self.go_by(rank, recovery)
 
     def check_end(self, world):
-        """Nothing can happen any more: all that live must have come to the same end."""
+        """Nothing more can happen: all living ranks must have reached the same end."""
         living = {number: rank for number, rank in enumerate(world.ranks) if rank.alive}
         assert living
         for number, rank in living.items():
-            assert rank.finished, f"rank {number} waits for ever: {world}"
+            assert rank.finished, f"rank {number} waits forever: {world}"
             assert rank.steps == tuple(range(self.steps)), "every step is taken once, in order"
         assert len({rank.group for rank in living.values()}) == 1
         (group,) = {rank.group for rank in living.values()}
@@ -196,12 +199,12 @@ class Model:
 
 
 def explore(model):
-    """Visit every state; no path is without end, since calls are only ever entered and never taken back."""
+    """Visit every state; every path ends, because a rank only enters calls and never leaves one."""
     seen, stack, ends = {model.start}, [model.start], 0
     while stack:
         world = stack.pop()
         following = list(model.successors(world))
-        # A state from which somebody can only die is an end too: nobody has to die.
+        # A state in which ranks can only die is also an end: no rank has to die.
         if all(after.deaths > world.deaths for after in following):
             model.check_end(world)
             ends += 1
@@ -224,34 +227,34 @@ def explore(model):
         (3, 2, 1, (1, 0, 1)),
     ],
 )
-def test_whoever_dies_whenever_the_others_take_every_step_once(ranks, steps, deaths, first_steps):
+def test_the_survivors_take_every_step_once_whichever_ranks_die_at_any_time(ranks, steps, deaths, first_steps):
     states, ends = explore(Model(ranks, steps, deaths, first_steps))
     assert states > 100
     assert ends > 1
 
 
-class NeverRefuses(Recovery):
-    """Shrinks at once, while others may still wait for its verdict in the agreement before."""
+class NeverVotesNo(Recovery):
+    """Shrinks at once, although others may still wait for its vote in the agreement before."""
 
     def failed(self, *, agreed):
         super().failed(agreed=True)
 
 
 class NeverTakes(Recovery):
-    """Takes itself for as far as all others."""
+    """Never sees that its position differs."""
 
     def compared(self, positions):
         super().compared(positions[:1])
 
 
-@pytest.mark.parametrize(("faulty", "first_steps"), [(NeverRefuses, (0, 0, 0)), (NeverTakes, (0, 1, 0))])
-def test_the_model_finds_a_way_that_goes_wrong(faulty, first_steps):
+@pytest.mark.parametrize(("faulty", "first_steps"), [(NeverVotesNo, (0, 0, 0)), (NeverTakes, (0, 1, 0))])
+def test_the_model_finds_the_fault_of_a_wrong_recovery(faulty, first_steps):
     with pytest.raises(AssertionError):
         explore(Model(3, 2, 2, first_steps, faulty))
 
 
 class Shrinking(OneProcess):
-    """A group that loses ranks as a script says: what each call on it does, None for nothing."""
+    """A group that loses ranks by a script: the outcome of each agreement on it."""
 
     def __init__(self, ranks, script):
         super().__init__()
@@ -272,22 +275,22 @@ class Shrinking(OneProcess):
         return Shrinking(self.numbers[:-1], self.script)
 
 
-def agreed_loss():
+def agreed_failure():
     lost = PeerLost("lost")
     lost.agreed = True
     return lost
 
 
-def test_work_is_begun_again_on_those_that_are_left_until_all_agree():
+def test_work_starts_again_on_the_survivors_until_all_agree():
     tried = []
 
     def work(communicator):
         tried.append(communicator.world_ranks)
         if len(tried) == 2:
-            raise PeerLost("in the middle")  # to be refused, so that nobody waits
+            raise PeerLost("in the middle")  # this rank must vote no, so that no rank waits
         return len(tried)
 
-    survivors = Survivors(Shrinking([0, 1, 2, 3], [agreed_loss(), False, True]))
+    survivors = Survivors(Shrinking([0, 1, 2, 3], [agreed_failure(), False, True]))
     assert survivors.run(work) == 3
     assert tried == [[0, 1, 2, 3], [0, 1, 2], [0, 1]]
     assert survivors.communicator.world_ranks == [0, 1]
@@ -295,7 +298,7 @@ def test_work_is_begun_again_on_those_that_are_left_until_all_agree():
     assert survivors.communicator.script == []
 
 
-def test_work_without_a_loss_is_done_once():
+def test_work_without_a_failure_runs_once():
     communicator = OneProcess()
     survivors = Survivors(communicator)
     assert survivors.run(lambda _: "done") == "done"
@@ -303,7 +306,7 @@ def test_work_without_a_loss_is_done_once():
 
 
 def test_the_first_survivors_of_a_communicator_report_its_recovery_at_start():
-    communicator = Shrinking([0, 1, 2, 3], [True, agreed_loss(), True])
+    communicator = Shrinking([0, 1, 2, 3], [True, agreed_failure(), True])
     communicator.recovery_at_start = at_start = CompletedRecovery([4], 0.5)
     survivors = Survivors(communicator)
     survivors.run(lambda _: None)
@@ -314,7 +317,7 @@ def test_the_first_survivors_of_a_communicator_report_its_recovery_at_start():
 
 
 class Member:
-    """Stands where it is told to, beside others that stand at `positions`."""
+    """A rank at the first of the `positions`; the others are at the rest."""
 
     def __init__(self, communicator, positions):
         self.communicator, self.positions, self.position, self.done = communicator, positions, positions[0], []
@@ -334,13 +337,13 @@ class Member:
         ([[3, 2], [4, 0], [4, 1], [4, 1]], ["take from 2", "rebuild"]),
     ],
 )
-def test_the_lowest_rank_that_is_most_ahead_gives_its_state(positions, done):
+def test_the_lowest_rank_at_the_latest_position_gives_its_state(positions, done):
     class Group(Shrinking):
         def shrink(self):
             return Group(self.numbers[:-1], self.script)
 
     member = Member(Group([0, 1, 2, 3, 4], [False, True]), positions)
-    loss = recover(member, PeerLost("lost"))
+    recovery = recover(member, PeerLost("lost"))
     assert member.done == done
-    assert isinstance(loss, CompletedRecovery)
-    assert loss.lost_ranks == [4]
+    assert isinstance(recovery, CompletedRecovery)
+    assert recovery.lost_ranks == [4]

@@ -1,4 +1,4 @@
-"""The reduction gives the bits of the plainest sum in the canonical order, on any number of ranks."""
+"""The reduction gives the bits of the plain sum in the canonical order, on any number of ranks."""
 
 import itertools
 import os
@@ -31,7 +31,7 @@ def leaf(layout, index):
 
 
 def oracle(leaves):
-    """Gather all leaves, then add them as the definition of the tree says."""
+    """Add all leaves by the definition of the tree."""
     if len(leaves) == 1:
         return leaves[0]
     power = 2 ** ((len(leaves) - 1).bit_length() - 1)
@@ -42,13 +42,13 @@ def oracle(leaves):
 def assert_sums_are_exact(communicator, layout, shards, *, steps=2, reduction=None):
     reduction = reduction or REDUCTIONS["tree"](communicator, layout)
     leaves = sum(map(len, shards))
-    for step in range(steps):  # buffers are reused, and must not remember
+    for step in range(steps):  # buffers are reused, and must not keep old values
         reduction.begin(shards)
         for index in shards[communicator.rank]:
             values = leaf(layout, 1000 * step + index)
             reduction.add(index, values)
             for array in values.values():
-                array[...] = 0  # the caller may reuse what it gave
+                array[...] = 0  # the caller may overwrite its arrays
         total = reduction.total()
         expected = oracle([leaf(layout, 1000 * step + index) for index in range(leaves)])
         for name, array in expected.items():
@@ -62,7 +62,7 @@ def test_one_process_adds_in_the_canonical_order(layout):
 
 
 def test_the_order_of_additions_shows_in_the_bits():
-    """The oracle can fail: a plain running sum has other bits."""
+    """The oracle can fail: a running sum has other bits."""
     leaves = [leaf(LAYOUTS[-1], index) for index in range(8)]
     running = sum((values["gradient"] for values in leaves[1:]), leaves[0]["gradient"])
     assert running.tobytes() != oracle(leaves)["gradient"].tobytes()
@@ -70,7 +70,7 @@ def test_the_order_of_additions_shows_in_the_bits():
 
 @pytest.fixture
 def shared_memory(shared_tmp_path, monkeypatch):
-    """A folder that stands for the kernel's shared memory, so that other jobs' files are not taken for ours."""
+    """A folder in place of the kernel's shared memory, so that it holds no files of other jobs."""
     monkeypatch.setattr(shared_module, "SHARED_MEMORY", shared_tmp_path)
     return shared_tmp_path
 
@@ -87,12 +87,12 @@ def sub_worlds(communicator, sizes):
 def test_any_number_of_ranks_gives_the_bits_of_gathering_all_leaves(communicator):
     for part in sub_worlds(communicator, range(1, 9)):
         for layout in LAYOUTS:
-            for leaves in (1, 2, 5, 8, 13):  # fewer leaves than ranks too: their shards are empty
+            for leaves in (1, 2, 5, 8, 13):  # also fewer leaves than ranks: some shards are empty
                 assert_sums_are_exact(part, layout, contiguous_shards(leaves, part.size))
 
 
-def pretended_hosts(part):
-    """Ways of spreading ranks over hosts: the number of each rank's host."""
+def simulated_hosts(part):
+    """Ways to spread ranks over simulated hosts: the number of each rank's host."""
     size = part.size
     return {
         "one host": [0] * size,
@@ -106,19 +106,19 @@ def pretended_hosts(part):
 def shuffled_shards(chance, leaves, ranks):
     cuts = sorted(chance.randrange(leaves + 1) for _ in range(ranks - 1))
     shards = [range(a, b) for a, b in itertools.pairwise([0, *cuts, leaves])]
-    chance.shuffle(shards)  # who computes what does not matter either
+    chance.shuffle(shards)  # the order of the owners does not matter either
     return shards
 
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("small_bytes", [0, 2**20], ids=["large", "small"])
 def test_any_spread_over_hosts_gives_the_same_bits(communicator, small_bytes, shared_memory, monkeypatch):
-    """Uneven, shuffled and empty shards, more and fewer partial sums than before, over pretended hosts."""
+    """Uneven, shuffled and empty shards, more and fewer partial sums than before, over simulated hosts."""
     monkeypatch.setattr(reduction_module, "SMALL_BYTES", small_bytes)
     monkeypatch.setattr(record_module, "BLOCK_BYTES", 1024)
     for part in sub_worlds(communicator, range(2, 9)):
         chance = random.Random(part.size)
-        for host_of in pretended_hosts(part).values():
+        for host_of in simulated_hosts(part).values():
             reduction = REDUCTIONS["tree"](part, LAYOUTS[-1], host=part.split(host_of[part.rank]))
             for leaves in (1, 5, 13):
                 shards = shuffled_shards(chance, leaves, part.size)
@@ -149,7 +149,7 @@ def test_shards_dealt_by_speed_give_the_same_bits(communicator):
 
 
 @pytest.mark.mpi(min_size=2)
-def test_many_ways_of_dealing_are_forgotten_and_found_again(communicator, monkeypatch):
+def test_schedules_that_were_dropped_are_made_again(communicator, monkeypatch):
     monkeypatch.setattr(reduction_module, "SCHEDULES_KEPT", 2)
     reduction = REDUCTIONS["tree"](communicator, LAYOUTS[-1])
     for leaves in (8, 5, 3, 8, 5, 13):
@@ -158,8 +158,8 @@ def test_many_ways_of_dealing_are_forgotten_and_found_again(communicator, monkey
 
 
 @pytest.mark.mpi(min_size=2)
-def test_leaves_dealt_by_chance_give_the_same_bits(communicator):
-    """Any sets will do; and one reduction may be given other shards in each step."""
+def test_leaves_dealt_at_random_give_the_same_bits(communicator):
+    """A shard may be any set of leaves, and a reduction may get other shards in each step."""
     chance = random.Random(3)
     reduction = REDUCTIONS["tree"](communicator, LAYOUTS[-1])
     for _ in range(20):
@@ -171,8 +171,8 @@ def test_leaves_dealt_by_chance_give_the_same_bits(communicator):
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("spread", ["one host", "a host each", "pairs"])
 def test_a_slow_reader_still_sees_its_own_total(communicator, spread):
-    """The total belongs to the step until its reader begins the next, however far the others have gone."""
-    host = communicator.split(pretended_hosts(communicator)[spread][communicator.rank])
+    """A rank's total stays valid until that rank begins the next step, however far the others are."""
+    host = communicator.split(simulated_hosts(communicator)[spread][communicator.rank])
     layout = Layout([Field("gradient", "f4", 100_000)])
     reduction = REDUCTIONS["tree"](communicator, layout, host=host)
     shards = contiguous_shards(2 * communicator.size, communicator.size)
@@ -182,13 +182,13 @@ def test_a_slow_reader_still_sees_its_own_total(communicator, spread):
             reduction.add(index, {"gradient": np.full(100_000, step * 100 + index, "f4")})
         total = reduction.total()
         if step % communicator.size == communicator.rank:
-            time.sleep(0.02)  # the others fill their slots of the next step meanwhile
+            time.sleep(0.02)  # meanwhile the others fill their slots for the next step
         assert (total["gradient"] == sum(step * 100 + index for index in range(2 * communicator.size))).all()
 
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("name", sorted(REDUCTIONS))
-def test_nobody_may_write_into_the_total_that_others_see(communicator, name):
+def test_the_total_that_others_see_is_read_only(communicator, name):
     reduction = REDUCTIONS[name](communicator, LAYOUTS[-1])
     shards = contiguous_shards(8, communicator.size)
     reduction.begin(shards)
@@ -201,7 +201,7 @@ def test_nobody_may_write_into_the_total_that_others_see(communicator, name):
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("spread", ["one host", "a host each", "pairs"])
 def test_a_steady_step_allocates_next_to_nothing(communicator, spread):
-    host = communicator.split(pretended_hosts(communicator)[spread][communicator.rank])
+    host = communicator.split(simulated_hosts(communicator)[spread][communicator.rank])
     layout = Layout([Field("gradient", "f4", 1_000_000)])
     gradient = np.ones(1_000_000, "f4")
     reduction = REDUCTIONS["tree"](communicator, layout, host=host)

@@ -1,4 +1,4 @@
-"""The canonical tree fixes the order of every addition, whoever holds the leaves."""
+"""The canonical tree fixes the order of every addition, whichever ranks hold the leaves."""
 
 import random
 
@@ -10,7 +10,7 @@ from distdl.parallel.tree import TreeNode, are_siblings, contiguous_shards, fold
 
 
 def expression(lo, hi):
-    """The definition, written out: the sum as nested pairs."""
+    """The definition: the sum as nested pairs."""
     if hi - lo == 1:
         return lo
     power = 1
@@ -21,10 +21,10 @@ def expression(lo, hi):
 
 def folded(nodes, leaves):
     values = [expression(*node) for node in nodes]
-    rest, merges = fold(nodes, leaves)
+    rest, merges = fold(dict(enumerate(nodes)), leaves)
     for into, from_ in merges:
         values[into] = (values[into], values[from_])
-    return rest, values[0]
+    return list(rest.values()), values[0]
 
 
 @given(st.integers(1, 300))
@@ -35,7 +35,7 @@ def test_folding_all_leaves_adds_in_the_order_of_the_definition(leaves):
 
 
 @given(st.integers(1, 200), st.integers(1, 50))
-def test_folding_the_nodes_of_any_number_of_ranks_gives_the_same_expression(leaves, ranks):
+def test_folding_the_tree_nodes_of_any_number_of_ranks_gives_the_same_expression(leaves, ranks):
     held = [node for shard in contiguous_shards(leaves, ranks) for node in maximal_nodes(shard, leaves)]
     rest, value = folded(held, leaves)
     assert rest == [TreeNode(0, leaves)]
@@ -43,7 +43,7 @@ def test_folding_the_nodes_of_any_number_of_ranks_gives_the_same_expression(leav
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_any_set_of_canonical_nodes_gives_the_same_expression(seed):
+def test_any_set_of_tree_nodes_gives_the_same_expression(seed):
     chance = random.Random(seed)
     leaves = chance.randrange(2, 100)
 
@@ -71,7 +71,7 @@ def test_a_rank_keeps_few_partial_sums(leaves, ranks):
 
 
 @given(st.integers(1, 300), st.integers(1, 40))
-def test_every_leaf_is_dealt_once_and_shares_differ_by_at_most_one(leaves, ranks):
+def test_every_leaf_is_dealt_once_and_loads_differ_by_at_most_one(leaves, ranks):
     shards = contiguous_shards(leaves, ranks)
     assert [leaf for shard in shards for leaf in shard] == list(range(leaves))
     lengths = [len(shard) for shard in shards]
@@ -79,7 +79,7 @@ def test_every_leaf_is_dealt_once_and_shares_differ_by_at_most_one(leaves, ranks
 
 
 @given(st.integers(2, 200))
-def test_siblings_are_the_two_halves_of_a_node_and_nothing_else(leaves):
+def test_siblings_are_the_two_halves_of_a_tree_node_and_nothing_else(leaves):
     pairs = set()
 
     def collect(lo, hi):

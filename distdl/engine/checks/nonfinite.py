@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distdl.config import TrainConfig
 from distdl.engine.checks import corruption
 from distdl.engine.state import TrainingState
 from distdl.engine.step import OptimizerStep, StepObserver
@@ -45,26 +46,18 @@ class Fault:
 class FiniteCheck(StepObserver):
     """Stops the training at a step that is not finite, or skips the update of that step.
 
-    `save` saves the micro-batch of a fault and returns the file's name, the same on all ranks. `diverged` returns the
-    error to raise. `fault` is that of the latest step, None if it was finite.
+    `save` saves the micro-batch of a fault and returns the file's name, the same on all ranks. `fault` is that of the
+    latest step, None if the step was finite.
 
     A fault that does not occur again when the step is recomputed always stops the training: no bit may depend on a
     hardware fault.
     """
 
-    def __init__(
-        self,
-        state: TrainingState,
-        *,
-        skip: bool,
-        save: Callable[[Fault], str | None],
-        diverged: Callable[[str], DivergedError],
-    ) -> None:
+    def __init__(self, config: TrainConfig, state: TrainingState, save: Callable[[Fault], str | None]) -> None:
         self.fault: Fault | None = None
+        self._config = config
         self._state = state
-        self._skip = skip
         self._save = save
-        self._diverged = diverged
 
     def reduced(self, step: OptimizerStep) -> bool:
         """Return whether the sums are finite. Collective if they are not."""
@@ -78,8 +71,8 @@ class FiniteCheck(StepObserver):
             raise corruption.agreed(f"{fault}; continue")
         if fault.micro_batch is not None:
             fault = replace(fault, saved_in=self._save(fault))
-        if not self._skip:
-            raise self._diverged(str(fault))
+        if self._config.on_nonfinite == "stop":
+            raise diverged(str(fault), self._config, self._state)
         self.fault = fault
         return False
 
@@ -110,6 +103,19 @@ def locate(step: OptimizerStep, number: int, what: str) -> Fault:
     if found:
         return Fault(number, what, *min(found))
     return Fault(number, what, transient=what_is_not_finite(step.total) is None)
+
+
+def diverged(what: str, config: TrainConfig, state: TrainingState) -> DivergedError:
+    """Return the error for numbers that are not finite. Every rank has the same numbers."""
+    if state.step == state.progress.skipped_steps:
+        advice = "no update came before it; check the data, the initial weights and the model, not --lr"
+    else:
+        given = {"--lr": config.lr, "--weight-decay": config.weight_decay, "--l1-decay": config.l1_decay}
+        smaller = " or ".join(f"{flag} than {value:g}" for flag, value in given.items() if value)
+        advice = f"training has diverged; start a new run with a smaller {smaller}"
+    error = DivergedError(f"{what}: {advice}")
+    error.agreed = True
+    return error
 
 
 def is_finite(array: NDArray[Any]) -> bool:

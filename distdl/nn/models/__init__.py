@@ -13,8 +13,7 @@ from typing import Any, TypeAlias
 
 from distdl.errors import UserError, unknown_name
 from distdl.nn.layers import Shape
-from distdl.nn.models.alexnet import alexnet
-from distdl.nn.models.convnets import deep_convnet, lenet, simple_convnet
+from distdl.nn.models.convnets import alexnet, deep_convnet, lenet, simple_convnet
 from distdl.nn.models.googlenet import googlenet
 from distdl.nn.models.multilayer import logistic, mlp
 from distdl.nn.models.resnet import resnet18, resnet20, resnet50

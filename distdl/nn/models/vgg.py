@@ -18,18 +18,12 @@ LEAST_SIDE = 32
 
 
 def vgg11(input_shape: Shape, classes: int, *, dtype: DTypeLike = np.float32) -> Sequential:
-    """Return VGG11, configuration A of the paper: 132,863,336 parameters for 224x224x3 and 1,000 classes.
-
-    Sources: section 8.2.2; Simonyan and Zisserman 2014, table 1.
-    """
+    """Return VGG11: 132,863,336 parameters for 224x224x3, 1,000 classes (Simonyan and Zisserman 2014, table 1, A)."""
     return _vgg("vgg11", (1, 1, 2, 2, 2), input_shape, classes, dtype)
 
 
 def vgg16(input_shape: Shape, classes: int, *, dtype: DTypeLike = np.float32) -> Sequential:
-    """Return VGG16, configuration D of the paper: 138,357,544 parameters for 224x224x3 and 1,000 classes.
-
-    Sources: section 8.2.2; Simonyan and Zisserman 2014, table 1.
-    """
+    """Return VGG16: 138,357,544 parameters for 224x224x3, 1,000 classes (Simonyan and Zisserman 2014, table 1, D)."""
     return _vgg("vgg16", (2, 2, 3, 3, 3), input_shape, classes, dtype)
 
 

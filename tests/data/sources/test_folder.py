@@ -1,4 +1,4 @@
-"""A data set of images in folders: classes in the order of their names, and what does not fit is one line."""
+"""A dataset of images in folders: classes in the order of their names; a misplaced file is one line."""
 
 import struct
 import sys
@@ -21,7 +21,7 @@ Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed: pip in
 RNG = np.random.default_rng(0)
 GRAY = RNG.integers(0, 256, (6, 5, 4), np.uint8)
 COLORED = RNG.integers(0, 256, (6, 5, 4, 3), np.uint8)
-#: In the order of the names, which is not that of the numbers; and a class whose name sorts behind it.
+#: In the order of the names, which is not the order of the numbers; the name of the second class sorts later.
 NAMES = ("cone/1.png", "cone/10.PNG", "cone/2.bmp", "cowrie/a.png", "cowrie/b.ppm", "cowrie/c.png")
 
 
@@ -53,7 +53,7 @@ def test_folders_train_and_test_are_the_two_parts(tmp_path):
     assert (data.labels.tolist(), data.classes, data.test_start) == ([0, 0, 1, 0, 0, 1], 2, 3)
 
 
-def test_one_image_in_color_gives_all_three_channels_and_transparency_is_dropped(tmp_path):
+def test_one_color_image_gives_all_three_channels_and_transparency_is_ignored(tmp_path):
     write(tmp_path, GRAY)
     Image.fromarray(np.concatenate([COLORED[5], GRAY[0][..., None]], axis=-1)).save(tmp_path / "cowrie/c.png")
     data = loaded(tmp_path)
@@ -61,7 +61,7 @@ def test_one_image_in_color_gives_all_three_channels_and_transparency_is_dropped
     assert np.array_equal(data.images[5], COLORED[5])
 
 
-def test_what_is_hidden_and_what_lies_beside_the_classes_is_passed_over(tmp_path):
+def test_hidden_files_and_files_beside_the_classes_are_ignored(tmp_path):
     write(tmp_path, GRAY)
     (tmp_path / "README.txt").write_text("shells")
     (tmp_path / ".cache").mkdir()
@@ -78,7 +78,7 @@ def refusal(folder, kind=UserError):
     return message
 
 
-def test_what_does_not_fit_is_named(tmp_path):
+def test_a_misplaced_file_or_folder_is_named(tmp_path):
     assert "cannot be read (No such file" in refusal(tmp_path / "nowhere")
     assert "0 folders" in refusal(tmp_path)
     write(tmp_path / "one", GRAY[:2], ["a/1.png", "a/2.png"])
@@ -101,12 +101,12 @@ def test_a_damaged_image_is_named(tmp_path):
     for content in (b"", whole[:20], whole[:-30], whole[:45] + b"\xff" + whole[46:]):
         (tmp_path / "cone/1.png").write_bytes(content)
         assert "1.png' is damaged" in refusal(tmp_path, DamagedFileError)
-    for other_format in ("GIF", "TIFF", "TGA"):  # whose readers are larger than what is wanted of them
+    for other_format in ("GIF", "TIFF", "TGA"):  # formats that the folder does not accept
         Image.fromarray(GRAY[0]).save(tmp_path / "cone/1.png", other_format)
         assert "1.png' is damaged or no image" in refusal(tmp_path, DamagedFileError)
 
 
-def test_an_image_that_announces_more_pixels_than_memory_has_is_refused_from_its_head(tmp_path):
+def test_an_image_header_with_more_pixels_than_memory_is_refused(tmp_path):
     write(tmp_path, GRAY)
     (tmp_path / "cone/1.png").unlink()
     (tmp_path / "cone/1.ppm").write_bytes(b"P5 2000000 2000000 255\n")
@@ -114,7 +114,7 @@ def test_an_image_that_announces_more_pixels_than_memory_has_is_refused_from_its
 
 
 def png_of_16_bits(kind, channels):
-    """Return a PNG of 4x5 pixels, as the format's own document has it: Pillow writes none but gray ones."""
+    """Return a PNG of 4x5 pixels by the specification of the format: Pillow writes only gray ones with 16 bits."""
 
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -130,17 +130,17 @@ def png_of_16_bits(kind, channels):
     + [("1.pgm", b"P5 4 5 65535\n" + bytes(40)), ("1.ppm", b"P6 4 5 65535\n" + bytes(120))],
     ids=["gray", "colored", "gray with alpha", "colored with alpha", "pgm", "ppm"],
 )
-def test_more_than_8_bits_a_channel_are_refused_and_never_cut_off(name, content, tmp_path):
+def test_more_than_8_bits_a_channel_are_refused_and_never_truncated(name, content, tmp_path):
     (write(tmp_path, COLORED) / "cone" / name).write_bytes(content)
     assert f"{name}' has more than 8 bits a channel" in refusal(tmp_path)
 
 
-def test_a_gray_map_with_a_smaller_range_is_no_deep_one(tmp_path):
+def test_a_gray_map_with_fewer_bits_is_accepted(tmp_path):
     (write(tmp_path, GRAY) / "cone/0.pgm").write_bytes(b"P5 4 5 7\n" + bytes([0, 7] * 10))
     assert loaded(tmp_path).images[0].ravel().tolist() == [0, 255] * 10
 
 
-def test_what_pillow_warns_of_is_not_passed_on(tmp_path, recwarn):
+def test_warnings_of_pillow_are_silenced(tmp_path, recwarn):
     file = write(tmp_path, COLORED) / "cone/1.png"
     Image.fromarray(COLORED[0]).quantize(8).save(file, transparency=bytes([0, 128, 255]))
     expected = np.asarray(Image.fromarray(COLORED[0]).quantize(8).convert("RGB"))
@@ -148,14 +148,14 @@ def test_what_pillow_warns_of_is_not_passed_on(tmp_path, recwarn):
     assert not recwarn.list
 
 
-def test_what_the_system_refuses_is_named(tmp_path, monkeypatch):
+def test_refusals_of_the_system_are_named(tmp_path, monkeypatch):
     (write(tmp_path / "link", GRAY) / "cone/x.png").symlink_to("x" * 300)
     assert "cone' cannot be read (File name too long)" in refusal(tmp_path / "link")
     write(tmp_path / "data", GRAY)
     with monkeypatch.context() as patch:
         patch.setattr(np, "empty", lambda *_: (_ for _ in ()).throw(MemoryError))
         assert "there is not enough memory for" in refusal(tmp_path / "data")
-    with monkeypatch.context() as patch:  # root may read every file, so the refusal is played
+    with monkeypatch.context() as patch:  # root may read every file, so the refusal is simulated
         patch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
         assert "1.png' cannot be read: Permission denied" in refusal(tmp_path / "data")
 
@@ -184,6 +184,6 @@ def test_a_folder_is_trained_on_resumed_and_evaluated_like_any_other_dataset(tmp
     capsys.readouterr()
 
 
-def test_without_pillow_the_way_to_get_it_is_named(tmp_path, monkeypatch):
+def test_without_pillow_the_message_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     assert "pip install 'distdl-mpi[images]'" in refusal(write(tmp_path, GRAY[:0], []))

@@ -1,4 +1,4 @@
-"""IDX files: what is whole is read exactly, what is not is named, and nothing in a file is trusted."""
+"""IDX files: an intact file is read exactly, damage is named, and no file is trusted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distdl.errors import DamagedFileError, UserError
 
 KINDS = {"images": 3, "labels": 1}
 SMALL = 4 * 2**20
-"""Bytes that reading may take at its peak where the file is small or lies."""
+"""The peak memory in bytes that reading may take, if the file is small or its header is wrong."""
 
 
 def idx_bytes(array, declared=None):
@@ -67,7 +67,7 @@ LABELS = np.array([3, 1, 4, 1, 5, 9], np.uint8)
 @pytest.mark.parametrize("compress", [bytes, gzip.compress], ids=["plain", "gzip"])
 @settings(deadline=None, max_examples=50)
 @given(data=st.data())
-def test_what_was_written_is_read_back(folder, kind, compress, data):
+def test_a_written_array_is_read_back(folder, kind, compress, data):
     shape = data.draw(hnp.array_shapes(min_dims=KINDS[kind], max_dims=KINDS[kind], max_side=9))
     array = data.draw(hnp.arrays(np.uint8, shape))
     read = read_idx(written(folder, compress(idx_bytes(array))), kind=kind)
@@ -84,8 +84,8 @@ def test_a_file_of_many_blocks_is_read_back(tmp_path, monkeypatch, compress):
 @pytest.mark.parametrize("compress", [bytes, gzip.compress], ids=["plain", "gzip"])
 @settings(deadline=None, max_examples=400)
 @given(data=st.data())
-def test_a_mutated_file_is_read_right_or_named(folder, compress, data):
-    """Whatever happens to the bytes: an array that the file really holds, or one line of a known error."""
+def test_a_mutated_file_is_read_correctly_or_named(folder, compress, data):
+    """Any change of bytes gives an array that the file really holds, or one line of a known error."""
     content = bytearray(compress(idx_bytes(IMAGES)))
     for _ in range(data.draw(st.integers(1, 4))):
         where = data.draw(st.integers(0, max(0, len(content) - 1)))
@@ -109,7 +109,7 @@ def test_a_mutated_file_is_read_right_or_named(folder, compress, data):
         assert "\n" not in message
         assert str(path) in message
     else:
-        # gzip's checksum leaves only changes that do not reach the elements, as of the time in its header.
+        # gzip's checksum detects every change of the elements, but not of the time in its header, for example.
         assert idx_bytes(array) == (idx_bytes(IMAGES) if compress is gzip.compress else content)
 
 
@@ -144,7 +144,7 @@ DAMAGED = {
     "one byte too few, gzipped": (gzip.compress(idx_bytes(IMAGES)[:-1]), "images", ["59 elements", "60"]),
     "one byte too many, gzipped": (gzip.compress(idx_bytes(IMAGES) + b"\0"), "images", ["continues", "60"]),
     "a second member": (gzip.compress(idx_bytes(IMAGES)) * 2, "images", ["continues"]),
-    "rubbish behind gzip": (gzip.compress(idx_bytes(IMAGES)) + b"rubbish", "images", ["gzip"]),
+    "rubbish after gzip": (gzip.compress(idx_bytes(IMAGES)) + b"rubbish", "images", ["gzip"]),
     "wrong checksum": (gzip.compress(idx_bytes(IMAGES))[:-8] + bytes(8), "images", ["gzip", "CRC"]),
     "cut gzip": (gzip.compress(idx_bytes(IMAGES))[:-9], "images", ["gzip"]),
     "2**96 elements": (idx_bytes(IMAGES, (2**32 - 1,) * 3), "images", ["its header declares"]),
@@ -191,7 +191,7 @@ def test_a_header_that_declares_a_gigabyte_costs_what_the_file_holds(tmp_path):
 
 def test_more_than_two_gibibytes_are_refused_before_they_are_read(tmp_path):
     path = written(tmp_path, idx_bytes(np.zeros(0), declared=(2**21, 2**5, 2**5)))
-    os.truncate(path, 16 + 2**31)  # a hole: no disk is used
+    os.truncate(path, 16 + 2**31)  # a hole: it takes no space on the disk
 
     def read():
         with pytest.raises(UserError, match="declares 2147483664 bytes, expected at most") as caught:
@@ -222,7 +222,7 @@ def unreadable(tmp_path, what):
         ("nothing", "No such file"),
     ],
 )
-def test_what_is_no_file_is_the_users_error(tmp_path, what, words):
+def test_a_path_without_a_file_is_a_user_error(tmp_path, what, words):
     path = unreadable(tmp_path, what)
     with pytest.raises(UserError, match=words) as caught:
         read_idx(path, kind="images")
@@ -231,13 +231,13 @@ def test_what_is_no_file_is_the_users_error(tmp_path, what, words):
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_without_permission_is_the_users_error(tmp_path, monkeypatch):
+def test_a_file_without_permission_is_a_user_error(tmp_path, monkeypatch):
     path = written(tmp_path, idx_bytes(IMAGES))
 
     def refuse(*_args):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)  # root may read every file, so the refusal is played
+    monkeypatch.setattr(Path, "open", refuse)  # root may read every file, so the refusal is simulated
     with pytest.raises(UserError, match="cannot be read: Permission denied") as caught:
         read_idx(path, kind="images")
     assert not isinstance(caught.value, DamagedFileError)

@@ -42,7 +42,7 @@ TEST_LABELS = np.array([7, 8], np.uint8)
 
 
 def write_mnist(folder, compressed=(), **replaced):
-    """Write four small files of MNIST's names, those named in `compressed` gzipped."""
+    """Write four small files with the names of MNIST; gzip those in `compressed`."""
     arrays = {
         "train_images": ("train-images-idx3-ubyte", TRAIN_IMAGES),
         "train_labels": ("train-labels-idx1-ubyte", TRAIN_LABELS),
@@ -80,7 +80,7 @@ def test_training_rows_come_first_then_the_test_part(tmp_path, compressed):
     assert_is_the_small_mnist(load("mnist", write_mnist(tmp_path, compressed)))
 
 
-def test_fashion_mnist_is_read_as_mnist_is_and_keeps_its_own_name(tmp_path):
+def test_fashion_mnist_is_read_like_mnist_and_keeps_its_own_name(tmp_path):
     dataset = load("fashion-mnist", write_mnist(tmp_path))
     assert dataset.name == "fashion-mnist"
     assert_is_the_small_mnist(replace(dataset, name="mnist"))
@@ -108,7 +108,7 @@ def test_missing_files_are_listed_with_the_folder(tmp_path):
     assert "train-images" not in message
 
 
-def test_a_folder_that_is_none_is_named(tmp_path):
+def test_a_missing_folder_is_named(tmp_path):
     (tmp_path / "file").touch()
     for folder, reason in (("nowhere", "No such file"), ("file", "Not a directory")):
         with pytest.raises(UserError, match=reason) as caught:
@@ -121,7 +121,7 @@ def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
     def refuse(_path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "iterdir", refuse)  # root may read every folder, so the refusal is played
+    monkeypatch.setattr(Path, "iterdir", refuse)  # root may read every folder, so the refusal is simulated
     with pytest.raises(UserError, match="Permission denied") as caught:
         load("mnist", tmp_path)
     assert str(tmp_path) in one_line(caught)
@@ -170,7 +170,7 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 @contextmanager
 def served(folder):
-    """Serve a folder over HTTP on this machine, as a mirror would."""
+    """Serve a folder over HTTP on this machine, like a mirror."""
     folder.mkdir(parents=True, exist_ok=True)
     handler = functools.partial(QuietHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -185,21 +185,21 @@ def served(folder):
 
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
-    """A folder with gzipped files whose sha256 are pinned instead of MNIST's; an empty cache folder."""
+    """Pin the sha256 of a folder's gzipped files instead of MNIST's; start with an empty cache folder."""
     pytest.importorskip("pooch", reason="pooch is not installed: pip install 'distdl-mpi[data]'")
     folder = write_mnist(tmp_path / "mirror", ALL)
     contents = {name: (folder / name).read_bytes() for name in mnist.MNIST.files}
     files = {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in contents.items()}
     for name in ("MNIST", "FASHION_MNIST"):
         monkeypatch.setattr(mnist, name, replace(getattr(mnist, name), files=files))
-    monkeypatch.setattr(mnist, "DOWNLOADS_FROM", "http://127.0.0.1")  # and HTTPS alone but for these tests
+    monkeypatch.setattr(mnist, "DOWNLOADS_FROM", "http://127.0.0.1")  # only HTTPS except in these tests
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return folder
 
 
 def ask(monkeypatch, *urls):
-    """Let these be the mirrors."""
+    """Make these the mirrors."""
     for name in ("MNIST", "FASHION_MNIST"):
         monkeypatch.setattr(mnist, name, replace(getattr(mnist, name), mirrors=urls))
 
@@ -211,14 +211,14 @@ def test_downloaded_files_are_kept_in_the_cache(mirror, tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache" / "distdl" / "mnist").iterdir())) == 4
     assert_is_the_small_mnist(load("mnist", None))  # the server is gone
     with pytest.raises(UserError, match="could not be downloaded"):
-        load("fashion-mnist", None)  # has the same names, and a folder of its own
+        load("fashion-mnist", None)  # the same names, in another folder of the cache
     with served(mirror) as url:
         ask(monkeypatch, url)
         load("fashion-mnist", None)
     assert len(list((tmp_path / "cache" / "distdl" / "fashion-mnist").iterdir())) == 4
 
 
-def test_what_a_mirror_lacks_or_has_altered_comes_from_the_next(mirror, tmp_path, monkeypatch):
+def test_a_file_that_a_mirror_lacks_or_altered_comes_from_the_next(mirror, tmp_path, monkeypatch):
     broken = write_mnist(tmp_path / "broken", ALL, train_images=TRAIN_IMAGES + 1)
     (broken / "t10k-labels-idx1-ubyte.gz").unlink()
     with served(broken) as first, served(mirror) as second:
@@ -235,7 +235,7 @@ def test_a_file_altered_in_the_cache_is_downloaded_again(mirror, tmp_path, monke
 
 
 @pytest.mark.usefixtures("mirror")
-def test_a_download_that_fails_everywhere_says_what_to_do(tmp_path, monkeypatch):
+def test_a_download_that_fails_everywhere_names_the_remedy(tmp_path, monkeypatch):
     with served(tmp_path / "empty") as first, served(write_mnist(tmp_path / "altered")) as second:
         pass
     with served(tmp_path / "empty") as third:
@@ -251,7 +251,7 @@ def test_a_download_that_fails_everywhere_says_what_to_do(tmp_path, monkeypatch)
 
 
 @pytest.mark.usefixtures("mirror")
-def test_a_long_reason_of_a_failed_download_is_cut_to_one_line(monkeypatch):
+def test_a_long_reason_for_a_failed_download_is_cut_to_one_line(monkeypatch):
     def fail(*_args, **_settings):
         raise ConnectionError("Max retries exceeded\n" * 100)
 
@@ -261,8 +261,8 @@ def test_a_long_reason_of_a_failed_download_is_cut_to_one_line(monkeypatch):
     assert len(one_line(caught)) < 1000
 
 
-def test_a_cache_that_cannot_be_written_says_what_to_do(mirror, tmp_path, monkeypatch):
-    (tmp_path / "cache").touch()  # a file where the folder should be
+def test_a_read_only_cache_names_the_remedy(mirror, tmp_path, monkeypatch):
+    (tmp_path / "cache").touch()  # a file instead of the folder
     with served(mirror) as url:
         ask(monkeypatch, url)
         with pytest.raises(UserError, match="could not be downloaded") as caught:
@@ -270,7 +270,7 @@ def test_a_cache_that_cannot_be_written_says_what_to_do(mirror, tmp_path, monkey
     assert str(tmp_path / "cache") in one_line(caught)
 
 
-def test_without_pooch_the_way_to_get_it_is_named(monkeypatch):
+def test_without_pooch_the_message_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "pooch", None)
     with pytest.raises(UserError, match=r"pip install 'distdl-mpi\[data\]'") as caught:
         load("mnist", None)
@@ -278,7 +278,7 @@ def test_without_pooch_the_way_to_get_it_is_named(monkeypatch):
 
 
 class Misbehaving(QuietHandler):
-    """Answers every request by what `answer` sends."""
+    """Answers every request by calling `answer`."""
 
     answer = None
     asked = 0
@@ -309,7 +309,7 @@ def refusal_of(url, monkeypatch):
 
 
 @pytest.mark.usefixtures("mirror")
-def test_a_mirror_that_sends_without_end_is_left_at_the_first_byte_too_many(tmp_path, monkeypatch):
+def test_an_endless_download_stops_at_the_first_byte_too_many(tmp_path, monkeypatch):
     sent = []
 
     def endless(handler):
@@ -341,13 +341,13 @@ def test_a_download_that_ends_early_is_refused(mirror, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("mirror")
-def test_a_mirror_that_leads_away_from_https_is_not_followed(monkeypatch):
+def test_a_redirect_away_from_https_is_not_followed(monkeypatch):
     def ok(handler):
         handler.send_response(200)
         handler.end_headers()
 
     with misbehaving(ok) as (plain, visited):
-        elsewhere = plain.replace("127.0.0.1", "localhost")  # stands for http:// where https:// is asked for
+        elsewhere = plain.replace("127.0.0.1", "localhost")  # plays the part of http://
 
         def leads_away(handler):
             handler.send_response(302)
@@ -360,7 +360,7 @@ def test_a_mirror_that_leads_away_from_https_is_not_followed(monkeypatch):
 
 
 @pytest.mark.usefixtures("mirror")
-def test_a_mirror_that_leads_in_circles_is_left(monkeypatch):
+def test_endless_redirects_are_refused(monkeypatch):
     def circles(handler):
         handler.send_response(302)
         handler.send_header("Location", handler.path)
@@ -398,7 +398,7 @@ def true_mnist():
 def test_the_true_mnist_is_read_whole(true_mnist):
     assert (true_mnist.images.shape, true_mnist.images.dtype) == ((70000, 28, 28, 1), np.uint8)
     assert (true_mnist.classes, true_mnist.test_start) == (10, 60000)
-    # The sha256 of the four published files once decompressed; any compressor leaves these as they are.
+    # The sha256 of the four published files, decompressed; they do not depend on the compressor.
     training, test = np.split(true_mnist.images[..., 0], [60000])
     training_labels, test_labels = np.split(true_mnist.labels.astype(np.uint8), [60000])
     assert [hashlib.sha256(idx_bytes(part)).hexdigest() for part in (training, training_labels, test, test_labels)] == [

@@ -1,4 +1,4 @@
-"""A data set in an .npz file: what is right is taken as NumPy has it, and what is not is one line."""
+"""A dataset in an .npz file: correct arrays are read as NumPy wrote them, wrong ones are refused in one line."""
 
 import io
 import struct
@@ -25,7 +25,7 @@ def file(tmp_path):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_images_and_labels_are_taken_as_numpy_wrote_them(save, file):
+def test_images_and_labels_are_read_as_numpy_wrote_them(save, file):
     data = loaded(file, save, images=IMAGES, labels=LABELS.astype(np.uint8))
     assert np.array_equal(data.images, IMAGES[..., None])
     assert (data.labels.dtype, data.labels.tolist()) == (np.int64, LABELS.tolist())
@@ -35,14 +35,14 @@ def test_images_and_labels_are_taken_as_numpy_wrote_them(save, file):
 @pytest.mark.parametrize(
     "names", [("images", "labels", "test_images", "test_labels"), ("x_train", "y_train", "x_test", "y_test")]
 )
-def test_the_test_part_is_behind_the_training_part(names, file):
+def test_the_test_part_follows_the_training_part(names, file):
     arrays = (IMAGES[:9], LABELS[:9], IMAGES[9:], LABELS[9:])
     data = loaded(file, **dict(zip(names, arrays, strict=True)))
     assert np.array_equal(data.images, IMAGES[..., None])
     assert (data.labels.tolist(), data.test_start) == (LABELS.tolist(), 9)
 
 
-def test_every_order_of_bytes_and_axes_gives_the_same_numbers(file):
+def test_every_byte_order_and_memory_order_gives_the_same_numbers(file):
     pixels = IMAGES / 255
     for stored in (pixels, pixels.astype(">f8"), np.asfortranarray(pixels), pixels.astype(np.float32)):
         data = loaded(file, images=stored, labels=LABELS.astype(">i4"))
@@ -52,7 +52,7 @@ def test_every_order_of_bytes_and_axes_gives_the_same_numbers(file):
         assert data.labels.tolist() == LABELS.tolist()
 
 
-def test_floats_are_numbers_to_predict_and_a_label_a_pixel_is_segmentation(file):
+def test_float_labels_are_regression_and_labels_of_pixels_are_segmentation(file):
     assert loaded(file, images=IMAGES, labels=LABELS / 2).labels.shape == (12, 1)
     data = loaded(file, images=IMAGES, labels=np.ones((12, 5)))
     assert (data.labels.dtype, data.labels.shape, data.classes) == (np.float32, (12, 5), 5)
@@ -74,13 +74,13 @@ REFUSED = {
     "words": ({"images": IMAGES, "labels": np.array(["a"] * 12)}, "labels .* <U1; expected integers or floats"),
     "a single image": ({"images": IMAGES[0], "labels": LABELS[:3]}, r"images uint8 \(3, 4\)"),
     "labels below 0": ({"images": IMAGES, "labels": LABELS - 1}, "labels -1 to 1"),
-    "whole numbers of many bytes as images": ({"images": IMAGES.astype(int), "labels": LABELS}, "images int64"),
+    "images of int64": ({"images": IMAGES.astype(int), "labels": LABELS}, "images int64"),
     "an infinite pixel": ({"images": IMAGES + np.inf, "labels": LABELS}, "NaN or infinity in images"),
 }
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_is_no_data_set_is_one_line(what, file):
+def test_a_wrong_dataset_is_one_line(what, file):
     arrays, said = REFUSED[what]
     with pytest.raises(UserError, match=said) as caught:
         loaded(file, **arrays)
@@ -111,20 +111,20 @@ def test_nothing_is_unpickled(file):
         b"\x93NUMPY\3\0",
     ],
 )
-def test_sizes_that_an_array_announces_and_does_not_have_are_refused_before_they_are_allocated(images, file):
+def test_a_wrong_declared_size_is_refused_before_the_allocation(images, file):
     write_images(file, images)
     with pytest.raises(DamagedFileError, match="is damaged"):
         load(f"npz:{file}", None)
 
 
-def test_objects_that_an_array_announces_and_does_not_have_are_refused(file):
+def test_an_array_header_that_declares_objects_is_refused(file):
     write_images(file, npy((12, 3, 4), "|O"))
     with pytest.raises(UserError, match=f"images of .* {OBJECTS}"):
         load(f"npz:{file}", None)
 
 
 def write_images(file, images):
-    """Write a data set whose images are these bytes."""
+    """Write a dataset whose images have these bytes."""
     labels = io.BytesIO()
     np.save(labels, LABELS)
     with zipfile.ZipFile(file, "w") as archive:
@@ -132,7 +132,7 @@ def write_images(file, images):
         archive.writestr("labels.npy", labels.getvalue())
 
 
-def test_what_is_no_such_file_is_named(tmp_path, file):
+def test_a_missing_or_other_file_is_named(tmp_path, file):
     np.save(tmp_path / "array.npz.npy", LABELS)
     file.write_bytes(b"PK\3\4 and no more")
     for name, said in (

@@ -1,4 +1,4 @@
-"""The watchdog names who is late and shows where; nobody else speaks, and it ends with the training."""
+"""The watchdog names the late rank and shows where it is; no other rank prints, and it ends with the training."""
 
 import os
 import re
@@ -22,7 +22,7 @@ NOW = 1000.0
 
 
 def slot(rank, *, waits, steps=7, process=None, looked=NOW):
-    """What a rank tells; of this process unless another is given."""
+    """The record of a rank; of this process unless another is given."""
     pid, started = process or (os.getpid(), look_at(os.getpid()).started)
     one = np.zeros(1, SLOT)[0]
     for name, value in {
@@ -32,65 +32,67 @@ def slot(rank, *, waits, steps=7, process=None, looked=NOW):
     return one
 
 
-def said(own, *others, whole_world=True):
+def lines_of(own, *others, whole_world=True):
     return stall_message(own, others, 300.0, NOW, whole_world=whole_world)
 
 
-def test_who_does_not_wait_says_where_it_is_whatever_others_do():
+def test_a_rank_that_does_not_wait_always_prints_where_it_is():
     for others in ([], [slot(0, waits=True)], [slot(0, waits=False)]):
-        assert said(slot(1, waits=False), *others) == [f"has done nothing for 300 s, after 7 steps; {HERE}"]
-    assert "after 1 step;" in said(slot(1, waits=False, steps=1))[0]
+        assert lines_of(slot(1, waits=False), *others) == [f"has done nothing for 300 s, after 7 steps; {HERE}"]
+    assert "after 1 step;" in lines_of(slot(1, waits=False, steps=1))[0]
 
 
-def test_the_lowest_rank_that_waits_names_all_who_do_not_and_the_others_are_silent():
+def test_the_lowest_waiting_rank_names_all_that_do_not_wait_and_the_others_are_silent():
     ranks = [slot(0, waits=False), slot(1, waits=True), slot(2, waits=True), slot(3, waits=False, steps=6)]
     late = f"rank 0 (process {os.getpid()}, busy after 7) and rank 3 (process {os.getpid()}, busy after 6)"
-    assert said(ranks[1], ranks[0], *ranks[2:]) == [f"has waited for 300 s, after 7 steps, for {late}"]
-    assert said(ranks[2], *ranks[:2], ranks[3]) == []
+    assert lines_of(ranks[1], ranks[0], *ranks[2:]) == [f"has waited for 300 s, after 7 steps, for {late}"]
+    assert lines_of(ranks[2], *ranks[:2], ranks[3]) == []
 
 
-def test_who_waits_for_another_host_says_so_once():
+def test_ranks_that_wait_for_another_host_print_that_once():
     one, other = slot(2, waits=True), slot(3, waits=True)
-    (line,) = said(one, other, whole_world=False)
+    (line,) = lines_of(one, other, whole_world=False)
     assert line == "has waited for 300 s, after 7 steps, for a rank of another host; none of this host is late"
-    assert said(other, one, whole_world=False) == []
+    assert lines_of(other, one, whole_world=False) == []
 
 
-def test_ranks_that_all_wait_for_each_other_all_say_where_they_are():
+def test_if_all_ranks_wait_for_each_other_all_print_where_they_are():
     one, other = slot(0, waits=True), slot(1, waits=True)
     for own, rest in ((one, other), (other, one)):
-        assert said(own, rest) == [f"has waited for 300 s, after 7 steps, as all ranks do, each for another; {HERE}"]
+        assert lines_of(own, rest) == [
+            f"has waited for 300 s, after 7 steps, as all ranks do, each for another; {HERE}"
+        ]
 
 
-def test_a_rank_that_does_not_respond_is_late_though_it_waited_when_it_last_looked():
+def test_a_rank_that_does_not_respond_is_late_even_if_it_waited_at_its_last_look():
     silent = slot(1, waits=True, looked=NOW - SECONDS_TO_RESPOND - 1)
-    (line,) = said(slot(0, waits=True), silent)
+    (line,) = lines_of(slot(0, waits=True), silent)
     assert line.endswith(f"for rank 1 (process {os.getpid()}, which does not respond)")
 
 
-def test_a_stopped_rank_is_said_to_be_stopped_and_a_dead_one_gone():
+def test_a_stopped_rank_is_reported_as_stopped_and_a_dead_one_as_ended():
     child = subprocess.Popen(["sleep", "600"])
     try:
         process = (child.pid, look_at(child.pid).started)
         child.send_signal(signal.SIGSTOP)
         while look_at(child.pid).state != "T":
             time.sleep(0.01)
-        (line,) = said(slot(0, waits=True), slot(1, waits=True, process=process))
+        (line,) = lines_of(slot(0, waits=True), slot(1, waits=True, process=process))
         assert line.endswith(f"for rank 1 (process {child.pid}, stopped by a signal)")
     finally:
         child.kill()
         child.wait()
     gone = slot(1, waits=True, process=process)
-    (line,) = said(slot(0, waits=True), gone)
+    (line,) = lines_of(slot(0, waits=True), gone)
     assert line.endswith(f"for rank 1 (process {child.pid}, which has ended)")
-    (line,) = said(slot(2, waits=True), gone, slot(3, waits=False))  # survivors go on without it
+    (line,) = lines_of(slot(2, waits=True), gone, slot(3, waits=False))  # survivors continue without it
     assert "ended" not in line
     assert "for rank 3" in line
 
 
 @pytest.fixture
 def errors(capsys):
-    """What has been printed to the error stream so far."""
+    """A function that returns the text of the error stream so far."""
     printed = []
 
     def so_far():
@@ -107,18 +109,18 @@ def until(condition):
         time.sleep(0.01)
 
 
-def test_one_process_says_where_it_hangs_again_and_again_and_when_it_goes_on(errors):
+def test_one_process_prints_repeatedly_where_it_hangs_and_then_that_it_continues(errors):
     with Watchdog(OneProcess(), 0.2) as dog:
         until(lambda: len(re.findall(r"^\[rank 0\] has done nothing", errors(), re.MULTILINE)) >= 3)
         dog.progress = lambda: (0, 1)
     lines = errors().splitlines()
     assert all(line.startswith("[rank 0] ") for line in lines)
     assert "[rank 0] has done nothing for 0 s, after 0 steps; it is here:" in lines
-    assert any("test_one_process_says_where_it_hangs" in line for line in lines)
+    assert any("test_one_process_prints_repeatedly_where_it_hangs" in line for line in lines)
     assert lines[-1].startswith("[rank 0] continues after ")
 
 
-def test_who_makes_progress_is_not_late(errors):
+def test_a_rank_that_makes_progress_is_not_late(errors):
     counter = iter(range(10**9))
     with Watchdog(OneProcess(), 0.2) as dog:
         dog.progress = lambda: (0, next(counter))
@@ -126,8 +128,8 @@ def test_who_makes_progress_is_not_late(errors):
     assert errors() == ""
 
 
-def test_a_process_that_was_stopped_altogether_is_not_late_when_it_is_woken(errors, monkeypatch):
-    """The clock has moved on by hours, but not because nothing was done."""
+def test_a_process_that_was_suspended_is_not_late_when_it_continues(errors, monkeypatch):
+    """The clock has advanced by hours, but the rank was not idle."""
     real, hours = time.monotonic, [0.0]
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: real() + hours[0])
     with Watchdog(OneProcess(), 3600) as dog:
@@ -136,7 +138,7 @@ def test_a_process_that_was_stopped_altogether_is_not_late_when_it_is_woken(erro
     assert errors() == ""
 
 
-def test_nothing_of_it_is_left_after_the_end_nor_printed(errors):
+def test_no_thread_remains_after_the_end_and_nothing_is_printed(errors):
     before = threading.active_count()
     with pytest.raises(RuntimeError), Watchdog(OneProcess(), 0.1):
         raise RuntimeError
@@ -146,7 +148,7 @@ def test_nothing_of_it_is_left_after_the_end_nor_printed(errors):
     assert errors() == printed
 
 
-def test_zero_seconds_are_no_watchdog():
+def test_zero_seconds_turn_the_watchdog_off():
     before = threading.active_count()
     with Watchdog(OneProcess(), 0):
         assert threading.active_count() == before
@@ -185,7 +187,7 @@ def test_the_bits_do_not_depend_on_the_watchdog(communicator, shared_tmp_path):
 
 
 @needs_mpirun
-def test_a_rank_that_hangs_in_a_step_is_named_and_shows_its_stack_and_the_run_goes_on(tmp_path):
+def test_a_rank_that_hangs_in_a_step_is_named_and_shows_its_stack_and_the_run_continues(tmp_path):
     trap = "if rank == 1:\n    time.sleep(5)"
     code, printed, errors = ended(start(tmp_path, trap, flags=["--run-dir", "run", "--stall-warning", "1"]))
     assert code == 0, errors

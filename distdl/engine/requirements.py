@@ -1,0 +1,98 @@
+"""Requirements: config, dataset, network, ranks and checkpoint must fit each other. Each check raises `UserError`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distdl.config import TrainConfig
+from distdl.data import Dataset, PreparedDataset
+from distdl.engine.state import TrainingState
+from distdl.engine.storage import checkpoints
+from distdl.engine.storage.run_folder import StartingPoint
+from distdl.errors import DamagedFileError, UserError
+from distdl.nn import BatchNorm, Sequential
+
+
+def outputs_of(config: TrainConfig, data: Dataset | PreparedDataset) -> tuple[int, ...]:
+    """Return the shape of the outputs of a sample that the data and the loss need."""
+    if config.loss == "binary_cross_entropy":
+        if data.targets_per_sample != 1 or data.classes != 2:
+            raise UserError(
+                f"--loss binary_cross_entropy is for one label of two classes a sample: {config.dataset} has labels "
+                f"{data.labels.dtype} {data.labels.shape} of {data.classes} classes; leave the flag out"
+            )
+        return (1,)
+    if config.loss not in {"auto", data.default_loss}:
+        kind = "numbers" if data.targets_per_sample == 0 else "labels"
+        raise UserError(f"--loss {config.loss} does not go with {config.dataset}, which has {kind}; leave the flag out")
+    return (*(data.labels.shape[1:] if data.targets_per_sample else ()), data.classes)
+
+
+def check_outputs(config: TrainConfig, output_shape: tuple[int, ...], data: PreparedDataset) -> None:
+    """Raise `UserError` if the outputs of a network have another shape than the data and the loss need."""
+    expected = outputs_of(config, data)
+    if output_shape != expected:
+        what = "classes" if data.targets_per_sample else "numbers"
+        raise UserError(
+            f"the network {config.model} returns outputs {output_shape} for a sample, expected {expected}: "
+            f"{config.dataset} has {data.classes} {what}" + (" for each pixel" if len(expected) > 1 else "")
+        )
+
+
+def check_moments(config: TrainConfig, network: Sequential) -> None:
+    """Raise `UserError` if batch normalization would see a single number per micro-batch: that is its own mean."""
+    if config.micro_batch_size > 1:
+        return
+    if any(isinstance(layer, BatchNorm) and layer.pixels == 1 for layer in network.every_layer()):
+        raise UserError(
+            f"the network {config.model} normalizes each feature over a micro-batch (BatchNorm), and with "
+            "--micro-batch-size 1 that is one number, which leaves 0: give 2 or more"
+        )
+
+
+def check_ranks(config: TrainConfig, ranks: int) -> None:
+    """Raise `UserError` if there are more ranks than micro-batches."""
+    if ranks > config.micro_batches:
+        raise UserError(
+            f"{ranks} ranks cannot share a batch of {config.micro_batches} micro-batches (--batch-size "
+            f"{config.batch_size}, --micro-batch-size {config.micro_batch_size}): start at most "
+            f"{config.micro_batches} ranks, or give a larger batch or smaller micro-batches"
+        )
+
+
+def restore(
+    state: TrainingState, start: StartingPoint, data_sha256: str, config: TrainConfig, steps_per_epoch: int
+) -> None:
+    """Copy a checkpoint into the state; raise `UserError` if the run cannot continue from it."""
+    checkpoint, header = start.checkpoint, start.header
+    assert checkpoint is not None
+    assert header is not None
+    checkpoints.restore(checkpoint, state.named_arrays(), str(start.path))
+    state.progress = header.progress
+    if header.data_sha256 != data_sha256:
+        raise UserError(
+            f"cannot resume from {start.path}: it was trained on other images, labels or split than these; give the "
+            "same data, or start a new run"
+        )
+    batch_size = header.config["batch_size"]
+    samples = state.step % steps_per_epoch * batch_size
+    correct, counted = state.epoch_sums.counts.tolist()
+    skipped, rest = divmod(samples - counted, batch_size)
+    if (
+        rest
+        or not 0 <= skipped <= state.progress.skipped_steps
+        or not 0 <= correct <= counted * state.epoch_sums.targets_per_sample
+        or not np.isfinite(state.epoch_sums.loss_sum[0])
+    ):
+        raise DamagedFileError(f"{start.path} is damaged: its sums of the epoch are not those of {samples} samples")
+    if config.max_steps is not None and state.step > config.max_steps:
+        raise UserError(
+            f"cannot resume from {start.path}: it has taken {state.step} steps, and --max-steps is "
+            f"{config.max_steps}; give more, leave the flag out, or start a new run"
+        )
+    epochs = config.epoch_count
+    if state.step > epochs * steps_per_epoch:
+        raise UserError(
+            f"cannot resume from {start.path}: it has taken {state.step} steps, and --epochs {epochs} are "
+            f"{epochs * steps_per_epoch}; give --epochs {-(-state.step // steps_per_epoch)} or more, or start a new run"
+        )

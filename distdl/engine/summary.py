@@ -1,0 +1,65 @@
+"""The summary of a run: the content of ``summary.json``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from distdl.engine.checks.corruption import corruption_found, odd_ones_out
+from distdl.engine.metrics import Sums
+from distdl.engine.state import TrainingState
+from distdl.parallel import Communicator
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The results of a run."""
+
+    ranks: int
+    steps: int
+    epochs: int
+    train_loss: float | None
+    validation_loss: float | None
+    validation_accuracy: float | None
+    """None for regression."""
+    test_loss: float | None
+    """None if the training is not complete."""
+    test_accuracy: float | None
+    train_seconds: float
+    samples_per_second: float
+    weights_sha256: str
+    state_sha256: str
+    recoveries: list[dict[str, Any]]
+
+
+def summarize(
+    communicator: Communicator,
+    state: TrainingState,
+    test: Sums | None,
+    *,
+    epochs: int,
+    samples: int,
+    recoveries: list[dict[str, Any]],
+) -> Summary:
+    """Compare the receipts of all ranks and return the summary; `samples` counts the samples trained. Collective."""
+    receipt = state.weights_sha256()
+    receipts = communicator.allgather_json(receipt)
+    if len(set(receipts)) > 1:
+        raise corruption_found(communicator, odd_ones_out(receipts), "the weights differ at the end")
+    progress = state.progress
+    seconds = progress.train_seconds
+    return Summary(
+        ranks=communicator.size,
+        steps=state.step,
+        epochs=epochs,
+        train_loss=progress.train_loss,
+        validation_loss=progress.validation_loss,
+        validation_accuracy=progress.validation_accuracy,
+        test_loss=None if test is None else test.loss,
+        test_accuracy=None if test is None else test.accuracy,
+        train_seconds=seconds,
+        samples_per_second=samples / seconds if seconds else 0.0,
+        weights_sha256=receipt,
+        state_sha256=state.state_sha256(),
+        recoveries=recoveries,
+    )

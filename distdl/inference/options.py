@@ -1,0 +1,61 @@
+"""The options of the commands that use trained networks. This module does not import NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distdl.config import check_dataset_name, check_model_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """The flags of `distdl.evaluate`."""
+
+    runs: tuple[Path, ...]
+    """Run folder or checkpoint; several form an ensemble."""
+    part: str = "test"
+    """Part of the dataset: test or validation."""
+    best: bool = False
+    """Of each run, use the checkpoint with the best validation accuracy."""
+    data_dir: Path | None = None
+    """Folder of the dataset's files; by default that of the first run."""
+    model: tuple[str, ...] = ()
+    """Your own model that a run was trained with; its code is run."""
+    dataset: str | None = None
+    """Your own dataset that the runs were trained on; its code is run. Or npz:FILE.npz or folder:PATH, if it moved."""
+    half: bool = False
+    """Also score with weights and activations stored as float16."""
+    confusion: bool = False
+    """Print the confusion matrix."""
+    confusion_figure: Path | None = None
+    """Draw the confusion matrix; needs matplotlib."""
+    misclassified: Path | None = None
+    """Draw misclassified images; needs matplotlib."""
+    json: Path | None = None
+    """Write all numbers to this file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """The flags of `distdl.report`."""
+
+    run: Path
+    """Run folder."""
+    out: Path | None = None
+    """File to write; by default report.html in the run folder."""
+    data_dir: Path | None = None
+    """Folder of the dataset's files; by default that of the run."""
+    model: tuple[str, ...] = ()
+    """Your own model that the run was trained with; its code is run."""
+    dataset: str | None = None
+    """Your own dataset that the run was trained on; its code is run. Or npz:FILE.npz or folder:PATH, if it moved."""
+
+
+def check_names(models: Sequence[str], dataset: str | None) -> None:
+    """Raise `UserError` unless `--model` and `--dataset` can name a model and a dataset."""
+    for model in models:
+        check_model_name(model)
+    if dataset is not None:
+        check_dataset_name(dataset)
