@@ -109,9 +109,7 @@ class _Setting:
         text = docstrings[self.name]
         if self.properties.names:
             text += f" Names: {', '.join(self.properties.names)}."
-        if not (
-            any(self.default is one for one in (None, False, MISSING)) or self.default == () or self.properties.parse
-        ):
+        if isinstance(self.default, str | int | float | Path) and self.kind is not bool:
             text += (
                 f" (default: {self.default:g})" if isinstance(self.default, float) else f" (default: {self.default})"
             )
@@ -145,7 +143,7 @@ class Command(Generic[Settings]):
     def given(self, arguments: Sequence[str]) -> dict[str, Any]:
         """Return the texts of a command line by field: a list for a repeated flag, True for a switch.
 
-        The last one counts, of several. Raises `UserError`, and `SystemExit(0)` after `--help`.
+        Of several texts for one field, the last one counts. Raises `UserError`, and `SystemExit(0)` after `--help`.
         """
         if {"-h", "--help"} & set(arguments):
             sys.stdout.write(self.help())
@@ -251,12 +249,9 @@ def docstrings_of(settings: type) -> dict[str, str]:
         (definition,) = ast.parse(inspect.getsource(one)).body
         assert isinstance(definition, ast.ClassDef)
         for declared, text in itertools.pairwise(definition.body):
-            if (
-                isinstance(declared, ast.AnnAssign)
-                and isinstance(text, ast.Expr)
-                and isinstance(text.value, ast.Constant)
-            ):
-                docstrings[ast.unparse(declared.target)] = " ".join(str(text.value.value).split())
+            match declared, text:
+                case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(docstring))):
+                    docstrings[name] = " ".join(docstring.split())
     return docstrings
 
 

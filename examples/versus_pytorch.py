@@ -345,7 +345,7 @@ def parse_rows(text):
 class Options:
     """The flags of the comparison."""
 
-    torch_python: str = sys.executable
+    torch_python: str | None = None
     """Python interpreter that has PyTorch; by default this one."""
     rows: tuple[str, ...] = tuple(ROWS)
     """Rows of the table, separated by commas; by default all."""
@@ -372,7 +372,7 @@ COMMAND = cli.Command(
     ),
     groups={"flags": [field.name for field in fields(Options)]},
     flags={
-        "torch_python": cli.Flag(value="PYTHON", parse=str),
+        "torch_python": cli.Flag(value="PYTHON"),
         "rows": cli.Flag(value="ROWS", names=ROWS, parse=parse_rows),
     },
 )
@@ -411,7 +411,8 @@ def main(arguments):
         our_side(arguments[1], Job(**json.loads(arguments[2])))
         return 0
     options = parse(arguments)
-    check_torch(options.torch_python)
+    torch_python = options.torch_python or sys.executable
+    check_torch(torch_python)
     starts, rounds, seconds, steps_per_epoch = options.starts, options.rounds, options.seconds, 400
     if options.quick:
         starts, rounds, seconds, steps_per_epoch = 1, 2, 0.02, 4
@@ -420,7 +421,7 @@ def main(arguments):
         row = ROWS[name]
         micro_batch_size = options.micro_batch_size or row.micro_batch_size
         job = Job(row.model, row.ranks, row.batch_size, micro_batch_size, samples=row.batch_size * steps_per_epoch)
-        result, abouts = compare(job, options.torch_python, starts, rounds, seconds)
+        result, abouts = compare(job, torch_python, starts, rounds, seconds)
         results.append(result)
         sizes.append(f"{name} {micro_batch_size}")
         low, median, high = result.ratio

@@ -1,4 +1,4 @@
-"""Every optimizer is its textbook formula, elementwise, in place, and the same bits in any blocks."""
+"""Every optimizer follows its textbook formula, elementwise, in place, with the same bits for any block size."""
 
 import math
 import tracemalloc
@@ -15,7 +15,7 @@ from distdl.optim import BLOCK, OPTIMIZERS, clip_by_norm, optimizer_class
 
 SIZES = (1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7)
 STEPS = 50
-#: As a schedule has them: a warm-up, a fall to a tenth, and then from step to step.
+#: Rates like those of a schedule: a warm-up, a drop to a tenth, and then a change in every step.
 RATES = [0.004, 0.008, 0.012, *[0.016] * 17, *[0.0016] * 10, *[0.01 * (1.5 + math.sin(step)) for step in range(20)]]
 
 
@@ -138,7 +138,7 @@ def test_every_optimizer_is_in_the_tables_of_these_tests():
 
 
 def gradients_of(size, dtype=np.float32):
-    """A start and one gradient a step, over many orders of magnitude."""
+    """Return a start and one gradient per step, over many orders of magnitude."""
     rng = np.random.default_rng(size)
     start = rng.standard_normal(size).astype(dtype)
     scale = 10.0 ** rng.integers(-4, 2, size)
@@ -147,7 +147,7 @@ def gradients_of(size, dtype=np.float32):
 
 
 def run(name, start, gradients, lr, **settings):
-    """Take a step for each gradient; `lr` is the rate of all, or a list of those of each."""
+    """Take a step for each gradient; `lr` is the rate of all steps, or a list with one rate per step."""
     w = start.copy()
     optimizer = OPTIMIZERS[name](w.size, dtype=w.dtype, **settings)
     rates = lr if isinstance(lr, list) else [lr] * len(gradients)
@@ -160,7 +160,7 @@ def run(name, start, gradients, lr, **settings):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1], ids=["no decay", "decay"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 2e-5), (np.float64, 1e-12)], ids=["f4", "f8"])
-def test_fifty_steps_of_changing_rates_are_those_of_the_textbook(name, size, weight_decay, dtype, tolerance):
+def test_fifty_steps_with_changing_rates_equal_the_textbooks(name, size, weight_decay, dtype, tolerance):
     start, gradients = gradients_of(size, dtype)
     decay_slices = (slice(0, size // 3), slice(size // 2, size))
     got, _ = run(name, start, gradients, RATES, weight_decay=weight_decay, decay_slices=decay_slices)
@@ -183,7 +183,7 @@ def momentum_of_the_book(w, gradients, rates):
 
 
 def nesterov_as_first_written(w, gradients, rates):
-    """Look ahead along the velocity, take the gradient there. `w` is kept at the place ahead."""
+    """Take the gradient ahead along the velocity; `w` is the point ahead."""
     v = np.zeros_like(w)
     for g, lr in zip(gradients, rates, strict=True):
         before = w - 0.9 * v
@@ -195,7 +195,7 @@ def nesterov_as_first_written(w, gradients, rates):
 @pytest.mark.parametrize(
     ("name", "other"), [("momentum", momentum_of_the_book), ("nesterov", nesterov_as_first_written)]
 )
-def test_the_other_form_of_momentum_takes_the_same_steps_as_long_as_the_rate_stays(name, other):
+def test_the_other_formula_of_momentum_takes_the_same_steps_at_a_constant_rate(name, other):
     start, gradients = gradients_of(100, np.float64)
     for rates, same in (([0.01] * STEPS, True), (RATES, False)):
         got, _ = run(name, start, gradients, rates)
@@ -217,7 +217,7 @@ def test_blocks_give_the_bits_of_one_block(name, size, monkeypatch):
 
 
 @every_optimizer
-def test_weight_decay_pulls_on_its_slices_alone(name):
+def test_weight_decay_changes_only_its_slices(name):
     size = BLOCK + 100
     decayed = np.zeros(size, bool)
     for where in (slice(10, 20), slice(BLOCK - 5, BLOCK + 5)):
@@ -234,8 +234,8 @@ def test_weight_decay_pulls_on_its_slices_alone(name):
 
 
 @every_optimizer
-def test_what_is_frozen_keeps_its_bits_and_all_else_gets_those_it_would_have_got(name):
-    """A weight of -0.0 is one too: adding a velocity of 0.0 would lose its sign. Decay pulls on no frozen part."""
+def test_frozen_slices_keep_their_bits_and_the_others_do_not_notice(name):
+    """Even -0.0 keeps its bits: adding a velocity of 0.0 would lose its sign. Decay changes no frozen slice."""
     size = 2 * BLOCK + 100
     start, gradients = gradients_of(size)
     start[::3] = -0.0
@@ -251,9 +251,9 @@ def test_what_is_frozen_keeps_its_bits_and_all_else_gets_those_it_would_have_got
 
 
 @every_optimizer
-def test_l1_pulls_every_decayed_weight_by_the_same_length(name):
+def test_l1_changes_every_decayed_weight_by_the_same_amount(name):
     start = np.array([3.0, -3.0, 0.0, 3.0], np.float32)
-    gradient = np.array([0.25, -0.25, 0.0, 0.0], np.float32)  # what l1 = 0.25 adds to the first three
+    gradient = np.array([0.25, -0.25, 0.0, 0.0], np.float32)  # the term of l1 = 0.25 for the first three
     pulled, _ = run(name, start, [np.zeros(4, np.float32)] * 5, 0.1, l1=0.25, decay_slices=(slice(0, 3),))
     pushed, _ = run(name, start, [gradient] * 5, 0.1)
     assert pulled.tobytes() == pushed.tobytes()
@@ -261,7 +261,7 @@ def test_l1_pulls_every_decayed_weight_by_the_same_length(name):
     assert pulled[3] == 3
 
 
-def test_a_long_gradient_is_clipped_to_the_length_and_a_short_one_left():
+def test_a_gradient_is_clipped_to_the_norm_only_if_it_is_longer():
     gradient = np.array([3.0, 4.0] * 50, np.float32)
     length = float(np.sqrt((gradient.astype(np.float64) ** 2).sum()))
     clipped = gradient.copy()
@@ -275,7 +275,7 @@ def test_a_long_gradient_is_clipped_to_the_length_and_a_short_one_left():
     assert not nothing.any()
 
 
-def test_clipping_is_that_of_pytorch():
+def test_clipping_equals_pytorchs():
     torch = pytest.importorskip("torch")
     gradient = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
     for largest in (0.5, 30.0, 40.0):
@@ -288,24 +288,24 @@ def test_clipping_is_that_of_pytorch():
 
 
 @every_optimizer
-def test_every_optimizer_finds_the_bottom_of_a_parabola(name):
-    """From (-3, 4), as section 4.4.1 does, whose figures for SGD are (-6.1e-10, 8.1e-10)."""
+def test_every_optimizer_finds_the_minimum_of_a_parabola(name):
+    """From (-3, 4), as in section 4.4.1, whose result for SGD is (-6.1e-10, 8.1e-10)."""
     lr, steps = PARABOLA[name]
-    near = lr if name == "rmsprop" else 1e-4  # its steps have the length of the learning rate to the end
+    near = lr if name == "rmsprop" else 1e-4  # its steps keep the size of the learning rate
     found = minimized(name, [-3.0, 4.0], lambda x, y: (2 * x, 2 * y), lr, steps)
     assert found == pytest.approx([0, 0], abs=near)
     assert name != "sgd" or found == pytest.approx([-6.1e-10, 8.1e-10], rel=0.01)
 
 
 @every_optimizer
-def test_every_optimizer_finds_the_bottom_of_a_long_valley(name):
+def test_every_optimizer_finds_the_minimum_of_a_long_valley(name):
     lr, steps = VALLEY[name]
-    near = lr if name == "rmsprop" else 1e-4  # its steps have the length of the learning rate to the end
+    near = lr if name == "rmsprop" else 1e-4  # its steps keep the size of the learning rate
     assert minimized(name, [-7.0, 2.0], lambda x, y: (x / 10, 2 * y), lr, steps) == pytest.approx([0, 0], abs=near)
 
 
 @every_optimizer
-def test_every_optimizer_finds_the_bottom_of_rosenbrocks_valley(name):
+def test_every_optimizer_finds_the_minimum_of_rosenbrocks_function(name):
     def gradient(x, y):
         return -2 * (1 - x) - 400 * x * (y - x * x), 200 * (y - x * x)
 
@@ -322,7 +322,7 @@ def minimized(name, start, gradient, lr, steps):
 
 
 @every_optimizer
-def test_state_vectors_have_their_names_start_at_zero_and_are_as_long_as_the_parameters(name):
+def test_state_vectors_have_names_zeros_and_the_length_of_the_parameters(name):
     optimizer = OPTIMIZERS[name](1001)
     assert list(optimizer.state) == STATE[name]
     for vector in optimizer.state.values():
@@ -333,7 +333,7 @@ def test_state_vectors_have_their_names_start_at_zero_and_are_as_long_as_the_par
 
 
 @every_optimizer
-def test_the_state_is_all_that_a_later_step_needs(name):
+def test_a_later_step_needs_only_the_state(name):
     start, gradients = gradients_of(1001)
     straight, _ = run(name, start, gradients, 0.01)
     w, first = run(name, start, gradients[:20], 0.01)
@@ -346,7 +346,7 @@ def test_the_state_is_all_that_a_later_step_needs(name):
 
 
 def test_a_checkpoint_with_the_velocity_of_the_book_is_refused():
-    """Earlier versions kept momentum as the book does: with the learning rate inside."""
+    """Earlier versions stored momentum as in the book: with the learning rate inside."""
     network = Sequential([Affine(2)], (3,))
     state = TrainingState(network, OPTIMIZERS["momentum"](network.parameters.size))
     now = {name: array.copy() for name, array in state.named_arrays()}
@@ -360,7 +360,7 @@ def test_a_checkpoint_with_the_velocity_of_the_book_is_refused():
 
 
 @every_optimizer
-def test_an_update_works_in_place_and_allocates_next_to_nothing(name):
+def test_an_update_works_in_place_and_allocates_almost_nothing(name):
     size = 3 * BLOCK + 7
     start, gradients = gradients_of(size)
     optimizer = OPTIMIZERS[name](size, weight_decay=0.1, decay_slices=(slice(0, size - 5),))
@@ -389,7 +389,7 @@ def test_an_unknown_optimizer_is_an_error_that_lists_the_known():
 @pytest.mark.parametrize("weight_decay", [0.0, 0.05], ids=["no decay", "decay"])
 @pytest.mark.parametrize("rates", [[0.02] * 100, RATES + RATES[::-1]], ids=["constant", "changing"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-6), ("float32", 1e-4)])
-def test_a_hundred_steps_are_those_of_pytorch(name, weight_decay, rates, dtype, tolerance):
+def test_a_hundred_steps_equal_pytorchs(name, weight_decay, rates, dtype, tolerance):
     torch = pytest.importorskip("torch")
     made = {
         "sgd": lambda w: torch.optim.SGD([w], lr=0.02, weight_decay=weight_decay),

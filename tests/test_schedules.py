@@ -22,7 +22,7 @@ def test_every_schedule_gives_the_rate_of_its_formula_in_any_order(name):
     assert [schedule(step) for step in reversed(STEPS)] == EXPECTED[name][::-1]
 
 
-def test_the_rate_changes_at_the_first_step_after_each_stretch():
+def test_the_rate_changes_after_every_steps_steps():
     assert [step_decay(8.0, every_steps=3, factor=0.5)(step) for step in range(7)] == [8, 8, 8, 4, 4, 4, 2]
     assert [step_decay(1.0, every_steps=1, factor=2.0)(step) for step in range(4)] == [1, 2, 4, 8]
     assert constant(0.01)(0) == constant(0.01)(10**9) == 0.01
@@ -34,7 +34,7 @@ def test_an_unknown_schedule_is_an_error_that_lists_the_known():
 
 
 @pytest.mark.parametrize("length", [0, -1])
-def test_a_stretch_shorter_than_a_step_is_an_error(length):
+def test_a_length_below_one_step_is_an_error(length):
     with pytest.raises(UserError, match=f"at least 1 step, not {length}"):
         step_decay(0.1, every_steps=length, factor=0.1)
     with pytest.raises(UserError, match=f"at least 1 step, not {length}"):
@@ -42,7 +42,7 @@ def test_a_stretch_shorter_than_a_step_is_an_error(length):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_warm_up_leads_up_evenly_to_what_the_schedule_says(name):
+def test_a_warm_up_rises_evenly_to_the_schedule(name):
     settings = {"every_steps": 3, "factor": 0.1, "total_steps": 20}
     schedule, warm = make_schedule(name, 0.5, **settings), make_schedule(name, 0.5, **settings, warmup_steps=8)
     for step in range(8):
@@ -51,7 +51,7 @@ def test_a_warm_up_leads_up_evenly_to_what_the_schedule_says(name):
     assert warmed_up(constant(1.0), 1)(0) == 1.0
 
 
-def test_the_cosine_is_that_of_pytorch():
+def test_the_cosine_equals_pytorchs():
     torch = pytest.importorskip("torch")
     weight = torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.SGD([weight], lr=0.3)

@@ -26,14 +26,8 @@ COMMAND = Command(
     groups={
         "training": ("model", "input_shape", "dataset", "data_dir", "batch_size", "micro_batch_size", "optimizer"),
         "measurement": (
-            "ranks",
-            "scaling",
-            "reduction",
-            "steps",
-            "repetitions",
-            "layers",
-            "communication",
-            "interconnect",
+            *("ranks", "scaling", "reduction", "steps", "repetitions"),
+            *("layers", "communication", "interconnect"),
         ),
         "results": ("out", "trace"),
     },

@@ -115,7 +115,7 @@ class BenchmarkResult:
             notes,
             sorted({one.case.ranks for one in self.measured if one.oversubscribed}),
         )
-        return figures.svg(figure)
+        return figures.content_of(figure, "svg")
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of ``bench.json``: environment, settings, raw measurements and derived numbers."""

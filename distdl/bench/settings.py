@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distdl.config import DATASETS, OPTIMIZERS, check_model_name, reads_data_dir
+from distdl.config import DATASETS, OPTIMIZERS, REDUCTIONS, check_model_name, reads_data_dir
 from distdl.errors import UserError, unknown_name
 
 SCALINGS = {"both": ("strong", "weak"), "strong": ("strong",), "weak": ("weak",), "none": ()}
-REDUCTIONS = ("tree", "allreduce")
 
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 _PREFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}

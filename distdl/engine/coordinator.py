@@ -29,7 +29,7 @@ from distdl.engine.logbook import Logbook
 from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
-from distdl.engine.storage.checkpoints import Checkpoint
+from distdl.engine.storage.checkpoints import FoundCheckpoint
 from distdl.engine.storage.files import indented_json, remove_temporaries, write_durably
 from distdl.engine.storage.header import CheckpointHeader
 from distdl.engine.storage.run_folder import StartingPoint, lock_folder, locked_run_folder
@@ -126,14 +126,15 @@ class Coordinator(RunListener):
         assert start is not None
         with self._opening:
             self._remove_temporaries()
-            if start.checkpoint is not None and start.header is not None and start.path is not None:
-                self._copy_history(start.checkpoint, start.header, start.path, start.origin)
+            header = None if start.found is None else start.found.header()
+            if start.found is not None and header is not None:
+                self._copy_history(start.found, header, start.origin)
             write_durably(self.folder / "config.toml", self.config.to_toml().encode())
             write_durably(self.folder / "env.json", indented_json(self.facts.environment))
-            if start.header is not None:
+            if header is not None:
                 # Before the logs are cut: no checkpoint may ever be later than they are.
-                checkpoints.remove_later(self.folder / "checkpoints", start.header.step)
-            self.logbook.open(self.folder, {} if start.header is None else start.header.log_bytes)
+                checkpoints.remove_later(self.folder / "checkpoints", header.step)
+            self.logbook.open(self.folder, {} if header is None else header.log_bytes)
             (self.folder / "summary.json").unlink(missing_ok=True)  # a summary means that the run has ended
 
     def close(self) -> None:
@@ -148,7 +149,7 @@ class Coordinator(RunListener):
         for folder in (self.folder, self.folder / "checkpoints"):
             remove_temporaries(folder)
 
-    def _copy_history(self, checkpoint: Checkpoint, header: CheckpointHeader, path: Path, origin: Path | None) -> None:
+    def _copy_history(self, found: FoundCheckpoint, header: CheckpointHeader, origin: Path | None) -> None:
         """Copy the logs, the best checkpoint and the checkpoint itself into the folder, unless they are there.
 
         Without them the run could not be resumed from this folder.
@@ -163,7 +164,7 @@ class Coordinator(RunListener):
         folder, best_step = self.folder / "checkpoints", header.progress.best_step
         if best_step not in {None, header.step}:
             target = checkpoints.path_of_step(folder, best_step)
-            best = path.with_name(target.name)
+            best = found.path.with_name(target.name)
             if best.is_file() and not target.exists():
                 try:
                     checkpoints.write(target, checkpoints.read(best))
@@ -171,7 +172,7 @@ class Coordinator(RunListener):
                     self.console.warning(f"{error}; this best checkpoint is not copied")
         target = checkpoints.path_of_step(folder, header.step)
         if not target.exists():
-            checkpoints.write(target, checkpoint)
+            checkpoints.write(target, found.checkpoint)
 
     # -- events
 
@@ -179,14 +180,14 @@ class Coordinator(RunListener):
         """Print the step that the run continues from, and warnings about it."""
         start, facts = self._start, self.facts
         assert start is not None
-        for complaint in start.complaints:
+        for complaint in start.found.complaints if start.found is not None else ():
             self.console.warning(f"{complaint}; the one before it is used")
         if len(facts.environment["kernel_families"]) > 1:
             self.console.warning(f"the ranks run different kernels ({facts.kernel_family}): bits depend on the ranks")
-        if start.header is None:
+        if start.found is None:
             return
-        before, versions = start.header, facts.environment["versions"]
-        self.console.line(f"resumed from {start.path} after step {before.step}")
+        before, versions = start.found.header(), facts.environment["versions"]
+        self.console.line(f"resumed from {start.found.path} after step {before.step}")
         threads = before.config.get("threads_per_rank")
         for what, was, now in (
             ("the kernels", before.kernel_family, facts.kernel_family),

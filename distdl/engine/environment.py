@@ -89,6 +89,7 @@ def _system() -> str:
 @cache
 def _package_versions() -> dict[str, str]:
     found = {}
+    # tyro is no longer used. It stays in the list, so that checkpoints keep their bytes.
     for name in ("numpy", "mpi4py", "safetensors", "tyro", "threadpoolctl"):
         try:
             found[name] = version(name)

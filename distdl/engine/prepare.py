@@ -189,8 +189,8 @@ class Preparation:
     ) -> None:
         """Fill the state from the checkpoint of a resumed run, or from `--init-from`; on rank 0."""
         assert start is not None
-        if start.checkpoint is not None:
-            restore(state, start, data_sha256, self.config, steps_per_epoch)
+        if start.found is not None:
+            restore(state, start.found, data_sha256, self.config, steps_per_epoch)
         elif self.config.init_from is not None:
             self.transferred = transfer.copy_weights(self.config.init_from, state.network, self.config.model)
 

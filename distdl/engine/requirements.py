@@ -8,7 +8,7 @@ from distdl.config import TrainConfig
 from distdl.data import Dataset, PreparedDataset
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
-from distdl.engine.storage.run_folder import StartingPoint
+from distdl.engine.storage.checkpoints import FoundCheckpoint
 from distdl.errors import DamagedFileError, UserError
 from distdl.nn import BatchNorm, Sequential
 
@@ -61,17 +61,15 @@ def check_ranks(config: TrainConfig, ranks: int) -> None:
 
 
 def restore(
-    state: TrainingState, start: StartingPoint, data_sha256: str, config: TrainConfig, steps_per_epoch: int
+    state: TrainingState, found: FoundCheckpoint, data_sha256: str, config: TrainConfig, steps_per_epoch: int
 ) -> None:
     """Copy a checkpoint into the state; raise `UserError` if the run cannot continue from it."""
-    checkpoint, header = start.checkpoint, start.header
-    assert checkpoint is not None
-    assert header is not None
-    checkpoints.restore(checkpoint, state.named_arrays(), str(start.path))
+    header = found.header()
+    checkpoints.restore(found.checkpoint, state.named_arrays(), str(found.path))
     state.progress = header.progress
     if header.data_sha256 != data_sha256:
         raise UserError(
-            f"cannot resume from {start.path}: it was trained on other images, labels or split than these; give the "
+            f"cannot resume from {found.path}: it was trained on other images, labels or split than these; give the "
             "same data, or start a new run"
         )
     batch_size = header.config["batch_size"]
@@ -84,15 +82,15 @@ def restore(
         or not 0 <= correct <= counted * state.epoch_sums.targets_per_sample
         or not np.isfinite(state.epoch_sums.loss_sum[0])
     ):
-        raise DamagedFileError(f"{start.path} is damaged: its sums of the epoch are not those of {samples} samples")
+        raise DamagedFileError(f"{found.path} is damaged: its sums of the epoch are not those of {samples} samples")
     if config.max_steps is not None and state.step > config.max_steps:
         raise UserError(
-            f"cannot resume from {start.path}: it has taken {state.step} steps, and --max-steps is "
+            f"cannot resume from {found.path}: it has taken {state.step} steps, and --max-steps is "
             f"{config.max_steps}; give more, leave the flag out, or start a new run"
         )
     epochs = config.epoch_count
     if state.step > epochs * steps_per_epoch:
         raise UserError(
-            f"cannot resume from {start.path}: it has taken {state.step} steps, and --epochs {epochs} are "
+            f"cannot resume from {found.path}: it has taken {state.step} steps, and --epochs {epochs} are "
             f"{epochs * steps_per_epoch}; give --epochs {-(-state.step // steps_per_epoch)} or more, or start a new run"
         )

@@ -32,7 +32,7 @@ from distdl.model_settings import parse_model_settings
 from distdl.nn import Sequential, build_model
 from distdl.nn.arguments import show_shape
 from distdl.nn.layers import Layer, Shape
-from distdl.parallel import Communicator, together
+from distdl.parallel import Communicator
 from distdl.rng import Key
 
 #: Builds a network for inputs (H, W, C) and a number of outputs.
@@ -109,10 +109,8 @@ def load_dataset(dataset: str, data_dir: Path | None) -> Dataset:
 def names_match(one: str, other: str) -> bool:
     """Return True if two names may mean one function: the file may have moved, or the module may run as a script.
 
-    >>> names_match("/home/ada/net.py:build", "net.py:build")
-    True
-    >>> names_match("net.py:build", "net.py:make")
-    False
+    >>> names_match("/home/ada/net.py:build", "net.py:build"), names_match("net.py:build", "net.py:make")
+    (True, False)
     """
     (place, _, name), (other_place, _, other_name) = one.rpartition(":"), other.rpartition(":")
     modules = {
@@ -260,13 +258,10 @@ def architecture_sha256(network: Sequential) -> str:
 def check_equal_networks(communicator: Communicator, model: str, network: Sequential) -> None:
     """Raise `UserError`, on every rank, if ranks have built different networks. Collective."""
     hashes = communicator.allgather_json(architecture_sha256(network))
-    together(communicator, lambda: check_equal_hashes(model, hashes))
-
-
-def check_equal_hashes(model: str, hashes: Sequence[str]) -> None:
-    """Raise `UserError` if the networks of ranks have different hashes: then files differ between hosts."""
     others = [rank for rank, one in enumerate(hashes) if one != hashes[0]]
     if others:
-        raise UserError(
+        error = UserError(
             f"the network {model} of rank {others[0]} is not that of rank 0: give every host the same files"
         )
+        error.agreed = True  # all ranks have the same hashes
+        raise error

@@ -25,7 +25,7 @@ PICTURES = (".png", ".svg", ".pdf")
 
 def evaluate_runs(options: EvaluateOptions) -> None:
     """Score the networks of runs on all ranks. Rank 0 prints the scores. Collective. Raises `UserError`."""
-    check_names(options.model, options.dataset)
+    check_names(options)
     part = next((part for part in PARTS if part == options.part), None)
     if part is None:
         raise unknown_name("part", options.part, PARTS)

@@ -258,19 +258,15 @@ def need_matplotlib() -> None:
 
 
 def content_of(figure: Figure, kind: str, *, dpi: float | str = "figure") -> bytes:
-    """Return a figure as the content of a file: ``png``, ``svg`` or ``pdf``."""
-    content = io.BytesIO()
-    figure.savefig(content, format=kind, dpi=dpi)
-    return content.getvalue()
+    """Return a figure as the content of a file: ``png``, ``svg`` or ``pdf``.
 
-
-def svg(figure: Figure) -> bytes:
-    """Return a figure as an SVG document. Text stays text, and equal figures give equal bytes."""
+    In SVG text stays text, and equal figures give equal bytes.
+    """
     import matplotlib as mpl  # noqa: PLC0415  half a second, and not installed everywhere
 
     content = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "distdl", "svg.fonttype": "none"}):
-        figure.savefig(content, format="svg", metadata={"Date": None})
+        figure.savefig(content, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
     return content.getvalue()
 
 

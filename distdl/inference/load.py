@@ -51,19 +51,18 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Source:
     """A checkpoint and its settings, on rank 0."""
 
     given: Path
-    path: Path
-    checkpoint: checkpoints.Checkpoint
+    found: FoundCheckpoint
     header: CheckpointHeader
     config: TrainConfig
-    complaints: list[str]
 
     def to_json(self) -> list[Any]:
         """Return the facts for the other ranks."""
-        return [str(self.given), str(self.path), self.config.to_json(), self.header.step, self.complaints]
+        path, _, complaints = self.found
+        return [str(self.given), str(path), self.config.to_json(), self.header.step, complaints]
 
 
 def load(
@@ -88,11 +87,11 @@ def load(
     """
     communicator = world() if communicator is None else communicator
     with guard(communicator):
-        found = on_rank_0(communicator, lambda: [_find(path, best=best) for path in given]) or []
-        facts = from_rank_0(communicator, lambda: [one.to_json() for one in found])
+        sources = on_rank_0(communicator, lambda: [_read(path, best=best) for path in given]) or []
+        facts = from_rank_0(communicator, lambda: [one.to_json() for one in sources])
         configs = [TrainConfig.from_json(config) for _, _, config, _, _ in facts]
         together(communicator, lambda: _refuse_unused_models(models, configs))
-        arrays = on_rank_0(communicator, lambda: _data_arrays(found, data_dir, dataset)) or {}
+        arrays = on_rank_0(communicator, lambda: _data_arrays(sources, data_dir, dataset)) or {}
         shared = share_arrays(communicator, arrays)
         data = [PreparedDataset.from_arrays(shared, _prefix(config.seed)) for config in configs]
         networks = together(
@@ -101,59 +100,52 @@ def load(
         )
         for config, network in zip(configs, networks, strict=True):
             check_equal_networks(communicator, config.model, network)
-        receipts = from_rank_0(communicator, lambda: list(map(_restore, found, networks)))
+        receipts = from_rank_0(communicator, lambda: list(map(_restore, sources, networks)))
         for network in networks:
             communicator.bcast(network.parameters)
             communicator.bcast(network.buffers)
     return [
-        Trained(Path(source), Path(path), configs[i], step, receipts[i], networks[i], data[i], tuple(complaints))
-        for i, (source, path, _, step, complaints) in enumerate(facts)
+        Trained(Path(name), Path(path), configs[i], step, receipts[i], networks[i], data[i], tuple(complaints))
+        for i, (name, path, _, step, complaints) in enumerate(facts)
     ]
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints and data
 
 
-def _find(given: Path, *, best: bool) -> _Found:
-    """Read the newest or the best checkpoint."""
+def _read(given: Path, *, best: bool) -> _Source:
+    """Read the newest or the best checkpoint, and check its settings."""
     try:
         if best and given.is_file():
             raise UserError(
                 f"--best looks for the best checkpoint of a run folder, and {given} is a file: leave it out"
             )
-        newest = find_checkpoint(given, str(given))
-        found = _checked(given, newest)
-        if not best:
-            return found
-        step = found.header.progress.best_step
-        if step is None:
-            raise UserError(f"--best: {given} has no best checkpoint yet, since no epoch of it was validated")
-        path = checkpoints.path_of_step(newest.path.parent, step)
-        return _checked(given, newest._replace(path=path, checkpoint=checkpoints.read(path, follow=False)))
+        found = find_checkpoint(given, str(given))
+        header = found.header()
+        if best:
+            if header.progress.best_step is None:
+                raise UserError(f"--best: {given} has no best checkpoint yet, since no epoch of it was validated")
+            path = checkpoints.path_of_step(found.path.parent, header.progress.best_step)
+            found = found._replace(path=path, checkpoint=checkpoints.read(path, follow=False))
+            header = found.header()
     except OSError as error:
         raise UserError(f"cannot look into {error.filename}: {error.strerror}; give another run folder") from None
-
-
-def _checked(given: Path, found: FoundCheckpoint) -> _Found:
-    """Return the checkpoint with its header and settings; raise an error if they are unusable."""
-    path, checkpoint, complaints = found
-    header = CheckpointHeader.parse(checkpoint.header, path, checkpoint.tensors)
     try:
         config = TrainConfig.from_json(header.config)
         config = replace(config, config=None, run_dir=None, resume=None, trace=None).checked()
     except (LookupError, TypeError) as error:
-        raise UserError(f"{path} has settings that this version of distdl does not know: {error}") from None
+        raise UserError(f"{found.path} has settings that this version of distdl does not know: {error}") from None
     except UserError as error:
-        raise UserError(f"the settings in {path} are invalid: {error}") from None
-    return _Found(given, path, checkpoint, header, config, complaints)
+        raise UserError(f"the settings in {found.path} are invalid: {error}") from None
+    return _Source(given, found, header, config)
 
 
 def _data_arrays(
-    found: Sequence[_Found], data_dir: Path | None, dataset: Dataset | str | None
+    sources: Sequence[_Source], data_dir: Path | None, dataset: Dataset | str | None
 ) -> dict[str, NDArray[Any]]:
     """Load the dataset, split it as each run did, and compare it with the data that each run was trained on."""
-    first = found[0]
-    for other in found[1:]:
+    first = sources[0]
+    for other in sources[1:]:
         if other.config.dataset != first.config.dataset:
             raise UserError(
                 f"{other.given} was trained on {other.config.dataset}, {first.given} on {first.config.dataset}: "
@@ -161,13 +153,13 @@ def _data_arrays(
             )
     loaded = _load_dataset(first, data_dir, dataset)
     of_seed: dict[int, PreparedDataset] = {}
-    for one in found:
+    for one in sources:
         seed = one.config.seed
         if seed not in of_seed:
             of_seed[seed] = read_data(one.config, loaded)
         if one.header.data_sha256 != of_seed[seed].sha256():
             raise UserError(
-                f"{one.path} was trained on other images, labels or split than {loaded.name} has here: give the "
+                f"{one.found.path} was trained on other images, labels or split than {loaded.name} has here: give the "
                 f"same data by {'--dataset' if one.config.dataset.startswith(FROM_PATH) else '--data-dir'}"
             )
     arrays: dict[str, NDArray[Any]] = {}
@@ -176,7 +168,7 @@ def _data_arrays(
     return arrays
 
 
-def _load_dataset(first: _Found, data_dir: Path | None, dataset: Dataset | str | None) -> Dataset:
+def _load_dataset(first: _Source, data_dir: Path | None, dataset: Dataset | str | None) -> Dataset:
     """Return the given dataset, or load the one that the first run was trained on."""
     if isinstance(dataset, Dataset):
         return dataset
@@ -236,8 +228,8 @@ def _refuse_unused_models(models: Sequence[str], configs: Sequence[TrainConfig])
             )
 
 
-def _restore(found: _Found, network: Sequential) -> str:
+def _restore(source: _Source, network: Sequential) -> str:
     """Copy the weights of the checkpoint into the network, and return the receipt."""
-    state = TrainingState(network, optimizer_class(found.config.optimizer)(network.parameters.size))
-    checkpoints.restore(found.checkpoint, state.named_arrays(), str(found.path))
+    state = TrainingState(network, optimizer_class(source.config.optimizer)(network.parameters.size))
+    checkpoints.restore(source.found.checkpoint, state.named_arrays(), str(source.found.path))
     return state.weights_sha256()

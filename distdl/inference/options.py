@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,19 @@ from distdl.config import check_dataset_name, check_model_name
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
+class LoadOptions:
+    """The flags for loading trained networks."""
+
+    data_dir: Path | None = None
+    """Folder of the dataset's files; by default that of the first run."""
+    model: tuple[str, ...] = ()
+    """Your own model that a run was trained with; its code is run."""
+    dataset: str | None = None
+    """Your own dataset that the runs were trained on; its code is run. Or npz:FILE.npz or folder:PATH, if it moved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(LoadOptions):
     """The flags of `distdl.evaluate`."""
 
     runs: tuple[Path, ...]
@@ -19,12 +30,6 @@ class EvaluateOptions:
     """Part of the dataset: test or validation."""
     best: bool = False
     """Of each run, use the checkpoint with the best validation accuracy."""
-    data_dir: Path | None = None
-    """Folder of the dataset's files; by default that of the first run."""
-    model: tuple[str, ...] = ()
-    """Your own model that a run was trained with; its code is run."""
-    dataset: str | None = None
-    """Your own dataset that the runs were trained on; its code is run. Or npz:FILE.npz or folder:PATH, if it moved."""
     half: bool = False
     """Also score with weights and activations stored as float16."""
     confusion: bool = False
@@ -38,24 +43,18 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportOptions:
+class ReportOptions(LoadOptions):
     """The flags of `distdl.report`."""
 
     run: Path
     """Run folder."""
     out: Path | None = None
     """File to write; by default report.html in the run folder."""
-    data_dir: Path | None = None
-    """Folder of the dataset's files; by default that of the run."""
-    model: tuple[str, ...] = ()
-    """Your own model that the run was trained with; its code is run."""
-    dataset: str | None = None
-    """Your own dataset that the run was trained on; its code is run. Or npz:FILE.npz or folder:PATH, if it moved."""
 
 
-def check_names(models: Sequence[str], dataset: str | None) -> None:
+def check_names(options: LoadOptions) -> None:
     """Raise `UserError` unless `--model` and `--dataset` can name a model and a dataset."""
-    for model in models:
+    for model in options.model:
         check_model_name(model)
-    if dataset is not None:
-        check_dataset_name(dataset)
+    if options.dataset is not None:
+        check_dataset_name(options.dataset)

@@ -40,7 +40,7 @@ STYLE = (
 
 def write_report(options: ReportOptions) -> None:
     """Score the run on all ranks, and write its page. Collective. Raises `UserError`."""
-    check_names(options.model, options.dataset)
+    check_names(options)
     figures.need_matplotlib()
     communicator, run, out = world(), options.run, options.out or options.run / NAME
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from distdl.job.streams import say
+from distdl.job.streams import say_line
 
 SECONDS_BETWEEN_LOOKS = 0.25
 #: Time until a missing rank ends the job. It may have died after its own start, which this rank is about to complete.
@@ -59,7 +59,7 @@ def _watch(ended: int, launcher: int, rank: int) -> None:
         seen = seen or living >= expected
         seconds = 0.0 if living >= expected else seconds + SECONDS_BETWEEN_LOOKS
         if seconds >= (SECONDS_MISSED if seen else SECONDS_NEVER_SEEN):
-            say("distdl: error: a rank was lost while MPI was started; the job ends: start it again\n")
+            say_line("error: a rank was lost while MPI was started; the job ends: start it again")
             os.kill(launcher, signal.SIGTERM)
             os.kill(rank, signal.SIGKILL)
 

@@ -11,11 +11,11 @@ import sys
 import time
 import warnings
 
-from distdl.errors import DistdlError, UserError, one_line
+from distdl.errors import DistdlError, UserError
 from distdl.job import leftovers
 from distdl.job.launcher import Launch, compatible, read_launch
 from distdl.job.lifeline import end_with_the_launcher
-from distdl.job.streams import say
+from distdl.job.streams import say_line
 from distdl.parallel import shared
 from distdl.parallel.agreement import end_the_job, exit_code_of
 from distdl.parallel.communicator import Communicator, OneProcess
@@ -43,7 +43,7 @@ def world() -> Communicator:
 
 
 def tell_the_others(error: DistdlError) -> None:
-    """Report an error that perhaps only this rank has, so that no rank waits for this one.
+    """Report an error that perhaps only this rank has: no other rank may wait for this one.
 
     Before the world exists, this function creates it: every other rank then raises this error, or that of a lower
     rank, in its call of `world`. Later it ends the job. Raises `UserError` if no world can be created.
@@ -116,7 +116,7 @@ def _end_the_job_on_uncaught_exceptions(communicator: Communicator) -> None:
             end_the_job(communicator, error)
         if communicator.rank == 0:
             label = getattr(error, "label", "error: ")
-            say(f"distdl: {label}{one_line(str(error))}\n")
+            say_line(f"{label}{error}")
         raise SystemExit(exit_code_of(error))  # every rank exits with this code; no abort is necessary
 
     sys.excepthook = hook

@@ -281,7 +281,7 @@ class _Search:
             self._print(line)
         written = [RESULTS, SUMMARY]
         if figures.has_matplotlib():
-            self._open.write(CHART, figures.svg(search_figure(found.results, self._settings)))
+            self._open.write(CHART, figures.content_of(search_figure(found.results, self._settings), "svg"))
             written.append(CHART)
         else:
             self._print(f"no {CHART}: {figures.NEEDS_MATPLOTLIB}")

@@ -85,8 +85,8 @@ def test_everything_lies_inside_of_the_axes_even_for_one_rank_or_a_thousand():
 
 
 def test_the_document_holds_the_words_and_dots_and_is_the_same_each_time():
-    document = figures.svg(drawn()[0])
-    assert document == figures.svg(drawn()[0])
+    document = figures.content_of(drawn()[0], "svg")
+    assert document == figures.content_of(drawn()[0], "svg")
     root = ET.fromstring(document)
     words = [text.text for text in root.iter(SVG + "text")]
     assert "a <title> & $more$" in words

@@ -16,10 +16,11 @@ from distdl import cli, evaluate, train
 from distdl.config import TrainConfig
 from distdl.data.sources import Dataset
 from distdl.engine import train as train_from_a_script
-from distdl.engine.user_code import architecture_sha256, check_equal_hashes
+from distdl.engine.user_code import architecture_sha256, check_equal_networks
 from distdl.errors import UserError
 from distdl.job.launcher import read_launch
 from distdl.nn import build_model
+from distdl.parallel import OneProcess
 
 pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts trainings of one process")
 
@@ -300,12 +301,16 @@ def test_a_network_for_larger_images_names_the_possible_sizes(folder):
     assert "conv2d_2 (Conv2d 16@5x5): input 4x4x6 is smaller" in said
 
 
-def test_a_rank_with_a_different_network_is_named():
-    one, other = (architecture_sha256(build_model(name, (28, 28, 1), 10)) for name in ("mlp", "logistic"))
-    assert architecture_sha256(build_model("mlp", (28, 28, 1), 10)) == one
-    check_equal_hashes("net.py:net", [one, one, one])
-    with pytest.raises(UserError, match=r"net\.py:net of rank 2 is not that of rank 0: give every host the same files"):
-        check_equal_hashes("net.py:net", [one, one, other])
+def test_a_rank_with_a_different_network_is_named(monkeypatch):
+    communicator, hashes = OneProcess(), []
+    monkeypatch.setattr(communicator, "allgather_json", lambda own: [own, *hashes])
+    mlp, other = (build_model(name, (28, 28, 1), 10) for name in ("mlp", "logistic"))
+    hashes += [architecture_sha256(build_model("mlp", (28, 28, 1), 10))] * 2
+    check_equal_networks(communicator, "net.py:net", mlp)
+    hashes[1] = architecture_sha256(other)
+    with pytest.raises(UserError, match=r"net\.py:net of rank 2 is not that of rank 0: give every host") as caught:
+        check_equal_networks(communicator, "net.py:net", mlp)
+    assert caught.value.agreed
 
 
 def test_flat_batch_norm_needs_more_than_one_sample(folder):

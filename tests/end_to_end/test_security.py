@@ -52,6 +52,27 @@ def test_a_link_inside_a_run_folder_is_refused_and_not_followed(workshop, name, 
         assert changes(before, picture(workshop)) == []
 
 
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_link_beside_a_given_checkpoint_is_refused_and_not_followed(workshop, name):
+    """A run that continues in another folder copies its logs and its best checkpoint there: no link may lead them."""
+    shop = RunShop(workshop)
+    path, elsewhere = shop.folder / name, workshop / "elsewhere"
+    if path.exists():
+        shutil.move(path, elsewhere)
+    else:
+        elsewhere.write_bytes(b"two years of work\n" * 1000)
+    path.symlink_to(elsewhere)
+    before = picture(workshop)
+    given = f"--resume={shop.newest.relative_to(workshop)}"
+    for arguments in ([given, "--run-dir=other"], [given]):
+        code, out, err, _ = outcome([*shop.settings, "--epochs=3", "--record-hashes", *arguments])
+        assert (code, out) == (USER, "")
+        assert err.startswith(
+            f"distdl: error: run/{name} is a symbolic link: distdl follows no link inside a run folder"
+        )
+        assert changes(before, picture(workshop)) == []
+
+
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
 @pytest.mark.parametrize("name", ["lock", "metrics.jsonl", "summary.json", "checkpoints/step-000000006.safetensors"])
 def test_what_is_no_file_inside_a_run_folder_is_refused_and_does_not_block(workshop, name, kind):

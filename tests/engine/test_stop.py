@@ -9,22 +9,15 @@ import numpy as np
 import pytest
 from small_runs import remove, small_config, small_run, sub_world
 
-from distdl.engine import prepare as engine_run
 from distdl.engine import stop, train
-from distdl.engine.coordinator import Coordinator
-from distdl.engine.keeper import CheckpointKeeper
+from distdl.engine.fault_injection import fail_at
 from distdl.engine.stop import SIGNALS, StopRequest
 from distdl.engine.storage import checkpoints
-from distdl.engine.trainer import Trainer
 from distdl.errors import Stopped
 from distdl.job.signals import HELD, hold_signals
-from distdl.nn import Sequential
 from distdl.parallel import OneProcess
 
 pytestmark = pytest.mark.usefixtures("signals_at_their_defaults")
-
-#: A backward pass that is neither the first nor the last of its step; the steps have 8, 8 and 6 micro-batches.
-PASS_IN_STEP = {1: 2, 3: 18, 5: 32, 6: 40}
 
 
 def tell(number):
@@ -39,51 +32,49 @@ def sent_by(request):
     return record["stop"]
 
 
-def signal_at(monkeypatch, where, number, *, name="step", of=Trainer, when=lambda _: True):
-    """Send this process a signal when `name` is called for the `where`-th time."""
-    calls, original = iter(range(1, 1000)), getattr(of, name)
+def signal_at(number, phase, *, rank=0, **point):
+    """Send the process of a rank a signal when it reaches a point."""
+    fail_at(phase, rank=rank, action=lambda _: tell(number), **point)
 
-    def signalled(self, *arguments, **keywords):
-        if next(calls) == where and when(self):
-            tell(number)
-        return original(self, *arguments, **keywords)
 
-    monkeypatch.setattr(of, name, signalled)
+def signal_within(step, number):
+    """Send a signal after the second micro-batch of a step, which is not the last one."""
+    signal_at(number, "backward", when="after", step=step, nth=2)
+
+
+def defect(_owner):
+    raise RuntimeError("a defect")
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("step", [1, 3, 5])
-def test_a_signal_stops_after_its_step_and_resume_gives_the_same_bits(tmp_path, monkeypatch, number, step):
+def test_a_signal_stops_after_its_step_and_resume_gives_the_same_bits(tmp_path, number, step):
     """Step 3 is the last of its epoch."""
     expected = small_run(OneProcess(), tmp_path / "straight")
-    signal_at(monkeypatch, PASS_IN_STEP[step], number, name="backward", of=Sequential)
+    signal_within(step, number)
     with pytest.raises(Stopped, match=rf"stopped by {number.name} after step {step}, which is saved") as caught:
         small_run(OneProcess(), tmp_path / "run")
     assert caught.value.exit_code == 75
     assert checkpoints.steps_in(tmp_path / "run" / "checkpoints")[-1] == step
-    monkeypatch.undo()
     assert small_run(OneProcess(), tmp_path / "run", resume="auto") == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "of", "stopped_after"),
-    [("evaluate", Trainer, 4), ("save", CheckpointKeeper, 4), ("started", Coordinator, 1)],
-)
-def test_a_signal_outside_a_step_waits_for_the_next_one(tmp_path, monkeypatch, name, of, stopped_after):
+@pytest.mark.parametrize(("phase", "stopped_after"), [("validation", 4), ("checkpoint", 4), ("training", 1)])
+def test_a_signal_outside_a_step_waits_for_the_next_one(tmp_path, phase, stopped_after):
     """The first validation and the first checkpoint are after step 3."""
-    signal_at(monkeypatch, 1, signal.SIGUSR1, name=name, of=of)
+    signal_at(signal.SIGUSR1, phase)
     with pytest.raises(Stopped, match=f"after step {stopped_after},"):
         small_run(OneProcess(), tmp_path / "run")
 
 
-def test_a_signal_in_the_last_step_changes_nothing(tmp_path, monkeypatch):
+def test_a_signal_in_the_last_step_changes_nothing(tmp_path):
     expected = small_run(OneProcess(), tmp_path / "straight")
-    signal_at(monkeypatch, PASS_IN_STEP[6], signal.SIGTERM, name="backward", of=Sequential)
+    signal_within(6, signal.SIGTERM)
     assert small_run(OneProcess(), tmp_path / "run") == expected
 
 
-def test_ctrl_c_before_the_first_step_stops_at_once(tmp_path, monkeypatch):
-    signal_at(monkeypatch, 1, signal.SIGINT, name="read_data", of=engine_run)
+def test_ctrl_c_before_the_first_step_stops_at_once(tmp_path):
+    signal_at(signal.SIGINT, "data")
     with pytest.raises(KeyboardInterrupt):
         small_run(OneProcess(), tmp_path / "run")
 
@@ -161,16 +152,10 @@ def test_signals_blocked_by_a_script_stay_blocked(blocked, monkeypatch):
     signal.sigtimedwait({signal.SIGUSR1}, 0)
 
 
-def test_training_in_a_thread_leaves_the_signals_alone(tmp_path, monkeypatch):
+def test_training_in_a_thread_leaves_the_signals_alone(tmp_path):
     expected = small_run(OneProcess(), tmp_path / "straight")
     handlers, seen, found = [signal.getsignal(number) for number in SIGNALS], [], []
-    started = Coordinator.started
-
-    def looks(self):
-        seen.extend(signal.getsignal(number) for number in SIGNALS)
-        started(self)
-
-    monkeypatch.setattr(Coordinator, "started", looks)
+    fail_at("training", rank=0, action=lambda _: seen.extend(signal.getsignal(number) for number in SIGNALS))
     thread = threading.Thread(target=lambda: found.append(small_run(OneProcess(), tmp_path / "run")))
     thread.start()
     thread.join()
@@ -178,15 +163,25 @@ def test_training_in_a_thread_leaves_the_signals_alone(tmp_path, monkeypatch):
     assert seen == handlers
 
 
-def test_a_start_that_fails_restores_the_handlers(tmp_path, monkeypatch):
-    def fails(*_):
-        raise RuntimeError("before the first step")
+@pytest.mark.parametrize("phase", ["data", "step", "checkpoint", "finish"])
+def test_a_training_that_ends_by_an_exception_leaves_the_signals_as_it_found_them(
+    tmp_path, monkeypatch, blocked, phase
+):
+    """The handlers are restored. The signals that a command holds are held again: they wait, and nothing handles them.
 
+    In a script they would end the process in the middle of its next lines.
+    """
+    monkeypatch.setattr("distdl.job.signals._held", set())
+    hold_signals()
     handlers = [signal.getsignal(number) for number in SIGNALS]
-    monkeypatch.setattr(engine_run.Preparation, "trainer", fails)
-    with pytest.raises(RuntimeError, match="before the first step"):
+    fail_at(phase, rank=0, action=defect)
+    with pytest.raises(RuntimeError, match="a defect"):
         train(small_config(tmp_path / "run"), OneProcess())
     assert [signal.getsignal(number) for number in SIGNALS] == handlers
+    assert blocked() >= HELD
+    for number in HELD:
+        tell_this_thread(number)
+        assert signal.sigtimedwait({number}, 0).si_signo == number
 
 
 def test_the_first_signal_of_any_rank_is_named():
@@ -199,21 +194,14 @@ def test_the_first_signal_of_any_rank_is_named():
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("reduction", ["tree", "allreduce"])
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(communicator, shared_tmp_path, monkeypatch, reduction):
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(communicator, shared_tmp_path, reduction):
     for size in range(2, min(communicator.size, 4) + 1):
         part = sub_world(communicator, size)
         for victim in range(size if part is not None else 0):
             folder = shared_tmp_path / f"{size}-{victim}"
             expected = small_run(part, folder / "straight", reduction=reduction)
-            signal_at(
-                monkeypatch,
-                2,
-                signal.SIGUSR1,
-                name="_epoch_rows",
-                when=lambda trainer, v=victim: trainer.communicator.rank == v,
-            )
+            signal_at(signal.SIGUSR1, "step", step=2, rank=victim)
             with pytest.raises(Stopped, match="stopped by SIGUSR1 after step 2,"):
                 small_run(part, folder / "run", reduction=reduction)
-            monkeypatch.undo()
             assert small_run(part, folder / "run", resume="auto", reduction=reduction) == expected
     remove(communicator, shared_tmp_path)

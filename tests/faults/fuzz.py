@@ -28,7 +28,6 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import ClassVar
-from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "end_to_end"))
 
@@ -37,8 +36,8 @@ import safetensors.numpy
 from bad_inputs import MNIST_FILES, TINY, mnist_files, write_files
 
 from distdl import cli, config, train
+from distdl.engine.fault_injection import fail_at
 from distdl.engine.storage import checkpoints
-from distdl.engine.trainer import Trainer
 
 USER, DAMAGED = 2, 3
 MOST_BYTES = 300e6
@@ -235,8 +234,7 @@ class Checkpoint(Kind):
 
     def __init__(self) -> None:
         write_files("data", mnist_files())
-        with patch.object(Trainer, "run", RUN):
-            _run([*TINY, "--dataset=mnist", "--data-dir=data", "--run-dir=run", "--max-steps=4"])
+        _run([*TINY, "--dataset=mnist", "--data-dir=data", "--run-dir=run", "--max-steps=4"])
         (self.path,) = [path for path in Path("run/checkpoints").iterdir() if "4" in path.name]
         self.arguments = ["--run-dir=new", f"--resume={self.path}"]  # type: ignore[misc]
         self.whole = self.path.read_bytes()
@@ -333,13 +331,26 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "checkpoint": Checkpoint,
     "sealed": Sealed,
 }
-RUN = Trainer.run
+
+
+class _Prepared(BaseException):
+    """All input is taken, and the training would begin."""
+
+
+def _end_before_training() -> None:
+    def end(_state: object) -> None:
+        raise _Prepared
+
+    fail_at("training", rank=0, nth=None, action=end)
 
 
 def _run(arguments: list[str]) -> tuple[int, str]:
     err = io.StringIO()
     with redirect_stdout(io.StringIO()), redirect_stderr(err):
-        code = cli.run(train.main, arguments)
+        try:
+            code = cli.run(train.main, arguments)
+        except _Prepared:
+            code = 0
     return code, err.getvalue()
 
 
@@ -382,10 +393,10 @@ def main(name: str, seed: int, count: int, only: int | None = None) -> int:
     sys.modules["pooch"] = None  # type: ignore[assignment]  nothing is downloaded, whatever a config says
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(Trainer, "run", lambda _: None),
     ):
         os.chdir(folder)
         kind = KINDS[name]()
+        _end_before_training()
         for number in range(count) if only is None else [only]:
             kind.alter(random.Random(f"{name} {seed} {number}"))
             started = time.process_time()

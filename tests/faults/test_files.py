@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 from bad_inputs import without_launcher
+from injected import write_checkpoints_at_once
 from small_runs import small_run
 
-from distdl.engine.coordinator import Coordinator
+from distdl.engine.fault_injection import fail_at
 from distdl.engine.storage import checkpoints, files
 from distdl.errors import UserError
 from distdl.job.launcher import read_launch
@@ -36,9 +37,11 @@ PROGRAM = """
 import ctypes, hashlib, json, os, signal, subprocess, sys
 from pathlib import Path
 sys.path.insert(0, {end_to_end!r})
+import pytest
+from injected import write_checkpoints_at_once
 from small_runs import small_run
 from distdl.engine.storage import checkpoints, files
-from distdl.engine.coordinator import Coordinator
+from distdl.engine.fault_injection import fail_at, forget
 from distdl.errors import DistdlError
 from distdl.parallel import OneProcess
 
@@ -159,11 +162,11 @@ def namespace():
 
 
 def mounted(size, script):
-    """Return a hook that mounts a small disk under the run folder, and does `script` (of `step`) below each step."""
+    """Return a hook that mounts a small disk under the run folder, and runs `script` (with `step`) in each step."""
     return f"""
 folder.parent.mkdir(parents=True, exist_ok=True)
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size={size}", "none", str(folder.parent)], check=True)
-filler, stepped = folder.parent / "filler", Coordinator.stepped
+filler = folder.parent / "filler"
 
 def fill():
     with filler.open("wb", buffering=0) as file:
@@ -173,13 +176,12 @@ def fill():
         except OSError:
             pass
 
-def hooked(self, state, *others):
-    step = state.step
-    self._writer._pending and self._writer._pending.exception()  # one checkpoint, then the disk changes
+def change_the_disk(state):
+    step = state.step + 1
 {script}
-    stepped(self, state, *others)
 
-Coordinator.stepped = hooked
+write_checkpoints_at_once(pytest.MonkeyPatch())  # one checkpoint, then the disk changes
+fail_at("step", rank=0, nth=None, action=change_the_disk)
 """
 
 
@@ -195,7 +197,7 @@ def test_a_full_disk_is_trained_through_where_there_is_room_again_in_time(tmp_pa
     assert names_and_receipt(done) == digests(undisturbed)
     missed = [line for line in done.stderr.splitlines() if "cannot write the checkpoint" in line]
     assert len(missed) == 2
-    assert all("No space left on device" in line and line.endswith("training goes on") for line in missed)
+    assert all("No space left on device" in line and line.endswith("training continues") for line in missed)
 
 
 @pytest.mark.may_skip
@@ -206,7 +208,7 @@ def test_a_disk_that_stays_full_ends_the_run_in_one_line_with_the_checkpoints_be
 def look():
     filler.unlink()
     found = checkpoints.newest_intact(folder / "checkpoints")
-    Coordinator.stepped = stepped
+    forget()
     weights, state, metrics = small_run(OneProcess(), folder, resume="auto", record_hashes=True)
     print(json.dumps([found[1].header["step"], found[2], [weights, state, hashlib.sha256(metrics).hexdigest()]]))
 """
@@ -252,17 +254,10 @@ subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", str(folder.parent)],
 
 
 def while_training(monkeypatch, actions):
-    """Do something below some of the steps, once the checkpoint under way is written."""
-    stepped = Coordinator.stepped
-
-    def hooked(self, state, *others):
-        if state.step in actions:
-            if self._writer._pending is not None:
-                self._writer._pending.exception()
-            actions[state.step]()
-        stepped(self, state, *others)
-
-    monkeypatch.setattr(Coordinator, "stepped", hooked)
+    """Do something in some of the steps, after the checkpoint of the step before is written."""
+    write_checkpoints_at_once(monkeypatch)
+    for step, action in actions.items():
+        fail_at("step", rank=0, step=step, action=lambda _, action=action: action())
 
 
 def test_checkpoints_that_vanish_for_a_while_are_trained_through(tmp_path, undisturbed, monkeypatch, capsys):

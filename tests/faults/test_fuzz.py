@@ -69,10 +69,10 @@ def test_files_altered_at_random_are_refused_in_one_line_or_are_valid(kind, seed
     ],
 )
 def test_the_fuzzer_finds(defect, said, run_python):
-    """What it is there for, each put in by hand."""
+    """Each kind of defect that it must find, put into the program by hand."""
     program = (
         f"import sys; sys.path.insert(0, {str(HERE)!r}); import fuzz\n"
-        "from distdl import cli, config, train\nfrom distdl.engine import checkpoint as checkpoints\n"
+        "from fuzz import checkpoints, cli, train\n"
         "kind = fuzz.KINDS['checkpoint']\n"
         "class Defective(kind):\n"
         "    def __init__(self):\n"

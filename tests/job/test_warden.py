@@ -4,23 +4,28 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from distdl.errors import UserError
+from distdl.job import warden as warden_module
 from distdl.job.processes import look_at
 from distdl.job.warden import Warden
 
 SECONDS = 1.0
 PROGRAM = f"""
 import ctypes, os, signal, sys, time
+from contextlib import suppress
+from distdl.job.processes import look_at
 from distdl.job.warden import Warden
 
 with Warden("rank 3", {SECONDS}) as warden:
     print(warden._process.pid, flush=True)
     {{work}}
+{{after}}
 print("the end", flush=True)
 """
 
@@ -30,9 +35,9 @@ def start():
     """Start a process that does some work while it has a warden; return it and the warden's process number."""
     started = []
 
-    def start(work):
+    def start(work, after=""):
         process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM.format(work=work)],
+            [sys.executable, "-c", PROGRAM.format(work=work, after=after)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -94,6 +99,60 @@ def test_a_slow_process_is_left_alone(start, work):
     assert_left_alone(*start(work))
 
 
+def test_a_script_that_continues_after_a_training_is_left_alone(start):
+    """The warden is gone when the block ends, not only when the script ends."""
+    process, warden = start(f"pid = warden._process.pid\nassert look_at(pid) is None\ntime.sleep({3 * SECONDS})")
+    assert_left_alone(process, warden)
+
+
+def test_a_stopped_warden_does_not_hold_up_the_end_of_a_training(start):
+    """A stopped process does not read the end of its input. It must be killed."""
+    assert_left_alone(*start("os.kill(warden._process.pid, signal.SIGSTOP)"))
+
+
+def test_no_sign_is_given_after_the_end_of_a_training(monkeypatch):
+    """The number of the closed pipe may then belong to a new file, which the sign would damage."""
+    begun, under_way, write = threading.Event(), [], os.write
+
+    def slow(handle, data):
+        under_way.append(handle)
+        begun.set()
+        time.sleep(0.1)
+        try:
+            return write(handle, data)
+        finally:
+            under_way.pop()
+
+    monkeypatch.setattr(warden_module, "SIGNS", 10**6)  # in this process; the warden still waits for a minute
+    monkeypatch.setattr(os, "write", slow)
+    with Warden("rank 0", 60.0):
+        assert begun.wait(60)
+    assert under_way == []
+
+
+#: Stops the warden for longer than the seconds without a sign, and fills its pipe.
+FILL_THE_PIPE = f"""
+    os.kill(warden._process.pid, signal.SIGSTOP)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(warden._process.stdin.fileno(), b"." * 1024)
+    time.sleep({1.5 * SECONDS})
+    os.kill(warden._process.pid, signal.SIGCONT)
+"""
+
+
+def test_a_process_whose_warden_was_stopped_for_long_is_left_alone(start):
+    """Its signs find a full pipe. They must neither wait for the warden nor end."""
+    assert_left_alone(*start(f"{FILL_THE_PIPE}\n    time.sleep({3 * SECONDS})"))
+
+
+def test_a_warden_that_was_stopped_for_long_still_kills_a_stopped_process(start):
+    process, warden = start(f"{FILL_THE_PIPE}\n    print(flush=True); time.sleep(60)")
+    process.stdout.readline()
+    os.kill(process.pid, signal.SIGSTOP)
+    assert_killed(process, warden)
+
+
 def test_a_job_that_is_suspended_as_a_whole_is_left_alone(start):
     """As by Ctrl-Z, or by a scheduler that needs the cores for another job."""
     process, warden = start(f"time.sleep({3 * SECONDS})")
@@ -110,6 +169,35 @@ def test_the_warden_stays_when_its_rank_is_signalled(start):
         os.killpg(process.pid, number)
     os.kill(process.pid, signal.SIGSTOP)
     assert_killed(process, warden)
+
+
+def test_a_script_that_continues_after_its_training_is_left_alone(start):
+    assert_left_alone(*start("pass", after=f"time.sleep({3 * SECONDS})"))
+
+
+def test_neither_the_thread_nor_the_process_outlives_the_block(monkeypatch):
+    """A sign after the end could go to another file with the number of the pipe."""
+    monkeypatch.setattr(Warden, "_give_signs", lambda self: (self._over.wait(), time.sleep(0.5)))
+    with Warden("rank 0", 60.0) as warden:
+        assert warden._process.poll() is None
+    assert not warden._thread.is_alive()
+    assert warden._process.returncode == -signal.SIGKILL
+
+
+FILL_THE_PIPE = f"""os.kill(warden._process.pid, signal.SIGSTOP)
+    for block in (bytes(4096), b"."):
+        try:
+            while True:
+                os.write(warden._signs, block)
+        except BlockingIOError:
+            pass
+    time.sleep({2 * SECONDS})
+    os.kill(warden._process.pid, signal.SIGCONT)
+    time.sleep({3 * SECONDS})"""
+
+
+def test_a_process_whose_warden_was_stopped_until_the_pipe_was_full_is_left_alone(start):
+    assert_left_alone(*start(FILL_THE_PIPE))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])

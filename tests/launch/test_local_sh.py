@@ -45,7 +45,7 @@ def test_help_shows_how_to_start(flag: str, tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-def test_each_way_to_choose_a_python_precedes_the_next(tmp_path: Path) -> None:
+def test_each_way_to_choose_a_python_wins_over_the_next(tmp_path: Path) -> None:
     script = tmp_path / "repository" / "launch" / "local.sh"
     script.parent.mkdir(parents=True)
     shutil.copy(SCRIPT, script)

@@ -196,12 +196,19 @@ def test_a_signal_ends_the_job_and_the_restarts(tmp_path, number):
     until(lambda: are_gone(ranks_of(tmp_path)))
 
 
-def test_a_launcher_that_hangs_at_a_second_signal_is_killed(tmp_path):
-    program = """
+@pytest.mark.parametrize(
+    ("seconds_to_end", "lives", "code"),
+    [pytest.param(1.0, 600, 128 + signal.SIGKILL, id="hangs"), pytest.param(60.0, 3, 7, id="ends in time")],
+)
+def test_a_launcher_that_does_not_end_in_time_after_a_second_signal_is_killed(tmp_path, seconds_to_end, lives, code):
+    program = f"""
 import os, signal, sys, threading, time
 from distdl.job import restarts
-restarts.SECONDS_TO_END = 1.0
-deaf = "import pathlib, signal, time; signal.signal(15, signal.SIG_IGN); pathlib.Path('deaf').touch(); time.sleep(600)"
+restarts.SECONDS_TO_END = {seconds_to_end}
+deaf = (
+    "import pathlib, signal, time; signal.signal(15, signal.SIG_IGN); pathlib.Path('deaf').touch(); "
+    "time.sleep({lives}); raise SystemExit(7)"
+)
 def send():
     while not os.path.exists("deaf"):
         time.sleep(0.01)
@@ -214,7 +221,7 @@ print(restarts._Job().run([sys.executable, "-c", deaf], dict(os.environ)))
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
     )
-    assert done.stdout == f"{128 + signal.SIGKILL}\n"
+    assert done.stdout == f"{code}\n"
 
 
 @needs_mpirun

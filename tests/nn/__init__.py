@@ -1,1 +1,1 @@
-"""Tests of distdl.nn, named after the promise they keep."""
+"""Tests of distdl.nn, named after their promises."""

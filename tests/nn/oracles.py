@@ -1,6 +1,6 @@
-"""What the layers must compute, in plain loops and float64: slow, and too simple to be wrong.
+"""The layers in plain loops and float64: slow, and too simple to be wrong.
 
-The loops visit every sample, output position and kernel element and skip what lies in the padding.
+The loops visit every sample, output position and kernel element, and skip the padding.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from distdl.rng import Key
 
 
 def normal(shape, name="x", dtype=np.float64):
-    """Return normal numbers that depend on the shape and a name alone."""
+    """Return normal numbers that depend only on the shape and a name."""
     return Key(7).of(name).normal(int(np.prod(shape))).reshape(shape).astype(dtype)
 
 
 def built(layer, input_shape, dtype=np.float64):
-    """Return the layer, set up to give its input gradient, with normal numbers as all its parameters."""
+    """Return the layer, bound to return its input gradient, with normal numbers as parameters."""
     Sequential([layer], input_shape, dtype=dtype).bind(needs_input_gradient=True)
     for name, view in layer.parameters.items():
         view[...] = normal(view.shape, name)
@@ -30,7 +30,7 @@ def relative_error(actual, expected):
     return np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-300)
 
 
-def seen_pixels(input_shape, kernel, stride, padding):
+def pixels_under_kernel(input_shape, kernel, stride, padding):
     """Yield (n, i, j, h, w, row, column): output position, kernel element, and the pixel there."""
     N, H, W, _ = input_shape
     OH = (H + 2 * padding[0] - kernel[0]) // stride[0] + 1
@@ -52,15 +52,15 @@ def output_shape(input_shape, kernel, stride, padding, channels):
 def convolution(x, weight, bias, stride, padding):
     kernel, filters = weight.shape[:2], weight.shape[3]
     y = np.zeros(output_shape(x.shape, kernel, stride, padding, filters)) + bias
-    for n, i, j, h, w, row, column in seen_pixels(x.shape, kernel, stride, padding):
+    for n, i, j, h, w, row, column in pixels_under_kernel(x.shape, kernel, stride, padding):
         y[n, i, j] += x[n, row, column] @ weight[h, w]
     return y
 
 
 def convolution_gradients(x, weight, dy, stride, padding):
-    """Return the gradients by input, weight and bias."""
+    """Return the gradients with respect to input, weight and bias."""
     dx, d_weight, d_bias = np.zeros(x.shape), np.zeros(weight.shape), np.zeros(weight.shape[3])
-    for n, i, j, h, w, row, column in seen_pixels(x.shape, weight.shape[:2], stride, padding):
+    for n, i, j, h, w, row, column in pixels_under_kernel(x.shape, weight.shape[:2], stride, padding):
         dx[n, row, column] += weight[h, w] @ dy[n, i, j]
         d_weight[h, w] += np.outer(x[n, row, column], dy[n, i, j])
     for position in np.ndindex(dy.shape[:3]):
@@ -69,10 +69,10 @@ def convolution_gradients(x, weight, dy, stride, padding):
 
 
 def max_pooling(x, size, stride, padding):
-    """Return the maxima, and where each one stands: (row, column), the first in row-major order."""
+    """Return the maxima and the (row, column) of each, the first in row-major order."""
     shape = output_shape(x.shape, size, stride, padding, x.shape[3])
     y, winners = np.full(shape, -np.inf), np.zeros((*shape, 2), int)
-    for n, i, j, _, _, row, column in seen_pixels(x.shape, size, stride, padding):
+    for n, i, j, _, _, row, column in pixels_under_kernel(x.shape, size, stride, padding):
         for c in range(x.shape[3]):
             if x[n, row, column, c] > y[n, i, j, c]:
                 y[n, i, j, c] = x[n, row, column, c]
@@ -106,7 +106,7 @@ def affine_gradients(x, weight, dy):
 
 
 def softmax_cross_entropy(logits, labels):
-    """Return the summed loss and its gradient, in the widest floats there are."""
+    """Return the summed loss and its gradient, computed in the widest floats."""
     loss, gradient = 0.0, np.zeros(logits.shape)
     for n, label in enumerate(labels):
         z = logits[n].astype(np.longdouble)

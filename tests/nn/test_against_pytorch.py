@@ -1,8 +1,8 @@
 """Loss and gradients equal those of PyTorch's autograd on the same weights.
 
-The PyTorch side takes our arrays as leaves and turns them into PyTorch's layouts inside the graph, images
-from (N, H, W, C) to (N, C, H, W) and kernels from (FH, FW, C, FN) to (FN, C, FH, FW), so that autograd
-returns gradients in our layout. It computes in float64.
+The PyTorch side takes our arrays as leaves and converts them to PyTorch's layouts inside the graph: images from
+(N, H, W, C) to (N, C, H, W) and kernels from (FH, FW, C, FN) to (FN, C, FH, FW). So autograd returns gradients in our
+layout. It computes in float64.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def pytorch_loss_and_gradients(network, x, labels, training):
                 mask = KEY.of(name).mask(z.numel(), 1 - layer.ratio).reshape(z.shape)
                 z = z * torch.tensor(mask) / (1 - layer.ratio)
         else:
-            pytest.fail(f"no PyTorch counterpart of {layer} is known here")
+            pytest.fail(f"no PyTorch counterpart of {layer} is written here")
     loss = functional.cross_entropy(z, torch.tensor(labels), reduction="sum")
     loss.backward()
     return loss.item(), {name: leaf.grad.numpy() for name, leaf in leaves.items()}
@@ -96,7 +96,7 @@ def test_models_have_the_loss_and_gradients_of_pytorch(model, input_shape, dtype
 
 
 def test_half_blank_images_do_make_poolings_with_several_winners():
-    """Without ties the test above could not tell one winner from all."""
+    """Without ties the test above could not distinguish one winner from all."""
     layers = [Conv2d(4, 3, padding=1), ReLU(), MaxPool2d(2), Flatten(), Affine(5)]
     network = Sequential(layers, (12, 12, 1), dtype=np.float64)
     network.initialize(Key(0))

@@ -1,4 +1,4 @@
-"""Batch normalization: its formula, its gradient, and running moments that any number of micro-batches agree on."""
+"""Batch normalization: its formula, its gradient, and the same running moments for any split into micro-batches."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from .oracles import built, normal, relative_error
 
 
 @pytest.mark.parametrize("shape", [(5,), (1,), (3, 2, 4)])
-def test_the_gradient_is_that_of_central_differences(shape):
+def test_the_gradient_equals_central_differences(shape):
     assert check_layer(BatchNorm(), shape, samples=7, training=True) < 1e-6
 
 
@@ -24,7 +24,7 @@ def test_training_gives_each_channel_mean_0_and_variance_1_before_gamma_and_beta
     assert y.var(axis=0) == pytest.approx(np.ones(shape[-1]))
 
 
-def test_a_channel_that_is_constant_becomes_beta_and_no_nan():
+def test_a_constant_channel_becomes_beta_not_nan():
     layer = built(BatchNorm(), (2,), np.float32)
     y = layer.forward(np.full((4, 2), 1e6, np.float32), training=True, key=None)
     assert y == pytest.approx(np.broadcast_to(layer.parameters["beta"], (4, 2)))
@@ -44,6 +44,14 @@ def test_evaluation_uses_the_running_moments_alone():
     )
     one_by_one = [layer.forward(x[i : i + 1], training=False, key=None).copy() for i in range(4)]
     assert np.concatenate(one_by_one) == pytest.approx(layer.forward(x, training=False, key=None))
+
+
+def test_a_backward_after_an_evaluation_is_refused():
+    layer = built(BatchNorm(), (3,))
+    layer.forward(normal((4, 3)), training=True, key=None)
+    layer.forward(normal((4, 3)), training=False, key=None)
+    with pytest.raises(ValueError, match="call forward with training=True"):
+        layer.backward(normal((4, 3), "dy"))
 
 
 def network_of():
@@ -90,7 +98,7 @@ def test_gamma_and_beta_do_not_decay_and_the_parameters_keep_their_names():
 
 
 @pytest.mark.parametrize("shape", [(6,), (4, 3, 5)])
-def test_it_is_that_of_pytorch(shape):
+def test_batch_norm_equals_pytorchs(shape):
     torch = pytest.importorskip("torch")
     x, C = 1 + 2 * normal((8, *shape)), shape[-1]
     ours = Sequential([BatchNorm()], shape, dtype=np.float64)
@@ -125,6 +133,6 @@ def test_it_is_that_of_pytorch(shape):
 
 
 @pytest.mark.parametrize("settings", [{"momentum": 0.0}, {"momentum": 1.5}, {"epsilon": 0.0}])
-def test_settings_that_make_no_sense_are_one_line(settings):
+def test_invalid_settings_are_one_line(settings):
     with pytest.raises(UserError, match="expected a momentum above 0 and at most 1"):
         BatchNorm(**settings)

@@ -1,4 +1,4 @@
-"""Layers made of others: gradients, names, both forms, and what does not fit together."""
+"""Layers made of others: gradients, names, both forms, and branches that do not fit together."""
 
 import numpy as np
 import pytest
@@ -24,8 +24,8 @@ from distdl.rng import Key
 from .oracles import normal, relative_error
 
 COMPOSITES = {
-    "a way around": lambda: Residual([Conv2d(3, 3, padding=1), Tanh(), BatchNorm(), Conv2d(3, 3, padding=1)]),
-    "a way around that shrinks": lambda: Residual(
+    "a shortcut": lambda: Residual([Conv2d(3, 3, padding=1), Tanh(), BatchNorm(), Conv2d(3, 3, padding=1)]),
+    "a shortcut with a smaller image": lambda: Residual(
         [Conv2d(4, 3, stride=2, padding=1), Tanh(), Conv2d(4, 3, padding=1)], [Conv2d(4, 1, stride=2)]
     ),
     "three branches": lambda: Branches(
@@ -33,6 +33,7 @@ COMPOSITES = {
         [Conv2d(2, 1), Tanh(), Conv2d(4, 3, padding=1)],
         [MaxPool2d(3, stride=1, padding=1), Conv2d(1, 1)],
     ),
+    "a single branch": lambda: Branches([Conv2d(2, 3, padding=1), Tanh()]),
     "a branch that is the input": lambda: Branches([], [Conv2d(2, 3, padding=1)]),
     "one in another": lambda: Residual([Branches([Conv2d(1, 1)], [Residual([Tanh()]), Conv2d(2, 1)])]),
     "with dropout": lambda: Residual([Dropout(0.5), Conv2d(3, 1)]),
@@ -40,12 +41,12 @@ COMPOSITES = {
 
 
 @pytest.mark.parametrize("name", COMPOSITES)
-def test_every_gradient_is_that_of_central_differences(name):
+def test_every_gradient_equals_central_differences(name):
     assert check_layer(COMPOSITES[name](), (6, 6, 3), training=True, key=Key(4)) < 1e-6
 
 
 @pytest.mark.parametrize("name", COMPOSITES)
-def test_both_forms_agree_wherever_the_composite_stands(name):
+def test_both_forms_of_a_network_with_a_composite_agree(name):
     def layers():
         return [Conv2d(3, 3, padding=1), ReLU(), COMPOSITES[name](), ReLU(), GlobalAvgPool2d(), Affine(4)]
 
@@ -54,7 +55,7 @@ def test_both_forms_agree_wherever_the_composite_stands(name):
     x, dy = normal((5, 6, 6, 2)), normal((5, 4), "dy")
     plain.parameters[...] = fast.parameters
     for changed in (True, False, True):
-        fast.parameters += 0.01 * changed  # a chain inside must notice
+        fast.parameters += 0.01 * changed  # a chain inside must see it
         plain.parameters[...] = fast.parameters
         for network in (fast, plain):
             with network.constant_parameters():
@@ -79,7 +80,7 @@ def test_a_composite_in_front_needs_no_input_gradient_and_its_layers_neither():
     assert all(np.abs(gradient).max() > 0 for _, gradient in network.named_gradients())
 
 
-def test_parameters_and_buffers_are_named_after_the_way_and_the_layer():
+def test_parameters_and_buffers_are_named_after_the_branch_and_the_layer():
     network = Sequential(
         [
             Residual([Conv2d(2, 1), BatchNorm()], [Conv2d(2, 1)]),
@@ -104,7 +105,23 @@ def test_parameters_and_buffers_are_named_after_the_way_and_the_layer():
     assert all((view != (name.endswith("variance"))).any() for name, view in network.named_buffers())
 
 
-def test_dropout_masks_of_different_ways_differ():
+@pytest.mark.parametrize("form", ["fast", "plain"])
+def test_a_single_branch_gives_the_bits_of_its_layers(form):
+    def layers():
+        return [Conv2d(2, 3, padding=1), Tanh()]
+
+    alone, inside = (Sequential(given, (4, 5, 3), form=form) for given in (layers(), [Branches(layers())]))
+    alone.initialize(Key(0))
+    inside.parameters[...] = alone.parameters
+    x, dy = normal((3, 4, 5, 3), dtype=np.float32), normal((3, 4, 5, 2), "dy", np.float32)
+    results = []
+    for network in (alone, inside):
+        network.bind(needs_input_gradient=True)
+        results.append((network.forward(x).tobytes(), network.backward(dy).tobytes(), network.gradients.tobytes()))
+    assert results[0] == results[1]
+
+
+def test_dropout_masks_of_different_branches_differ():
     network = Sequential([Branches([Dropout(0.5)], [Dropout(0.5)])], (100,))
     y = network.forward(np.ones((1, 100), np.float32), training=True, key=Key(0))
     assert (y[:, :100] != y[:, 100:]).any()
@@ -123,6 +140,6 @@ def test_dropout_masks_of_different_ways_differ():
         (Branches, "expected at least one list"),
     ],
 )
-def test_ways_that_do_not_fit_together_are_one_line(make, message):
+def test_branches_that_do_not_fit_together_are_one_line(make, message):
     with pytest.raises(UserError, match=message):
         Sequential([make()], (4, 4, 2))

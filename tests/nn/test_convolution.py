@@ -1,4 +1,4 @@
-"""Patches, convolution and pooling compute what plain loops compute."""
+"""Patches, convolution and pooling equal plain loops."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def test_convolution_in_float32_is_within_1e_5_of_plain_loops(case):
 
 @settings(deadline=None, max_examples=40)
 @given(shape=images, filters=st.integers(1, 3), kernel=pairs, stride=pairs, padding=margins)
-def test_convolution_of_any_geometry_is_plain_loops(shape, filters, kernel, stride, padding):
+def test_convolution_of_any_geometry_equals_plain_loops(shape, filters, kernel, stride, padding):
     assume(min(Window(kernel, stride, padding).output_size(shape[1:3])) >= 1)
     assert_convolution_is_the_oracle(shape, filters, kernel, stride, padding, np.float64, 1e-11)
 
 
-def test_both_ways_to_the_input_gradient_agree():
-    """The turned convolution, used for stride 1, and adding patches back, which works for every stride."""
+def test_both_algorithms_for_the_input_gradient_agree():
+    """The convolution with the flipped kernel, for stride 1, and the scattering of patches, for every stride."""
     layer = built(Conv2d(4, (3, 2), padding=(1, 2)), (6, 5, 3))
     y = layer.forward(normal((2, 6, 5, 3)), training=True, key=None)
     dy = normal(y.shape, "dy")
@@ -86,7 +86,7 @@ def test_patches_have_the_shapes_of_the_book():
     assert patches(np.zeros((10, 7, 7, 3)), Window((5, 5))).shape == (90, 75)
 
 
-def test_a_row_of_patches_is_what_the_kernel_sees():
+def test_a_row_of_patches_has_the_pixels_under_the_kernel():
     x = np.arange(2 * 4 * 5 * 3.0).reshape(2, 4, 5, 3)
     rows = patches(x, Window((3, 2), stride=(1, 2), padding=(1, 0)))
     rows = rows.reshape(2, 4, 2, 3, 2, 3)  # N, OH, OW, FH, FW, C
@@ -97,7 +97,7 @@ def test_a_row_of_patches_is_what_the_kernel_sees():
 
 @settings(deadline=None, max_examples=60)
 @given(shape=images, kernel=pairs, stride=pairs, padding=margins)
-def test_adding_patches_back_is_the_adjoint_of_cutting_them(shape, kernel, stride, padding):
+def test_patches_adjoint_is_the_adjoint_of_patches(shape, kernel, stride, padding):
     window = Window(kernel, stride, padding)
     assume(min(window.output_size(shape[1:3])) >= 1)
     x = normal(shape)
@@ -120,7 +120,7 @@ def assert_pooling_is_the_oracle(x, size, stride, padding):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("case", POOLINGS)
-def test_pooling_is_plain_loops(case, dtype):
+def test_pooling_equals_plain_loops(case, dtype):
     shape, *geometry = POOLINGS[case]
     assert_pooling_is_the_oracle(normal(shape, dtype=dtype), *geometry)
 
@@ -137,13 +137,13 @@ def test_the_first_of_equal_maxima_wins_in_blank_areas(case):
 
 @settings(deadline=None, max_examples=40)
 @given(shape=images, size=pairs, stride=pairs, padding=margins)
-def test_pooling_of_any_geometry_is_plain_loops_with_ties(shape, size, stride, padding):
+def test_pooling_of_any_geometry_equals_plain_loops_with_ties(shape, size, stride, padding):
     assume(padding[0] < size[0] and padding[1] < size[1])
     assume(min(Window(size, stride, padding).output_size(shape[1:3])) >= 1)
     assert_pooling_is_the_oracle(np.round(normal(shape)), size, stride, padding)
 
 
-def test_pooling_a_blank_image_passes_the_whole_gradient_on_once():
+def test_pooling_a_blank_image_passes_the_gradient_to_one_winner():
     layer = built(MaxPool2d(2), (4, 4, 1))
     layer.forward(np.zeros((1, 4, 4, 1)), training=True, key=None)
     dx = layer.backward(np.full((1, 2, 2, 1), 5.0))
@@ -161,12 +161,12 @@ def test_pooling_a_blank_image_passes_the_whole_gradient_on_once():
         (lambda: MaxPool2d((2, 2, 2)), r"MaxPool2d: size \(2, 2, 2\) given, expected one or two"),
     ],
 )
-def test_a_geometry_without_sense_is_refused(layer, message):
+def test_an_invalid_geometry_is_refused(layer, message):
     with pytest.raises(UserError, match=message):
         layer()
 
 
-def test_without_bias_a_convolution_is_one_whose_bias_is_zero():
+def test_a_convolution_without_bias_equals_one_with_bias_zero():
     without, zero = built(Conv2d(4, 3, padding=1, bias=False), (5, 6, 2)), built(Conv2d(4, 3, padding=1), (5, 6, 2))
     assert list(without.parameters) == ["weight"]
     zero.parameters["bias"][...] = 0

@@ -1,4 +1,4 @@
-"""LeNet to ResNet: sizes and numbers of parameters are the published ones, and a step of SGD makes the loss smaller."""
+"""LeNet to ResNet: sizes and numbers of parameters are the published ones, and a step of SGD reduces the loss."""
 
 import os
 import re
@@ -18,7 +18,7 @@ FULL = os.environ.get("DISTDL_FULL") == "1"
 TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 IMAGENET = (224, 224, 3)
 DEEP = ("lenet", "alexnet", "vgg11", "vgg16", "googlenet", "resnet18", "resnet20", "resnet50")
-TWO_FORMS = ("alexnet", "vgg11", "vgg16", "googlenet", "resnet18", "resnet50")
+TWO_VARIANTS = ("alexnet", "vgg11", "vgg16", "googlenet", "resnet18", "resnet50")
 
 
 @pytest.mark.parametrize(
@@ -86,14 +86,14 @@ def test_outputs_have_the_published_sizes_layer_by_layer(case):
     ],
 )
 def test_a_network_is_as_deep_as_its_name_says(name, convolutions, affine_layers):
-    """GoogLeNet has six convolutions a module; what a ResNet's shortcuts have is not counted in its name."""
+    """GoogLeNet has six convolutions per module; a ResNet's name does not count those of its shortcuts."""
     weights = [name for name, _ in build_model(name, (32, 32, 3), 10).named_parameters() if name.endswith("weight")]
     kinds = [name.split(".")[-2].split("_")[0] for name in weights]
     assert (kinds.count("conv2d"), kinds.count("affine")) == (convolutions, affine_layers)
 
 
-@pytest.mark.parametrize("name", TWO_FORMS)
-def test_the_size_of_the_image_decides_between_both_forms(name):
+@pytest.mark.parametrize("name", TWO_VARIANTS)
+def test_the_size_of_the_image_selects_the_variant(name):
     first = {shape: build_model(name, shape, 10).layers[0].window.kernel for shape in ((28, 64, 1), (192, 300, 3))}
     assert first == {(28, 64, 1): {"alexnet": (5, 5)}.get(name, (3, 3)), (192, 300, 3): ORIGINAL_KERNEL[name[:6]]}
     for shape in ((27, 28, 1), (8, 8, 1), (64, 65, 3), (191, 191, 3), (28, 224, 1)):
@@ -106,7 +106,7 @@ def test_the_size_of_the_image_decides_between_both_forms(name):
 ORIGINAL_KERNEL = {"alexne": (11, 11), "vgg11": (3, 3), "vgg16": (3, 3), "google": (7, 7), "resnet": (7, 7)}
 
 
-def test_lenet_has_the_activation_of_the_paper_or_that_of_the_book():
+def test_lenet_has_the_activation_of_the_paper_or_of_the_book():
     of_paper, of_book = lenet((28, 28, 1), 10), lenet((28, 28, 1), 10, activation="sigmoid")
     assert [sum(isinstance(layer, kind) for layer in of_paper.layers) for kind in (Tanh, Sigmoid)] == [4, 0]
     assert [sum(isinstance(layer, kind) for layer in of_book.layers) for kind in (Tanh, Sigmoid)] == [0, 4]
@@ -116,7 +116,7 @@ def test_lenet_has_the_activation_of_the_paper_or_that_of_the_book():
 
 
 def losses_of(network, N, steps, learning_rate):
-    """Take steps of SGD on one micro-batch; return the losses before each and after the last, and look at gradients."""
+    """Take steps of SGD on one micro-batch, check gradients, and return the losses before each step and at the end."""
     x, labels, key = normal((N, *network.input_shape), dtype=np.float32), np.arange(N) % 10, Key(2)
     loss, optimizer, losses = SoftmaxCrossEntropy(), optimizer_class("sgd")(network.parameters.size), []
     for step in range(1, steps + 1):
@@ -134,7 +134,7 @@ def losses_of(network, N, steps, learning_rate):
 
 
 @pytest.mark.parametrize("name", DEEP)
-def test_steps_of_sgd_make_the_loss_of_the_small_form_smaller(name):
+def test_steps_of_sgd_reduce_the_loss_of_the_small_variant(name):
     network = build_model(name, (28, 28, 1), 10)
     network.initialize(Key(0))
     losses = losses_of(network, 4, 1 if name == "resnet50" else 2, 0.01 if name == "lenet" else 0.001)
@@ -142,8 +142,8 @@ def test_steps_of_sgd_make_the_loss_of_the_small_form_smaller(name):
     assert losses == sorted(losses, reverse=True)
 
 
-def begun_cheaply(network):
-    """Set weights to numbers of He's spread that repeat: to draw a hundred million of them takes ten seconds."""
+def initialize_fast(network):
+    """Set weights to repeating numbers with He's standard deviation: drawing a hundred million takes ten seconds."""
     drawn = normal((10_007,))
     for (name, view), spec in zip(network.named_parameters(), network.stack.parameter_specs(), strict=True):
         view[...] = spec.initializer(Key(0), (1,), 1) if "weight" not in name else 0
@@ -154,12 +154,12 @@ def begun_cheaply(network):
             rows *= np.sqrt(2 / spec.fan_in)
 
 
-@pytest.mark.parametrize("name", TWO_FORMS)
-def test_a_step_of_sgd_makes_the_loss_of_the_original_form_smaller(name):
+@pytest.mark.parametrize("name", TWO_VARIANTS)
+def test_a_step_of_sgd_reduces_the_loss_of_the_original_variant(name):
     if name in {"vgg11", "vgg16", "resnet50"} and not FULL:
         pytest.skip("takes one or two gigabytes: set DISTDL_FULL=1")
     network = build_model(name, IMAGENET, 1000)
-    begun_cheaply(network)
+    initialize_fast(network)
     before, after = losses_of(network, 2 if name.startswith("resnet") else 1, 1, 1e-4)
     assert after < before
 
@@ -171,9 +171,9 @@ def test_the_table_of_the_documentation_lists_all_models_with_their_parameters()
     assert [name for name, _, _ in rows] == list(MODELS)
     for name, small, original in rows:
         assert f"{build_model(name, (28, 28, 1), 10).parameter_count:,}" == small
-        assert (name in TWO_FORMS) == bool(original)
+        assert (name in TWO_VARIANTS) == bool(original)
         assert not original or f"{build_model(name, IMAGENET, 1000).parameter_count:,}" == original
 
 
-def test_every_model_is_tried_here_or_among_the_books_own():
+def test_every_model_is_tested_here_or_among_the_books_own():
     assert set(DEEP) | {"logistic", "mlp", "simple_convnet", "deep_convnet"} == set(MODELS)

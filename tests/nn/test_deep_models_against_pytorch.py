@@ -1,7 +1,7 @@
-"""ResNet-20 and GoogLeNet train as the same networks do that are written in PyTorch by hand.
+"""ResNet-20 and GoogLeNet train like the same networks written in PyTorch by hand.
 
-The PyTorch side shares nothing with ours but the initial weights, which it takes over in the order of the layers, the
-samples, and the mask of Dropout. Both compute in float64, so that what differs is the network and not the rounding.
+The PyTorch side shares only the initial weights (copied in the order of the layers), the samples and the Dropout mask.
+Both compute in float64, so that a difference comes from the network and not from rounding.
 """
 
 import numpy as np
@@ -48,14 +48,14 @@ def convolved(inputs, outputs, kernel):
 
 
 class Inception(nn.Module):
-    def __init__(self, inputs, ones, before_threes, threes, before_fives, fives, behind_pool):
+    def __init__(self, inputs, ones, before_threes, threes, before_fives, fives, after_pool):
         super().__init__()
         self.branches = nn.ModuleList(
             [
                 convolved(inputs, ones, 1),
                 nn.Sequential(convolved(inputs, before_threes, 1), convolved(before_threes, threes, 3)),
                 nn.Sequential(convolved(inputs, before_fives, 1), convolved(before_fives, fives, 5)),
-                nn.Sequential(nn.MaxPool2d(3, 1, 1), convolved(inputs, behind_pool, 1)),
+                nn.Sequential(nn.MaxPool2d(3, 1, 1), convolved(inputs, after_pool, 1)),
             ]
         )
 
@@ -64,7 +64,7 @@ class Inception(nn.Module):
 
 
 class SameDropout(nn.Module):
-    """Dropout by the mask that ours draws."""
+    """Dropout with our mask."""
 
     def forward(self, x):
         if not self.training:
@@ -89,12 +89,12 @@ def googlenet(channels, classes):
 
 
 def in_our_layout(parameter):
-    """Turn (FN, C, FH, FW) into (FH, FW, C, FN), and (K, D) into (D, K)."""
+    """Convert (FN, C, FH, FW) to (FH, FW, C, FN), and (K, D) to (D, K)."""
     array = parameter.detach().numpy()
     return {4: lambda: array.transpose(2, 3, 1, 0), 2: lambda: array.T, 1: lambda: array}[array.ndim]()
 
 
-def take_over(model, network):
+def copy_weights(model, network):
     for parameter, (_, view) in zip(model.parameters(), network.named_parameters(), strict=True):
         in_our_layout(parameter)[...] = view
 
@@ -104,12 +104,12 @@ def images(x):
 
 
 @pytest.mark.parametrize(("name", "make", "N"), [("resnet20", resnet20, 4), ("googlenet", googlenet, 2)])
-def test_steps_of_momentum_are_those_of_the_same_network_in_pytorch(name, make, N):
+def test_steps_of_momentum_equal_those_of_the_same_network_in_pytorch(name, make, N):
     x, labels = normal((N, 28, 28, 1)), np.arange(N)
     x[:, 14:] = 0  # blank areas, where poolings have ties
     network, model = build_model(name, (28, 28, 1), 10, dtype=np.float64), make(1, 10).double()
     network.initialize(Key(0))
-    take_over(model, network)
+    copy_weights(model, network)
     optimizer = optimizer_class("momentum")(network.parameters.size, dtype=np.float64)
     theirs = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
     loss = SoftmaxCrossEntropy()

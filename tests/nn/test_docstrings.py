@@ -1,4 +1,4 @@
-"""Whoever reads a public name finds where it comes from: a section of the book, or the paper or course it is from."""
+"""The docstring of every public name gives its source: a section of the book, a paper or a course."""
 
 import inspect
 import re
@@ -7,7 +7,7 @@ import pytest
 
 from distdl import nn, optim, schedules
 
-#: Names of this library's own, which stand for nothing in the book or a paper.
+#: This library's own names, without a counterpart in the book or a paper.
 OWN = {"BufferSpec", "ParameterSpec", "Workspace", "build_model", "make_loss", "make_schedule", "optimizer_class"}
 SECTION = r"\b(sections?|book) [2-8]\.[1-7]\b"
 SOURCE = r"\bNg('s course)?, week [1-4]|\b[A-Z][a-z]+ (et al\.|and [A-Z][a-z]+) (19|20)\d\d\b"
@@ -25,7 +25,7 @@ def named_objects():
 NAMED = dict(named_objects())
 
 
-def test_all_kinds_of_names_are_looked_at():
+def test_all_kinds_of_names_are_checked():
     assert {"Affine", "vgg16", "patches", "LossFunction", "Adam", "clip_by_norm", "cosine"} <= NAMED.keys()
     assert NAMED.keys() >= OWN
 
@@ -37,8 +37,8 @@ def test_the_docstring_names_a_section_of_the_book_or_another_source(name):
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_a_section_of_a_paper_is_named_as_one(name):
-    """Behind a year, a section is no section of the book."""
+def test_a_section_of_a_paper_is_not_taken_as_one_of_the_book(name):
+    """After a year, a section is not one of the book."""
     for found in re.finditer(
         r"\d{4}[^;.]{0,40} section \d\.\d\S*([^;.]*)", " ".join(inspect.getdoc(NAMED[name]).split())
     ):

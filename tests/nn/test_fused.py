@@ -1,4 +1,4 @@
-"""The fast form gives what the plain layers give, for every shape that it takes on."""
+"""The fast form gives the results of the plain layers, for every shape that it supports."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ NETWORKS = {
     "ReLU after pooling": lambda p: [Conv2d(4, 3, padding=p), MaxPool2d(2), ReLU(), Conv2d(3, 3, padding=1), ReLU()],
     "rectangular first kernel": lambda p: [Conv2d(4, (2, 3), padding=(1, p)), ReLU(), MaxPool2d(2)],
     "large first kernel": lambda p: [Conv2d(4, 5, padding=p), ReLU(), MaxPool2d(2), Conv2d(3, 3, padding=1), ReLU()],
-    "broken by another layer": lambda p: [
+    "interrupted by another layer": lambda p: [
         Conv2d(4, 3, padding=p),
         ReLU(),
         Sigmoid(),
@@ -72,7 +72,7 @@ def random(key, *shape):
 
 
 def outcome(network, x, dy=None, **keywords):
-    """The output, and all gradients for a random gradient of it."""
+    """Return the output, and all gradients for a random output gradient."""
     y = network.forward(x, **keywords).copy()
     network.backward(random("dy", *y.shape).astype(y.dtype) if dy is None else dy)
     return [y, *(gradient.copy() for _, gradient in network.named_gradients())]
@@ -97,7 +97,7 @@ def assert_agree(layers, shape, N, *, blank=True):
     try:
         fast, plain = both_forms(layers, shape)
     except UserError:
-        return False  # the image is too small for these layers, in both forms alike
+        return False  # the image is too small for these layers in both forms
     x = random("x", N, *shape)
     if blank:
         x[:, : shape[0] // 2] = 0  # ties in every window
@@ -107,7 +107,7 @@ def assert_agree(layers, shape, N, *, blank=True):
 
 @pytest.mark.parametrize("padding", [0, 1, 2])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_shape_gives_what_the_plain_layers_give(name, padding):
+def test_every_shape_gives_the_results_of_the_plain_layers(name, padding):
     agreed = 0
     for height in (3, 4, 5, 7, 8, 9, 16):
         for width in (3, 6, 7, 13):
@@ -126,20 +126,20 @@ def test_every_shape_gives_what_the_plain_layers_give(name, padding):
     st.booleans(),
     st.booleans(),
 )
-def test_any_first_and_second_convolution_give_what_the_plain_layers_give(
+def test_any_first_and_second_convolution_give_the_results_of_the_plain_layers(
     shape, N, kernel, padding, filters, relu, pool
 ):
     def layers():
-        behind = ([ReLU()] if relu else []) + ([MaxPool2d(2)] if pool else [])
-        return [Conv2d(filters, kernel, padding=padding), *behind, Conv2d(3, 3, padding=padding), ReLU(), Flatten()]
+        following = ([ReLU()] if relu else []) + ([MaxPool2d(2)] if pool else [])
+        return [Conv2d(filters, kernel, padding=padding), *following, Conv2d(3, 3, padding=padding), ReLU(), Flatten()]
 
     assert_agree(layers, shape, N, blank=False)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("channels", range(1, 9))
-def test_a_single_sample_of_few_channels_is_no_special_case(channels, dtype):
-    """With one sample and one channel, views have strides for which np.negative of NumPy 2.4 gives wrong numbers."""
+def test_a_single_sample_of_few_channels_gives_the_results_of_the_plain_layers(channels, dtype):
+    """With one sample and one channel, views have strides for which NumPy 2.4's negative is wrong."""
     for shape in ((3, 6), (3, 7), (4, 5), (6, 3), (9, 9)):
         fast, plain = both_forms(lambda: [Conv2d(channels, 1), Conv2d(channels, 3), Conv2d(1, 1)], (*shape, 1), dtype)
         x = random("x", 1, *shape, 1).astype(dtype)
@@ -174,7 +174,7 @@ def test_the_models_run_their_convolutions_as_one_chain():
     assert algorithms(build_model("simple_convnet", (28, 28, 1), 10))[0] == [PatchBlock]
 
 
-def test_other_strides_kernels_and_derived_layers_run_as_they_are_written():
+def test_other_strides_kernels_and_derived_layers_run_as_plain_layers():
     class OwnConvolution(Conv2d):
         pass
 
@@ -185,7 +185,7 @@ def test_other_strides_kernels_and_derived_layers_run_as_they_are_written():
     assert algorithms(Sequential(layers, (16, 16, 2))) == [None, None, None, [WinogradBlock], None]
 
 
-def test_the_same_call_gives_the_same_bits_whatever_came_in_between():
+def test_the_same_call_gives_the_same_bits_after_other_calls():
     network = build_model("deep_convnet", (14, 14, 1), 10)
     network.initialize(Key(1))
     x = random("x", 21, 14, 14, 1).astype(np.float32)
@@ -196,7 +196,7 @@ def test_the_same_call_gives_the_same_bits_whatever_came_in_between():
         assert one.tobytes() == other.tobytes()
 
 
-def test_unchanged_parameters_give_the_same_bits_as_looking_at_them_again():
+def test_constant_parameters_give_the_same_bits():
     network = build_model("deep_convnet", (14, 14, 1), 10)
     network.initialize(Key(1))
     x = random("x", 16, 14, 14, 1).astype(np.float32)
@@ -209,7 +209,7 @@ def test_unchanged_parameters_give_the_same_bits_as_looking_at_them_again():
     assert outcome(network, x)[0].tobytes() != first[0].tobytes()
 
 
-def test_the_input_is_left_as_it_is():
+def test_the_input_does_not_change():
     network = build_model("deep_convnet", (14, 14, 1), 10)
     network.initialize(Key(1))
     x, dy = random("x", 5, 14, 14, 1).astype(np.float32), random("dy", 5, 10).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Every backward agrees with central differences, and the check finds a backward that is wrong."""
+"""Every backward agrees with central differences, and the check finds a wrong backward."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def test_whole_models_agree_with_central_differences(model, training):
     before = network.parameters.copy()
     x, labels = normal((3, 8, 8, 1)), np.array([4, 0, 2])
     assert check_network(network, x, labels, elements=10, training=training, key=Key(1)) < 1e-6
-    assert (network.parameters == before).all(), "what was checked is as it was"
+    assert (network.parameters == before).all(), "the check restores the parameters"
 
 
 class Scale(Layer):
-    """``y = a x`` with one parameter for each element; its gradients can be spoiled."""
+    """``y = a x`` with one parameter per element; its gradients can be wrong on purpose."""
 
     def __init__(self, dx_error=0.0, da_error=0.0):
         self.dx_error, self.da_error = dx_error, da_error
@@ -84,7 +84,7 @@ class Scale(Layer):
         return dy * self.parameters["a"] * (1 + self.dx_error)
 
 
-def test_a_layer_of_ones_own_can_be_checked():
+def test_a_users_own_layer_can_be_checked():
     assert check_layer(Scale(), (4, 4, 2)) < 1e-7
 
 
@@ -96,8 +96,8 @@ def test_a_wrong_gradient_is_found(error):
 def test_a_wrong_gradient_is_found_in_a_network():
     network = build_model("mlp", (4, 4, 1), 3, dtype=np.float64)
     network.initialize(Key(0))
-    right = network.layers[2].backward
-    network.layers[2].backward = lambda dy: 1.01 * right(dy)
+    correct = network.layers[2].backward
+    network.layers[2].backward = lambda dy: 1.01 * correct(dy)
     assert check_network(network, normal((2, 4, 4, 1)), np.array([0, 2])) > 5e-3
 
 
@@ -117,8 +117,8 @@ def test_a_network_can_be_checked_with_any_loss(loss, outputs, targets):
     x = normal((2, 4, 4, 1))
     assert check_network(network, x, targets, loss) < 1e-6
     if loss is not None:
-        right = loss.backward
-        loss.backward = lambda: 1.01 * right()
+        correct = loss.backward
+        loss.backward = lambda: 1.01 * correct()
         assert check_network(network, x, targets, loss) > 5e-3
 
 

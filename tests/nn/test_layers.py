@@ -1,4 +1,4 @@
-"""Affine, the activations, dropout, the loss and the initializers compute what the book says."""
+"""Affine, the activations, dropout, the loss and the initializers follow the book."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_flatten_keeps_the_order_height_width_channels():
     assert (layer.backward(y) == x).all()
 
 
-def test_layers_leave_what_they_are_given_unchanged():
+def test_layers_do_not_change_their_arguments():
     for layer in (Affine(4), ReLU(), Sigmoid(), Dropout(0.3), Flatten()):
         built(layer, (6,))
         x = normal((3, 6))
@@ -117,7 +117,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(ratio):
     assert (y == 0).mean() == pytest.approx(ratio, abs=0.01)
     assert set(np.unique(y)) <= {0.0, 1 / (1 - ratio)}
     assert y.mean() == pytest.approx(1, abs=0.03)
-    assert (layer.backward(x) == y).all(), "the gradient passes where the value did"
+    assert (layer.backward(x) == y).all(), "the gradient passes at the same elements as the value"
 
 
 def test_dropout_passes_everything_in_evaluation():
@@ -167,12 +167,12 @@ def test_losses_and_gradients_of_parts_add_up_to_those_of_the_whole():
         (np.array([0.0, 1.0]), "labels are float64"),
     ],
 )
-def test_labels_that_name_no_class_are_refused(labels, message):
+def test_labels_outside_the_classes_are_refused(labels, message):
     with pytest.raises(UserError, match=message):
         SoftmaxCrossEntropy().forward(np.zeros((2, 4)), labels)
 
 
-def test_the_first_of_equal_logits_is_the_answer():
+def test_the_first_of_equal_logits_is_the_prediction():
     logits = np.array([[1, 1, 0], [0, 2, 2], [0, 0, 5]], np.float32)
     assert count_correct(logits, np.array([0, 1, 2])) == 3
     assert count_correct(logits, np.array([1, 2, 2])) == 1
@@ -196,7 +196,7 @@ def test_zeros_are_zeros():
     assert (Zeros()(Key(0), (3, 2), 3) == np.zeros((3, 2))).all()
 
 
-def test_a_workspace_makes_each_buffer_once_and_aligned():
+def test_a_workspace_makes_each_array_once_and_aligned():
     workspace = Workspace(np.float32)
     array = workspace.array("y", (3, 5), fill=2)
     assert (array == 2).all()

@@ -1,4 +1,4 @@
-"""Every loss is the sum over samples that its formula says, its gradient that of this sum; PyTorch has the same."""
+"""Every loss is the sum over samples of its formula, with the gradient of this sum; both equal PyTorch's."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def labels(*shape, classes):
 
 
 def with_gaps(labels):
-    """Some places without a label: two of the first sample, none of the second, all of the third."""
+    """Return the labels without some: two of the first sample, none of the second, all of the third."""
     labels = labels.copy()
     labels[0, 0, 1] = labels[0, 2, 0] = NO_LABEL
     labels[2] = NO_LABEL
@@ -27,8 +27,8 @@ def with_gaps(labels):
 
 CASES = {
     "labels": (SoftmaxCrossEntropy, normal(5, 4), labels(5, classes=4)),
-    "a label a pixel": (SoftmaxCrossEntropy, normal(2, 3, 2, 4), labels(2, 3, 2, classes=4)),
-    "not each pixel has a label": (SoftmaxCrossEntropy, normal(3, 3, 2, 4), with_gaps(labels(3, 3, 2, classes=4))),
+    "a label per pixel": (SoftmaxCrossEntropy, normal(2, 3, 2, 4), labels(2, 3, 2, classes=4)),
+    "some pixels without a label": (SoftmaxCrossEntropy, normal(3, 3, 2, 4), with_gaps(labels(3, 3, 2, classes=4))),
     "two classes": (SigmoidCrossEntropy, 3 * normal(7, 1), labels(7, classes=2)),
     "numbers": (MeanSquaredError, normal(5, 3), 2 * normal(5, 3)[::-1]),
     "no samples": (SoftmaxCrossEntropy, normal(0, 4), labels(0, classes=4)),
@@ -36,7 +36,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_gradient_is_that_of_the_value(case):
+def test_the_gradient_belongs_to_the_value(case):
     kind, outputs, targets = CASES[case]
     loss, h = kind(), 1e-6
     loss.forward(outputs, targets)
@@ -50,15 +50,15 @@ def test_the_gradient_is_that_of_the_value(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_value_and_gradient_are_pytorchs(case):
+def test_value_and_gradient_equal_pytorchs(case):
     torch = pytest.importorskip("torch")
     kind, outputs, targets = CASES[case]
     if not len(outputs):
-        pytest.skip("PyTorch's mean over nothing is no number")
+        pytest.skip("PyTorch's mean over zero samples is NaN")
     theirs = torch.tensor(outputs, requires_grad=True)
     if kind is SoftmaxCrossEntropy:
         pairs = zip(theirs.unbind(), torch.tensor(targets).unbind(), strict=True)
-        # PyTorch's mean over a batch is over all its pixels; ours is over samples, of which each is a mean.
+        # PyTorch's mean is over all pixels of a batch; ours is over samples, and each sample's loss is a mean.
         means = [
             torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), label.reshape(-1), ignore_index=-1)
             for logits, label in pairs
@@ -75,15 +75,15 @@ def test_value_and_gradient_are_pytorchs(case):
     assert loss.backward() / len(outputs) == pytest.approx(theirs.grad.numpy(), abs=1e-12)
 
 
-def test_a_pixels_loss_counts_as_part_of_its_sample():
-    """A picture of one pixel is a sample with a label; of many equal ones, its loss is the same."""
+def test_the_loss_of_a_sample_is_the_mean_over_its_pixels():
+    """An image of many equal pixels has the loss of a sample with one label."""
     logits, label = normal(3, 4), labels(3, classes=4)
     expected = SoftmaxCrossEntropy().forward(logits, label)
     wide = np.repeat(logits[:, None, None], 6, axis=1)
     assert SoftmaxCrossEntropy().forward(wide, np.repeat(label[:, None, None], 6, axis=1)) == pytest.approx(expected)
 
 
-def test_a_place_without_a_label_is_as_if_it_were_not_there():
+def test_a_position_without_a_label_has_no_effect():
     logits, all_labels = normal(2, 3, 2, 4), labels(2, 3, 2, classes=4)
     some = all_labels.copy()
     some[:, 2] = NO_LABEL
@@ -91,13 +91,13 @@ def test_a_place_without_a_label_is_as_if_it_were_not_there():
     assert loss.forward(logits, some) == pytest.approx(rest.forward(logits[:, :2], all_labels[:, :2]), rel=1e-14)
     np.testing.assert_allclose(loss.backward()[:, :2], rest.backward(), rtol=1e-14)
     assert not loss.backward()[:, 2].any()
-    # Two thirds of the places are counted, and their share of right answers stands for all.
-    right = [rest.count_correct(logits[n : n + 1, :2], all_labels[n : n + 1, :2]) for n in range(2)]
-    assert 0 < sum(right) < 8
-    assert loss.count_correct(logits, some) == sum((2 * 6 * one + 4) // 8 for one in right)
+    # Two thirds of the positions count, and their share of correct predictions stands for all.
+    correct = [rest.count_correct(logits[n : n + 1, :2], all_labels[n : n + 1, :2]) for n in range(2)]
+    assert 0 < sum(correct) < 8
+    assert loss.count_correct(logits, some) == sum((2 * 6 * one + 4) // 8 for one in correct)
 
 
-def test_labels_of_places_that_are_all_there_give_the_bits_of_the_plain_mean():
+def test_labels_at_all_positions_give_the_bits_of_the_plain_mean():
     logits, of_pixels = normal(2, 3, 2, 4), labels(2, 3, 2, classes=4)
     loss, flat = SoftmaxCrossEntropy(), SoftmaxCrossEntropy()
     assert loss.forward(logits, of_pixels) == flat.forward(logits.reshape(-1, 4), of_pixels.reshape(-1)) / 6
@@ -112,7 +112,7 @@ def test_large_logits_do_not_overflow():
         assert SoftmaxCrossEntropy().forward(np.array([[1e4, -1e4]]), np.array([1])) == 2e4
 
 
-def test_right_answers_are_counted():
+def test_correct_predictions_are_counted():
     assert SigmoidCrossEntropy().count_correct(np.array([[1.0], [-1.0], [1.0], [0.0]]), np.array([1, 0, 0, 0])) == 3
     pixels = np.zeros((1, 2, 2, 3))
     pixels[0, 0, :, 2] = 1

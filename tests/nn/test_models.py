@@ -1,4 +1,4 @@
-"""The book's own models are as it has them, and fit any image that is large enough."""
+"""The book's own models equal the book's, and fit any image that is large enough."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_simple_convnet_is_that_of_the_book():
 
 
 def test_deep_convnet_is_that_of_the_book():
-    """Section 8.1: 28, pooled 14, 16 by padding 2, pooled 8, pooled 4; then 4 * 4 * 64 = 1,024 - 50 - 10."""
+    """Section 8.1: 28, pooled 14, padded by 2 to 16, pooled 8, pooled 4; then 4 * 4 * 64 = 1,024 - 50 - 10."""
     weights = {name: shape for name, shape in shapes("deep_convnet").items() if name.endswith("weight")}
     assert weights == {
         "conv2d_1.weight": (3, 3, 1, 16),
@@ -60,7 +60,7 @@ def test_parameter_counts_are_those_of_the_book_on_28x28(name, count):
     assert build_model(name, (28, 28, 1), 10).parameter_count == count
 
 
-def test_models_begin_with_the_spread_of_the_book():
+def test_initial_weights_have_the_standard_deviation_of_the_book():
     for name, stds in {
         "mlp": {"affine_1.weight": 0.01},
         "simple_convnet": {"affine_1.weight": 0.01, "conv2d_1.weight": 0.01},
@@ -85,7 +85,7 @@ def test_models_fit_any_image_that_is_large_enough(name, input_shape):
 
 
 @pytest.mark.parametrize("name", [name for name in OF_ANY_SIZE if name != "resnet20"])
-def test_models_learn_a_few_samples_by_heart(name):
+def test_models_learn_to_predict_a_few_samples(name):
     network = build_model(name, (8, 8, 1), 4)
     network.initialize(Key(0))
     x, labels = normal((8, 8, 8, 1), dtype=np.float32), np.arange(8) % 4
@@ -122,7 +122,7 @@ def test_logistic_regression_is_one_affine_layer():
 
 
 def test_the_multilayer_net_of_the_book_has_any_depth():
-    """Sections 6.1.8 and 6.4: 784 - 100 - 100 - 100 - 100 - 10; with BatchNorm and Dropout its extended form."""
+    """Sections 6.1.8 and 6.4: 784 - 100 - 100 - 100 - 100 - 10; also its extension with BatchNorm and Dropout."""
     plain = multilayer_net((28, 28, 1), 10, (100,) * 4)
     assert kinds(plain) == ["flatten", *["affine", "relu"] * 4, "affine"]
     assert plain.parameter_count == 78_500 + 3 * 10_100 + 1_010
@@ -135,7 +135,7 @@ def test_the_multilayer_net_of_the_book_has_any_depth():
 
 
 @pytest.mark.parametrize(("activation", "gain"), [("relu", 2), ("leaky_relu", 2), ("sigmoid", 1), ("tanh", 1)])
-def test_weights_begin_as_is_made_for_the_activation(activation, gain):
+def test_initial_weights_suit_the_activation(activation, gain):
     network = multilayer_net((28, 28, 1), 10, (300,), activation)
     network.initialize(Key(0))
     assert dict(network.named_parameters())["affine_1.weight"].std() == pytest.approx(np.sqrt(gain / 784), rel=0.01)
@@ -149,7 +149,7 @@ def test_the_mlp_is_a_multilayer_net_of_one_hidden_layer_bit_for_bit():
     assert one.parameters.tobytes() == other.parameters.tobytes()
 
 
-def test_wrong_settings_of_a_multilayer_net_are_refused():
+def test_invalid_settings_of_a_multilayer_net_are_refused():
     with pytest.raises(UserError, match=r"unknown activation 'rely': .*did you mean 'relu'\?"):
         multilayer_net((8, 8, 1), 10, activation="rely")
     with pytest.raises(UserError, match=r"hidden=1\.5 given.*: \(100, 50\), or by flag"):
@@ -160,6 +160,6 @@ def test_wrong_settings_of_a_multilayer_net_are_refused():
         multilayer_net((8, 8, 1), 10, hidden=(5, 0))
 
 
-def test_no_classes_are_refused():
+def test_zero_classes_are_refused():
     with pytest.raises(UserError, match="0 classes given"):
         build_model("mlp", (8, 8, 1), 0)

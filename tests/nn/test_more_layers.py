@@ -1,4 +1,4 @@
-"""Further activations, pooling, normalization and upsampling compute what their formulas say, and so do gradients."""
+"""More activations, pooling, normalization and upsampling follow their formulas, and so do their gradients."""
 
 import itertools
 
@@ -50,13 +50,13 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_every_gradient_is_that_of_central_differences(name):
+def test_every_gradient_equals_central_differences(name):
     layer, shape = LAYERS[name]
     assert check_layer(layer(), shape) < 1e-6
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_leave_what_they_are_given_unchanged_and_give_the_same_bits_again(name):
+def test_layers_do_not_change_their_arguments_and_repeat_their_bits(name):
     make, shape = LAYERS[name]
     layer, other = built(make(), shape, np.float32), built(make(), shape, np.float32)
     x = normal((3, *shape), dtype=np.float32)
@@ -81,8 +81,8 @@ def test_softmax_sums_to_one_and_does_not_overflow():
 
 @pytest.mark.parametrize("activation", [Identity, LeakyReLU, ReLU, Sigmoid, Tanh])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_an_element_gets_the_same_bits_wherever_it_stands(activation, dtype):
-    """NumPy takes several elements at once, and the rest of a length that is no multiple of that one by one."""
+def test_an_element_gets_the_same_bits_at_any_position(activation, dtype):
+    """NumPy computes several elements at once, and the remaining ones of other lengths one by one."""
     x = (5 * normal((70,))).astype(dtype)
     whole = built(activation(), x.shape, dtype).forward(x[None], training=True, key=None)[0]
     for start, stop in [(0, n) for n in range(1, 70)] + [(n, 70) for n in range(1, 20)]:
@@ -176,7 +176,7 @@ def test_upsampling_keeps_constants_and_straight_lines_inside():
     assert np.diff(y[0, :, 2:-2, 0], axis=1) == pytest.approx(np.full((20, 19), 0.25))
 
 
-def test_the_layers_are_those_of_pytorch():
+def test_the_layers_equal_pytorchs():
     torch = pytest.importorskip("torch")
     functional = torch.nn.functional
     x = normal((2, 6, 5, 7))
@@ -215,6 +215,6 @@ def test_the_layers_are_those_of_pytorch():
         (lambda: built(AvgPool2d(5), (4, 4, 1)), "is smaller than the 5x5 window"),
     ],
 )
-def test_what_does_not_fit_is_one_line(make, message):
+def test_invalid_layers_and_inputs_are_one_line(make, message):
     with pytest.raises(UserError, match=message):
         make()

@@ -24,10 +24,11 @@ from distdl.nn import (
     Sigmoid,
     SoftmaxCrossEntropy,
     build_model,
+    numerical_gradient,
 )
 from distdl.rng import Key
 
-from .oracles import built, normal
+from .oracles import built, normal, relative_error
 
 MODELS = ("mlp", "simple_convnet", "deep_convnet")
 
@@ -90,7 +91,7 @@ def test_any_vector_of_the_layout_can_be_read_by_name():
         network.views(velocity[1:])
 
 
-def test_names_are_kind_and_number():
+def test_a_layers_name_is_its_class_and_number():
     network = small("simple_convnet")
     assert network.layer_names == [
         "conv2d_1", "relu_1", "maxpool2d_1", "flatten_1", "affine_1", "relu_2", "affine_2",
@@ -115,7 +116,7 @@ def test_weight_decay_applies_to_weights_and_not_to_biases():
     assert decayed.sum() == 750 + 48000 + 1000
 
 
-def test_each_parameter_begins_by_its_own_key():
+def test_each_parameter_is_initialized_from_its_own_key():
     network = small("simple_convnet")
     parameters = dict(network.named_parameters())
     expected = 0.01 * Key(0).of("affine_2.weight").normal(1000).reshape(100, 10)
@@ -124,7 +125,7 @@ def test_each_parameter_begins_by_its_own_key():
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_step_done_again_gives_the_same_bits(model):
+def test_a_repeated_step_gives_the_same_bits(model):
     network, fresh = small(model), small(model)
     x, labels, key = normal((5, 12, 12, 1), dtype=np.float32), np.arange(5), Key(2).of("step", 1)
     first = one_step(network, x, labels, key)
@@ -151,7 +152,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("case", LAYERS)
-def test_a_layer_keeps_nothing_of_what_it_did_before(case):
+def test_a_layers_result_does_not_depend_on_earlier_calls(case):
     make, input_shape = LAYERS[case]
     used, fresh = built(make(), input_shape), built(make(), input_shape)
 
@@ -188,7 +189,7 @@ class Scale(Layer):
 
 
 class CountsPreparations(Layer):
-    """Multiplies by a number that it copies from its parameter in `prepare`."""
+    """Multiplies by the number that `prepare` copies from its parameter."""
 
     preparations = 0
 
@@ -207,13 +208,13 @@ class CountsPreparations(Layer):
 
 
 def network_that_counts():
-    """A network, whose output is the cube of its factor, and a function that returns its layers' preparations."""
+    """Return a network that multiplies by its parameters, and a function that returns its layers' preparations."""
     layers = [CountsPreparations() for _ in range(3)]
     network = Sequential([layers[0], Residual([layers[1]], [Scale(0)]), Branches([layers[2]])], (1,))
     return network, lambda: [layer.preparations for layer in layers]
 
 
-def test_outside_of_the_promise_a_change_of_parameters_is_always_seen():
+def test_outside_constant_parameters_every_change_is_seen():
     network, preparations = network_that_counts()
     one = np.ones((1, 1), np.float32)
     for number in range(1, 4):
@@ -228,7 +229,7 @@ def test_outside_of_the_promise_a_change_of_parameters_is_always_seen():
         assert network.forward(one) == -(number**3)
 
 
-def test_constant_parameters_are_prepared_once_per_entry_at_the_first_forward():
+def test_constant_parameters_are_prepared_once_per_entry():
     network, preparations = network_that_counts()
     one = np.ones((1, 1), np.float32)
     with network.constant_parameters():
@@ -249,7 +250,7 @@ def test_constant_parameters_are_prepared_once_per_entry_at_the_first_forward():
         assert preparations() == [number] * 3
 
 
-def test_a_promise_left_open_hides_no_change_from_the_next_one():
+def test_a_context_left_open_hides_no_change_from_the_next_one():
     def outputs():
         with network.constant_parameters():
             while True:
@@ -275,6 +276,63 @@ def test_binding_again_prepares_again():
         expected = network.forward(x).tobytes()
         network.bind()
         assert network.forward(x).tobytes() == expected
+
+
+def front_layers():
+    return [Conv2d(3, 3, padding=1), ReLU(), MaxPool2d(2), Conv2d(2, 3, padding=1)]
+
+
+def back_layers():
+    return [ReLU(), Conv2d(4, 3, padding=1), Residual([Conv2d(4, 1)]), Flatten(), Affine(3)]
+
+
+@pytest.mark.parametrize("form", ["fast", "plain"])
+@pytest.mark.parametrize(
+    "layers", [front_layers, back_layers, lambda: [Residual([ReLU()])], lambda: [Branches([], [])]]
+)
+def test_backward_returns_the_input_gradient_if_bind_asks_for_it(layers, form):
+    network = Sequential(layers(), (6, 4, 2), dtype=np.float64, form=form)
+    network.initialize(Key(0))
+    x = normal((3, 6, 4, 2))
+    dy = normal(network.forward(x).shape, "dy")
+    assert network.backward(dy) is None
+    gradients = network.gradients.copy()
+    network.bind(needs_input_gradient=True)
+    network.forward(x)
+    dx = network.backward(dy).copy()
+    expected = numerical_gradient(lambda: float((network.forward(x) * dy).sum()), x)
+    assert relative_error(dx, expected) < 1e-7
+    assert network.gradients == pytest.approx(gradients, rel=1e-10, abs=1e-12)
+    network.bind()
+    network.forward(x)
+    assert network.backward(dy) is None
+    assert network.gradients.tobytes() == gradients.tobytes()
+
+
+def test_the_input_gradient_connects_two_networks():
+    front, back, whole = (
+        Sequential(layers, shape, dtype=np.float64)
+        for layers, shape in (
+            (front_layers(), (6, 4, 2)),
+            (back_layers(), (3, 2, 2)),
+            (front_layers() + back_layers(), (6, 4, 2)),
+        )
+    )
+    back.bind(needs_input_gradient=True)
+    whole.initialize(Key(0))
+    for network, views in (
+        (front, whole.named_parameters()[:4]),
+        (back, whole.named_parameters()[4:]),
+    ):
+        for (_, target), (_, source) in zip(network.named_parameters(), views, strict=True):
+            target[...] = source
+    x, dy = normal((5, 6, 4, 2)), normal((5, 3), "dy")
+    assert back.forward(front.forward(x)) == pytest.approx(whole.forward(x))
+    assert front.backward(back.backward(dy)) is None
+    whole.backward(dy)
+    gradients = [*front.named_gradients(), *back.named_gradients()]
+    for (_, found), (name, expected) in zip(gradients, whole.named_gradients(), strict=True):
+        assert relative_error(found, expected) < 1e-10, name
 
 
 def test_layers_are_given_contiguous_arrays():
@@ -304,7 +362,7 @@ def test_backward_overwrites_the_gradients():
     assert one_step(network, x, labels, None) == first
 
 
-def test_a_step_leaves_input_and_logit_gradient_unchanged():
+def test_a_step_does_not_change_its_arguments():
     network = small("deep_convnet")
     x, d = normal((2, 12, 12, 1), dtype=np.float32), normal((2, 10), "d", np.float32)
     network.forward(x, training=True, key=Key(0))
@@ -313,7 +371,7 @@ def test_a_step_leaves_input_and_logit_gradient_unchanged():
     assert (d == normal(d.shape, "d", np.float32)).all()
 
 
-def test_no_input_gradient_is_computed_where_nothing_in_front_has_parameters():
+def test_no_input_gradient_is_computed_if_no_layer_in_front_has_parameters():
     layers = [Sigmoid(), Conv2d(2, 3), ReLU(), Flatten(), Affine(3)]
     network = Sequential(layers, (6, 6, 1))
     assert [layer.needs_input_gradient for layer in layers] == [False, False, True, True, True]
@@ -383,7 +441,7 @@ def test_an_input_of_another_shape_or_type_is_refused():
         network.forward(np.zeros((2, 12, 12, 1), np.uint8))
 
 
-def test_a_layer_that_breaks_its_word_on_the_shape_is_named():
+def test_a_layer_whose_output_differs_from_its_announced_shape_is_named():
     class Wrong(Layer):
         def forward(self, x, *, training, key):
             return x[:, :1]

@@ -1,4 +1,4 @@
-"""Half precision is what it says it is, number by number; activations are those of the network."""
+"""Half precision rounds number by number as documented; recorded outputs are those of the network."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ MODELS = ["mlp", "simple_convnet", "deep_convnet", "composites"]
 
 
 def network_of(model, form="fast"):
-    """A network with random weights and, where it has some, random running moments."""
+    """Return a network with random weights and random running moments, if it has any."""
     if model == "composites":
         layers = [
             Conv2d(4, 3, padding=1),
@@ -49,9 +49,9 @@ def images(count=5):
 
 
 def rounded(array):
-    """The nearest number that float16 has, ties to even, worked out from the number of its bits.
+    """Return the nearest float16, ties to even, computed from the number of its bits.
 
-    11 significant bits, the least of them at 2**-24; what rounds to 2**16 or more has none.
+    It has 11 significant bits, the lowest at 2**-24 or above; numbers that round to 2**16 or more become infinite.
     """
     exact = array.astype(np.float64)
     _, exponent = np.frexp(exact)
@@ -68,7 +68,7 @@ def test_the_oracle_rounds_as_float16_does():
 
 
 def plainly(layers, x):
-    """Run layers one by one as they are written; round the input, and what each of them puts out."""
+    """Run layers one by one as written; round the input and the output of each."""
     x = rounded(x)
     for layer in layers:
         x = np.ascontiguousarray(x)
@@ -82,7 +82,7 @@ def plainly(layers, x):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_half_precision_rounds_weights_input_and_each_layers_output_and_nothing_else(model):
+def test_half_precision_rounds_weights_input_and_outputs_of_layers_only(model):
     network = network_of(model, "plain")
     found = half_precision(network).forward(images()).copy()
     for vector in (network.parameters, network.buffers):
@@ -103,7 +103,7 @@ def test_half_precision_is_close_to_full_precision_in_the_fast_form_too(model):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_original_stays_as_it_is(model):
+def test_the_original_does_not_change(model):
     network = network_of(model)
     parameters, buffers, before = network.parameters.copy(), network.buffers.copy(), network.forward(images()).copy()
     half = half_precision(network)
@@ -116,7 +116,7 @@ def test_the_original_stays_as_it_is(model):
     assert [name for name, _ in half.named_buffers()] == [name for name, _ in network.named_buffers()]
 
 
-def test_numbers_beyond_float16_become_infinite_and_are_no_error():
+def test_numbers_beyond_float16_become_infinite_without_an_error():
     layer = HalfStorage()
     layer.build((6,), np.float32)
     stored = layer.forward(
@@ -126,7 +126,7 @@ def test_numbers_beyond_float16_become_infinite_and_are_no_error():
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_activations_are_what_each_layer_puts_out(model):
+def test_layer_outputs_are_the_outputs_of_the_layers(model):
     network = network_of(model, "plain")
     x, expected = images(), {}
     for layer, name in zip(network.layers, network.layer_names, strict=True):

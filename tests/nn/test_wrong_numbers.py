@@ -1,4 +1,4 @@
-"""A number, or a layer, that makes no sense is one line that says what was given and expected; others are taken."""
+"""An invalid number or layer is one line with the given and the expected value; valid ones are accepted."""
 
 import re
 
@@ -20,7 +20,7 @@ from distdl.nn import (
     Upsample2d,
 )
 
-#: What each setting is called in messages, and a layer with it.
+#: The name of each setting in messages, and a layer with it.
 NUMBERS = {
     "Affine: outputs": Affine,
     "Conv2d: filters": lambda n: Conv2d(n, 3),
@@ -28,7 +28,7 @@ NUMBERS = {
     "LocalResponseNorm: size": LocalResponseNorm,
     "Upsample2d: factor": Upsample2d,
 }
-#: The same of those that may be one number or two, with the least one.
+#: The same for settings that may be one number or two, with the smallest one.
 PAIRS = {
     "Conv2d: size": (lambda n: Conv2d(4, n), 1),
     "Conv2d: stride": (lambda n: Conv2d(4, 3, stride=n), 1),
@@ -39,21 +39,21 @@ PAIRS = {
     "AvgPool2d: size": (AvgPool2d, 1),
     "AvgPool2d: padding": (lambda n: AvgPool2d(3, padding=n), 0),
 }
-WRONG = [0, -1, 2.5, 3.0, np.float32(3), True, "3", None]
-RIGHT = [2, np.int64(2), np.uint8(2), np.array(2)]
+INVALID = [0, -1, 2.5, 3.0, np.float32(3), True, "3", None]
+VALID = [2, np.int64(2), np.uint8(2), np.array(2)]
 
 
-@pytest.mark.parametrize("given", WRONG, ids=repr)
+@pytest.mark.parametrize("given", INVALID, ids=repr)
 @pytest.mark.parametrize("setting", NUMBERS)
-def test_what_is_no_whole_number_is_refused_at_once(setting, given):
+def test_a_setting_that_is_not_a_whole_number_is_refused(setting, given):
     with pytest.raises(UserError) as caught:
         NUMBERS[setting](given)
     assert str(caught.value) == f"{setting} {given!r} given, expected a whole number of at least 1"
 
 
-@pytest.mark.parametrize("given", [*(one for one in WRONG if one is not None), (1, 2, 3), (3, 2.5), (), "33"], ids=repr)
+@pytest.mark.parametrize("given", [*INVALID[:-1], (1, 2, 3), (3, 2.5), (), "33"], ids=repr)
 @pytest.mark.parametrize("setting", PAIRS)
-def test_what_is_neither_one_nor_two_whole_numbers_is_refused_at_once(setting, given):
+def test_a_setting_that_is_not_one_or_two_whole_numbers_is_refused(setting, given):
     make, least = PAIRS[setting]
     if given == least == 0:
         make(given)
@@ -63,7 +63,7 @@ def test_what_is_neither_one_nor_two_whole_numbers_is_refused_at_once(setting, g
     assert str(caught.value) == f"{setting} {given!r} given, expected one or two whole numbers from {least} on"
 
 
-@pytest.mark.parametrize("given", RIGHT, ids=repr)
+@pytest.mark.parametrize("given", VALID, ids=repr)
 def test_a_whole_number_of_any_type_becomes_an_int(given):
     found = [Affine(given).outputs, Conv2d(given, given).filters, LocalResponseNorm(given).size]
     found += [ConvTranspose2d(given, 3).filters, Upsample2d(given).factor]
@@ -88,6 +88,6 @@ def test_a_whole_number_of_any_type_becomes_an_int(given):
         (lambda: Sequential([ReLU()], (3, 0)), "input shape (3, 0) given"),
     ],
 )
-def test_what_is_no_layer_or_no_shape_is_refused_at_once(make, message):
+def test_anything_else_than_a_layer_or_a_shape_is_refused(make, message):
     with pytest.raises(UserError, match=re.escape(message)):
         make()

@@ -27,6 +27,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from distdl.engine.storage.files import remove, write_durably
+from distdl.engine.storage.header import CheckpointHeader
 from distdl.errors import DamagedFileError, UserError
 
 FORMAT = "distdl checkpoint 1"
@@ -53,6 +54,10 @@ class FoundCheckpoint(NamedTuple):
     path: Path
     checkpoint: Checkpoint
     complaints: list[str]
+
+    def header(self) -> CheckpointHeader:
+        """Return the checked header; raise `DamagedFileError` if it cannot be used."""
+        return CheckpointHeader.parse(self.checkpoint.header, self.path, self.checkpoint.tensors)
 
 
 def encoded(checkpoint: Checkpoint) -> list[bytes | memoryview]:

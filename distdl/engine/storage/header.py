@@ -1,7 +1,6 @@
 """The header of a checkpoint, typed and checked: everything in the file except the tensors.
 
-Anyone can write a file with a valid checksum. So `CheckpointHeader.parse` trusts nothing; it is the only reader of
-headers. `to_json` and `parse` define the format of the header.
+Anyone can write a file with a valid checksum. So `CheckpointHeader.parse`, the only reader of headers, trusts nothing.
 """
 
 from __future__ import annotations
@@ -9,32 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import NoneType
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from numpy.typing import NDArray
 
 from distdl.engine.storage.files import LOGS
 from distdl.errors import DamagedFileError
-
-HEADER_TYPES = {
-    "step": int,
-    "config": dict,
-    "progress": dict,
-    "log_bytes": dict,
-    "data_sha256": str,
-    "versions": dict,
-    "kernel_family": str,
-}
-PROGRESS_TYPES: dict[str, tuple[type, ...]] = {
-    "train_loss": (float, NoneType),
-    "validation_loss": (float, NoneType),
-    "validation_accuracy": (float, NoneType),
-    "best_step": (int, NoneType),
-    "train_seconds": (float,),
-    "best_score": (float, NoneType),
-    "skipped_steps": (int,),
-}
 
 
 @dataclass
@@ -51,7 +31,7 @@ class RunProgress:
     skipped_steps: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Return the values; without the best score if there is no best step, without skipped steps if there are none.
+        """Return the values; the best score only if there is a best step, skipped steps only if there are any.
 
         >>> RunProgress().to_json()["best_step"], RunProgress(best_step=3, best_score=0.5).to_json()["best_score"]
         (None, 0.5)
@@ -65,12 +45,13 @@ class RunProgress:
         given = {"skipped_steps": 0, **values}
         if given.get("best_step") is None:
             given["best_score"] = None
-        elif given.get("best_score") is None:
-            raise ValueError("there is a best step, but no best score")
-        for name, types in PROGRESS_TYPES.items():
-            if name not in given or type(given[name]) not in types:
+        types = _types(cls)
+        for name, allowed in types.items():
+            if name not in given or type(given[name]) not in allowed:
                 raise ValueError(f"{name} is missing or of another type")
-        return cls(**{name: given[name] for name in PROGRESS_TYPES})
+        if given["best_step"] is not None and given["best_score"] is None:
+            raise ValueError("there is a best step, but no best score")
+        return cls(**{name: given[name] for name in types})
 
 
 @dataclass(frozen=True)
@@ -101,20 +82,30 @@ class CheckpointHeader:
         def damaged(name: str) -> DamagedFileError:
             return DamagedFileError(f"{path} is damaged: its header has no {name!r} that distdl can use")
 
-        for name, kind in HEADER_TYPES.items():
-            if not (isinstance(raw, dict) and type(raw.get(name)) is kind):
+        types = _types(cls) | {"progress": (dict,)}
+        for name, allowed in types.items():
+            if not isinstance(raw, dict) or type(raw.get(name)) not in allowed:
                 raise damaged(name)
-        step, log_bytes, versions = raw["step"], raw["log_bytes"], raw["versions"]
-        if step < 0 or (tensors is not None and "step" in tensors and tensors["step"].tolist() != [step]):
-            raise damaged("step")
-        if not all(name in LOGS and type(length) is int and length >= 0 for name, length in log_bytes.items()):
-            raise damaged("log_bytes")
-        if not all(isinstance(version, str) for version in versions.values()):
-            raise damaged("versions")
         try:
             progress = RunProgress.from_json(raw["progress"])
         except ValueError:
             raise damaged("progress") from None
+        header = cls(**{name: raw[name] for name in types} | {"progress": progress})
+        step = header.step
+        if step < 0 or (tensors is not None and "step" in tensors and tensors["step"].tolist() != [step]):
+            raise damaged("step")
+        if not all(name in LOGS and type(n) is int and n >= 0 for name, n in header.log_bytes.items()):
+            raise damaged("log_bytes")
+        if not all(isinstance(version, str) for version in header.versions.values()):
+            raise damaged("versions")
         if not (0 <= (progress.best_step or 0) <= step and 0 <= progress.skipped_steps <= step):
             raise damaged("progress")
-        return cls(step, raw["config"], progress, log_bytes, raw["data_sha256"], versions, raw["kernel_family"])
+        return header
+
+
+def _types(cls: type) -> dict[str, tuple[type, ...]]:
+    """Return the types that each field of a dataclass may have in JSON."""
+    hints = get_type_hints(cls).items()
+    return {
+        name: get_args(hint) if isinstance(hint, UnionType) else (get_origin(hint) or hint,) for name, hint in hints
+    }

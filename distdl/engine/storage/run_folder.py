@@ -23,9 +23,8 @@ from typing import IO
 
 from distdl.config import TrainConfig, differences, run_folder_of
 from distdl.engine.storage import checkpoints
-from distdl.engine.storage.checkpoints import Checkpoint, FoundCheckpoint
+from distdl.engine.storage.checkpoints import FoundCheckpoint
 from distdl.engine.storage.files import FOLDER_MODE, RUN_FILES, TEMPORARY_SUFFIX, opened_log
-from distdl.engine.storage.header import CheckpointHeader
 from distdl.errors import UserError
 
 #: The most characters of a purpose in a folder's name: the path of a user's own model may be too long for a name.
@@ -37,15 +36,11 @@ PAUSE_SECONDS = 0.01
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """Where a run starts: its folder, and the checkpoint that it resumes, if any."""
+    """Where a run starts: its folder, and its checkpoint, if any."""
 
     folder: Path
-    path: Path | None = None
-    """The file of the checkpoint."""
-    checkpoint: Checkpoint | None = None
-    header: CheckpointHeader | None = None
-    complaints: tuple[str, ...] = ()
-    """The damage of newer checkpoints."""
+    found: FoundCheckpoint | None = None
+    """The checkpoint that the run resumes; its header is intact."""
     origin: Path | None = None
     """The run folder that contains the checkpoint; None if it lies elsewhere."""
     add_number: bool = False
@@ -82,12 +77,13 @@ def find_start(config: TrainConfig, own_folder: Path | None = None, *, after_fai
 
 def _resumed(config: TrainConfig, resume: str, own_folder: Path | None) -> StartingPoint:
     start = _newest_in_run_dir(config, own_folder) if resume == "auto" else _given_checkpoint(config, Path(resume))
-    if start.path is None or start.checkpoint is None:
+    if start.found is None:
         return start
-    header = CheckpointHeader.parse(start.checkpoint.header, start.path, start.checkpoint.tensors)
-    if different := differences(config, header.config):
-        raise UserError(f"cannot resume from {start.path}: {'; '.join(different)}; give the same, or start a new run")
-    start = replace(start, folder=config.run_dir or start.folder, header=header)
+    if different := differences(config, start.found.header().config):
+        raise UserError(
+            f"cannot resume from {start.found.path}: {'; '.join(different)}; give the same, or start a new run"
+        )
+    start = replace(start, folder=config.run_dir or start.folder)
     if own_folder is None and (start.origin is None or start.folder.resolve() != start.origin.resolve()):
         _refuse_used(start.folder)
     return start
@@ -102,7 +98,7 @@ def _newest_in_run_dir(config: TrainConfig, own_folder: Path | None) -> Starting
     newest_step = _newest_step(folder)  # before the checkpoint is read, which takes time
     found = checkpoints.newest_intact(folder / "checkpoints")
     if found is not None:
-        return _start_at(folder, found, folder, newest_step)
+        return StartingPoint(folder, found, folder, newest_step=newest_step)
     if own_folder is None and not (folder / "config.toml").is_file():
         _refuse_used(folder)  # by anything but a run
     return StartingPoint(folder, newest_step=newest_step)
@@ -117,14 +113,7 @@ def _given_checkpoint(config: TrainConfig, source: Path) -> StartingPoint:
     found = find_checkpoint(source, f"--resume {source}")
     if folder is None:
         raise UserError(f"--resume {source} lies in no run folder: give a new --run-dir for the rest of the run")
-    return _start_at(folder, found, origin, newest_step)
-
-
-def _start_at(folder: Path, found: FoundCheckpoint, origin: Path | None, newest_step: int | None) -> StartingPoint:
-    complaints = tuple(found.complaints)
-    return StartingPoint(
-        folder, found.path, found.checkpoint, complaints=complaints, origin=origin, newest_step=newest_step
-    )
+    return StartingPoint(folder, found, origin, newest_step=newest_step)
 
 
 def find_checkpoint(source: Path, name: str) -> FoundCheckpoint:

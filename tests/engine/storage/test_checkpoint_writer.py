@@ -1,59 +1,56 @@
-"""Checkpoints are written while training continues. Each has the content of its step, in order, and none is lost."""
+"""A checkpoint is written while training continues, with the state of its step, in order; the end waits for it."""
 
-import concurrent.futures
 import json
+import os
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from injected import write_checkpoints_at_once
 from small_runs import piece_of_digits, small_config, small_run
 
 from distdl.engine import train
-from distdl.engine.coordinator import Coordinator
+from distdl.engine.fault_injection import fail_at, forget
 from distdl.engine.storage import checkpoints, files
 from distdl.engine.storage.checkpoint_writer import CheckpointWriter
 from distdl.engine.storage.header import CheckpointHeader, RunProgress
-from distdl.engine.storage.json_lines import JsonLines
-from distdl.engine.trainer import Trainer
 from distdl.errors import UserError
 from distdl.parallel import OneProcess
 
 LONG_ENOUGH = 60  # seconds; a timeout against hangs
 
 
-def step_of(path):
-    return int(path.stem.removeprefix("step-"))
+def refusing(number, text):
+    """Return an action that refuses as a disk does."""
+
+    def refuse(_owner):
+        raise OSError(number, text)
+
+    return refuse
 
 
 @pytest.fixture
-def held_back(monkeypatch):
-    """Each write except the last waits until the next step is done."""
-    write, stepped, taken = checkpoints.write, Coordinator.stepped, {step: threading.Event() for step in range(1, 7)}
-    overlapped = []
+def held_back():
+    """Each write waits until the step after its own has been taken, except the last one."""
+    taken, written, overlapped = {step: threading.Event() for step in range(1, 7)}, iter(range(1, 7)), []
 
-    def late(path, checkpoint):
-        step = step_of(path)
+    def wait(_owner):
+        step = next(written)
         if step < 6:
             assert taken[step + 1].wait(LONG_ENOUGH), "training waits for the checkpoint"
             overlapped.append(step)
-        write(path, checkpoint)
 
-    def telling(self, state, *others):
-        stepped(self, state, *others)
-        taken[state.step].set()
-
-    monkeypatch.setattr(checkpoints, "write", late)
-    monkeypatch.setattr(Coordinator, "stepped", telling)
+    fail_at("checkpoint-write", rank=0, nth=None, action=wait)
+    fail_at("checkpoint", rank=0, nth=None, action=lambda state: taken[state.step].set())
     return overlapped
 
 
-def test_training_continues_while_a_checkpoint_is_written_and_its_content_is_that_of_its_step(
-    tmp_path, held_back, monkeypatch
-):
+def test_training_continues_while_a_checkpoint_is_written_and_its_content_is_that_of_its_step(tmp_path, held_back):
     held = small_run(OneProcess(), tmp_path / "held", checkpoint_every=1, keep_checkpoints=9)
     assert held_back == [1, 2, 3, 4, 5]
-    monkeypatch.undo()
+    forget()
     assert small_run(OneProcess(), tmp_path / "plain") == held
     for step in range(1, 7):
         path = checkpoints.path_of_step(tmp_path / "held" / "checkpoints", step)
@@ -69,117 +66,95 @@ def test_training_continues_while_a_checkpoint_is_written_and_its_content_is_tha
 
 
 def test_logs_are_on_the_disk_before_the_checkpoint_that_counts_their_bytes_is_visible(tmp_path, monkeypatch):
-    made = []
+    """Each log is flushed with all the bytes that the checkpoint counts, after the checkpoint before it."""
+    calls, fsync, rename = [], os.fsync, os.rename
 
-    def flush(self, flush=JsonLines.flush_to_disk):
-        flush(self)
-        made.append(self.path.name)
+    def flush(handle):
+        fsync(handle)
+        calls.append((Path(f"/proc/self/fd/{handle}").readlink().name, os.fstat(handle).st_size))
 
-    class Renaming:
-        def __getattr__(self, name):
-            return getattr(files_os, name)
+    def show(source, target, **folders):
+        calls.append((target, 0))
+        rename(source, target, **folders)
 
-        def rename(self, source, target, **folders):
-            files_os.rename(source, target, **folders)
-            made.append(target)
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "rename", show)
+    small_run(OneProcess(), tmp_path / "run", record_hashes=True)
+    since = 0
+    for step in (3, 6):
+        path = checkpoints.path_of_step(tmp_path / "run" / "checkpoints", step)
+        shown = calls.index((path.name, 0))
+        flushed = dict(calls[since:shown])
+        log_bytes = checkpoints.read(path).header["log_bytes"]
+        assert set(log_bytes) == {"metrics", "hashes", "timing"}
+        for name, length in log_bytes.items():
+            assert flushed.get(f"{name}.jsonl", -1) >= length > 0, name
+        assert flushed[f"{path.name}{files.TEMPORARY_SUFFIX}"] == path.stat().st_size
+        since = shown
 
-    files_os = files.os
-    monkeypatch.setattr(JsonLines, "flush_to_disk", flush)
-    monkeypatch.setattr(files, "os", Renaming())
-    small_run(OneProcess(), tmp_path / "run")
-    assert sorted(made[2:4]) == sorted(made[5:7]) == ["metrics.jsonl", "timing.jsonl"]
-    assert [made[4], made[7]] == ["step-000000003.safetensors", "step-000000006.safetensors"]
-    assert made[:2] + made[8:] == ["config.toml", "env.json", "summary.json"]
+
+def slow_writes(seconds):
+    """Let each write of a checkpoint take longer than a step."""
+    fail_at("checkpoint-write", rank=0, nth=None, action=lambda _: time.sleep(seconds))
 
 
-def test_one_checkpoint_is_written_at_a_time_and_all_are_complete_when_training_returns(tmp_path, monkeypatch):
-    write, running, most = checkpoints.write, [], []
+def test_one_checkpoint_is_written_at_a_time_and_all_are_there_when_training_returns(tmp_path):
+    running, most = [], []
 
-    def slow(path, checkpoint):
-        running.append(path)
+    def begin(_owner):
+        running.append(True)
         most.append(len(running))
-        time.sleep(0.05)  # longer than a step, so a missing wait shows
-        write(path, checkpoint)
-        running.remove(path)
 
-    monkeypatch.setattr(checkpoints, "write", slow)
+    fail_at("checkpoint-write", rank=0, nth=None, action=begin)
+    slow_writes(0.05)
+    fail_at("checkpoint-write", when="after", rank=0, nth=None, action=lambda _: running.pop())
     train(small_config(tmp_path / "run", checkpoint_every=1, keep_checkpoints=9), dataset=piece_of_digits(94))
     assert most == [1] * 6
     assert checkpoints.steps_in(tmp_path / "run" / "checkpoints") == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
-def test_a_run_that_stops_early_has_its_last_checkpoint_on_disk(tmp_path, monkeypatch, steps):
-    write = checkpoints.write
-
-    def slow(path, checkpoint):
-        time.sleep(0.1)
-        write(path, checkpoint)
-
-    monkeypatch.setattr(checkpoints, "write", slow)
+def test_a_run_that_stops_early_has_its_last_checkpoint_on_disk(tmp_path, steps):
+    slow_writes(0.1)
     small_run(OneProcess(), tmp_path / "run", max_steps=steps)
     assert checkpoints.newest_intact(tmp_path / "run" / "checkpoints")[1].header["step"] == steps
 
 
-def test_the_pending_checkpoint_is_finished_if_training_ends_with_an_error(tmp_path, monkeypatch):
-    write, step = checkpoints.write, Trainer.step
+def test_the_checkpoint_under_way_is_completed_if_training_ends_by_an_error(tmp_path):
+    def interrupt(_state):
+        raise KeyboardInterrupt
 
-    def slow(path, checkpoint):
-        time.sleep(0.1)
-        write(path, checkpoint)
-
-    def interrupted(self):
-        if self.state.step == 4:
-            raise KeyboardInterrupt
-        step(self)
-
-    monkeypatch.setattr(Trainer, "step", interrupted)
-    monkeypatch.setattr(checkpoints, "write", slow)
+    slow_writes(0.1)
+    fail_at("step", rank=0, step=5, action=interrupt)
     with pytest.raises(KeyboardInterrupt):
         small_run(OneProcess(), tmp_path / "run")
     assert checkpoints.steps_in(tmp_path / "run" / "checkpoints") == [3]
     assert not list((tmp_path / "run" / "checkpoints").glob(f"*{files.TEMPORARY_SUFFIX}"))
 
 
-def test_a_failed_checkpoint_is_reported_at_the_next_step_not_only_at_the_next_checkpoint(
+def test_a_missed_checkpoint_is_reported_at_the_next_step_and_not_only_at_the_next_checkpoint(
     tmp_path, monkeypatch, capsys
 ):
-    write, stepped, said = checkpoints.write, Coordinator.stepped, {}
+    reported = {}
 
-    def refused(path, checkpoint):
-        if step_of(path) == 3:
-            raise OSError(28, "No space left on device")
-        write(path, checkpoint)
+    def look(state):
+        """Before a step, keep the errors of the step before it."""
+        reported[state.step] = capsys.readouterr().err
 
-    def patient(self, state, *others):
-        if self.keeper._writer._pending is not None:
-            concurrent.futures.wait([self.keeper._writer._pending], LONG_ENOUGH)
-        stepped(self, state, *others)
-        said[state.step] = capsys.readouterr().err
-
-    monkeypatch.setattr(checkpoints, "write", refused)
-    monkeypatch.setattr(Coordinator, "stepped", patient)
+    write_checkpoints_at_once(monkeypatch)
+    fail_at("checkpoint-write", rank=0, step=3, action=refusing(28, "No space left on device"))
+    fail_at("step", rank=0, nth=None, action=look)
     small_run(OneProcess(), tmp_path / "run")
-    assert said[4].startswith("distdl: warning: cannot write the checkpoint after step 3")
-    assert said[4].endswith("No space left on device; the checkpoints before it are intact, training continues\n")
-    assert [step for step in said if said[step]] == [4]
+    assert reported[4].startswith("distdl: warning: cannot write the checkpoint after step 3")
+    assert reported[4].endswith("No space left on device; the checkpoints before it are intact, training continues\n")
+    assert [step for step in reported if reported[step]] == [4]
 
 
-def test_the_third_failure_ends_the_run_at_the_next_checkpoint_even_if_it_was_reported_before(
+def test_the_third_miss_ends_the_run_at_the_next_checkpoint_also_if_it_was_reported_before(
     tmp_path, monkeypatch, capsys
 ):
-    stepped = Coordinator.stepped
-
-    def refused(path, checkpoint):
-        raise OSError(5, "Input/output error")
-
-    def patient(self, state, *others):
-        if self.keeper._writer._pending is not None:
-            concurrent.futures.wait([self.keeper._writer._pending], LONG_ENOUGH)
-        stepped(self, state, *others)
-
-    monkeypatch.setattr(checkpoints, "write", refused)
-    monkeypatch.setattr(Coordinator, "stepped", patient)
+    write_checkpoints_at_once(monkeypatch)
+    fail_at("checkpoint-write", rank=0, nth=None, action=refusing(5, "Input/output error"))
     with pytest.raises(UserError, match=r"cannot write the checkpoint after step 3 .*make room and use --resume"):
         small_run(OneProcess(), tmp_path / "run", checkpoint_every=1)
     warnings = capsys.readouterr().err.splitlines()
@@ -187,17 +162,17 @@ def test_the_third_failure_ends_the_run_at_the_next_checkpoint_even_if_it_was_re
     assert [line.rpartition(", ")[2] for line in warnings] == ends
 
 
-def test_a_defect_on_the_thread_is_raised_unchanged(tmp_path, monkeypatch):
-    def defective(path, checkpoint):
+def test_a_defect_on_the_thread_is_raised_as_it_is(tmp_path):
+    def defect(_owner):
         raise RuntimeError("a defect on the thread")
 
-    monkeypatch.setattr(checkpoints, "write", defective)
+    fail_at("checkpoint-write", rank=0, nth=None, action=defect)
     for settings in ({}, {"checkpoint_every": 1}, {"max_steps": 1}):
         with pytest.raises(RuntimeError, match="a defect on the thread"):
             small_run(OneProcess(), tmp_path / f"{settings}", **settings)
 
 
-def test_a_failed_removal_of_old_checkpoints_is_a_warning_and_the_new_one_counts(tmp_path, monkeypatch, capsys):
+def test_old_checkpoints_that_cannot_be_removed_are_warned_about_and_the_new_one_counts(tmp_path, monkeypatch, capsys):
     def refused(*_):
         raise OSError(1, "Operation not permitted")
 
@@ -209,7 +184,7 @@ def test_a_failed_removal_of_old_checkpoints_is_a_warning_and_the_new_one_counts
     assert all("cannot remove old checkpoints" in line and "Operation not permitted" in line for line in warnings)
 
 
-def test_a_whole_run_keeps_the_last_and_the_best(tmp_path):
+def test_the_last_and_the_best_are_kept_by_a_whole_run(tmp_path):
     small_run(OneProcess(), tmp_path / "run", checkpoint_every=1, keep_checkpoints=2, epochs=4)
     best = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert best["steps"] == 12
@@ -218,7 +193,7 @@ def test_a_whole_run_keeps_the_last_and_the_best(tmp_path):
     assert checkpoints.steps_in(folder) == sorted({best_step, 11, 12})
 
 
-def test_every_copy_of_the_state_uses_the_same_memory(tmp_path):
+def test_the_copy_of_the_state_is_made_into_the_same_memory_every_time(tmp_path):
     writer = CheckpointWriter(keep=1)
     array, places = np.arange(3.0), set()
     for step in (1, 2):

@@ -293,6 +293,21 @@ def test_the_checksum_is_the_documented_one():
     assert hashlib.sha256(zeroed).hexdigest() == metadata["sha256"]
 
 
+def test_the_elements_of_each_tensor_are_aligned_in_the_file():
+    """A reader that maps the file into memory needs no copy of them."""
+    dtypes = (np.uint8, np.float32, np.int64, np.float64, np.int32)
+    for length in range(1, 17):  # of the name, and thus of the header
+        arrays = {f"{'n' * length}{number}": np.ones(3, dtype) for number, dtype in enumerate(dtypes)}
+        content = checkpoints.encode(Checkpoint(arrays, {"step": 1}))
+        header_bytes = int.from_bytes(content[:8], "little")
+        assert header_bytes % 8 == 0
+        entries = json.loads(content[8 : 8 + header_bytes])
+        for name, array in arrays.items():
+            start, end = entries[name]["data_offsets"]
+            assert (8 + header_bytes + start) % array.itemsize == 0
+            assert content[8 + header_bytes + start :][: end - start] == array.tobytes()
+
+
 def test_reading_returns_the_written_tensors_and_header(tmp_path):
     tensors = {
         "a": np.arange(12, dtype=np.float32).reshape(3, 4),

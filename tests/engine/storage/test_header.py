@@ -64,6 +64,8 @@ UNUSABLE = [
         for name in ("best_step", "skipped_steps")
         for value in (-1, 7)
     ),
+    *(("progress", {"progress": {**PROGRESS, name: 1}}) for name in ("train_loss", "train_seconds", "best_score")),
+    *(("progress", {"progress": {**PROGRESS, name: 2.0}}) for name in ("best_step", "skipped_steps")),
     *(
         ("progress", {"progress": {**PROGRESS, name: None}})
         for name in ("best_score", "skipped_steps", "train_seconds")
