@@ -26,7 +26,7 @@ WAYS = ("from scratch", "frozen convolution of the first", "convolution of the f
 
 
 def simple_convnet(hidden):
-    """Return a function that builds the book's SimpleConvNet with so many hidden neurons."""
+    """Return a function that builds the book's SimpleConvNet with `hidden` hidden neurons."""
 
     def network(input_shape, classes):
         small = nn.Normal(0.01)
@@ -45,7 +45,7 @@ def of_digits(data, digits):
 
 
 def with_few(data, few, key):
-    """Return a dataset with so many training images, drawn by `key`; its test part is the old one, or the rest."""
+    """Return a dataset with `few` training images, drawn by `key`; its test part is the old one, or the rest."""
     before = len(data.labels) if data.test_start is None else data.test_start
     drawn = key.of("labelled").permutation(before)
     test = drawn[few:] if data.test_start is None else np.arange(before, len(data.labels))

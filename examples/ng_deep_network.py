@@ -54,7 +54,7 @@ def backward(W, b, A, Y):
 
 
 def train(n, X, Y, key, steps, learning_rate=0.1, batch_size=500):
-    """Return W and b after so many steps, each on the next `batch_size` samples."""
+    """Return W and b after `steps` steps, each on the next `batch_size` samples."""
     W, b = initialize(n, key)
     for step in range(steps):
         columns = np.arange(step * batch_size, (step + 1) * batch_size) % X.shape[1]

@@ -24,7 +24,7 @@ def flower(key):
 
 
 def network_with(hidden):
-    """Return a network with so many hidden units, 0 for logistic regression; its output is one logit."""
+    """Return a network with `hidden` units, 0 for logistic regression; its output is one logit."""
     layers = [nn.Affine(hidden, nn.Normal(0.5)), nn.Tanh()] if hidden else []
     return nn.Sequential([*layers, nn.Affine(1, nn.Normal(0.5))], (2,), dtype=np.float64)
 
