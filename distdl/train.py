@@ -96,7 +96,7 @@ def _config_of_resumed_run(given: Mapping[str, Any]) -> Path | None:
         # The folder may be a link, but no file in it: the search for the checkpoint says so.
         return own if own.is_file() and not own.is_symlink() else None
     except OSError:
-        return None  # the search for the checkpoint reports what is wrong with the folder
+        return None  # the search for the checkpoint reports the error
 
 
 def _has_checkpoints(folder: Path) -> bool:

@@ -1,17 +1,17 @@
-"""The other side of `versus_pytorch.py`: the book's networks, trained by PyTorch as those who know it well would.
+"""PyTorch's side of `versus_pytorch.py`: the book's networks, trained by PyTorch as an expert would.
 
-Needs PyTorch alone, so any interpreter that has it can run this. `versus_pytorch.py` starts one process a rank, and
-tells each over a socket which form of the training to go on with, and for how many steps; a process that has
-nothing to do is blocked in a read. What PyTorch offers for speed on a CPU:
+It needs only PyTorch, so any interpreter that has it can run this file. `versus_pytorch.py` starts one process per
+rank. Over a socket it tells each process which form of the training to continue, and for how many steps. An idle
+process is blocked in a read. The speed-ups that PyTorch offers on a CPU are in use:
 
-- layouts: PyTorch's default one (N, C, H, W), and channels-last; Adam fused, and Adam over lists of tensors
-  ("foreach"). Each combination is a form of its own.
-- `DistributedDataParallel` over gloo, gradients being views of its buckets, the graph declared static.
-- Gradients are dropped, not zeroed. The images are normalized float32 in memory before the first step; of the data,
-  only picking the rows of the batch is left to a step. The loss is not read.
+- Layouts: the default one (N, C, H, W), and channels-last. Adam: fused, and over lists of tensors ("foreach"). Each
+  combination is a form.
+- `DistributedDataParallel` over gloo, with gradients as views of its buckets, and a static graph.
+- Gradients are dropped, not set to zero. The images are normalized float32 in memory before the first step, so a step
+  only picks the rows of the batch. The loss is not read.
 
-The networks are written as the book has them, with ReLU in front of max-pooling. Whoever writes them the other way
-round gets the same result, and a faster SimpleConvNet.
+The networks are written as in the book, with ReLU before max-pooling. The other order gives the same result, and a
+faster SimpleConvNet.
 """
 
 import json
@@ -69,7 +69,7 @@ def deep_convnet():
 
 
 class Residual(nn.Module):
-    """Two convolutions, and what goes around them: the input as it is, or halved and widened by a 1x1 convolution."""
+    """Two convolutions plus a shortcut: the input itself, or halved and widened by a 1x1 convolution."""
 
     def __init__(self, channels, filters, stride):
         super().__init__()
@@ -113,7 +113,7 @@ class Training:
         self.loss = nn.CrossEntropyLoss()
         self.images, self.labels = images.contiguous(memory_format=self.layout), labels
         self.batch_size = batch_size
-        # The epoch's order is the same on all ranks; of each batch in it, this one takes the rows from start to stop.
+        # All ranks have the same order of the epoch. This rank takes the rows from start to stop of each batch.
         self.start, self.stop = batch_size * rank // ranks, batch_size * (rank + 1) // ranks
         self.random = torch.Generator().manual_seed(1)
         self.order, self.position = torch.empty(0, dtype=torch.int64), 0
@@ -130,7 +130,7 @@ class Training:
 
 
 def main(address, rank, job):
-    """Connect to the socket at `address`, say who we are, and take steps as told until it is closed."""
+    """Connect to the socket at `address`, introduce this rank, and take steps until the socket closes."""
     torch.set_num_threads(1)
     if job["ranks"] > 1:
         store = f"file://{address}.ranks"
@@ -151,9 +151,9 @@ def main(address, rank, job):
         channel.connect(address)
         with channel.makefile("rw") as lines:
             parameters = sum(weights.numel() for weights in MODELS[job["model"]]().parameters())
-            say = {"rank": rank, "about": about, "forms": list(trainings), "parameters": parameters}
+            answer = {"rank": rank, "about": about, "forms": list(trainings), "parameters": parameters}
             while True:
-                print(json.dumps(say), file=lines, flush=True)
+                print(json.dumps(answer), file=lines, flush=True)
                 command = lines.readline()
                 if not command:
                     break
@@ -161,7 +161,7 @@ def main(address, rank, job):
                 started = time.perf_counter()
                 for _ in range(steps):
                     trainings[form].step()
-                say = time.perf_counter() - started
+                answer = time.perf_counter() - started
     if job["ranks"] > 1:
         torch.distributed.destroy_process_group()
 

@@ -1,18 +1,19 @@
-"""How fast is this trainer beside PyTorch on your machine? Both take turns; the table goes into a README as it is.
+"""Compare the training speed of distdl with that of PyTorch on your machine; print a table in Markdown.
 
     python examples/versus_pytorch.py
     python examples/versus_pytorch.py --torch-python ~/torch-venv/bin/python --rows mlp-2,simple_convnet-2
 
-A step is: pick the batch's rows from a data set in memory, forward, backward, sum the gradients over the ranks, Adam.
-The data are random pixels in MNIST's shape and random labels. Our side is `Trainer.step`, the training loop's own,
-with one BLAS thread a rank; each micro-batch is turned from bytes into normalized pixels on the way. PyTorch's side is
-`pytorch_ddp.py` beside this file, with one thread a rank and its pixels normalized beforehand.
+A step is: pick the batch's rows from a dataset in memory, forward, backward, sum the gradients over the ranks, Adam.
+The data are random pixels in MNIST's shape, and random labels.
 
-Both sides are kept alive and take turns of a few seconds, so that whatever else the machine does meets both alike;
-who waits is blocked in a read. Both are started several times, since a process may be lucky with its memory or not
-for as long as it lives. PyTorch is tried in all its forms first; the fastest of each layout takes part in the rounds,
-and the better of these is what we are compared with. The ratio is that of samples a second, taken in each round; the
-table has its median, and the least and greatest of the middle half of the rounds.
+- distdl: the trainer's steps, with one BLAS thread per rank. Each micro-batch is converted from bytes to normalized
+  pixels on the way.
+- PyTorch: `pytorch_ddp.py` next to this file, with one thread per rank. Its pixels are normalized in advance.
+
+Both stay alive and take turns of a few seconds, so other load on the machine affects both. The waiting side is blocked
+in a read. Both are started several times, because a process can be lucky or unlucky with its memory for all its life.
+PyTorch first tries all its forms. The fastest form of each layout takes part in the rounds, and the better of these is
+compared with distdl. Each round gives a ratio of samples per second. The table shows its median and quartiles.
 """
 
 import contextlib
@@ -32,12 +33,11 @@ from pathlib import Path
 import numpy as np
 
 from distdl import cli
+from distdl.bench.steps import TrainingSteps
 from distdl.config import TrainConfig
 from distdl.data import PreparedDataset
-from distdl.engine.coordinator import Follower
 from distdl.engine.environment import kernel_family, numerics
 from distdl.engine.state import TrainingState
-from distdl.engine.trainer import Trainer
 from distdl.errors import UserError, unknown_name
 from distdl.job.mpirun_command import environment_for, mpirun_command
 from distdl.nn import build_model
@@ -49,8 +49,8 @@ PYTORCH_DDP = Path(__file__).with_name("pytorch_ddp.py")
 PIP = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 SECONDS_TO_START = 120
 TRIALS = 3
-#: They make NumPy and its BLAS take slower kernels than this CPU has, and mean nothing to PyTorch.
-HOLDS_US_BACK = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "NPY_DISABLE_CPU_FEATURES")
+#: These make NumPy and its BLAS use slower kernels than the CPU has, and have no effect on PyTorch.
+SLOWER_KERNELS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "NPY_DISABLE_CPU_FEATURES")
 
 
 TITLES = {
@@ -63,7 +63,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Job:
-    """A row of the table: what both sides train."""
+    """A row of the table: the training that both sides do."""
 
     model: str
     ranks: int
@@ -76,8 +76,8 @@ class Job:
         return f"{TITLES[self.model]}, {self.ranks} rank{'s' if self.ranks > 1 else ''}, batch {self.batch_size}"
 
 
-#: The micro-batch is part of our config, and no business of PyTorch's. Here it is what was fastest on one machine of
-#: those that divide a rank's share evenly, since large ones serve affine layers, and small ones stay in the cache.
+#: PyTorch has no micro-batches. Of the sizes that divide a rank's share evenly, these were the fastest on one machine:
+#: large ones suit affine layers, and small ones stay in the cache.
 ROWS = {
     "simple_convnet-2": Job("simple_convnet", ranks=2, batch_size=128, micro_batch_size=64),
     "deep_convnet-2": Job("deep_convnet", ranks=2, batch_size=128, micro_batch_size=32),
@@ -88,11 +88,11 @@ ROWS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------- our side
+# --------------------------------------------------------------------------------------------------- distdl
 
 
 def random_data(samples):
-    """Return random pixels and labels, all of them for training."""
+    """Return random pixels and labels, all for training."""
     key = Key(0)
     pixels = key.of("pixels").words(samples * 28 * 28 // 8).astype("<u8", copy=False)
     images = pixels.view(np.uint8).reshape(samples, 28, 28, 1)
@@ -100,40 +100,39 @@ def random_data(samples):
     return PreparedDataset.for_training_only(images, labels, classes=10)
 
 
-def trainer(job, communicator):
-    """Return a trainer that neither logs nor saves."""
+def training_steps(job, communicator):
+    """Return the trainer's steps of a job."""
     config = TrainConfig(model=job.model, batch_size=job.batch_size, micro_batch_size=job.micro_batch_size).checked()
     data = random_data(job.samples)
     network = build_model(job.model, data.images.shape[1:], data.classes)
     network.initialize(Key(0).of("initialization"))
     optimizer = optimizer_class("adam")(network.parameters.size, decay_slices=network.decay_slices)
-    return Trainer(config, communicator, data, TrainingState(network, optimizer), Follower())
+    return TrainingSteps(config, communicator, data, TrainingState(network, optimizer))
 
 
 def our_side(address, job):
-    """Be one rank of our side: connect to the socket, say who we are, and take steps as told until it is closed."""
+    """Run one rank of distdl: connect to the socket, introduce this rank, and take steps until the socket closes."""
     communicator = world()
     with numerics(threads=1), socket.socket(socket.AF_UNIX) as channel:
-        training = trainer(job, communicator)
+        training = training_steps(job, communicator)
         channel.connect(address)
         with channel.makefile("rw") as lines:
             about = f"distdl on NumPy {np.__version__} ({kernel_family()}), {communicator.description}"
-            say = {
+            answer = {
                 "rank": communicator.rank,
                 "about": about,
                 "forms": ["distdl"],
                 "parameters": training.state.network.parameter_count,
             }
             while True:
-                print(json.dumps(say), file=lines, flush=True)
+                print(json.dumps(answer), file=lines, flush=True)
                 command = lines.readline()
                 if not command:
                     break
                 _, steps = json.loads(command)
                 started = time.perf_counter()
-                for _ in range(steps):
-                    training.step()
-                say = time.perf_counter() - started
+                training.take(steps)
+                answer = time.perf_counter() - started
 
 
 # ------------------------------------------------------------------------------------------------ both sides
@@ -142,11 +141,11 @@ def our_side(address, job):
 class Side:
     """The processes of one side, ready to take steps.
 
-    Raises `UserError` where one of them ends instead; it has said why by itself.
+    Raises `UserError` if one of them ends. It prints its own reason.
     """
 
     def __init__(self, name, job, command_lines):
-        """Start each of `command_lines`, a function from the socket's address to pairs of argv and environment."""
+        """Start the processes of `command_lines(address of the socket)`, which are pairs of argv and environment."""
         self.name, self.job = name, job
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
@@ -182,13 +181,13 @@ class Side:
         self._stack.close()
 
     def samples_per_second(self, form, steps):
-        """Take steps on all ranks; the slowest one counts."""
+        """Take steps on all ranks, and return the rate of the slowest."""
         for lines in self._channels:
             print(json.dumps([form, steps]), file=lines, flush=True)
         return steps * self.job.batch_size / max(self._answer(lines) for lines in self._channels)
 
     def steps_in(self, form, seconds):
-        """Return how many steps the form takes in about that time; it is warm afterwards."""
+        """Return how many steps the form takes in about that time, which also warms it up."""
         steps = 1
         while True:
             took = steps * self.job.batch_size / self.samples_per_second(form, steps)
@@ -203,10 +202,10 @@ class Side:
         return json.loads(answer)
 
     def _failed(self):
-        return UserError(f"{self.name}'s side of {self.job.title} did not stay alive: see what it printed above")
+        return UserError(f"{self.name}'s side of {self.job.title} did not stay alive: see its output above")
 
     def _end(self):
-        """Wait for processes whose sockets are closed to end; end those that do not."""
+        """Wait for the processes to end, because their sockets are closed; kill those that do not."""
         for process in self._processes:
             try:
                 process.wait(10)
@@ -222,14 +221,14 @@ def distdl_side(job):
         if job.ranks > 1:
             launch = mpirun_command(job.ranks, program)
             program, environment = launch.argv, environment_for(launch)
-        return [(program, {name: value for name, value in environment.items() if name not in HOLDS_US_BACK})]
+        return [(program, {name: value for name, value in environment.items() if name not in SLOWER_KERNELS})]
 
     return Side("distdl", job, command_lines)
 
 
 def pytorch_side(job, python):
     def command_lines(address):
-        # Its libraries read these when they are loaded; our own path is no business of another interpreter.
+        # Its libraries read these when they are loaded. Our PYTHONPATH is not for another interpreter.
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         return [
@@ -245,7 +244,7 @@ def pytorch_side(job, python):
 
 @dataclass(frozen=True)
 class Result:
-    """Samples a second of each form in each round."""
+    """Samples per second of each form in each round."""
 
     job: Job
     ours: list[float]
@@ -274,7 +273,7 @@ HEADER = ["", "distdl", "PyTorch", "PyTorch, channels-last", "ratio to the bette
 
 
 def middle(values):
-    """Return the first quartile, the median, and the third."""
+    """Return the first quartile, the median, and the third quartile."""
     if len(values) == 1:
         return values * 3
     return statistics.quantiles(values, n=4, method="inclusive")
@@ -286,7 +285,7 @@ def speed(values):
 
 
 def compare(job, python, starts, rounds, seconds):
-    """Start both sides so often, and let them take turns; return the result and what each side is."""
+    """Start both sides `starts` times, and let them take turns; return the result and a description of each side."""
     measured = {}
     for start in range(starts):
         with distdl_side(job) as ours, pytorch_side(job, python) as theirs:
@@ -296,14 +295,14 @@ def compare(job, python, starts, rounds, seconds):
             turns = [(ours if form == "distdl" else theirs, form) for form in measured]
             steps = {form: side.steps_in(form, seconds) for side, form in turns}
             for number in range(rounds):
-                # Every other round goes backwards, so that nobody always follows the same other.
+                # Every other round is in reverse order, so that the order does not favor one side.
                 for side, form in turns if number % 2 == 0 else reversed(turns):
                     measured[form].append(side.samples_per_second(form, steps[form]))
     return Result(job, measured.pop("distdl"), measured), (ours.about, theirs.about)
 
 
 def best_of_each_layout(side, seconds):
-    """Try all forms in turn, a few times; return the fastest of each layout."""
+    """Try all forms in turns; return the fastest of each layout."""
     steps = {form: side.steps_in(form, seconds) for form in side.forms}
     tried = {form: [] for form in side.forms}
     for _ in range(TRIALS):
@@ -324,7 +323,7 @@ def table(rows):
 
 
 def cpu():
-    """Return the name of the CPU and how many cores this process may use."""
+    """Return the name of the CPU, and the number of cores that this process may use."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -389,8 +388,8 @@ def parse(arguments):
         size, row = options.micro_batch_size, ROWS[name]
         if size is not None and not 1 <= size <= row.batch_size // row.ranks:
             raise UserError(
-                f"--micro-batch-size {size} does not fit {name}: expected 1 to {row.batch_size // row.ranks}, so that "
-                "each rank has one"
+                f"--micro-batch-size {size} does not fit {name}: expected 1 to {row.batch_size // row.ranks}, at least "
+                "one micro-batch per rank"
             )
     return options
 
@@ -403,7 +402,7 @@ def check_torch(python):
     except OSError as error:
         raise UserError(f"cannot run {python}: {error.strerror}; give an interpreter by --torch-python") from None
     if missing:
-        raise UserError(f"{python} has no PyTorch: {PIP}, or name an interpreter that has it by --torch-python")
+        raise UserError(f"{python} has no PyTorch: {PIP}, or give an interpreter that has it by --torch-python")
 
 
 def main(arguments):
@@ -431,13 +430,13 @@ def main(arguments):
     print("\n".join(table([HEADER, *(result.cells() for result in results)])))
     print()
     print(
-        f"Samples a second, medians of {starts} x {rounds} interleaved turns of {seconds:g} s (both started "
-        f"{starts} times), one thread a rank; {cpu()}."
+        f"Samples per second, medians of {starts} x {rounds} interleaved turns of {seconds:g} s (both started "
+        f"{starts} times), one thread per rank; {cpu()}."
     )
     print(f"{'; '.join(abouts)}. Micro-batches: {', '.join(sizes)}.")
-    for variable in HOLDS_US_BACK:
+    for variable in SLOWER_KERNELS:
         if variable in os.environ:
-            print(f"{variable}={os.environ[variable]} is set here; our side was measured without it.")
+            print(f"{variable}={os.environ[variable]} is set here; distdl was measured without it.")
     return 0
 
 

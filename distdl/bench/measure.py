@@ -20,25 +20,21 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distdl.bench.settings import SCALINGS, BenchSettings
+from distdl.bench.steps import TrainingSteps
 from distdl.config import TrainConfig
-from distdl.data import MicroBatches, PreparedDataset, sources
-from distdl.data.split import batch_rows, epoch_order
-from distdl.engine.checks.nonfinite import FiniteCheck
+from distdl.data import PreparedDataset, sources
 from distdl.engine.requirements import check_outputs
 from distdl.engine.state import TrainingState
-from distdl.engine.step import OptimizerStep, supervised
-from distdl.engine.timing.timeline import Timeline
 from distdl.engine.timing.trace import Trace
 from distdl.engine.user_code import check_equal_networks, network_builder
 from distdl.errors import UserError
-from distdl.nn import Sequential, make_loss
+from distdl.nn import Sequential
 from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, on_rank_0, share_arrays, together
 from distdl.rng import Key
@@ -53,7 +49,6 @@ MOST_RANDOM_BYTES = 2**26
 #: Longest sleep of an unused rank before it looks again.
 IDLE_PAUSE_SECONDS = 0.02
 KEY = Key(0).of("bench")
-TRAINING_KEY = Key(0)
 
 
 @dataclass(frozen=True)
@@ -168,44 +163,6 @@ def oversubscribed(cores_of_ranks: Sequence[tuple[str, Sequence[int]]], ranks: i
     return any(count[host] > len(cores[host]) for host in count)
 
 
-class CaseSteps:
-    """The training steps of one case, and their timeline: the trainer's steps, without a trainer. Collective."""
-
-    def __init__(
-        self,
-        case: ScalingCase,
-        world: Communicator,
-        dataset: PreparedDataset,
-        state: TrainingState,
-        config: TrainConfig,
-    ) -> None:
-        self.case = case
-        self.state = state
-        self.timeline = Timeline(world)
-        check = FiniteCheck(config, state, save=lambda fault: None)  # noqa: ARG005
-        self._step = OptimizerStep(
-            world,
-            state.network,
-            state.optimizer,
-            micro_batch_size=config.micro_batch_size,
-            reduction=config.reduction,
-            observers=[self.timeline, check],
-        )
-        self._micro_batches = MicroBatches(dataset, config.micro_batch_size)
-        self._loss = make_loss(dataset.default_loss)
-        self._learning_rate = config.learning_rate
-        self._rows = dataset.parts.training
-
-    def take(self, count: int) -> None:
-        """Take so many steps."""
-        state, size = self.state, self.case.batch_size
-        for step in range(state.step, state.step + count):
-            load = partial(self._micro_batches.load, batch_rows(self._rows, step, size))
-            compute = supervised(state.network, self._loss, load, TRAINING_KEY.of("training", step))
-            self._step.take(compute, samples=size, learning_rate=self._learning_rate, update=step + 1)
-            state.step_array += 1
-
-
 class Workbench:
     """The network, the images and the worlds of a benchmark. Making one and every method are collective.
 
@@ -222,7 +179,7 @@ class Workbench:
         self.worlds = {count: communicator.split(0 if communicator.rank < count else None) for count in ranks}
         self.cores_of_ranks = cores_of_ranks(communicator)
         self._first_weights, self._first_buffers = self.network.parameters.copy(), self.network.buffers.copy()
-        self._steps: dict[ScalingCase, CaseSteps] = {}
+        self._steps: dict[ScalingCase, TrainingSteps] = {}
         self.steps = settings.steps or self._steps_in(MEASUREMENT_SECONDS)
 
     def _build(self) -> Sequential:
@@ -260,7 +217,7 @@ class Workbench:
         yield self.worlds[ranks]
         self.communicator.barrier(longest_pause_seconds=IDLE_PAUSE_SECONDS)
 
-    def warmed_up(self, case: ScalingCase, world: Communicator) -> CaseSteps:
+    def warmed_up(self, case: ScalingCase, world: Communicator) -> TrainingSteps:
         """Return the steps of a case after the warm-up steps. All cases share one network and its buffers."""
         if case not in self._steps:
             self._steps[case] = self._make_steps(case, world)
@@ -275,7 +232,7 @@ class Workbench:
         steps.timeline.spent()
         return steps
 
-    def _make_steps(self, case: ScalingCase, world: Communicator) -> CaseSteps:
+    def _make_steps(self, case: ScalingCase, world: Communicator) -> TrainingSteps:
         settings = self.settings
         config = TrainConfig(
             model=settings.model,
@@ -284,10 +241,10 @@ class Workbench:
             optimizer=settings.optimizer,  # type: ignore[arg-type]  # checked by name
             reduction=settings.reduction,  # type: ignore[arg-type]
         ).checked()
-        count = case.batch_size * (self.warm_up_steps + self.steps)
-        rows = epoch_order(TRAINING_KEY, 0, count) % len(self._dataset.images)  # images repeat if there are fewer
+        count = case.batch_size * (self.warm_up_steps + self.steps)  # one epoch; images repeat if there are fewer
+        rows = np.arange(count, dtype=np.int64) % len(self._dataset.images)
         state = TrainingState(self.network, optimizer_class(config.optimizer)(self.network.parameters.size))
-        return CaseSteps(case, world, self._dataset.with_training_rows(rows), state, config)
+        return TrainingSteps(config, world, self._dataset.with_training_rows(rows), state)
 
     def measure(self, case: ScalingCase) -> Measurement | None:
         """Measure a case once; return None on ranks outside its world."""

@@ -4,36 +4,8 @@ Tests call `fail_at`. The engine calls `reached` at each point. A call costs som
 registered, and users never register one. Tests thus need no names from inside the engine, so code can move freely.
 (The idea is `EventInjector.fail_at` of torchft.)
 
-An action gets the `owner` of its point, so it can change the run's numbers. Each rank reaches these points, in the
-order of the table, unless the table says otherwise. "Committed" means: all ranks agreed that the phase succeeded.
-
-| phase | when | what has happened, and what has not | owner |
-|---|---|---|---|
-| data | before | rank 0 has read the dataset; no rank has shared it | None |
-| | after | each host has its copy of the dataset | None |
-| run-folder | before | rank 0 only: it has locked the run folder; no other rank knows the folder | None |
-| | after | rank 0 only: it has written the first files of the run folder | None |
-| training | before | the banner is printed; no step has begun | state |
-| step | before | an optimizer step begins | state |
-| forward | before | a micro-batch of a step has been prepared; its forward pass has not begun | state |
-| backward | after | a micro-batch of a step has been computed; its record is not in the sum | index, record |
-| reduction | before | this rank has computed its shard; no gradient has been sent | state |
-| | after | this rank has the sum of all records; the step is not committed | record |
-| update | before | the step is committed; parameters and optimizer state are unchanged | state |
-| | after | parameters, optimizer state and buffers are updated; the step is not yet counted | state |
-| validation, test | before | the phase begins | state |
-| | after | this rank has the metric sums of all ranks; the phase is not committed | sums |
-| | committed | the phase is committed; the state is unchanged | sums |
-| checkpoint | before | the phase begins | state |
-| | after | rank 0 has copied the state for its writer thread; the phase is not committed | state |
-| | committed | the phase is committed; the logbook has not noted the checkpoint | state |
-| checkpoint-write | before | rank 0 only, in its writer thread: nothing of the checkpoint is on disk | None |
-| | after | rank 0 only, in its writer thread: the checkpoint is complete, older ones are removed | None |
-| finish | before | rank 0 has not written the summary | state |
-| | after | rank 0 has written the summary and printed the receipt; the phase is not committed | state |
-| vote no, shrink, compare | before | this action of a recovery begins (`parallel/recovery.py`) | state |
-| take, rebuild, agree | before | the same | state |
-| takeover | before | new rank 0 only: it has locked the run folder; it reaches this point once per log file | None |
+An action gets the `owner` of its point, so it can change the run's numbers. Each rank reaches the `POINTS` in their
+order, unless their text says otherwise. "Committed" means: all ranks agreed that the phase succeeded.
 
 The owners are: *state*: the `TrainingState`, with the network's parameters and gradients, the optimizer's vectors and
 the metric sums of the epoch; *record*: the arrays that are reduced, by name (``gradient``, ``statistics``,
@@ -50,30 +22,45 @@ from distdl.engine.state import TrainingState
 from distdl.engine.step import MutableRecord, OptimizerStep, StepObserver
 from distdl.job.launcher import read_launch
 
-#: The points by phase: when `reached` is called.
+#: The points, (phase, when): the situation | the owner. Actions of a recovery are those of `parallel/recovery.py`.
 POINTS = {
-    "data": ("before", "after"),
-    "run-folder": ("before", "after"),
-    "training": ("before",),
-    "step": ("before",),
-    "forward": ("before",),
-    "backward": ("after",),
-    "reduction": ("before", "after"),
-    "update": ("before", "after"),
-    "validation": ("before", "after", "committed"),
-    "test": ("before", "after", "committed"),
-    "checkpoint": ("before", "after", "committed"),
-    "checkpoint-write": ("before", "after"),
-    "finish": ("before", "after"),
-    "vote no": ("before",),
-    "shrink": ("before",),
-    "compare": ("before",),
-    "take": ("before",),
-    "rebuild": ("before",),
-    "agree": ("before",),
-    "takeover": ("before",),
+    ("data", "before"): "rank 0 has read the dataset; no rank has shared it | None",
+    ("data", "after"): "each host has its copy of the dataset | None",
+    ("run-folder", "before"): "rank 0 only: it has locked the run folder; no other rank knows the folder | None",
+    ("run-folder", "after"): "rank 0 only: it has written the first files of the run folder | None",
+    ("training", "before"): "the banner is printed; no step has begun | state",
+    ("step", "before"): "an optimizer step begins | state",
+    ("forward", "before"): "a micro-batch of a step has been prepared; its forward pass has not begun | state",
+    ("backward", "after"): "a micro-batch of a step has been computed; its record is not in the sum | index, record",
+    ("reduction", "before"): "this rank has computed its shard; no gradient has been sent | state",
+    ("reduction", "after"): "this rank has the sum of all records; the step is not committed | record",
+    ("update", "before"): "the step is committed; parameters and optimizer state are unchanged | state",
+    ("update", "after"): "parameters, optimizer state and buffers are updated; the step is not yet counted | state",
+    ("validation", "before"): "the phase begins | state",
+    ("validation", "after"): "this rank has the metric sums of all ranks; the phase is not committed | sums",
+    ("validation", "committed"): "the phase is committed; the state is unchanged | sums",
+    ("test", "before"): "the phase begins | state",
+    ("test", "after"): "this rank has the metric sums of all ranks; the phase is not committed | sums",
+    ("test", "committed"): "the phase is committed; the state is unchanged | sums",
+    ("checkpoint", "before"): "the phase begins | state",
+    ("checkpoint", "after"): "rank 0 has copied the state for its writer thread; the phase is not committed | state",
+    ("checkpoint", "committed"): "the phase is committed; the logbook has not noted the checkpoint | state",
+    ("checkpoint-write", "before"): "rank 0 only, in its writer thread: nothing of the checkpoint is on disk | None",
+    ("checkpoint-write", "after"): "rank 0 only, in its writer thread: the checkpoint is complete | None",
+    ("finish", "before"): "rank 0 has not written the summary | state",
+    ("finish", "after"): "rank 0 has written the summary and printed the receipt; the phase is not committed | state",
+    ("vote no", "before"): "this action of a recovery begins | state",
+    ("shrink", "before"): "this action of a recovery begins | state",
+    ("compare", "before"): "this action of a recovery begins | state",
+    ("take", "before"): "this action of a recovery begins | state",
+    ("rebuild", "before"): "this action of a recovery begins | state",
+    ("agree", "before"): "this action of a recovery begins | state",
+    (
+        "takeover",
+        "before",
+    ): "new rank 0 only, once per log file: it has locked the run folder | None",
 }
-PHASES = tuple(POINTS)
+PHASES = tuple(dict.fromkeys(phase for phase, _ in POINTS))
 
 #: Called with the owner of the point. It may kill the process, raise an error, or change arrays of the owner.
 Action = Callable[[Any], object]
@@ -117,10 +104,11 @@ def fail_at(
     ['the state in step 2']
     >>> forget()
     """
-    if phase not in POINTS:
+    if phase not in PHASES:
         raise ValueError(f"no phase is called {phase!r}: expected one of {', '.join(PHASES)}")
-    if when not in POINTS[phase]:
-        raise ValueError(f"{phase!r} has no point {when!r}: expected one of {', '.join(POINTS[phase])}")
+    if (phase, when) not in POINTS:
+        known = ", ".join(moment for known, moment in POINTS if known == phase)
+        raise ValueError(f"{phase!r} has no point {when!r}: expected one of {known}")
     if rank in {None, read_launch().rank}:
         _faults.setdefault((phase, when), []).append(_Fault(action, step, nth))
 
@@ -140,7 +128,7 @@ def reached(phase: str, *, when: str = "before", step: int | None = None, owner:
 
 def _visit(phase: str, when: str, step: int | None, owner: Any) -> None:
     global _step  # noqa: PLW0603  the faults of a process
-    assert when in POINTS[phase]
+    assert (phase, when) in POINTS
     _step = _step if step is None else step
     for fault in [one for one in _faults.get((phase, when), ()) if one.is_due(_step)]:  # count for all: one may raise
         fault.action(owner)

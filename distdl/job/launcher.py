@@ -1,4 +1,4 @@
-"""The launcher's environment variables: what a process knows about itself before MPI starts.
+"""The launcher's environment variables: a process reads its rank from them before MPI starts.
 
 `mpirun` and `srun` give every process its rank and the number of ranks. With these, rank 0 alone prints errors such as
 a wrong flag, MPI starts only if it is needed (MPI_Init takes up to a second), and a launcher that does not fit the MPI

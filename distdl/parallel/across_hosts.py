@@ -4,7 +4,7 @@ A large sum is exchanged by the leaders of the hosts. Each leader owns a slice o
 every host's tree nodes, finishes the tree there, and sends the sum to the other leaders, straight into the memory that
 their hosts' ranks see.
 
-A small sum is finished on every rank: what counts then is not the traffic but how often ranks wait for each other.
+A small sum is finished on every rank: then the number of waits matters more than the traffic.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def test_flags_become_settings():
         (["--data-dir", "there"], "--data-dir has no effect without --dataset mnist"),
         (["--data-dir", "there", "--dataset", "digits"], "--data-dir has no effect without --dataset mnist"),
         (["--network", "fast"], "expected latency and bandwidth"),
-        (["--nonsense"], "--help lists all flags"),
+        (["--nonsense"], "unknown flag --nonsense: --help lists all flags"),
     ],
 )
 def test_invalid_flags_are_refused_in_one_line(flags, said):

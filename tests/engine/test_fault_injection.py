@@ -7,12 +7,11 @@ import pytest
 from small_runs import small_run
 
 import distdl
-from distdl.engine import fault_injection
-from distdl.engine.fault_injection import PHASES, POINTS, fail_at, forget, reached
+from distdl.engine.fault_injection import POINTS, fail_at, forget, reached
 from distdl.parallel import OneProcess
 from distdl.parallel.recovery import Action
 
-EVERY_POINT = {(phase, when) for phase, moments in POINTS.items() for when in moments}
+EVERY_POINT = set(POINTS)
 #: The recovery calls these points with the value of its action.
 OF_A_RECOVERY = {(action.value, "before") for action in Action if action is not Action.CONTINUE}
 
@@ -99,17 +98,6 @@ def calls_in_the_package():
 
 def test_the_package_calls_each_point_of_the_table_and_no_other():
     assert set(calls_in_the_package()) | OF_A_RECOVERY == EVERY_POINT
-
-
-def test_the_table_in_the_docstring_lists_each_point():
-    listed, phases = set(), []
-    for line in fault_injection.__doc__.splitlines():
-        if line.startswith("| ") and not line.startswith("| phase"):
-            first, when, *_ = (cell.strip() for cell in line.strip("|").split("|"))
-            phases = first.split(", ") if first else phases
-            listed |= {(phase, when) for phase in phases}
-    assert listed == EVERY_POINT
-    assert set(PHASES) == {phase for phase, _ in listed}
 
 
 def test_a_run_reaches_the_points_in_the_documented_order(tmp_path):

@@ -1,12 +1,13 @@
-"""The comparison with PyTorch runs, one side in an interpreter of its own; what it cannot do it says in one line.
+"""The comparison with PyTorch runs, and reports errors in one line.
 
-PyTorch is taken from this environment, or from the interpreter that DISTDL_TORCH_PYTHON names.
+PyTorch is that of this environment, or of the interpreter that DISTDL_TORCH_PYTHON names.
 """
 
 import importlib.util
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def torch_python():
 
 
 def cells_of(done, rows):
-    """The table's cells, row by row; all ratios and speeds are above 0."""
+    """The cells of the table, row by row. All ratios and speeds are above 0."""
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len({len(line) for line in lines}) == 1, "the columns are not aligned"
@@ -57,12 +58,23 @@ def test_one_rank_takes_turns_with_pytorch(versus_pytorch, torch_python):
     assert [line for line in done.stdout.splitlines() if line.startswith("DeepConvNet, 1 rank, batch 100: ")]
 
 
+@pytest.mark.parametrize("name", ["mlp-2", "deep_convnet-1"])
+def test_the_side_of_distdl_needs_no_pytorch(monkeypatch, needs_mpirun, name):
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    example = __import__("versus_pytorch")
+    job = replace(example.ROWS[name], samples=256)
+    with example.distdl_side(job) as side:
+        assert side.forms == ["distdl"]
+        assert side.samples_per_second("distdl", 3) > 0
+
+
 def test_two_ranks_take_turns_with_ddp(versus_pytorch, torch_python, needs_mpirun):
     rows = ("--rows", "mlp-2", "--micro-batch-size", "32")
     done = versus_pytorch("--quick", *rows, "--torch-python", torch_python)
     [cells] = cells_of(done, 1)
     assert cells[0] == "MLP 784-100-10, 2 ranks, batch 128"
-    assert cells[3] == "–"  # nothing in it has channels
+    assert cells[3] == "–"  # an MLP has no channels
     assert "mlp-2 32" in done.stdout
 
 
@@ -77,7 +89,7 @@ def test_two_ranks_take_turns_with_ddp(versus_pytorch, torch_python, needs_mpiru
         (["--torch-python", "no/such/python"], "cannot run no/such/python: No such file or directory"),
     ],
 )
-def test_what_cannot_be_ends_in_one_line(versus_pytorch, arguments, said):
+def test_invalid_flags_end_in_one_line(versus_pytorch, arguments, said):
     assert_one_line(versus_pytorch(*arguments), said)
 
 
@@ -89,7 +101,7 @@ def test_without_pytorch_the_line_says_how_to_get_it(versus_pytorch, tmp_path):
 
 
 def test_a_side_that_dies_ends_the_comparison(versus_pytorch, tmp_path):
-    """It finds PyTorch, and then ends instead of connecting."""
+    """The side has PyTorch, but ends instead of connecting."""
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\n[ \"$1\" = -c ] && exit 0\necho 'it broke' >&2\nexit 3\n")
     python.chmod(0o755)
