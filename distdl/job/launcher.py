@@ -93,8 +93,7 @@ def survives_failures(environment: Mapping[str, str] = os.environ) -> bool:
 def remove_session_folder(pid: int) -> None:
     """Remove the folder of a killed Open MPI launcher with this process number.
 
-    A new launcher with the same number would find the folder and refuse to start. `pid` is the number of this process,
-    or of a child that has ended.
+    A new launcher with the number `pid`, of this process or a child that has ended, would refuse to start.
     """
     folder = Path(tempfile.gettempdir(), f"ompi.{pid}")
     if folder.is_dir() and folder.lstat().st_uid == os.geteuid():

@@ -30,8 +30,7 @@ GRAY, COLORS = {"1", "L", "LA"}, {"P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 def load_folder(path: Path) -> Dataset:
     """Return the images in a folder, in the order of their names. So the same files give the same dataset anywhere.
 
-    Raises `UserError` if Pillow or an image is missing or an image does not fit the others, `DamagedFileError` if an
-    image is damaged.
+    Raises `UserError` if Pillow or an image is missing or an image does not fit, `DamagedFileError` if one is damaged.
     """
     pillow = _pillow()
     parts = [_folders(path)]

@@ -43,8 +43,6 @@ BLOCK_BYTES = 2**20
 def read_idx(path: Path, *, kind: Kind) -> NDArray[np.uint8]:
     """Return the elements of the IDX file at `path`: images (N, H, W) or labels (N,), as uint8.
 
-    The first bytes of the file, not its name, show whether it is gzipped.
-
     Raises `DamagedFileError` if the file is not IDX or differs from its header. Raises `UserError` if it cannot be
     read, is no regular file, or declares more than 2 GiB.
     """
@@ -55,7 +53,7 @@ def read_idx(path: Path, *, kind: Kind) -> NDArray[np.uint8]:
                 raise UserError(f"{quoted(path)} is not a regular file: expected an IDX file of {kind}")
             raw = stack.enter_context(path.open("rb"))
             file_bytes = os.fstat(raw.fileno()).st_size
-            compressed = raw.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+            compressed = raw.read(len(GZIP_MAGIC)) == GZIP_MAGIC  # whatever its name
             raw.seek(0)
             stream = stack.enter_context(gzip.GzipFile(fileobj=raw, mode="rb")) if compressed else raw
             shape = _read_header(stream, path, kind)

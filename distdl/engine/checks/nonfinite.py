@@ -47,10 +47,8 @@ class FiniteCheck(StepObserver):
     """Stops the training at a step that is not finite, or skips the update of that step.
 
     `save` saves the micro-batch of a fault and returns the file's name, the same on all ranks. `fault` is that of the
-    latest step, None if the step was finite.
-
-    A fault that does not occur again when the step is recomputed always stops the training: no bit may depend on a
-    hardware fault.
+    latest step, None if the step was finite. A fault that does not occur again when the step is recomputed always stops
+    the training: no bit may depend on a hardware fault.
     """
 
     def __init__(self, config: TrainConfig, state: TrainingState, save: Callable[[Fault], str | None]) -> None:

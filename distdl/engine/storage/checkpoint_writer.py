@@ -60,8 +60,7 @@ class CheckpointWriter:
     def outcome(self, *, wait: bool) -> Outcome | None:
         """Return the outcome of the checkpoint that was started last, once; None if there is none.
 
-        Without `wait`, None also if it is not done. The outcome contains an error of the disk; any other exception of
-        the thread is raised here.
+        Without `wait`, None also if it is not done. Exceptions of the thread are raised here, except an `OSError`.
         """
         pending = self._pending
         if pending is None or not (wait or pending.done()):

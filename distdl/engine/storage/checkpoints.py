@@ -164,8 +164,7 @@ def _reads_back(file: BinaryIO, part: memoryview) -> bool:
 def read(path: Path, *, follow: bool = True) -> Checkpoint:
     """Return the checkpoint at `path`; raise `UserError` if it cannot be read, `DamagedFileError` if damaged.
 
-    The header is checked first, so a large file of another kind is not read to its end. Without `follow`, a symbolic
-    link is an error.
+    A large file of another kind is not read to its end. Without `follow`, a symbolic link is an error.
     """
     try:
         with os.fdopen(_opened(path, follow=follow), "rb") as file:
@@ -234,9 +233,8 @@ def restore(checkpoint: Checkpoint, into: list[tuple[str, NDArray[Any]]], name: 
     if wanted != found:
         differing = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
         there, here = (described(arrays.get(differing[0])) for arrays in (checkpoint.tensors, dict(into)))
-        raise UserError(
-            f"{name} is a checkpoint of another model or version: {differing[0]} is {there} there and {here} here"
-        )
+        what = f"{differing[0]} is {there} there and {here} here"
+        raise UserError(f"{name} is a checkpoint of another model or version: {what}")
     for key, array in into:
         np.copyto(array, checkpoint.tensors[key])
 

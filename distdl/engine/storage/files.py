@@ -38,8 +38,7 @@ MOST_BUFFERS = 1024
 def write_durably(path: Path, *parts: Buffer, follow: bool = True) -> None:
     """Replace the content of `path` by the concatenated `parts`, or leave it unchanged.
 
-    Without `follow`, the folder must not be a symbolic link. Raises `OSError` if the disk refuses; then the temporary
-    file is removed and `path` is unchanged.
+    Without `follow`, the folder must not be a symbolic link. Raises `OSError` if the disk refuses.
     """
     temporary = path.name + TEMPORARY_SUFFIX
     with opened_folder(path.parent, follow=follow) as folder:
