@@ -117,10 +117,7 @@ class Dealer(StepObserver):
 
 
 class BalancedDealer(Dealer):
-    """Deals by measured speed, whole blocks of the canonical tree first.
-
-    `micro_batches` is the number of a full batch.
-    """
+    """Deals by measured speed; `micro_batches` is the number of a full batch."""
 
     def __init__(
         self, rank: int, ranks: int, micro_batches: int, clock: Callable[[], float] = time.perf_counter
@@ -136,7 +133,7 @@ class BalancedDealer(Dealer):
         self._computed = [0] * ranks
 
     def shards(self, micro_batches: int) -> Sequence[Shard]:
-        """Return the micro-batches of each rank, for a step or an evaluation of so many."""
+        """Return whole blocks of the canonical tree first, as many as fit each rank's speed."""
         return deal(self._balance.shares(micro_batches))
 
     def begin(self, step: OptimizerStep) -> None:  # noqa: ARG002
