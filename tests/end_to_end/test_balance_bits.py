@@ -1,4 +1,4 @@
-"""Promise 1 with `--balance`: whoever computes a micro-batch, and however often that changes, the bits stay."""
+"""Promise 1 with `--balance`: the bits do not depend on the ranks that compute the micro-batches."""
 
 import json
 import random
@@ -16,7 +16,7 @@ RANKS = (1, 2, 3, 4, 5, 8)
 
 
 class SlowFlatten(Flatten):
-    """Takes its time, as a rank on a slow or shared core does."""
+    """A layer that waits, like a rank on a slow or shared core."""
 
     def __init__(self, seconds):
         self.seconds = seconds
@@ -43,7 +43,7 @@ def shares_of_epochs(folder):
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_slow_rank_gets_fewer_micro_batches_and_the_bits_stay(communicator, shared_tmp_path, capsys):
+def test_a_slow_rank_gets_fewer_micro_batches_and_the_bits_stay_the_same(communicator, shared_tmp_path, capsys):
     part = sub_world(communicator, 2)
     if part is not None:
         expected = slow_run(part, shared_tmp_path / "even", 0.0, epochs=6)
@@ -61,8 +61,8 @@ def test_a_slow_rank_gets_fewer_micro_batches_and_the_bits_stay(communicator, sh
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("model", ["simple_convnet", "deep_convnet"])
-def test_any_shares_in_any_step_give_the_bits_of_one_process(communicator, shared_tmp_path, model, monkeypatch):
-    """Instead of measuring, deal by chance: other shares in each step, with empty ones among them."""
+def test_any_shards_in_any_step_give_the_bits_of_one_process(communicator, shared_tmp_path, model, monkeypatch):
+    """Deal at random instead of by measured speeds: different shards in each step, some of them empty."""
 
     def by_chance(self, leaves):
         self.draws = getattr(self, "draws", 0) + 1
@@ -82,7 +82,7 @@ def test_any_shares_in_any_step_give_the_bits_of_one_process(communicator, share
 
 
 @pytest.mark.parametrize(("seconds_between", "lines"), [(0.0, 6), (1e9, 1)])
-def test_shares_that_change_often_are_not_said_often(tmp_path, monkeypatch, capsys, seconds_between, lines):
+def test_frequent_changes_of_shards_are_printed_rarely(tmp_path, monkeypatch, capsys, seconds_between, lines):
     monkeypatch.setattr(coordinator, "SECONDS_BETWEEN_SHARES", seconds_between)
     monkeypatch.setattr(balance.BalancedDealer, "stepped", lambda self, shards, total: (5, 3))
     small_run(OneProcess(), tmp_path / "run", balance=True)
@@ -105,7 +105,7 @@ def test_only_a_balanced_run_records_shares(tmp_path):
     assert '"shares"' not in (tmp_path / "plain" / "timing.jsonl").read_text()
 
 
-def test_ranks_wait_more_eagerly_only_while_a_run_is_balanced(tmp_path):
+def test_ranks_spin_longer_only_while_a_run_is_balanced(tmp_path):
     communicator = OneProcess()
     small_run(communicator, tmp_path / "dealt", balance=True)
     assert communicator.spin_seconds == balance.SPIN_SECONDS

@@ -42,7 +42,7 @@ OF_THIS_RUN = {"ranks", "recoveries", "train_seconds", "samples_per_second"}
 
 
 def fault(rank, phase, **more):
-    """A rule of `saboteur.py`; it kills the rank unless told otherwise."""
+    """Return a rule of `saboteur.py`; by default it kills the rank."""
     return {"rank": rank, "phase": phase, **more}
 
 
@@ -51,7 +51,7 @@ def summary_of(folder):
 
 
 def compared(summary):
-    """The part of a summary that no failure changes."""
+    """Return the part of a summary that no failure changes."""
     return {name: value for name, value in summary.items() if name not in OF_THIS_RUN}
 
 
@@ -66,13 +66,13 @@ class Undisturbed:
 
     @staticmethod
     def _progress(folder):
-        """What the last checkpoint says of the run, except for its seconds."""
+        """Return the header of the last checkpoint, except for its seconds."""
         newest, checkpoint, complaints = checkpoints.newest_intact(folder / "checkpoints")
         assert (newest.name, complaints) == ("step-000000006.safetensors", [])
         return {name: value for name, value in checkpoint.header["progress"].items() if name != "train_seconds"}
 
     def assert_equal(self, folder):
-        """The run in `folder` has ended with the same bits, logs and checkpoints."""
+        """Assert that the run in `folder` has ended with the same bits, logs and checkpoints."""
         summary = summary_of(folder)
         assert (summary["weights_sha256"], summary["state_sha256"]) == (self.weights, self.state)
         assert compared(summary) == self.summary

@@ -1,4 +1,4 @@
-"""A run begins with the matching weights of another run. Frozen ones stay. Neither depends on ranks or a resume."""
+"""A run starts with the matching weights of another run. Frozen weights stay. Neither depends on ranks or a resume."""
 
 import dataclasses
 import shutil
@@ -72,7 +72,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("given", ["run folder", "checkpoint"])
-def test_matching_tensors_begin_with_the_bits_of_the_source_and_all_others_with_those_of_the_seed(
+def test_matching_tensors_start_with_the_bits_of_the_source_and_the_others_with_those_of_the_seed(
     tmp_path, capsys, given
 ):
     source = source_in(tmp_path / "source")
