@@ -1,9 +1,9 @@
 """Two network namespaces with a cable between them simulate two hosts. The cable is cut, or a host is killed.
 
 Open MPI's launcher (PRRTE 3, in the wheel of Open MPI 5) ends a job that loses a host: "PRTE has lost communication
-with a remote daemon … We cannot recover from this failure, and therefore will terminate the job". So the job ends on both
-hosts with a clear message, and a resume continues from the last checkpoint. The job survives the death of a single rank
-on either host.
+with a remote daemon … We cannot recover from this failure, and therefore will terminate the job". So the job ends on
+both hosts with a clear message, and a resume continues from the last checkpoint. The job survives the death of a single
+rank on either host.
 """
 
 from __future__ import annotations
