@@ -1,5 +1,6 @@
 """Promise 1 with `--balance`: the bits do not depend on the ranks that compute the micro-batches."""
 
+import itertools
 import json
 import random
 import time
@@ -7,7 +8,7 @@ import time
 import pytest
 from small_runs import VERY_RAGGED, piece_of_digits, proof, remove, small_config, small_run, sub_world
 
-from distdl.engine import coordinator, train
+from distdl.engine import train
 from distdl.engine.timing import balance
 from distdl.nn import Affine, Conv2d, Flatten, ReLU, Sequential
 from distdl.parallel import OneProcess
@@ -81,10 +82,17 @@ def test_any_shards_in_any_step_give_the_bits_of_one_process(communicator, share
     remove(communicator, shared_tmp_path)
 
 
-@pytest.mark.parametrize(("seconds_between", "lines"), [(0.0, 6), (1e9, 1)])
-def test_frequent_changes_of_shards_are_printed_rarely(tmp_path, monkeypatch, capsys, seconds_between, lines):
-    monkeypatch.setattr(coordinator, "SECONDS_BETWEEN_SHARES", seconds_between)
-    monkeypatch.setattr(balance.BalancedDealer, "stepped", lambda self, shards, total: (5, 3))
+@pytest.mark.parametrize(("seconds_per_look", "lines"), [(10.0, 6), (0.0, 1)])
+def test_shares_that_change_often_are_not_printed_often(tmp_path, monkeypatch, capsys, seconds_per_look, lines):
+    """The clock advances by some seconds per call."""
+
+    def changed(self, _seconds):
+        self.loads = (5, 3)
+        return True
+
+    looks = itertools.count(1)
+    monkeypatch.setattr(time, "monotonic", lambda: seconds_per_look * next(looks))
+    monkeypatch.setattr(balance.Balance, "observe", changed)
     small_run(OneProcess(), tmp_path / "run", balance=True)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("balance: ")]
     assert said[0] == "balance: 5, 3 micro-batches on ranks 0, 1 from step 2 on"

@@ -15,6 +15,7 @@ from small_runs import VERY_RAGGED, piece_of_digits, remove, small_config, small
 
 from distdl.data import split
 from distdl.engine import train
+from distdl.engine.fault_injection import fail_at
 from distdl.errors import CorruptionError, UserError
 from distdl.optim import Adam
 from distdl.parallel import OneProcess, contiguous_shards, deal, loads_by_speed
@@ -94,6 +95,21 @@ def test_a_temporary_fault_on_one_rank_is_not_called_divergence(communicator, sh
                     small_run(part, shared_tmp_path / f"{size}-{victim}", on_nonfinite=on_nonfinite)
                 assert (caught.value.agreed, caught.value.exit_code) == (True, 4)
     remove(communicator, shared_tmp_path)
+
+
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+def test_a_nan_between_two_parameters_is_a_fault_of_the_moment_too(tmp_path, on_nonfinite):
+    """No backward pass writes there. So it would stay, and each micro-batch would seem to be at fault."""
+
+    def nan_in_the_padding(state):
+        belongs = np.zeros_like(state.network.gradients)
+        for _, view in state.network.views(belongs):
+            view[...] = 1
+        state.network.gradients[np.flatnonzero(belongs == 0)[0]] = np.nan
+
+    fail_at("step", rank=0, step=2, action=nan_in_the_padding)
+    with pytest.raises(CorruptionError, match="not finite at step 2, but not when computed again"):
+        small_run(OneProcess(), tmp_path / "run", on_nonfinite=on_nonfinite)
 
 
 @pytest.mark.mpi(min_size=2)

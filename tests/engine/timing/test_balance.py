@@ -118,6 +118,20 @@ def test_ranks_on_trial_are_tried_in_the_same_step():
     assert tried == {(3, 1, 3, 1)}
 
 
+def test_a_smaller_batch_with_two_ranks_on_trial_is_dealt_once():
+    """The batch has fewer micro-batches than ranks on trial, so one of these gets none."""
+    decisions = Balance(4, 8)
+    both_on_trial = 0
+    for _ in range(1500):
+        loads = decisions.shares(8)
+        both_on_trial += loads[1] > 0 and loads[3] > 0 and decisions.loads[1] == decisions.loads[3] == 0
+        for count in range(8):
+            smaller = decisions.shares(count)
+            assert (sum(smaller), min(smaller) >= 0) == (count, True), smaller
+        decisions.observe([seconds if load else None for seconds, load in zip((1, 50, 1, 50), loads, strict=True)])
+    assert both_on_trial > 1
+
+
 def test_a_rank_without_a_measurement_is_assumed_to_be_fast():
     """As after a first epoch that is only a ragged batch: rank 0 had no work."""
     decisions = Balance(2, 2)
@@ -129,17 +143,22 @@ def test_a_rank_without_a_measurement_is_assumed_to_be_fast():
 @given(
     st.integers(1, 6),
     st.integers(6, 40),
-    st.lists(st.lists(st.none() | st.floats(1e-6, 1e3), min_size=6, max_size=6), max_size=130),
+    st.lists(
+        st.tuples(st.lists(st.none() | st.floats(1e-6, 1e3), min_size=6, max_size=6), st.sampled_from([1, 1, 60, 300])),
+        max_size=20,
+    ),
     st.integers(0, 40),
 )
-def test_every_micro_batch_is_dealt_once_for_any_measurement(ranks, leaves, measured, ragged):
+def test_each_micro_batch_is_dealt_once_for_all_measurements(ranks, leaves, measured, ragged):
+    """Each list of seconds is measured in several consecutive steps. Trials start after 50 steps or more."""
     decisions = Balance(ranks, leaves)
-    for seconds in measured:
-        decisions.observe(seconds[:ranks])
-        for count in (leaves, ragged):
-            loads = decisions.shares(count)
-            assert sum(loads) == count
-            assert min(loads) >= 0
+    for seconds, steps in measured:
+        for _ in range(steps):
+            loads = decisions.shares(leaves)
+            for count, dealt in ((leaves, loads), (ragged, decisions.shares(ragged))):
+                assert sum(dealt) == count
+                assert min(dealt) >= 0
+            decisions.observe([one if load else None for one, load in zip(seconds[:ranks], loads, strict=True)])
 
 
 class Clock:
