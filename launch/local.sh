@@ -54,6 +54,6 @@ command -v "$python" >/dev/null ||
 "$python" -c 'import importlib.util, sys, distdl.mpirun
 needed = ("mpi4py", "numpy", "safetensors", "threadpoolctl")
 sys.exit(not all(map(importlib.util.find_spec, needed)))' 2>/dev/null ||
-    fail "$python cannot import distdl and what it needs: run $python -m pip install '${repository}[mpich]', or set PYTHON to a Python that has it"
+    fail "$python cannot import distdl and its dependencies: run $python -m pip install '${repository}[mpich]', or set PYTHON to a Python that has it"
 
 exec "$python" -m distdl.mpirun "$@"

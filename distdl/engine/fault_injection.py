@@ -1,7 +1,7 @@
 """Fault injection for tests: kill a rank, raise an error or spoil numbers at a chosen point of a run.
 
 Tests call `fail_at`. The engine calls `reached` at each point. A call costs some 0.1 microseconds if no fault is
-registered, and users never register one. Tests thus need no names from inside the engine, so code can move freely.
+registered, and users never register one. So tests need no names from inside the engine, and code can move freely.
 (The idea is `EventInjector.fail_at` of torchft.)
 
 An action gets the `owner` of its point, so it can change the run's numbers. Each rank reaches the `POINTS` in their

@@ -4,7 +4,7 @@ SIGUSR1 is the warning that schedulers send before a job's time is over. SIGTERM
 terminal (SIGHUP, unless `nohup` ignores it) have the same effect.
 
 A handler only notes the signal. The note travels in the record of the next step's reduction, in a field with one count
-per signal. So all ranks learn of it in the same step, on whichever rank the signal arrived. The other fields of the
+per signal. So all ranks learn of it in the same step, even if only one rank got the signal. The other fields of the
 record keep their bits. A rank without a micro-batch in a step sends nothing, so its note waits for the next step. So
 does a signal during validation, a checkpoint or start-up (before the handlers are set: `distdl.job.signals`).
 

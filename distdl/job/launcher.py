@@ -1,8 +1,8 @@
 """The launcher's environment variables: a process reads its rank from them before MPI starts.
 
-`mpirun` and `srun` give every process its rank and the number of ranks. With these, rank 0 alone prints errors such as
-a wrong flag, MPI starts only if it is needed (MPI_Init takes up to a second), and a launcher that does not fit the MPI
-library is detected.
+`mpirun` and `srun` give every process its rank and the number of ranks. So rank 0 alone prints errors such as a wrong
+flag. MPI starts only if it is needed (MPI_Init takes up to a second). A launcher that does not fit the MPI library is
+detected.
 """
 
 from __future__ import annotations

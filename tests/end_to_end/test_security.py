@@ -27,14 +27,14 @@ pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts trainings
 INSIDE = [*files.RUN_FILES, "checkpoints", "checkpoints/step-000000006.safetensors"]
 
 
-@pytest.mark.parametrize("leads", ["to what was there", "to someone else's", "nowhere"])
+@pytest.mark.parametrize("leads", ["to the old target", "to someone else's", "nowhere"])
 @pytest.mark.parametrize("name", INSIDE)
 def test_a_link_inside_a_run_folder_is_refused_and_not_followed(workshop, name, leads):
     shop = RunShop(workshop)
     path, elsewhere = shop.folder / name, workshop / "elsewhere"
     if name == "hashes.jsonl":
         path.write_bytes(b"")
-    if leads == "to what was there":
+    if leads == "to the old target":
         shutil.move(path, elsewhere)
     else:
         shutil.rmtree(path) if path.is_dir() else path.unlink()

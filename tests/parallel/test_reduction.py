@@ -149,7 +149,7 @@ def test_shards_dealt_by_speed_give_the_same_bits(communicator):
 
 
 @pytest.mark.mpi(min_size=2)
-def test_schedules_that_were_dropped_are_made_again(communicator, monkeypatch):
+def test_dropped_schedules_are_created_again(communicator, monkeypatch):
     monkeypatch.setattr(reduction_module, "SCHEDULES_KEPT", 2)
     reduction = REDUCTIONS["tree"](communicator, LAYOUTS[-1])
     for leaves in (8, 5, 3, 8, 5, 13):

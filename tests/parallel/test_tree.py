@@ -1,4 +1,4 @@
-"""The canonical tree fixes the order of every addition, whichever ranks hold the leaves."""
+"""The canonical tree fixes the order of every addition, for any distribution of the leaves over ranks."""
 
 import random
 

@@ -119,8 +119,8 @@ def _given_checkpoint(config: TrainConfig, source: Path) -> StartingPoint:
 def find_checkpoint(source: Path, name: str) -> FoundCheckpoint:
     """Return the checkpoint at `source`, or the newest intact one of the run folder `source`.
 
-    `name` stands for `source` in messages. Raises `UserError` if there is none, `DamagedFileError` if none is intact,
-    and `OSError` if the disk refuses.
+    `name` stands for `source` in messages. Raises `UserError` if no checkpoint exists, `DamagedFileError` if none is
+    intact, and `OSError` if the disk refuses.
     """
     if source.is_file():
         return FoundCheckpoint(source, checkpoints.read(source), [])

@@ -2,7 +2,7 @@
 
 Every rank times its micro-batches. The seconds travel in the record of the reduction, in a field with one entry per
 rank. So after each step all ranks hold the same numbers and draw the same conclusions (`Balance`, which is pure).
-The result is bitwise the same whichever rank computes a micro-batch.
+The bits do not depend on the rank that computes a micro-batch.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Dealer(StepObserver):
         self.ranks = ranks
 
     def shards(self, micro_batches: int) -> Sequence[Shard]:
-        """Return the micro-batches of each rank, for a step or an evaluation of so many."""
+        """Return the micro-batches of each rank, for a step or an evaluation of `micro_batches`."""
         return contiguous_shards(micro_batches, self.ranks)
 
     def epoch_record(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class BalancedDealer(Dealer):
         self._computed = [0] * ranks
 
     def shards(self, micro_batches: int) -> Sequence[Shard]:
-        """Return the micro-batches of each rank, for a step or an evaluation of so many."""
+        """Return the micro-batches of each rank, for a step or an evaluation of `micro_batches`."""
         return deal(self._balance.shares(micro_batches))
 
     def begin(self, step: OptimizerStep) -> None:  # noqa: ARG002
