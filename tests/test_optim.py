@@ -29,7 +29,7 @@ def textbook_sgd(w, gradients, rates, decay):
 
 
 def textbook_momentum(w, gradients, rates, decay):
-    """As PyTorch documents it."""
+    """Follow the formula in PyTorch's documentation."""
     v = np.zeros_like(w)
     for g, lr in zip(gradients, rates, strict=True):
         v = 0.9 * v + (g + decay * w)
@@ -38,7 +38,7 @@ def textbook_momentum(w, gradients, rates, decay):
 
 
 def textbook_nesterov(w, gradients, rates, decay):
-    """As PyTorch documents it."""
+    """Follow the formula in PyTorch's documentation."""
     v = np.zeros_like(w)
     for g, lr in zip(gradients, rates, strict=True):
         gradient = g + decay * w

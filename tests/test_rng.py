@@ -228,5 +228,5 @@ def chi_square(counts, expected):
 
 
 def upper_bound(degrees):
-    """Five standard deviations above the mean of the chi-square distribution."""
+    """Return the mean of the chi-square distribution plus five standard deviations."""
     return degrees + 5 * math.sqrt(2 * degrees)

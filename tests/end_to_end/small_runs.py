@@ -32,7 +32,7 @@ def small_config(run_dir, **settings):
 
 
 def proof(folder, summary):
-    """The results that must be equal: both hashes, and the bytes of the metrics."""
+    """Return the results that must be equal: both hashes, and the bytes of the metrics."""
     metrics = (folder / "metrics.jsonl").read_bytes()
     return summary.weights_sha256, summary.state_sha256, metrics
 

@@ -33,7 +33,7 @@ MODELS = {"convnet": "simple_convnet", "mlp": "mlp"}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Finished runs on the digits: two networks with different micro-batch sizes, and another seed."""
+    """Return finished runs on the digits: two networks with different micro-batch sizes, and another seed."""
     folder = tmp_path_factory.mktemp("runs")
     common = {"epochs": 3, "batch_size": 64}
     for name, settings in {
@@ -47,7 +47,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mnist_runs(tmp_path_factory):
-    """Runs on a tiny dataset with its own test part, in ``data``; ``other`` has other images."""
+    """Return runs on a tiny dataset with its own test part, in ``data``; ``other`` has other images."""
     folder = tmp_path_factory.mktemp("mnist")
     write_files(folder / "data", mnist_files())
     write_files(folder / "other", mnist_files(training=21))
@@ -456,7 +456,7 @@ def with_header(source, target, **changed):
 
 @pytest.fixture(scope="module")
 def wrong(runs, mnist_runs, tmp_path_factory):
-    """A folder with files and runs that cannot be evaluated."""
+    """Return a folder with files and runs that cannot be evaluated."""
     folder = tmp_path_factory.mktemp("wrong")
     for name in ("mlp", "convnet", "seed 1"):
         shutil.copytree(runs / name, folder / name)

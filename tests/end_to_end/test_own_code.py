@@ -47,7 +47,7 @@ def net(input_shape, classes, hidden=None):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working folder with a model and a file that it imports; the environment of a start without a launcher."""
+    """Return a working folder with a model and a file that it imports; remove the variables of launchers."""
     monkeypatch.chdir(tmp_path)
     for name in os.environ.keys() - without_launcher(os.environ).keys():
         monkeypatch.delenv(name)

@@ -57,7 +57,7 @@ PICTURES = ["Filters of the first convolution", "Feature maps of an image", "Act
 
 @pytest.fixture(scope="module")
 def digits(runs):
-    """The page of the run on the digits."""
+    """Return the page of the run on the digits."""
     return page_of(runs / "digits")
 
 

@@ -18,7 +18,7 @@ from distdl.rng import Key
 
 
 def network(shape, classes):
-    """A network with nested layers and batch normalization, which has moments in addition to its parameters."""
+    """Return a network with nested layers and batch normalization, which also has moments."""
     way = [Conv2d(4, 3, padding=1), BatchNorm(), ReLU()]
     layers = [Conv2d(4, 3, padding=1), BatchNorm(), ReLU(), Residual(way), Flatten(), Affine(8), ReLU()]
     return Sequential([*layers, Affine(classes)], shape)
@@ -40,13 +40,13 @@ def of_five_classes():
 
 
 def source_in(folder, **settings):
-    """A run on ten classes, the source of weights."""
+    """Train on ten classes; return the run folder, the source of weights."""
     small_run(OneProcess(), folder, build_network=network, **settings)
     return str(folder)
 
 
 def transferred(communicator, folder, **settings):
-    """A run on five classes, with another seed."""
+    """Train on five classes, with another seed."""
     config = small_config(folder, seed=1, **settings)
     return train(config, communicator, build_network=network, dataset=of_five_classes())
 

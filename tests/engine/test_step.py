@@ -30,7 +30,7 @@ def compute_of(network, rows=ROWS):
 
 
 def taken(communicator, *, steps=3, frozen=(), batch_norm=True, **settings):
-    """The network and the sums after some steps."""
+    """Return the network and the sums after some steps."""
     network = new_network(batch_norm=batch_norm)
     optimizer = SGD(network.parameters.size, frozen=frozen)
     step = OptimizerStep(communicator, network, optimizer, micro_batch_size=SIZE, **settings)

@@ -184,7 +184,7 @@ class Model:
         return self.go_by(rank, recovery)
 
     def check_end(self, world):
-        """Nothing more can happen: all living ranks must have reached the same end."""
+        """Assert that all living ranks have reached the same end."""
         living = {number: rank for number, rank in enumerate(world.ranks) if rank.alive}
         assert living
         for number, rank in living.items():
