@@ -1,4 +1,4 @@
-"""Promise 1 with `--balance`: the bits are the same whichever rank computes a micro-batch, however often that changes."""
+"""Promise 1 with `--balance`: the bits are the same whichever rank computes a micro-batch, however often it changes."""
 
 import itertools
 import json
