@@ -220,7 +220,7 @@ class TrainConfig:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of a full batch. No more ranks can share the work."""
+        """The number of micro-batches in a full batch: the largest number of ranks that can share the work."""
         return -(-self.batch_size // self.micro_batch_size)
 
     def to_json(self) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class MicroBatches:
         self._buffers: dict[int, tuple[NDArray[Any], NDArray[np.float32]]] = {}
 
     def count(self, samples: int) -> int:
-        """Return the number of micro-batches in a batch of so many samples; the last one may be ragged."""
+        """Return the number of micro-batches in a batch of `samples` samples; the last one may be ragged."""
         return micro_batch_count(samples, self.micro_batch_size)
 
     def load(self, rows: Rows, index: int, key: Key | None = None) -> tuple[NDArray[np.float32], NDArray[Any]]:

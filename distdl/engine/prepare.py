@@ -102,7 +102,7 @@ class Preparation:
     transferred: transfer.Transfer | None = None
 
     def trainer(self, communicator: Communicator) -> Trainer:
-        """Return an opened trainer. If the user's input is wrong, leave nothing behind. Collective."""
+        """Return an opened trainer. If the user's input is wrong, leave no files. Collective."""
         self.close()  # the coordinator of an earlier attempt
         try:
             return self._prepare(communicator)

@@ -57,7 +57,7 @@ def filter_images(weight: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def first_convolution(network: Sequential) -> tuple[str, NDArray[Any]]:
-    """Return the name and weight (FH, FW, C, F) of the first convolution; raise `UserError` if there is none."""
+    """Return the name and weight (FH, FW, C, F) of the first convolution; raise `UserError` without one."""
     for name, view in network.named_parameters():
         if view.ndim == 4:
             return name.removesuffix(".weight"), view
@@ -92,7 +92,7 @@ def records_of(log: Path) -> list[dict[str, Any]]:
 
 
 def epochs_of(metrics: Path | Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the records of whole epochs, from a ``metrics.jsonl`` or its records; raise `UserError` if there are none.
+    """Return the records of whole epochs, from a ``metrics.jsonl`` or its records; raise `UserError` without any.
 
     Raises the errors of `records_of`.
     """
@@ -265,7 +265,7 @@ def content_of(figure: Figure, kind: str, *, dpi: float | str = "figure") -> byt
 
 
 def _figure(columns: float, rows: float, *, inches: float = INCHES_PER_IMAGE) -> Figure:
-    """Return an empty figure with room for so many columns and rows of images."""
+    """Return an empty figure with room for `columns` times `rows` images."""
     need_matplotlib()
     from matplotlib.figure import Figure  # noqa: PLC0415  half a second, and not installed everywhere
 
@@ -283,7 +283,7 @@ def _subplots(figure: FigureBase, rows: int, columns: int) -> list[Axes]:
 
 
 def _grid(figure: FigureBase, count: int, columns: int | None = None, rows: int | None = None) -> Iterator[Axes]:
-    """Yield axes without ticks for so many images; the other axes of the grid are blank."""
+    """Yield axes without ticks for `count` images; the other axes of the grid are blank."""
     columns = columns or _columns(count)
     axes = _subplots(figure, rows or -(-max(count, 1) // columns), columns)
     for one in axes:

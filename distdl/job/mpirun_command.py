@@ -57,7 +57,7 @@ def mpirun_command(ranks: int, program: Sequence[str]) -> MpirunCommand:
 def find_mpirun() -> Path:
     """Return the `mpirun` next to this environment's Python, or else the first on PATH.
 
-    Raises `UserError` if there is none.
+    Raises `UserError` if both are missing.
     """
     beside = str(Path(sys.executable).parent)
     found = shutil.which("mpirun", path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)]))

@@ -179,7 +179,7 @@ def _wait_for_the_lock(folder: Path, job: _Job) -> None:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Return a value that changes if another file replaces this one; None if there is none."""
+    """Return a value that changes if another file replaces this one; None if the file does not exist."""
     with suppress(OSError):
         found = path.stat()
         return found.st_ino, found.st_mtime_ns

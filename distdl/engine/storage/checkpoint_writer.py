@@ -58,7 +58,7 @@ class CheckpointWriter:
         self._pending = self._thread.submit(self._write, folder, checkpoint, header.step, best_step, flush_logs)
 
     def outcome(self, *, wait: bool) -> Outcome | None:
-        """Return the outcome of the checkpoint that was started last, once; None if there is none.
+        """Return, once, the outcome of the checkpoint that was started last; None if no checkpoint was started.
 
         Without `wait`, None also if it is not done. Exceptions of the thread are raised here, except an `OSError`.
         """

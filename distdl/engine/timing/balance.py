@@ -108,7 +108,7 @@ class Dealer(StepObserver):
         self.ranks = ranks
 
     def shards(self, micro_batches: int) -> Sequence[Shard]:
-        """Return the micro-batches of each rank, for a step or an evaluation of so many."""
+        """Return the micro-batches of each rank, for a step or an evaluation of `micro_batches`."""
         return contiguous_shards(micro_batches, self.ranks)
 
     def epoch_record(self) -> dict[str, Any]:
@@ -133,7 +133,7 @@ class BalancedDealer(Dealer):
         self._computed = [0] * ranks
 
     def shards(self, micro_batches: int) -> Sequence[Shard]:
-        """Return whole blocks of the canonical tree first, as many as fit each rank's speed."""
+        """Return the micro-batches of each rank, for a step or an evaluation of `micro_batches`."""
         return deal(self._balance.shares(micro_batches))
 
     def begin(self, step: OptimizerStep) -> None:  # noqa: ARG002
