@@ -6,13 +6,12 @@ To add a dataset, write a function that returns a `Dataset` in a file of its own
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from distdl.data.dataset import Dataset
 from distdl.data.sources.digits import load_digits
 from distdl.data.sources.folder import load_folder
-from distdl.data.sources.mnist import FASHION_MNIST, MNIST, load_published
+from distdl.data.sources.mnist import load_fashion_mnist, load_mnist
 from distdl.data.sources.npz import load_npz
 from distdl.errors import unknown_name
 
@@ -21,8 +20,8 @@ __all__ = ["FROM_PATH", "SOURCES", "Dataset", "load"]
 #: The datasets with a name. Their argument is ``--data-dir``.
 SOURCES: dict[str, Callable[[Path | None], Dataset]] = {
     "digits": load_digits,
-    "mnist": partial(load_published, MNIST),
-    "fashion-mnist": partial(load_published, FASHION_MNIST),
+    "mnist": load_mnist,
+    "fashion-mnist": load_fashion_mnist,
 }
 #: The datasets at a path, by the prefix of the path.
 FROM_PATH: dict[str, Callable[[Path], Dataset]] = {"npz:": load_npz, "folder:": load_folder}

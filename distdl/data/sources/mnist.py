@@ -70,7 +70,17 @@ FASHION_MNIST = Published(
 )
 
 
-def load_published(published: Published, data_dir: Path | None) -> Dataset:
+def load_mnist(data_dir: Path | None) -> Dataset:
+    """Return MNIST."""
+    return _load(MNIST, data_dir)
+
+
+def load_fashion_mnist(data_dir: Path | None) -> Dataset:
+    """Return Fashion-MNIST."""
+    return _load(FASHION_MNIST, data_dir)
+
+
+def _load(published: Published, data_dir: Path | None) -> Dataset:
     """Read the four files from `data_dir`, each plain or gzipped (``.gz``); without `data_dir` download them.
 
     The files of a folder may hold any valid IDX data. Downloads stay in the user's cache folder; their sha256 is
