@@ -102,7 +102,7 @@ class Logbook(RunListener):
 
     def timing(self, record: Mapping[str, Any]) -> None:
         """Write a record to ``timing.jsonl``."""
-        self._write("timing", record)
+        self._write("timing", line_of(record))
 
     def written_lengths(self) -> dict[str, int]:
         """Return the length of each file, with all records written; raise `OSError` if the disk refuses them."""
@@ -146,15 +146,16 @@ class Logbook(RunListener):
             self._record("hashes", {"step": state.step, "loss": loss, "hashes": hashes})
 
     def _record(self, name: str, record: Mapping[str, Any]) -> None:
+        line = line_of(record)
         if self._keeps:
-            self.lines[name] += line_of(record)
+            self.lines[name] += line
         if self._files:
-            self._write(name, record)
+            self._write(name, line)
 
-    def _write(self, name: str, record: Mapping[str, Any]) -> None:
+    def _write(self, name: str, line: bytes) -> None:
         """Append a record to a file. If the disk refuses, warn once; the record waits in memory."""
         try:
-            self._files[name].write(record)
+            self._files[name].append(line)
             self._is_refused = False
         except OSError as error:
             if not self._is_refused:

@@ -17,7 +17,7 @@ from distdl.engine.environment import describe
 from distdl.engine.fault_injection import fail_at, forget
 from distdl.engine.storage import checkpoints, run_folder
 from distdl.engine.storage.files import TEMPORARY_SUFFIX
-from distdl.engine.storage.json_lines import JsonLines
+from distdl.engine.storage.json_lines import JsonLines, line_of
 from distdl.errors import PeerLost, UserError
 from distdl.parallel import OneProcess
 from distdl.parallel import shared as shared_module
@@ -240,7 +240,7 @@ def test_a_log_record_cut_by_a_full_disk_is_completed_when_there_is_room(tmp_pat
     room["bytes"] = 5
     for number in range(3):
         with pytest.raises(OSError, match="No space left"):
-            log.write({"number": number})
+            log.append(line_of({"number": number}))
     assert (tmp_path / "log").read_bytes() == b'{"num'
     with pytest.raises(OSError, match="No space left"):
         log.written_length()

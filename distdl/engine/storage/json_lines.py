@@ -35,12 +35,8 @@ class JsonLines:
         """The file's length in bytes."""
         return os.fstat(self._file.fileno()).st_size
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append a record. If this raises `OSError`, the record waits in memory; do not write it again."""
-        self.append(line_of(record))
-
     def append(self, lines: bytes) -> None:
-        """Append whole lines. If this raises `OSError`, they wait in memory."""
+        """Append whole lines. If this raises `OSError`, they wait in memory; do not append them again."""
         self._waiting += lines
         self._write_waiting()
 
