@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -61,16 +62,14 @@ class Composite(LayerGroup):
 
     def backward(self, dy: Array) -> Array | None:
         """Set the gradients of all layers; return that of the input, the sum over the branches."""
-        parts = [stack.backward(part) for (_, stack), part in zip(self.members, self._split(dy), strict=True)]
+        branches = zip(self.members, self._split(dy), strict=True)
+        parts: list[Any] = [stack.backward(part) for (_, stack), part in branches]
         if not self.needs_input_gradient:
             return None
         dx = self.workspace.array("dx", (len(dy), *self.input_shape))
-        for number, part in enumerate(parts):
-            assert part is not None, "every branch returns its input gradient if it is needed"
-            if number:
-                dx += part
-            else:
-                np.copyto(dx, part)
+        np.copyto(dx, parts[0])
+        for part in parts[1:]:
+            dx += part
         return dx
 
     def __str__(self) -> str:
