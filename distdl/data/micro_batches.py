@@ -31,14 +31,13 @@ class MicroBatches:
         self._buffers: dict[int, tuple[NDArray[Any], NDArray[np.float32]]] = {}
 
     def count(self, samples: int) -> int:
-        """Return the number of micro-batches in a batch of so many samples; the last one may be ragged."""
+        """Return the number of micro-batches in a batch of `samples` samples; the last one may be ragged."""
         return micro_batch_count(samples, self.micro_batch_size)
 
     def load(self, rows: Rows, index: int, key: Key | None = None) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """Return images (N, H, W, C), normalized, and labels (N, ...) of micro-batch `index` of the batch `rows`.
 
-        With a key the images are augmented, and labels of pixels move along. The next call with the same N
-        overwrites the images.
+        With a key they are augmented: labels of pixels move along. The next call with the same N overwrites the images.
         """
         self.loaded += 1
         rows = micro_batch(rows, index, self.micro_batch_size)

@@ -121,7 +121,7 @@ class Communicator(ABC):
 
     @abstractmethod
     def free(self) -> None:
-        """Release what MPI keeps for a group made by `split`, and for its `host`; do not use them afterwards."""
+        """Release MPI's resources for a group made by `split`, and for its `host`; do not use them afterwards."""
 
     @abstractmethod
     def abort(self, exit_code: int) -> NoReturn:

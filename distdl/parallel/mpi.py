@@ -12,7 +12,7 @@ few pages. Then no rank sleeps until the transfer is complete.
 
 Failures: an MPI error that reports a dead process becomes `PeerLost`; no module above this one knows MPI's error
 classes. The first rank that sees the failure revokes the communicator and all related ones (split from it, or it from
-them), because a rank may wait in any of them for one that has left. The survivors meet in `agree`, the only call that
+them). A rank may wait in any of them for one that has left. The survivors meet in `agree`, the only call that
 is sure to end equally on all of them, and continue in the group that `shrink` returns. Failed requests are kept with
 their buffers, because the library may still write into them.
 

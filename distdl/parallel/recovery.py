@@ -1,4 +1,4 @@
-"""Recovery: what the surviving ranks do after a failure, so that all continue from the same position.
+"""Recovery: the actions by which all surviving ranks continue from the same position after a failure.
 
 Work that must be all or nothing runs in this order: first collective calls into buffers; then `commit`, in which all
 survivors agree; then local changes of the lasting state. A failure before the commit leaves that state unchanged.
@@ -6,14 +6,14 @@ After the commit, no rank can learn of a failure before it has made its changes.
 
 A rank that gets `PeerLost` goes through these actions:
 
-| action   | what the rank does                                                           | next action              |
+| action   | meaning                                                                      | next action              |
 |----------|------------------------------------------------------------------------------|--------------------------|
 | VOTE_NO  | votes no in the next agreement of the old group: others may wait for it      | SHRINK                   |
 | SHRINK   | joins the group of the survivors                                             | COMPARE                  |
 | COMPARE  | compares its position with those of all survivors                            | all equal: REBUILD       |
 |          |                                                                              | otherwise: TAKE          |
 | TAKE     | takes the state of the lowest rank among those with the latest position      | REBUILD                  |
-| REBUILD  | rebuilds what depends on the group; its lowest rank is now the coordinator   | AGREE                    |
+| REBUILD  | rebuilds the group-dependent parts; the lowest rank is now the coordinator   | AGREE                    |
 | AGREE    | agrees with all survivors that everyone has come this far                    | CONTINUE                 |
 | CONTINUE | leaves the recovery and repeats the uncommitted work                         |                          |
 
@@ -88,7 +88,7 @@ class Recovery:
 
 
 class Recoverable(Protocol):
-    """What `recover` works on: a rank's group and its state."""
+    """A rank's group and its state, as `recover` needs them."""
 
     communicator: Communicator
 
@@ -100,7 +100,7 @@ class Recoverable(Protocol):
         """Take the position and the state of rank `source`: all or nothing. Collective."""
 
     def rebuild(self) -> None:
-        """Rebuild what depends on the group; leave unchanged what a recovery from a later failure needs. Collective."""
+        """Rebuild the group-dependent parts; keep the state that a later recovery needs. Collective."""
 
 
 def commit(communicator: Communicator) -> None:

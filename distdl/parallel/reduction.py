@@ -109,11 +109,11 @@ class Reduction:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Release what MPI keeps for this object; do not use it afterwards. Collective."""
+        """Release MPI's resources for this object; do not use it afterwards. Collective."""
 
 
 class _Schedule(NamedTuple):
-    """What this rank does for the total of a step: its own tree nodes, the actions, and the total that they fill."""
+    """A rank's part in the total of a step: its own tree nodes, its actions, and the total that they fill."""
 
     nodes: list[TreeNode]
     actions: list[Action]

@@ -22,7 +22,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 K = TypeVar("K")
 #: The micro-batches that one rank computes in a step, in increasing order.
 Shard: TypeAlias = range | tuple[int, ...]
-#: Where a tree node is held: the rank, and the number of its slot.
+#: The place of a tree node: the rank that holds it, and the number of its slot.
 Place: TypeAlias = tuple[int, int]
 #: Additions, in order, as (into, from): the sum stays at the first place.
 Merges: TypeAlias = Sequence[tuple[Place, Place]]
@@ -93,7 +93,7 @@ def contiguous_shards(leaves: int, ranks: int) -> list[range]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the tree nodes of a step are held, and the additions that complete the tree."""
+    """The places of the tree nodes of a step, and the additions that complete the tree."""
 
     nodes: list[list[TreeNode]]
     """For each rank: its tree nodes after its own additions, one per slot."""

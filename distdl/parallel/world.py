@@ -43,7 +43,7 @@ def world() -> Communicator:
 
 
 def tell_the_others(error: DistdlError) -> None:
-    """Report an error that perhaps only this rank has, so that no rank waits for this one.
+    """Report an error that perhaps only this rank has: no other rank may wait for this one.
 
     Before the world exists, this function creates it: every other rank then raises this error, or that of a lower
     rank, in its call of `world`. Later it ends the job. Raises `UserError` if no world can be created.

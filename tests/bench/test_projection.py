@@ -1,4 +1,4 @@
-"""The fit recovers the numbers behind made-up measurements, and returns None if they do not determine it."""
+"""The fit recovers the numbers of artificial measurements, and returns None if they do not determine it."""
 
 import itertools
 import random
@@ -36,7 +36,7 @@ SETUPS = [("strong", n, 8) for n in (1, 2, 4)] + [("weak", n, 8 * n) for n in (1
 
 
 def measured(model, *, noise=0.0, setups=SETUPS):
-    """Steps that the model predicts, each changed by up to `noise`."""
+    """Return the steps that the model predicts, each changed by up to `noise`."""
     chance = random.Random(1)
     points = []
     for kind, ranks, micro_batches in setups:
@@ -77,7 +77,7 @@ NUMBERS = ("once_seconds", "micro_batch_seconds", "latency_seconds", "byte_secon
 
 
 @pytest.mark.parametrize("reduction", ["tree", "allreduce"])
-def test_the_fit_recovers_the_numbers_behind_the_steps(reduction):
+def test_the_fit_recovers_the_numbers_of_the_steps(reduction):
     known = CostModel(reduction, *(getattr(KNOWN, name) for name in ("gradient_bytes", *NUMBERS)))
     found = fit(measured(known), reductions(known), reduction, GRADIENT)
     for name in NUMBERS:

@@ -131,7 +131,7 @@ def test_a_run_folder_is_chosen_once_if_none_is_given(tmp_path):
     assert starts == [[given], [given, "--resume=auto"]]
 
 
-def test_a_wrong_flag_leaves_no_chosen_folder_behind(tmp_path):
+def test_a_wrong_flag_leaves_no_chosen_folder(tmp_path):
     code, starts, _ = run_scripted(tmp_path, ["refused", 0], "--epochs=none")
     assert code == 2
     assert [flag.partition("=")[0] for flag in starts[0]] == ["--epochs", "--run-dir"]
@@ -196,25 +196,61 @@ def test_a_signal_ends_the_job_and_the_restarts(tmp_path, number):
     until(lambda: are_gone(ranks_of(tmp_path)))
 
 
-def test_a_launcher_that_hangs_at_a_second_signal_is_killed(tmp_path):
-    program = """
-import os, signal, sys, threading, time
+#: Runs a launcher, sends it SIGTERM a number of times, and prints the exit code of the job.
+SUPERVISOR = """
+import os, pathlib, signal, sys, threading, time
 from distdl.job import restarts
-restarts.SECONDS_TO_END = 1.0
-deaf = "import pathlib, signal, time; signal.signal(15, signal.SIG_IGN); pathlib.Path('deaf').touch(); time.sleep(600)"
+
+if sys.argv[2]:
+    restarts.SECONDS_TO_END = float(sys.argv[2])
+
 def send():
-    while not os.path.exists("deaf"):
-        time.sleep(0.01)
-    for _ in range(2):
+    for number in range(int(sys.argv[1])):
+        while not pathlib.Path(f"ready-{number}").exists():
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.5)
+
 threading.Thread(target=send).start()
-print(restarts._Job().run([sys.executable, "-c", deaf], dict(os.environ)))
+print(restarts._Job().run([sys.executable, "-c", sys.argv[3]], dict(os.environ)))
 """
+#: Ends some seconds after a number of signals, with exit code 7; with -1, never.
+LAUNCHER = """
+import pathlib, signal, time
+heard = []
+
+def hear(*_):
+    heard.append(True)
+    pathlib.Path(f"ready-{{len(heard)}}").touch()
+
+signal.signal(signal.SIGTERM, hear)
+pathlib.Path("ready-0").touch()
+while len(heard) != {signals}:
+    time.sleep(0.01)
+time.sleep({seconds})
+raise SystemExit(7)
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "to_end", "signals", "seconds", "code"),
+    [
+        pytest.param(2, "1", -1, 0, 128 + signal.SIGKILL, id="one that never ends is killed"),
+        pytest.param(2, "", 2, 3, 7, id="one that ends some seconds after the second signal is not"),
+        pytest.param(1, "1", 1, 4, 7, id="nor is one that got one signal, however long it takes"),
+    ],
+)
+def test_a_launcher_that_hangs_at_a_second_signal_is_killed(tmp_path, sent, to_end, signals, seconds, code):
+    """A busy launcher may take seconds to end all ranks, and a rank to write its checkpoint."""
+    launcher = LAUNCHER.format(signals=signals, seconds=seconds)
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", SUPERVISOR, str(sent), to_end, launcher],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
-    assert done.stdout == f"{128 + signal.SIGKILL}\n"
+    assert done.stdout == f"{code}\n"
 
 
 @needs_mpirun

@@ -117,19 +117,20 @@ class Member:
 @pytest.mark.parametrize(
     ("lost", "outcomes", "flags"),
     [
-        pytest.param(PeerLost("lost"), [False, True], [False, True], id="a failure in the work is refused first"),
-        pytest.param(agreed(PeerLost("lost")), [True], [True], id="a failure that an agreement reported is not"),
+        pytest.param(PeerLost("lost"), [False, True], [False, True], id="a failure in the work: vote no first"),
+        pytest.param(agreed(PeerLost("lost")), [True], [True], id="a failure in an agreement: no vote"),
         pytest.param(
-            PeerLost("lost"), [agreed(PeerLost("another")), True], [False, True], id="the refusal may report another"
+            PeerLost("lost"),
+            [agreed(PeerLost("another")), True],
+            [False, True],
+            id="that vote reports another",
         ),
-        pytest.param(
-            PeerLost("lost"), [False, False, True], [False, True, True], id="the last agreement may say no once"
-        ),
+        pytest.param(PeerLost("lost"), [False, False, True], [False, True, True], id="the last agreement fails once"),
         pytest.param(
             PeerLost("lost"),
             [False, agreed(PeerLost("another")), True],
             [False, True, True],
-            id="the last agreement may report another failure",
+            id="the last agreement reports another failure",
         ),
     ],
 )

@@ -23,7 +23,7 @@ class Killed(BaseException):
 
 
 class FlakyDisk:
-    """A replacement for `os` that fails after so many system calls or bytes, once or from then on."""
+    """A replacement for `os` that fails after a number of system calls or bytes, once or always from then on."""
 
     CALLS = ("open", "writev", "fsync", "close", "rename", "unlink", "listdir", "fstat")
 
@@ -41,7 +41,7 @@ class FlakyDisk:
 
         def call(*arguments, **named):
             if name == "close":
-                os.close(*arguments)  # in any case: this process continues
+                os.close(*arguments)  # always, because this process continues
             self.made.append(name)
             if self.calls_left == 0:
                 if self.once:
@@ -134,8 +134,8 @@ def test_an_interruption_at_any_system_call_leaves_the_old_checkpoint_or_the_new
         outcomes.append(newest_intact_step(folder))
         if len(cut_off) == calls:
             break
-    # The folder, the remains of an earlier kill, the temporary file, the rename; then the new file is read back; then
-    # older ones are removed.
+    # First the folder, the remains of an earlier kill, the temporary file and the rename. Then the new file is read
+    # back, and older ones are removed.
     durably = ["open", "unlink", "open", "writev", "fsync", "close", "rename", "fsync", "close"]
     assert cut_off[: len(durably)] == durably
     assert cut_off[len(durably) :][:3] == ["open", "listdir", "open"]
@@ -159,7 +159,7 @@ def test_a_write_that_is_short_at_any_byte_is_continued(folder, monkeypatch):
         checkpoints.path_of_step(folder, 2).unlink()
 
 
-def test_a_disk_that_takes_nothing_without_a_reason_is_an_error_and_no_endless_loop(folder, monkeypatch):
+def test_a_disk_that_writes_nothing_and_gives_no_reason_is_an_error_and_no_endless_loop(folder, monkeypatch):
     install(monkeypatch, bytes_until=100, failure=None)
     with pytest.raises(OSError, match="takes nothing"):
         checkpoints.write(checkpoints.path_of_step(folder, 2), small(2))
@@ -296,7 +296,7 @@ def test_the_checksum_is_the_documented_one():
 def test_the_elements_of_each_tensor_are_aligned_in_the_file():
     """A reader that maps the file into memory needs no copy of them."""
     dtypes = (np.uint8, np.float32, np.int64, np.float64, np.int32)
-    for length in range(1, 17):  # of the name, and thus of the header
+    for length in range(1, 17):  # of the name, and so of the header
         arrays = {f"{'n' * length}{number}": np.ones(3, dtype) for number, dtype in enumerate(dtypes)}
         content = checkpoints.encode(Checkpoint(arrays, {"step": 1}))
         header_bytes = int.from_bytes(content[:8], "little")
@@ -339,14 +339,14 @@ def test_the_newest_intact_checkpoint_is_used_and_the_damaged_ones_are_named(fol
         assert str(path) in complaints[-1]
 
 
-def test_if_all_are_damaged_the_error_says_so(folder):
+def test_the_error_says_that_no_checkpoint_is_intact(folder):
     path = checkpoints.path_of_step(folder, 1)
     path.write_bytes(b"")
     with pytest.raises(DamagedFileError, match=r"no checkpoint in .* is intact"):
         checkpoints.newest_intact(folder)
 
 
-def test_the_last_and_the_best_are_kept(tmp_path):
+def test_the_last_and_the_best_checkpoints_are_kept(tmp_path):
     for step in range(1, 8):
         checkpoints.write(checkpoints.path_of_step(tmp_path, step), small(step))
         checkpoints.remove_old(tmp_path, step, keep=3, best_step=2)
