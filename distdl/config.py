@@ -327,11 +327,7 @@ def _check_path(config: TrainConfig, name: str) -> None:
 
 
 def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)  # such a letter is an undecoded byte
 
 
 def is_own(name: str) -> bool:

@@ -110,9 +110,6 @@ def load(
     ]
 
 
-# ------------------------------------------------------------------------------------------------- checkpoints and data
-
-
 def _read(given: Path, *, best: bool) -> _Source:
     """Read the newest or the best checkpoint, and check its settings."""
     try:
@@ -180,9 +177,6 @@ def _load_dataset(first: _Source, data_dir: Path | None, dataset: Dataset | str 
     if data_dir is not None and not reads_data_dir(trained_on):
         raise UserError(f"--data-dir does nothing for {trained_on}, which {first.given} was trained on: leave it out")
     return load_dataset(dataset or trained_on, data_dir or first.config.data_dir)
-
-
-# ------------------------------------------------------------------------------------------------------------- networks
 
 
 def _build(

@@ -180,15 +180,13 @@ def _wait_for_the_lock(folder: Path, job: _Job) -> None:
 
 def _identity(path: Path) -> tuple[int, int] | None:
     """Return a value that changes if another file replaces this one; None if the file does not exist."""
-    try:
+    with suppress(OSError):
         found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns
+        return found.st_ino, found.st_mtime_ns
+    return None
 
 
 def _signal_name(number: int) -> str:
-    try:
+    with suppress(ValueError):
         return signal.Signals(number).name
-    except ValueError:
-        return f"exit code {128 + number}"
+    return f"exit code {128 + number}"

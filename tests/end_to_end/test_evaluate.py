@@ -368,7 +368,7 @@ def test_regression_is_scored_by_its_loss_and_has_no_confusion_matrix(tmp_path):
     }
     for flag in ("--confusion", "--confusion-figure=c.png", "--misclassified=m.png"):
         with pytest.raises(UserError, match=f"{flag.split('=')[0]} is for .* task has numbers; leave the flag out"):
-            evaluate_runs.check_task(trained[0], shown.parse([str(tmp_path), flag]))
+            evaluate_runs.check_task(trained[0], shown.COMMAND.parse([str(tmp_path), flag]))
 
 
 # ------------------------------------------------------------------------------------------------------- output, files

@@ -1,4 +1,6 @@
-"""MNIST and Fashion-MNIST: four IDX files each, from a folder or downloaded.
+"""MNIST (handwritten digits) and Fashion-MNIST (clothes): four IDX files each, from a folder or downloaded.
+
+Both have 60,000 images of 28x28 pixels, 0 .. 255, in ten classes, and 10,000 more, their test part.
 
 Sources: Y. LeCun, C. Cortes, C. J. C. Burges, *The MNIST database of handwritten digits*, 1998; H. Xiao, K. Rasul,
 R. Vollgraf, *Fashion-MNIST: a novel image dataset for benchmarking machine learning algorithms*, 2017,
@@ -69,12 +71,12 @@ FASHION_MNIST = Published(
 
 
 def load_mnist(data_dir: Path | None) -> Dataset:
-    """Return MNIST: 60,000 handwritten digits of 28x28 pixels, 0 .. 255, and 10,000 more, its test part."""
+    """Return MNIST."""
     return _load(MNIST, data_dir)
 
 
 def load_fashion_mnist(data_dir: Path | None) -> Dataset:
-    """Return Fashion-MNIST: images of clothes in ten classes, with the sizes and counts of MNIST."""
+    """Return Fashion-MNIST."""
     return _load(FASHION_MNIST, data_dir)
 
 

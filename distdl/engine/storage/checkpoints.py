@@ -80,11 +80,6 @@ def encoded(checkpoint: Checkpoint) -> list[bytes | memoryview]:
     return [header.replace(NO_DIGEST.encode(), digest.hexdigest().encode(), 1), *data]
 
 
-def encode(checkpoint: Checkpoint) -> bytes:
-    """Return the bytes of the file."""
-    return b"".join(encoded(checkpoint))
-
-
 def decode(data: bytes, name: str) -> Checkpoint:
     """Return the content of a file; raise `DamagedFileError` with its `name` if the bytes are damaged."""
     metadata, place = _metadata(data, len(data), name)

@@ -131,9 +131,6 @@ def find_checkpoint(source: Path, name: str) -> FoundCheckpoint:
     return found
 
 
-# --------------------------------------------------------------------------------------------- the content of a folder
-
-
 def refuse_links(folder: Path) -> None:
     """Raise `UserError` if anything that a run writes, cuts or removes in its folder is a link or no regular file.
 
@@ -193,9 +190,6 @@ def _newest_step(folder: Path) -> int | None:
 
 def _used_meanwhile(folder: Path) -> UserError:
     return UserError(f"the run folder {folder} was used by another run meanwhile: start again")
-
-
-# --------------------------------------------------------------------------------------------------- making and locking
 
 
 @contextmanager

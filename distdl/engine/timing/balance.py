@@ -117,10 +117,7 @@ class Dealer(StepObserver):
 
 
 class BalancedDealer(Dealer):
-    """Deals by measured speed, whole blocks of the canonical tree first.
-
-    `micro_batches` is the number of a full batch.
-    """
+    """Deals by measured speed; `micro_batches` is the number of a full batch."""
 
     def __init__(
         self, rank: int, ranks: int, micro_batches: int, clock: Callable[[], float] = time.perf_counter

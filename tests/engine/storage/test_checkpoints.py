@@ -100,7 +100,7 @@ DISK_ERRORS = errors(errno.ENOSPC, errno.EIO, errno.EDQUOT)
 @pytest.mark.parametrize("target", [1, 2], ids=["over the old file", "next to the old file"])
 def test_an_interruption_at_any_byte_of_a_write_leaves_the_old_checkpoint(folder, monkeypatch, target, failure):
     path = checkpoints.path_of_step(folder, target)
-    size = len(checkpoints.encode(small(2)))
+    size = len(b"".join(checkpoints.encoded(small(2))))
     for count in range(size):
         with monkeypatch.context() as patched:
             install(patched, bytes_until=count, failure=failure)
@@ -150,7 +150,7 @@ def test_short_writes_are_continued(folder, monkeypatch, piece):
 
 
 def test_a_write_that_is_short_at_any_byte_is_continued(folder, monkeypatch):
-    size = len(checkpoints.encode(small(2)))
+    size = len(b"".join(checkpoints.encoded(small(2))))
     for count in range(1, size):
         with monkeypatch.context() as patched:
             install(patched, bytes_until=count, failure=None, once=True)
@@ -230,7 +230,7 @@ def damaged_copies(data):
 
 def test_every_flipped_bit_and_every_truncation_is_named_and_the_previous_checkpoint_is_used(folder):
     path = checkpoints.path_of_step(folder, 2)
-    whole = checkpoints.encode(small(2))
+    whole = b"".join(checkpoints.encoded(small(2)))
     path.write_bytes(whole)
     assert newest_intact_step(folder) == 2
     for data in damaged_copies(whole):
@@ -286,7 +286,7 @@ def test_a_file_with_another_form_of_name_is_no_checkpoint(folder):
 
 
 def test_the_checksum_is_the_documented_one():
-    data = checkpoints.encode(small(1))
+    data = b"".join(checkpoints.encoded(small(1)))
     length = int.from_bytes(data[:8], "little")
     metadata = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["distdl"])
     zeroed = data.replace(metadata["sha256"].encode(), b"0" * 64)
@@ -298,7 +298,7 @@ def test_the_elements_of_each_tensor_are_aligned_in_the_file():
     dtypes = (np.uint8, np.float32, np.int64, np.float64, np.int32)
     for length in range(1, 17):  # of the name, and so of the header
         arrays = {f"{'n' * length}{number}": np.ones(3, dtype) for number, dtype in enumerate(dtypes)}
-        content = checkpoints.encode(Checkpoint(arrays, {"step": 1}))
+        content = b"".join(checkpoints.encoded(Checkpoint(arrays, {"step": 1})))
         header_bytes = int.from_bytes(content[:8], "little")
         assert header_bytes % 8 == 0
         entries = json.loads(content[8 : 8 + header_bytes])
