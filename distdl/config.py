@@ -276,7 +276,6 @@ def check_kind(name: str, value: object, kind: Any) -> None:
 
 
 def _check_ranges(config: TrainConfig) -> None:
-    """Raise `UserError` for a number out of range."""
 
     def at_least(least: int, *names: str) -> None:
         for name in names:

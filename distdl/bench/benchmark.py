@@ -28,10 +28,8 @@ from distdl.bench.tables import (
 )
 from distdl.engine.console import Console
 from distdl.engine.environment import describe, numerics
-from distdl.engine.storage.files import try_folder, write_durably
+from distdl.engine.storage.files import check_output, try_folder, write_durably, write_output
 from distdl.engine.storage.run_folder import unused_folder
-from distdl.engine.timing.trace import check_writable
-from distdl.engine.timing.trace import write as write_trace
 from distdl.errors import UserError
 from distdl.inference import figures
 from distdl.parallel import Communicator, contiguous_shards, guard, on_rank_0, together, world
@@ -164,7 +162,7 @@ def benchmark(settings: BenchSettings, communicator: Communicator | None = None)
         folder = on_rank_0(communicator, lambda: _output_folder(settings))
         trace_file = settings.trace
         if trace_file is not None:
-            on_rank_0(communicator, lambda: check_writable(trace_file))
+            on_rank_0(communicator, lambda: check_output(trace_file, "--trace"))
         bench = Workbench(settings, communicator, ranks)
         result = _run(bench, describe(communicator), ranks, print_line)
         if communicator.rank == 0:
@@ -290,10 +288,7 @@ def _write(folder: Path, result: BenchmarkResult, print_line: Callable[[str], No
 
 
 def _write_trace(path: Path, trace: Mapping[str, Any], print_line: Callable[[str], None]) -> None:
-    try:
-        write_trace(path, trace)
-    except OSError as error:
-        raise UserError(f"--trace {path} cannot be written: {error.strerror or error}; give another file") from None
+    write_output(path, json.dumps(trace).encode(), "--trace")
     print_line(f"trace: {path} (for ui.perfetto.dev)")
 
 

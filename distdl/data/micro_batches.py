@@ -37,8 +37,7 @@ class MicroBatches:
     def load(self, rows: Rows, index: int, key: Key | None = None) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """Return images (N, H, W, C), normalized, and labels (N, ...) of micro-batch `index` of the batch `rows`.
 
-        With a key the images are augmented, and labels of pixels move along. The next call with the same N
-        overwrites the images.
+        With a key they are augmented: labels of pixels move along. The next call with the same N overwrites the images.
         """
         self.loaded += 1
         rows = micro_batch(rows, index, self.micro_batch_size)

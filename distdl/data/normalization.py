@@ -1,7 +1,6 @@
 """Mean and deviation of each channel, measured on the training part alone.
 
-For bytes the measurement is exact: it uses integer sums alone. To apply it takes one subtraction and one division for
-each pixel. So a row gets the same bits in every batch.
+For bytes the measurement is exact: it uses integer sums alone. A row gets the same bits in every batch.
 
 Dimensions: N samples, H height, W width, C channels; n rows of a block.
 """
@@ -47,10 +46,7 @@ def measure(images: NDArray[Any], rows: NDArray[np.int64]) -> Normalization:
     """Return mean and deviation of each channel over the given rows of `images` (N, H, W, C), uint8 or float32.
 
     ``mean = Σx / m`` and ``deviation = √(Σ(x - mean)² / m)`` over the m pixels of a channel. For uint8 both sums are
-    exact. A constant channel gets deviation 1, so it becomes zero. The images are read block by block; memory stays
-    small for a dataset of any size.
-
-    Raises `UserError` if a pixel is not a finite number.
+    exact. A constant channel gets deviation 1, so it becomes zero. Raises `UserError` if a pixel is not finite.
     """
     moments = _moments_of_bytes if images.dtype == np.uint8 else _moments_of_floats
     with np.errstate(invalid="ignore"):  # infinite pixels are refused below
@@ -93,8 +89,7 @@ def _moments_of_floats(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return mean and variance from two passes in float64.
 
-    Its 53 bits hold the sum of half a billion equal float32 numbers (24 bits) without rounding. So the variance of a
-    constant channel is exactly zero.
+    The sum of half a billion equal float32 numbers fits into its 53 bits. So a constant channel has variance zero.
     """
     count = len(rows) * math.prod(images.shape[1:-1])
     mean = sum(block.sum(axis=0, dtype=np.float64) for block in _blocks(images, rows)) / count

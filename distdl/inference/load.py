@@ -93,7 +93,7 @@ def load(
         together(communicator, lambda: _refuse_unused_models(models, configs))
         arrays = on_rank_0(communicator, lambda: _data_arrays(sources, data_dir, dataset)) or {}
         shared = share_arrays(communicator, arrays)
-        data = [PreparedDataset.from_arrays(shared, _prefix(config.seed)) for config in configs]
+        data = [PreparedDataset.from_arrays(shared, f"{config.seed} ") for config in configs]
         networks = together(
             communicator,
             lambda: [_build(configs[i], facts[i][1], data[i], build_network, models) for i in range(len(facts))],
@@ -117,9 +117,7 @@ def _read(given: Path, *, best: bool) -> _Source:
     """Read the newest or the best checkpoint, and check its settings."""
     try:
         if best and given.is_file():
-            raise UserError(
-                f"--best looks for the best checkpoint of a run folder, and {given} is a file: leave it out"
-            )
+            raise UserError(f"--best looks for the best checkpoint of a run folder; {given} is a file: leave it out")
         found = find_checkpoint(given, str(given))
         header = found.header()
         if best:
@@ -164,7 +162,7 @@ def _data_arrays(
             )
     arrays: dict[str, NDArray[Any]] = {}
     for seed, data in of_seed.items():
-        arrays |= data.to_arrays(_prefix(seed))
+        arrays |= data.to_arrays(f"{seed} ")
     return arrays
 
 
@@ -184,18 +182,12 @@ def _load_dataset(first: _Source, data_dir: Path | None, dataset: Dataset | str 
     return load_dataset(dataset or trained_on, data_dir or first.config.data_dir)
 
 
-def _prefix(seed: int) -> str:
-    """Return the prefix of the arrays that depend on the seed."""
-    return f"{seed} "
-
-
 # ------------------------------------------------------------------------------------------------------------- networks
 
 
 def _build(
     config: TrainConfig, path: str, data: PreparedDataset, build_network: BuildNetwork | None, models: Sequence[str]
 ) -> Sequential:
-    """Build the network that the settings of a run name."""
     name, given = config.model, build_network if is_own(config.model) else None
     if is_own(name) and given is None:
         name = next((model for model in models if names_match(model, config.model)), "")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +21,10 @@ from distdl.engine.environment import numerics
 from distdl.engine.metrics import METRIC_FIELDS
 from distdl.errors import UserError
 from distdl.inference.load import Trained
+from distdl.inference.options import Part
 from distdl.nn import make_loss
 from distdl.nn.network_copies import half_precision
 from distdl.parallel import REDUCTIONS, Communicator, Layout, contiguous_shards, guard, together, world
-
-Part = Literal["validation", "test"]
-PARTS: tuple[Part, ...] = get_args(Part)
 
 
 @dataclass(frozen=True)

@@ -81,10 +81,9 @@ def load_fashion_mnist(data_dir: Path | None) -> Dataset:
 def _load(published: Published, data_dir: Path | None) -> Dataset:
     """Read the four files from `data_dir`, each plain or gzipped (``.gz``); without `data_dir` download them.
 
-    The files of a folder may hold any valid IDX data. Downloads stay in the user's cache folder. Their sha256 is
-    checked at every start.
-
-    Raises `UserError` if a file cannot be read or does not fit the others, `DamagedFileError` if a file is damaged.
+    The files of a folder may hold any valid IDX data. Downloads stay in the user's cache folder; their sha256 is
+    checked at every start. Raises `UserError` if a file cannot be read or does not fit the others, `DamagedFileError`
+    if a file is damaged.
     """
     paths = _download_all(published) if data_dir is None else _find_in(data_dir, published)
     train_images, train_labels = _read_pair(paths[0], paths[1])
@@ -166,8 +165,7 @@ def _download(pooch: Any, published: Published, name: str) -> Path:
 def _fetch(size: int, url: str, output: str, _pooch: Any) -> None:
     """Download exactly `size` bytes from `url` to the file `output`, over HTTPS only, redirects included.
 
-    pooch calls it, compares the sha256, and then moves the file to its place. Raises `OSError` or `ValueError` if
-    the download differs, at the first byte too many.
+    pooch calls it, and compares the sha256. Raises `OSError` or `ValueError` if the download fails or is too long.
     """
     requests = importlib.import_module("requests")  # pooch needs it too
     with requests.Session() as session:

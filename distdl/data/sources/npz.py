@@ -4,9 +4,8 @@
     labels        integers from 0, (N,) or one for each pixel (N, H, W); or floats, numbers to predict, (N, D)
     test_images, test_labels    the test part, if the dataset has its own
 
-The names of Keras are also accepted: ``x_train``, ``y_train``, ``x_test`` and ``y_test``.
-
-The file is not trusted. Nothing is unpickled. Memory is allocated only if an array's size agrees with the archive.
+The names of Keras, as in `NAMES`, are also accepted. The file is not trusted: nothing is unpickled, and memory is
+allocated only if an array's size agrees with the archive.
 """
 
 from __future__ import annotations

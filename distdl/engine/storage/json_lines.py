@@ -20,8 +20,7 @@ def line_of(record: Mapping[str, Any]) -> bytes:
 class JsonLines:
     """A file of one JSON object per line, first cut to a given length.
 
-    If a full disk refuses bytes, they wait in memory, from the exact byte at which the disk was full. They are written
-    before anything else as soon as there is room. So no record is lost or torn.
+    Bytes that a full disk refuses wait in memory, and are written first as soon as there is room. So no record is torn.
     """
 
     def __init__(self, path: Path, keep_bytes: int = 0) -> None:

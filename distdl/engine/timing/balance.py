@@ -1,8 +1,7 @@
 """Shards of micro-batches: equal ones, or with `--balance` shards by measured speed.
 
-Every rank times its micro-batches. The seconds travel in the record of the reduction, in a field with one entry per
-rank. So after each step all ranks hold the same numbers and draw the same conclusions (`Balance`, which is pure).
-The bits do not depend on the rank that computes a micro-batch.
+The seconds of each rank's micro-batches travel in the record of the reduction. So after each step all ranks hold the
+same numbers and draw the same conclusions (`Balance`). The rank that computes a micro-batch does not change the bits.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ LEAST_STEPS = 5
 STEPS_BETWEEN_TRIALS = 50
 #: or later, so that trials cost at most this part of the time.
 COST_OF_TRIALS = 0.02
-#: A rank that sleeps while it waits, on a core that another load uses too, gets the core back only after the load's
-#: time slice of some milliseconds, in each wait of a step. So with `--balance` ranks poll for longer than a slice.
+#: A rank that sleeps on a core with another load gets the core back only after the load's time slice of some
+#: milliseconds. So with `--balance` waiting ranks poll for longer than a slice.
 SPIN_SECONDS = 20e-3
 
 

@@ -10,9 +10,10 @@ from pretended_ranks import World
 from small_runs import piece_of_digits, remove, small_config, small_run
 
 from distdl.engine import train
+from distdl.engine.storage.files import check_output
 from distdl.engine.timing import timeline as timeline_module
 from distdl.engine.timing.timeline import STEPS_COMPARED, Spent, Timeline
-from distdl.engine.timing.trace import MOST_STEPS, TRACK, Trace, check_writable
+from distdl.engine.timing.trace import MOST_STEPS, TRACK, Trace
 from distdl.errors import UserError
 from distdl.parallel import OneProcess
 
@@ -181,7 +182,7 @@ def test_a_trace_that_cannot_be_written_is_refused_before_the_run_starts(tmp_pat
     with pytest.raises(
         UserError, match=r"^--trace .* cannot be written: .*; give another file$|is a folder: give the name"
     ):
-        check_writable(tmp_path / name)
+        check_output(tmp_path / name, "--trace")
     with pytest.raises(UserError, match="--trace"):
         train(small_config(tmp_path / "run", trace=tmp_path / name), OneProcess())
     assert not (tmp_path / "run").exists()
@@ -211,7 +212,7 @@ def test_a_trace_replaces_only_a_regular_file(tmp_path, kind):
 def test_a_trace_may_replace_an_older_trace(tmp_path):
     path = tmp_path / "trace.json"
     path.write_text("an older one")
-    check_writable(path)
+    check_output(path, "--trace")
     assert path.read_text() == "an older one"
 
 
