@@ -165,10 +165,10 @@ def _output_folder(settings: BenchSettings) -> Path:
     folder = settings.out or unused_folder(f"{settings.model}-bench")
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--out {folder} exists and is not an empty folder: give another")
+            raise UserError(f"--out {folder} exists and is not an empty folder: give another folder")
         try_folder(folder)
     except OSError as error:
-        raise UserError(f"--out {folder} cannot be written: {error.strerror}; give another") from None
+        raise UserError(f"--out {folder} cannot be written: {error.strerror}; give another folder") from None
     return folder
 
 

@@ -114,14 +114,14 @@ class Branches(Composite):
 
     def __init__(self, *branches: Sequence[Layer]) -> None:
         if not branches:
-            raise UserError("Branches: none given, expected at least one list of layers")
+            raise UserError("Branches: no branches given, expected at least one list of layers")
         super().__init__([(f"branch_{number}", layers) for number, layers in enumerate(branches, 1)])
 
     def _joined_shape(self, shapes: Sequence[Shape]) -> Shape:
         if len({shape[:-1] for shape in shapes}) > 1:
             given = ", ".join(show_shape(shape) for shape in shapes)
             raise UserError(
-                f"the outputs of the branches are {given}: expected the same but for the channels; use padding"
+                f"the outputs of the branches are {given}: expected the same except for the channels; use padding"
             )
         self.widths = [shape[-1] for shape in shapes]
         return (*shapes[0][:-1], sum(self.widths))

@@ -80,7 +80,9 @@ class Sequential:
         self.layer_names = self.stack.names
         every = list(self.every_layer())
         if not every or len(set(map(id, every))) < len(every):
-            raise UserError("a network needs at least one layer, and each layer only once; make a new one instead")
+            raise UserError(
+                "a network needs at least one layer, and each layer only once; create a new layer for each place"
+            )
         self.input_shape = _checked_shape(input_shape)
         #: If set, it is called with "forward" or "backward" and the name of each part that has just finished, and with
         #: None as the name when a pass begins. A fused block is one part and runs once per tile.
