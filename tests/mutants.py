@@ -1,4 +1,4 @@
-"""Mutation run: change the package at random places, one at a time, and see whether a test fails.
+"""Mutation run: change the package at random places, one at a time, and check whether a test fails.
 
     python tests/mutants.py                             # 200 mutants of all modules: hours
     python tests/mutants.py --count 20 --only distdl/engine --seed 3
@@ -12,8 +12,8 @@ The run works in a temporary copy of the repository. For each mutant it runs tes
 mirrors the module, the other files of that folder, the files that mention the module, and some end-to-end files. It
 leaves out files that fail without a mutant. Use an environment with Open MPI: other MPIs skip most tests of recovery.
 
-Mutated are comparisons, boundaries, `and`/`or`, conditions, arithmetic, numbers, booleans and statements. Docstrings,
-annotations, messages, assertions, constants in capitals and `__main__` guards are not.
+It mutates comparisons, boundaries, `and`/`or`, conditions, arithmetic, numbers, booleans and statements. It does not
+mutate docstrings, annotations, messages, assertions, constants in capitals and `__main__` guards.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ END_TO_END = (
     "tests/test_under_mpirun.py",
 )
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv*", "runs", "__pycache__", ".*_cache", "build", "*.egg-info")
-#: A test file may take so many times as long as without a mutant, and so many seconds more.
+#: The time limit of a test file: this factor times its time without a mutant, plus these seconds.
 FACTOR, SECONDS_MORE = 4.0, 60.0
 #: The mark, in the environment, of all processes that a test file starts.
 MARK = "DISTDL_MUTANT_TEST"
@@ -114,7 +114,7 @@ class Mutant:
 
 
 def mutants_of(path: Path, source: bytes) -> Iterator[Mutant]:
-    """All mutants of a file."""
+    """Yield all mutants of a file."""
     starts = [0]
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
@@ -136,7 +136,7 @@ def mutants_of(path: Path, source: bytes) -> Iterator[Mutant]:
 
 
 def not_mutated(node: ast.AST) -> Iterator[ast.AST]:
-    """The parts of a node that stay as they are."""
+    """Yield the parts of a node that are not mutated."""
     if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
         yield node.annotation
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -154,14 +154,14 @@ def not_mutated(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def is_constant(statement: ast.stmt) -> bool:
-    """Whether a statement assigns to names in capitals, or to names such as ``__all__``."""
+    """Return whether a statement assigns to names in capitals, or to names such as ``__all__``."""
     targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
     names = [target.id for target in targets if isinstance(target, ast.Name)]
     return bool(names) and all(name.isupper() or name.startswith("__") for name in names)
 
 
 def changes(node: ast.AST, *, is_nested: bool) -> Iterator[tuple[ast.AST, str, str]]:
-    """The changes of a node: the part that is replaced, the kind, and the new text."""
+    """Yield the changes of a node: the part to replace, the kind, and the new text."""
 
     def replaced(**parts: object) -> str:
         new = copy.copy(node)
@@ -191,14 +191,14 @@ def changes(node: ast.AST, *, is_nested: bool) -> Iterator[tuple[ast.AST, str, s
 
 
 def is_text(node: ast.expr) -> bool:
-    """Whether an operand is a text or a list: the operator joins, and is none of arithmetic."""
+    """Return whether an operand is a text or a list, so that the operator joins them."""
     return isinstance(node, ast.JoinedStr | ast.List | ast.Tuple) or (
         isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)
     )
 
 
 def is_deletable(node: ast.AST, *, is_nested: bool) -> bool:
-    """Whether a statement can go without a `NameError` soon after."""
+    """Return whether removing a statement causes no `NameError` soon after."""
     if isinstance(node, ast.Assign):
         return all(isinstance(target, ast.Attribute | ast.Subscript) for target in node.targets)
     if isinstance(node, ast.Expr):
@@ -210,7 +210,7 @@ def is_deletable(node: ast.AST, *, is_nested: bool) -> bool:
 
 
 def tests_of(path: Path) -> list[str]:
-    """The test files for a module of the package, in the order in which they run."""
+    """Return the test files for a module of the package, in the order in which they run."""
     module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
     package, _, name = module.rpartition(".")
     folder = Path("tests", *path.parts[1:-1])
@@ -255,7 +255,7 @@ class Copy:
         return "survived", ""
 
     def seconds_of(self, file: str) -> float | None:
-        """Return how long a test file takes without a mutant; None if it fails, or has no test to run here."""
+        """Return the time of a test file without a mutant; None if it fails, or has no test to run here."""
         if file not in self._baseline:
             started = time.monotonic()
             code = self._run(file, 1800.0)
@@ -265,7 +265,7 @@ class Copy:
         return self._baseline[file]
 
     def _write(self, path: Path, content: bytes) -> None:
-        """Write a file with a time of its own; otherwise Python may take its compiled form for that of another one."""
+        """Write a file with a unique time. Otherwise Python may use the compiled form of another mutant."""
         self._writes += 1
         (self.folder / path).write_bytes(content)
         os.utime(self.folder / path, (self._writes, self._writes))
@@ -299,7 +299,7 @@ class Copy:
 
 
 def equivalent() -> set[str]:
-    """The known equivalent mutants; what follows a # is the reason."""
+    """Return the known equivalent mutants. A reason follows after #."""
     lines = EQUIVALENT.read_text().splitlines() if EQUIVALENT.is_file() else []
     return {line.partition("  # ")[0].strip() for line in lines if line.strip() and not line.startswith("#")}
 
@@ -319,11 +319,11 @@ def chosen(only: str, count: int, seed: int) -> list[Mutant]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Change the package at random places and see whether a test fails.")
+    parser = argparse.ArgumentParser(description="Change the package at random places and check whether a test fails.")
     parser.add_argument("--count", type=int, default=200, help="mutants to test (200)")
-    parser.add_argument("--seed", type=int, default=0, help="another choice of mutants (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of mutants (0)")
     parser.add_argument("--only", default="distdl", metavar="PATH", help="mutants of these files only (distdl)")
-    parser.add_argument("--jobs", type=int, default=1, help="mutants at the same time, each in a copy of its own (1)")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants at the same time, each in a separate copy (1)")
     parser.add_argument("--list", action="store_true", help="print the known equivalent mutants")
     arguments = parser.parse_args()
     if arguments.list:

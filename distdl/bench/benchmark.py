@@ -8,24 +8,17 @@ import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from distdl.bench import tables
 from distdl.bench.chart import ScalingCurve, scaling_figure
 from distdl.bench.communication import FEW_SIZES, SIZES, ReductionTimes, measure_agreement, measure_communication
 from distdl.bench.layers import LayerTimes, measure_layers
 from distdl.bench.measure import MeasuredCase, Measurement, Workbench, measure_scaling, scaling_cases
-from distdl.bench.projection import CostModel, FitCheck, MeasuredReduction, MeasuredStep, check, fit, predict
+from distdl.bench.projection import CostModel, FitCheck, MeasuredStep, check, fit, predict
 from distdl.bench.settings import SCALINGS, BenchSettings, rank_counts
-from distdl.bench.tables import (
-    base_rate,
-    communication_table,
-    fit_lines,
-    layers_table,
-    projection_table,
-    same_bits,
-    scaling_table,
-)
 from distdl.engine.console import Console
 from distdl.engine.environment import describe, numerics
 from distdl.engine.storage.files import check_output, try_folder, write_durably, write_output
@@ -35,6 +28,10 @@ from distdl.inference import figures
 from distdl.parallel import Communicator, contiguous_shards, guard, on_rank_0, together, world
 
 BENCH_FORMAT = 1
+NO_PROJECTION = (
+    "no projection: it needs at least two micro-batches in --batch-size, and either --network or a reduction measured "
+    "between ranks with a core each"
+)
 
 
 @dataclass(frozen=True)
@@ -48,10 +45,10 @@ class BenchmarkResult:
     agreements: dict[int, float]
     """Median seconds of an agreement, by the number of ranks."""
     layers: LayerTimes | None
-    fitted: CostModel | None = None
+    fitted: CostModel | None
     """Cost model of the measured interconnect."""
-    checks: Sequence[FitCheck] = ()
-    projected: CostModel | None = None
+    checks: Sequence[FitCheck]
+    projected: CostModel | None
     """Cost model of the interconnect to predict for."""
 
     @property
@@ -75,33 +72,30 @@ class BenchmarkResult:
 
     def lines(self) -> list[str]:
         """Return all tables as lines."""
-        tables = [scaling_table(self.measured, kind) for kind in self.kinds]
-        bits = same_bits(self.measured, self.settings.reduction)
-        tables += [[bits]] if bits is not None else []
+        settings = self.settings
+        found = [tables.scaling_table(self.measured, kind) for kind in self.kinds]
+        bits = tables.same_bits(self.measured, settings.reduction)
+        if bits is not None:
+            found.append([bits])
         if self.layers is not None:
-            tables.append(layers_table(self.layers))
-        if self.settings.communication:
-            tables.append(communication_table(self.communication, self.agreements))
+            found.append(tables.layers_table(self.layers))
+        if settings.communication:
+            found.append(tables.communication_table(self.communication, self.agreements))
         if self.fitted is not None:
-            tables.append(fit_lines(self.fitted, self.checks))
+            found.append(tables.fit_lines(self.fitted, self.checks))
         if self.projected is not None:
-            batch = self.settings.batch_size, self.settings.micro_batches
-            tables += [projection_table(self.projected, kind, batch, self.projected_over) for kind in self.kinds]
+            batch = settings.batch_size, settings.micro_batches
+            found += [tables.projection_table(self.projected, kind, batch, self.projected_over) for kind in self.kinds]
         elif self.measured:
-            tables.append(
-                [
-                    "no projection: it needs at least two micro-batches in --batch-size, and either --network or a "
-                    "reduction measured between ranks with a core each"
-                ]
-            )
-        return [line for table in tables for line in ("", *table)]
+            found.append([NO_PROJECTION])
+        return [line for table in found for line in ("", *table)]
 
     def chart(self) -> bytes:
         """Return ``scaling.svg``."""
         settings, environment = self.settings, self.environment
         curves = []
         for kind in self.kinds:
-            base = base_rate(self.measured, kind)
+            base = tables.base_rate(self.measured, kind)
             ours = [one for one in self.measured if one.case.kind == kind]
             speedups = {one.case.ranks: [rate / base for rate in one.rates()] for one in ours}
             curves.append(ScalingCurve(kind, speedups, self.predicted.get(kind, ())))
@@ -126,10 +120,7 @@ class BenchmarkResult:
                 "network": self.projected_over,
                 "model": asdict(self.projected),
                 "model_of_what_was_measured": None if self.fitted is None else asdict(self.fitted),
-                "checks": [
-                    {**asdict(one), "fitted_error": one.fitted_error, "left_out_error": one.left_out_error}
-                    for one in self.checks
-                ],
+                "checks": [asdict(one) for one in self.checks],
                 "speedups": self.predicted,
             }
         return {
@@ -150,12 +141,7 @@ def benchmark(settings: BenchSettings, communicator: Communicator | None = None)
     Raises `UserError` on every rank if a setting is invalid. Any other exception on any rank ends the job.
     """
     communicator = world() if communicator is None else communicator
-    console = Console(live=False)
-
-    def print_line(text: str) -> None:
-        if communicator.rank == 0:
-            console.line(text)
-
+    print_line = Console(live=False).line if communicator.rank == 0 else lambda _text: None
     with guard(communicator), numerics(threads=1):
         settings = together(communicator, settings.checked)
         ranks = together(communicator, lambda: rank_counts(settings.ranks, communicator.size))
@@ -165,13 +151,12 @@ def benchmark(settings: BenchSettings, communicator: Communicator | None = None)
             on_rank_0(communicator, lambda: check_output(trace_file, "--trace"))
         bench = Workbench(settings, communicator, ranks)
         result = _run(bench, describe(communicator), ranks, print_line)
-        if communicator.rank == 0:
-            for line in result.lines():
-                print_line(line)
-        together(communicator, lambda: _write(folder, result, print_line) if folder is not None else None)
+        on_rank_0(communicator, lambda: _report(folder, result, print_line))
         if trace_file is not None:
-            trace = bench.record_trace()
-            together(communicator, lambda: _write_trace(trace_file, trace, print_line) if trace is not None else None)
+            recorded = bench.record_trace()
+            content = json.dumps(recorded).encode()
+            on_rank_0(communicator, lambda: write_output(trace_file, content, "--trace"))
+            print_line(f"trace: {trace_file} (for ui.perfetto.dev)")
         return folder
 
 
@@ -180,10 +165,10 @@ def _output_folder(settings: BenchSettings) -> Path:
     folder = settings.out or unused_folder(f"{settings.model}-bench")
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--out {folder} exists and is not an empty folder: give another")
+            raise UserError(f"--out {folder} exists and is not an empty folder: give another folder")
         try_folder(folder)
     except OSError as error:
-        raise UserError(f"--out {folder} cannot be written: {error.strerror}; give another") from None
+        raise UserError(f"--out {folder} cannot be written: {error.strerror}; give another folder") from None
     return folder
 
 
@@ -205,17 +190,20 @@ def _run(
     communication = measure_communication(bench, sizes) if settings.communication or cases else []
     agreements = measure_agreement(bench) if settings.communication else {}
     measured = measure_scaling(bench, cases, print_line)
-    found = (settings, environment, measured, communication, agreements, layers)
-    if bench.communicator.rank > 0 or not cases:
-        return BenchmarkResult(*found)
-    steps, reductions = measured_steps(measured), measured_reductions(communication, settings.reduction)
-    fitted = fit(steps, reductions, settings.reduction, bench.network.gradients.nbytes)
-    checks = [] if fitted is None else check(steps, reductions, fitted)
-    projected = fitted
-    if settings.interconnect is not None:
-        gradient_bytes = bench.network.gradients.nbytes
-        projected = fit(steps, reductions, settings.reduction, gradient_bytes, settings.interconnect)
-    return BenchmarkResult(*found, fitted, checks, projected)
+    fitted = projected = None
+    checks: list[FitCheck] = []
+    if bench.communicator.rank == 0 and cases:
+        steps = measured_steps(measured)
+        reductions = [
+            (one.ranks, one.nbytes, one.median(settings.reduction)) for one in communication if not one.oversubscribed
+        ]
+        fit_to = partial(fit, steps, reductions, settings.reduction, bench.network.gradients.nbytes)
+        fitted = fit_to()
+        checks = [] if fitted is None else check(steps, reductions, fitted)
+        projected = fitted if settings.interconnect is None else fit_to(settings.interconnect)
+    return BenchmarkResult(
+        settings, environment, measured, communication, agreements, layers, fitted, checks, projected
+    )
 
 
 def _banner(bench: Workbench, environment: Mapping[str, Any], ranks: Sequence[int]) -> list[str]:
@@ -262,16 +250,11 @@ def _measured_step(measured: MeasuredCase) -> MeasuredStep:
     )
 
 
-def measured_reductions(communication: Sequence[ReductionTimes], reduction: str) -> list[MeasuredReduction]:
-    """Return the median seconds of a reduction alone, for ranks with a core each."""
-    return [
-        MeasuredReduction(one.ranks, one.nbytes, one.median(reduction))
-        for one in communication
-        if not one.oversubscribed
-    ]
-
-
-def _write(folder: Path, result: BenchmarkResult, print_line: Callable[[str], None]) -> None:
+def _report(folder: Path | None, result: BenchmarkResult, print_line: Callable[[str], None]) -> None:
+    """Print the tables, and write the files."""
+    assert folder is not None, "only rank 0 reports"
+    for line in result.lines():
+        print_line(line)
     files = {"bench.json": json.dumps(result.to_json(), indent=1).encode() + b"\n"}
     print_line("")
     if result.measured and figures.has_matplotlib():
@@ -285,11 +268,6 @@ def _write(folder: Path, result: BenchmarkResult, print_line: Callable[[str], No
     except OSError as error:
         raise UserError(f"cannot write the results to {folder}: {error.strerror or error}") from None
     print_line(f"written: {', '.join(str(folder / name) for name in files)}")
-
-
-def _write_trace(path: Path, trace: Mapping[str, Any], print_line: Callable[[str], None]) -> None:
-    write_output(path, json.dumps(trace).encode(), "--trace")
-    print_line(f"trace: {path} (for ui.perfetto.dev)")
 
 
 def _cpu() -> str:

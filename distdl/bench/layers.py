@@ -35,16 +35,6 @@ class TimedPass:
     product_seconds: float
     """Seconds of its matrix products alone."""
 
-    @property
-    def rate(self) -> float | None:
-        """Operations per second; None for a part without products."""
-        return self.operations / self.seconds if self.operations else None
-
-    @property
-    def product_rate(self) -> float | None:
-        """Operations per second of the products alone."""
-        return self.operations / self.product_seconds if self.operations else None
-
 
 @dataclass(frozen=True)
 class PartTime:
@@ -122,21 +112,17 @@ def _layer_times(bench: Workbench, world: Communicator) -> LayerTimes:
         watch.new_step()
         steps.take(1)
     bench.network.watch = None
-    return LayerTimes(
-        size,
-        watch.median("backward", None),
-        watch.median("forward", None),
-        _update_seconds(steps.state, bench.steps) / micro_batches,
-        [
-            PartTime(
-                name,
-                description,
-                _timed_pass(watch.median("forward", name), products.forward),
-                _timed_pass(watch.median("backward", name), products.backward),
-            )
-            for name, description, products in bench.network.parts(size)
-        ],
-    )
+    parts = [
+        PartTime(
+            name,
+            description,
+            _timed_pass(watch.median("forward", name), products.forward),
+            _timed_pass(watch.median("backward", name), products.backward),
+        )
+        for name, description, products in bench.network.parts(size)
+    ]
+    update_seconds = _update_seconds(steps.state, bench.steps) / micro_batches
+    return LayerTimes(size, watch.median("backward", None), watch.median("forward", None), update_seconds, parts)
 
 
 def _update_seconds(state: TrainingState, calls: int) -> float:

@@ -132,12 +132,6 @@ def scaling_cases(settings: BenchSettings, ranks: Sequence[int]) -> list[Scaling
     return cases
 
 
-def cores_of_ranks(communicator: Communicator) -> list[tuple[str, list[int]]]:
-    """Return each rank's host and the cores it may run on. Collective."""
-    found = communicator.allgather_json([socket.gethostname(), sorted(os.sched_getaffinity(0))])
-    return [(host, cores) for host, cores in found]
-
-
 def oversubscribed(cores_of_ranks: Sequence[tuple[str, Sequence[int]]], ranks: int) -> bool:
     """Return whether the first `ranks` ranks outnumber their cores on any host.
 
@@ -168,7 +162,8 @@ class Workbench:
         self.network = together(communicator, self._build)
         check_equal_networks(communicator, settings.model, self.network)
         self.worlds = {count: communicator.split(0 if communicator.rank < count else None) for count in ranks}
-        self.cores_of_ranks = cores_of_ranks(communicator)
+        #: Each rank's host and the cores it may run on.
+        self.cores_of_ranks = communicator.allgather_json([socket.gethostname(), sorted(os.sched_getaffinity(0))])
         self._first_weights, self._first_buffers = self.network.parameters.copy(), self.network.buffers.copy()
         self._steps: dict[ScalingCase, TrainingSteps] = {}
         self.steps = settings.steps or self._steps_in(MEASUREMENT_SECONDS)
@@ -306,7 +301,8 @@ def _dataset(settings: BenchSettings) -> PreparedDataset:
     if count * pixels > 4 * MOST_RANDOM_BYTES:
         shape = "x".join(map(str, settings.input_shape))
         raise UserError(
-            f"--input {shape} is too large: an image may have {4 * MOST_RANDOM_BYTES:,} numbers at most; give less"
+            f"--input {shape} is too large: an image may have at most {4 * MOST_RANDOM_BYTES:,} numbers; "
+            "give a smaller shape"
         )
     words = KEY.of("pixels").words(-(-count * pixels // 8))
     images = words.view(np.uint8)[: count * pixels].reshape(count, *settings.input_shape)

@@ -29,6 +29,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import TypeAlias
 
 from distdl.bench.settings import Interconnect
 from distdl.parallel import contiguous_shards
@@ -37,6 +38,8 @@ from distdl.parallel.tree import maximal_nodes
 MOST_RANKS = 1024
 #: The number of tree nodes per rank soon repeats from rank to rank, so the first ranks suffice.
 SHARDS_INSPECTED = 64
+#: Number of ranks, bytes of a vector, and seconds of its reduction alone, with one tree node per rank.
+MeasuredReduction: TypeAlias = tuple[int, int, float]
 
 
 @dataclass(frozen=True)
@@ -52,15 +55,6 @@ class MeasuredStep:
     reduction_seconds: float
     deviation: float
     """Relative standard deviation of compute over steps and ranks."""
-
-
-@dataclass(frozen=True)
-class MeasuredReduction:
-    """The seconds of a reduction alone, of a vector of `nbytes` with one tree node per rank."""
-
-    ranks: int
-    nbytes: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -93,11 +87,8 @@ class CostModel:
         """Return the prediction for a step."""
         compute = self.once_seconds + self.micro_batch_seconds * -(-micro_batches // ranks)
         f, g = messages(self.reduction, ranks), bytes_sent(self.reduction, ranks, micro_batches, self.gradient_bytes)
-        return PredictedStep(
-            compute,
-            self.latency_seconds * f + self.byte_seconds * g,
-            compute * self.deviation * expected_largest(ranks),
-        )
+        reduction = self.latency_seconds * f + self.byte_seconds * g
+        return PredictedStep(compute, reduction, compute * self.deviation * expected_largest(ranks))
 
 
 @dataclass(frozen=True)
@@ -108,16 +99,9 @@ class FitCheck:
     fitted_seconds: float
     left_out_seconds: float | None
     """None if the other steps do not determine a fit."""
-
-    @property
-    def fitted_error(self) -> float:
-        """Relative error of the fit to all steps."""
-        return self.fitted_seconds / self.point.step_seconds - 1
-
-    @property
-    def left_out_error(self) -> float | None:
-        """Relative error of the fit without this step."""
-        return None if self.left_out_seconds is None else self.left_out_seconds / self.point.step_seconds - 1
+    fitted_error: float
+    """Relative error of the fit to all steps."""
+    left_out_error: float | None
 
 
 def messages(reduction: str, ranks: int) -> int:
@@ -188,7 +172,7 @@ def fit(
     if interconnect is not None:
         latency_and_byte = (interconnect.latency_seconds, 1 / interconnect.bytes_per_second)
     else:
-        observed = [(one.ranks, one.ranks, one.nbytes, one.seconds) for one in reductions]
+        observed = [(ranks, ranks, nbytes, seconds) for ranks, nbytes, seconds in reductions]
         observed += [
             (step.ranks, step.micro_batches, gradient_bytes, step.reduction_seconds) for step in steps if step.ranks > 1
         ]
@@ -205,17 +189,14 @@ def fit(
 def check(steps: Sequence[MeasuredStep], reductions: Sequence[MeasuredReduction], model: CostModel) -> list[FitCheck]:
     """Return each measured step of strong and weak scaling with its predictions."""
     checks = []
-    for step in steps:
-        if step.kind != "share":
-            others = [other for other in steps if other is not step]
-            # One rank reduces nothing, so any interconnect will do.
-            interconnect = Interconnect(0.0, 1.0) if step.ranks == 1 else None
-            without = fit(others, reductions, model.reduction, model.gradient_bytes, interconnect)
-            fitted, left_out = (
-                None if one is None else one.step(step.ranks, step.micro_batches).seconds for one in (model, without)
-            )
-            assert fitted is not None
-            checks.append(FitCheck(step, fitted, left_out))
+    for step in (one for one in steps if one.kind != "share"):
+        others = [other for other in steps if other is not step]
+        interconnect = Interconnect(0.0, 1.0) if step.ranks == 1 else None  # any, because one rank reduces nothing
+        without = fit(others, reductions, model.reduction, model.gradient_bytes, interconnect)
+        fitted = model.step(step.ranks, step.micro_batches).seconds
+        left_out = None if without is None else without.step(step.ranks, step.micro_batches).seconds
+        left_out_error = None if left_out is None else left_out / step.step_seconds - 1
+        checks.append(FitCheck(step, fitted, left_out, fitted / step.step_seconds - 1, left_out_error))
     return checks
 
 

@@ -78,13 +78,12 @@ class BenchSettings:
     def checked(self) -> BenchSettings:
         """Return the settings; raise `UserError` if one is invalid."""
         check_model_name(self.model)
-        for kind, name, known in (
-            ("dataset", self.dataset or DATASETS[0], DATASETS),
-            ("optimizer", self.optimizer, OPTIMIZERS),
-            ("reduction", self.reduction, REDUCTIONS),
-            ("scaling", self.scaling, tuple(SCALINGS)),
+        for kind, known in (
+            *(("dataset", DATASETS), ("optimizer", OPTIMIZERS)),
+            *(("reduction", REDUCTIONS), ("scaling", tuple(SCALINGS))),
         ):
-            if name not in known:
+            name = getattr(self, kind)
+            if name is not None and name not in known:
                 raise unknown_name(kind, name, known)
         for flag, value in (
             ("--batch-size", self.batch_size),
@@ -96,37 +95,28 @@ class BenchSettings:
         ):
             if not 1 <= value <= MOST:
                 raise UserError(f"{flag} must be at least 1 and at most {MOST}, not {value}")
-        for is_wrong, message in (
-            (
-                self.micro_batch_size > self.batch_size,
-                f"--micro-batch-size {self.micro_batch_size} is larger than --batch-size {self.batch_size}: "
-                "give a smaller one or a larger batch",
-            ),
-            (
-                self.batch_size % self.micro_batch_size,
-                f"--batch-size {self.batch_size} is not a multiple of --micro-batch-size {self.micro_batch_size}: "
-                "the ranks cannot share it equally; give a multiple",
-            ),
-            (
-                not (SCALINGS[self.scaling] or self.layers or self.communication),
-                "--scaling none leaves nothing to measure: give --layers or --communication too",
-            ),
-            (
-                self.interconnect is not None and not SCALINGS[self.scaling],
-                "--network has no effect with --scaling none: leave one of them out",
-            ),
-            (
-                self.data_dir is not None and not (self.dataset and reads_data_dir(self.dataset)),
-                "--data-dir has no effect without --dataset mnist: give that too, or leave it out",
-            ),
-            (
-                "\0" in f"{self.data_dir}{self.out}{self.trace}",
-                "a path contains a NUL character: no file can have this name; give another path",
-            ),
-        ):
-            if is_wrong:
-                raise UserError(message)
+        self._check_combinations()
         return self
+
+    def _check_combinations(self) -> None:
+        if self.micro_batch_size > self.batch_size:
+            raise UserError(
+                f"--micro-batch-size {self.micro_batch_size} is larger than --batch-size {self.batch_size}: "
+                "give a smaller one or a larger batch"
+            )
+        if self.batch_size % self.micro_batch_size:
+            raise UserError(
+                f"--batch-size {self.batch_size} is not a multiple of --micro-batch-size {self.micro_batch_size}: "
+                "the ranks cannot share it equally; give a multiple"
+            )
+        if not (SCALINGS[self.scaling] or self.layers or self.communication):
+            raise UserError("--scaling none leaves nothing to measure: give --layers or --communication too")
+        if self.interconnect is not None and not SCALINGS[self.scaling]:
+            raise UserError("--network has no effect with --scaling none: leave one of them out")
+        if self.data_dir is not None and not (self.dataset and reads_data_dir(self.dataset)):
+            raise UserError("--data-dir has no effect without --dataset mnist: give that too, or leave it out")
+        if "\0" in f"{self.data_dir}{self.out}{self.trace}":
+            raise UserError("a path contains a NUL character: no file can have this name; give another path")
 
     @property
     def micro_batches(self) -> int:
@@ -193,6 +183,6 @@ def rank_counts(given: Sequence[int] | None, world_size: int) -> tuple[int, ...]
     if max(given) > world_size:
         raise UserError(
             f"--ranks {max(given)} is more than the {world_size} rank{'s' if world_size > 1 else ''} of this job: "
-            f"start it with mpirun -n {max(given)}, or give fewer"
+            f"start it with mpirun -n {max(given)}, or give fewer ranks"
         )
     return tuple(sorted({1, *given}))

@@ -72,9 +72,8 @@ def layers_table(times: LayerTimes) -> list[str]:
     rows = []
     for part in times.parts:
         passes = (part.forward, part.backward)
-        rows.append(
-            [part.name, part.description, *(cell for one in passes for cell in [*share(one.seconds), *_rates(one)])]
-        )
+        cells = (cell for one in passes for cell in [*share(one.seconds), *_rates(one)])
+        rows.append([part.name, part.description, *cells])
     forward = sum(part.forward.seconds for part in times.parts)
     backward = sum(part.backward.seconds for part in times.parts)
     rows.append(["network", "all parts", *share(forward), "", "", *share(backward), "", ""])
@@ -98,8 +97,10 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _rates(one: TimedPass) -> list[str]:
-    rates = (one.rate, one.product_rate) if one.seconds else (None, None)
-    return ["" if rate is None else f"{rate / 1e9:.1f}" for rate in rates]
+    """Return GFLOP/s of a pass, and of its matrix products alone; two empty cells without products."""
+    if not (one.seconds and one.operations):
+        return ["", ""]
+    return [f"{one.operations / seconds / 1e9:.1f}" for seconds in (one.seconds, one.product_seconds)]
 
 
 def communication_table(times: Sequence[ReductionTimes], agreements: Mapping[int, float]) -> list[str]:

@@ -1,7 +1,7 @@
 """Stopping at a signal: at the same step on all ranks, after a checkpoint (`docs/processes.md`, "Signals").
 
 A handler only notes the signal. The note travels in the record of the next step's reduction, in a field with one count
-per signal. So all ranks learn of it in the same step, on whichever rank the signal arrived. A signal outside of a step,
+per signal. So all ranks learn of it in the same step, even if only one rank got the signal. A signal outside of a step,
 or on a rank without a micro-batch, waits for the rank's next micro-batch.
 
 Two signals stop at once: Ctrl-C before the first step, because there is nothing to save, and a second signal.

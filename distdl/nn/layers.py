@@ -96,7 +96,7 @@ class Vectors:
         return Vectors(
             *(
                 {key.removeprefix(start): view for key, view in views.items() if key.startswith(start)}
-                for views in (self.parameters, self.gradients, self.buffers, self.statistics)
+                for views in vars(self).values()
             )
         )
 

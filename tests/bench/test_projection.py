@@ -8,7 +8,6 @@ import pytest
 
 from distdl.bench.projection import (
     CostModel,
-    MeasuredReduction,
     MeasuredStep,
     bytes_sent,
     check,
@@ -59,7 +58,7 @@ def measured(model, *, noise=0.0, setups=SETUPS):
 def reductions(model, *, noise=0.0):
     chance = random.Random(2)
     return [
-        MeasuredReduction(
+        (
             ranks,
             nbytes,
             (

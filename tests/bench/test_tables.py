@@ -151,9 +151,9 @@ def test_predictions_are_called_predictions():
 def test_the_lines_of_the_fit_show_its_errors():
     step = MeasuredStep("strong", 2, 8, 0.010, 0.009, 0.001, 0.0)
     model = CostModel("tree", 1000, 1e-3, 2e-3, 1e-5, 1e-9, 0.02)
-    lines = fit_lines(model, [FitCheck(step, 0.011, 0.008), FitCheck(step, 0.0101, None)])
+    lines = fit_lines(model, [FitCheck(step, 0.011, 0.008, 0.1, -0.2), FitCheck(step, 0.0101, None, 0.01, None)])
     assert "+10.0%" in lines[2]
     assert "-20.0%" in lines[2]
     assert lines[-2].strip() == "error of the fit: 5.5% (median), 10.0% (largest)"
     assert lines[-1].strip() == "error of a fit without the predicted point: 20.0% (median), 20.0% (largest)"
-    assert fit_lines(model, [FitCheck(step, 0.014, None)])[-1].strip().startswith("THE FIT IS POOR")
+    assert fit_lines(model, [FitCheck(step, 0.014, None, 0.4, None)])[-1].strip().startswith("THE FIT IS POOR")

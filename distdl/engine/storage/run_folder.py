@@ -118,7 +118,8 @@ def _given_checkpoint(config: TrainConfig, source: Path) -> StartingPoint:
 def find_checkpoint(source: Path, name: str) -> FoundCheckpoint:
     """Return the checkpoint at `source`, or the newest intact one of the run folder `source`.
 
-    Raises `UserError`, with `name` for the source, if there is none, `DamagedFileError` if none is intact, `OSError`.
+    Raises `UserError`, with `name` for the source, if no checkpoint exists, `DamagedFileError` if none is intact, and
+    `OSError`.
     """
     if source.is_file():
         return FoundCheckpoint(source, checkpoints.read(source), [])
