@@ -92,9 +92,8 @@ class Augmentation:
     def draw(self, key: Key, count: int) -> Draws:
         """Return random changes for `count` images, uniform within the limits of `transforms`."""
         asked = self.transforms
-        turn, grow, down, right, crop_y, crop_x, mirror, brighten = (
-            key.uniform(count * NUMBERS).reshape(count, NUMBERS).T
-        )
+        numbers = key.uniform(count * NUMBERS).reshape(count, NUMBERS)
+        turn, grow, down, right, crop_y, crop_x, mirror, brighten = numbers.T
         pieces = 2 * asked.crop + 1  # positions of a piece along an axis
         return Draws(
             angle=np.deg2rad(asked.rotate * (2 * turn - 1)),

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from distdl.errors import UserError
 
 BLOCK_ELEMENTS = 2**20
+#: Mean and variance of each channel.
+Moments = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +68,7 @@ def _blocks(images: NDArray[Any], rows: NDArray[np.int64]) -> Iterator[NDArray[A
         yield images[rows[start : start + size]].reshape(-1, channels)
 
 
-def _moments_of_bytes(
-    images: NDArray[np.uint8], rows: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _moments_of_bytes(images: NDArray[np.uint8], rows: NDArray[np.int64]) -> Moments:
     """Return mean and variance from the histogram of each channel; each is rounded once."""
     histograms = np.zeros((images.shape[-1], 256), np.int64)
     for block in _blocks(images, rows):
@@ -84,9 +84,7 @@ def _moments_of_bytes(
     return np.array(mean, np.float64), np.array(variance, np.float64)
 
 
-def _moments_of_floats(
-    images: NDArray[np.float32], rows: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _moments_of_floats(images: NDArray[np.float32], rows: NDArray[np.int64]) -> Moments:
     """Return mean and variance from two passes in float64.
 
     The sum of half a billion equal float32 numbers fits into its 53 bits. So a constant channel has variance zero.

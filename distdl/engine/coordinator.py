@@ -189,9 +189,7 @@ class Coordinator(RunListener):
             ("--threads-per-rank", threads, self.config.threads_per_rank),
         ):
             if was != now:
-                self.console.warning(
-                    f"the checkpoint was made with {what} {was}, this run has {now}: bits may differ from here on"
-                )
+                self.console.warning(f"the checkpoint was made with {what} {was}, this run has {now}: bits may differ")
 
     def stepped(self, state: TrainingState, batch: Sums, learning_rate: float) -> None:  # noqa: ARG002
         """Print new shares, and update the live line."""

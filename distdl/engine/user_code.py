@@ -111,10 +111,8 @@ def names_match(one: str, other: str) -> bool:
     >>> names_match("/home/ada/net.py:build", "net.py:build"), names_match("net.py:build", "net.py:make")
     (True, False)
     """
-    (place, _, name), (other_place, _, other_name) = one.rpartition(":"), other.rpartition(":")
-    modules = {
-        Path(where).stem if where.endswith(".py") else where.rpartition(".")[2] for where in (place, other_place)
-    }
+    (first, _, name), (second, _, other_name) = one.rpartition(":"), other.rpartition(":")
+    modules = {Path(place).stem if place.endswith(".py") else place.rpartition(".")[2] for place in (first, second)}
     return name == other_name and len(modules - {"__main__"}) <= 1
 
 

@@ -171,9 +171,8 @@ def _load_dataset(first: _Source, data_dir: Path | None, dataset: Dataset | str 
     if dataset is not None and trained_on in DATASETS and dataset != trained_on:
         raise UserError(f"{first.given} was trained on {trained_on}: leave --dataset {dataset} out")
     if dataset is None and is_own(trained_on):  # no code runs because a checkpoint names it
-        raise UserError(
-            f"{first.given} was trained on a dataset from user code; if you trust that code, add --dataset {trained_on}"
-        )
+        what = f"{first.given} was trained on a dataset from user code"
+        raise UserError(f"{what}; if you trust that code, add --dataset {trained_on}")
     if data_dir is not None and not reads_data_dir(trained_on):
         raise UserError(f"--data-dir does nothing for {trained_on}, which {first.given} was trained on: leave it out")
     return load_dataset(dataset or trained_on, data_dir or first.config.data_dir)

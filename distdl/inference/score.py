@@ -102,10 +102,9 @@ def _score(one: Trained, rows: NDArray[np.int64], communicator: Communicator) ->
     shards = contiguous_shards(batches.count(len(rows)), communicator.size)
     reduction = REDUCTIONS["tree"](communicator, Layout(METRIC_FIELDS))
     outputs = np.empty((len(rows), *one.network.output_shape), np.float32)
+    loss = make_loss(one.loss_name)
     with numerics(one.config.threads_per_rank):
-        sums = evaluation.evaluate(
-            one.network, make_loss(one.loss_name), batches, rows, shards, reduction, rank=rank, outputs=outputs
-        )
+        sums = evaluation.evaluate(one.network, loss, batches, rows, shards, reduction, rank=rank, outputs=outputs)
     ends = [min(shard.stop * size, len(rows)) for shard in shards]
     counts = np.diff([0, *ends]) * outputs[:1].nbytes
     communicator.allgatherv(outputs.reshape(-1).view(np.uint8), counts.tolist())

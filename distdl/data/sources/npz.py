@@ -120,9 +120,8 @@ def _array(archive: NpzFile, path: Path, name: str) -> NDArray[Any]:
     except KeyError:
         raise UserError(f"{quoted(path)} has {name} in another form than numpy.savez writes it ({name}.npy)") from None
     if member.compress_type not in METHODS or member.flag_bits & 1:
-        raise UserError(
-            f"{name} of {quoted(path)} is encrypted, or compressed by another method: expected a file from numpy.savez"
-        )
+        what = f"{name} of {quoted(path)} is encrypted, or compressed by another method"
+        raise UserError(f"{what}: expected a file from numpy.savez")
     if member.file_size > MOST_DEFLATED * member.compress_size:
         raise ValueError(f"{name} cannot have the {member.file_size} bytes that it announces")
     with container.open(member) as stream:
