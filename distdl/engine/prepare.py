@@ -43,6 +43,7 @@ from distdl.parallel import (
     together,
     world,
 )
+from distdl.parallel.communicator import SPIN_SECONDS
 from distdl.rng import Key
 from distdl.transforms import Transforms
 
@@ -89,7 +90,7 @@ def _agree_on_config(
 ) -> TrainConfig:
     """Return the checked config of rank 0 on all ranks. Collective."""
     config = together(communicator, lambda: labelled(config, build_network, dataset).checked())
-    communicator.spin_seconds = balance.SPIN_SECONDS if config.balance else Communicator.spin_seconds
+    communicator.waiting.spin_seconds = balance.SPIN_SECONDS if config.balance else SPIN_SECONDS
     return TrainConfig.from_json(communicator.bcast_json(config.to_json()))
 
 
