@@ -57,27 +57,23 @@ class Optimizer(ABC):
 
     def update(self, parameters: Vector, gradients: Vector, learning_rate: float, step: int) -> None:
         """Apply update number `step` = 1, 2, …; overwrite both vectors (the gradient serves as scratch)."""
-        if self.weight_decay or self.l1:
-            for piece in _pieces(self.decay_slices):
-                scratch = self._scratch[: piece.stop - piece.start]
-                self._decay(parameters[piece], gradients[piece], learning_rate, scratch)
+        for piece in _pieces(self.decay_slices if self.weight_decay or self.l1 else ()):
+            w, g, scratch = parameters[piece], gradients[piece], self._scratch[: piece.stop - piece.start]
+            if self.weight_decay:
+                self._decay(w, g, learning_rate, scratch)
+            if self.l1:
+                np.sign(w, out=scratch)
+                scratch *= self.l1
+                g += scratch
         for piece in _pieces(self._updated):
             scratch = self._scratch[: piece.stop - piece.start]
             state = {name: vector[piece] for name, vector in self.state.items()}
             self._rule(parameters[piece], gradients[piece], state, learning_rate, step, scratch)
 
     def _decay(self, w: Vector, g: Vector, learning_rate: float, scratch: Vector) -> None:
-        """Add the terms of λ and `l1` to the piece `g` of the gradient."""
-        if self.weight_decay:
-            np.multiply(w, self.weight_decay, out=scratch)
-            g += scratch
-        self._add_l1(w, g, scratch)
-
-    def _add_l1(self, w: Vector, g: Vector, scratch: Vector) -> None:
-        if self.l1:
-            np.sign(w, out=scratch)
-            scratch *= self.l1
-            g += scratch
+        """Add the term of λ to the piece `g` of the gradient."""
+        np.multiply(w, self.weight_decay, out=scratch)
+        g += scratch
 
     @abstractmethod
     def _rule(self, w: Vector, g: Vector, state: State, learning_rate: float, step: int, scratch: Vector) -> None:
@@ -201,9 +197,7 @@ class AdamW(Adam):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019): w ← w - ηλw first, then Adam without λ."""
 
     def _decay(self, w: Vector, g: Vector, learning_rate: float, scratch: Vector) -> None:
-        if self.weight_decay:
-            w *= 1 - learning_rate * self.weight_decay
-        self._add_l1(w, g, scratch)
+        w *= 1 - learning_rate * self.weight_decay
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {

@@ -199,7 +199,7 @@ class Workbench:
     @contextmanager
     def world(self, ranks: int) -> Iterator[Communicator | None]:
         """Yield the world of the first `ranks` ranks; yield None on the other ranks, which then sleep until the end."""
-        self.communicator.oversubscribed = oversubscribed(self.cores_of_ranks, ranks)
+        self.communicator.waiting.oversubscribed = oversubscribed(self.cores_of_ranks, ranks)
         yield self.worlds[ranks]
         self.communicator.barrier(longest_pause_seconds=IDLE_PAUSE_SECONDS)
 

@@ -34,6 +34,7 @@ from distdl.errors import UserError
 from distdl.job.warden import Warden
 from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, Survivors, from_rank_0, guard, on_rank_0, share_arrays, together, world
+from distdl.parallel.communicator import SPIN_SECONDS
 from distdl.rng import Key
 from distdl.transforms import Transforms
 
@@ -80,7 +81,7 @@ def _agree_on_config(
 ) -> TrainConfig:
     """Return the checked config of rank 0 on all ranks. Collective."""
     config = together(communicator, lambda: labelled(config, build_network, dataset).checked())
-    communicator.spin_seconds = balance.SPIN_SECONDS if config.balance else Communicator.spin_seconds
+    communicator.waiting.spin_seconds = balance.SPIN_SECONDS if config.balance else SPIN_SECONDS
     return TrainConfig.from_json(communicator.bcast_json(config.to_json()))
 
 

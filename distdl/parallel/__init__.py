@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from distdl.parallel.agreement import (
-    end_rank_after_host_fault,
-    from_rank_0,
-    guard,
-    on_rank_0,
-    together,
-)
+from distdl.parallel.agreement import end_rank_after_host_fault, from_rank_0, guard, on_rank_0, together
 from distdl.parallel.communicator import Communicator, CompletedRecovery, OneProcess, ranks_per_host
 from distdl.parallel.dealing import deal, loads_by_speed
 from distdl.parallel.record import Field, Layout, Record
@@ -18,31 +12,8 @@ from distdl.parallel.shared import share_arrays
 from distdl.parallel.tree import Shard, contiguous_shards
 from distdl.parallel.world import tell_the_others, world
 
-__all__ = [
-    "REDUCTIONS",
-    "Communicator",
-    "CompletedRecovery",
-    "Field",
-    "Layout",
-    "OneProcess",
-    "Position",
-    "Record",
-    "Reduction",
-    "Shard",
-    "Survivors",
-    "commit",
-    "committed",
-    "contiguous_shards",
-    "deal",
-    "end_rank_after_host_fault",
-    "from_rank_0",
-    "guard",
-    "loads_by_speed",
-    "on_rank_0",
-    "ranks_per_host",
-    "recover",
-    "share_arrays",
-    "tell_the_others",
-    "together",
-    "world",
-]
+__all__ = ["end_rank_after_host_fault", "from_rank_0", "guard", "on_rank_0", "together"]
+__all__ += ["Communicator", "CompletedRecovery", "OneProcess", "ranks_per_host"]
+__all__ += ["Field", "Layout", "Record", "Shard", "contiguous_shards", "deal", "loads_by_speed"]
+__all__ += ["Position", "Survivors", "commit", "committed", "recover"]
+__all__ += ["REDUCTIONS", "Reduction", "share_arrays", "tell_the_others", "world"]

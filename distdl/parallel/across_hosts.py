@@ -22,12 +22,7 @@ from distdl.parallel.tree import Place, Plan
 
 
 def exchange(
-    leaders: Communicator,
-    layout: Layout,
-    plan: Plan,
-    buffers: Mapping[Place, Bytes],
-    received: Bytes,
-    total: Bytes,
+    leaders: Communicator, layout: Layout, plan: Plan, buffers: Mapping[Place, Bytes], received: Bytes, total: Bytes
 ) -> list[Action]:
     """Return the actions of a leader: finish the tree for its slice, and copy the other slices into `total`.
 

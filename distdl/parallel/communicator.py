@@ -26,6 +26,8 @@ Span = tuple[int, int]
 
 #: A waiting rank checks at least this often whether it can continue.
 LONGEST_PAUSE_SECONDS = 1e-3
+#: Most waits of a training step are shorter than this.
+SPIN_SECONDS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,17 @@ class CompletedRecovery:
 
     lost_ranks: list[int]
     seconds: float
+
+
+@dataclass
+class Waiting:
+    """How the ranks of a group wait; the parts that are split from it share this object."""
+
+    spin_seconds: float = SPIN_SECONDS
+    """A waiting rank polls for this time before it sleeps, unless there are more ranks than cores."""
+    oversubscribed: bool = False
+    """Whether there are more ranks than cores. Then a waiting rank sleeps at once and leaves its core to others."""
+    cores_noticed: bool = False
 
 
 class Communicator(ABC):
@@ -46,16 +59,7 @@ class Communicator(ABC):
     survives_failures: bool = False
     #: The recovery that was needed while MPI started; `Survivors` takes and reports it.
     recovery_at_start: CompletedRecovery | None = None
-    #: A waiting rank polls for this time before it sleeps (unless there are more ranks than cores). Most waits of a
-    #: training step are shorter than a millisecond.
-    spin_seconds: float = 1e-3
-    #: Whether there are more ranks than cores. Then a waiting rank sleeps at once and leaves its core to others.
-    oversubscribed: bool = False
-
-    @property
-    def seconds_waiting(self) -> float:
-        """Seconds that this rank has waited for others in this group and its parts; large transfers do not count."""
-        return 0.0
+    waiting: Waiting
 
     @property
     def world_ranks(self) -> list[int]:
@@ -81,7 +85,7 @@ class Communicator(ABC):
         raise NotImplementedError
 
     def notice_cores(self) -> None:  # noqa: B027  one process has nothing to find out
-        """Set `oversubscribed` if that has not been done yet. Collective."""
+        """Set ``waiting.oversubscribed`` if that has not been done yet. Collective."""
 
     @abstractmethod
     def barrier(self, longest_pause_seconds: float = LONGEST_PAUSE_SECONDS) -> None:
@@ -134,6 +138,7 @@ class OneProcess(Communicator):
     def __init__(self, description: str = "one process") -> None:
         self.rank = 0
         self.size = 1
+        self.waiting = Waiting()
         self.description = description
 
     def barrier(self, longest_pause_seconds: float = LONGEST_PAUSE_SECONDS) -> None: ...

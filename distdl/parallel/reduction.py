@@ -184,7 +184,10 @@ class TreeReduction(Reduction):
             actions = [host.barrier, add, host.barrier]
         if self._leaders is not None:
             lo, hi = layout.cuts(self._leaders.size)[self._leaders.rank :][:2]
-            self._make_room((hi - lo) * sum(map(len, plan.remaining)))
+            nbytes = (hi - lo) * sum(map(len, plan.remaining))
+            if self._received.size < nbytes:
+                self._schedules.clear()
+                self._received = aligned_empty(nbytes, np.uint8)
             actions += across_hosts.exchange(self._leaders, layout, plan, buffers, self._received, self._total)
         if host.size > 1 and several_hosts:
             actions.append(host.barrier)
@@ -208,11 +211,6 @@ class TreeReduction(Reduction):
             self._slots[:slots_per_rank] = [self._shared[rank, slot] for slot in range(slots_per_rank)]
             self._records = [self.layout.record(slot) for slot in self._slots]
         return self._shared
-
-    def _make_room(self, nbytes: int) -> None:
-        if self._received.size < nbytes:
-            self._schedules.clear()
-            self._received = aligned_empty(nbytes, np.uint8)
 
 
 class AllreduceReduction(Reduction):

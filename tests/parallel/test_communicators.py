@@ -88,12 +88,12 @@ def test_the_guard_passes_an_error_that_every_rank_raises():
 @pytest.mark.parametrize("meet", [lambda ranks: ranks.barrier(), lambda ranks: ranks.split(0).free()])
 def test_a_waiting_rank_leaves_its_core_to_others(communicator, meet):
     communicator.barrier()
-    before, waited = time.process_time(), communicator.seconds_waiting
+    before, started = time.process_time(), time.perf_counter()
     if communicator.rank == 0:
         time.sleep(1.0)
     meet(communicator)
     if communicator.rank > 0:
-        assert communicator.seconds_waiting - waited > 0.5
+        assert time.perf_counter() - started > 0.5
         assert time.process_time() - before < 0.5  # a rank that spins would burn the whole second
 
 
@@ -232,9 +232,9 @@ def test_many_trainings_on_several_hosts_do_not_exhaust_the_communicators(commun
     own = communicator.split(communicator.rank)
     monkeypatch.setattr(type(communicator), "host", lambda _: own)
     for number in range(2):
-        before = list(communicator._common.comms)
+        before = list(communicator._related.comms)
         small_run(communicator, shared_tmp_path / str(number), epochs=1)
-        assert communicator._common.comms == before
+        assert communicator._related.comms == before
     remove(communicator, shared_tmp_path)
     own.free()
 
@@ -257,10 +257,10 @@ def test_an_abort_after_a_recovery_wakes_the_survivors_and_ends_the_launcher_not
     done = []
 
     class Survivors:
-        _common = SimpleNamespace(revoke=lambda: done.append("survivors"))
+        _related = SimpleNamespace(revoke=lambda: done.append("survivors"))
 
     before = object.__new__(mpi.MpiCommunicator)
-    before._common = SimpleNamespace(revoke=lambda: done.append("before"))
+    before._related = SimpleNamespace(revoke=lambda: done.append("before"))
     above = [Process(22, "sh", "S", 11, 0), Process(11, "prterun", "S", 7, 0), Process(7, "mpirun", "S", 1, 0)]
     monkeypatch.setattr(mpi, "_world", Survivors())
     monkeypatch.setattr(mpi, "SECONDS_TO_PASS_ON", 0.0)
