@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str]) -> SearchSettings:
     for one in settings.ranges:
         if one.name in for_train:
             raise UserError(
-                f"{flag_of(one.name)} is searched by --range {one}, and also given after --: leave one of them out"
+                f"{flag_of(one.name)} is searched by --range {one}, and given after --: leave one of them out"
             )
     return replace(settings, config=train.config_of(for_train)).checked()
 
