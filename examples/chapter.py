@@ -57,7 +57,7 @@ def run(example, description, *, has_data=False, options=Options):
         given = SimpleNamespace(**vars(command.parse(arguments)))
         given.communicator = communicator = world()
         given.key = Key(given.seed)
-        given.say = print if communicator.rank == 0 else lambda *_: None
+        given.print = print if communicator.rank == 0 else lambda *_: None
         on_rank_0(communicator, lambda: check_file(given.out))
         with guard(communicator), numerics(threads=1):
             example(given)
@@ -97,7 +97,7 @@ def write(figure, out):
         figure.savefig(out, dpi=100)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}; give another file") from error
-    print(f"picture: {out}")
+    print(f"figure: {out}")
 
 
 def new_folder(options):

@@ -1,9 +1,9 @@
-"""Step, sigmoid and ReLU, drawn together, with tanh, leaky ReLU and all derivatives; softmax (sections 3.2, 3.5).
+"""Step, sigmoid, ReLU, tanh and leaky ReLU with their derivatives, in one figure; softmax (sections 3.2, 3.5).
 
     python examples/chapter_3_activations.py
 
-The step function is written here, since nothing can learn through it: its derivative is 0. The others are layers
-of the library; `backward` of ones gives the derivative (Ng, week 3).
+The step function is defined here, because a network cannot learn through it: its derivative is 0. The others are layers
+of the library. Their `backward` of ones returns the derivative (Ng, week 3).
 """
 
 import chapter
@@ -15,25 +15,25 @@ LAYERS = {"sigmoid": nn.Sigmoid(), "ReLU": nn.ReLU(), "tanh": nn.Tanh(), "leaky 
 
 
 def step_function(x):
-    """1 where x > 0, else 0 (section 3.2.1)."""
+    """Return 1 for x > 0, else 0 (section 3.2.1)."""
     return np.where(x > 0, 1, 0)
 
 
 def value_and_derivative(layer, x):
-    """Return what the layer makes of x (N,), and its derivative there."""
+    """Return the output of a layer for x (N,), and its derivative."""
     network = nn.Sequential([layer], (1,), dtype=np.float64)
     y = network.forward(x[:, None]).ravel().copy()
     return y, layer.backward(np.ones((len(x), 1))).ravel().copy()
 
 
 def softmax(a):
-    """exp(a) / Σ exp(a); subtracting the maximum changes nothing but that nothing overflows (section 3.5.2)."""
+    """Return exp(a) / Σ exp(a). The maximum is subtracted first, so that nothing overflows (section 3.5.2)."""
     exponentials = np.exp(a - a.max())
     return exponentials / exponentials.sum()
 
 
 def main(options):
-    """Draw the functions of 3.2, and the derivatives; print a few values that are known."""
+    """Draw the functions and their derivatives; print a few known values."""
     x = np.linspace(-5, 5, 501)
     figure, (values, derivatives) = chapter.axes(1, 2)
     values.plot(x, step_function(x), "k--", label="step")
@@ -46,14 +46,14 @@ def main(options):
     values.legend()
     chapter.save(figure, options)
 
-    options.say(f"step of -1, 0, 1, 2: {step_function(np.array([-1, 0, 1, 2])).tolist()}")
+    options.print(f"step of -1, 0, 1, 2: {step_function(np.array([-1, 0, 1, 2])).tolist()}")
     points = np.array([-1.0, 0.0, 1.0])
     for name, layer in LAYERS.items():
         y, dy = value_and_derivative(layer, points)
-        options.say(f"{name} of -1, 0, 1: {np.round(y, 4).tolist()}, derivative {np.round(dy, 4).tolist()}")
+        options.print(f"{name} of -1, 0, 1: {np.round(y, 4).tolist()}, derivative {np.round(dy, 4).tolist()}")
     probabilities = softmax(np.array([1010.0, 1000.0, 990.0]))
-    options.say(f"softmax of 1010, 1000, 990: {probabilities.tolist()}")
-    options.say(f"it sums to {probabilities.sum():.12f} (the book: 1)")
+    options.print(f"softmax of 1010, 1000, 990: {probabilities.tolist()}")
+    options.print(f"it sums to {probabilities.sum():.12f} (the book: 1)")
 
 
 if __name__ == "__main__":

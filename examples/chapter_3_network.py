@@ -2,7 +2,7 @@
 
     python examples/chapter_3_network.py
 
-Here it is three products of matrices. The same weights in a network of the library give the same output.
+It consists of three matrix products. A network of the library with the same weights gives the same output.
 """
 
 import chapter
@@ -17,19 +17,19 @@ X = np.array([1.0, 0.5])
 
 
 def sigmoid(x):
-    """1 / (1 + exp(-x))"""
+    """Return 1 / (1 + exp(-x))."""
     return 1 / (1 + np.exp(-x))
 
 
 def forward(x):
-    """Return what each layer of neurons holds: x (2,), Z1 (3,), Z2 (2,), y (2,)."""
+    """Return the values of each layer: x (2,), Z1 (3,), Z2 (2,), y (2,)."""
     Z1 = sigmoid(x @ W1 + B1)
     Z2 = sigmoid(Z1 @ W2 + B2)
     return [x, Z1, Z2, Z2 @ W3 + B3]
 
 
 def library_network():
-    """Return the same network made of layers."""
+    """Return the same network, made of the library's layers."""
     layers = [nn.Affine(3), nn.Sigmoid(), nn.Affine(2), nn.Sigmoid(), nn.Affine(2), nn.Identity()]
     network = nn.Sequential(layers, (2,), dtype=np.float64)
     for (_, parameter), value in zip(network.named_parameters(), [W1, B1, W2, B2, W3, B3], strict=True):
@@ -38,7 +38,7 @@ def library_network():
 
 
 def main(options):
-    """Print the book's steps, and draw the network with its numbers."""
+    """Print the values of each layer, and draw the network with them."""
     neurons = forward(X)
     figure, (ax,) = chapter.axes(1, 1)
     places = [[(layer, (len(held) - 1) / 2 - i) for i in range(len(held))] for layer, held in enumerate(neurons)]
@@ -53,10 +53,10 @@ def main(options):
     chapter.save(figure, options)
 
     y = library_network().forward(X[None])[0]
-    options.say(f"Z2 = {neurons[2].round(8).tolist()}, y = {neurons[3].round(8).tolist()}")
-    options.say(f"the library's network differs by {np.abs(y - neurons[3]).max():.1e}")
-    options.say(f"A1 = {(X @ W1 + B1).round(8).tolist()} (the book: 0.3, 0.7, 1.1)")
-    options.say(f"Z1 = {neurons[1].round(8).tolist()} (the book: 0.57444252, 0.66818777, 0.75026011)")
+    options.print(f"Z2 = {neurons[2].round(8).tolist()}, y = {neurons[3].round(8).tolist()}")
+    options.print(f"the library's network differs by {np.abs(y - neurons[3]).max():.1e}")
+    options.print(f"A1 = {(X @ W1 + B1).round(8).tolist()} (the book: 0.3, 0.7, 1.1)")
+    options.print(f"Z1 = {neurons[1].round(8).tolist()} (the book: 0.57444252, 0.66818777, 0.75026011)")
 
 
 if __name__ == "__main__":

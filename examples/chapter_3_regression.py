@@ -3,8 +3,8 @@
     python examples/chapter_3_regression.py
     mpirun -n 2 python examples/chapter_3_regression.py --dataset mnist --data-dir FOLDER
 
-Two numbers are to be told of each image: the row and the column of its ink's centre of mass, both in units of their
-standard deviation. Who always says the mean then has an error of 1.
+The targets of an image are two numbers: row and column of the ink's centre of mass, in units of their standard
+deviation. A network that always returns the mean has an error of 1.
 """
 
 from dataclasses import replace
@@ -21,12 +21,12 @@ from distdl.parallel import together
 
 
 def network(input_shape, numbers):
-    """Return a network with 50 hidden units, whose outputs are taken as they are."""
+    """Return a network with 50 hidden units and no activation after the output."""
     return nn.Sequential([nn.Flatten(), nn.Affine(50), nn.ReLU(), nn.Affine(numbers)], input_shape)
 
 
 def with_centres(data):
-    """Return the data set with float32 labels (N, 2): row and column of the centre of the ink, standardized."""
+    """Return the dataset with float32 targets (N, 2): row and column of the centre of the ink, standardized."""
     images = data.images[..., 0].astype(np.float64)
     ink = images.sum(axis=(1, 2))
     rows = images.sum(axis=2) @ np.arange(images.shape[1]) / ink
@@ -53,8 +53,8 @@ def main(options):
         figure = figures.curves(config.run_dir / "metrics.jsonl")
         figure.axes[0].set(yscale="log", title="mean squared error")
         chapter.save(figure, options)
-    options.say(
-        f"mean squared error on test data: {summary.test_loss:.4f} (who says the mean: about 1; the book has none)"
+    options.print(
+        f"mean squared error on test data: {summary.test_loss:.4f} (the mean as prediction: about 1; the book has none)"
     )
 
 

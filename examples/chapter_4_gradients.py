@@ -8,13 +8,13 @@ import numpy as np
 
 
 def numerical_diff(f, x):
-    """(f(x + h) - f(x - h)) / 2h: the central difference, whose error falls as h² (section 4.3.1)."""
+    """Return the central difference (f(x + h) - f(x - h)) / 2h, whose error is of order h² (section 4.3.1)."""
     h = 1e-4
     return (f(x + h) - f(x - h)) / (2 * h)
 
 
 def numerical_gradient(f, x):
-    """Return the gradient of f, a function of an array, at x: one partial derivative an element (section 4.4)."""
+    """Return the gradient of f at the array x: one partial derivative per element (section 4.4)."""
     gradient = np.zeros_like(x)
     for i in range(x.size):
 
@@ -28,7 +28,7 @@ def numerical_gradient(f, x):
 
 
 def gradient_descent(f, x, learning_rate, steps=100):
-    """Return all places from x on, each one step of x - η grad f(x) further (section 4.4.1)."""
+    """Return x and the result of each step x - η grad f(x) (section 4.4.1)."""
     path = [x]
     for _ in range(steps):
         path.append(path[-1] - learning_rate * numerical_gradient(f, path[-1]))
@@ -36,20 +36,20 @@ def gradient_descent(f, x, learning_rate, steps=100):
 
 
 def parabola(x):
-    """0.01 x² + 0.1 x (section 4.3.2)"""
+    """Return 0.01 x² + 0.1 x (section 4.3.2)."""
     return 0.01 * x**2 + 0.1 * x
 
 
 def bowl(x):
-    """x0² + x1² (section 4.3.3)"""
+    """Return x0² + x1² (section 4.3.3)."""
     return np.sum(x**2)
 
 
 def main(options):
-    """Print the book's derivatives and descents, and draw the gradient with the path that follows it."""
-    options.say(
+    """Print the book's derivatives and descents; draw the gradient and the path of the descent."""
+    options.print(
         f"derivative of 0.01 x² + 0.1 x at 5 and 10: {numerical_diff(parabola, 5):.6f} "
-        f"{numerical_diff(parabola, 10):.6f} (by hand: 0.2, 0.3)"
+        f"{numerical_diff(parabola, 10):.6f} (exact: 0.2, 0.3)"
     )
     start = np.array([-3.0, 4.0])
     path = gradient_descent(bowl, start, learning_rate=0.1)
@@ -66,11 +66,11 @@ def main(options):
     chapter.save(figure, options)
 
     too_large, too_small = (gradient_descent(bowl, start, rate)[-1] for rate in (10.0, 1e-10))
-    options.say(f"learning rate 10 diverges to {too_large}, 1e-10 stays at {too_small}")
-    options.say(
+    options.print(f"learning rate 10 diverges to {too_large}, 1e-10 stays at {too_small}")
+    options.print(
         "gradient at (3, 4): ({:.6f}, {:.6f}) (the book: 6, 8)".format(*numerical_gradient(bowl, np.array([3.0, 4.0])))
     )
-    options.say("descent from (-3, 4) ends at ({:.1e}, {:.1e}) (the book: -6.1e-10, 8.1e-10)".format(*path[-1]))
+    options.print("descent from (-3, 4) ends at ({:.1e}, {:.1e}) (the book: -6.1e-10, 8.1e-10)".format(*path[-1]))
 
 
 if __name__ == "__main__":

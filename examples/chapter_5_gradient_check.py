@@ -1,9 +1,9 @@
-"""Is backpropagation right? Its gradients of TwoLayerNet against central differences (sections 5.5 to 5.7.3).
+"""Gradient check of TwoLayerNet: backpropagation compared with central differences (sections 5.5 to 5.7.3).
 
     python examples/chapter_5_gradient_check.py --dataset mnist --data-dir FOLDER
 
-Three samples, float64. Each weight is moved up and down a little, and the loss computed twice: thousands of times the
-work of one backward pass, which is why nobody trains like that.
+Three samples, float64. The check moves each weight up and down a little, and computes the loss twice. That is thousands
+of times the work of one backward pass, so it is useful as a check only.
 """
 
 import time
@@ -22,7 +22,7 @@ def two_layer_net(input_shape):
 
 
 def numerical_gradient(loss, parameter, h=1e-4):
-    """Return (loss(w + h) - loss(w - h)) / 2h for each element w of a parameter, which is restored."""
+    """Return (loss(w + h) - loss(w - h)) / 2h for each element w of a parameter, and restore the parameter."""
     gradient = np.empty_like(parameter)
     for i, kept in enumerate(parameter.flat):
         parameter.flat[i] = kept + h
@@ -34,7 +34,7 @@ def numerical_gradient(loss, parameter, h=1e-4):
 
 
 def main(options):
-    """Compare both for every parameter, and draw one against the other."""
+    """Compare both gradients of every parameter, and draw one over the other."""
     data = chapter.pixels(options)
     images, labels = data.images[:3].astype(np.float64), data.labels[:3]
     network, objective = two_layer_net(images.shape[1:]), nn.SoftmaxCrossEntropy()
@@ -50,7 +50,7 @@ def main(options):
     middle = time.perf_counter()
     numerical = {name: numerical_gradient(loss, parameter) for name, parameter in network.named_parameters()}
     seconds = time.perf_counter() - middle
-    options.say(f"backpropagation {middle - start:.4f} s, numerical differentiation {seconds:.1f} s")
+    options.print(f"backpropagation {middle - start:.4f} s, numerical differentiation {seconds:.1f} s")
 
     figure, axes = chapter.axes(1, 4)
     for ax, (name, gradient) in zip(axes, backward.items(), strict=True):
@@ -59,8 +59,8 @@ def main(options):
     axes[0].set_ylabel("numerical")
     chapter.save(figure, options)
     differences = {name: np.abs(gradient - numerical[name]).mean() for name, gradient in backward.items()}
-    options.say(", ".join(f"{name} {difference:.1e}" for name, difference in differences.items()))
-    options.say(f"largest mean difference: {max(differences.values()):.1e} (the book: 2e-13 to 1e-10)")
+    options.print(", ".join(f"{name} {difference:.1e}" for name, difference in differences.items()))
+    options.print(f"largest mean difference: {max(differences.values()):.1e} (the book: 2e-13 to 1e-10)")
 
 
 if __name__ == "__main__":

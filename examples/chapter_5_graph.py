@@ -2,15 +2,15 @@
 
     python examples/chapter_5_graph.py
 
-Each node knows its own derivative and nothing else; the chain rule does the rest: what comes back from the right, times
-the local derivative, goes on to the left.
+Each node knows only its own derivative. The chain rule multiplies the derivative from the right by the local
+derivative, and passes the product to the left.
 """
 
 import chapter
 
 
 class Multiply:
-    """out = x y; backward hands each input what came back times the other input (section 5.4.1)."""
+    """out = x y; backward multiplies d_out by the other input (section 5.4.1)."""
 
     def forward(self, x, y):
         """Return x y."""
@@ -18,24 +18,24 @@ class Multiply:
         return x * y
 
     def backward(self, d_out):
-        """Return the derivatives by x and y."""
+        """Return the derivatives with respect to x and y."""
         return d_out * self.y, d_out * self.x
 
 
 class Add:
-    """out = x + y; backward hands both inputs what came back (section 5.4.2)."""
+    """out = x + y; backward passes d_out to both inputs (section 5.4.2)."""
 
     def forward(self, x, y):
         """Return x + y."""
         return x + y
 
     def backward(self, d_out):
-        """Return the derivatives by x and y."""
+        """Return the derivatives with respect to x and y."""
         return d_out, d_out
 
 
 def apples(price, count, tax):
-    """Return what apples cost, and the derivatives of that by price, count and tax (section 5.4.1)."""
+    """Return the total for apples, and its derivatives with respect to price, count and tax (section 5.4.1)."""
     of_apples, with_tax = Multiply(), Multiply()
     total = with_tax.forward(of_apples.forward(price, count), tax)
     d_apples, d_tax = with_tax.backward(1)
@@ -43,7 +43,7 @@ def apples(price, count, tax):
 
 
 def apples_and_oranges(apple, apple_count, orange, orange_count, tax):
-    """Return the value on each line of the graph, and the derivative of the total by it (section 5.4.2)."""
+    """Return the value on each line of the graph, and the derivative of the total with respect to it (5.4.2)."""
     of_apples, of_oranges, sum_of_both, with_tax = Multiply(), Multiply(), Add(), Multiply()
     apples = of_apples.forward(apple, apple_count)
     oranges = of_oranges.forward(orange, orange_count)
@@ -82,7 +82,7 @@ LINES = {
 
 
 def main(options):
-    """Print totals and derivatives, and draw the graph with both on its lines."""
+    """Print totals and derivatives, and draw the graph with both."""
     lines = apples_and_oranges(apple=100, apple_count=2, orange=150, orange_count=3, tax=1.1)
     figure, (ax,) = chapter.axes(1, 1)
     figure.set_size_inches(10, 5)
@@ -101,9 +101,9 @@ def main(options):
 
     total, (d_price, d_count, d_tax) = apples(price=100, count=2, tax=1.1)
     for name, (value, derivative) in lines.items():
-        options.say(f"{name}: {value:g}, derivative {derivative:g}")
-    options.say(f"2 apples: {total:g} (the book: 220), and 3 oranges: {lines['total'][0]:g} (the book: 715)")
-    options.say(f"derivatives by price, count and tax: {d_price:g}, {d_count:g}, {d_tax:g} (the book: 2.2, 110, 200)")
+        options.print(f"{name}: {value:g}, derivative {derivative:g}")
+    options.print(f"2 apples: {total:g} (the book: 220), and 3 oranges: {lines['total'][0]:g} (the book: 715)")
+    options.print(f"derivatives by price, count and tax: {d_price:g}, {d_count:g}, {d_tax:g} (the book: 2.2, 110, 200)")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What initial values make of the activations: five layers of 100, 1,000 inputs (sections 6.2.2 and 6.2.3).
+"""How initial values affect the activations: five layers of 100 units, 1,000 inputs (sections 6.2.2 and 6.2.3).
 
     python examples/chapter_6_activations.py
 
-Weights too large: sigmoids sit at 0 and 1, where they have no gradient. Too small: all activations are alike. Xavier's
-values keep the spread through sigmoid and tanh, He's through ReLU.
+If the weights are too large, sigmoids saturate at 0 and 1, where they have no gradient. If they are too small, all
+activations are nearly equal. Xavier's values keep the spread with sigmoid and tanh, He's with ReLU.
 """
 
 import chapter
@@ -27,7 +27,7 @@ CASES = [
 
 
 def activations(activation, initializer, key):
-    """Return what comes out of each of the layers, (SAMPLES, UNITS) each, for normal inputs."""
+    """Return the outputs of each layer, (SAMPLES, UNITS) each, for normal inputs."""
     layers = [layer for _ in range(LAYERS) for layer in (nn.Affine(UNITS, initializer), activation())]
     network = nn.Sequential(layers, (UNITS,), dtype=np.float64)
     network.initialize(key.of("initialization"))
@@ -37,14 +37,16 @@ def activations(activation, initializer, key):
 
 
 def main(options):
-    """Draw a row of histograms for each case, and print the mean and spread of each layer."""
+    """Draw a row of histograms for each case, and print the spread of each layer."""
     cases = CASES[4:5] if options.quick else CASES
     found = {name: activations(activation, initializer, options.key) for name, activation, initializer in cases}
     for name, of_layers in found.items():
-        options.say(f"{name}: deviation of each layer " + ", ".join(f"{z.std():.3g}" for z in of_layers.values()))
+        options.print(
+            f"{name}: standard deviation of each layer " + ", ".join(f"{z.std():.3g}" for z in of_layers.values())
+        )
     chapter.save(figures.activation_histograms(found, limits=(-1, 1)), options)
     ours = ", ".join(f"{z.mean():.3g}" for z in found["ReLU, std 0.01"].values())
-    options.say(f"layer means, ReLU, std 0.01: {ours} (the book: {', '.join(f'{mean:.3g}' for mean in BOOK)})")
+    options.print(f"layer means, ReLU, std 0.01: {ours} (the book: {', '.join(f'{mean:.3g}' for mean in BOOK)})")
 
 
 if __name__ == "__main__":

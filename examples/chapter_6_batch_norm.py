@@ -1,10 +1,10 @@
-"""Batch normalization against none at 16 scales of the initial weights (section 6.3.2).
+"""Training with and without batch normalization, at 16 scales of the initial weights (section 6.3.2).
 
     python examples/chapter_6_batch_norm.py
     mpirun -n 2 python examples/chapter_6_batch_norm.py --dataset mnist --data-dir FOLDER
 
 1,000 samples, five hidden layers of 100 with ReLU, SGD with learning rate 0.01, batches of 100, 20 epochs. The moments
-are those of a micro-batch of 50, so that two ranks can share a batch and normalize alike.
+are those of a micro-batch of 50. So two ranks can share a batch and normalize in the same way.
 """
 
 import chapter
@@ -15,7 +15,7 @@ from distdl.optim import SGD
 
 SCALES = np.logspace(0, -4, num=16)
 GUESSING = 0.2
-"""Twice the accuracy of a guess: who stays below has not learned."""
+"""Twice the accuracy of a guess; a network below it has not learned."""
 
 
 def accuracies(options, data, scale, epochs, *, batch_norm):
@@ -31,7 +31,7 @@ def accuracies(options, data, scale, epochs, *, batch_norm):
 
 
 def main(options):
-    """Draw both curves at each scale, and count."""
+    """Draw both curves for each scale, and count the scales."""
     data = chapter.pixels(options)
     scales, epochs = (SCALES[5:11:5], 7) if options.quick else (SCALES, 20)
     data.images, data.labels = data.images[:1000], data.labels[:1000]
@@ -44,12 +44,12 @@ def main(options):
         ax.plot(curves[0], label="batch normalization")
         ax.plot(curves[1], "--", label="none")
         ax.set(title=f"std {scale:.2g}", ylim=(0, 1))
-        options.say(f"std {scale:.5f}: {curves[0][-1]:.3f} with, {curves[1][-1]:.3f} without")
+        options.print(f"std {scale:.5f}: {curves[0][-1]:.3f} with, {curves[1][-1]:.3f} without")
     axes[0].legend()
     chapter.save(figure, options)
     with_it, without = np.transpose(ends)
-    options.say(f"scales that do not learn: {sum(with_it < GUESSING)} with, {sum(without < GUESSING)} without")
-    options.say(f"ahead with it: at {sum(with_it > without)} of {len(ends)} scales (the book: nearly everywhere)")
+    options.print(f"scales that do not learn: {sum(with_it < GUESSING)} with, {sum(without < GUESSING)} without")
+    options.print(f"ahead with it: at {sum(with_it > without)} of {len(ends)} scales (the book: nearly everywhere)")
 
 
 if __name__ == "__main__":

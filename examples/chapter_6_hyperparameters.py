@@ -1,10 +1,10 @@
-"""Learning rate and weight decay, searched at random and judged on validation data (section 6.5.2).
+"""Random search of learning rate and weight decay, judged on validation data (section 6.5.2).
 
     python examples/chapter_6_hyperparameters.py
     mpirun -n 2 python examples/chapter_6_hyperparameters.py --dataset mnist --data-dir FOLDER
 
 Six hidden layers of 100 with ReLU on few samples, SGD, batches of 100, 50 epochs, 100 trainings: 50 from the book's
-ranges, and 50 from those that the best of them span. Every rank trains trials of its own; the figures are the same.
+ranges, and 50 from the ranges that the best of these span. Every rank trains its own trials. The results are the same.
 """
 
 from dataclasses import replace
@@ -22,7 +22,7 @@ from distdl.search.settings import Range, SearchSettings
 from distdl.search.trials import search
 
 RANGES = (Range("lr", 1e-6, 1e-2, "log"), Range("weight_decay", 1e-8, 1e-4, "log"))
-#: Of which 15 % are validation and 15 % test data: 500 are seen while the search goes on, as in the book.
+#: 15 % are validation and 15 % test data. The search uses the other 500 samples, as in the book.
 SAMPLES = 588
 BOOK = "the book, on MNIST: .83 with lr .0092 and weight decay 3.86e-07"
 
@@ -33,14 +33,14 @@ def multi_layer_net(input_shape, classes):
 
 
 def few_samples(options):
-    """Return some samples of the data set, none of them from its own test part."""
+    """Return some samples of the dataset, none of them from its own test part."""
     whole = sources.load(options.dataset, options.data_dir)
     rows = Key(options.seed).of("few samples").permutation(whole.test_start or len(whole.labels))[:SAMPLES]
     return replace(whole, images=whole.images[rows], labels=whole.labels[rows], test_start=None)
 
 
 def draw(found, path):
-    """Draw how the best twenty trainings went on: a solid line for validation, a dashed one for training."""
+    """Draw the accuracies of the best twenty trainings: solid for validation, dashed for training."""
     from matplotlib.figure import Figure  # noqa: PLC0415  matplotlib is an extra
 
     figure = Figure(figsize=(10, 7.5), layout="constrained")
@@ -57,7 +57,7 @@ def draw(found, path):
 
 
 def main(options):
-    """Search, draw the best trainings, and print the best beside the book's."""
+    """Search, draw the best trainings, and print the best one next to the book's."""
     communicator = options.communicator
     dataset = together(communicator, lambda: few_samples(options))
     trials, epochs = (3, 2) if options.quick else (50, 50)

@@ -1,10 +1,10 @@
-"""Which initial values learn: zeros, standard deviation 0.01, Xavier, He (sections 6.2.1 and 6.2.4).
+"""Training with initial values of zero, standard deviation 0.01, Xavier and He (sections 6.2.1 and 6.2.4).
 
     python examples/chapter_6_initial_values.py
     mpirun -n 2 python examples/chapter_6_initial_values.py --dataset mnist --data-dir FOLDER
 
-Four hidden layers of 100 with ReLU, SGD with learning rate 0.01, batches of 128, 2,000 steps. And why zeros never
-will do: hidden units that start alike get the same gradient and stay alike, however long they are trained.
+Four hidden layers of 100 with ReLU, SGD with learning rate 0.01, batches of 128, 2,000 steps. Zeros never work: hidden
+units with equal weights get equal gradients, so they stay equal.
 """
 
 from itertools import islice
@@ -26,7 +26,7 @@ def losses(options, data, network, learning_rate, steps):
 
 
 def hidden_weights(options, data, initializer, steps):
-    """Return the weights (inputs, 64) of the hidden units of a network with sigmoid, after some training."""
+    """Return the weights (inputs, 64) of the hidden units of a network with sigmoid, after a short training."""
     layers = [nn.Flatten(), nn.Affine(64, initializer), nn.Sigmoid(), nn.Affine(10, initializer)]
     network = nn.Sequential(layers, data.images.shape[1:])
     losses(options, data, network, 0.5, steps)
@@ -34,7 +34,7 @@ def hidden_weights(options, data, initializer, steps):
 
 
 def main(options):
-    """Draw the four curves and the units of both networks; print how far each got."""
+    """Draw the four curves and the units of both networks; print the final losses."""
     data, steps = chapter.pixels(options), 60 if options.quick else 2000
     figure, (ax, alike, different) = chapter.axes(1, 3)
     last = {}
@@ -47,13 +47,13 @@ def main(options):
     for place, name in ((alike, "zeros"), (different, "Xavier")):
         weights = hidden_weights(options, data, INITIALIZERS[name], steps=100)
         between = np.ptp(weights, axis=1).max()
-        options.say(f"hidden units from {name}: weights to {np.abs(weights).max():.3f}, they differ by {between:.1e}")
-        middle = len(weights) // 2  # where images are not blank
+        options.print(f"hidden units from {name}: weights to {np.abs(weights).max():.3f}, they differ by {between:.1e}")
+        middle = len(weights) // 2  # the images are not blank there
         place.imshow(weights[middle - 25 : middle + 25], cmap="gray", aspect="auto")
         place.set(title=f"weights learned from {name}", xlabel="hidden unit", ylabel="input")
     chapter.save(figure, options)
     ours = ", ".join(f"{name} {loss:.4f}" for name, loss in last.items())
-    options.say(f"loss at the end: {ours}; of guessing: {np.log(10):.4f} (the book: std 0.01 does not learn)")
+    options.print(f"loss at the end: {ours}; of guessing: {np.log(10):.4f} (the book: std 0.01 does not learn)")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Overfitting on 300 samples, and what weight decay and Dropout do about it (sections 6.4.1 to 6.4.3).
+"""Overfitting on 300 samples, and the effects of weight decay and Dropout (sections 6.4.1 to 6.4.3).
 
     python examples/chapter_6_overfitting.py
     mpirun -n 2 python examples/chapter_6_overfitting.py --dataset mnist --data-dir FOLDER
@@ -31,7 +31,7 @@ def curves(options, data, epochs, *, weight_decay=0.0, dropout=0.0):
 
 
 def main(options):
-    """Draw both curves of each case, and print where they end."""
+    """Draw both curves of each case, and print the final accuracies."""
     data = chapter.pixels(options)
     data.images, data.labels = data.images[:300], data.labels[:300]
     figure, axes = chapter.axes(1, 3, sharey=True)
@@ -44,12 +44,12 @@ def main(options):
         ax.plot(epochs, [test for _, test in found], "--", label="test")
         ax.set(title=name, xlabel="epoch", ylim=(0, 1.02))
         if name == "neither" and not options.quick:
-            options.say("neither, after 201 epochs: train {:.4f}, test {:.4f}".format(*found[40]))
+            options.print("neither, after 201 epochs: train {:.4f}, test {:.4f}".format(*found[40]))
     axes[0].legend()
     chapter.save(figure, options)
     reported = ("train about 1.0", "train below 1.0, gap smaller", "gap smaller")
     for (name, (train, test)), book in zip(ends.items(), reported, strict=True):
-        options.say(f"{name}: train {train:.4f}, test {test:.4f}, gap {train - test:.4f} (the book: {book})")
+        options.print(f"{name}: train {train:.4f}, test {test:.4f}, gap {train - test:.4f} (the book: {book})")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The ways of the optimizers down a long valley, f(x, y) = x²/20 + y² (sections 6.1.2 to 6.1.7).
+"""The paths of six optimizers through a long valley, f(x, y) = x²/20 + y² (sections 6.1.2 to 6.1.7).
 
     python examples/chapter_6_paths.py
 
-The gradient points across the valley, hardly along it. SGD zigzags; Momentum rolls on; AdaGrad, RMSProp and Adam
-measure each direction by itself.
+The gradient points across the valley, hardly along it. SGD zigzags. Momentum keeps its velocity. AdaGrad, RMSProp and
+Adam scale each direction separately.
 """
 
 import chapter
@@ -28,7 +28,7 @@ def gradient(place):
 
 
 def path(optimizer_class, learning_rate):
-    """Return the places from (-7, 2) on, (STEPS + 1, 2)."""
+    """Return the path from (-7, 2), of shape (STEPS + 1, 2)."""
     optimizer, place = optimizer_class(2, dtype=np.float64), np.array([-7.0, 2.0])
     places = [place.copy()]
     for step in range(1, STEPS + 1):
@@ -38,7 +38,7 @@ def path(optimizer_class, learning_rate):
 
 
 def main(options):
-    """Draw the six paths, and print where they end."""
+    """Draw the six paths, and print their ends."""
     figure, axes = chapter.axes(2, 3)
     x, y = np.meshgrid(np.linspace(-10, 10, 200), np.linspace(-5, 5, 200))
     ends = {}
@@ -50,8 +50,8 @@ def main(options):
         ax.set(title=f"{optimizer.__name__}, learning rate {rate}", xlabel="x", ylabel="y")
     chapter.save(figure, options)
     for name, (x_end, y_end) in ends.items():
-        options.say(f"{name} ends at ({x_end:.4f}, {y_end:.4f}), {f(x_end, y_end):.5f} high")
-    options.say(
+        options.print(f"{name} ends at ({x_end:.4f}, {y_end:.4f}), height {f(x_end, y_end):.5f}")
+    options.print(
         f"paths that end below a twentieth of the start: {sum(f(*end) < f(-7, 2) / 20 for end in ends.values())}"
     )
 

@@ -1,10 +1,10 @@
-"""What a convolution learns: its filters before and after training, and what they make of an image (section 7.6).
+"""Filters of a convolution before and after training, and their feature maps of an image (section 7.6).
 
     python examples/chapter_7_filters.py
     mpirun -n 2 python examples/chapter_7_filters.py --dataset mnist --data-dir FOLDER
 
-Before training the filters of the first layer are noise; after it they are edges and blobs. A second picture, beside
-the first, has the maps that they make of a test image, which show where in it each of them is found.
+Before training the filters of the first layer are noise. Afterwards they are edges and blobs. A second figure, in the
+same folder, shows the feature maps of a test image: the places at which each filter responds.
 """
 
 import tempfile
@@ -21,7 +21,7 @@ from distdl.rng import Key
 
 
 def main(options):
-    """Train SimpleConvNet, draw its filters and the feature maps of one test image."""
+    """Train SimpleConvNet; draw its filters and the feature maps of one test image."""
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             dataset=options.dataset,
@@ -34,7 +34,7 @@ def main(options):
         summary = train(config, options.communicator)
         [trained] = load([config.run_dir], options.communicator)
 
-    # The weights that training began with: a function of the seed, so they need not have been kept.
+    # The initial weights are a function of the seed, so they can be computed again.
     data = trained.data
     untrained = nn.build_model(config.model, data.images.shape[1:], data.classes)
     untrained.initialize(Key(config.seed).of("initialization"))
@@ -44,7 +44,7 @@ def main(options):
         maps = options.out.with_stem(f"{options.out.stem}_maps")
         chapter.write(figures.feature_maps(trained.network, image, "relu_1"), maps)
         chapter.save(figures.filters({"before training": untrained, "after training": trained.network}), options)
-    options.say(f"test accuracy: {summary.test_accuracy:.4f} (the book's SimpleConvNet on MNIST, 20 epochs: 0.9896)")
+    options.print(f"test accuracy: {summary.test_accuracy:.4f} (the book's SimpleConvNet on MNIST, 20 epochs: 0.9896)")
 
 
 if __name__ == "__main__":

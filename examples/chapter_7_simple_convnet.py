@@ -1,11 +1,11 @@
-"""SimpleConvNet, the first convolutional network of the book, trained by the library's trainer (section 7.5).
+"""SimpleConvNet, the book's first convolutional network, trained by the library's trainer (section 7.5).
 
     python examples/chapter_7_simple_convnet.py
     mpirun -n 2 python examples/chapter_7_simple_convnet.py --dataset mnist --data-dir FOLDER
 
-A convolution of 30 filters of 5x5, ReLU, pooling, and two affine layers, all from Normal(0.01). Adam with learning rate
-0.001 and batches of 100, for 20 epochs of MNIST; the digits are few, so theirs are 60. The accuracy in training is that
-of an epoch's batches, each named before its step.
+A convolution with 30 filters of 5x5, ReLU, pooling, and two affine layers, all from Normal(0.01). Adam with learning
+rate 0.001 and batches of 100, for 20 epochs of MNIST, or 60 of the digits, which are fewer. The training accuracy is
+that of an epoch's batches, each before its step.
 """
 
 import chapter
@@ -34,7 +34,7 @@ def main(options):
     if options.communicator.rank == 0:
         epochs = figures.epochs_of(config.run_dir / "metrics.jsonl")
         chapter.save(figures.curves(epochs), options)
-        options.say(
+        options.print(
             f"accuracy after {len(epochs)} epochs: train {epochs[-1]['train_accuracy']:.4f}, "
             f"test {summary.test_accuracy:.4f} (the book, on MNIST, 20 epochs: train 0.9982, test 0.9896)"
         )

@@ -1,12 +1,12 @@
-"""An ensemble of three networks, each with learning-rate decay and without it (section 8.1.2).
+"""Ensembles of three networks, with and without learning-rate decay (section 8.1.2).
 
     python examples/chapter_8_ensemble.py
     mpirun -n 2 python examples/chapter_8_ensemble.py --dataset mnist --data-dir FOLDER
 
-SimpleConvNet is trained with three seeds, which change its initial weights and the order of the images: once with a
-constant learning rate and once with one that falls along a cosine to 0. The ensemble of three takes the mean of their
-probabilities, as `python -m distdl.evaluate RUN RUN RUN` does. Half of the digits are left to learn from, in some 400
-steps: too few for a decay to gain anything. On MNIST it does.
+SimpleConvNet is trained with three seeds, which change the initial weights and the order of the images: once with a
+constant learning rate, and once with a cosine decay to 0. The ensemble averages the three probabilities, as `python -m
+distdl.evaluate RUN RUN RUN` does. Half of the digits remain for training, in about 400 steps. This is too short for a
+gain from the decay. On MNIST the decay helps.
 """
 
 import tempfile
@@ -29,7 +29,7 @@ RATES = {"constant": "constant rate", "cosine": "decayed rate"}
 
 
 def with_test_part(data, key):
-    """Return the data set with a test part that no seed of a training changes: its own, or half of its images."""
+    """Return the dataset with a test part that is the same for all seeds: its own, or half of its images."""
     if data.test_start is not None:
         return data
     rows = key.of("test part").permutation(len(data.images))
@@ -37,7 +37,7 @@ def with_test_part(data, key):
 
 
 def main(options):
-    """Train three networks in both ways, score each and all together, and draw their losses and scores."""
+    """Train three networks with each schedule, score them and their ensembles, and draw losses and scores."""
     loaded = together(options.communicator, lambda: sources.load(options.dataset, options.data_dir))
     data = with_test_part(loaded, options.key)
     epochs = 2 if options.quick else 60 if options.dataset == "digits" else 3
@@ -68,10 +68,10 @@ def main(options):
         chapter.save(figure, options)
     for schedule, name in RATES.items():
         alone = ", ".join(f"{score.accuracy:.4f}" for score in found[schedule].scores)
-        options.say(f"{name}: each alone {alone}, the ensemble {found[schedule].ensemble.accuracy:.4f}")
+        options.print(f"{name}: each alone {alone}, the ensemble {found[schedule].ensemble.accuracy:.4f}")
     plain, decayed = (np.mean([score.accuracy for score in one.scores]) for one in found.values())
     gains = [one.ensemble.accuracy - np.mean([score.accuracy for score in one.scores]) for one in found.values()]
-    options.say(
+    options.print(
         f"test accuracy: ensembles gain {gains[0]:+.4f} and {gains[1]:+.4f}, the decay gains {decayed - plain:+.4f}; "
         f"both together {found['cosine'].ensemble.accuracy:.4f} (the book: both help; best known then, on MNIST, .9979)"
     )

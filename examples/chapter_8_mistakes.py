@@ -1,11 +1,11 @@
-"""Which images a network names wrong (section 8.1.1), and what half precision costs it (section 8.3.4).
+"""Misclassified images of a network (section 8.1.1), and its accuracy in half precision (section 8.3.4).
 
     python examples/chapter_8_mistakes.py
     mpirun -n 2 python examples/chapter_8_mistakes.py --dataset mnist --data-dir FOLDER
 
-DeepConvNet is trained and scored twice: with the numbers it was trained with, and with weights and activations stored
-in half as many bits, as float16. Most of the images that are named wrong are hard to name for a person too; a second
-picture, beside the first, has the confusion matrix.
+DeepConvNet is trained, and scored twice: with its float32 numbers, and with weights and activations stored as float16.
+Most of the misclassified images are difficult for people too. A second figure, in the same folder, shows the confusion
+matrix.
 """
 
 import tempfile
@@ -21,7 +21,7 @@ from distdl.inference.score import evaluate, in_half_precision
 
 
 def main(options):
-    """Train DeepConvNet, draw its mistakes on the test part, score it in half precision."""
+    """Train DeepConvNet, draw its misclassified test images, and score it in half precision."""
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             dataset=options.dataset,
@@ -44,8 +44,8 @@ def main(options):
         chapter.write(figures.confusion(matrix), confusion)
         chapter.save(figures.misclassified(data.images[full.rows], full.labels, full.predictions), options)
     changed = int((full.predictions != half.predictions).sum())
-    options.say(f"float16 changes {changed} of {len(full.rows)} answers")
-    options.say(
+    options.print(f"float16 changes {changed} of {len(full.rows)} predictions")
+    options.print(
         f"test accuracy: {full.ensemble.accuracy:.4f}, in float16 {half.ensemble.accuracy:.4f} "
         "(the book's DeepConvNet on MNIST, 20 epochs: 0.9938, in float16 the same)"
     )

@@ -1,10 +1,10 @@
-"""A label for each pixel, from a network of convolutions only: semantic segmentation (section 8.4, FCN).
+"""Semantic segmentation: a fully convolutional network predicts a label for each pixel (section 8.4, FCN).
 
     python examples/chapter_8_segmentation.py
     mpirun -n 2 python examples/chapter_8_segmentation.py --dataset mnist --data-dir FOLDER
 
-Every pixel of ink is to be named as the digit that it belongs to, every other one as background. Two poolings let a
-pixel see the whole digit; transposed convolutions bring the maps back to the size of the image.
+The label of an ink pixel is the digit that it belongs to; all other pixels are background. With two poolings a pixel's
+output depends on the whole digit. Transposed convolutions restore the size of the image.
 """
 
 from dataclasses import replace
@@ -23,32 +23,32 @@ BACKGROUND, SHOWN = 10, 6
 
 
 def fully_convolutional(input_shape, classes):
-    """Return a small FCN; its output is (H, W, classes), for H and W that 4 divides."""
+    """Return a small FCN with outputs (H, W, classes); H and W must be multiples of 4."""
     layers = [nn.Conv2d(32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
     layers += [nn.Conv2d(64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(64, 3, padding=1), nn.ReLU()]
     layers += [nn.ConvTranspose2d(32, 2, stride=2), nn.ReLU(), nn.ConvTranspose2d(32, 2, stride=2), nn.ReLU()]
     return nn.Sequential([*layers, nn.Conv2d(classes, 1)], input_shape)
 
 
-def with_a_label_a_pixel(data):
-    """Return the data set with labels (N, H, W): the digit where there is ink, else the background."""
+def with_labels_per_pixel(data):
+    """Return the dataset with labels (N, H, W): the digit for ink, otherwise the background."""
     ink = data.images[..., 0] > data.images.max() // 4
     labels = np.where(ink, data.labels[:, None, None], BACKGROUND)
     return replace(data, name=f"{data.name}, a label a pixel", labels=labels, classes=BACKGROUND + 1)
 
 
 def first_of_test_part(trained, count):
-    """Return the first test images, their labels, and what the network names each pixel, all of them (count, H, W)."""
+    """Return the first test images, their labels and the predicted labels, each (count, H, W)."""
     rows = trained.data.parts.test[:count]
     images = trained.data.images[rows]
-    named = trained.network.forward(trained.data.normalization.apply(images)).argmax(axis=-1)
-    return images[..., 0], trained.data.labels[rows], named
+    predicted = trained.network.forward(trained.data.normalization.apply(images)).argmax(axis=-1)
+    return images[..., 0], trained.data.labels[rows], predicted
 
 
 def main(options):
-    """Train, and draw a few test images, their labels, and what the network makes of them."""
+    """Train, and draw a few test images with their labels and predictions."""
     loaded = together(options.communicator, lambda: sources.load(options.dataset, options.data_dir))
-    data = with_a_label_a_pixel(loaded)
+    data = with_labels_per_pixel(loaded)
     config = TrainConfig(
         epochs=1 if options.quick else 40 if options.dataset == "digits" else 4,
         lr=0.003,
@@ -66,7 +66,7 @@ def main(options):
                 ax.imshow(image, cmap="tab20" if place else "gray", vmin=0, vmax=None if not place else BACKGROUND)
                 ax.set_axis_off()
         chapter.save(figure, options)
-    options.say(f"test pixels named right: {summary.test_accuracy:.4f} (the book shows a picture)")
+    options.print(f"accuracy on test pixels: {summary.test_accuracy:.4f} (the book shows a picture)")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Where the time goes in AlexNet, layer by layer: most of it into the convolutions (section 8.3.1).
+"""Time of each layer of AlexNet; the convolutions take most of it (section 8.3.1).
 
     python examples/chapter_8_time_by_layer.py
     python examples/chapter_8_time_by_layer.py --original
 
-AlexNet for images of 28x28x1, or in its original form for 224x224x3, is given a batch of noise, forwards and backwards,
-a few times; of each layer the median counts. Where ReLU is computed together with a convolution, its time is in there.
-The seconds are those of one rank with one thread, and differ from run to run.
+AlexNet for 28x28x1, or in its original form for 224x224x3, computes a batch of noise a few times, forward and backward.
+The result is the median of each layer. If ReLU is fused with a convolution, its time is part of the convolution's. The
+seconds are those of one rank with one thread. They differ from run to run.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Options(chapter.Options):
     """The flags of this example."""
 
     original: bool = False
-    """Take AlexNet in its original form, for 224x224x3 and 1,000 classes: half a minute, 2 GB of memory."""
+    """Time AlexNet in its original form, for 224x224x3 and 1,000 classes: half a minute, 2 GB of memory."""
 
 
 def seconds_by_layer(network, passes, key):
@@ -35,7 +35,7 @@ def seconds_by_layer(network, passes, key):
     images = key.of("images").normal(np.prod(shape)).reshape(shape).astype(np.float32)
     labels, loss = np.arange(SAMPLES) % network.output_shape[0], nn.SoftmaxCrossEntropy()
     watch = Stopwatch()
-    for number in range(1 + passes):  # buffers are made in the first pass, which does not count
+    for number in range(1 + passes):  # the first pass allocates the buffers, and does not count
         network.watch = watch if number else None
         watch.new_step()
         loss.forward(network.forward(images, training=True, key=key.of("training", number)), labels)
@@ -45,7 +45,7 @@ def seconds_by_layer(network, passes, key):
 
 
 def share_of_convolutions(seconds):
-    """Return what part of the seconds of all layers, {layer: seconds}, convolutions take."""
+    """Return the share of the convolutions in the seconds of all layers, {layer: seconds}."""
     return sum(seconds[name] for name in seconds if name.startswith("conv2d")) / sum(seconds.values())
 
 
@@ -62,12 +62,12 @@ def main(options):
         colors = ["C1" if name.startswith("conv2d") else "C0" for name in seconds]
         ax.barh(list(seconds), [100 * one / total for one in seconds.values()], color=colors)
         ax.set(title=f"{direction}: {1000 * total:.0f} ms for {SAMPLES} images", xlabel="% of the time")
-    axes[0].invert_yaxis()  # the first layer is at the top
+    axes[0].invert_yaxis()  # first layer at the top
     for name, forward in found["forward"].items():
-        options.say(f"{name:20} forward {1000 * forward:8.2f} ms, backward {1000 * found['backward'][name]:8.2f} ms")
+        options.print(f"{name:20} forward {1000 * forward:8.2f} ms, backward {1000 * found['backward'][name]:8.2f} ms")
     chapter.save(figure, options)
     forward, backward = (share_of_convolutions(found[direction]) for direction in DIRECTIONS)
-    options.say(
+    options.print(
         f"convolutions, of the time of AlexNet for {shape[0]}x{shape[1]}: forward {forward:.0%}, backward "
         f"{backward:.0%} (the book, forward: 89% on a CPU, 95% on a GPU)"
     )

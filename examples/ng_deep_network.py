@@ -1,10 +1,10 @@
-"""An L-layer network in plain NumPy, the shape of every array checked layer by layer (Ng, week 4).
+"""An L-layer network in plain NumPy that checks the shape of every array (Ng, week 4).
 
     python examples/ng_deep_network.py --dataset mnist --data-dir FOLDER
 
 Notation of the course: n[l] units in layer l, m samples as columns. W[l] (n[l], n[l-1]), b[l] (n[l], 1), Z[l] and A[l]
-(n[l], m); each gradient has the shape of what it belongs to. Parameters W and b are learned; hyperparameters (layers,
-units, learning rate, steps) are chosen. Hidden layers are ReLU; one sigmoid at the end says whether a digit is odd.
+(n[l], m). A gradient has the shape of its array. Parameters W and b are learned; hyperparameters (layers, units,
+learning rate, steps) are chosen. Hidden layers have ReLU. One sigmoid at the end gives the probability of an odd digit.
 """
 
 import chapter
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def has_shape(array, *shape):
-    """Return the array, whose shape must be this one."""
+    """Return the array; its shape must be `shape`."""
     assert array.shape == shape, f"{array.shape} is not {shape}"
     return array
 
@@ -23,7 +23,7 @@ def sigmoid(Z):
 
 
 def initialize(n, key):
-    """Return W[l] and b[l] for the layers l = 1 .. L, where n[0] are the inputs."""
+    """Return W[l] and b[l] for the layers l = 1 .. L; n[0] is the number of inputs."""
     W, b = [], []
     for layer in range(1, len(n)):
         normal = key.of("W", layer).normal(n[layer] * n[layer - 1]).reshape(n[layer], n[layer - 1])
@@ -54,7 +54,7 @@ def backward(W, b, A, Y):
 
 
 def train(n, X, Y, key, steps, learning_rate=0.1, batch_size=500):
-    """Return W and b after so many steps, each on the next `batch_size` samples."""
+    """Return W and b after `steps` steps, each on the next `batch_size` samples."""
     W, b = initialize(n, key)
     for step in range(steps):
         columns = np.arange(step * batch_size, (step + 1) * batch_size) % X.shape[1]
@@ -66,7 +66,7 @@ def train(n, X, Y, key, steps, learning_rate=0.1, batch_size=500):
 
 
 def main(options):
-    """Print the table of shapes, train with more and more layers, and draw what that brings."""
+    """Train with 1 to 4 layers, print the table of shapes, and draw the accuracies."""
     data = chapter.pixels(options)
     X, Y = data.images.reshape(len(data.images), -1).T.copy(), (data.labels % 2).astype(np.float32)[None]
     test = data.test_images.reshape(len(data.test_images), -1).T
@@ -76,16 +76,16 @@ def main(options):
         W, b = train(n, X, Y, options.key, 20 if options.quick else 2000)
         accuracies[len(W)] = np.mean((forward(W, b, test)[-1][0] > 0.5) == data.test_labels % 2)
     for layer, (w, offset) in enumerate(zip(W, b, strict=True), start=1):
-        options.say(f"layer {layer}: W {w.shape}, b {offset.shape}, Z and A ({len(w)}, m)")
+        options.print(f"layer {layer}: W {w.shape}, b {offset.shape}, Z and A ({len(w)}, m)")
     parameters = sum(array.size for array in (*W, *b))
-    options.say(f"parameters of the last: {parameters}; hyperparameters: layers, units {n[1:]}, learning rate, steps")
+    options.print(f"parameters of the last: {parameters}; hyperparameters: layers, units {n[1:]}, learning rate, steps")
 
     figure, (ax,) = chapter.axes(1, 1)
     ax.plot(list(accuracies), list(accuracies.values()), "o-")
     ax.set(xlabel="layers L", ylabel="test accuracy, even or odd", xticks=list(accuracies))
     chapter.save(figure, options)
     ours = ", ".join(f"L = {layers} {accuracy:.4f}" for layers, accuracy in accuracies.items())
-    options.say(f"even or odd, test accuracy: {ours} (the course has data of its own)")
+    options.print(f"even or odd, test accuracy: {ours} (the course uses other data)")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def cost_and_gradient(w, b, X, Y):
 
 
 def gradient_by_loop(w, b, X, Y):
-    """Return dw and db as the sum over one sample after the other: the same, slowly."""
+    """Return the same dw and db, computed sample by sample."""
     dw, db, m = np.zeros_like(w), 0.0, X.shape[1]
     for i in range(m):
         dz = sigmoid(w @ X[:, i] + b) - Y[i]
@@ -47,8 +47,8 @@ def main(options):
     middle = time.perf_counter()
     _, vectorized, _ = cost_and_gradient(w, b, X, Y)
     seconds = time.perf_counter() - middle
-    options.say(f"gradient over {len(Y)} samples: {middle - start:.3f} s in a loop, {seconds:.3f} s vectorized")
-    options.say(f"they differ by {np.abs(looped - vectorized).max():.1e}")
+    options.print(f"gradient over {len(Y)} samples: {middle - start:.3f} s in a loop, {seconds:.3f} s vectorized")
+    options.print(f"they differ by {np.abs(looped - vectorized).max():.1e}")
 
     costs = []
     for _ in range(20 if options.quick else 300):
@@ -60,11 +60,11 @@ def main(options):
     curve.plot(costs)
     curve.set(xlabel="step", ylabel="cost")
     picture.imshow(w.reshape(data.images.shape[1:3]), cmap="RdBu")
-    picture.set(title="weights: blue says odd", xticks=[], yticks=[])
+    picture.set(title="weights: blue means odd", xticks=[], yticks=[])
     chapter.save(figure, options)
     test = data.test_images.reshape(len(data.test_images), -1).T
     right = np.mean((sigmoid(w @ test + b) > 0.5) == data.test_labels % 2)
-    options.say(f"even or odd, test accuracy: {right:.4f} (a guess: 0.5; the course has data of its own)")
+    options.print(f"even or odd, test accuracy: {right:.4f} (a guess: 0.5; the course uses other data)")
 
 
 if __name__ == "__main__":

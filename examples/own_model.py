@@ -1,4 +1,4 @@
-"""Train a network of your own: by the trainer's command, or from Python in fifteen lines.
+"""Train your own network: with the trainer's command, or from Python in fifteen lines.
 
 python -m distdl.train --model examples/own_model.py:network --epochs 20
 python examples/own_model.py
@@ -13,13 +13,13 @@ from distdl.engine import train
 
 
 def network(input_shape, classes):
-    """Return a network for images (H, W, C); its output is one logit a class."""
+    """Return a network for images (H, W, C); its output is one logit per class."""
     layers = [nn.Conv2d(16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Affine(classes)]
     return nn.Sequential(layers, input_shape)
 
 
 def main(_arguments):
-    """Train it on the digits, and return the exit code; rank 0 prints how it goes and the receipt."""
+    """Train it on the digits, and return the exit code. Rank 0 prints the progress and the receipt."""
     train(TrainConfig(epochs=20), build_network=network)
     return 0
 

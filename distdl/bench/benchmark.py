@@ -15,14 +15,13 @@ from distdl.bench.chart import ScalingCurve, scaling_figure
 from distdl.bench.communication import FEW_SIZES, SIZES, ReductionTimes, measure_agreement, measure_communication
 from distdl.bench.layers import LayerTimes, measure_layers
 from distdl.bench.measure import MeasuredCase, Measurement, Workbench, measure_scaling, scaling_cases
-from distdl.bench.projection import CostModel, FitCheck, MeasuredReduction, MeasuredStep, check, fit
+from distdl.bench.projection import CostModel, FitCheck, MeasuredReduction, MeasuredStep, check, fit, predict
 from distdl.bench.settings import SCALINGS, BenchSettings, rank_counts
 from distdl.bench.tables import (
     base_rate,
     communication_table,
     fit_lines,
     layers_table,
-    predicted_speedups,
     projection_table,
     same_bits,
     scaling_table,
@@ -63,9 +62,12 @@ class BenchmarkResult:
         return SCALINGS[self.settings.scaling]
 
     @property
-    def batch(self) -> tuple[int, int]:
-        """Samples and micro-batches in the batch of one rank."""
-        return self.settings.batch_size, self.settings.micro_batches
+    def predicted(self) -> dict[str, list[tuple[int, float]]]:
+        """The predicted (ranks, speed-up), by the kind of scaling; nothing without a projection."""
+        if self.projected is None:
+            return {}
+        model, micro_batches = self.projected, self.settings.micro_batches
+        return {kind: [row[:2] for row in predict(model, kind, micro_batches)] for kind in self.kinds}
 
     @property
     def projected_over(self) -> str:
@@ -85,7 +87,8 @@ class BenchmarkResult:
         if self.fitted is not None:
             tables.append(fit_lines(self.fitted, self.checks))
         if self.projected is not None:
-            tables += [projection_table(self.batch, self.projected, kind, self.projected_over) for kind in self.kinds]
+            batch = self.settings.batch_size, self.settings.micro_batches
+            tables += [projection_table(self.projected, kind, batch, self.projected_over) for kind in self.kinds]
         elif self.measured:
             tables.append(
                 [
@@ -103,8 +106,7 @@ class BenchmarkResult:
             base = base_rate(self.measured, kind)
             ours = [one for one in self.measured if one.case.kind == kind]
             speedups = {one.case.ranks: [rate / base for rate in one.rates()] for one in ours}
-            predicted = () if self.projected is None else predicted_speedups(self.batch, self.projected, kind)
-            curves.append(ScalingCurve(kind, speedups, predicted))
+            curves.append(ScalingCurve(kind, speedups, self.predicted.get(kind, ())))
         notes = ["Dots: medians; whiskers: all repetitions."]
         if self.projected is not None:
             notes.append(f"Dashed: predicted, not measured, for one rank per core, {self.projected_over}.")
@@ -130,7 +132,7 @@ class BenchmarkResult:
                     {**asdict(one), "fitted_error": one.fitted_error, "left_out_error": one.left_out_error}
                     for one in self.checks
                 ],
-                "speedups": {kind: predicted_speedups(self.batch, self.projected, kind) for kind in self.kinds},
+                "speedups": self.predicted,
             }
         return {
             "format": BENCH_FORMAT,
@@ -240,7 +242,7 @@ def measured_steps(measured: Sequence[MeasuredCase]) -> list[MeasuredStep]:
 def _measured_step(measured: MeasuredCase) -> MeasuredStep:
     case = measured.case
     shards = contiguous_shards(case.micro_batches, case.ranks)
-    busiest = [rank for rank, shard in enumerate(shards) if len(shard) == case.largest_shard]
+    busiest = [rank for rank, shard in enumerate(shards) if len(shard) == len(max(shards, key=len))]
 
     def compute_seconds(one: Measurement) -> float:
         return statistics.fmean(one.compute_seconds[rank] for rank in busiest)

@@ -31,6 +31,7 @@ from distdl.config import TrainConfig
 from distdl.data import PreparedDataset, sources
 from distdl.engine.requirements import check_outputs
 from distdl.engine.state import TrainingState
+from distdl.engine.timing.timeline import Spent
 from distdl.engine.timing.trace import Trace
 from distdl.engine.user_code import check_equal_networks, network_builder
 from distdl.errors import UserError
@@ -59,11 +60,6 @@ class ScalingCase:
     ranks: int
     batch_size: int
     micro_batches: int
-
-    @property
-    def largest_shard(self) -> int:
-        """Number of micro-batches in the largest shard."""
-        return -(-self.micro_batches // self.ranks)
 
 
 @dataclass(frozen=True)
@@ -94,19 +90,14 @@ class MeasuredCase:
         """Return the samples per second of each measurement."""
         return [self.steps * self.case.batch_size / one.seconds for one in self.measurements]
 
-    def shares(self) -> dict[str, float]:
-        """Return the shares of compute, reduction and wait in the time of all ranks."""
-        sums = {
-            name: sum(sum(getattr(one, f"{name}_seconds")) for one in self.measurements)
-            for name in ("compute", "reduction", "wait")
-        }
-        whole = sum(sums.values()) or 1.0
-        return {name: seconds / whole for name, seconds in sums.items()}
+    @property
+    def spent(self) -> Spent:
+        """The seconds of all measurements together."""
 
-    def slowest(self) -> int:
-        """Return the rank with the most compute seconds."""
-        sums = [sum(of_rank) for of_rank in zip(*(one.compute_seconds for one in self.measurements), strict=True)]
-        return sums.index(max(sums))
+        def of_ranks(name: str) -> tuple[float, ...]:
+            return tuple(map(sum, zip(*(getattr(one, name) for one in self.measurements), strict=True)))
+
+        return Spent(of_ranks("compute_seconds"), of_ranks("reduction_seconds"), of_ranks("wait_seconds"))
 
     def median_per_step(self, read: Callable[[Measurement], float]) -> float:
         """Return the median of `read(measurement)` over the measurements, divided by the number of steps."""
@@ -120,8 +111,8 @@ class MeasuredCase:
             "steps": self.steps,
             "samples": [asdict(one) for one in self.measurements],
             "samples_per_second": self.rates(),
-            "shares": self.shares(),
-            "slowest_rank": self.slowest(),
+            "shares": dict(zip(("compute", "reduction", "wait"), self.spent.shares(), strict=True)),
+            "slowest_rank": self.spent.slowest,
         }
 
 

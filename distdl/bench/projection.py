@@ -227,3 +227,14 @@ def projected_ranks(kind: str, micro_batches: int) -> list[int]:
     """
     most = min(micro_batches, MOST_RANKS) if kind == "strong" else MOST_RANKS
     return sorted({2**k for k in range(most.bit_length()) if 2**k <= most} | {most})
+
+
+def predict(model: CostModel, kind: str, micro_batches: int) -> list[tuple[int, float, PredictedStep]]:
+    """Return (ranks, speed-up over the predicted one rank, step); `micro_batches` are those of one rank's batch."""
+    one = model.step(1, micro_batches).seconds
+    found = []
+    for ranks in projected_ranks(kind, micro_batches):
+        factor = ranks if kind == "weak" else 1
+        step = model.step(ranks, micro_batches * factor)
+        found.append((ranks, factor * one / step.seconds, step))
+    return found

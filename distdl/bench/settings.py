@@ -113,7 +113,7 @@ class BenchSettings:
             ),
             (
                 self.interconnect is not None and not SCALINGS[self.scaling],
-                "--network predicts --scaling, which is none: leave one of them out",
+                "--network has no effect with --scaling none: leave one of them out",
             ),
             (
                 self.data_dir is not None and not (self.dataset and reads_data_dir(self.dataset)),

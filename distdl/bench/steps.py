@@ -46,7 +46,7 @@ class TrainingSteps:
         self._order = (-1, np.empty(0, np.int64))
 
     def take(self, count: int) -> None:
-        """Take so many steps."""
+        """Take `count` steps."""
         state = self.state
         for step in range(state.step, state.step + count):
             epoch, position = divmod(step, self._steps_per_epoch)

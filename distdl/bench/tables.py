@@ -9,7 +9,7 @@ from itertools import groupby
 from distdl.bench.communication import ReductionTimes
 from distdl.bench.layers import LayerTimes, TimedPass
 from distdl.bench.measure import MeasuredCase
-from distdl.bench.projection import CostModel, FitCheck, projected_ranks
+from distdl.bench.projection import CostModel, FitCheck, predict
 from distdl.engine.table import table
 
 INDENT = "  "
@@ -40,8 +40,8 @@ def scaling_table(measured: Sequence[MeasuredCase], kind: str) -> list[str]:
                 f"{min(rates):,.0f} .. {max(rates):,.0f}",
                 f"{speedup:.2f}",
                 f"{speedup / ranks:.0%}",
-                *(f"{share:.1%}" for share in one.shares().values()),
-                f"rank {one.slowest()}" if ranks > 1 else "",
+                *(f"{share:.1%}" for share in one.spent.shares()),
+                f"rank {one.spent.slowest}" if ranks > 1 else "",
             ]
         )
     head = ["ranks ", "samples/s", "spread", "speed-up", "efficiency", "compute", "reduction", "wait", "slowest"]
@@ -160,35 +160,19 @@ def fit_lines(model: CostModel, checks: Sequence[FitCheck]) -> list[str]:
     return lines
 
 
-def projection_table(batch: tuple[int, int], model: CostModel, kind: str, projected_over: str) -> list[str]:
+def projection_table(model: CostModel, kind: str, batch: tuple[int, int], projected_over: str) -> list[str]:
     """Return the predictions for one kind of scaling; `batch` is (samples, micro-batches) of one rank."""
     samples, micro_batches = batch
-    rows = []
-    for ranks, speedup in predicted_speedups(batch, model, kind):
-        factor = ranks if kind == "weak" else 1
-        step = model.step(ranks, micro_batches * factor)
+    rows = [["ranks", "samples/s", "speed-up", "efficiency", "compute", "reduction", "wait"]]
+    for ranks, speedup, step in predict(model, kind, micro_batches):
         rows.append(
             [
                 f"{ranks:,}",
-                f"{samples * factor / step.seconds:,.0f}",
+                f"{samples * (ranks if kind == 'weak' else 1) / step.seconds:,.0f}",
                 f"{speedup:,.2f}",
                 f"{speedup / ranks:.0%}",
                 *(f"{part / step.seconds:.1%}" for part in (step.compute, step.reduction, step.waiting)),
             ]
         )
-    head = ["ranks", "samples/s", "speed-up", "efficiency", "compute", "reduction", "wait"]
-    return [
-        f"{kind} scaling, PREDICTED, not measured: one rank per core, {projected_over}",
-        *table([head, *rows], indent=INDENT),
-    ]
-
-
-def predicted_speedups(batch: tuple[int, int], model: CostModel, kind: str) -> list[tuple[int, float]]:
-    """Return the predicted (ranks, speed-up over the predicted one rank)."""
-    micro_batches = batch[1]
-    one = model.step(1, micro_batches).seconds
-    found = []
-    for ranks in projected_ranks(kind, micro_batches):
-        factor = ranks if kind == "weak" else 1
-        found.append((ranks, factor * one / model.step(ranks, micro_batches * factor).seconds))
-    return found
+    heading = f"{kind} scaling, PREDICTED, not measured: one rank per core, {projected_over}"
+    return [heading, *table(rows, indent=INDENT)]

@@ -71,7 +71,7 @@ def read_results(folder: Path, settings: SearchSettings, data_sha256: str) -> li
         return []
     theirs, ours = _parse(folder / SEARCH, _read(folder / SEARCH)), search_json(settings, data_sha256)
     if not isinstance(theirs, dict):
-        raise DamagedFileError(f"{folder / SEARCH} is damaged: it is not what a search writes")
+        raise DamagedFileError(f"{folder / SEARCH} is damaged: its content is not that of a search")
     different = _differences(json.loads(json.dumps(ours)), theirs)
     if different:
         raise UserError(
@@ -111,7 +111,7 @@ def _parse(path: Path, content: bytes) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
-        raise DamagedFileError(f"{path} is damaged: it is not the JSON that a search writes") from None
+        raise DamagedFileError(f"{path} is damaged: it is not valid JSON") from None
 
 
 def _result(path: Path, number: int, values: Any, trial: Trial) -> TrialResult:

@@ -35,9 +35,9 @@ def banner(settings: SearchSettings, ranks: int, groups: int) -> list[str]:
 def round_lines(settings: SearchSettings, number: int, trials: Sequence[Trial], ranges: Sequence[Range]) -> list[str]:
     """Return the first lines of a round."""
     drawn = settings.method == "random" or number == 1
-    what = f"from {', '.join(map(str, ranges))}" if drawn else "that continue"
+    source = f"from {', '.join(map(str, ranges))}" if drawn else "that continue"
     epochs = f"{trials[0].epochs} epoch{_s(trials[0].epochs)}"
-    return ["", f"round {number}/{settings.rounds}: {len(trials)} trial{_s(len(trials))} of {epochs} {what}"]
+    return ["", f"round {number}/{settings.rounds}: {len(trials)} trial{_s(len(trials))} of {epochs} {source}"]
 
 
 def trial_line(result: TrialResult, settings: SearchSettings) -> str:

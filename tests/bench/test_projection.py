@@ -1,4 +1,4 @@
-"""The fit recovers the numbers behind made-up measurements, and returns None if they do not determine it."""
+"""The fit recovers the numbers of artificial measurements, and returns None if they do not determine it."""
 
 import itertools
 import random
@@ -77,7 +77,7 @@ NUMBERS = ("once_seconds", "micro_batch_seconds", "latency_seconds", "byte_secon
 
 
 @pytest.mark.parametrize("reduction", ["tree", "allreduce"])
-def test_the_fit_recovers_the_numbers_behind_the_steps(reduction):
+def test_the_fit_recovers_the_numbers_of_the_steps(reduction):
     known = CostModel(reduction, *(getattr(KNOWN, name) for name in ("gradient_bytes", *NUMBERS)))
     found = fit(measured(known), reductions(known), reduction, GRADIENT)
     for name in NUMBERS:

@@ -73,7 +73,7 @@ def test_flags_become_settings():
         (["--batch-size", "8"], "--micro-batch-size 16 is larger than --batch-size 8"),
         (["--batch-size", "20"], "is not a multiple of"),
         (["--scaling", "none"], "leaves nothing to measure"),
-        (["--scaling", "none", "--layers", "--network", "10us,10Gbit"], "--network predicts --scaling, which is none"),
+        (["--scaling", "none", "--layers", "--network", "10us,10Gbit"], "--network has no effect with --scaling none"),
         (["--data-dir", "there"], "--data-dir has no effect without --dataset mnist"),
         (["--data-dir", "there", "--dataset", "digits"], "--data-dir has no effect without --dataset mnist"),
         (["--network", "fast"], "expected latency and bandwidth"),

@@ -138,7 +138,7 @@ def test_the_reduction_is_shown_by_size_next_to_allreduce():
 
 def test_predictions_are_called_predictions():
     model = CostModel("tree", 1000, 0.0, 1e-3, 0.0, 0.0, 0.0)
-    lines = projection_table((128, 8), model, "strong", "over an interconnect")
+    lines = projection_table(model, "strong", (128, 8), "over an interconnect")
     assert lines[0] == "strong scaling, PREDICTED, not measured: one rank per core, over an interconnect"
     assert [cells(line)[:4] for line in lines[2:]] == [
         ["1", "16,000", "1.00", "100%"],

@@ -1,4 +1,4 @@
-"""Promise 1 with `--balance`: the bits are the same whichever rank computes a micro-batch, however often it changes."""
+"""Promise 1 with `--balance`: the bits do not depend on which rank computes a micro-batch, nor on changes of shares."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""The tables that lead from a section of the book to its code name files that are there, and leave no example out."""
+"""The tables from sections of the book to code name existing files, and every example."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.split("|")[1].strip() for row in ROWS])
-def test_every_file_of_a_row_is_there_code_and_test(row):
+def test_every_file_of_a_row_exists(row):
     _, _, _, code, test, _ = row.split("|")
     for cell, folders in ((code, ("distdl/", "examples/")), (test, ("tests/",))):
         files = re.findall(r"`([^`]+)`", cell)
@@ -31,7 +31,7 @@ def test_every_example_of_a_chapter_is_in_both_tables():
             assert any(f"`{path.name}`" in line for line in EXAMPLES.splitlines() if line.startswith("|"))
 
 
-def test_every_file_that_the_map_of_the_examples_names_is_there():
+def test_every_file_in_the_table_of_the_examples_exists():
     rows = [line.split("|") for line in EXAMPLES.splitlines() if line.startswith("|")]
     assert {len(row) for row in rows} == {7}
     for row in rows[2:]:

@@ -1,4 +1,4 @@
-"""Every example of a chapter runs, reduced, leaves its picture, and ends with the figure that the book reports."""
+"""Every example of a chapter runs with --quick, writes its figure, and ends with the book's result."""
 
 import ast
 import importlib.util
@@ -22,7 +22,7 @@ from distdl.rng import Key
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = REPOSITORY / "examples"
-#: All there are: a new one is checked too.
+#: All examples, so that a new one is checked too.
 NAMES = sorted(path.stem for pattern in ("chapter_*.py", "ng_*.py") for path in EXAMPLES.glob(pattern))
 SECONDS = 120
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.skipif(read_launch().by is not None, reason="already under a launcher"),
     pytest.mark.skipif(
         importlib.util.find_spec("matplotlib") is None,
-        reason="the pictures need matplotlib: pip install 'distdl-mpi[plots]'",
+        reason="the figures need matplotlib: pip install 'distdl-mpi[plots]'",
     ),
 ]
 
@@ -39,7 +39,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def started(run_program):
     """Run an example in a folder."""
-    env = dict(os.environ)  # a copy: pytest changes its own at every test, while threads start programs
+    env = dict(os.environ)  # a copy, because pytest changes its own in every test, while threads start programs
 
     def start(name, folder, *arguments):
         return run_program([sys.executable, EXAMPLES / f"{name}.py", *arguments], env=env, cwd=folder, timeout=SECONDS)
@@ -49,13 +49,13 @@ def started(run_program):
 
 @pytest.fixture(scope="module")
 def run(side_by_side, started, tmp_path_factory):
-    """Run an example with --quick in a folder of its own, once; return what it said and its picture."""
+    """Run an example with --quick in its own folder, once; return its output and the file of its figure."""
 
     def start(name):
         folder = tmp_path_factory.mktemp(name)
         return started(name, folder, "--quick"), folder / "runs" / f"{name}.png"
 
-    finished = side_by_side(test_the_example_leaves_a_picture_and_ends_with_the_book_beside_its_own, start)
+    finished = side_by_side(test_the_example_writes_a_figure_and_ends_with_the_book_s_result, start)
 
     def run(name):
         done, picture = finished(name=name)
@@ -67,7 +67,7 @@ def run(side_by_side, started, tmp_path_factory):
 
 
 def module(name, monkeypatch):
-    """The example as a module, for what can be asked of its functions."""
+    """The example as a module, to test its functions."""
     monkeypatch.syspath_prepend(EXAMPLES)
     return __import__(name)
 
@@ -76,8 +76,8 @@ def numbers(text):
     return [float(number) for number in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", text)]
 
 
-def said(stdout, start):
-    """The part of the one line that begins so, up to what the book reports."""
+def rest_of_line(stdout, start):
+    """The part of the one line with this start, up to the book's result."""
     [line] = [line for line in stdout.splitlines() if line.startswith(start)]
     return line.removeprefix(start).split("(the book")[0]
 
@@ -88,7 +88,7 @@ def test_the_example_is_one_page(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_example_leaves_a_picture_and_ends_with_the_book_beside_its_own(run, name):
+def test_the_example_writes_a_figure_and_ends_with_the_book_s_result(run, name):
     stdout, picture = run(name)
     content = picture.read_bytes()
     assert content.startswith(PNG)
@@ -97,17 +97,17 @@ def test_the_example_leaves_a_picture_and_ends_with_the_book_beside_its_own(run,
     assert len(content) > 5000
     last = stdout.splitlines()[-1]
     assert "the book" in last or "the course" in last or "paths that end" in last
-    assert f"picture: {Path('runs', name)}.png" in stdout.splitlines()
+    assert f"figure: {Path('runs', name)}.png" in stdout.splitlines()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_example_says_how_it_is_run_and_which_section_it_is_of(name):
+def test_the_docstring_names_the_command_and_the_section(name):
     text = ast.get_docstring(ast.parse((EXAMPLES / f"{name}.py").read_text(encoding="utf-8")))
     assert re.search(r"\((sections? \d\.\d|Ng, week \d)", text.splitlines()[0])
     assert f"python examples/{name}.py" in text
 
 
-# ------------------------------------------------------------------------------------------ the book's exact figures
+# ------------------------------------------------------------------------------------------ the book's exact results
 
 
 def test_the_gates_have_the_truth_tables(run):
@@ -132,40 +132,40 @@ def test_the_activations_have_the_known_values_and_derivatives(run):
         "leaky ReLU": [-0.01, 0, 1, 0.01, 0.01, 1],
     }
     for name, values in expected.items():
-        assert numbers(said(stdout, f"{name} of -1, 0, 1: ")) == pytest.approx(values, abs=1e-4)
-    assert numbers(said(stdout, "it sums to ")) == [1]
+        assert numbers(rest_of_line(stdout, f"{name} of -1, 0, 1: ")) == pytest.approx(values, abs=1e-4)
+    assert numbers(rest_of_line(stdout, "it sums to ")) == [1]
 
 
 def test_the_three_layer_network_has_the_numbers_of_the_book(run):
     stdout, _ = run("chapter_3_network")
-    assert numbers(said(stdout, "A1 = ")) == [0.3, 0.7, 1.1]
-    assert numbers(said(stdout, "Z1 = ")) == [0.57444252, 0.66818777, 0.75026011]
-    assert numbers(said(stdout, "the library's network differs by "))[0] < 1e-12
+    assert numbers(rest_of_line(stdout, "A1 = ")) == [0.3, 0.7, 1.1]
+    assert numbers(rest_of_line(stdout, "Z1 = ")) == [0.57444252, 0.66818777, 0.75026011]
+    assert numbers(rest_of_line(stdout, "the library's network differs by "))[0] < 1e-12
 
 
-def test_inference_gives_the_same_answers_one_by_one_and_in_batches(run):
+def test_inference_gives_the_same_predictions_one_by_one_and_in_batches(run):
     stdout, _ = run("chapter_3_inference")
-    assert "answers that differ: 0" in stdout
-    assert numbers(said(stdout, "accuracy: "))[0] > 0.8
+    assert "predictions that differ: 0" in stdout
+    assert numbers(rest_of_line(stdout, "accuracy: "))[0] > 0.8
 
 
 def test_the_losses_are_those_of_the_book_in_each_form(run):
     stdout, _ = run("chapter_4_losses")
-    assert numbers(said(stdout, "says 2: ")) == [0.0975, 0.5108]
-    assert numbers(said(stdout, "says 7: ")) == [0.5975, 2.3026]
-    one_hot, integers = numbers(said(stdout, "a batch of both, "))
+    assert numbers(rest_of_line(stdout, "output 2: ")) == [0.0975, 0.5108]
+    assert numbers(rest_of_line(stdout, "output 7: ")) == [0.5975, 2.3026]
+    one_hot, integers = numbers(rest_of_line(stdout, "a batch of both, "))
     assert one_hot == integers == pytest.approx((0.5108 + 2.3026) / 2, abs=1e-4)
-    assert numbers(said(stdout, "the library's loss")) == pytest.approx([one_hot], abs=2e-6)
+    assert numbers(rest_of_line(stdout, "the library's loss")) == pytest.approx([one_hot], abs=2e-6)
 
 
-def test_descent_ends_where_the_book_says(run):
+def test_descent_ends_at_the_book_s_point(run):
     stdout, _ = run("chapter_4_gradients")
-    assert numbers(said(stdout, "gradient at (3, 4): ")) == [6, 8]
-    assert numbers(said(stdout, "descent from (-3, 4) ends at ")) == [-6.1e-10, 8.1e-10]
-    diverged, stayed = said(stdout, "learning rate 10 diverges to ").split("1e-10 stays at")
+    assert numbers(rest_of_line(stdout, "gradient at (3, 4): ")) == [6, 8]
+    assert numbers(rest_of_line(stdout, "descent from (-3, 4) ends at ")) == [-6.1e-10, 8.1e-10]
+    diverged, stayed = rest_of_line(stdout, "learning rate 10 diverges to ").split("1e-10 stays at")
     assert max(map(abs, numbers(diverged))) > 1e12
     assert numbers(stayed) == pytest.approx([-3, 4], abs=1e-6)
-    assert numbers(said(stdout, "derivative of 0.01 x² + 0.1 x at 5 and 10: "))[:2] == [0.2, 0.3]
+    assert numbers(rest_of_line(stdout, "derivative of 0.01 x² + 0.1 x at 5 and 10: "))[:2] == [0.2, 0.3]
 
 
 def test_the_gradient_of_4_4_is_that_of_the_library(monkeypatch):
@@ -187,7 +187,7 @@ def test_apples_and_oranges_cost_what_they_cost_in_the_book(run, monkeypatch):
     stdout, _ = run("chapter_5_graph")
     assert "2 apples: 220 (" in stdout
     assert "and 3 oranges: 715 (" in stdout
-    assert numbers(said(stdout, "derivatives by price, count and tax: ")) == [2.2, 110, 200]
+    assert numbers(rest_of_line(stdout, "derivatives by price, count and tax: ")) == [2.2, 110, 200]
     example = module("chapter_5_graph", monkeypatch)
     given = {"apple": 100.0, "apple_count": 2.0, "orange": 150.0, "orange_count": 3.0, "tax": 1.1}
     lines = example.apples_and_oranges(**given)
@@ -199,9 +199,9 @@ def test_apples_and_oranges_cost_what_they_cost_in_the_book(run, monkeypatch):
         assert lines[line][1] == pytest.approx((up - down) / 2e-3)
 
 
-def test_softmax_with_loss_gives_back_y_minus_t(run, monkeypatch):
+def test_the_gradient_of_softmax_with_loss_is_y_minus_t(run, monkeypatch):
     stdout, _ = run("chapter_5_softmax_with_loss")
-    assert numbers(said(stdout, "the library's loss and gradient differ by "))[0] < 1e-12
+    assert numbers(rest_of_line(stdout, "the library's loss and gradient differ by "))[0] < 1e-12
     example, a, t = module("chapter_5_softmax_with_loss", monkeypatch), np.array([1.0, -2.0, 0.5, 3.0]), np.eye(4)[2]
     y, loss, d_a = example.forward_and_backward(a, t)
     assert d_a == pytest.approx(y - t)
@@ -210,18 +210,18 @@ def test_softmax_with_loss_gives_back_y_minus_t(run, monkeypatch):
 
 def test_backpropagation_is_within_1e_7_of_central_differences(run):
     stdout, _ = run("chapter_5_gradient_check")
-    assert 0 < numbers(said(stdout, "largest mean difference: "))[0] < 1e-7
+    assert 0 < numbers(rest_of_line(stdout, "largest mean difference: "))[0] < 1e-7
 
 
-def test_sgd_and_momentum_go_the_way_of_their_formulas(run):
-    """SGD multiplies x by 1 - η/10 and y by 1 - 2η in each step; Momentum is a recurrence of two numbers."""
+def test_sgd_and_momentum_follow_their_formulas(run):
+    """SGD multiplies x by 1 - η/10 and y by 1 - 2η in each step. Momentum is a recurrence of two numbers."""
     stdout, _ = run("chapter_6_paths")
-    assert numbers(said(stdout, "SGD ends at "))[:2] == pytest.approx([-7 * 0.905**30, 2 * 0.9**30], abs=1e-4)
+    assert numbers(rest_of_line(stdout, "SGD ends at "))[:2] == pytest.approx([-7 * 0.905**30, 2 * 0.9**30], abs=1e-4)
     place, velocity = np.array([-7.0, 2.0]), np.zeros(2)
     for _ in range(30):
         velocity = 0.9 * velocity - 0.1 * place * [0.1, 2]
         place = place + velocity
-    assert numbers(said(stdout, "Momentum ends at "))[:2] == pytest.approx(place, abs=1e-4)
+    assert numbers(rest_of_line(stdout, "Momentum ends at "))[:2] == pytest.approx(place, abs=1e-4)
     assert "paths that end below a twentieth of the start: 6" in stdout
 
 
@@ -237,7 +237,7 @@ def test_convolution_pooling_and_im2col_give_the_numbers_of_the_book(run):
 def test_simple_convnet_ends_with_the_accuracies_of_its_run(run):
     stdout, picture = run("chapter_7_simple_convnet")
     folder = picture.with_name("chapter_7_simple_convnet-1")
-    train, test = numbers(said(stdout, "accuracy after 2 epochs: "))
+    train, test = numbers(rest_of_line(stdout, "accuracy after 2 epochs: "))
     *_, epoch, last = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     assert (train, test) == (round(epoch["train_accuracy"], 4), round(last["test_accuracy"], 4))
     assert 'optimizer = "adam"' in (folder / "config.toml").read_text()
@@ -258,7 +258,7 @@ def test_the_share_of_the_convolutions_is_that_of_all_layers_of_alexnet(run, mon
     names = [name for name, *_ in build_model("alexnet", (28, 28, 1), 10).parts(1)]
     rows = dict(re.findall(r"^(\w+) +(forward +[0-9.]+ ms, backward +[0-9.]+ ms)$", stdout, re.MULTILINE))
     assert list(rows) == names
-    told = numbers(said(stdout, "convolutions, of the time of AlexNet for 28x28: "))
+    told = numbers(rest_of_line(stdout, "convolutions, of the time of AlexNet for 28x28: "))
     for direction, percent in enumerate(told):
         all_of_it = {name: numbers(row)[direction] for name, row in rows.items()}
         convolutions = sum(all_of_it[f"conv2d_{number}"] for number in range(1, 6))
@@ -273,7 +273,7 @@ def test_the_share_of_the_convolutions_is_that_of_all_layers_of_alexnet(run, mon
     [("chapter_7_filters", "maps"), ("chapter_8_mistakes", "confusion")],
     ids=["filters", "mistakes"],
 )
-def test_a_trained_network_is_drawn_in_two_pictures_and_nothing_else_is_left(run, name, second):
+def test_a_trained_network_is_drawn_in_two_figures_and_no_run_folder_remains(run, name, second):
     stdout, picture = run(name)
     other = picture.with_stem(f"{name}_{second}")
     assert sorted(picture.parent.parent.rglob("*.*")) == [picture, other]
@@ -284,7 +284,7 @@ def test_a_trained_network_is_drawn_in_two_pictures_and_nothing_else_is_left(run
     assert f"{float(ours):.2%}" == f"{trained}%"
 
 
-def test_the_best_of_the_search_is_that_of_its_summary(run):
+def test_the_printed_best_trial_is_that_of_the_summary(run):
     stdout, picture = run("chapter_6_hyperparameters")
     [folder] = picture.parent.glob("*-search")
     best = json.loads((folder / "summary.json").read_text())["best"]
@@ -297,7 +297,7 @@ def test_the_best_of_the_search_is_that_of_its_summary(run):
     assert samples["ranges"] == ["lr=1e-06:0.01:log", "weight-decay=1e-08:0.0001:log"]
 
 
-def test_only_the_convolution_is_transferred_and_it_is_frozen_in_one_of_three(run):
+def test_only_the_convolution_is_transferred_and_one_of_three_freezes_it(run):
     stdout, picture = run("chapter_8_transfer")
     assert stdout.count("begins with 2 of 6 tensors") == 2
     assert stdout.count("frozen: 780 of 7,340 parameters (--freeze conv2d_1)") == 1
@@ -305,24 +305,24 @@ def test_only_the_convolution_is_transferred_and_it_is_frozen_in_one_of_three(ru
     told = re.findall(r": test accuracy (0\.\d+)$", stdout, re.MULTILINE)
     assert [f"{float(accuracy):.2%}" for accuracy in told] == [f"{accuracy}%" for accuracy in tested]
     assert len(told) == 4
-    assert [*picture.parent.parent.rglob("*.*")] == [picture], "and no run is left behind"
+    assert [*picture.parent.parent.rglob("*.*")] == [picture], "no run folder remains"
 
 
 def test_the_ensembles_are_of_the_networks_that_were_trained(run):
     stdout, picture = run("chapter_8_ensemble")
     trained = re.findall(r"^test accuracy: ([0-9.]+)%$", stdout, re.MULTILINE)
-    lines = [numbers(said(stdout, f"{name}: ")) for name in ("constant rate", "decayed rate")]
+    lines = [numbers(rest_of_line(stdout, f"{name}: ")) for name in ("constant rate", "decayed rate")]
     assert [f"{accuracy:.2%}" for *alone, _ in lines for accuracy in alone] == [f"{accuracy}%" for accuracy in trained]
     gains = [ensemble - np.mean(alone) for *alone, ensemble in lines]
     decay = np.mean(lines[1][:-1]) - np.mean(lines[0][:-1])
-    *told, together = map(float, re.findall(r"[+-]?0\.\d{4}", said(stdout, "test accuracy: ensembles gain ")))
+    *told, together = map(float, re.findall(r"[+-]?0\.\d{4}", rest_of_line(stdout, "test accuracy: ensembles gain ")))
     assert told == pytest.approx([*gains, decay], abs=2e-4)
     assert together == lines[1][-1]
     assert [*picture.parent.parent.rglob("*.*")] == [picture]
 
 
 @pytest.mark.parametrize("test_start", [None, 30])
-def test_an_ensemble_is_scored_on_images_that_none_of_it_was_trained_on(monkeypatch, test_start):
+def test_an_ensemble_is_scored_on_images_that_no_member_was_trained_on(monkeypatch, test_start):
     example, rows = module("chapter_8_ensemble", monkeypatch), np.arange(40)
     images = rows.astype(np.float32).reshape(-1, 1, 1, 1)
     data = example.with_test_part(sources.Dataset("rows", images, rows % 10, 10, test_start), Key(0)).checked()
@@ -332,11 +332,11 @@ def test_an_ensemble_is_scored_on_images_that_none_of_it_was_trained_on(monkeypa
     assert tests == [list(range(20 if test_start is None else 30, 40))] * 3
 
 
-def test_each_transform_changes_some_of_the_pixels_and_no_two_draws_are_alike(run):
+def test_each_transform_changes_some_of_the_pixels_and_draws_differ(run):
     from matplotlib.image import imread
 
     stdout, path = run("chapter_8_augmentation")
-    changed = dict(re.findall(r"^(\S+): (\d+)% of the pixels are others than before$", stdout, re.MULTILINE))
+    changed = dict(re.findall(r"^(\S+): (\d+)% of the pixels change$", stdout, re.MULTILINE))
     texts = ["rotate=20", "scale=0.3", "flip", "brightness=0.5", "shift=1", "rotate=10,scale=0.1,crop=1", "crop=1"]
     assert list(changed) == texts
     assert all(10 < int(share) < 95 for share in changed.values())
@@ -348,19 +348,19 @@ def test_each_transform_changes_some_of_the_pixels_and_no_two_draws_are_alike(ru
     assert [len(row) for row, text in zip(drawn, texts, strict=True) if text not in {"flip", "crop=1"}] == [8] * 5
 
 
-def test_augmentation_changes_what_is_learned_from_a_few_images(run):
+def test_augmentation_changes_the_accuracy_of_a_training_on_few_images(run):
     stdout, _ = run("chapter_8_augmentation")
     plain, augmented = re.findall(r"^test accuracy: ([0-9.]+)%$", stdout, re.MULTILINE)
     assert plain != augmented
     assert min(float(plain), float(augmented)) > 50
-    told = numbers(said(stdout, "test accuracy, learned from 300 images: "))
+    told = numbers(rest_of_line(stdout, "test accuracy, trained on 300 images: "))
     assert [f"{accuracy:.2%}" for accuracy in told[:2]] == [f"{plain}%", f"{augmented}%"]
 
 
-def test_the_segmentation_that_is_drawn_is_that_of_the_score_on_the_test_part(run, monkeypatch, communicator):
+def test_the_drawn_segmentation_is_that_of_the_test_score(run, monkeypatch, communicator):
     _, picture = run("chapter_8_segmentation")
     example = module("chapter_8_segmentation", monkeypatch)
-    data = example.with_a_label_a_pixel(sources.load("digits", None))
+    data = example.with_labels_per_pixel(sources.load("digits", None))
     folder = picture.with_name("chapter_8_segmentation-1")
     [trained] = load([folder], communicator, build_network=example.fully_convolutional, dataset=data)
     found = evaluate([trained], "test", communicator)
@@ -368,44 +368,46 @@ def test_the_segmentation_that_is_drawn_is_that_of_the_score_on_the_test_part(ru
     assert np.array_equal(images, data.images[found.rows[:6], ..., 0])
     assert np.array_equal(labels, found.labels[:6])
     assert np.array_equal(named, found.predictions[:6])
-    assert len(np.unique(named)) > 2, "it has learned more than the background"
+    assert len(np.unique(named)) > 2, "the network predicts more than the background"
 
 
-def test_the_optimizers_come_in_the_order_of_the_book(run):
+def test_the_optimizers_have_the_order_of_the_book(run):
     stdout, _ = run("chapter_6_optimizers")
-    order = said(stdout, "by mean loss over all steps: ").split()
+    order = rest_of_line(stdout, "by mean loss over all steps: ").split()
     assert order[0] == "SGD"
     assert order[-1] == "AdaGrad"
 
 
 def test_relu_with_std_0_01_fades_as_in_the_book(run):
     stdout, _ = run("chapter_6_activations")
-    means = numbers(said(stdout, "layer means, ReLU, std 0.01: "))
+    means = numbers(rest_of_line(stdout, "layer means, ReLU, std 0.01: "))
     assert means == pytest.approx([0.0396, 0.0029, 1.97e-4, 1.32e-5, 9.46e-7], rel=0.15)
 
 
-def test_units_that_start_at_zero_stay_alike(run):
+def test_units_that_start_at_zero_stay_equal(run):
     stdout, _ = run("chapter_6_initial_values")
-    alike, different = (numbers(said(stdout, f"hidden units from {name}: weights to ")) for name in ("zeros", "Xavier"))
-    assert alike[0] > 1e-3  # they have learned
+    alike, different = (
+        numbers(rest_of_line(stdout, f"hidden units from {name}: weights to ")) for name in ("zeros", "Xavier")
+    )
+    assert alike[0] > 1e-3  # the units have learned
     assert alike[1] < 1e-4 * alike[0]
     assert different[1] > different[0]
-    ends = dict(re.findall(r"(zeros|std 0.01|Xavier|He) (\d\.\d+)", said(stdout, "loss at the end: ")))
+    ends = dict(re.findall(r"(zeros|std 0.01|Xavier|He) (\d\.\d+)", rest_of_line(stdout, "loss at the end: ")))
     assert min(float(ends["zeros"]), float(ends["std 0.01"])) > 2.25
     assert float(ends["He"]) < 2.2
 
 
-def test_batch_normalization_learns_where_nothing_else_does(run):
+def test_batch_normalization_learns_at_more_scales(run):
     stdout, _ = run("chapter_6_batch_norm")
     assert len(re.findall("^std .* with, .* without$", stdout, re.MULTILINE)) == 2
-    with_it, without = numbers(said(stdout, "scales that do not learn: "))
+    with_it, without = numbers(rest_of_line(stdout, "scales that do not learn: "))
     assert with_it < without
 
 
-def test_overfitting_weight_decay_and_dropout_each_do_what_they_are_for(run, monkeypatch, communicator):
+def test_weight_decay_and_dropout_reduce_overfitting(run, monkeypatch, communicator):
     stdout, _ = run("chapter_6_overfitting")
     for name in ("neither", "weight decay 0.1", "Dropout 0.2"):
-        train, test, gap = numbers(said(stdout, f"{name}: "))
+        train, test, gap = numbers(rest_of_line(stdout, f"{name}: "))
         assert gap == pytest.approx(train - test, abs=1e-3)
     example = module("chapter_6_overfitting", monkeypatch)
     options = SimpleNamespace(communicator=communicator, key=Key(0), dataset="digits", data_dir=None, quick=True)
@@ -416,12 +418,12 @@ def test_overfitting_weight_decay_and_dropout_each_do_what_they_are_for(run, mon
         for name, settings in {"neither": {}, "decay": {"weight_decay": 10.0}, "dropout": {"dropout": 0.8}}.items()
     }
     assert ends["neither"][0] > 0.6
-    assert ends["decay"][0] < 0.25  # no weights are left
+    assert ends["decay"][0] < 0.25  # the decay has removed the weights
     assert ends["dropout"][0] < ends["neither"][0] - 0.2
 
 
 @pytest.mark.parametrize("name", ["ng_logistic_regression", "ng_shallow_network", "ng_deep_network"])
-def test_small_probabilities_are_kept_in_float32_and_large_inputs_do_not_overflow(name, monkeypatch):
+def test_sigmoid_keeps_small_probabilities_and_does_not_overflow(name, monkeypatch):
     z = np.array([-1000, -80, -30, -5, 0, 5, 30, 1000], np.float32)
     with np.errstate(over="raise", invalid="raise"):
         found = module(name, monkeypatch).sigmoid(z)
@@ -432,7 +434,7 @@ def test_small_probabilities_are_kept_in_float32_and_large_inputs_do_not_overflo
 
 def test_the_vectorized_gradient_of_logistic_regression_is_that_of_the_loop_and_of_differences(run, monkeypatch):
     stdout, _ = run("ng_logistic_regression")
-    assert numbers(said(stdout, "they differ by "))[0] < 1e-6
+    assert numbers(rest_of_line(stdout, "they differ by "))[0] < 1e-6
     example = module("ng_logistic_regression", monkeypatch)
     w, X, Y = np.array([0.3, -0.2]), np.array([[1.0, -1, 2, 0.5], [0.2, 3, -1, 1]]), np.array([1.0, 0, 1, 1])
     _, dw, db = example.cost_and_gradient(w, 0.1, X, Y)
@@ -441,7 +443,7 @@ def test_the_vectorized_gradient_of_logistic_regression_is_that_of_the_loop_and_
     assert db == pytest.approx((above - below) / 2e-5, abs=1e-5)
 
 
-def test_a_hidden_layer_does_what_a_line_cannot(run, monkeypatch):
+def test_a_hidden_layer_separates_the_flower_and_a_line_does_not(run, monkeypatch):
     run("ng_shallow_network")
     example = module("ng_shallow_network", monkeypatch)
     x, y = example.flower(Key(0))
@@ -479,7 +481,7 @@ def test_the_gradients_of_the_deep_network_are_those_of_differences(run, monkeyp
 
 @pytest.fixture
 def run_on_two_ranks(run_job, tmp_path):
-    """Run an example with --quick on two ranks, and return what it said."""
+    """Run an example with --quick on two ranks, and return its output."""
     from distdl.job.mpirun_command import mpirun_command
 
     def run(name):
@@ -491,23 +493,21 @@ def run_on_two_ranks(run_job, tmp_path):
     return run
 
 
-def test_two_ranks_say_the_same_figures_as_one(run, run_on_two_ranks):
-    """Batch normalization, whose moments the ranks add up, and all else that a step does."""
+def test_two_ranks_print_the_same_results_as_one(run, run_on_two_ranks):
+    """The example covers batch normalization, whose moments the ranks add up, and everything else in a step."""
     assert run_on_two_ranks("chapter_6_batch_norm") == run("chapter_6_batch_norm")[0]
 
 
 def test_two_ranks_draw_and_train_with_the_same_changes_of_images(run, run_on_two_ranks):
     def of_no_rank(stdout):
-        return re.findall(
-            r"^(?:.*of the pixels are others.*|weights sha256: .*|test accuracy.*)$", stdout, re.MULTILINE
-        )
+        return re.findall(r"^(?:.*of the pixels change|weights sha256: .*|test accuracy.*)$", stdout, re.MULTILINE)
 
     alone = of_no_rank(run("chapter_8_augmentation")[0])
     assert len(alone) == 7 + 2 + 3
     assert of_no_rank(run_on_two_ranks("chapter_8_augmentation")) == alone
 
 
-# ------------------------------------------------------------------------------------------------------- what is wrong
+# -------------------------------------------------------------------------------------------------------- invalid input
 
 
 @pytest.mark.parametrize(
@@ -519,7 +519,7 @@ def test_two_ranks_draw_and_train_with_the_same_changes_of_images(run, run_on_tw
         (["--dataset", "mnist", "--data-dir", "nowhere"], "the data folder 'nowhere' cannot be read"),
     ],
 )
-def test_what_cannot_be_is_one_line(started, arguments, words, tmp_path):
+def test_invalid_flags_end_in_one_line(started, arguments, words, tmp_path):
     (tmp_path / "file").touch()
     done = started("chapter_6_optimizers", tmp_path, *arguments)
     assert done.returncode == 2
@@ -529,7 +529,7 @@ def test_what_cannot_be_is_one_line(started, arguments, words, tmp_path):
     assert done.stdout == ""
 
 
-def test_what_cannot_be_is_one_line_on_two_ranks_too(run_job, tmp_path):
+def test_invalid_flags_end_in_one_line_on_two_ranks_too(run_job, tmp_path):
     from distdl.job.mpirun_command import mpirun_command
 
     launch = mpirun_command(2, [sys.executable, str(EXAMPLES / "chapter_6_hyperparameters.py"), "--dataset", "mnits"])

@@ -1,4 +1,4 @@
-"""The examples do what their README says: every command in it is run, alone and under mpirun."""
+"""Every command in the README of the examples runs, alone and under mpirun."""
 
 import os
 import re
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.skipif(read_launch().by is not None, reason="already un
 @pytest.fixture(scope="module")
 def finish(run_program):
     """Run a command line in a folder to its end."""
-    # As on a user's machine: the threads that the tests' own process is limited to are not handed on. A copy, since
-    # pytest changes its own environment at every test, while threads start programs.
+    # As on a user's machine, without the limits of threads in the tests' own process. A copy, because pytest changes
+    # its environment in every test, while threads start programs.
     env = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
 
     def finish(command, folder):
@@ -49,14 +49,14 @@ def finish(run_program):
 
 @pytest.fixture(scope="module")
 def run(side_by_side, finish, tmp_path_factory):
-    """Run a command line in a folder of its own that has the examples; each only once."""
+    """Run a command line in its own folder with the examples; each only once."""
 
     def start(command):
         folder = tmp_path_factory.mktemp("run")
         (folder / "examples").symlink_to(REPOSITORY / "examples")
         return finish(command, folder)
 
-    finished = side_by_side(test_the_command_ends_well_and_prints_its_receipt_once, start)
+    finished = side_by_side(test_the_command_succeeds_and_prints_its_receipt_once, start)
     return lambda command: finished(command=command)
 
 
@@ -66,12 +66,12 @@ def ranks_of(command):
 
 
 @pytest.mark.parametrize("commands", [OF_TRAIN_DIGITS, OF_OWN_NETWORK], ids=["train_digits", "own_network"])
-def test_the_commands_are_there_to_be_compared(commands):
+def test_the_readme_has_commands_for_several_numbers_of_ranks(commands):
     assert len({ranks_of(command) for command in commands}) == 3
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_command_ends_well_and_prints_its_receipt_once(run, command):
+def test_the_command_succeeds_and_prints_its_receipt_once(run, command):
     done = run(command)
     assert done.returncode == 0, done.stderr
     assert len(re.findall("^weights sha256: [0-9a-f]{64}$", done.stdout, re.MULTILINE)) == 1
@@ -79,11 +79,11 @@ def test_the_command_ends_well_and_prints_its_receipt_once(run, command):
         [(ranks, receipt)] = re.findall(r"the receipt of (\d+) rank\(s\) is ([0-9a-f]{64})", done.stdout)
         assert int(ranks) == ranks_of(command)
         assert f"weights sha256: {receipt}" in done.stdout
-        [right] = re.findall(r"([0-9.]+)% of the test images", done.stdout)
-        assert float(right) > 94
+        [correct] = re.findall(r"([0-9.]+)% of the test images", done.stdout)
+        assert float(correct) > 94
 
 
-def test_a_network_of_ones_own_takes_fifteen_lines():
+def test_your_own_network_takes_fifteen_lines():
     text = (REPOSITORY / "examples" / "own_model.py").read_text(encoding="utf-8")
     _, _, code = text.partition("import sys")
     lines = [line for line in ("import sys" + code).splitlines() if line.strip() and '"""' not in line]
@@ -100,7 +100,7 @@ def test_all_commands_of_an_example_give_the_same_receipt(run, commands):
 
 
 @pytest.mark.parametrize("command", OF_OWN_NETWORK)
-def test_the_gradients_of_the_own_network_are_checked_and_told_once(run, command):
+def test_the_gradients_of_your_own_network_are_checked_and_printed_once(run, command):
     [error] = re.findall("gradient check: the largest relative error is (.*)", run(command).stdout)
     assert float(error) < 1e-7
 

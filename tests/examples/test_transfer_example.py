@@ -1,4 +1,4 @@
-"""The example of transfer learning: what each network sees, and what the second takes from the first."""
+"""The example of transfer learning: the images of each network, and the tensors that the second one takes."""
 
 import importlib.util
 from pathlib import Path
@@ -11,12 +11,12 @@ from distdl.rng import Key
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ROWS = np.arange(40)
-#: Whose images tell which row they are.
+#: The pixel of an image is its row.
 DIGITS = sources.Dataset("rows", ROWS.astype(np.float32).reshape(-1, 1, 1, 1), ROWS % 10, 10, None)
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None,
-    reason="the picture needs matplotlib: pip install 'distdl-mpi[plots]'",
+    reason="the figure needs matplotlib: pip install 'distdl-mpi[plots]'",
 )
 
 
@@ -31,7 +31,7 @@ def rows_of(dataset):
 
 
 @pytest.mark.parametrize("test_start", [None, 30])
-def test_the_second_network_learns_from_a_few_images_of_its_own_digits_and_is_asked_for_others(example, test_start):
+def test_the_second_network_trains_on_a_few_images_of_its_digits_and_is_tested_on_others(example, test_start):
     data = sources.Dataset("rows", DIGITS.images, DIGITS.labels, 10, test_start)
     first = example.of_digits(data, range(5)).checked()
     assert rows_of(first) == [row for row in ROWS if row % 10 < 5]
@@ -48,4 +48,4 @@ def test_the_second_network_learns_from_a_few_images_of_its_own_digits_and_is_as
         assert rows[:11].max() < 30
     assert len(set(rows)) == len(rows)
     other = example.with_few(example.of_digits(data, range(5, 10)), 11, Key(1))
-    assert rows_of(other)[:11] != rows_of(few)[:11], "another seed draws others"
+    assert rows_of(other)[:11] != rows_of(few)[:11], "another seed draws other images"

@@ -190,7 +190,7 @@ def test_a_trial_that_diverges_is_a_result_and_the_worst(tmp_path, capsys):
     found = searched(DIVERGING, tmp_path / "search")
     diverged = [result for result in found.results if result.diverged]
     assert 0 < len(diverged) < len(found.results)
-    assert found.ranges[0].high < min(result.settings["lr"] for result in diverged), "none is kept"
+    assert found.ranges[0].high < min(result.settings["lr"] for result in diverged), "no diverged trial is kept"
     assert all(json.loads(line)["weights_sha256"] is None for line in lines_of(tmp_path / "search", diverged=True))
     said = capsys.readouterr().out
     assert len([line for line in said.splitlines() if "  diverged     " in line]) >= len(diverged)
