@@ -110,9 +110,8 @@ class _Setting:
         if self.properties.names:
             text += f" Names: {', '.join(self.properties.names)}."
         if isinstance(self.default, str | int | float | Path) and self.kind is not bool:
-            text += (
-                f" (default: {self.default:g})" if isinstance(self.default, float) else f" (default: {self.default})"
-            )
+            default = f"{self.default:g}" if isinstance(self.default, float) else self.default
+            text += f" (default: {default})"
         return _entry(self.usage, text)
 
 

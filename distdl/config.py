@@ -220,7 +220,7 @@ class TrainConfig:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of a full batch. No more ranks can share the work."""
+        """The number of micro-batches in a full batch: the largest number of ranks that can share the work."""
         return -(-self.batch_size // self.micro_batch_size)
 
     def to_json(self) -> dict[str, Any]:
@@ -276,7 +276,6 @@ def check_kind(name: str, value: object, kind: Any) -> None:
 
 
 def _check_ranges(config: TrainConfig) -> None:
-    """Raise `UserError` for a number out of range."""
 
     def at_least(least: int, *names: str) -> None:
         for name in names:
@@ -328,11 +327,7 @@ def _check_path(config: TrainConfig, name: str) -> None:
 
 
 def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)  # such a letter is an undecoded byte
 
 
 def is_own(name: str) -> bool:

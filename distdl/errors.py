@@ -23,6 +23,8 @@ EXIT_DAMAGED = 3
 EXIT_CORRUPTION = 4
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: "try again" for schedulers and scripts
 EXIT_INTERRUPTED = 130  # the exit code of a shell after Ctrl-C
+#: It is of no use to start such a job again at once.
+FINAL_EXIT_CODES = {0, EXIT_USER, EXIT_DAMAGED, EXIT_CORRUPTION, EXIT_STOPPED, EXIT_INTERRUPTED}
 
 
 class DistdlError(Exception):
@@ -32,9 +34,12 @@ class DistdlError(Exception):
     """
 
     exit_code = EXIT_DEFECT
-    agreed = False
     #: The text before the message when a command prints it.
     label = "error: "
+
+    def __init__(self, message: str = "", *, agreed: bool = False) -> None:
+        super().__init__(message)
+        self.agreed = agreed
 
 
 class UserError(DistdlError):

@@ -29,7 +29,6 @@ COMMAND = Command(
     },
     flags={
         "runs": Flag(name="RUN_OR_CHECKPOINT", repeated=True),
-        "part": Flag(value="PART"),
         "model": Flag(value="FILE.py:FUNCTION", repeated=True),
         "dataset": Flag(value="FILE.py:FUNCTION"),
         "confusion_figure": Flag(value="FILE.png"),
@@ -39,14 +38,9 @@ COMMAND = Command(
 )
 
 
-def parse(arguments: Sequence[str]) -> EvaluateOptions:
-    """Return the flags of a command line; raise `UserError` in one line."""
-    return COMMAND.parse(arguments)
-
-
 def main(arguments: Sequence[str]) -> int:
     """Score the networks of the command line; return the exit code."""
-    options = parse(arguments)
+    options = COMMAND.parse(arguments)
     cli.set_blas_threads(1)
     from distdl.inference.evaluate_runs import evaluate_runs  # noqa: PLC0415  NumPy reads the threads when it is loaded
 

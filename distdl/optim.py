@@ -226,7 +226,7 @@ def clip_by_norm(gradient: Vector, largest: float) -> float:
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
-    """Return the optimizer with this name; raise `UserError`, listing the known ones, if there is none."""
+    """Return the optimizer with this name; raise `UserError`, listing the known ones, for an unknown name."""
     if name not in OPTIMIZERS:
         raise unknown_name("optimizer", name, OPTIMIZERS)
     return OPTIMIZERS[name]

@@ -1,8 +1,6 @@
 """Write the report of a run: ``python -m distdl.report RUN`` writes ``report.html`` into its folder, or to `--out`.
 
-The report shows settings, scores, learning curves, times, survived failures, and the network: its filters before and
-after training, the feature maps of an image, the activations of its layers, the confusion matrix and the misclassified
-images. It is one file with all pictures inside. Under mpirun the ranks share the samples to score.
+The report is one file with all pictures inside. Under mpirun the ranks share the samples to score.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ SCHEDULES = ("constant", "step", "cosine")
 def make_schedule(
     name: str, learning_rate: float, *, every_steps: int, factor: float, total_steps: int, warmup_steps: int = 0
 ) -> Schedule:
-    """Return the schedule called `name`; raise `UserError`, listing the known ones, if there is none.
+    """Return the schedule called `name`; raise `UserError`, listing the known ones, for an unknown name.
 
     `every_steps` and `factor` belong to the step schedule; `total_steps` is the length of the cosine.
     """

@@ -55,10 +55,9 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
 
 
 def config_of(given: Mapping[str, Any]) -> TrainConfig:
-    """Return the checked config with the flags of a command line, as `Command.given` returns them.
+    """Return the checked config with the flags of a command line, as `Command.given` returns them; raise `UserError`.
 
-    The flags override the file of `--config`. That overrides the ``config.toml`` of the run that is resumed, and that
-    the defaults. Raises `UserError`.
+    The flags override the file of `--config`. That overrides the ``config.toml`` of a resumed run.
     """
     texts: dict[str, Any] = {}
     resumed = _config_of_resumed_run(given)

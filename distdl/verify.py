@@ -133,7 +133,7 @@ def _are_different(ranks: Sequence[int], flags: Sequence[str], folder: Path) -> 
 
 
 def _trained(ranks: int, flags: Sequence[str], folder: Path) -> Outcome:
-    """Train on so many ranks, in processes of their own."""
+    """Train on `ranks` ranks in separate processes."""
     program = [sys.executable, "-m", "distdl.train", *flags]
     program += ["--record-hashes", "--log-every=1", f"--run-dir={folder}"]
     command = mpirun_command(ranks, program)

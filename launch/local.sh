@@ -10,9 +10,9 @@ Train with RANKS ranks on this machine, with the MPI of the Python environment.
 
   -n RANKS         number of ranks to start
   --restarts N     start a failed job again from its last checkpoint, up to N
-                   times: if a rank or mpirun was killed, or the host failed; but
-                   not after a wrong flag or a damaged file (exit codes 2, 3), and
-                   not after a signal, which is passed on and ends the job
+                   times, for example if a rank or mpirun was killed. A wrong
+                   flag, a damaged file (exit codes 2, 3) or a signal ends the
+                   job without a restart.
   --dry-run        print the command line instead of running it
   --module MODULE  Python module that every rank runs instead of distdl.train
   -h, --help       print this text
@@ -54,6 +54,6 @@ command -v "$python" >/dev/null ||
 "$python" -c 'import importlib.util, sys, distdl.mpirun
 needed = ("mpi4py", "numpy", "safetensors", "threadpoolctl")
 sys.exit(not all(map(importlib.util.find_spec, needed)))' 2>/dev/null ||
-    fail "$python cannot import distdl and what it needs: run $python -m pip install '${repository}[mpich]', or set PYTHON to a Python that has it"
+    fail "$python cannot import distdl and its dependencies: run $python -m pip install '${repository}[mpich]', or set PYTHON to a Python that has them"
 
 exec "$python" -m distdl.mpirun "$@"

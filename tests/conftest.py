@@ -1,4 +1,4 @@
-"""One BLAS thread for every test, set before NumPy is loaded; and a failure on one rank ends all of them."""
+"""Set one BLAS thread for every test before NumPy is loaded. End all ranks if a test fails on one of them."""
 
 import atexit
 import os
@@ -13,9 +13,9 @@ from pathlib import Path
 for name in ("OPENBLAS", "OMP", "MKL"):
     os.environ[f"{name}_NUM_THREADS"] = "1"
 
-# The processes that tests start, hundreds of them, need not compile the package each anew.
+# Tests start hundreds of processes. They must not each compile the package again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-# And they print as they do on most machines: what is left in a buffer may fail when Python ends.
+# Their output is buffered, as on most machines. So a write can also fail when Python exits.
 os.environ.pop("PYTHONUNBUFFERED", None)
 
 # Commands that tests start find the package from any folder, whether or not it is installed.
@@ -27,9 +27,9 @@ import pytest  # noqa: E402
 
 from distdl.job.launcher import read_launch  # noqa: E402
 
-LAUNCH = read_launch()  # before a test pretends another
+LAUNCH = read_launch()  # before a test simulates another launcher
 
-if LAUNCH.size > 1:  # pytest's own temporary folder would be tidied by all ranks at once
+if LAUNCH.size > 1:  # all ranks would clean up pytest's own temporary folder at once
     ranks_own = tempfile.mkdtemp(prefix="distdl-tests-")
     os.environ["PYTEST_DEBUG_TEMPROOT"] = ranks_own
     atexit.register(shutil.rmtree, ranks_own, ignore_errors=True)
@@ -50,7 +50,7 @@ def mnist_dir():
 
 @pytest.fixture
 def signals_at_their_defaults():
-    """Let SIGINT and SIGHUP do what they do at a terminal; in the background, or under nohup, they are ignored."""
+    """Handle SIGINT and SIGHUP as at a terminal. In the background, or under nohup, they are ignored."""
     before = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in before.items()}
     yield
@@ -68,7 +68,7 @@ def no_fault_outlives_its_test():
 
 @pytest.fixture(scope="session")
 def needs_mpirun():
-    """Skip where no job can be started: without an mpirun, or in a rank of a job."""
+    """Skip the test if no job can start: without an mpirun, or in a rank of a job."""
     from distdl.errors import UserError
     from distdl.job.mpirun_command import find_mpirun
 
@@ -82,7 +82,7 @@ def needs_mpirun():
 
 @pytest.fixture(scope="session")
 def survives(needs_mpirun):
-    """Whether jobs of this environment survive the death of a rank."""
+    """Return whether jobs of this environment survive the death of a rank."""
     from distdl.job.mpirun_command import mpirun_command
 
     return "--with-ft" in mpirun_command(2, ["true"]).argv
@@ -90,14 +90,14 @@ def survives(needs_mpirun):
 
 @pytest.fixture(scope="session")
 def ulfm(survives):
-    """Only for Open MPI 5 and later."""
+    """Skip the test unless the MPI is Open MPI 5 or later."""
     if not survives:
-        pytest.skip("survivors go on under Open MPI 5 and later only; other MPIs end the job")
+        pytest.skip("survivors continue only with Open MPI 5 and later; other MPIs end the job")
 
 
 @pytest.fixture(scope="session")
 def run_program():
-    """Run a command line to its end; `timeout` is against hanging."""
+    """Return a function that runs a command line to its end; `timeout` only prevents hanging."""
 
     def run(argv, *, timeout, cwd=None, env=None):
         return subprocess.run(
@@ -116,7 +116,7 @@ def run_program():
 
 @pytest.fixture(scope="session")
 def run_job(needs_mpirun, run_program):
-    """Run a job, as `mpirun_command` gives it, to its end; `timeout` is against hanging."""
+    """Return a function that runs a job of `mpirun_command` to its end; `timeout` only prevents hanging."""
     from distdl.job.mpirun_command import environment_for
 
     def run(launch, *, timeout, cwd=None):
@@ -127,10 +127,10 @@ def run_job(needs_mpirun, run_program):
 
 @pytest.fixture(scope="module")
 def side_by_side(request):
-    """Do the slow part of one test's cases side by side, as many at a time as there are cores.
+    """Return a function that runs the slow part of a test's cases side by side, one per core at a time.
 
-    ``side_by_side(test, work)`` begins ``work(**parameters)`` for each chosen case of that test of this module, and
-    returns a function that waits for one of them: its parameters in, what `work` returned or raised out.
+    ``side_by_side(test, work)`` starts ``work(**parameters)`` for each selected case of that test of this module. It
+    returns a function that takes the parameters of one case, waits, and returns or raises the result of `work`.
     """
 
     def begin(test, work):
@@ -154,7 +154,7 @@ def side_by_side(request):
 
 @pytest.fixture(scope="session")
 def communicator():
-    """All ranks of this test run; one process where pytest was not started by mpirun."""
+    """Return all ranks of this test run: one process unless mpirun started pytest."""
     from distdl.parallel import world
 
     hook = sys.excepthook
@@ -165,13 +165,13 @@ def communicator():
 
 @pytest.fixture
 def shared_tmp_path(communicator, tmp_path):
-    """One temporary folder that all ranks see."""
+    """Return one temporary folder that all ranks see."""
     return Path(communicator.bcast_json(str(tmp_path)))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item):
-    """A test that fails on one rank would leave the others waiting for ever in their next collective call."""
+    """End all ranks after a failed test. Otherwise the others would wait forever in their next collective call."""
     report = yield
     if LAUNCH.size > 1 and report.failed:
         sys.__stderr__.write(f"[rank {LAUNCH.rank}] {item.nodeid}\n{report.longreprtext}\n")

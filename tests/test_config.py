@@ -177,7 +177,7 @@ def test_flags_override_the_file_which_overrides_the_defaults(tmp_path):
         assert (over.lr, over.epochs, over.optimizer) == (2.0, 7, "sgd")
 
 
-def test_a_file_may_hold_settings_that_flags_make_useless(tmp_path):
+def test_a_file_may_hold_settings_that_have_no_effect_because_of_flags(tmp_path):
     file = written(tmp_path, 'dataset = "mnist"\ndata_dir = "there"\nschedule = "step"\nlr_step_factor = 0.5\n')
     config = parsed("--config", file, "--dataset", "digits", "--schedule", "constant")
     assert (config.dataset, config.schedule, config.lr_step_factor) == ("digits", "constant", 0.5)

@@ -1,6 +1,6 @@
 """Imports point one way: bottom <- {nn, optim, schedules, data, parallel, job} <- engine <- inference <- commands.
 
-Modules in braces never import each other, with one exception: parallel may use job. bench and search stand beside
+Modules in braces never import each other, with one exception: parallel may use job. bench and search may use
 inference; their `__main__.py` files are commands.
 
 The checker below reads sources without running them; the last tests feed it sources that break each rule.
@@ -47,7 +47,7 @@ KEYED_RANDOM = {"Philox"}
 
 
 def may_import(unit, other):
-    """Whether the part `unit` of the package may import the part `other`."""
+    """Return whether the part `unit` of the package may import the part `other`."""
     if unit == ROOT:
         return False
     if unit in BOTTOM:
@@ -66,12 +66,12 @@ def may_import(unit, other):
 
 
 def unit_of(module):
-    """The part of the package that a dotted module name belongs to: ``nn`` for ``distdl.nn.layers``."""
+    """Return the part of the package that a dotted module name belongs to: ``nn`` for ``distdl.nn.layers``."""
     return "__main__" if module.endswith(".__main__") else ([*module.split("."), ROOT])[1]
 
 
 def imports_of(tree, path):
-    """Every import as (line, module, names), with relative ones made absolute."""
+    """Yield every import as (line, module, names), with relative ones made absolute."""
     package = Path(path).parent.as_posix().split("/")
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -87,11 +87,11 @@ def imports_of(tree, path):
 
 
 def violations(path, source):
-    """What in the `source` of the file `path` (such as ``distdl/nn/layers.py``) breaks the rules."""
+    """Yield each violation of the rules in the `source` of the file `path` (such as ``distdl/nn/layers.py``)."""
     tree = ast.parse(source)
     module = path.removesuffix("/__init__.py").removesuffix(".py").replace("/", ".")
     unit = unit_of(module)
-    numpys, randoms = {"numpy"}, set()  # what numpy and numpy.random are called here
+    numpys, randoms = {"numpy"}, set()  # the names of numpy and numpy.random here
     for line, imported, names in imports_of(tree, path):
         where = f"{path}:{line}"
         top = imported.split(".")[0]
@@ -130,7 +130,7 @@ def violations(path, source):
 
 
 def dangers(path, call, numpys):
-    """What a call may do that bytes of a file, a peer or a user must never do."""
+    """Yield the effects of a call that bytes of a file, a peer or a user must never have."""
     called, keywords = ast.unparse(call.func), {word.arg: word.value for word in call.keywords}
     owner, _, method = called.rpartition(".")
 
@@ -158,7 +158,7 @@ def dangers(path, call, numpys):
 
 
 def is_constant(call):
-    """Whether the first argument is a text in the source, which `imports_of` has looked at."""
+    """Return whether the first argument is a text in the source, which `imports_of` checks."""
     return bool(call.args) and isinstance(call.args[0], ast.Constant)
 
 
@@ -171,7 +171,7 @@ def test_imports_point_one_way(path):
     assert list(violations(path, (PACKAGE.parent / path).read_text(encoding="utf-8"))) == []
 
 
-def test_all_parts_of_the_package_are_looked_at():
+def test_all_parts_of_the_package_are_checked():
     parts = {unit_of(path.removesuffix(".py").replace("/", ".")) for path in FILES}
     assert parts >= (BOTTOM | MIDDLE | {"config", "engine", "train"})
 

@@ -29,7 +29,7 @@ def textbook_sgd(w, gradients, rates, decay):
 
 
 def textbook_momentum(w, gradients, rates, decay):
-    """As PyTorch documents it."""
+    """Follow the formula in PyTorch's documentation."""
     v = np.zeros_like(w)
     for g, lr in zip(gradients, rates, strict=True):
         v = 0.9 * v + (g + decay * w)
@@ -38,7 +38,7 @@ def textbook_momentum(w, gradients, rates, decay):
 
 
 def textbook_nesterov(w, gradients, rates, decay):
-    """As PyTorch documents it."""
+    """Follow the formula in PyTorch's documentation."""
     v = np.zeros_like(w)
     for g, lr in zip(gradients, rates, strict=True):
         gradient = g + decay * w
@@ -234,7 +234,7 @@ def test_weight_decay_changes_only_its_slices(name):
 
 
 @every_optimizer
-def test_frozen_slices_keep_their_bits_and_the_others_do_not_notice(name):
+def test_frozen_slices_keep_their_bits_and_do_not_affect_the_others(name):
     """Even -0.0 keeps its bits: adding a velocity of 0.0 would lose its sign. Decay changes no frozen slice."""
     size = 2 * BLOCK + 100
     start, gradients = gradients_of(size)

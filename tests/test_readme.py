@@ -27,7 +27,7 @@ SET_UP = [
 
 
 def anchors(page):
-    """The names that a link can give to the headings of a page, as GitHub makes them."""
+    """Return the link names of the headings of a page, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -25,7 +25,7 @@ def philox_block(counter, key):
 
 
 def test_the_words_of_a_key_are_fixed_forever():
-    """If this fails, every user's seed has another meaning, and old checkpoints cannot be resumed."""
+    """If this fails, every seed has another meaning, and old checkpoints cannot be resumed."""
     assert Key(0).of("dropout", 3).words(5).tolist() == [
         0x60D392ABA63D0004,
         0x8AA4418B69FCFFA7,
@@ -200,7 +200,7 @@ def test_a_permutation_holds_every_number_once(count):
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_every_permutation_comes_equally_often(count):
+def test_every_permutation_is_equally_frequent(count):
     keys = 200 * math.factorial(count)
     seen = Counter(tuple(Key(0).of("order", epoch).permutation(count).tolist()) for epoch in range(keys))
     counts = [seen[order] for order in itertools.permutations(range(count))]
@@ -208,7 +208,7 @@ def test_every_permutation_comes_equally_often(count):
     assert chi_square(counts, 200) < upper_bound(len(counts) - 1)
 
 
-def test_a_permutation_leaves_one_number_in_its_place_on_average():
+def test_a_permutation_keeps_one_number_at_its_position_on_average():
     fixed = [int((Key(0).of("order", epoch).permutation(50) == np.arange(50)).sum()) for epoch in range(2000)]
     assert np.mean(fixed) == pytest.approx(1, abs=5 / math.sqrt(2000))
 
@@ -228,5 +228,5 @@ def chi_square(counts, expected):
 
 
 def upper_bound(degrees):
-    """Five standard deviations above the mean of the chi-square distribution."""
+    """Return the mean of the chi-square distribution plus five standard deviations."""
     return degrees + 5 * math.sqrt(2 * degrees)

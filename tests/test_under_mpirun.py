@@ -1,4 +1,4 @@
-"""Plain `pytest` runs the MPI tests too: it starts itself under mpirun, at several numbers of ranks."""
+"""Plain `pytest` also runs the MPI tests: it starts itself under mpirun with several numbers of ranks."""
 
 import re
 import sys
@@ -17,7 +17,7 @@ def done(side_by_side, pytestconfig, run_job):
         program = ["-m", "mpi4py", "-m", "pytest", "--only-mpi", "-p", "no:cacheprovider", *where]
         return run_job(mpirun_command(ranks, [sys.executable, *program]), cwd=pytestconfig.rootpath, timeout=SECONDS)
 
-    return side_by_side(test_all_mpi_tests_pass_with, run)
+    return side_by_side(test_all_mpi_tests_pass_on, run)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def done(side_by_side, pytestconfig, run_job):
         (8, UP_TO_EIGHT_RANKS),
     ],
 )
-def test_all_mpi_tests_pass_with(ranks, where, done):
+def test_all_mpi_tests_pass_on(ranks, where, done):
     job = done(ranks=ranks, where=where)
     assert job.returncode == 0, f"{job.stdout[-6000:]}\n{job.stderr[-6000:]}"
     assert len(re.findall(r"\d+ passed", job.stdout)) == ranks, job.stdout[-3000:]

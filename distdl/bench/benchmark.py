@@ -21,9 +21,8 @@ from distdl.bench.projection import CostModel, FitCheck, MeasuredStep, check, fi
 from distdl.bench.settings import SCALINGS, BenchSettings, rank_counts
 from distdl.engine.console import Console
 from distdl.engine.environment import describe, numerics
-from distdl.engine.storage.files import try_folder, write_durably, write_output
+from distdl.engine.storage.files import check_output, try_folder, write_durably, write_output
 from distdl.engine.storage.run_folder import unused_folder
-from distdl.engine.timing.trace import check_writable
 from distdl.errors import UserError
 from distdl.inference import figures
 from distdl.parallel import Communicator, contiguous_shards, guard, on_rank_0, together, world
@@ -149,7 +148,7 @@ def benchmark(settings: BenchSettings, communicator: Communicator | None = None)
         folder = on_rank_0(communicator, lambda: _output_folder(settings))
         trace_file = settings.trace
         if trace_file is not None:
-            on_rank_0(communicator, lambda: check_writable(trace_file))
+            on_rank_0(communicator, lambda: check_output(trace_file, "--trace"))
         bench = Workbench(settings, communicator, ranks)
         result = _run(bench, describe(communicator), ranks, print_line)
         on_rank_0(communicator, lambda: _report(folder, result, print_line))
@@ -166,10 +165,10 @@ def _output_folder(settings: BenchSettings) -> Path:
     folder = settings.out or unused_folder(f"{settings.model}-bench")
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"--out {folder} exists and is not an empty folder: give another")
+            raise UserError(f"--out {folder} exists and is not an empty folder: give another folder")
         try_folder(folder)
     except OSError as error:
-        raise UserError(f"--out {folder} cannot be written: {error.strerror}; give another") from None
+        raise UserError(f"--out {folder} cannot be written: {error.strerror}; give another folder") from None
     return folder
 
 

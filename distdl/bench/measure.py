@@ -301,7 +301,8 @@ def _dataset(settings: BenchSettings) -> PreparedDataset:
     if count * pixels > 4 * MOST_RANDOM_BYTES:
         shape = "x".join(map(str, settings.input_shape))
         raise UserError(
-            f"--input {shape} is too large: an image may have {4 * MOST_RANDOM_BYTES:,} numbers at most; give less"
+            f"--input {shape} is too large: an image may have at most {4 * MOST_RANDOM_BYTES:,} numbers; "
+            "give a smaller shape"
         )
     words = KEY.of("pixels").words(-(-count * pixels // 8))
     images = words.view(np.uint8)[: count * pixels].reshape(count, *settings.input_shape)

@@ -183,6 +183,6 @@ def rank_counts(given: Sequence[int] | None, world_size: int) -> tuple[int, ...]
     if max(given) > world_size:
         raise UserError(
             f"--ranks {max(given)} is more than the {world_size} rank{'s' if world_size > 1 else ''} of this job: "
-            f"start it with mpirun -n {max(given)}, or give fewer"
+            f"start it with mpirun -n {max(given)}, or give fewer ranks"
         )
     return tuple(sorted({1, *given}))

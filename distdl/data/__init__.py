@@ -1,13 +1,7 @@
-"""Data, from the bytes of a source to the micro-batches of a network.
+"""Data, from the bytes of a source to the micro-batches of a network. It knows no ranks, networks or configuration.
 
-    sources          the datasets by name
-    dataset          `Dataset`, and `PreparedDataset`, the form that every rank has
-    split            the rows of each part and their order: index arithmetic
-    normalization    mean and deviation of each channel, measured on the training part
-    augmentation     random changes of training images; the keys name no rank
-    micro_batches    the images and labels of a micro-batch
-
-This package knows no ranks, networks or configuration.
+A function of `sources` returns a `Dataset`. `PreparedDataset` is the form that every rank has: with its `split`, and
+its `normalization` measured on the training part. `MicroBatches` loads images and labels, with `augmentation` if asked.
 """
 
 from distdl.data.dataset import Dataset, PreparedDataset

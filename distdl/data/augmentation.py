@@ -4,15 +4,8 @@ For each image one affine map is drawn (mirror, then turn and enlarge about the 
 brightness. A pixel of the new image is mapped back to a place in the old image. Its value is the bilinear mean of the
 four pixels around that place. The background beyond the edge is zero before normalization.
 
-Places are fixed-point numbers in steps of 1/256 pixel. So the weights are multiples of 1/256:
-
-- means of bytes are exact, and stay within the range of the four pixels;
-- turns by 90 degrees, mirroring and moves by whole pixels copy the pixels.
-
-Labels of pixels move by the same map, from the nearest pixel. A label from beyond the edge becomes `NO_LABEL`, which
-counts neither in the loss nor in the accuracy.
-
-The random numbers come from a key that names seed, step and micro-batch, never a rank.
+Places are fixed-point numbers in steps of 1/256 pixel. So means of bytes are exact, and turns by 90 degrees, mirroring
+and moves by whole pixels copy the pixels. Labels of pixels move by the same map, from the nearest pixel.
 
 Dimensions: N samples, H height, W width, C channels; y grows downward, x to the right.
 """
@@ -99,9 +92,8 @@ class Augmentation:
     def draw(self, key: Key, count: int) -> Draws:
         """Return random changes for `count` images, uniform within the limits of `transforms`."""
         asked = self.transforms
-        turn, grow, down, right, crop_y, crop_x, mirror, brighten = (
-            key.uniform(count * NUMBERS).reshape(count, NUMBERS).T
-        )
+        numbers = key.uniform(count * NUMBERS).reshape(count, NUMBERS)
+        turn, grow, down, right, crop_y, crop_x, mirror, brighten = numbers.T
         pieces = 2 * asked.crop + 1  # positions of a piece along an axis
         return Draws(
             angle=np.deg2rad(asked.rotate * (2 * turn - 1)),

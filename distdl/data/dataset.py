@@ -47,10 +47,8 @@ class _Labelled:
 
 @dataclass(frozen=True, eq=False)
 class Dataset(_Labelled):
-    """Images with their targets, as a source or a script gives them.
-
-    The labels define the task: a label for each image (classification), a label for each pixel (segmentation), or
-    numbers for each image (regression).
+    """Images with their targets. The labels define the task: a label for each image (classification), a label for each
+    pixel (segmentation), or numbers for each image (regression).
     """
 
     name: str
@@ -89,11 +87,11 @@ class Dataset(_Labelled):
         if not isinstance(classes, int | np.integer) or not 1 <= classes <= MOST_CLASSES:
             raise self._wrong(f"classes {classes!r}", "an int, the number of classes")
         labels = self._checked_numbers() if labels.dtype == np.float32 and labels.ndim == 2 else self._checked_labels()
-        if test_start is not None and not (isinstance(test_start, int | np.integer) and 0 < test_start < count):
-            raise self._wrong(
-                f"test_start {test_start!r}", f"None, or the first row of the test part, 1 to {count - 1}"
-            )
-        test_start = None if test_start is None else int(test_start)
+        if test_start is not None:
+            if not isinstance(test_start, int | np.integer) or not 0 < test_start < count:
+                expected = f"None, or the first row of the test part, 1 to {count - 1}"
+                raise self._wrong(f"test_start {test_start!r}", expected)
+            test_start = int(test_start)
         return replace(self, labels=labels, classes=int(classes), test_start=test_start)
 
     def _checked_labels(self) -> NDArray[np.int64]:
@@ -156,8 +154,7 @@ class PreparedDataset(_Labelled):
     def to_arrays(self, prefix: str = "") -> dict[str, NDArray[Any]]:
         """Return the content as named arrays, for `from_arrays`.
 
-        `prefix` begins the names of the arrays that depend on the seed. So one dict can hold the splits of several
-        seeds over one copy of the images.
+        `prefix` begins the names of the arrays that depend on the seed: one dict can hold the splits of several seeds.
         """
         of_the_seed = vars(self.parts) | vars(self.normalization)
         return {

@@ -5,6 +5,7 @@ Dimensions: N samples of a micro-batch, H height, W width, C channels.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,28 +18,25 @@ from distdl.data.split import Rows, micro_batch, micro_batch_count
 from distdl.rng import Key
 
 
+@dataclass(eq=False)
 class MicroBatches:
     """Loads micro-batches of a dataset into buffers that it keeps, for each number of samples."""
 
-    def __init__(
-        self, dataset: PreparedDataset, micro_batch_size: int, augmentation: Augmentation | None = None
-    ) -> None:
-        self.dataset = dataset
-        self.micro_batch_size = micro_batch_size
-        self.augmentation = augmentation
-        #: The number of micro-batches loaded so far.
-        self.loaded = 0
-        self._buffers: dict[int, tuple[NDArray[Any], NDArray[np.float32]]] = {}
+    dataset: PreparedDataset
+    micro_batch_size: int
+    augmentation: Augmentation | None = None
+    #: The number of micro-batches loaded so far.
+    loaded: int = field(default=0, init=False)
+    _buffers: dict[int, tuple[NDArray[Any], NDArray[np.float32]]] = field(default_factory=dict, init=False)
 
     def count(self, samples: int) -> int:
-        """Return the number of micro-batches in a batch of so many samples; the last one may be ragged."""
+        """Return the number of micro-batches in a batch of `samples` samples; the last one may be ragged."""
         return micro_batch_count(samples, self.micro_batch_size)
 
     def load(self, rows: Rows, index: int, key: Key | None = None) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """Return images (N, H, W, C), normalized, and labels (N, ...) of micro-batch `index` of the batch `rows`.
 
-        With a key the images are augmented, and labels of pixels move along. The next call with the same N
-        overwrites the images.
+        With a key they are augmented: labels of pixels move along. The next call with the same N overwrites the images.
         """
         self.loaded += 1
         rows = micro_batch(rows, index, self.micro_batch_size)

@@ -1,7 +1,6 @@
 """Mean and deviation of each channel, measured on the training part alone.
 
-For bytes the measurement is exact: it uses integer sums alone. To apply it takes one subtraction and one division for
-each pixel. So a row gets the same bits in every batch.
+For bytes the measurement is exact: it uses integer sums alone. A row gets the same bits in every batch.
 
 Dimensions: N samples, H height, W width, C channels; n rows of a block.
 """
@@ -19,6 +18,8 @@ from numpy.typing import NDArray
 from distdl.errors import UserError
 
 BLOCK_ELEMENTS = 2**20
+#: Mean and variance of each channel.
+Moments = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +48,7 @@ def measure(images: NDArray[Any], rows: NDArray[np.int64]) -> Normalization:
     """Return mean and deviation of each channel over the given rows of `images` (N, H, W, C), uint8 or float32.
 
     ``mean = Σx / m`` and ``deviation = √(Σ(x - mean)² / m)`` over the m pixels of a channel. For uint8 both sums are
-    exact. A constant channel gets deviation 1, so it becomes zero. The images are read block by block; memory stays
-    small for a dataset of any size.
-
-    Raises `UserError` if a pixel is not a finite number.
+    exact. A constant channel gets deviation 1, so it becomes zero. Raises `UserError` if a pixel is not finite.
     """
     moments = _moments_of_bytes if images.dtype == np.uint8 else _moments_of_floats
     with np.errstate(invalid="ignore"):  # infinite pixels are refused below
@@ -70,9 +68,7 @@ def _blocks(images: NDArray[Any], rows: NDArray[np.int64]) -> Iterator[NDArray[A
         yield images[rows[start : start + size]].reshape(-1, channels)
 
 
-def _moments_of_bytes(
-    images: NDArray[np.uint8], rows: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _moments_of_bytes(images: NDArray[np.uint8], rows: NDArray[np.int64]) -> Moments:
     """Return mean and variance from the histogram of each channel; each is rounded once."""
     histograms = np.zeros((images.shape[-1], 256), np.int64)
     for block in _blocks(images, rows):
@@ -88,13 +84,10 @@ def _moments_of_bytes(
     return np.array(mean, np.float64), np.array(variance, np.float64)
 
 
-def _moments_of_floats(
-    images: NDArray[np.float32], rows: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _moments_of_floats(images: NDArray[np.float32], rows: NDArray[np.int64]) -> Moments:
     """Return mean and variance from two passes in float64.
 
-    Its 53 bits hold the sum of half a billion equal float32 numbers (24 bits) without rounding. So the variance of a
-    constant channel is exactly zero.
+    The sum of half a billion equal float32 numbers fits into its 53 bits. So a constant channel has variance zero.
     """
     count = len(rows) * math.prod(images.shape[1:-1])
     mean = sum(block.sum(axis=0, dtype=np.float64) for block in _blocks(images, rows)) / count

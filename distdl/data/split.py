@@ -1,6 +1,4 @@
-"""The rows of the training, validation and test part, and their order: pure index arithmetic.
-
-Every function returns the same on every rank. So the ranks send nothing.
+"""The rows of the training, validation and test part, and their order: pure index arithmetic, the same on every rank.
 
 A row is an index into the whole dataset. An order is a permutation of 0 .. count-1, the *positions* in a part. So
 ``parts.training[order]`` are the rows of an epoch.

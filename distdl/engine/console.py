@@ -1,10 +1,8 @@
 """The console: the text that a run prints. Only the coordinator prints.
 
 It prints plain lines. In one process on a terminal it also keeps a live line below them. Under a launcher nobody can
-tell whether a pipe leads to a terminal: Open MPI always claims one, MPICH never does.
-
-A full disk costs only the lines that do not fit. If nobody reads any longer (a closed pipe, a lost terminal under
-`nohup`), the training continues without output.
+tell whether a pipe leads to a terminal. A full disk costs only the lines that do not fit. If nobody reads any longer
+(a closed pipe, a lost terminal under `nohup`), the training continues without output.
 """
 
 from __future__ import annotations

@@ -1,17 +1,16 @@
-"""The coordinator: the extra role of rank 0. It owns the run folder, and it is composed of a logbook, a keeper for
-checkpoints and a console.
+"""The coordinator: the extra role of rank 0. It owns the run folder, with a logbook, a checkpoint keeper and a console.
 
 Rank 0 opens a new run folder or resumes one (`Coordinator.claim`, then `open_run`). If rank 0 is lost, the lowest
 surviving rank becomes rank 0 and takes the run over (`Coordinator.take_over`). Both ways lead through one constructor.
-Every rank has a logbook; it holds the records that the files may lack at that moment.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -33,7 +32,6 @@ from distdl.engine.storage.checkpoints import FoundCheckpoint
 from distdl.engine.storage.files import indented_json, remove_temporaries, write_durably
 from distdl.engine.storage.header import CheckpointHeader
 from distdl.engine.storage.run_folder import StartingPoint, lock_folder, locked_run_folder
-from distdl.engine.timing import trace
 from distdl.engine.timing.timeline import Spent
 from distdl.errors import DamagedFileError, UserError
 
@@ -111,7 +109,7 @@ class Coordinator(RunListener):
         try:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)  # if this host does not share the folder
             coordinator = cls(facts, folder, lock_folder(folder, owner_died=True), logbook, console)
-            coordinator._remove_temporaries()
+            remove_temporaries(folder, folder / "checkpoints")
             logbook.reopen(folder)
         except OSError as error:
             raise UserError(
@@ -125,7 +123,7 @@ class Coordinator(RunListener):
         start = self._start
         assert start is not None
         with self._opening:
-            self._remove_temporaries()
+            remove_temporaries(self.folder, self.folder / "checkpoints")
             header = None if start.found is None else start.found.header()
             if start.found is not None and header is not None:
                 self._copy_history(start.found, header, start.origin)
@@ -144,10 +142,6 @@ class Coordinator(RunListener):
         with self._lock:
             self.keeper.close()
             self.logbook.close()
-
-    def _remove_temporaries(self) -> None:
-        for folder in (self.folder, self.folder / "checkpoints"):
-            remove_temporaries(folder)
 
     def _copy_history(self, found: FoundCheckpoint, header: CheckpointHeader, origin: Path | None) -> None:
         """Copy the logs, the best checkpoint and the checkpoint itself into the folder, unless they are there.
@@ -195,9 +189,7 @@ class Coordinator(RunListener):
             ("--threads-per-rank", threads, self.config.threads_per_rank),
         ):
             if was != now:
-                self.console.warning(
-                    f"the checkpoint was made with {what} {was}, this run has {now}: bits may differ from here on"
-                )
+                self.console.warning(f"the checkpoint was made with {what} {was}, this run has {now}: bits may differ")
 
     def stepped(self, state: TrainingState, batch: Sums, learning_rate: float) -> None:  # noqa: ARG002
         """Print new shares, and update the live line."""
@@ -224,23 +216,8 @@ class Coordinator(RunListener):
     def epoch_ended(self, state: TrainingState, validation: Sums, spent: Spent, counted: Mapping[str, Any]) -> None:
         """Record the times of the epoch, and print its line."""
         epoch, training, seconds = state.step // self.logbook.steps_per_epoch, state.epoch_sums, spent.seconds
-        compute, reduction, wait = spent.shares()
-        self.logbook.timing(
-            {
-                "step": state.step,
-                "epoch": epoch,
-                "train_seconds": seconds,
-                "compute_share": compute,
-                "reduction_share": reduction,
-                "wait_share": wait,
-                "slowest_rank": spent.slowest,
-                "compute_seconds": spent.compute,
-                "reduction_seconds": spent.reduction,
-                "wait_seconds": spent.waiting,
-                **counted,
-                "time": time.time(),
-            }
-        )
+        record = {"step": state.step, "epoch": epoch, **spent.named(), **counted, "time": time.time()}
+        self.logbook.timing(record)
         scores = (
             f"train {training.accuracy:7.2%}  validation {validation.accuracy:7.2%}"
             if validation.targets_per_sample
@@ -259,18 +236,14 @@ class Coordinator(RunListener):
 
     def finished(self, state: TrainingState, test: Sums | None, summary: Mapping[str, Any]) -> None:
         """Write the summary and print the receipt."""
-        if test is not None:
+        if test is None:
+            self.console.line(f"stopped after step {state.step}; --resume {self.folder} continues")
+        else:
             score = f"loss: {test.loss:.6f}" if test.accuracy is None else f"accuracy: {test.accuracy:.2%}"
             self.console.line(f"test {score}")
-        else:
-            self.console.line(f"stopped after step {state.step}; --resume {self.folder} continues")
-        skipped = state.progress.skipped_steps
-        if skipped:
+        if skipped := state.progress.skipped_steps:
             self.console.warning(f"steps skipped, of {state.step}: {skipped}; see metrics.jsonl")
-        try:
-            write_durably(self.folder / "summary.json", indented_json(summary))
-        except OSError as error:
-            self.console.warning(f"cannot write {self.folder / 'summary.json'}: {error.strerror}")
+        self._write(self.folder / "summary.json", indented_json(summary))
         self.console.line(f"run folder: {self.folder}")
         self.console.line(f"weights sha256: {summary['weights_sha256']}")
 
@@ -287,19 +260,22 @@ class Coordinator(RunListener):
         arrays: dict[str, Any] = {"step": fault.step, "micro_batch": fault.micro_batch, **samples}
         content = io.BytesIO()
         np.savez(content, **arrays)
-        try:
-            write_durably(path, content.getvalue())
-        except OSError as error:
-            self.console.warning(f"cannot write {path}: {error.strerror or error}")
-            return None
-        return str(path)
+        return str(path) if self._write(path, content.getvalue()) else None
 
     def write_trace(self, content: Mapping[str, Any]) -> None:
-        """Write the file of `--trace`; warn if the disk refuses."""
+        """Write the file of `--trace`."""
         path = self.config.trace
         assert path is not None
-        try:
-            trace.write(path, content)
+        with suppress(OSError):  # then the write fails too
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if self._write(path, json.dumps(content).encode(), "the trace "):
             self.console.line(f"trace: {path} (for ui.perfetto.dev)")
+
+    def _write(self, path: Path, content: bytes, what: str = "") -> bool:
+        """Write a file that the training does not need; return False, after a warning, if the disk refuses."""
+        try:
+            write_durably(path, content)
         except OSError as error:
-            self.console.warning(f"cannot write the trace {path}: {error.strerror or error}")
+            self.console.warning(f"cannot write {what}{path}: {error.strerror or error}")
+            return False
+        return True

@@ -66,11 +66,7 @@ def describe(communicator: Communicator) -> dict[str, Any]:
         "hosts": ranks_per_host(communicator),
         "communicator": communicator.description,
         "kernel_families": sorted(set(communicator.allgather_json(kernel_family()))),
-        "versions": {
-            "distdl": distdl.__version__,
-            "python": platform.python_version(),
-            **_package_versions(),
-        },
+        "versions": {"distdl": distdl.__version__, "python": platform.python_version(), **_package_versions()},
         "blas": [
             {key: library.get(key) for key in ("internal_api", "version", "architecture", "num_threads")}
             for library in _blas_libraries()

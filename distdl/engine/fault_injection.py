@@ -1,15 +1,14 @@
 """Fault injection for tests: kill a rank, raise an error or spoil numbers at a chosen point of a run.
 
-Tests call `fail_at`. The engine calls `reached` at each point. A call costs some 0.1 microseconds if no fault is
-registered, and users never register one. Tests thus need no names from inside the engine, so code can move freely.
-(The idea is `EventInjector.fail_at` of torchft.)
+Tests call `fail_at`, the engine calls `reached` at each point (the idea is `EventInjector.fail_at` of torchft). So
+tests need no names from inside the engine. Without a fault a call costs some 0.1 microseconds.
 
 An action gets the `owner` of its point, so it can change the run's numbers. Each rank reaches the `POINTS` in their
-order, unless their text says otherwise. "Committed" means: all ranks agreed that the phase succeeded.
+order, unless their text says otherwise. "Committed" means: all ranks agreed that the phase succeeded. The owners are:
 
-The owners are: *state*: the `TrainingState`, with the network's parameters and gradients, the optimizer's vectors and
-the metric sums of the epoch; *record*: the arrays that are reduced, by name (``gradient``, ``statistics``,
-``loss_sum``, ``counts``), after the *index* of the micro-batch; *sums*: the `Sums` of the phase.
+- *state*: the `TrainingState`;
+- *record*: the arrays that are reduced, by name, after the *index* of the micro-batch;
+- *sums*: the `Sums` of the phase.
 """
 
 from __future__ import annotations
@@ -49,16 +48,11 @@ POINTS = {
     ("checkpoint-write", "after"): "rank 0 only, in its writer thread: the checkpoint is complete | None",
     ("finish", "before"): "rank 0 has not written the summary | state",
     ("finish", "after"): "rank 0 has written the summary and printed the receipt; the phase is not committed | state",
-    ("vote no", "before"): "this action of a recovery begins | state",
-    ("shrink", "before"): "this action of a recovery begins | state",
-    ("compare", "before"): "this action of a recovery begins | state",
-    ("take", "before"): "this action of a recovery begins | state",
-    ("rebuild", "before"): "this action of a recovery begins | state",
-    ("agree", "before"): "this action of a recovery begins | state",
-    (
-        "takeover",
-        "before",
-    ): "new rank 0 only, once per log file: it has locked the run folder | None",
+    **{
+        (action, "before"): "this action of a recovery begins | state"
+        for action in ("vote no", "shrink", "compare", "take", "rebuild", "agree")
+    },
+    ("takeover", "before"): "new rank 0 only, once per log file: it has locked the run folder | None",
 }
 PHASES = tuple(dict.fromkeys(phase for phase, _ in POINTS))
 
@@ -140,27 +134,21 @@ class FaultPoints(StepObserver):
     def __init__(self, state: TrainingState) -> None:
         self._state = state
 
-    def begin(self, step: OptimizerStep) -> None:  # noqa: ARG002
-        """Reach ``step``."""
+    def begin(self, step: OptimizerStep) -> None:
         reached("step", step=self._state.step + 1, owner=self._state)
 
-    def micro_batch(self, step: OptimizerStep, index: int, record: MutableRecord) -> None:  # noqa: ARG002
-        """Reach ``backward`` after."""
+    def micro_batch(self, step: OptimizerStep, index: int, record: MutableRecord) -> None:
         reached("backward", when="after", owner=(index, record))
 
-    def computed(self, step: OptimizerStep) -> None:  # noqa: ARG002
-        """Reach ``reduction``."""
+    def computed(self, step: OptimizerStep) -> None:
         reached("reduction", owner=self._state)
 
     def reduced(self, step: OptimizerStep) -> bool:
-        """Reach ``reduction`` after."""
         reached("reduction", when="after", owner=step.total)
         return True
 
-    def committed(self, step: OptimizerStep) -> None:  # noqa: ARG002
-        """Reach ``update``."""
+    def committed(self, step: OptimizerStep) -> None:
         reached("update", owner=self._state)
 
-    def ended(self, step: OptimizerStep) -> None:  # noqa: ARG002
-        """Reach ``update`` after."""
+    def ended(self, step: OptimizerStep) -> None:
         reached("update", when="after", owner=self._state)

@@ -76,7 +76,6 @@ class CheckpointKeeper:
             self._console.warning(self._what_failed(unknown))
 
     def _missed(self, outcome: Outcome, *, may_raise: bool, last: bool) -> None:
-        """Count a failed checkpoint, and say so."""
         self._misses += 1
         reason = f"{self._what_failed(outcome)}; the checkpoints before it are intact"
         self._latest_miss = f"{reason}: make room and use --resume"

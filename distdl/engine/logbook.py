@@ -1,12 +1,11 @@
 """The logbook: the records of a run, on every rank; the coordinator writes them to the run folder.
 
-The records of ``metrics.jsonl`` and ``hashes.jsonl`` are a function of the state and of sums that all ranks have.
-``metrics.jsonl`` holds nothing that depends on time, on the number of ranks or on interruptions. So it is the same
-file, byte for byte, however the run went. Timings go to ``timing.jsonl``, which only the coordinator has.
+The records of ``metrics.jsonl`` and ``hashes.jsonl`` are a function of the state and of sums that all ranks have. So
+the files are the same, byte for byte, for any number of ranks and interruptions. Timings go to ``timing.jsonl``, which
+only the coordinator has.
 
 If ranks may be lost, every rank keeps the records since the last checkpoint that is known to be saved, and the lengths
-of the files at that time. A rank that takes over cuts the files to these lengths and appends the kept records. So the
-files become the same, byte for byte, whatever the former coordinator had written.
+of the files at that time. A rank that takes over cuts the files to these lengths and appends the kept records.
 """
 
 from __future__ import annotations
@@ -53,30 +52,22 @@ class Logbook(RunListener):
     def stepped(self, state: TrainingState, batch: Sums, learning_rate: float) -> None:
         """Record the step if it is due."""
         if self.config.log_every and state.step % self.config.log_every == 0:
-            self._metrics({"step": state.step, "epoch": self._epoch(state), **batch.named(), "lr": learning_rate})
+            self._metrics(state, batch.named() | {"lr": learning_rate})
         self._hashes(state, batch.loss)
 
     def skipped(self, state: TrainingState, fault: Fault) -> None:
         """Record the step, without a loss."""
-        self._metrics(
-            {
-                "step": state.step,
-                "epoch": self._epoch(state),
-                "skipped": fault.what,
-                "micro_batch": fault.micro_batch,
-                "skipped_steps": state.progress.skipped_steps,
-            }
-        )
+        skipped_steps = state.progress.skipped_steps
+        self._metrics(state, {"skipped": fault.what, "micro_batch": fault.micro_batch, "skipped_steps": skipped_steps})
         self._hashes(state, None)
 
     def epoch_ended(self, state: TrainingState, validation: Sums, spent: Spent, counted: Mapping[str, Any]) -> None:  # noqa: ARG002
         """Record the epoch's training and validation metrics."""
-        record = {"step": state.step, "epoch": self._epoch(state)}
-        self._metrics(record | state.epoch_sums.named("train") | validation.named("validation"))
+        self._metrics(state, state.epoch_sums.named("train") | validation.named("validation"))
 
     def tested(self, state: TrainingState, test: Sums) -> None:
         """Record the score of the test part."""
-        self._metrics({"step": state.step, **test.named("test")})
+        self._record("metrics", {"step": state.step, **test.named("test")})
 
     def checkpointed(self, *, previous_is_saved: bool) -> None:
         """Note that a checkpoint is being written; forget the lines that the previous one has brought to disk."""
@@ -98,7 +89,8 @@ class Logbook(RunListener):
         """Open the files of a lost coordinator, and bring them to the state of this logbook. May raise `OSError`."""
         reached("takeover")
         timing = folder / "timing.jsonl"
-        self._files["timing"] = JsonLines(timing, _whole_lines(timing))
+        whole_lines = timing.read_bytes().rfind(b"\n") + 1 if timing.is_file() else 0
+        self._files["timing"] = JsonLines(timing, whole_lines)
         for name in self.names:
             reached("takeover")
             log = JsonLines(folder / f"{name}.jsonl", self.lengths[name])
@@ -110,7 +102,7 @@ class Logbook(RunListener):
 
     def timing(self, record: Mapping[str, Any]) -> None:
         """Write a record to ``timing.jsonl``."""
-        self._write("timing", record)
+        self._write("timing", line_of(record))
 
     def written_lengths(self) -> dict[str, int]:
         """Return the length of each file, with all records written; raise `OSError` if the disk refuses them."""
@@ -143,12 +135,10 @@ class Logbook(RunListener):
 
     # -- details
 
-    def _epoch(self, state: TrainingState) -> int:
-        """Return the epoch of the latest step, from 1."""
-        return (state.step - 1) // self.steps_per_epoch + 1
-
-    def _metrics(self, record: Mapping[str, Any]) -> None:
-        self._record("metrics", record)
+    def _metrics(self, state: TrainingState, values: Mapping[str, Any]) -> None:
+        """Record values of the latest step, with its number and epoch, both from 1."""
+        epoch = (state.step - 1) // self.steps_per_epoch + 1
+        self._record("metrics", {"step": state.step, "epoch": epoch, **values})
 
     def _hashes(self, state: TrainingState, loss: float | None) -> None:
         if self.config.record_hashes and (self._keeps or self._files):
@@ -156,23 +146,19 @@ class Logbook(RunListener):
             self._record("hashes", {"step": state.step, "loss": loss, "hashes": hashes})
 
     def _record(self, name: str, record: Mapping[str, Any]) -> None:
+        line = line_of(record)
         if self._keeps:
-            self.lines[name] += line_of(record)
+            self.lines[name] += line
         if self._files:
-            self._write(name, record)
+            self._write(name, line)
 
-    def _write(self, name: str, record: Mapping[str, Any]) -> None:
+    def _write(self, name: str, line: bytes) -> None:
         """Append a record to a file. If the disk refuses, warn once; the record waits in memory."""
         try:
-            self._files[name].write(record)
+            self._files[name].append(line)
             self._is_refused = False
         except OSError as error:
             if not self._is_refused:
                 path = self._files[name].path
                 self._console.warning(f"cannot write to {path}: {error.strerror}; its records wait until there is room")
             self._is_refused = True
-
-
-def _whole_lines(path: Path) -> int:
-    """Return how many bytes of a log are whole lines."""
-    return path.read_bytes().rfind(b"\n") + 1 if path.is_file() else 0

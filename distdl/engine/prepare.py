@@ -6,7 +6,7 @@ meanwhile, the survivors begin the preparation again, in the same run folder.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,25 +24,16 @@ from distdl.engine.metrics import Sums
 from distdl.engine.requirements import check_moments, check_outputs, check_ranks, outputs_of, restore
 from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
+from distdl.engine.storage.files import check_output
 from distdl.engine.storage.run_folder import StartingPoint, find_start
 from distdl.engine.summary import Summary
 from distdl.engine.timing import balance
-from distdl.engine.timing.trace import check_writable
 from distdl.engine.trainer import Trainer
 from distdl.engine.user_code import BuildNetwork, check_equal_networks, load_dataset, network_builder
 from distdl.errors import UserError
 from distdl.job.warden import Warden
 from distdl.optim import optimizer_class
-from distdl.parallel import (
-    Communicator,
-    Survivors,
-    from_rank_0,
-    guard,
-    on_rank_0,
-    share_arrays,
-    together,
-    world,
-)
+from distdl.parallel import Communicator, Survivors, from_rank_0, guard, on_rank_0, share_arrays, together, world
 from distdl.parallel.communicator import SPIN_SECONDS
 from distdl.rng import Key
 from distdl.transforms import Transforms
@@ -94,32 +85,25 @@ def _agree_on_config(
     return TrainConfig.from_json(communicator.bcast_json(config.to_json()))
 
 
+@dataclass
 class Preparation:
     """Prepares a run, from nothing on each attempt. An attempt fails if a rank is lost; the survivors begin again.
 
     Only the run folder, once all ranks know it, and the coordinator of the latest attempt are kept between attempts.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        build_network: BuildNetwork | None,
-        dataset: Dataset | None,
-        console: Console | None,
-        stop: StopRequest,
-    ) -> None:
-        self.config = config
-        self.build_network = build_network
-        self.dataset = dataset
-        self.console = console
-        self.stop = stop
-        self.folder: Path | None = None
-        self.is_repeated = False
-        self.coordinator: Coordinator | None = None
-        self.transferred: transfer.Transfer | None = None
+    config: TrainConfig
+    build_network: BuildNetwork | None
+    dataset: Dataset | None
+    console: Console | None
+    stop: StopRequest
+    folder: Path | None = None
+    is_repeated: bool = False
+    coordinator: Coordinator | None = None
+    transferred: transfer.Transfer | None = None
 
     def trainer(self, communicator: Communicator) -> Trainer:
-        """Return an opened trainer. If the user's input is wrong, leave nothing behind. Collective."""
+        """Return an opened trainer. If the user's input is wrong, leave no files. Collective."""
         self.close()  # the coordinator of an earlier attempt
         try:
             return self._prepare(communicator)
@@ -133,7 +117,7 @@ class Preparation:
         config = self.config
         together(communicator, lambda: check_ranks(config, communicator.size))
         if config.trace is not None:
-            on_rank_0(communicator, partial(check_writable, config.trace))
+            on_rank_0(communicator, partial(check_output, config.trace, "--trace"))
         start = on_rank_0(communicator, lambda: find_start(config, self.folder, after_failure=self.is_repeated))
 
         data = self._share_data(communicator)

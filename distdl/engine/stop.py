@@ -1,12 +1,8 @@
-"""Stopping at a signal: at the same step on all ranks, after a checkpoint.
-
-SIGUSR1 is the warning that schedulers send before a job's time is over. SIGTERM, Ctrl-C (SIGINT) and the loss of the
-terminal (SIGHUP, unless `nohup` ignores it) have the same effect.
+"""Stopping at a signal: at the same step on all ranks, after a checkpoint (`docs/processes.md`, "Signals").
 
 A handler only notes the signal. The note travels in the record of the next step's reduction, in a field with one count
-per signal. So all ranks learn of it in the same step, on whichever rank the signal arrived. The other fields of the
-record keep their bits. A rank without a micro-batch in a step sends nothing, so its note waits for the next step. So
-does a signal during validation, a checkpoint or start-up (before the handlers are set: `distdl.job.signals`).
+per signal. So all ranks learn of it in the same step, even if only one rank got the signal. A signal outside of a step,
+or on a rank without a micro-batch, waits for the rank's next micro-batch.
 
 Two signals stop at once: Ctrl-C before the first step, because there is nothing to save, and a second signal.
 """
@@ -81,12 +77,11 @@ class StopRequest(StepObserver):
 
     def stop(self, step: int) -> NoReturn:
         """Raise `Stopped` on every rank; the state after `step` has been saved."""
-        stopped = Stopped(
+        raise Stopped(
             f"stopped by {self.agreed} after step {step}, which is saved: the same command with --resume continues "
-            f"(exit code {Stopped.exit_code})"
+            f"(exit code {Stopped.exit_code})",
+            agreed=True,
         )
-        stopped.agreed = True
-        raise stopped
 
     def _hear(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         now = time.monotonic()

@@ -1,8 +1,7 @@
 """The trainer: the phases of a run, on every rank.
 
-A run is a sequence of phases: steps, comparisons, validations, checkpoints, the test, the end. Each phase does its
-collective work in buffers first. Then all ranks commit, and only then the phase changes what outlives it. So if a rank
-is lost, the survivors recover and do the same phase again (`parallel/recovery.py`).
+Each phase does its collective work in buffers first. Then all ranks commit, and only then the phase changes the state.
+So if a rank is lost, the survivors recover and do the same phase again (`parallel/recovery.py`).
 
 All state is in `TrainingState`. Order, shards and random numbers are pure functions of config and step. So any number
 of ranks can take a step, and take it again.
@@ -323,12 +322,7 @@ class Trainer:
             epochs, steps = divmod(self.state.step, self.steps_per_epoch)
             samples = epochs * len(self.data.parts.training) + steps * self.config.batch_size
             summary = summarize(
-                self.communicator,
-                self.state,
-                self._test,
-                epochs=epochs,
-                samples=samples,
-                recoveries=self.recoveries,
+                self.communicator, self.state, self._test, epochs=epochs, samples=samples, recoveries=self.recoveries
             )
             reached("finish", owner=self.state)
             for listener in self.listeners:
@@ -341,13 +335,7 @@ class Trainer:
         """Return the sums of loss and correct predictions over the rows, each counted once. Collective."""
         shards = self._dealer.shards(self.micro_batches.count(len(rows)))
         return evaluate(
-            self.state.network,
-            self.loss,
-            self.micro_batches,
-            rows,
-            shards,
-            self._metrics,
-            rank=self.communicator.rank,
+            self.state.network, self.loss, self.micro_batches, rows, shards, self._metrics, rank=self.communicator.rank
         )
 
     # -- recovery
@@ -406,7 +394,6 @@ class Trainer:
     # -- details
 
     def _rows_of(self, step: int) -> NDArray[np.int64]:
-        """Return the rows of a step's batch."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             training = self.data.parts.training

@@ -4,8 +4,7 @@
   float32. Every rank calls it.
 - `--dataset` names a function of the folder of `--data-dir`, or None. It returns a `Dataset`. Rank 0 calls it.
 
-A fault of the user's code becomes a `UserError`: one line with file, line and function. Code runs only if the command
-line, or a script, names it (see `distdl.config`).
+A fault of the user's code becomes a `UserError` of one line. Code runs only if the command line, or a script, names it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -112,10 +111,8 @@ def names_match(one: str, other: str) -> bool:
     >>> names_match("/home/ada/net.py:build", "net.py:build"), names_match("net.py:build", "net.py:make")
     (True, False)
     """
-    (place, _, name), (other_place, _, other_name) = one.rpartition(":"), other.rpartition(":")
-    modules = {
-        Path(where).stem if where.endswith(".py") else where.rpartition(".")[2] for where in (place, other_place)
-    }
+    (first, _, name), (second, _, other_name) = one.rpartition(":"), other.rpartition(":")
+    modules = {Path(place).stem if place.endswith(".py") else place.rpartition(".")[2] for place in (first, second)}
     return name == other_name and len(modules - {"__main__"}) <= 1
 
 
@@ -226,10 +223,8 @@ def _show(error: BaseException, file: str | None) -> str:
 
 def _line_of(error: BaseException, file: str | None) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
-    if file is None:
-        frames = [frame for frame in frames if frame.filename not in (__file__, importlib.__file__)]
-    else:
-        frames = [frame for frame in frames if frame.filename == file]
+    ours = (__file__, importlib.__file__)
+    frames = [one for one in frames if (one.filename not in ours if file is None else one.filename == file)]
     return f" (line {frames[-1].lineno} of {Path(frames[-1].filename).name})" if frames else ""
 
 
@@ -250,9 +245,8 @@ def _kind(value: object) -> str:
 
 def architecture_sha256(network: Sequential) -> str:
     """Return a hash of a network's layers and the shapes of its parameters."""
-    layers: Sequence[Any] = network.layers
     shapes = [(name, view.shape) for name, view in network.named_parameters()]
-    return hashlib.sha256(repr(([str(layer) for layer in layers], shapes)).encode()).hexdigest()
+    return hashlib.sha256(repr(([str(layer) for layer in network.layers], shapes)).encode()).hexdigest()
 
 
 def check_equal_networks(communicator: Communicator, model: str, network: Sequential) -> None:
@@ -260,8 +254,5 @@ def check_equal_networks(communicator: Communicator, model: str, network: Sequen
     hashes = communicator.allgather_json(architecture_sha256(network))
     others = [rank for rank, one in enumerate(hashes) if one != hashes[0]]
     if others:
-        error = UserError(
-            f"the network {model} of rank {others[0]} is not that of rank 0: give every host the same files"
-        )
-        error.agreed = True  # all ranks have the same hashes
-        raise error
+        what = f"the network {model} of rank {others[0]} is not that of rank 0"
+        raise UserError(f"{what}: give every host the same files", agreed=True)  # all ranks have the same hashes

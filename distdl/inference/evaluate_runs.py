@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distdl.config import flag_of
 from distdl.engine.console import Console
 from distdl.engine.storage.files import check_output, indented_json, write_output
-from distdl.errors import UserError, unknown_name
+from distdl.errors import UserError
 from distdl.inference import figures
 from distdl.inference.load import Trained, load
 from distdl.inference.options import EvaluateOptions, check_names
-from distdl.inference.score import PARTS, Evaluation, evaluate, in_half_precision
+from distdl.inference.score import Evaluation, evaluate, in_half_precision
 from distdl.inference.score_table import confusion_table, score_table, scores_json, summary_line
 from distdl.parallel import guard, on_rank_0, together, world
 
@@ -26,25 +27,16 @@ PICTURES = (".png", ".svg", ".pdf")
 def evaluate_runs(options: EvaluateOptions) -> None:
     """Score the networks of runs on all ranks. Rank 0 prints the scores. Collective. Raises `UserError`."""
     check_names(options)
-    part = next((part for part in PARTS if part == options.part), None)
-    if part is None:
-        raise unknown_name("part", options.part, PARTS)
     if options.confusion_figure or options.misclassified:
         figures.need_matplotlib()
     communicator = world()
     with guard(communicator):
         on_rank_0(communicator, lambda: _check_outputs(options))
-        trained = load(
-            options.runs,
-            communicator,
-            best=options.best,
-            data_dir=options.data_dir,
-            dataset=options.dataset,
-            models=options.model,
-        )
+        best, data_dir, dataset, models = options.best, options.data_dir, options.dataset, options.model
+        trained = load(options.runs, communicator, best=best, data_dir=data_dir, dataset=dataset, models=models)
         together(communicator, lambda: check_task(trained[0], options))
-        found = evaluate(trained, part, communicator)
-        half = evaluate(in_half_precision(trained), part, communicator) if options.half else None
+        found = evaluate(trained, options.part, communicator)
+        half = evaluate(in_half_precision(trained), options.part, communicator) if options.half else None
         on_rank_0(communicator, lambda: _show(options, trained, found, half))
 
 
@@ -80,22 +72,19 @@ def _show(options: EvaluateOptions, trained: Sequence[Trained], found: Evaluatio
 
 def _check_outputs(options: EvaluateOptions) -> None:
     """Raise `UserError` for a file that could not be written, before any work."""
-    for flag in ("confusion_figure", "misclassified", "json"):
-        path, name = getattr(options, flag), f"--{flag.replace('_', '-')}"
-        if path is None:
-            continue
-        if flag != "json" and path.suffix.lower() not in PICTURES:
-            raise UserError(f"{name} {path}: expected a name that ends in {', '.join(PICTURES)}")
-        check_output(path, name)
+    for field in ("confusion_figure", "misclassified", "json"):
+        path, flag = getattr(options, field), flag_of(field)
+        if path is not None and field != "json" and path.suffix.lower() not in PICTURES:
+            raise UserError(f"{flag} {path}: expected a name that ends in {', '.join(PICTURES)}")
+        if path is not None:
+            check_output(path, flag)
 
 
 def check_task(first: Trained, options: EvaluateOptions) -> None:
     """Raise `UserError` for a flag that does not fit the task of the networks."""
     targets = first.data.targets_per_sample
-    for flag, fits in (("confusion", targets > 0), ("confusion_figure", targets > 0), ("misclassified", targets == 1)):
-        if getattr(options, flag) and not fits:
-            found = "a label for each pixel" if targets else "numbers"
-            raise UserError(
-                f"--{flag.replace('_', '-')} is for {'one label per image' if flag == 'misclassified' else 'classes'}: "
-                f"{first.config.dataset} has {found}; leave the flag out"
-            )
+    for field, fits in (("confusion", targets > 0), ("confusion_figure", targets > 0), ("misclassified", targets == 1)):
+        if getattr(options, field) and not fits:
+            needs = "one label per image" if field == "misclassified" else "classes"
+            found = f"{first.config.dataset} has {'a label for each pixel' if targets else 'numbers'}"
+            raise UserError(f"{flag_of(field)} is for {needs}: {found}; leave the flag out")

@@ -1,7 +1,6 @@
 """Figures of a network, a training or an evaluation: functions that return matplotlib figures.
 
 `figure.savefig("name.png")` saves one; no display is needed. Plain NumPy functions compute the numbers to draw.
-matplotlib comes with ``pip install 'distdl-mpi[plots]'``.
 
 N samples, H height, W width, C channels, F filters, K classes. Sources: sections 6.2.2, 7.6 and 8.1.
 """
@@ -51,15 +50,14 @@ def scaled(images: NDArray[Any]) -> NDArray[np.float64]:
 def filter_images(weight: NDArray[Any]) -> NDArray[np.float64]:
     """Return the filters of a convolution weight (FH, FW, C, F) as images (F, FH, FW, C or 1), each scaled to 0 .. 1.
 
-    Filters of one or three channels keep them. Of other numbers the mean over the channels is taken. Source: section
-    7.6.1.
+    Of other numbers than one or three channels the mean is taken. Source: section 7.6.1.
     """
     images = weight.transpose(3, 0, 1, 2)
     return scaled(images if images.shape[3] in {1, 3} else images.mean(axis=3, keepdims=True))
 
 
 def first_convolution(network: Sequential) -> tuple[str, NDArray[Any]]:
-    """Return the name and weight (FH, FW, C, F) of the first convolution; raise `UserError` if there is none."""
+    """Return the name and weight (FH, FW, C, F) of the first convolution; raise `UserError` without one."""
     for name, view in network.named_parameters():
         if view.ndim == 4:
             return name.removesuffix(".weight"), view
@@ -76,11 +74,8 @@ def confusion_matrix(labels: NDArray[Any], predictions: NDArray[Any], classes: i
            [0, 1]])
     """
     pairs = np.asarray(labels, np.int64) * classes + predictions
-    return (
-        np.bincount(pairs.reshape(-1), minlength=classes * classes)
-        .reshape(classes, classes)
-        .astype(np.int64, copy=False)
-    )
+    counts = np.bincount(pairs.reshape(-1), minlength=classes * classes)
+    return counts.reshape(classes, classes).astype(np.int64, copy=False)
 
 
 def records_of(log: Path) -> list[dict[str, Any]]:
@@ -97,7 +92,7 @@ def records_of(log: Path) -> list[dict[str, Any]]:
 
 
 def epochs_of(metrics: Path | Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the records of whole epochs, from a ``metrics.jsonl`` or its records; raise `UserError` if there are none.
+    """Return the records of whole epochs, from a ``metrics.jsonl`` or its records; raise `UserError` without any.
 
     Raises the errors of `records_of`.
     """
@@ -204,10 +199,9 @@ def confusion(matrix: NDArray[Any], names: Sequence[str] | None = None) -> Figur
 def activation_histograms(
     of_networks: Mapping[str, Mapping[str, NDArray[Any]]], *, bins: int = 30, limits: tuple[float, float] | None = None
 ) -> Figure:
-    """Return histograms of the outputs of layers: a row for each network, under its title.
+    """Return histograms of the outputs of layers (see `layer_outputs`): a row for each network, under its title.
 
-    `distdl.nn.network_copies.layer_outputs` returns the mapping of a network. `limits` are the limits of all
-    histograms. Source: section 6.2.2.
+    `limits` are the limits of all histograms. Source: section 6.2.2.
     """
     columns = max(map(len, of_networks.values()), default=0)
     figure = _figure(2.6 * max(columns, 1), 1.9 * max(len(of_networks), 1), inches=1)
@@ -271,7 +265,7 @@ def content_of(figure: Figure, kind: str, *, dpi: float | str = "figure") -> byt
 
 
 def _figure(columns: float, rows: float, *, inches: float = INCHES_PER_IMAGE) -> Figure:
-    """Return an empty figure with room for so many columns and rows of images."""
+    """Return an empty figure with room for `columns` times `rows` images."""
     need_matplotlib()
     from matplotlib.figure import Figure  # noqa: PLC0415  half a second, and not installed everywhere
 
@@ -289,7 +283,7 @@ def _subplots(figure: FigureBase, rows: int, columns: int) -> list[Axes]:
 
 
 def _grid(figure: FigureBase, count: int, columns: int | None = None, rows: int | None = None) -> Iterator[Axes]:
-    """Yield axes without ticks for so many images; the other axes of the grid are blank."""
+    """Yield axes without ticks for `count` images; the other axes of the grid are blank."""
     columns = columns or _columns(count)
     axes = _subplots(figure, rows or -(-max(count, 1) // columns), columns)
     for one in axes:

@@ -93,7 +93,7 @@ def load(
         together(communicator, lambda: _refuse_unused_models(models, configs))
         arrays = on_rank_0(communicator, lambda: _data_arrays(sources, data_dir, dataset)) or {}
         shared = share_arrays(communicator, arrays)
-        data = [PreparedDataset.from_arrays(shared, _prefix(config.seed)) for config in configs]
+        data = [PreparedDataset.from_arrays(shared, f"{config.seed} ") for config in configs]
         networks = together(
             communicator,
             lambda: [_build(configs[i], facts[i][1], data[i], build_network, models) for i in range(len(facts))],
@@ -110,16 +110,11 @@ def load(
     ]
 
 
-# ------------------------------------------------------------------------------------------------- checkpoints and data
-
-
 def _read(given: Path, *, best: bool) -> _Source:
     """Read the newest or the best checkpoint, and check its settings."""
     try:
         if best and given.is_file():
-            raise UserError(
-                f"--best looks for the best checkpoint of a run folder, and {given} is a file: leave it out"
-            )
+            raise UserError(f"--best looks for the best checkpoint of a run folder; {given} is a file: leave it out")
         found = find_checkpoint(given, str(given))
         header = found.header()
         if best:
@@ -164,7 +159,7 @@ def _data_arrays(
             )
     arrays: dict[str, NDArray[Any]] = {}
     for seed, data in of_seed.items():
-        arrays |= data.to_arrays(_prefix(seed))
+        arrays |= data.to_arrays(f"{seed} ")
     return arrays
 
 
@@ -176,26 +171,16 @@ def _load_dataset(first: _Source, data_dir: Path | None, dataset: Dataset | str 
     if dataset is not None and trained_on in DATASETS and dataset != trained_on:
         raise UserError(f"{first.given} was trained on {trained_on}: leave --dataset {dataset} out")
     if dataset is None and is_own(trained_on):  # no code runs because a checkpoint names it
-        raise UserError(
-            f"{first.given} was trained on a dataset from user code; if you trust that code, add --dataset {trained_on}"
-        )
+        what = f"{first.given} was trained on a dataset from user code"
+        raise UserError(f"{what}; if you trust that code, add --dataset {trained_on}")
     if data_dir is not None and not reads_data_dir(trained_on):
         raise UserError(f"--data-dir does nothing for {trained_on}, which {first.given} was trained on: leave it out")
     return load_dataset(dataset or trained_on, data_dir or first.config.data_dir)
 
 
-def _prefix(seed: int) -> str:
-    """Return the prefix of the arrays that depend on the seed."""
-    return f"{seed} "
-
-
-# ------------------------------------------------------------------------------------------------------------- networks
-
-
 def _build(
     config: TrainConfig, path: str, data: PreparedDataset, build_network: BuildNetwork | None, models: Sequence[str]
 ) -> Sequential:
-    """Build the network that the settings of a run name."""
     name, given = config.model, build_network if is_own(config.model) else None
     if is_own(name) and given is None:
         name = next((model for model in models if names_match(model, config.model)), "")

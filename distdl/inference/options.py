@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from distdl.config import check_dataset_name, check_model_name
+
+Part = Literal["test", "validation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +29,8 @@ class EvaluateOptions(LoadOptions):
 
     runs: tuple[Path, ...]
     """Run folder or checkpoint; several form an ensemble."""
-    part: str = "test"
-    """Part of the dataset: test or validation."""
+    part: Part = "test"
+    """Part of the dataset to score."""
     best: bool = False
     """Of each run, use the checkpoint with the best validation accuracy."""
     half: bool = False

@@ -27,7 +27,6 @@ from distdl.rng import Key
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NAME = "report.html"
 #: Test images whose activations are drawn.
 IMAGES_SHOWN = 100
 #: Layers whose outputs are drawn.
@@ -42,7 +41,7 @@ def write_report(options: ReportOptions) -> None:
     """Score the run on all ranks, and write its page. Collective. Raises `UserError`."""
     check_names(options)
     figures.need_matplotlib()
-    communicator, run, out = world(), options.run, options.out or options.run / NAME
+    communicator, run, out = world(), options.run, options.out or options.run / "report.html"
 
     def check() -> None:
         if not (run / "config.toml").is_file():

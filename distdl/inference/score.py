@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +21,10 @@ from distdl.engine.environment import numerics
 from distdl.engine.metrics import METRIC_FIELDS
 from distdl.errors import UserError
 from distdl.inference.load import Trained
+from distdl.inference.options import Part
 from distdl.nn import make_loss
 from distdl.nn.network_copies import half_precision
 from distdl.parallel import REDUCTIONS, Communicator, Layout, contiguous_shards, guard, together, world
-
-Part = Literal["validation", "test"]
-PARTS: tuple[Part, ...] = get_args(Part)
 
 
 @dataclass(frozen=True)
@@ -104,10 +102,9 @@ def _score(one: Trained, rows: NDArray[np.int64], communicator: Communicator) ->
     shards = contiguous_shards(batches.count(len(rows)), communicator.size)
     reduction = REDUCTIONS["tree"](communicator, Layout(METRIC_FIELDS))
     outputs = np.empty((len(rows), *one.network.output_shape), np.float32)
+    loss = make_loss(one.loss_name)
     with numerics(one.config.threads_per_rank):
-        sums = evaluation.evaluate(
-            one.network, make_loss(one.loss_name), batches, rows, shards, reduction, rank=rank, outputs=outputs
-        )
+        sums = evaluation.evaluate(one.network, loss, batches, rows, shards, reduction, rank=rank, outputs=outputs)
     ends = [min(shard.stop * size, len(rows)) for shard in shards]
     counts = np.diff([0, *ends]) * outputs[:1].nbytes
     communicator.allgatherv(outputs.reshape(-1).view(np.uint8), counts.tolist())

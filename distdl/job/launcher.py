@@ -1,8 +1,7 @@
 """The launcher's environment variables: a process reads its rank from them before MPI starts.
 
-`mpirun` and `srun` give every process its rank and the number of ranks. With these, rank 0 alone prints errors such as
-a wrong flag, MPI starts only if it is needed (MPI_Init takes up to a second), and a launcher that does not fit the MPI
-library is detected.
+So rank 0 alone prints errors such as a wrong flag, MPI starts only if it is needed (MPI_Init takes up to a second), and
+a launcher that does not fit the MPI library is detected.
 """
 
 from __future__ import annotations
@@ -94,8 +93,7 @@ def survives_failures(environment: Mapping[str, str] = os.environ) -> bool:
 def remove_session_folder(pid: int) -> None:
     """Remove the folder of a killed Open MPI launcher with this process number.
 
-    A new launcher with the same number would find the folder and refuse to start. `pid` is the number of this process,
-    or of a child that has ended.
+    A new launcher with the number `pid`, of this process or a child that has ended, would refuse to start.
     """
     folder = Path(tempfile.gettempdir(), f"ompi.{pid}")
     if folder.is_dir() and folder.lstat().st_uid == os.geteuid():

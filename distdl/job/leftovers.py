@@ -1,19 +1,12 @@
 """Files that killed runs have left in shared memory and temporary folders: the next start finds and removes them.
 
-A killed process removes nothing: neither a file of ours that not every rank had mapped yet (`shared.py`), nor the MPI
-library's segments, nor Open MPI's session folder. Names and ages do not show whether a file is still used. So the owner
-of each file of ours keeps it locked (`flock`) as long as necessary. The kernel releases the lock when the owner ends,
-for any reason. A file that can be locked has no owner any longer.
+Names and ages do not show whether a file is still used. So the owner of each file of ours keeps it locked (`flock`) as
+long as necessary. The kernel releases the lock when the owner ends, for any reason.
 
 For the files of the MPI library, each rank keeps a *register*: a locked file that lists the library's files that the
-rank has mapped, and the launchers that the rank descends from.
-
-- An `mpirun` removes the files of its ranks, so then a rank removes its register at an ordinary exit. Without an
-  `mpirun`, Open MPI leaves its segments, so the register stays and lists them.
-- A file in the register of a dead rank is removed once no living rank's register lists it. A session folder is removed
-  once its launcher has ended. Then the register is removed.
-
-Nothing else is touched: no files of other programs or other users, and no files on hosts where no run starts.
+rank has mapped, and the launchers that the rank descends from. An `mpirun` removes the files of its ranks, so then a
+rank removes its register at an ordinary exit. A listed file is removed once no living rank's register lists it; a
+session folder once its launcher has ended. Nothing else is touched (`docs/processes.md`, "Leftovers").
 """
 
 from __future__ import annotations
@@ -27,7 +20,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from fcntl import LOCK_EX, LOCK_NB, flock
 from functools import cache
 from pathlib import Path
@@ -104,7 +97,7 @@ def sweep(folders: Iterable[Path]) -> list[str]:
         with suppress(OSError), _orphaned(path) as orphaned:
             if path.name.startswith(REGISTER):
                 dead += [path] if orphaned else []
-                living |= set() if orphaned else set(_read(path).made)
+                living |= set() if orphaned else set(_read(path)[0])
             elif orphaned:
                 path.unlink()
                 removed.append(str(path))
@@ -112,8 +105,8 @@ def sweep(folders: Iterable[Path]) -> list[str]:
         with suppress(OSError), _orphaned(path) as orphaned:
             if not orphaned:
                 continue
-            listed = _read(path)
-            remaining = [made for made in listed.made if not _remove(made, living, listed, removed)]
+            listed, launchers = _read(path)
+            remaining = [made for made in listed if not _remove(made, living, launchers, removed)]
             if not remaining:
                 path.unlink()
                 removed.append(str(path))
@@ -147,26 +140,20 @@ def _orphaned(path: Path) -> Iterator[bool]:
         os.close(handle)
 
 
-@dataclass(frozen=True)
-class _Register:
-    made: Sequence[str] = ()
-    launchers: Sequence[Process] = ()
-
-
-def _read(path: Path) -> _Register:
-    """Return the content of a register; empty if its owner was killed while it wrote."""
+def _read(path: Path) -> tuple[list[str], list[Process]]:
+    """Return the files and launchers that a register lists; nothing if its owner was killed while it wrote."""
     try:
         written = json.loads(path.read_bytes())
-        return _Register(written["made"], [Process(**one) for one in written["launchers"]])
+        return written["made"], [Process(**one) for one in written["launchers"]]
     except (ValueError, LookupError, TypeError):
-        return _Register()
+        return [], []
 
 
-def _remove(path: str, living: Set[str], listed: _Register, removed: list[str]) -> bool:
+def _remove(path: str, living: Set[str], launchers: Sequence[Process], removed: list[str]) -> bool:
     """Remove a segment or session folder unless a living process uses it; return whether it no longer exists."""
     session = SESSION.fullmatch(path)
     if session:
-        in_use = any(one.pid == int(session[1]) and one.lives for one in listed.launchers)
+        in_use = any(one.pid == int(session[1]) and one.lives for one in launchers)
     else:
         in_use = SEGMENT.fullmatch(path) is None  # another file: never remove it
     try:

@@ -1,16 +1,10 @@
-"""The lifeline: a rank ends when its launcher ends, for any reason.
+"""The lifeline: a rank ends when its launcher ends, even if the launcher was killed (see `docs/processes.md`).
 
-A launcher that is told to end takes its ranks with it. A killed one (``kill -9``, or out of memory) cannot. Open MPI's
-ranks are its children and would live on, waiting or computing beside the job that starts next. MPICH has a proxy
-between the two that ends the ranks, unless the proxy itself is killed.
-
-So a rank asks the kernel for a SIGKILL when its parent dies; this also reaches a stopped rank. In addition, a thread
+A rank asks the kernel for a SIGKILL when its parent dies; this also reaches a stopped rank. In addition, a thread
 checks once a second the launchers above the parent, or above a shell script that started the rank.
 
 A launcher may end before its ranks do this. Open MPI's ranks would then keep trying, in MPI_Init, to reach the server
 that the launcher was. So a rank that finds no launcher checks whether that server still listens.
-
-The ranks of other hosts are children of the launcher's daemon there. The daemon ends when it loses its launcher.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """End the job if a rank of this host dies while MPI starts.
 
-Nothing survives a failure before MPI has started: in MPI_Init the ranks wait for each other, and forever for a dead
-one. A launcher that lets survivors continue does not end the job either. So during MPI_Init this rank watches all ranks
-of its host, which are children of the same launcher. If one of them is missing, it ends the job.
+In MPI_Init the ranks wait for each other, and forever for a dead one. A launcher that lets survivors continue does not
+end the job either. So during MPI_Init this rank watches all ranks of its host, which are children of the same launcher.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The command that starts N ranks on this machine: `mpirun` with the options that each MPI needs.
 
-MPICH, Intel MPI and their relatives need only `-n`. By default, Open MPI refuses root and more ranks than cores, and it
-binds every job to the same first cores, even out of a `taskset`. The command sets variables that change all three,
-unless the user has set them. It asks Open MPI 5 to let the survivors of a killed rank continue (ULFM).
+MPICH, Intel MPI and their relatives need only `-n`. Open MPI refuses root and more ranks than cores, and binds every
+job to the same first cores. The command sets variables that change all three, unless the user has set them. It asks
+Open MPI 5 to let the survivors of a killed rank continue (ULFM).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def mpirun_command(ranks: int, program: Sequence[str]) -> MpirunCommand:
 def find_mpirun() -> Path:
     """Return the `mpirun` next to this environment's Python, or else the first on PATH.
 
-    Raises `UserError` if there is none.
+    Raises `UserError` if both are missing.
     """
     beside = str(Path(sys.executable).parent)
     found = shutil.which("mpirun", path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)]))
@@ -90,16 +90,13 @@ def _open_mpi_environment(version: int) -> dict[str, str]:
     variables: dict[str, str] = {}
     if os.geteuid() == 0:  # as in a container
         variables |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    # This also helps with fewer ranks than cores. Open MPI counts the two hardware threads of a core as one slot. Two
-    # jobs, or the BLAS threads of one rank, would share a core while other cores are idle.
+    # This also helps with fewer ranks than cores: two jobs, or the BLAS threads of one rank, would share a core while
+    # other cores are idle.
     if version >= 5:
         variables |= {
             "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
             "PRTE_MCA_hwloc_default_binding_policy": "none",
         }
     else:
-        variables |= {
-            "OMPI_MCA_rmaps_base_oversubscribe": "1",
-            "OMPI_MCA_hwloc_base_binding_policy": "none",
-        }
+        variables |= {"OMPI_MCA_rmaps_base_oversubscribe": "1", "OMPI_MCA_hwloc_base_binding_policy": "none"}
     return {name: value for name, value in variables.items() if name not in os.environ}

@@ -35,7 +35,7 @@ class Process:
 
 
 def look_at(pid: int) -> Process | None:
-    """Return the process with that number; None if there is none, or only a zombie process.
+    """Return the process with that number; None if it does not exist, or is a zombie process.
 
     >>> look_at(os.getpid()).parent == os.getppid()
     True

@@ -1,16 +1,9 @@
 """Start a job again from its last checkpoint if it fails: the `--restarts` of `launch/local.sh`.
 
-| the job ended with              | restart                                                                      |
-|---------------------------------|------------------------------------------------------------------------------|
-| 0 and its ``summary.json``      | no: done                                                                     |
-| 2, 3                            | no: the user's input or a file would be wrong again                          |
-| 4                               | no: a host computes wrongly, and somebody must look at it first              |
-| 75, 130                         | no: a scheduler or Ctrl-C wanted the job to stop                             |
-| any code, after a signal to us  | no: signals are passed on to `mpirun`, and the sender wants the job to end   |
-| 0 without ``summary.json``      | yes: fault-tolerant Open MPI returns 0 even if all ranks were killed         |
-| anything else                   | yes: a rank or the launcher was killed, the host failed, a rank had an error |
-
-Exit code 1, a defect, is among the last: a failing host or interconnect can make MPI end like that.
+A job with one of the `FINAL_EXIT_CODES` is not started again, nor is any job after a signal to this process:
+signals are passed on to `mpirun`, and the sender wants the job to end. Any other end leads to a restart, also a defect
+(1), because a failing host can make MPI end like that, and exit code 0 without a ``summary.json``, because
+fault-tolerant Open MPI returns 0 even if all ranks were killed.
 
 The launcher runs in a process group of its own, so Ctrl-C reaches it once and not twice. It reads no input. It ends if
 this process is killed.
@@ -31,20 +24,11 @@ from pathlib import Path
 from types import FrameType
 
 from distdl.config import flag_of, run_folder_of
-from distdl.errors import (
-    EXIT_CORRUPTION,
-    EXIT_DAMAGED,
-    EXIT_DEFECT,
-    EXIT_INTERRUPTED,
-    EXIT_STOPPED,
-    EXIT_USER,
-    UserError,
-)
+from distdl.errors import EXIT_DEFECT, EXIT_INTERRUPTED, FINAL_EXIT_CODES, UserError
 from distdl.job import streams
 from distdl.job.launcher import remove_session_folder
 from distdl.job.processes import send_when_the_parent_dies
 
-FINAL = frozenset({0, EXIT_USER, EXIT_DAMAGED, EXIT_CORRUPTION, EXIT_STOPPED, EXIT_INTERRUPTED})
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 #: The parent of the run folder if the flags name none; relative to the working folder.
 RUNS = Path("runs")
@@ -74,7 +58,7 @@ def run_until_done(command_of: CommandOf, flags: Sequence[str], restarts: int) -
             code, what = EXIT_DEFECT, "without a summary"
         else:
             what = f"with exit code {code}" if code < 128 else f"by {_signal_name(code - 128)}"
-        if code in FINAL:
+        if code in FINAL_EXIT_CODES:
             break
         if attempt > restarts:
             advice = f"continue with --run-dir {folder} --resume auto"
@@ -195,16 +179,14 @@ def _wait_for_the_lock(folder: Path, job: _Job) -> None:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Return a value that changes if another file replaces this one; None if there is none."""
-    try:
+    """Return a value that changes if another file replaces this one; None if the file does not exist."""
+    with suppress(OSError):
         found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns
+        return found.st_ino, found.st_mtime_ns
+    return None
 
 
 def _signal_name(number: int) -> str:
-    try:
+    with suppress(ValueError):
         return signal.Signals(number).name
-    except ValueError:
-        return f"exit code {128 + number}"
+    return f"exit code {128 + number}"

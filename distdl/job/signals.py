@@ -1,8 +1,7 @@
 """The signals that ask a training to stop, and how they wait until the training handles them.
 
-A command that trains first blocks them (`hold_signals`). It does so before a second thread exists: each thread inherits
-the blocked signals, so none can take one. The training releases them once its handlers are in place. After the training
-they are blocked again until the process ends.
+A command that trains first blocks them (`hold_signals`), before a second thread exists: each thread inherits the
+blocked signals. The training releases them once its handlers are in place. After it they are blocked again.
 """
 
 from __future__ import annotations

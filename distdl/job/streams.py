@@ -18,11 +18,9 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 def prepare() -> None:
     """Make both streams write whole lines, escape characters that the terminal lacks, and open closed streams.
 
-    - A stream that was closed before Python started is opened on the null device. Otherwise a file opened later would
-      get the stream's number, and libraries would write into it.
-    - An unbuffered Python (`PYTHONUNBUFFERED`) writes the end of a line separately. Open MPI's launcher would then mix
-      the unfinished line with the next line of either stream.
-    - A character like the · of the banner must not end a training.
+    - A closed stream is opened on the null device. Otherwise a file opened later would get the stream's number, and
+      libraries would write into it.
+    - An unbuffered Python writes the end of a line separately: Open MPI's launcher would mix it with other lines.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -36,9 +34,8 @@ def prepare() -> None:
 def write(stream: TextIO | None, text: str) -> OSError | None:
     """Write and flush the text; return the error, if any.
 
-    After an error the stream leads to the null device. Nothing stays buffered that could fail at exit, because that
-    would change the exit code. If only the disk is full, the stream stays as it is and this text is lost: the disk may
-    have room for the next one.
+    After an error the stream leads to the null device, and nothing stays buffered: it could fail at exit and change the
+    exit code. If only the disk is full, this text is lost: the disk may have room for the next one.
     """
     if stream is None:  # closed before Python started
         return None

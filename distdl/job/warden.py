@@ -1,15 +1,11 @@
 """The warden: a process beside each rank that kills the rank if its signs of life stop (``--detect-hangs``).
 
 A rank that is stopped, swapped out or stuck inside a library keeps all others waiting. They can continue without a dead
-rank, so the warden kills a rank that hangs, and its death is handled like any other. Nothing else must fence the rank
-off: a dead process writes into no file. Without fault tolerance the job ends instead of hanging.
+rank, so the warden kills a rank that hangs. A thread of the rank gives a sign of life several times in the given
+seconds. The warden counts its own looks, not the time between them: a suspended job also suspends its wardens.
 
-A thread of the rank gives a sign of life several times in the given seconds. It needs Python for an instant. A long
-step allows that; a call that never returns to Python and keeps the interpreter's lock does not. The warden lives on the
-rank's host. It is stopped together with the rank if a scheduler or a person at a terminal suspends the whole job. It
-counts its own looks, not the time between them, which may be hours.
-
-This file is also the warden's program. It starts in an instant, because its head imports nothing of the package.
+`docs/processes.md` ("Evictions") has the reasons. This file is also the warden's program. It starts in an instant,
+because its head imports nothing of the package.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -61,16 +62,14 @@ class Composite(LayerGroup):
 
     def backward(self, dy: Array) -> Array | None:
         """Set the gradients of all layers; return that of the input, the sum over the branches."""
-        parts = [stack.backward(part) for (_, stack), part in zip(self.members, self._split(dy), strict=True)]
+        branches = zip(self.members, self._split(dy), strict=True)
+        parts: list[Any] = [stack.backward(part) for (_, stack), part in branches]
         if not self.needs_input_gradient:
             return None
         dx = self.workspace.array("dx", (len(dy), *self.input_shape))
-        for number, part in enumerate(parts):
-            assert part is not None, "every branch returns its input gradient if it is needed"
-            if number:
-                dx += part
-            else:
-                np.copyto(dx, part)
+        np.copyto(dx, parts[0])
+        for part in parts[1:]:
+            dx += part
         return dx
 
     def __str__(self) -> str:
@@ -115,14 +114,14 @@ class Branches(Composite):
 
     def __init__(self, *branches: Sequence[Layer]) -> None:
         if not branches:
-            raise UserError("Branches: none given, expected at least one list of layers")
+            raise UserError("Branches: no branches given, expected at least one list of layers")
         super().__init__([(f"branch_{number}", layers) for number, layers in enumerate(branches, 1)])
 
     def _joined_shape(self, shapes: Sequence[Shape]) -> Shape:
         if len({shape[:-1] for shape in shapes}) > 1:
             given = ", ".join(show_shape(shape) for shape in shapes)
             raise UserError(
-                f"the outputs of the branches are {given}: expected the same but for the channels; use padding"
+                f"the outputs of the branches are {given}: expected the same except for the channels; use padding"
             )
         self.widths = [shape[-1] for shape in shapes]
         return (*shapes[0][:-1], sum(self.widths))

@@ -4,7 +4,7 @@ N samples, H height and W width of the input, C channels, FN filters, FH and FW 
 `windows` for their geometry.
 
 The idea (im2col, section 7.4): copy the patch of the image under every position of the kernel into one row of a matrix
-(N * OH * OW, FH * FW * C). The convolution is then one product with the weights (FH * FW * C, FN), and its result is
+(N * OH * OW, FH * FW * C). The convolution is then one product with the weights (FH * FW * C, FN). Its result is
 again an image (N, OH, OW, FN). The transposed matrix times the output gradient is the gradient of the weights. For
 stride 1 the input gradient is a convolution too: of the padded output gradient with the kernel flipped along both axes.
 For other strides the gradients of the patches are added back to their pixels (col2im).
@@ -65,7 +65,7 @@ class Conv2d(Layer):
         return [weight, bias] if self.bias else [weight]
 
     def products(self, samples: int) -> Products:
-        """Return those of the plain form: patches times weights; for each gradient as many operations."""
+        """Return the product of the plain form: patches times weights; each gradient has as many operations."""
         (OH, OW), (FH, FW), C, FN = self.output_size, self.window.kernel, self.channels, self.filters
         rows, patch = samples * OH * OW, FH * FW * C
         dx = (Product(rows, FN, patch),) if self.needs_input_gradient else ()
@@ -153,7 +153,7 @@ class ConvTranspose2d(Layer):
         ]
 
     def products(self, samples: int) -> Products:
-        """Return pixels times weights; for each gradient as many operations."""
+        """Return the product of pixels and weights; each gradient has as many operations."""
         (H, W), (FH, FW), C, FN = self.size, self.window.kernel, self.channels, self.filters
         rows, patch = samples * H * W, FH * FW * FN
         dx = (Product(rows, patch, C),) if self.needs_input_gradient else ()

@@ -439,24 +439,15 @@ def _overlap(v: Sequence[Array], *, even: Array, odd: Array, axis: int) -> None:
 
     A tile's pixels get (v0, v1 - v2 + v3, v1 + v2 - v0, -v3). The last two are the next tile's first two.
     """
-    T = v[0].shape[axis]
-
-    def at(array: Array, lo: int, hi: int) -> Array:
-        return array[(slice(None),) * axis + (slice(lo, hi),)]
-
-    first = at(odd, 0, T)
-    np.subtract(v[1], v[2], out=first)
-    first += v[3]
-    np.multiply(at(v[3], T - 1, T), -1, out=at(odd, T, T + 1))  # NumPy 2.4's negative is wrong for some strides
-    shared = at(odd, 1, T)
-    shared -= at(v[3], 0, T - 1)
-
-    third = at(even, 1, T + 1)
-    np.add(v[1], v[2], out=third)
-    third -= v[0]
-    np.copyto(at(even, 0, 1), at(v[0], 0, 1))
-    shared = at(even, 1, T)
-    shared += at(v[0], 1, T)
+    v0, v1, v2, v3, even, odd = (array.swapaxes(0, axis) for array in (*v, even, odd))
+    np.subtract(v1, v2, out=odd[:-1])
+    odd[:-1] += v3
+    np.multiply(v3[-1:], -1, out=odd[-1:])  # NumPy 2.4's negative is wrong for some strides
+    odd[1:-1] -= v3[:-1]
+    np.add(v1, v2, out=even[1:])
+    even[1:] -= v0
+    np.copyto(even[:1], v0[:1])
+    even[1:-1] += v0[1:]
 
 
 class Chain:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -17,6 +17,9 @@ from distdl.errors import UserError
 from distdl.nn.fused import Chain, chain_at
 from distdl.nn.layers import Array, BufferSpec, Layer, ParameterSpec, Products, Shape, Vectors, Watch
 from distdl.rng import Key
+
+Segment: TypeAlias = tuple[str, Layer, Shape, Chain | None]
+"""Layers that run together: name, layer and output shape of the first one, and the chain of fused blocks, if any."""
 
 
 class LayerGroup(Layer):
@@ -63,18 +66,6 @@ class LayerGroup(Layer):
         )
 
 
-class Segment(NamedTuple):
-    """Layers of a stack that run together: a chain of fused blocks, or a single layer if `chain` is None.
-
-    `name`, `layer` and `shape` (of the output, without N) belong to the first of these layers.
-    """
-
-    name: str
-    layer: Layer
-    shape: Shape
-    chain: Chain | None
-
-
 class LayerStack(LayerGroup):
     """Layers that run one after another.
 
@@ -117,14 +108,14 @@ class LayerStack(LayerGroup):
             chain, taken = None, 1
             if self.form == "fast":
                 chain, taken = chain_at(self.layers[start:], self.names[start:])
-            yield Segment(self.names[start], self.layers[start], self.shapes[start], chain)
+            yield self.names[start], self.layers[start], self.shapes[start], chain
             start += taken
 
     def prepare(self) -> None:
         super().prepare()
-        for segment in self.segments:
-            if segment.chain is not None:
-                segment.chain.prepare()
+        for *_, chain in self.segments:
+            if chain is not None:
+                chain.prepare()
 
     def forward(self, x: Array, *, training: bool, key: Key | None, watch: Watch | None = None) -> Array:
         """Return the last layer's output; a layer called ``dropout_1`` draws from ``key.of("dropout_1")``."""

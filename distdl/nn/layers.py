@@ -96,7 +96,7 @@ class Vectors:
         return Vectors(
             *(
                 {key.removeprefix(start): view for key, view in views.items() if key.startswith(start)}
-                for views in (self.parameters, self.gradients, self.buffers, self.statistics)
+                for views in vars(self).values()
             )
         )
 
@@ -169,7 +169,7 @@ class Layer:
         """
 
     def update_buffers(self) -> None:
-        """Update `buffers` once per step; `statistics` then hold the sums over the whole batch."""
+        """Update `buffers` once per step, from the sums over the whole batch in `statistics`."""
 
     def products(self, samples: int) -> Products:
         """Return the matrix products of one forward and one backward pass of the built layer."""

@@ -162,7 +162,7 @@ LOSSES: dict[str, type[LossFunction]] = {
 
 
 def make_loss(name: str) -> LossFunction:
-    """Return the loss with this name; raise `UserError`, listing the known ones, if there is none."""
+    """Return the loss with this name; raise `UserError`, listing the known ones, for an unknown name."""
     if name not in LOSSES:
         raise unknown_name("loss", name, LOSSES)
     return LOSSES[name]()

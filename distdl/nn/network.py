@@ -36,13 +36,9 @@ class _NamedSlices:
             self.slices[spec.name] = slice(self.size, self.size + length)
             self.size += -(-length // line) * line
 
-    def flat_views(self, flat: Array) -> dict[str, Array]:
-        """Return the named parts of a vector with this layout."""
-        return {name: flat[where] for name, where in self.slices.items()}
-
     def views(self, flat: Array) -> dict[str, Array]:
-        """Return the named parts of a vector with this layout, each in its own shape."""
-        return {name: part.reshape(self.shapes[name]) for name, part in self.flat_views(flat).items()}
+        """Return the named arrays inside a vector with this layout, each in its own shape."""
+        return {name: flat[where].reshape(self.shapes[name]) for name, where in self.slices.items()}
 
 
 class Sequential:
@@ -84,7 +80,9 @@ class Sequential:
         self.layer_names = self.stack.names
         every = list(self.every_layer())
         if not every or len(set(map(id, every))) < len(every):
-            raise UserError("a network needs at least one layer, and each layer only once; make a new one instead")
+            raise UserError(
+                "a network needs at least one layer, and each layer only once; create a new layer for each place"
+            )
         self.input_shape = _checked_shape(input_shape)
         #: If set, it is called with "forward" or "backward" and the name of each part that has just finished, and with
         #: None as the name when a pass begins. A fused block is one part and runs once per tile.
@@ -112,7 +110,7 @@ class Sequential:
             self._layout.views(self.parameters),
             self._layout.views(self.gradients),
             self._buffer_layout.views(self.buffers),
-            statistics_layout.flat_views(self.statistics),
+            {name: self.statistics[where] for name, where in statistics_layout.slices.items()},
         )
         for spec in buffer_specs:
             self._vectors.buffers[spec.name][...] = spec.initial

@@ -116,7 +116,7 @@ class BatchNorm(Layer):
         `forward` in evaluation.
         """
         if not self.training:
-            raise ValueError("BatchNorm: backward after a forward in evaluation given; call forward with training=True")
+            raise ValueError("BatchNorm: backward follows a forward in evaluation; call forward with training=True")
         d = dy.reshape(-1, self.channels)
         M = len(d)
         dx = self.workspace.array("dx", d.shape)

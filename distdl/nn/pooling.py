@@ -42,7 +42,7 @@ class MaxPool2d(_Pool2d):
     """The maximum of each window and channel: (N, H, W, C) becomes (N, OH, OW, C).
 
     The gradient of a window goes to one winner, the first maximum in row-major order; images with blank areas have
-    ties everywhere. The stride is the size unless given; padding never wins. If the stride does not divide the size,
+    many ties. The stride is the size unless given; padding never wins. If the stride does not divide the size,
     the rest of the image is ignored, as in PyTorch. Source: section 7.3.
     """
 

@@ -142,6 +142,6 @@ def window_of(kind: str, kernel: int | Pair, stride: int | Pair, padding: int | 
         except TypeError:  # a single number
             pair = [as_whole(given, least)] * 2
         if len(pair) != 2 or pair[0] is None or pair[1] is None:
-            raise UserError(f"{kind}: {name} {given!r} given, expected one or two whole numbers from {least} on")
+            raise UserError(f"{kind}: {name} {given!r} given, expected one or two whole numbers of at least {least}")
         pairs.append((pair[0], pair[1]))
     return Window(*pairs)

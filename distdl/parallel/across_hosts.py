@@ -1,8 +1,8 @@
 """The part of a reduction between hosts.
 
 A large sum is exchanged by the leaders of the hosts. Each leader owns a slice of the record. It receives that slice of
-every host's tree nodes, finishes the tree there, and sends the sum to the other leaders, straight into the memory that
-their hosts' ranks see.
+every host's tree nodes, and finishes the tree there. Then it sends the sum to the other leaders, straight into the
+memory that their hosts' ranks see.
 
 A small sum is finished on every rank: then the number of waits matters more than the traffic.
 """
@@ -24,7 +24,7 @@ from distdl.parallel.tree import Place, Plan
 def exchange(
     leaders: Communicator, layout: Layout, plan: Plan, buffers: Mapping[Place, Bytes], received: Bytes, total: Bytes
 ) -> list[Action]:
-    """Return the actions of a leader: finish the tree for its slice, and complete `total` with the others' slices.
+    """Return the actions of a leader: finish the tree for its slice, and copy the other slices into `total`.
 
     `buffers` holds the tree nodes of its host. `received` has room for the slices of all hosts' remaining nodes.
     """

@@ -113,7 +113,10 @@ def _reserve(nbytes: int, purpose: str) -> tuple[int, str]:
             tried.append(f"{folder}: {error.strerror}")
         else:
             return handle, path
-    raise UserError(f"no room for {nbytes / 1e6:.1f} MB of {purpose} ({'; '.join(tried)}): free some, or set TMPDIR")
+    raise UserError(
+        f"no room for {nbytes / 1e6:.1f} MB of {purpose} ({'; '.join(tried)}): free some space, or set TMPDIR to "
+        "another folder"
+    )
 
 
 def _map(path: str, nbytes: int) -> Bytes:
@@ -123,7 +126,7 @@ def _map(path: str, nbytes: int) -> Bytes:
     except OSError as error:
         raise UserError(
             f"{nbytes / 1e6:.1f} MB in {path} cannot be mapped into memory: {error.strerror or error}; "
-            "expected every rank of this machine to see that folder and to be allowed to: raise its limits "
-            "(ulimit -v), or start fewer ranks"
+            "expected every rank of this machine to have access to this folder and enough address space: raise "
+            "the limits (ulimit -v), or start fewer ranks"
         ) from None
     return np.frombuffer(mapped, np.uint8)[:nbytes]

@@ -73,9 +73,7 @@ def main(arguments: Sequence[str]) -> int:
 
     found = search(settings)
     if found.best is None:
-        error = UserError(f"all {len(found.results)} trials have diverged: give ranges of smaller values")
-        error.agreed = True
-        raise error
+        raise UserError(f"all {len(found.results)} trials have diverged: give ranges of smaller values", agreed=True)
     if read_launch().prints_for_all:
         Console(live=False).line(f"best: {training_command(settings.config_with(found.best.settings))}")
     return 0

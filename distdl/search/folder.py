@@ -32,7 +32,7 @@ def choose_folder(settings: SearchSettings) -> Path:
     folder = settings.out or unused_folder(name)
     try:
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"--out {folder} is not a folder: give another")
+            raise UserError(f"--out {folder} is not a folder: give another name")
         for name in (SEARCH, RESULTS, SUMMARY, LOCK, TRIALS, CHART):
             if (folder / name).is_symlink():
                 raise UserError(
@@ -46,7 +46,7 @@ def choose_folder(settings: SearchSettings) -> Path:
             raise UserError(f"--resume: --out {folder} holds no search, but other files; give another folder")
         files.try_folder(folder)
     except OSError as error:
-        raise UserError(f"--out {folder} cannot be used: {error.strerror or error}; give another") from None
+        raise UserError(f"--out {folder} cannot be used: {error.strerror or error}; give another folder") from None
     return folder
 
 
@@ -168,7 +168,7 @@ def _locked(folder: Path, *, ours: bool) -> IO[bytes]:
     try:
         return lock_folder(folder, owner_died=ours)
     except UserError:
-        raise UserError(f"--out {folder} is in use by another search: wait for it, or give another") from None
+        raise UserError(f"--out {folder} is in use by another search: wait for it, or give another folder") from None
 
 
 def _refused(path: Path, error: OSError) -> UserError:

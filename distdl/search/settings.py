@@ -75,7 +75,7 @@ class Range:
             raise UserError(f"--range {self}: {self.low:g} is not below {self.high:g}; give the lower end first")
         if self.scale == "log" and not self.low > 0:
             raise UserError(
-                f"--range {self}: a logarithmic scale begins above 0; give a higher low end, or leave out :log"
+                f"--range {self}: a logarithmic scale begins above 0; give a lower end above 0, or leave out :log"
             )
         if not self.whole:
             return replace(self, low=float(self.low), high=float(self.high))
@@ -155,7 +155,7 @@ class SearchSettings:
             )
         if "\0" in str(self.out):
             raise UserError(
-                f"--out {str(self.out)!r} contains a NUL character: no file can have this name; give another"
+                f"--out {str(self.out)!r} contains a NUL character: no file can have this name; give another folder"
             )
         settings._check_ranges()
         settings._check_rounds()

@@ -287,7 +287,7 @@ def _check_ranks(settings: SearchSettings, ranks: int) -> None:
     if settings.ranks_per_trial > ranks:
         raise UserError(
             f"--ranks-per-trial {settings.ranks_per_trial} is more than the {ranks} rank{'s' if ranks > 1 else ''} of "
-            f"this job: start it with mpirun -n {settings.ranks_per_trial}, or give fewer"
+            f"this job: start it with mpirun -n {settings.ranks_per_trial}, or give fewer ranks"
         )
     largest = -(-ranks // (ranks // settings.ranks_per_trial))
     least = min(config.micro_batches for config in settings.extremes())

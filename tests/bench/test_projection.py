@@ -35,7 +35,7 @@ SETUPS = [("strong", n, 8) for n in (1, 2, 4)] + [("weak", n, 8 * n) for n in (1
 
 
 def measured(model, *, noise=0.0, setups=SETUPS):
-    """Steps that the model predicts, each changed by up to `noise`."""
+    """Return the steps that the model predicts, each changed by up to `noise`."""
     chance = random.Random(1)
     points = []
     for kind, ranks, micro_batches in setups:

@@ -25,7 +25,7 @@ def bytes_of(shape, seed=0):
 
 
 def drawn(count, **given):
-    """Draws that change `count` images alike: only by the given values."""
+    """Return draws that change `count` images in the same way, only by the given values."""
     numbers = {"angle": 0, "scale": 1, "down": 0, "right": 0, "mirror": 1, "brightness": 1} | given
     return Draws(**{name: np.broadcast_to(np.float64(value), count) for name, value in numbers.items()})
 
@@ -241,7 +241,7 @@ def test_the_draws_are_uniform_within_the_limits():
     np.testing.assert_allclose(np.corrcoef(every), np.eye(6), atol=0.03)
 
 
-def test_a_crop_takes_every_place_of_the_padded_image_equally_often():
+def test_a_crop_uses_every_place_of_the_padded_image_equally_often():
     draws = Augmentation.parse("crop=2").draw(KEY, 10_000)
     values, counts = np.unique(np.stack([draws.down, draws.right]), axis=1, return_counts=True)
     assert values.T.tolist() == [[down, right] for down in range(-2, 3) for right in range(-2, 3)]

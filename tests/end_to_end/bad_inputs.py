@@ -70,7 +70,7 @@ def picture(folder):
 def changes(before, after):
     """Return the differences between two pictures, as texts."""
     return [
-        f"{'left behind' if path not in before else 'removed' if path not in after else 'changed'}: {path}"
+        f"{'new' if path not in before else 'removed' if path not in after else 'changed'}: {path}"
         for path in sorted(before.keys() | after.keys())
         if before.get(path) != after.get(path)
     ]

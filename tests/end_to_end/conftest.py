@@ -1,4 +1,4 @@
-"""What several of these tests stand in."""
+"""The working folder of several of these tests."""
 
 import os
 
@@ -8,7 +8,7 @@ from bad_inputs import without_launcher
 
 @pytest.fixture
 def workshop(tmp_path, monkeypatch):
-    """An empty working folder, a plain start's environment, and shared memory where leftovers are seen."""
+    """Return an empty working folder; set a plain environment and a separate folder for shared memory."""
     from distdl.parallel import shared
 
     folder = tmp_path / "workshop"
@@ -18,5 +18,5 @@ def workshop(tmp_path, monkeypatch):
     for name in os.environ.keys() - without_launcher(os.environ).keys():
         monkeypatch.delenv(name)
     for name in [name for name in os.environ if name.endswith("_NUM_THREADS")]:
-        monkeypatch.setenv(name, os.environ[name])  # so that what a case sets is undone
+        monkeypatch.setenv(name, os.environ[name])  # undoes the settings of a case
     return folder

@@ -11,7 +11,7 @@ from distdl.engine.fault_injection import fail_at, forget
 
 @contextmanager
 def faults() -> Iterator[None]:
-    """Forget the faults that were registered inside, at the end."""
+    """At the end, forget the faults that were registered inside."""
     try:
         yield
     finally:
@@ -24,9 +24,9 @@ def flip(array, *, byte=6, bit=3):
 
 
 def spoil_records(spoil, *, step, rank=None, micro_batches=None, once=False):
-    """Let ``spoil(record)`` change the record of each micro-batch of a step, also when it is computed again.
+    """Call ``spoil(record)`` to change the record of each micro-batch of a step, even if it is computed again.
 
-    It changes only those of one rank, or of the given micro-batches, or only the first one on each rank.
+    It can be limited to one rank, to the given micro-batches, or to the first record on each rank.
     """
 
     def act(owner):
@@ -38,7 +38,7 @@ def spoil_records(spoil, *, step, rank=None, micro_batches=None, once=False):
 
 
 def spoil_state(spoil, *, step, rank):
-    """Let ``spoil(state)`` change the state of one rank before a step."""
+    """Call ``spoil(state)`` to change the state of one rank before a step."""
     fail_at("step", rank=rank, step=step, action=spoil)
 
 

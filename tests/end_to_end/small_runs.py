@@ -1,4 +1,4 @@
-"""Short trainings on a piece of the digits, for tests that hold many of them against each other."""
+"""Short training runs on a part of the digits, for tests that compare many runs."""
 
 import dataclasses
 import shutil
@@ -8,11 +8,11 @@ from distdl.config import TrainConfig
 from distdl.data import sources
 from distdl.engine import train
 
-#: 72 rows before the test part leave 65 for training: two batches of 32, and a last batch of a single sample.
+#: 72 rows before the test part give 65 for training: two batches of 32, and a last batch of a single sample.
 LAST_BATCH_OF_ONE = 72
-#: 88 leave 80: two batches of 32, and a last batch of 16, which is 4 micro-batches.
+#: 88 give 80: two batches of 32, and a last batch of 16, which is 4 micro-batches.
 RAGGED = 88
-#: 94 leave 85: the last batch of 21 has 6 micro-batches, the last of them a single sample.
+#: 94 give 85: the last batch of 21 has 6 micro-batches, the last of one sample.
 VERY_RAGGED = 94
 
 
@@ -32,13 +32,13 @@ def small_config(run_dir, **settings):
 
 
 def proof(folder, summary):
-    """What must be equal: both hashes, and the bytes of the metrics."""
+    """Return the results that must be equal: both hashes, and the bytes of the metrics."""
     metrics = (folder / "metrics.jsonl").read_bytes()
     return summary.weights_sha256, summary.state_sha256, metrics
 
 
 def small_run(communicator, folder, *, rows=VERY_RAGGED, build_network=None, **settings):
-    """Train in `folder`, and return what must be equal."""
+    """Train in `folder` and return the results."""
     config, dataset = small_config(folder, **settings), piece_of_digits(rows)
     summary = train(config, communicator, build_network=build_network, dataset=dataset)
     communicator.barrier()
@@ -46,12 +46,12 @@ def small_run(communicator, folder, *, rows=VERY_RAGGED, build_network=None, **s
 
 
 def sub_world(communicator, size):
-    """The first `size` ranks as a world of their own; None on the others."""
+    """Return the first `size` ranks as a separate world; None on the other ranks."""
     return communicator.split(0 if communicator.rank < size else None)
 
 
 def worlds(communicator, sizes=(1, 2, 3, 4)):
-    """Yield (n, the first n ranks), for each n in turn, to those who are among them; the others wait."""
+    """For each n in turn, yield (n, the world of the first n ranks) on these ranks; the others wait."""
     for size in sizes:
         part = sub_world(communicator, size) if size <= communicator.size else None
         if part is not None:

@@ -21,7 +21,7 @@ ALL = "rotate=10,shift=2,scale=0.1,crop=2,flip,brightness=0.1"
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("settings", [{}, {"audit": 1, "balance": True}, {"model": "deep_convnet", "epochs": 1}])
 def test_every_number_of_ranks_gives_the_bits_of_one_process(communicator, shared_tmp_path, settings):
-    """The audit recomputes micro-batches of other ranks, and fails unless they have the same images."""
+    """The audit recomputes micro-batches of other ranks. It fails unless their images are the same."""
     settings = {"augment": ALL, "rows": VERY_RAGGED, **settings}
     expected = small_run(OneProcess(), shared_tmp_path / "one", **settings) if communicator.rank == 0 else None
     for size, part in worlds(communicator):

@@ -65,7 +65,7 @@ def test_a_wrong_flag_is_reported_before_numpy_or_mpi_are_imported():
     assert done.stderr == "distdl: error: unknown flag --epocs: did you mean --epochs?\n"
 
 
-# What is accepted instead
+# Similar input that is accepted
 
 
 @pytest.mark.parametrize("how", [["--resume=run"], ["--resume=auto", "--run-dir=run"]])

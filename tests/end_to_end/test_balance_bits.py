@@ -1,4 +1,4 @@
-"""Promise 1 with `--balance`: the bits do not depend on which rank computes a micro-batch, nor on changes of shares."""
+"""Promise 1 with `--balance`: the bits do not depend on the ranks that compute the micro-batches."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ RANKS = (1, 2, 3, 4, 5, 8)
 
 
 class SlowFlatten(Flatten):
-    """Is slow, as a rank on a slow or shared core."""
+    """A layer that waits, like a rank on a slow or shared core."""
 
     def __init__(self, seconds):
         self.seconds = seconds
@@ -45,7 +45,7 @@ def shares_of_epochs(folder):
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_slow_rank_gets_fewer_micro_batches_and_the_bits_stay(communicator, shared_tmp_path, capsys):
+def test_a_slow_rank_gets_fewer_micro_batches_and_the_bits_stay_the_same(communicator, shared_tmp_path, capsys):
     part = sub_world(communicator, 2)
     if part is not None:
         expected = slow_run(part, shared_tmp_path / "even", 0.0, epochs=6)
@@ -63,8 +63,8 @@ def test_a_slow_rank_gets_fewer_micro_batches_and_the_bits_stay(communicator, sh
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("model", ["simple_convnet", "deep_convnet"])
-def test_any_shares_in_any_step_give_the_bits_of_one_process(communicator, shared_tmp_path, model, monkeypatch):
-    """Instead of measuring, deal by chance: other shares in each step, with empty ones among them."""
+def test_any_shards_in_any_step_give_the_bits_of_one_process(communicator, shared_tmp_path, model, monkeypatch):
+    """Deal at random instead of by measured speeds: different shards in each step, some of them empty."""
 
     def by_chance(self, leaves):
         self.draws = getattr(self, "draws", 0) + 1
@@ -85,7 +85,7 @@ def test_any_shares_in_any_step_give_the_bits_of_one_process(communicator, share
 
 @pytest.mark.parametrize(("seconds_per_look", "lines"), [(10.0, 6), (0.0, 1)])
 def test_shares_that_change_often_are_not_printed_often(tmp_path, monkeypatch, capsys, seconds_per_look, lines):
-    """The clock moves on by some seconds at each look."""
+    """The clock advances by some seconds per call."""
 
     def changed(self, _seconds):
         self.loads = (5, 3)
@@ -114,7 +114,7 @@ def test_only_a_balanced_run_records_shares(tmp_path):
     assert '"shares"' not in (tmp_path / "plain" / "timing.jsonl").read_text()
 
 
-def test_ranks_wait_more_eagerly_only_while_a_run_is_balanced(tmp_path):
+def test_ranks_spin_longer_only_while_a_run_is_balanced(tmp_path):
     communicator = OneProcess()
     small_run(communicator, tmp_path / "dealt", balance=True)
     assert communicator.waiting.spin_seconds == balance.SPIN_SECONDS

@@ -33,7 +33,7 @@ MODELS = {"convnet": "simple_convnet", "mlp": "mlp"}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Finished runs on the digits: two networks with different micro-batch sizes, and another seed."""
+    """Return finished runs on the digits: two networks with different micro-batch sizes, and another seed."""
     folder = tmp_path_factory.mktemp("runs")
     common = {"epochs": 3, "batch_size": 64}
     for name, settings in {
@@ -47,7 +47,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mnist_runs(tmp_path_factory):
-    """Runs on a tiny dataset with its own test part, in ``data``; ``other`` has other images."""
+    """Return runs on a tiny dataset with its own test part, in ``data``; ``other`` has other images."""
     folder = tmp_path_factory.mktemp("mnist")
     write_files(folder / "data", mnist_files())
     write_files(folder / "other", mnist_files(training=21))
@@ -65,7 +65,7 @@ def summary_of(folder):
 
 
 def records_of(folder, name):
-    """The records in the metrics that have this value."""
+    """Return the records in the metrics that have this value."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if name in record]
 
@@ -83,7 +83,7 @@ def softmax(logits):
 
 
 def plain_logits(folder):
-    """The logits of the test part and its labels, straight from the tensors of the last checkpoint."""
+    """Return the logits of the test part and its labels, computed from the tensors of the last checkpoint."""
     checkpoint = checkpoints.newest_intact(folder / "checkpoints")[1]
     config = checkpoint.header["config"]
     [trained] = load([folder], OneProcess())
@@ -188,7 +188,7 @@ def test_two_ranks_print_and_write_the_same_as_one_process(runs, tmp_path, run_j
 
 @pytest.mark.mpi(min_size=2)
 def test_ranks_that_build_different_networks_are_refused(communicator, shared_tmp_path):
-    """The sizes agree, so nothing else would notice. The file of a model may differ between hosts."""
+    """The file of a model may differ between hosts. The sizes agree here, so no other check finds the difference."""
     dataset, folder = piece_of_digits(VERY_RAGGED), shared_tmp_path / "run"
 
     def network(shape, classes, between=ReLU):
@@ -253,7 +253,7 @@ def test_an_ensemble_is_the_mean_of_the_softmax_of_its_members(runs):
 
 
 @alone
-def test_an_ensemble_of_one_is_its_member_and_so_is_a_member_given_twice(runs):
+def test_an_ensemble_of_one_member_equals_it_even_if_the_member_is_given_twice(runs):
     once = evaluate(load([runs / "mlp"], OneProcess()), "test", OneProcess())
     twice = evaluate(load([runs / "mlp"] * 2, OneProcess()), "test", OneProcess())
     assert once.ensemble == once.scores[0]
@@ -292,7 +292,7 @@ def with_batch_norm(shape, outputs):
 
 
 def plain_mean(task, outputs):
-    """The mean of the predictions of the members, and its loss, by their definitions."""
+    """Return the mean of the predictions of the members, and its loss, by their definitions."""
     labels, members = outputs[0][1], [logits for logits, _ in outputs]
     if task == "regression":
         mean = sum(members) / len(members)
@@ -368,7 +368,7 @@ def test_regression_is_scored_by_its_loss_and_has_no_confusion_matrix(tmp_path):
     }
     for flag in ("--confusion", "--confusion-figure=c.png", "--misclassified=m.png"):
         with pytest.raises(UserError, match=f"{flag.split('=')[0]} is for .* task has numbers; leave the flag out"):
-            evaluate_runs.check_task(trained[0], shown.parse([str(tmp_path), flag]))
+            evaluate_runs.check_task(trained[0], shown.COMMAND.parse([str(tmp_path), flag]))
 
 
 # ------------------------------------------------------------------------------------------------------- output, files
@@ -456,7 +456,7 @@ def with_header(source, target, **changed):
 
 @pytest.fixture(scope="module")
 def wrong(runs, mnist_runs, tmp_path_factory):
-    """A folder with files and runs that cannot be evaluated."""
+    """Return a folder with files and runs that cannot be evaluated."""
     folder = tmp_path_factory.mktemp("wrong")
     for name in ("mlp", "convnet", "seed 1"):
         shutil.copytree(runs / name, folder / name)
@@ -490,7 +490,7 @@ REFUSED = {
     "an unknown part": (["mlp", "--part=tests"], USER, ["'tests'", "validation", "did you mean 'test'"]),
     "no such folder": (["nowhere"], USER, ["nowhere", "no such checkpoint or run folder"]),
     "a folder without checkpoints": (["empty"], USER, ["empty/checkpoints", "expected a run folder"]),
-    "one of several is none": (["mlp", "empty"], USER, ["empty/checkpoints"]),
+    "one of several has no checkpoint": (["mlp", "empty"], USER, ["empty/checkpoints"]),
     "a file of another kind": (["text"], DAMAGED, ["text", "no checkpoint of distdl", "run folder"]),
     "a damaged checkpoint": (["torn"], DAMAGED, ["torn/checkpoints/step-", "checksum"]),
     "a truncated checkpoint": (["short"], DAMAGED, ["short", "announces"]),
@@ -506,11 +506,11 @@ REFUSED = {
     "a network from a script": (["from a script"], USER, ["__main__:my_network", "build_network"]),
     "tensors of another model": (["another model"], USER, ["another model", "affine_1.weight"]),
     "a setting of another version": (["another version"], USER, ["another version", "warp"]),
-    "a setting that cannot be": (["impossible"], USER, ["impossible", "--batch-size"]),
+    "an impossible setting": (["impossible"], USER, ["impossible", "--batch-size"]),
     "json into a folder": (["mlp", "--json=empty"], USER, ["--json", "empty", "is a folder"]),
     "json in place of a link": (["mlp", "--json=to text"], USER, ["--json", "to text", "no regular file"]),
     "json below a file": (["mlp", "--json=text/numbers"], USER, ["--json", "text/numbers"]),
-    "a picture of no kind": (["mlp", "--misclassified=m.bmp"], USER, ["--misclassified", "m.bmp", ".png"]),
+    "a picture of an unknown kind": (["mlp", "--misclassified=m.bmp"], USER, ["--misclassified", "m.bmp", ".png"]),
 }
 
 

@@ -1,4 +1,4 @@
-"""A flipped bit in a replica is found at the next comparison, one in a gradient by the audit of that step."""
+"""The next comparison finds a flipped bit in a replica. The audit of a step finds one in a gradient."""
 
 import sys
 
@@ -22,7 +22,7 @@ FLIPS = {
 
 
 def named(error):
-    """The ranks that the message names as suspects."""
+    """Return the ranks that the message names as suspects."""
     text = str(error).removeprefix("silent corruption on rank ").split(": ")[0]
     return [int(part.split()[0]) for part in text.split(" or ")]
 
@@ -34,7 +34,7 @@ def expected_suspects(size, victim):
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("what", FLIPS)
 def test_a_flipped_bit_in_one_replica_is_found_at_the_next_comparison(communicator, shared_tmp_path, what):
-    """It is flipped before step 2, steps 2, 4 and 6 are compared, and no checkpoint after step 1 stays behind."""
+    """The bit flips before step 2. Steps 2, 4 and 6 are compared. The last checkpoint is that of step 1."""
     for size, part in worlds(communicator, (2, 3, 4)):
         expected = small_run(part, shared_tmp_path / f"{size}", optimizer="momentum")
         for victim in sorted({0, size - 1}):
@@ -52,8 +52,8 @@ def test_a_flipped_bit_in_one_replica_is_found_at_the_next_comparison(communicat
 
 
 @pytest.mark.mpi(min_size=2)
-def test_no_checkpoint_is_written_of_a_replica_that_differs(communicator, shared_tmp_path):
-    """Replicas are compared each 100 steps and before the checkpoint at the end of the epoch, which is step 3."""
+def test_a_replica_that_differs_is_not_saved(communicator, shared_tmp_path):
+    """Replicas are compared every 100 steps, and before the checkpoint at the end of the epoch (step 3)."""
     for size, part in worlds(communicator, (2, 3, 4)):
         with faults():
             spoil_state(FLIPS["parameters"], step=1, rank=0)
@@ -98,7 +98,7 @@ def test_a_bit_flipped_once_in_a_gradient_is_found_in_that_step_and_its_rank_nam
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_rank_that_always_computes_other_bits_is_named_if_there_are_three(communicator, shared_tmp_path):
+def test_a_rank_that_always_computes_wrong_bits_is_named_if_there_are_three_ranks(communicator, shared_tmp_path):
     for size, part in worlds(communicator, (2, 3, 4)):
         for victim in sorted({0, size - 1}):
             with faults():
@@ -122,7 +122,7 @@ def test_an_audit_finds_flipped_weights_before_the_step_is_taken(communicator, s
 
 
 class Counting(nn.Flatten):
-    """Not pure: what it puts out depends on how often it was asked."""
+    """A layer that is not pure: its output depends on the number of calls."""
 
     calls = 0
 
@@ -131,7 +131,7 @@ class Counting(nn.Flatten):
         return super().forward(x, training=training, key=key) + np.float32(self.calls)
 
 
-def test_an_audit_of_a_network_of_ones_own_names_its_layers_too(tmp_path):
+def test_the_audit_of_a_user_s_model_also_names_its_layers(tmp_path):
     def build(input_shape, classes):
         return nn.Sequential([Counting(), nn.Affine(classes)], input_shape)
 
@@ -139,7 +139,7 @@ def test_an_audit_of_a_network_of_ones_own_names_its_layers_too(tmp_path):
         small_run(OneProcess(), tmp_path / "run", build_network=build, audit=1)
 
 
-def test_alone_a_rank_audits_itself(tmp_path):
+def test_a_single_rank_audits_itself(tmp_path):
     spoil_records(lambda record: flip(record["gradient"]), step=2, once=True)
     with pytest.raises(CorruptionError, match=r"on rank 0 .*step 2 has other bits when computed again; leave"):
         small_run(OneProcess(), tmp_path / "run", audit=1)
@@ -148,8 +148,8 @@ def test_alone_a_rank_audits_itself(tmp_path):
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("model", ["simple_convnet", "deep_convnet"])
 @pytest.mark.parametrize("balance", [False, True])
-def test_audits_and_comparisons_do_not_act_on_the_bits(communicator, shared_tmp_path, monkeypatch, model, balance):
-    """With shards that change every step, and empty ones in the ragged batch of more than 6 ranks."""
+def test_audits_and_comparisons_do_not_change_the_bits(communicator, shared_tmp_path, monkeypatch, model, balance):
+    """Shards change in every step. Some are empty in the ragged batch of more than 6 ranks."""
     if balance:
         monkeypatch.setattr(Balance, "observe", lambda *_: True)
     expected = small_run(OneProcess(), shared_tmp_path / "one", model=model) if communicator.rank == 0 else None
@@ -161,7 +161,7 @@ def test_audits_and_comparisons_do_not_act_on_the_bits(communicator, shared_tmp_
     remove(communicator, shared_tmp_path)
 
 
-#: The main job; rank 1 lets one bit flip.
+#: The main job with a flipped bit on rank 1.
 PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])

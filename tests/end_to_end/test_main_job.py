@@ -1,4 +1,4 @@
-"""README is true: the main job ends as README shows, and its commands for training work."""
+"""The main job ends as README shows, and the commands of README for training work."""
 
 import re
 import shlex

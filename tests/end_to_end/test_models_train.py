@@ -1,4 +1,4 @@
-"""The trainer trains every kind of network that the models are made of, on images of 28x28."""
+"""The trainer trains one model of every kind on images of 28x28."""
 
 import json
 
@@ -13,9 +13,9 @@ pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts trainings
 
 
 @pytest.mark.parametrize("model", ["logistic", "lenet", "alexnet", "googlenet", "resnet20"])
-def test_an_epoch_of_a_model_ends_well(model, tmp_path, monkeypatch, capsys):
+def test_a_model_trains_for_an_epoch(model, tmp_path, monkeypatch, capsys):
     for name in ("OPENBLAS", "OMP", "MKL", "BLIS", "VECLIB_MAXIMUM"):
-        monkeypatch.setenv(f"{name}_NUM_THREADS", "1")  # so that what the command sets is undone
+        monkeypatch.setenv(f"{name}_NUM_THREADS", "1")  # undoes the settings of the command
     data = write_files(tmp_path / "data", mnist_files(training=12, test=3, height=28, width=28))
     flags = [f"--model={model}", "--dataset=mnist", f"--data-dir={data}", "--epochs=1", "--log-every=1"]
     code = cli.run(train.main, [*flags, "--batch-size=8", "--micro-batch-size=4", f"--run-dir={tmp_path}/run"])
@@ -26,7 +26,7 @@ def test_an_epoch_of_a_model_ends_well(model, tmp_path, monkeypatch, capsys):
     assert [np.isfinite(record["loss"]) for record in records if "loss" in record] == [True, True]
 
 
-def test_a_script_names_an_own_model_as_the_command_does(tmp_path, monkeypatch):
+def test_a_script_names_its_model_as_the_command_does(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = "from distdl import nn\n\ndef net(shape, classes):\n    return nn.mlp(shape, classes, hidden=(20, 20))\n"
     (tmp_path / "deep.py").write_text(text)

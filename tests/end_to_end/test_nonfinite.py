@@ -1,4 +1,7 @@
-"""A loss or gradient that is not finite: all ranks see it in that step, name the micro-batch, and stop or skip."""
+"""If a loss or gradient is not finite, all ranks see that in the same step, and stop or skip the step.
+
+The message names the micro-batch.
+"""
 
 import itertools
 import json
@@ -80,8 +83,8 @@ def test_a_skipped_step_gives_the_same_bits_on_any_number_of_ranks(communicator,
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
-def test_a_fault_of_the_moment_on_one_rank_is_told_from_divergence(communicator, shared_tmp_path, on_nonfinite):
-    """It ends the run in any case: with the step skipped, the weights would depend on a machine's fault."""
+def test_a_temporary_fault_on_one_rank_is_not_called_divergence(communicator, shared_tmp_path, on_nonfinite):
+    """The run ends even with --on-nonfinite skip: a skipped step would make the weights depend on a hardware fault."""
     for size, part in worlds(communicator):
         for victim in range(size):
             with faults():
@@ -110,7 +113,7 @@ def test_a_nan_between_two_parameters_is_a_fault_of_the_moment_too(tmp_path, on_
 
 
 @pytest.mark.mpi(min_size=2)
-def test_weights_that_one_rank_alone_has_are_no_divergence(communicator, shared_tmp_path):
+def test_wrong_weights_on_a_single_rank_are_not_called_divergence(communicator, shared_tmp_path):
     """A flipped bit of the exponent makes a weight so large that the loss is infinite."""
     for size, part in worlds(communicator):
         if size > 1:
@@ -136,7 +139,7 @@ def test_a_skipped_step_counts_and_changes_neither_weights_nor_optimizer(tmp_pat
 
 @pytest.mark.parametrize("skipped", [{1}, {3, 4}], ids=str)
 def test_adam_counts_the_updates_and_not_the_steps_that_are_skipped(tmp_path, monkeypatch, skipped):
-    """As in PyTorch. The gradients are the run's own; the moments, and what corrects them, are the formula's."""
+    """As in PyTorch. The gradients are those of the run. The formula gives the moments and their bias correction."""
     for step in skipped:
         spoil_records(nan_gradient, step=step)
     weights, gradients, update = [], [], Adam.update
@@ -171,7 +174,7 @@ def test_a_run_with_a_skipped_step_resumes_to_the_same_bits(tmp_path):
     assert [record["skipped_steps"] for record in map(json.loads, text.splitlines()) if "skipped" in record] == [1, 2]
 
 
-def test_a_sum_that_overflows_though_no_micro_batch_does_is_named_so(tmp_path):
+def test_an_overflow_of_the_sum_of_finite_micro_batches_is_named(tmp_path):
     spoil_records(lambda record: record["gradient"].fill(2e38), step=2)
     expected = "not finite at step 2, though each micro-batch is finite: their sum overflows: training has diverged"
     with np.errstate(over="ignore"), pytest.raises(UserError, match=expected):
@@ -186,7 +189,7 @@ def test_an_epoch_without_a_single_update_has_diverged(tmp_path):
         small_run(OneProcess(), tmp_path / "run", on_nonfinite="skip")
 
 
-def test_many_skipped_steps_are_warned_about_and_saved_but_not_each(tmp_path, monkeypatch, capsys):
+def test_some_but_not_all_of_many_skipped_steps_are_printed_and_saved(tmp_path, monkeypatch, capsys):
     """Two steps of each epoch are skipped; the run saves the micro-batches of ten steps."""
     skipped = [step for step in range(1, 19) if step % 3]
     for step in skipped:
@@ -207,7 +210,7 @@ def test_many_skipped_steps_are_warned_about_and_saved_but_not_each(tmp_path, mo
     ]
 
 
-def test_a_disk_that_refuses_the_micro_batch_is_warned_about(tmp_path, monkeypatch, capsys):
+def test_a_micro_batch_that_cannot_be_saved_gives_a_warning(tmp_path, monkeypatch, capsys):
     spoil_records(nan_gradient, step=2)
     opened = os.open
 

@@ -1,4 +1,4 @@
-"""A user's own model or dataset trains like ours; a fault in it is one line that names the place."""
+"""A user's model or dataset trains like a built-in one. An error in it is one line that names its place."""
 
 import io
 import json
@@ -47,7 +47,7 @@ def net(input_shape, classes, hidden=None):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working folder with a model and a file that it imports; the environment of a start without a launcher."""
+    """Return a working folder with a model and a file that it imports; remove the variables of launchers."""
     monkeypatch.chdir(tmp_path)
     for name in os.environ.keys() - without_launcher(os.environ).keys():
         monkeypatch.delenv(name)
@@ -89,7 +89,7 @@ def refusal(folder, *arguments):
     return err
 
 
-def test_a_model_of_a_file_gives_the_receipt_of_the_same_model_of_ours(folder):
+def test_a_model_of_a_file_has_the_receipt_of_the_equal_built_in_model(folder):
     before = picture(folder / "models")
     ours = receipt("--run-dir=ours")
     assert receipt("--run-dir=own", "--model=models/good.py:net") == ours
@@ -98,7 +98,7 @@ def test_a_model_of_a_file_gives_the_receipt_of_the_same_model_of_ours(folder):
     assert "sizes" not in {name for name in sys.modules if name.startswith("own_code_")}
 
 
-def test_a_file_in_deep_folders_gives_the_run_folder_a_name_that_a_folder_can_have(folder):
+def test_a_model_file_in_deep_folders_gives_a_run_folder_with_a_valid_name(folder):
     deep = folder.joinpath(*["d" * 60] * 5)
     deep.mkdir(parents=True)
     (deep / "good.py").write_text(
@@ -109,7 +109,7 @@ def test_a_file_in_deep_folders_gives_the_run_folder_a_name_that_a_folder_can_ha
     assert run_folder.name.endswith("d-good.py-net")
 
 
-def test_a_model_of_a_module_gives_the_receipt_of_the_same_model_of_ours(folder):
+def test_a_model_of_a_module_has_the_receipt_of_the_equal_built_in_model(folder):
     package = folder / "package"
     package.mkdir()
     (package / "module.py").write_text(
@@ -163,7 +163,7 @@ def test_a_run_of_a_script_is_resumed_by_the_script(folder):
 #: The fault: the file's text, the name after the colon, and words of the message.
 WRONG = {
     "an error of syntax": ("def net(:\n", "net", ["wrong.py cannot be imported", "SyntaxError", "line 1"]),
-    "an import that is not there": ("x = 1\nimport nowhere_at_all\n", "net", ["nowhere_at_all", "line 2 of wrong.py"]),
+    "an import that fails": ("x = 1\nimport nowhere_at_all\n", "net", ["nowhere_at_all", "line 2 of wrong.py"]),
     "an error while it is imported": ("\n\nx = 1 / 0\n", "net", ["ZeroDivisionError", "line 3 of wrong.py"]),
     "an exit while it is imported": ("import sys\nsys.exit(0)\n", "net", ["SystemExit: 0", "line 2 of wrong.py"]),
     "bytes outside of UTF-8": ("x = '\udcff'\n", "net", ["wrong.py cannot be imported", "SyntaxError"]),
@@ -410,7 +410,7 @@ def data(folder):
     return folder
 
 
-def test_a_dataset_of_a_file_gives_the_receipt_of_the_same_dataset_of_ours(data):
+def test_a_dataset_of_a_file_has_the_receipt_of_the_equal_built_in_dataset(data):
     assert receipt("--run-dir=own", "--dataset=data.py:digits") == receipt("--run-dir=ours", "--dataset=digits")
     assert receipt("--run-dir=third", "--dataset=data.py:from_folder", "--data-dir=here") == receipt("--run-dir=again")
 

@@ -57,7 +57,7 @@ PICTURES = ["Filters of the first convolution", "Feature maps of an image", "Act
 
 @pytest.fixture(scope="module")
 def digits(runs):
-    """The page of the run on the digits."""
+    """Return the page of the run on the digits."""
     return page_of(runs / "digits")
 
 
@@ -85,7 +85,7 @@ def test_every_picture_is_inside_the_page(digits):
     assert not re.search(r"https?:|<script|<link", page)
 
 
-def test_a_regression_and_a_run_without_an_epoch_have_the_sections_that_apply(runs):
+def test_a_page_omits_sections_that_do_not_apply_to_the_run(runs):
     page = page_of(runs / "numbers")
     assert heads(page)[1:5] == ["Learning curves", *PICTURES]
     assert "&lt;b&gt;.npz" in page

@@ -1,4 +1,4 @@
-"""Promise 1: the same bits on any number of ranks, whatever is interrupted or resumed."""
+"""Promise 1: the same bits on any number of ranks, even if the run is interrupted and resumed."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def assert_every_number_of_ranks_agrees(communicator, folder, **settings):
     remove(communicator, folder)
 
 
-#: Those of the book's own; they take the digits of 8x8.
+#: The book's own models; they accept the digits of 8x8.
 MODELS = ("mlp", "simple_convnet", "deep_convnet")
 #: Each model, and each optimizer, once.
 TRAININGS = [
@@ -54,14 +54,14 @@ TRAININGS = [
 
 
 def normalized_network(shape, classes):
-    """Batch normalization of channels and of features, on one of two ways and behind both."""
+    """Return a network with batch normalization of channels in one branch, and of features after both branches."""
     way = [Conv2d(4, 3, padding=1), BatchNorm(), ReLU(), Conv2d(4, 3, padding=1)]
     layers = [Conv2d(4, 3, padding=1), Residual(way), BatchNorm(), ReLU(), Flatten(), Affine(8), BatchNorm()]
     return Sequential([*layers, Affine(classes)], shape)
 
 
 def network_of_many_layers(shape, classes):
-    """The layers that are neither in the book's own models nor in the network above."""
+    """Return a network of the layers that are neither in the book's own models nor in the network above."""
     around = [AvgPool2d(3, stride=1, padding=1), Conv2d(3, 1), Tanh()]
     smaller_and_back = [Conv2d(3, 2, stride=2), Sigmoid(), Upsample2d(2)]
     larger_and_back = [ConvTranspose2d(3, 2, stride=2), LeakyReLU(), AvgPool2d(2)]
@@ -107,14 +107,17 @@ def test_every_further_layer_gives_the_same_bits_on_any_ranks(communicator, shar
 
 
 @pytest.mark.mpi(min_size=2)
-def test_what_acts_on_the_gradient_and_the_rate_is_the_same_on_any_ranks(communicator, shared_tmp_path):
+def test_clipping_decay_and_schedules_give_the_same_bits_on_any_ranks(communicator, shared_tmp_path):
     settings = {"l1_decay": 0.01, "clip_norm": 0.5, "schedule": "cosine", "warmup_steps": 2, "lr_base_batch": 16}
     assert_every_number_of_ranks_agrees(communicator, shared_tmp_path, optimizer="adamw", weight_decay=0.1, **settings)
 
 
 @pytest.mark.mpi(min_size=2)
 def test_all_ranks_stop_early_after_the_same_epoch(communicator, shared_tmp_path):
-    """At this rate no epoch is better than the first. A resume with more patience goes on as if nothing had been."""
+    """At this learning rate no epoch is better than the first.
+
+    A resume with more patience continues to the undisturbed receipt.
+    """
     never_better = {"lr": 1e-30, "epochs": 8}
     assert_every_number_of_ranks_agrees(communicator, shared_tmp_path, early_stopping=2, **never_better)
     folder = shared_tmp_path / "resumed"
@@ -137,7 +140,7 @@ def test_other_settings_give_other_bits(communicator, shared_tmp_path):
     remove(communicator, shared_tmp_path)
 
 
-#: With dropout, and with batch normalization, a few of the numbers of ranks stand for all.
+#: With dropout and with batch normalization, a few numbers of ranks are tested instead of all.
 STOPPED = [("simple_convnet", ranks) for ranks in range(1, 9)]
 STOPPED += [(model, ranks) for model in ("deep_convnet", "with batch normalization") for ranks in (2, 3)]
 
@@ -147,7 +150,7 @@ STOPPED += [(model, ranks) for model in ("deep_convnet", "with batch normalizati
 def test_stopped_after_any_step_and_resumed_on_any_ranks_gives_the_same_bits(
     communicator, shared_tmp_path, model, before
 ):
-    """Two epochs have five steps to stop after. In full from each number of ranks up to 8, after each step, to each."""
+    """Two epochs have five steps to stop after. The full test has every pair of 1 to 8 ranks, and every step."""
     size = min(communicator.size, 8)
     if before > size:
         pytest.skip(f"{before} ranks are needed")
@@ -184,19 +187,19 @@ def test_resuming_a_finished_run_prints_its_receipt_again(tmp_path, capsys):
     assert f"weights sha256: {expected[0]}" in capsys.readouterr().out
 
 
-def test_more_epochs_go_on_where_a_finished_run_ended(tmp_path):
+def test_more_epochs_continue_from_the_end_of_a_finished_run(tmp_path):
     expected = small_run(OneProcess(), tmp_path / "three", epochs=3)
     small_run(OneProcess(), tmp_path / "two", epochs=2)
     assert small_run(OneProcess(), tmp_path / "two", epochs=3, resume="auto") == expected
 
 
-def test_checkpoints_and_hashes_do_not_act_on_the_bits(tmp_path):
+def test_checkpoints_and_hashes_do_not_change_the_bits(tmp_path):
     expected = small_run(OneProcess(), tmp_path / "plain")
     found = small_run(OneProcess(), tmp_path / "busy", checkpoint_every=1, keep_checkpoints=1, record_hashes=True)
     assert found == expected
 
 
-def test_a_run_resumed_into_another_folder_brings_its_metrics_along(tmp_path):
+def test_a_run_resumed_into_another_folder_copies_its_metrics(tmp_path):
     expected = small_run(OneProcess(), tmp_path / "straight")
     small_run(OneProcess(), tmp_path / "first", max_steps=2)
     found = small_run(OneProcess(), tmp_path / "second", resume=str(tmp_path / "first"))
@@ -204,7 +207,7 @@ def test_a_run_resumed_into_another_folder_brings_its_metrics_along(tmp_path):
 
 
 def test_records_later_than_the_checkpoint_are_cut(tmp_path):
-    """As after a kill: metrics were written beyond the newest checkpoint."""
+    """As after a kill: the metrics contain steps after the newest checkpoint."""
     expected = small_run(OneProcess(), tmp_path / "straight")
     folder = tmp_path / "killed"
     small_run(OneProcess(), folder, max_steps=4)

@@ -1,4 +1,4 @@
-"""What comes from elsewhere, a file, a folder or a link in it, makes a run do nothing outside its own folder."""
+"""A foreign file or folder, or a link in it, cannot make a run do anything outside its own folder."""
 
 import json
 import os
@@ -27,14 +27,14 @@ pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts trainings
 INSIDE = [*files.RUN_FILES, "checkpoints", "checkpoints/step-000000006.safetensors"]
 
 
-@pytest.mark.parametrize("leads", ["to what was there", "to someone else's", "nowhere"])
+@pytest.mark.parametrize("leads", ["to the old target", "to someone else's", "nowhere"])
 @pytest.mark.parametrize("name", INSIDE)
 def test_a_link_inside_a_run_folder_is_refused_and_not_followed(workshop, name, leads):
     shop = RunShop(workshop)
     path, elsewhere = shop.folder / name, workshop / "elsewhere"
     if name == "hashes.jsonl":
         path.write_bytes(b"")
-    if leads == "to what was there":
+    if leads == "to the old target":
         shutil.move(path, elsewhere)
     else:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -53,8 +53,8 @@ def test_a_link_inside_a_run_folder_is_refused_and_not_followed(workshop, name, 
 
 
 @pytest.mark.parametrize("name", INSIDE)
-def test_a_link_beside_a_given_checkpoint_is_refused_and_not_followed(workshop, name):
-    """A run that continues in another folder copies its logs and its best checkpoint there: no link may lead them."""
+def test_a_link_next_to_a_given_checkpoint_is_refused_and_not_followed(workshop, name):
+    """A run that continues in another folder copies its logs and its best checkpoint there, but follows no link."""
     shop = RunShop(workshop)
     path, elsewhere = shop.folder / name, workshop / "elsewhere"
     if path.exists():
@@ -75,7 +75,7 @@ def test_a_link_beside_a_given_checkpoint_is_refused_and_not_followed(workshop, 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
 @pytest.mark.parametrize("name", ["lock", "metrics.jsonl", "summary.json", "checkpoints/step-000000006.safetensors"])
-def test_what_is_no_file_inside_a_run_folder_is_refused_and_does_not_block(workshop, name, kind):
+def test_a_pipe_or_folder_in_place_of_a_file_of_a_run_is_refused_and_does_not_block(workshop, name, kind):
     shop = RunShop(workshop)
     (shop.folder / name).unlink()
     os.mkfifo(shop.folder / name) if kind == "pipe" else (shop.folder / name).mkdir()
@@ -84,7 +84,7 @@ def test_what_is_no_file_inside_a_run_folder_is_refused_and_does_not_block(works
     assert err.startswith(f"distdl: error: run/{name} is not a regular file")
 
 
-def test_a_run_folder_that_is_itself_a_link_is_what_the_user_has_named(tmp_path):
+def test_a_run_folder_that_is_itself_a_link_is_accepted(tmp_path):
     expected = small_run(OneProcess(), tmp_path / "plain")
     (tmp_path / "scratch").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "scratch")
@@ -96,7 +96,7 @@ def test_a_run_folder_that_is_itself_a_link_is_what_the_user_has_named(tmp_path)
     assert small_run(OneProcess(), tmp_path / "scratch", resume=str(named)) == expected
 
 
-def test_a_link_put_in_the_place_of_the_checkpoints_while_training_is_not_followed(tmp_path, monkeypatch):
+def test_a_link_that_replaces_the_checkpoints_during_training_is_not_followed(tmp_path, monkeypatch):
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
     theirs = checkpoints.path_of_step(elsewhere, 1)
@@ -135,7 +135,7 @@ def test_files_are_not_opened_through_a_link_even_if_it_comes_after_the_check(tm
 
 
 def forged(header):
-    """Headers that a person could seal into a checkpoint; each word must be in the error."""
+    """Yield invalid headers with a correct digest, and a word that the error must contain."""
     progress = header["progress"]
     for name in ("../../elsewhere", "/tmp/elsewhere", "..", "", "config"):
         yield {"log_bytes": {**header["log_bytes"], name: 5}}, "log_bytes"
@@ -152,7 +152,7 @@ def forged(header):
     yield {"versions": {"numpy": ["2"]}}, "versions"
 
 
-def test_a_sealed_header_that_leads_elsewhere_or_means_nothing_is_a_damaged_file(workshop):
+def test_a_sealed_header_with_a_foreign_path_or_an_invalid_value_is_a_damaged_file(workshop):
     shop = RunShop(workshop)
     tensors, header = checkpoints.read(shop.newest).tensors, shop.metadata["header"]
     assert header["progress"]["best_step"] is not None
@@ -169,7 +169,7 @@ def test_a_sealed_header_that_leads_elsewhere_or_means_nothing_is_a_damaged_file
             assert changes(before, picture(".")) == []
 
 
-def test_sums_of_an_epoch_that_cannot_be_are_a_damaged_file(workshop):
+def test_impossible_sums_of_an_epoch_are_a_damaged_file(workshop):
     shop = RunShop(workshop)
     tensors, header = checkpoints.read(shop.newest).tensors, shop.metadata["header"]
     for counts, loss in (([0, -1], 0.0), ([-1, 0], 0.0), ([1, 0], 0.0), ([0, 8], 0.0), ([0, 0], float("nan"))):
@@ -180,7 +180,7 @@ def test_sums_of_an_epoch_that_cannot_be_are_a_damaged_file(workshop):
         assert (code, "sums of the epoch" in err) == (DAMAGED, True)
 
 
-def test_no_file_and_no_folder_of_a_run_can_be_written_by_everyone_whatever_the_umask(tmp_path):
+def test_no_umask_lets_other_users_write_files_of_a_run(tmp_path):
     before = os.umask(0)
     try:
         small_run(OneProcess(), tmp_path / "a" / "run", record_hashes=True)
@@ -198,7 +198,7 @@ def test_no_file_and_no_folder_of_a_run_can_be_written_by_everyone_whatever_the_
         assert not path.stat().st_mode & stat.S_IWOTH, path
 
 
-#: Notes what a training opens, removes and renames, and every event that no training has a reason for.
+#: Records the files that a training run opens, removes and renames, and every event that no training needs.
 AUDITED = """
 import json, os, sys
 from distdl import cli, train
@@ -228,7 +228,7 @@ sys.exit(code)
 """
 
 
-def test_a_training_opens_what_it_is_given_to_read_only_and_runs_and_connects_to_nothing(tmp_path):
+def test_a_training_opens_its_input_only_for_reading_starts_no_program_and_makes_no_connection(tmp_path):
     write_files(tmp_path / "data", mnist_files())
     (tmp_path / "mine.toml").write_text("epochs = 2\nbatch_size = 8\nmicro_batch_size = 4\nmodel = 'mlp'\n")
     temporary = tmp_path / "temporary"
@@ -243,7 +243,7 @@ def test_a_training_opens_what_it_is_given_to_read_only_and_runs_and_connects_to
             env={**without_launcher(os.environ), "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(temporary)},
             capture_output=True,
             text=True,
-            timeout=120,  # against hanging
+            timeout=120,  # prevents hanging
             check=False,
         )
         assert done.returncode == 0, done.stderr
@@ -251,12 +251,12 @@ def test_a_training_opens_what_it_is_given_to_read_only_and_runs_and_connects_to
         assert [what for kind, what in events if kind == "never"] == []
         assert given <= {str(tmp_path / what) for kind, what in events if kind == "read"}
         own = "run" if "--run-dir=run" in arguments else "new"
-        # In the run folder files are named relative to an open folder, and a number is a file opened before.
+        # Files in the run folder are named relative to an open folder. A number is a file opened before.
         names = {f"step-{step:09d}.safetensors" for step in range(9)} | set(files.RUN_FILES)
         names |= {f"{name}{files.TEMPORARY_SUFFIX}" for name in names}
         for kind, what in events:
             inside = what in names or what.isdecimal() or (Path(own) in (Path(what), *Path(what).parents))
-            swept = kind == "os.remove" and what.startswith("/dev/shm/")  # what a job that was killed has left
+            swept = kind == "os.remove" and what.startswith("/dev/shm/")  # the leftovers of a killed job
             ours = inside or swept or what.startswith(("/dev/shm/distdl-", str(temporary)))
             assert kind == "read" or ours, f"{kind} {what}"
     after = picture(tmp_path)

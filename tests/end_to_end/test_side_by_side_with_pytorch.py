@@ -1,16 +1,18 @@
-"""Trained side by side with PyTorch, from the same weights, on the same batches: the same curve and accuracy.
+"""distdl and PyTorch, trained from the same weights on the same batches, have the same loss curve and accuracy.
 
-The PyTorch side is what its users write: `nn.Sequential`, images (N, C, H, W), the mean of the cross-entropy,
-`torch.optim.Adam`. It shares with ours the initial weights (turned into its layouts), the normalized pixels,
-and which samples make each batch; everything computed from these is its own.
+The PyTorch side is ordinary PyTorch code: `nn.Sequential`, images (N, C, H, W), the mean of the cross-entropy,
+`torch.optim.Adam`. Both sides share only the initial weights (converted to PyTorch's layouts), the normalized pixels
+and the samples of each batch.
 
-Both compute in float32 and round differently, and training amplifies that: after some hundred steps even
-PyTorch differs from itself by several percent a step, if its initial weights are nudged by 1e-7 of their size.
-So the first steps are compared tightly, then the course: the mean loss of each stretch of ten of the first
-hundred steps, the mean loss of each epoch, and the accuracy on the test part.
+Both compute in float32 and round differently. Training amplifies the difference. If PyTorch's initial weights change by
+1e-7 of their size, its losses differ by several percent per step after some hundred steps. So the tests compare:
 
-By default MNIST is cut to its first 6,000 training images, and takes seconds. The whole of it, three epochs of
-54,000 samples, takes minutes; it also trains the nudged PyTorch, and prints how far that goes astray:
+- the first steps, tightly;
+- the mean loss of each ten of the first hundred steps;
+- the mean loss of each epoch, and the accuracy on the test part.
+
+By default the test uses the first 6,000 training images of MNIST, and takes seconds. All of MNIST, three epochs of
+54,000 samples, takes minutes. It also trains PyTorch with the changed weights, and prints the difference:
 
     DISTDL_FULL=1 pytest -s tests/end_to_end/test_side_by_side_with_pytorch.py
 """
@@ -47,7 +49,7 @@ def mnist(folder):
 
 
 def trained_here(dataset, epochs, folder):
-    """Return the loss of each step, of each epoch, and the test accuracy, all as this trainer reports them."""
+    """Return the loss of each step and epoch, and the test accuracy, as this trainer reports them."""
     config = TrainConfig(
         dataset=dataset.name,
         epochs=epochs,
@@ -93,7 +95,7 @@ def pytorch_model(network, classes):
 
 
 def trained_by_pytorch(dataset, epochs, nudge=0.0):
-    """Return the same as `trained_here`; `nudge` is how much each initial weight is off, relative to itself."""
+    """Return the same as `trained_here`; `nudge` is the relative change of each initial weight."""
     key = Key(SEED)
     parts = split.split(dataset.labels, dataset.test_start, key)
     pixels = normalization.measure(dataset.images, parts.training)
@@ -131,7 +133,7 @@ def trained_by_pytorch(dataset, epochs, nudge=0.0):
 
 
 def apart(one, other):
-    """Return how far two runs are apart, relative to the other: in which part of the curve, at most how much."""
+    """Return the largest relative difference of two runs in each part of the curve."""
     (steps, epoch_losses, _), (their_steps, their_epoch_losses, _) = one, other
 
     def stretches(losses):

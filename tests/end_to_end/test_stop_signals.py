@@ -1,4 +1,4 @@
-"""Signals to mpirun: the job stops with a checkpoint and exit code 75, and goes on to the undisturbed receipt."""
+"""After a signal to mpirun the job stops with a checkpoint and exit code 75. A resume has the undisturbed receipt."""
 
 import json
 import os
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("needs_mpirun", "signals_at_their_defaults"
 
 
 def wait_for(folder, pattern, count, process):
-    ends = time.monotonic() + 60  # against hanging
+    ends = time.monotonic() + 60  # prevents hanging
     while len(list(folder.glob(pattern))) < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < ends, f"no {pattern} from all {count} ranks"
@@ -98,7 +98,7 @@ def test_a_signal_to_mpirun_saves_the_step_and_resume_gives_the_undisturbed_rece
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_training_whose_terminal_is_lost_saves_the_step(tmp_path, unbuffered):
+def test_a_training_that_loses_its_terminal_saves_the_step(tmp_path, unbuffered):
     master, terminal = os.openpty()
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(step=STEP))
@@ -120,7 +120,7 @@ def test_a_second_signal_ends_the_job_at_once(tmp_path):
     wait_for(tmp_path, "there-*", 2, process)
     process.send_signal(signal.SIGUSR1)
     wait_for(tmp_path, "heard-*", 2, process)
-    time.sleep(2 * SAME_REQUEST_SECONDS)  # what comes sooner is taken for the same request
+    time.sleep(2 * SAME_REQUEST_SECONDS)  # an earlier signal counts as the same request
     process.send_signal(signal.SIGUSR1)
     _, error = process.communicate(timeout=60)
     assert process.returncode not in {0, 75}

@@ -42,7 +42,7 @@ OF_THIS_RUN = {"ranks", "recoveries", "train_seconds", "samples_per_second"}
 
 
 def fault(rank, phase, **more):
-    """A rule of `saboteur.py`; it kills the rank unless told otherwise."""
+    """Return a rule of `saboteur.py`; by default it kills the rank."""
     return {"rank": rank, "phase": phase, **more}
 
 
@@ -51,7 +51,7 @@ def summary_of(folder):
 
 
 def compared(summary):
-    """The part of a summary that no failure changes."""
+    """Return the part of a summary that no failure changes."""
     return {name: value for name, value in summary.items() if name not in OF_THIS_RUN}
 
 
@@ -66,13 +66,13 @@ class Undisturbed:
 
     @staticmethod
     def _progress(folder):
-        """What the last checkpoint says of the run, except for its seconds."""
+        """Return the header of the last checkpoint, except for its seconds."""
         newest, checkpoint, complaints = checkpoints.newest_intact(folder / "checkpoints")
         assert (newest.name, complaints) == ("step-000000006.safetensors", [])
         return {name: value for name, value in checkpoint.header["progress"].items() if name != "train_seconds"}
 
     def assert_equal(self, folder):
-        """The run in `folder` has ended with the same bits, logs and checkpoints."""
+        """Assert that the run in `folder` has ended with the same bits, logs and checkpoints."""
         summary = summary_of(folder)
         assert (summary["weights_sha256"], summary["state_sha256"]) == (self.weights, self.state)
         assert compared(summary) == self.summary
@@ -140,10 +140,10 @@ def test_the_others_continue_to_the_same_receipt_and_logs(run_job, tmp_path, und
     assert all(json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines())
 
 
-def behind(rank, killed, phase, **more):
-    """One rank dies, and one survivor learns of it after the commit, before it has changed its state.
+def learns_late(rank, killed, phase, **more):
+    """Kill one rank; let one survivor learn of it after the commit, before it has changed its state.
 
-    MPI promises that all survivors learn alike whether a step is committed. The recovery does not rely on it.
+    MPI promises that all survivors get the same answer about a commit. The recovery does not rely on it.
     """
     return [fault(killed, phase, **more), fault(rank, phase, do="lose-a-peer", **more)]
 
@@ -152,24 +152,24 @@ def behind(rank, killed, phase, **more):
     ("faults", "recoveries"),
     [
         *(
-            pytest.param(behind(1, 2, "update", step=step), [(after, [2], 2)], id=f"in step {step}")
+            pytest.param(learns_late(1, 2, "update", step=step), [(after, [2], 2)], id=f"in step {step}")
             for step, after in ((1, 2), (2, 2), (3, 3), (5, 6))
         ),
         pytest.param(
-            [*behind(1, 2, "validation", when="committed", nth=2), fault(0, "checkpoint", step=6, nth=2)],
+            [*learns_late(1, 2, "validation", when="committed", nth=2), fault(0, "checkpoint", step=6, nth=2)],
             [(6, [2], 2), (6, [0], 1)],
             id="in validation; then it must continue alone",
         ),
         pytest.param(
-            [*behind(1, 2, "test", when="committed"), fault(0, "finish")],
+            [*learns_late(1, 2, "test", when="committed"), fault(0, "finish")],
             [(6, [2], 2), (6, [0], 1)],
             id="in the test; then it must continue alone",
         ),
         *(
-            pytest.param(behind(1, 0, "update", step=step), [(after, [0], 2)], id=f"in step {step}, as new rank 0")
+            pytest.param(learns_late(1, 0, "update", step=step), [(after, [0], 2)], id=f"in step {step}, as new rank 0")
             for step, after in ((1, 2), (4, 4))
         ),
-        pytest.param(behind(0, 2, "checkpoint", when="committed"), [(3, [2], 2)], id="in a checkpoint, as rank 0"),
+        pytest.param(learns_late(0, 2, "checkpoint", when="committed"), [(3, [2], 2)], id="in a checkpoint, as rank 0"),
     ],
 )
 def test_a_survivor_at_an_earlier_step_takes_the_state_of_one_at_a_later_step(
@@ -182,7 +182,7 @@ def test_a_survivor_at_an_earlier_step_takes_the_state_of_one_at_a_later_step(
 
 
 def test_a_survivor_at_an_earlier_step_takes_a_request_to_stop(run_job, tmp_path, undisturbed):
-    faults = [fault(0, "step", step=2, do="signal:SIGUSR1"), *behind(1, 2, "update", step=2)]
+    faults = [fault(0, "step", step=2, do="signal:SIGUSR1"), *learns_late(1, 2, "update", step=2)]
     folder, done = run_with_faults(run_job, tmp_path, faults, 3)
     assert done.returncode == 75, done.stdout + done.stderr
     assert "stopped by SIGUSR1 after step 2, which is saved" in done.stderr

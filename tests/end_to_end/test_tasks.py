@@ -72,13 +72,13 @@ def test_a_task_has_the_same_bits_on_any_ranks_and_after_a_resume(communicator, 
 
 
 @pytest.mark.parametrize(("task", "least"), [("segmentation", 0.88), ("logistic regression", 0.85)])
-def test_labels_of_other_kinds_are_learned(tmp_path, capsys, task, least):
+def test_a_model_learns_labels_of_other_kinds(tmp_path, capsys, task, least):
     summary = run(OneProcess(), tmp_path / "run", task, epochs=8)
     assert least <= summary.test_accuracy <= 1
     assert f"test accuracy: {summary.test_accuracy:.2%}" in capsys.readouterr().out
 
 
-def test_numbers_are_learned_and_have_no_accuracy(tmp_path, capsys):
+def test_a_model_learns_numbers_which_have_no_accuracy(tmp_path, capsys):
     summary = run(OneProcess(), tmp_path / "run", "regression", epochs=12, keep_checkpoints=1)
     out = capsys.readouterr().out
     assert summary.test_loss < 0.05  # square pixels; the mean of all targets would give 0.2

@@ -1,4 +1,4 @@
-"""A run begins with the matching weights of another run. Frozen ones stay. Neither depends on ranks or a resume."""
+"""A run starts with the matching weights of another run. Frozen weights stay. Neither depends on ranks or a resume."""
 
 import dataclasses
 import shutil
@@ -18,7 +18,7 @@ from distdl.rng import Key
 
 
 def network(shape, classes):
-    """A network with nested layers and batch normalization, which has moments in addition to its parameters."""
+    """Return a network with nested layers and batch normalization, which also has moments."""
     way = [Conv2d(4, 3, padding=1), BatchNorm(), ReLU()]
     layers = [Conv2d(4, 3, padding=1), BatchNorm(), ReLU(), Residual(way), Flatten(), Affine(8), ReLU()]
     return Sequential([*layers, Affine(classes)], shape)
@@ -40,13 +40,13 @@ def of_five_classes():
 
 
 def source_in(folder, **settings):
-    """A run on ten classes, the source of weights."""
+    """Train on ten classes; return the run folder, the source of weights."""
     small_run(OneProcess(), folder, build_network=network, **settings)
     return str(folder)
 
 
 def transferred(communicator, folder, **settings):
-    """A run on five classes, with another seed."""
+    """Train on five classes, with another seed."""
     config = small_config(folder, seed=1, **settings)
     return train(config, communicator, build_network=network, dataset=of_five_classes())
 
@@ -72,7 +72,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("given", ["run folder", "checkpoint"])
-def test_matching_tensors_begin_with_the_bits_of_the_source_and_all_others_with_those_of_the_seed(
+def test_matching_tensors_start_with_the_bits_of_the_source_and_the_others_with_those_of_the_seed(
     tmp_path, capsys, given
 ):
     source = source_in(tmp_path / "source")

@@ -1,4 +1,4 @@
-"""Ranks as threads with clocks of their own, so that a test decides when everything happens and what clocks show."""
+"""Simulated ranks: threads with separate clocks. The test sets the time of each event and the error of each clock."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +9,7 @@ from distdl.parallel import OneProcess
 
 
 class Rank(OneProcess):
-    """One rank; `now` is the true time for it, which `clock` shows falsely. A barrier lasts until all have come."""
+    """One rank. `now` is its true time; `clock` shows a wrong time. A barrier ends when all ranks have reached it."""
 
     def __init__(self, rank, world, *, ahead=0.0, drift=0.0):
         super().__init__()
@@ -40,7 +40,7 @@ class Rank(OneProcess):
 
 
 class World:
-    """`ahead` and `drift` say what is wrong with each rank's clock."""
+    """The simulated ranks; `ahead` and `drift` are the errors of each rank's clock."""
 
     def __init__(self, ahead, drift=None, latency=1e-5):
         self.size, self.latency = len(ahead), latency
@@ -50,7 +50,7 @@ class World:
         self.ranks = [Rank(rank, self, ahead=ahead[rank], drift=drift[rank]) for rank in range(self.size)]
 
     def run(self, work):
-        """Do the same work on every rank; return what each returned."""
+        """Do the same work on every rank; return the results by rank."""
 
         def guarded(rank):
             try:

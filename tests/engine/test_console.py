@@ -1,4 +1,4 @@
-"""Advice on ranks is true by counting; the live line is for a person at a terminal only."""
+"""Counting proves the advice on the number of ranks. The live line appears only on a terminal."""
 
 import io
 import os
@@ -17,7 +17,7 @@ ADVICE = re.compile(r".*: as slow as (\d+) ranks?, use (\d+) or (\d+)")
 
 
 def slowest(micro_batches, ranks):
-    """How long a step takes: the micro-batches of the rank that has most."""
+    """Return the duration of a step: the micro-batches of the rank that has the most."""
     return max(map(len, contiguous_shards(micro_batches, ranks)))
 
 
@@ -40,7 +40,7 @@ def test_advice_on_the_number_of_ranks_is_true(micro_batches):
             assert as_fast < ranks < faster
 
 
-def test_nothing_is_advised_where_fewer_ranks_would_be_slower():
+def test_there_is_no_advice_if_fewer_ranks_would_be_slower():
     assert shares_of(8, 1) == "8 micro-batches a rank"
     assert shares_of(8, 3) == "2 to 3 micro-batches a rank"
     assert shares_of(8, 8) == "1 micro-batch a rank"
@@ -54,19 +54,19 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that goes on by a second at each look."""
+    """Set a clock that advances by one second per call."""
     now = iter(range(1, 1000))
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
 
 
 def terminal_of(monkeypatch):
-    """Puts a terminal in the place of the output; not a fixture, since pytest captures the output after those."""
+    """Replace the output by a terminal. This is no fixture, because pytest captures the output after the fixtures."""
     stream = Terminal()
     monkeypatch.setattr(sys, "stdout", stream)
     return stream
 
 
-def test_the_live_line_shows_how_far_the_epoch_is(monkeypatch, clock):
+def test_the_live_line_shows_the_progress_of_the_epoch(monkeypatch, clock):
     terminal = terminal_of(monkeypatch)
     shown = Console(live=True)
     shown.live(1, 3, 5, 10, 0.123456)
@@ -77,7 +77,7 @@ def test_the_live_line_shows_how_far_the_epoch_is(monkeypatch, clock):
     )
 
 
-def test_a_line_takes_the_place_of_the_live_line(monkeypatch, clock):
+def test_a_line_replaces_the_live_line(monkeypatch, clock):
     terminal = terminal_of(monkeypatch)
     shown = Console(live=True)
     shown.line("before")
@@ -99,7 +99,7 @@ def test_a_warning_clears_the_live_line_and_goes_to_the_error_stream(monkeypatch
     assert capsys.readouterr().err == "distdl: warning: the disk is full\ndistdl: warning: still\n"
 
 
-def test_the_live_line_is_not_rewritten_more_often_than_a_person_can_read(monkeypatch):
+def test_the_live_line_is_rewritten_at_a_readable_rate(monkeypatch):
     times = iter([10.0, 10.0, 10.05, 10.2, 10.2])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
     terminal = terminal_of(monkeypatch)
@@ -118,8 +118,8 @@ def test_there_is_no_live_line_without_a_terminal_or_under_a_launcher(live, stre
     assert sys.stdout.getvalue() == "epoch 1\n"
 
 
-def test_a_disk_that_is_full_for_a_while_costs_no_line_but_those(monkeypatch, tmp_path):
-    """Nor does a disk that is full at the end make Python fail when it flushes what is left."""
+def test_a_disk_that_is_full_for_a_while_loses_only_the_lines_of_that_time(monkeypatch, tmp_path):
+    """Python also exits without an error if the disk is full at the end, when it flushes the output."""
     with (tmp_path / "train.log").open("w") as stream, Path("/dev/full").open("wb") as full:
         monkeypatch.setattr(sys, "stdout", stream)
         shown, disk = Console(live=False), os.dup(stream.fileno())
@@ -140,7 +140,7 @@ def environment(ranks, hosts):
     return {"ranks": ranks, "hosts": hosts, "communicator": "MPICH 5.0.1", "versions": {"distdl": "0.1.0"}}
 
 
-def test_the_banner_says_what_is_trained_where_and_whether_failures_are_survived():
+def test_the_banner_names_the_data_the_model_the_hosts_and_whether_failures_are_survived():
     hosts = {"node-a": 2, "node-b": 2}
     assert banner(environment(4, hosts), "digits · mlp", 2, "batch 128", "2 micro-batches a rank", "no") == [
         "distdl 0.1.0 · digits · mlp",
@@ -150,7 +150,7 @@ def test_the_banner_says_what_is_trained_where_and_whether_failures_are_survived
     ]
 
 
-def test_the_banner_of_one_rank_speaks_in_the_singular():
+def test_the_banner_of_one_rank_is_in_the_singular():
     assert (
         banner(environment(1, {"here": 1}), "", 1, "", "", "yes")[1]
         == "1 rank × 1 thread · MPICH 5.0.1 · host here (1)"

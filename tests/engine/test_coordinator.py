@@ -1,4 +1,4 @@
-"""The coordinator keeps the run folder whole: full disks, used folders, what is kept and what is resumed."""
+"""The coordinator keeps the run folder intact: full disks, used folders, kept checkpoints, resumed runs."""
 
 import dataclasses
 import fcntl
@@ -17,7 +17,7 @@ from distdl.engine.environment import describe
 from distdl.engine.fault_injection import fail_at, forget
 from distdl.engine.storage import checkpoints, run_folder
 from distdl.engine.storage.files import TEMPORARY_SUFFIX
-from distdl.engine.storage.json_lines import JsonLines
+from distdl.engine.storage.json_lines import JsonLines, line_of
 from distdl.errors import PeerLost, UserError
 from distdl.parallel import OneProcess
 from distdl.parallel import shared as shared_module
@@ -34,7 +34,7 @@ def failing_writes(fails):
     fail_at("checkpoint-write", rank=0, nth=None, action=refuse)
 
 
-def test_a_full_disk_is_warned_about_and_training_goes_on(tmp_path, capsys):
+def test_a_full_disk_gives_a_warning_and_training_continues(tmp_path, capsys):
     expected = small_run(OneProcess(), tmp_path / "plain")
     failing_writes(lambda count: count in {2, 3})
     assert small_run(OneProcess(), tmp_path / "run", checkpoint_every=1) == expected
@@ -53,13 +53,13 @@ def test_a_disk_that_stays_full_ends_the_run_and_keeps_the_last_checkpoint(tmp_p
     assert small_run(OneProcess(), tmp_path / "run", resume="auto") == expected
 
 
-def test_the_last_checkpoint_must_not_be_missed(tmp_path):
+def test_a_missed_last_checkpoint_is_an_error(tmp_path):
     failing_writes(lambda count: count == 2)
     with pytest.raises(UserError, match="cannot write the checkpoint after step 6"):
         small_run(OneProcess(), tmp_path / "run")
 
 
-def test_the_run_folder_holds_what_the_design_says(tmp_path):
+def test_the_run_folder_holds_the_documented_files(tmp_path):
     folder = tmp_path / "run"
     summary = train(small_config(folder), OneProcess(), dataset=piece_of_digits(94))
     assert {path.name for path in folder.iterdir()} >= {
@@ -93,7 +93,7 @@ def test_the_run_folder_holds_what_the_design_says(tmp_path):
     assert [record["epoch"] for record in timing] == [1, 2]
 
 
-def test_a_folder_used_before_is_refused_and_left_as_it_is(tmp_path):
+def test_a_used_folder_is_refused_and_not_changed(tmp_path):
     small_run(OneProcess(), tmp_path / "run", max_steps=2)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="exists and is not empty"):
@@ -124,7 +124,7 @@ def test_auto_uses_the_checkpoint_before_a_damaged_one_and_ends_with_the_same_bi
     assert f"{newest} is damaged" in capsys.readouterr().err
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_afresh(tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(tmp_path):
     expected = small_run(OneProcess(), tmp_path / "straight")
     small_run(OneProcess(), tmp_path / "run", max_steps=2)
     for path in (tmp_path / "run" / "checkpoints").iterdir():
@@ -151,7 +151,7 @@ def test_a_training_that_diverges_stops_with_one_line_and_saves_nothing(tmp_path
     assert not checkpoints.steps_in(tmp_path / "run" / "checkpoints")
 
 
-def test_a_decay_is_named_beside_the_learning_rate_where_there_is_one(tmp_path):
+def test_the_message_on_divergence_also_names_a_decay(tmp_path):
     settings = {"optimizer": "sgd", "lr": 0.1, "weight_decay": 1e39, "max_steps": 1}
     with pytest.raises(UserError, match=r"with a smaller --lr than 0.1 or --weight-decay than 1e\+39$"):
         small_run(OneProcess(), tmp_path / "l2", **settings)
@@ -160,7 +160,7 @@ def test_a_decay_is_named_beside_the_learning_rate_where_there_is_one(tmp_path):
         small_run(OneProcess(), tmp_path / "l1", **settings)
 
 
-#: What cannot be the learning rate's fault.
+#: Faults that the learning rate cannot cause.
 WITHOUT_AN_UPDATE = [
     f"{what}: no update came before it; check the data, the initial weights and the model, not --lr"
     for what in ("the gradient is not finite at step 1, .*", "every step of epoch 1 was skipped")
@@ -205,7 +205,7 @@ def test_a_test_loss_that_is_not_finite_ends_the_run_with_the_checkpoint_of_its_
 
 
 class FullDisk:
-    """A log file on a disk with room for so many bytes more, all told."""
+    """A log file on a disk with a given number of free bytes, shared by all logs."""
 
     def __init__(self, file, room):
         self.file, self.room = file, room
@@ -223,7 +223,7 @@ class FullDisk:
 
 @pytest.fixture
 def room(monkeypatch):
-    """The bytes that all logs together may still write."""
+    """Return the bytes that all logs together may still write."""
     room = {"bytes": 10**9}
     make = JsonLines.__init__
 
@@ -235,12 +235,12 @@ def room(monkeypatch):
     return room
 
 
-def test_a_log_record_that_a_full_disk_tore_is_completed_when_there_is_room(tmp_path, room):
+def test_a_log_record_cut_by_a_full_disk_is_completed_when_there_is_room(tmp_path, room):
     log = JsonLines(tmp_path / "log")
     room["bytes"] = 5
     for number in range(3):
         with pytest.raises(OSError, match="No space left"):
-            log.write({"number": number})
+            log.append(line_of({"number": number}))
     assert (tmp_path / "log").read_bytes() == b'{"num'
     with pytest.raises(OSError, match="No space left"):
         log.written_length()
@@ -251,7 +251,7 @@ def test_a_log_record_that_a_full_disk_tore_is_completed_when_there_is_room(tmp_
 
 
 @pytest.mark.parametrize("at", [0, 1, 50, 200])
-def test_a_disk_that_is_full_for_a_while_costs_no_record_and_no_run(tmp_path, room, capsys, at):
+def test_a_disk_that_is_full_for_a_while_loses_no_record_and_ends_no_run(tmp_path, room, capsys, at):
     expected = small_run(OneProcess(), tmp_path / "plain")
     capsys.readouterr()
     room["bytes"] = at
@@ -265,7 +265,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_record_and_no_run(tmp_path, ro
     assert checkpoints.steps_in(tmp_path / "run" / "checkpoints") == [6]
 
 
-def test_a_run_whose_logs_stay_refused_ends_in_one_line_and_lets_go_of_the_folder(tmp_path, room):
+def test_a_run_that_can_never_write_its_logs_ends_in_one_line_and_releases_the_folder(tmp_path, room):
     room["bytes"] = 0
     with pytest.raises(UserError, match=r"cannot write the checkpoint after step 3 .* No space left"):
         small_run(OneProcess(), tmp_path / "run", checkpoint_every=1)
@@ -273,7 +273,7 @@ def test_a_run_whose_logs_stay_refused_ends_in_one_line_and_lets_go_of_the_folde
     small_run(OneProcess(), tmp_path / "run", resume="auto")
 
 
-def test_two_default_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+def test_two_default_runs_of_the_same_second_get_different_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_folder, "datetime", type("Noon", (), {"now": lambda: datetime(2026, 1, 1, 12)}))
     one, two = (run_folder.find_start(small_config(None).checked()) for _ in range(2))
@@ -289,7 +289,7 @@ def test_two_default_runs_of_the_same_second_get_folders_of_their_own(tmp_path, 
 
 
 def while_data_are_loaded(do):
-    """Let something happen once between the choice of the run folder and its use."""
+    """Call `do` once between the choice of the run folder and its use."""
     fail_at("data", rank=0, action=lambda _: do())
 
 
@@ -298,8 +298,8 @@ def content_of(folder):
 
 
 @pytest.mark.parametrize(("settings", "before"), [({}, 0), ({"resume": "auto"}, 0), ({"resume": "auto"}, 2)])
-def test_a_folder_that_another_run_has_used_meanwhile_is_left_as_it_is(tmp_path, settings, before):
-    """The other is a job that was started at the same time, or one that was just ending."""
+def test_a_folder_that_another_run_has_used_meanwhile_is_not_changed(tmp_path, settings, before):
+    """The other run is a job that was started at the same time, or one that was just ending."""
     folder, left = tmp_path / "run", {}
     if before:
         small_run(OneProcess(), folder, max_steps=before)
@@ -331,8 +331,8 @@ class Alone(OneProcess):
         return self
 
 
-def test_a_job_that_loses_a_rank_before_it_has_a_folder_takes_none_from_another(tmp_path, monkeypatch):
-    """Another job of the same second makes its folder before the failure."""
+def test_a_job_that_loses_a_rank_before_it_has_a_folder_takes_no_folder_of_another_job(tmp_path, monkeypatch):
+    """Another job of the same second creates its folder before the failure."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_folder, "datetime", type("Noon", (), {"now": lambda: datetime(2026, 1, 1, 12)}))
     left = {}
@@ -350,7 +350,7 @@ def test_a_job_that_loses_a_rank_before_it_has_a_folder_takes_none_from_another(
     assert json.loads((ours / "summary.json").read_text())["steps"] == 2
 
 
-def test_a_job_that_loses_a_rank_when_it_has_a_folder_continues_in_it(tmp_path):
+def test_a_job_that_loses_a_rank_continues_in_its_folder(tmp_path):
     expected = small_run(OneProcess(), tmp_path / "plain")
     seen = []
 
@@ -365,7 +365,7 @@ def test_a_job_that_loses_a_rank_when_it_has_a_folder_continues_in_it(tmp_path):
     assert len(json.loads((tmp_path / "run" / "summary.json").read_text())["recoveries"]) == 1
 
 
-def test_a_run_that_loses_a_folder_to_another_takes_nothing_from_it(tmp_path, monkeypatch):
+def test_a_run_removes_nothing_from_a_folder_that_another_run_locks_first(tmp_path, monkeypatch):
     """The other run locks the folder just before us, when its checkpoints/ is still empty."""
     folder = tmp_path / "run"
 
@@ -379,7 +379,7 @@ def test_a_run_that_loses_a_folder_to_another_takes_nothing_from_it(tmp_path, mo
     assert (folder / "checkpoints").is_dir()
 
 
-def test_a_lock_that_its_owner_takes_away_is_not_ours(tmp_path, monkeypatch):
+def test_the_lock_file_is_locked_again_if_its_owner_has_removed_it(tmp_path, monkeypatch):
     flock, taken = fcntl.flock, []
 
     def after_its_removal(lock, how):
@@ -408,7 +408,7 @@ def test_a_checkpoint_is_resumed_from_inside_its_folder(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "straight"]
 
 
-def test_a_run_that_goes_on_has_no_summary_before_it_ends(tmp_path):
+def test_a_resumed_run_has_no_summary_before_it_ends(tmp_path):
     small_run(OneProcess(), tmp_path / "run", max_steps=2)
     assert (tmp_path / "run" / "summary.json").is_file()
     seen = []
@@ -418,7 +418,7 @@ def test_a_run_that_goes_on_has_no_summary_before_it_ends(tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3
 
 
-def test_checkpoints_later_than_the_one_resumed_from_go(tmp_path):
+def test_a_resume_removes_checkpoints_later_than_its_own(tmp_path):
     expected = small_run(OneProcess(), tmp_path / "straight")
     folder = tmp_path / "run"
     small_run(OneProcess(), folder, checkpoint_every=1, keep_checkpoints=9)
@@ -461,7 +461,7 @@ def test_fewer_epochs_than_already_trained_are_refused(tmp_path):
         small_run(OneProcess(), tmp_path / "run", resume="auto", epochs=1)
 
 
-def test_another_numpy_and_other_kernels_are_warned_about(tmp_path, monkeypatch, capsys):
+def test_another_numpy_and_other_kernels_give_warnings(tmp_path, monkeypatch, capsys):
     described = describe(OneProcess())
     small_run(OneProcess(), tmp_path / "run", max_steps=2)
     assert capsys.readouterr().err == ""
@@ -478,7 +478,7 @@ def test_another_numpy_and_other_kernels_are_warned_about(tmp_path, monkeypatch,
     assert found["kernel_family"] == "Haswell and Zen"
 
 
-def test_the_speed_after_a_resume_counts_the_samples_since(tmp_path):
+def test_the_speed_after_a_resume_counts_only_the_samples_after_it(tmp_path):
     """Two batches of 32 before the stop; 21 samples of the first epoch after it."""
     small_run(OneProcess(), tmp_path / "run", max_steps=2)
     small_run(OneProcess(), tmp_path / "run", resume="auto")
@@ -487,7 +487,7 @@ def test_the_speed_after_a_resume_counts_the_samples_since(tmp_path):
 
 
 @pytest.mark.mpi(min_size=2)
-def test_no_room_for_partial_sums_is_said_before_anything_is_written(communicator, shared_tmp_path, monkeypatch):
+def test_no_room_for_partial_sums_is_an_error_before_anything_is_written(communicator, shared_tmp_path, monkeypatch):
     reserve = shared_module._reserve
 
     def full(nbytes, purpose):
@@ -503,7 +503,7 @@ def test_no_room_for_partial_sums_is_said_before_anything_is_written(communicato
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_checkpoint_that_only_the_coordinator_misses_ends_every_rank_alike(communicator, shared_tmp_path):
+def test_all_ranks_end_alike_if_only_the_coordinator_misses_a_checkpoint(communicator, shared_tmp_path):
     failing_writes(lambda count: True)
     with pytest.raises(UserError, match="cannot write the checkpoint after step 3") as caught:
         small_run(communicator, shared_tmp_path / "run", checkpoint_every=1)
@@ -519,7 +519,7 @@ def test_auto_refuses_a_folder_that_is_no_run_folder(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"resume": "auto"}, {}])
-def test_what_a_run_leaves_that_was_killed_before_it_wrote_anything_is_an_unused_folder(tmp_path, settings):
+def test_a_folder_counts_as_unused_if_its_run_was_killed_before_it_wrote_anything(tmp_path, settings):
     expected = small_run(OneProcess(), tmp_path / "plain")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "lock").touch()
@@ -529,7 +529,7 @@ def test_what_a_run_leaves_that_was_killed_before_it_wrote_anything_is_an_unused
 
 
 @pytest.mark.parametrize("stray", ["notes.txt", "checkpoints/notes.txt", "checkpoints"])
-def test_a_folder_that_holds_anything_more_is_a_used_one(tmp_path, stray):
+def test_a_folder_with_any_other_file_is_a_used_one(tmp_path, stray):
     path = tmp_path / "run" / stray
     path.parent.mkdir(parents=True)
     path.write_text("mine")

@@ -62,7 +62,7 @@ def test_threads_of_other_libraries_are_not_checked(monkeypatch):
         pass
 
 
-def test_the_description_names_everything_that_the_bits_may_depend_on():
+def test_env_json_names_everything_that_the_bits_may_depend_on():
     with blas_threads(1):
         described = describe(OneProcess("one process, for the test"))
     assert described["ranks"] == 1
@@ -94,7 +94,7 @@ class ThreeRanks(OneProcess):
         return [value, "elsewhere", value]
 
 
-def test_the_description_covers_all_ranks():
+def test_env_json_covers_all_ranks():
     described = describe(ThreeRanks())
     assert described["ranks"] == 3
     assert described["hosts"] == {socket.gethostname(): 2, "elsewhere": 1}

@@ -86,7 +86,7 @@ def test_an_unknown_point_is_an_error():
 
 
 def calls_in_the_package():
-    """The points that the source of the package names in its calls of `reached`."""
+    """Return the points that the source of the package names in its calls of `reached`."""
     package = Path(distdl.__file__).parent
     for path in package.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""A steady step allocates next to nothing: everything of size was made once."""
+"""A steady step allocates almost nothing. All large arrays are allocated once."""
 
 import tracemalloc
 

@@ -30,7 +30,7 @@ def compute_of(network, rows=ROWS):
 
 
 def taken(communicator, *, steps=3, frozen=(), batch_norm=True, **settings):
-    """The network and the sums after some steps."""
+    """Return the network and the sums after some steps."""
     network = new_network(batch_norm=batch_norm)
     optimizer = SGD(network.parameters.size, frozen=frozen)
     step = OptimizerStep(communicator, network, optimizer, micro_batch_size=SIZE, **settings)
@@ -77,7 +77,7 @@ def test_frozen_parameters_keep_their_bits_and_do_not_count_in_clipping():
 
 
 class Diary(StepObserver):
-    """Notes the calls, and sends a number of its own."""
+    """Record the calls and add a field to the reduced vector."""
 
     fields = (Field("mine", "i8", 1),)
 
@@ -129,7 +129,7 @@ def test_the_last_micro_batch_may_be_smaller():
 
 
 def test_a_custom_computation_needs_no_labels():
-    """Two parameters of a line are fitted by the squared error of an own loop; the fields are its own."""
+    """Fit the two parameters of a line by the squared error. The computation and its fields are those of the test."""
     network = nn.Sequential([Affine(1)], (1,))
     network.initialize(Key(0))
     x = np.linspace(-1, 1, 16, dtype=np.float32)[:, None]

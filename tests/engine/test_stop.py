@@ -21,12 +21,12 @@ pytestmark = pytest.mark.usefixtures("signals_at_their_defaults")
 
 
 def tell(number):
-    """Send this process a signal; its handler has run on return."""
+    """Send this process a signal, and return after its handler has run."""
     os.kill(os.getpid(), number)
 
 
 def sent_by(request):
-    """The counts that a rank sends with a micro-batch."""
+    """Return the counts that a rank sends with a micro-batch."""
     record = {}
     request.micro_batch(None, 0, record)
     return record["stop"]
@@ -95,7 +95,7 @@ def test_a_second_signal_stops_at_once_but_not_an_echo_of_the_first(monkeypatch,
             tell(second)
 
 
-def test_handlers_are_restored_and_those_of_a_script_left_alone(monkeypatch):
+def test_handlers_are_restored_and_those_of_a_script_are_not_replaced(monkeypatch):
     heard = []
     before = signal.signal(signal.SIGTERM, lambda *_: heard.append(True))
     ignored = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -115,13 +115,13 @@ def test_handlers_are_restored_and_those_of_a_script_left_alone(monkeypatch):
 
 
 def tell_this_thread(number):
-    """Any thread may take a signal to the process, and threads left by other tests block no signals."""
+    """Any thread may receive a signal to the process. Threads of earlier tests do not block signals."""
     signal.pthread_kill(threading.get_ident(), number)
 
 
 @pytest.fixture
 def blocked():
-    """A function that returns the blocked signals; the signals blocked before the test are restored."""
+    """Return a function that returns the blocked signals; restore those blocked before the test."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     yield lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ())
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -152,7 +152,7 @@ def test_signals_blocked_by_a_script_stay_blocked(blocked, monkeypatch):
     signal.sigtimedwait({signal.SIGUSR1}, 0)
 
 
-def test_training_in_a_thread_leaves_the_signals_alone(tmp_path):
+def test_training_in_a_thread_changes_no_signal_handlers(tmp_path):
     expected = small_run(OneProcess(), tmp_path / "straight")
     handlers, seen, found = [signal.getsignal(number) for number in SIGNALS], [], []
     fail_at("training", rank=0, action=lambda _: seen.extend(signal.getsignal(number) for number in SIGNALS))

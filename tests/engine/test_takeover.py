@@ -1,4 +1,4 @@
-"""A rank that takes over as coordinator completes the files of the run folder, whatever the lost one had written."""
+"""A new coordinator completes the files of the run folder, however far the lost one had written them."""
 
 import fcntl
 import json
@@ -37,7 +37,7 @@ def new_logbook(*, keeps):
 
 
 def log(logbook, steps):
-    """Log the steps, with checkpoints after the second and fourth. At the second the first is known to be saved."""
+    """Log the steps, with checkpoints after steps 2 and 4. At the second checkpoint the first is known to be saved."""
     for step in range(1, steps + 1):
         logbook.stepped(state(step), sums(step / 3), 0.1)
         if step == STEPS_PER_EPOCH:
@@ -48,7 +48,7 @@ def log(logbook, steps):
 
 @pytest.fixture
 def expected(tmp_path):
-    """The content of the logs after six steps."""
+    """Return the content of the logs after six steps."""
     folder = tmp_path / "expected"
     folder.mkdir()
     logbook = new_logbook(keeps=False)
@@ -70,7 +70,7 @@ def logbook():
 
 
 @pytest.mark.parametrize("cut", ["at the checkpoint", "in a record", "before the last", "nowhere", "one too many"])
-def test_the_logs_become_what_they_should_be_whatever_the_dead_had_written(tmp_path, expected, logbook, cut):
+def test_the_logs_become_complete_however_far_the_lost_rank_had_written_them(tmp_path, expected, logbook, cut):
     folder = tmp_path / "run"
     folder.mkdir()
     for name, whole in expected.items():
@@ -92,7 +92,7 @@ def test_the_logs_become_what_they_should_be_whatever_the_dead_had_written(tmp_p
     assert not list(folder.rglob(f"*{TEMPORARY_SUFFIX}"))
 
 
-def test_a_logbook_is_handed_over_whole(expected, logbook):
+def test_a_logbook_is_handed_over_completely(expected, logbook):
     other = new_logbook(keeps=True)
     other.take(json.loads(json.dumps(logbook.to_json())))
     for name, whole in expected.items():
@@ -115,14 +115,14 @@ def test_a_logbook_that_keeps_nothing_writes_the_same_records(tmp_path, logbook)
     assert idle.lines == {"metrics": b"", "hashes": b""}
 
 
-def test_a_lock_that_the_dead_still_holds_is_waited_for(tmp_path, logbook):
+def test_a_new_coordinator_waits_for_the_lock_of_a_dead_one(tmp_path, logbook):
     with (tmp_path / "lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         threading.Timer(0.2, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()
         taken_over(tmp_path, logbook).close()
 
 
-def test_a_folder_that_somebody_else_holds_is_an_error(tmp_path, logbook, monkeypatch):
+def test_a_folder_that_another_run_locks_is_an_error(tmp_path, logbook, monkeypatch):
     monkeypatch.setattr(run_folder, "SECONDS_TO_RELEASE", 0.1)
     with (tmp_path / "lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -130,13 +130,13 @@ def test_a_folder_that_somebody_else_holds_is_an_error(tmp_path, logbook, monkey
             taken_over(tmp_path, logbook)
 
 
-def test_a_missing_folder_is_made_again_with_a_warning(tmp_path, logbook, expected, capsys):
+def test_a_missing_folder_is_created_again_with_a_warning(tmp_path, logbook, expected, capsys):
     taken_over(tmp_path / "gone", logbook).close()
     assert "metrics.jsonl lacks records" in capsys.readouterr().err
     assert expected["metrics"].endswith((tmp_path / "gone" / "metrics.jsonl").read_bytes())
 
 
-def test_a_folder_that_refuses_is_one_line(tmp_path, logbook):
+def test_a_folder_that_cannot_be_used_is_one_line(tmp_path, logbook):
     (tmp_path / "checkpoints").touch()
     with pytest.raises(UserError, match=r"cannot continue in the run folder .*use --resume"):
         taken_over(tmp_path, logbook)

@@ -67,7 +67,7 @@ def run(side_by_side, started, tmp_path_factory):
 
 
 def module(name, monkeypatch):
-    """The example as a module, to test its functions."""
+    """Return the example as a module, to test its functions."""
     monkeypatch.syspath_prepend(EXAMPLES)
     return __import__(name)
 
@@ -77,7 +77,7 @@ def numbers(text):
 
 
 def rest_of_line(stdout, start):
-    """The part of the one line with this start, up to the book's result."""
+    """Return the rest of the line with this start, up to the book's result."""
     [line] = [line for line in stdout.splitlines() if line.startswith(start)]
     return line.removeprefix(start).split("(the book")[0]
 

@@ -36,7 +36,7 @@ def torch_python():
 
 
 def cells_of(done, rows):
-    """The cells of the table, row by row. All ratios and speeds are above 0."""
+    """Return the cells of the table, row by row; check that all ratios and speeds are above 0."""
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len({len(line) for line in lines}) == 1, "the columns are not aligned"

@@ -1,13 +1,13 @@
-"""How much is run, where the results go, and which MPI there is.
+"""The rows of the fault matrix: number of runs, log of results, seeds.
 
 | variable | meaning |
 |---|---|
-| `DISTDL_FAULTS=full` | as many runs as the right-hand column of docs/reliability.md says, instead of a few |
+| `DISTDL_FAULTS=full` | the full number of runs from docs/reliability.md, instead of a few |
 | `DISTDL_FAULTS_LOG=FILE` | append a line of JSON for each run; `python tests/faults/report.py FILE` prints the table |
-| `DISTDL_FAULTS_SOAK_SECONDS=N` | length of the soak, which only the full matrix has (1800) |
-| `DISTDL_FAULTS_SEED=N` | another choice of victims and moments (0) |
-| `DISTDL_FAULTS_AT_ONCE=N` | so many jobs at the same time (2) |
-| `DISTDL_FAULTS_NO_SKIPS=1` | a test that is skipped fails, unless it is marked `may_skip` |
+| `DISTDL_FAULTS_SOAK_SECONDS=N` | length of the soak, which is only in the full matrix (1800) |
+| `DISTDL_FAULTS_SEED=N` | seed of the victims and moments (0) |
+| `DISTDL_FAULTS_AT_ONCE=N` | number of jobs at the same time (2) |
+| `DISTDL_FAULTS_NO_SKIPS=1` | a skipped test fails, unless it is marked `may_skip` |
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ import pytest
 
 FULL = os.environ.get("DISTDL_FAULTS", "") == "full"
 SEED = int(os.environ.get("DISTDL_FAULTS_SEED", "0"))
-#: A row is given up after so many.
+#: A row stops after this number of failed runs.
 FAILURES = 5 if FULL else 2
 AT_ONCE = int(os.environ.get("DISTDL_FAULTS_AT_ONCE", "2"))
 collect_ignore = [] if FULL else ["test_soak.py"]
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "may_skip: what this machine may not permit")
+    config.addinivalue_line("markers", "may_skip: needs a permission that this machine may lack")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item):
-    """Where the matrix must be whole, as in .ci/run with Open MPI, a test that skips itself fails."""
+    """Fail skipped tests if the whole matrix must run, as in .ci/run with Open MPI."""
     report = yield
     if report.skipped and os.environ.get("DISTDL_FAULTS_NO_SKIPS") and not item.get_closest_marker("may_skip"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
-        report.outcome, report.longrepr = "failed", f"skipped, where nothing may be: {reason}"
+        report.outcome, report.longrepr = "failed", f"skipped, but no test may be skipped: {reason}"
     return report
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory) -> Callable[..., harness.Undisturbed]:
-    """What a job with these flags comes to when nothing happens: one process, once a session."""
+    """Return the results of a job with these flags in one process without faults; run it once per session."""
     known: dict[tuple[str, ...], harness.Undisturbed] = {}
     lock = threading.Lock()
 
@@ -67,7 +67,7 @@ def undisturbed(tmp_path_factory) -> Callable[..., harness.Undisturbed]:
 
 
 class Row:
-    """A row of the matrix: its seeded choices, its runs, and the line that each of them adds to the log."""
+    """A row of the matrix: its seeded choices and its runs. Each run adds a line to the log."""
 
     def __init__(self, name: str, ci: int, full: int, folder: Path, survives: bool) -> None:
         self.name = name
@@ -76,15 +76,15 @@ class Row:
         self._survives = survives
 
     def random(self, number: int) -> random.Random:
-        """Return the choices of a run of this row."""
+        """Return the generator of the choices of one run of this row."""
         return random.Random(zlib.crc32(f"{self.name} {SEED} {number}".encode()))
 
     def runs(self, work: Callable[[int, Path], tuple[harness.Outcome, str]]) -> None:
-        """Do `work(number, folder)`, which does one run and says how it ended, as often as the row asks.
+        """Call `work(number, folder)` for each run of the row. It returns the outcome of the run and a description.
 
-        All runs are done, unless several fail: then those that have not begun are left out.
+        After several failures no further run is started.
         """
-        faulthandler.cancel_dump_traceback_later()  # a row may take hours; each of its jobs has a limit of its own
+        faulthandler.cancel_dump_traceback_later()  # a row may take hours; each job has its own limit
         failures: list[str] = []
 
         def one(number: int) -> None:
@@ -92,7 +92,7 @@ class Row:
                 return
             try:
                 outcome, ended = work(number, self.folder / str(number))
-            except Exception as error:  # noqa: BLE001  whatever it is, the row goes on
+            except Exception as error:  # noqa: BLE001  the row continues after any error
                 text = f"{type(error).__name__}: {error}"
                 failures.append(f"run {number}: {text}")
                 self._log({"number": number, "ok": False, "ended": text[:300], "whole": text})
@@ -118,5 +118,5 @@ class Row:
 
 @pytest.fixture
 def row(tmp_path, survives) -> Callable[[str, int, int], Row]:
-    """Make a row of the matrix: its name, how many runs in CI, how many in full."""
+    """Return a function that creates a row: its name, its number of runs in CI and in the full matrix."""
     return lambda name, ci, full: Row(name, ci, full, tmp_path, survives)

@@ -1,8 +1,9 @@
-"""Files altered at random, given to the command again and again in one process: ``fuzz.py KIND SEED COUNT``.
+"""Alter files at random and run the command on each of them, in one process: ``fuzz.py KIND SEED COUNT``.
 
-Each must end with exit code 2 or 3 and one line of ours, or, where the alteration left the file valid, be accepted;
-which of them it is, is known from a plain reading of the same bytes. Training itself is left out. What was found is
-printed as JSON; a failure names seed and number, and ``fuzz.py KIND SEED COUNT NUMBER`` does that one again.
+A run must end with exit code 2 or 3 and one line of distdl. If the altered file is still valid, the command must accept
+it; a plain reading of the same bytes decides that. The training itself does not run.
+
+The result is printed as JSON. A failure names seed and number; ``fuzz.py KIND SEED COUNT NUMBER`` repeats that one.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ from distdl.engine.storage import checkpoints
 
 USER, DAMAGED = 2, 3
 MOST_BYTES = 300e6
-MOST_SECONDS = 2.0  # of this process's own computing, whatever else the machine does
+MOST_SECONDS = 2.0  # of CPU time of this process, so other processes do not matter
 
 SMALL = [0, 1, 7, 8, 9, 0x7F, 0x80, 0xFF]
 WIDE = [0, 1, 2**7, 2**8, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
 
 
 def altered(rng: random.Random, data: bytes, words: list[bytes]) -> bytes:
-    """Return the bytes with one to four things done to them."""
+    """Return the bytes with one to four alterations."""
     changed = bytearray(data)
     for _ in range(rng.choice([1, 1, 1, 2, 3, 4])):
         place = rng.randrange(len(changed) + 1)
@@ -78,15 +79,15 @@ def altered(rng: random.Random, data: bytes, words: list[bytes]) -> bytes:
 
 
 class Kind:
-    """What is altered, the command that reads it, and whether it should be taken."""
+    """A kind of file: how to alter it, the command that reads it, and whether the command should accept it."""
 
     arguments: ClassVar[list[str]] = [*TINY, "--run-dir=new"]
 
     def alter(self, rng: random.Random) -> None:
-        """Put an altered file into its place."""
+        """Write an altered file."""
 
     def is_valid(self) -> bool | None:
-        """Whether the command should take it; None where that cannot be told."""
+        """Return whether the command should accept the file; None if that is unknown."""
 
 
 class Idx(Kind):
@@ -118,12 +119,12 @@ class Idx(Kind):
             except (OSError, EOFError, zlib.error, struct.error):
                 return False
         head = 16 if "images" in self.name else 8
-        right = len(data) == len(whole) and data[:head] == whole[:head]  # any other shape does not fit the others
+        right = len(data) == len(whole) and data[:head] == whole[:head]  # another shape does not match the other files
         return right and ("images" in self.name or max(data[head:]) <= 9)
 
 
 class Gzip(Idx):
-    """The same, compressed."""
+    """One of MNIST's four files, compressed."""
 
     gzipped = True
 
@@ -148,7 +149,7 @@ class Npz(Kind):
         write_files("data", {"mine.npz": self.changed})
 
     def is_valid(self) -> bool | None:
-        return True if self.changed in self.wholes else None  # a time in an archive is as good as another
+        return True if self.changed in self.wholes else None  # a changed time in an archive is also valid
 
 
 class Images(Kind):
@@ -176,11 +177,11 @@ class Images(Kind):
         Path("data", rng.choice("ab"), rng.choice(self.names)).write_bytes(self.changed)
 
     def is_valid(self) -> bool | None:
-        return True if self.changed in self.wholes else None  # not all of an image is under a checksum
+        return True if self.changed in self.wholes else None  # an image has no checksum over all of its bytes
 
 
 class Config(Kind):
-    """A config file with every setting in it."""
+    """A config file with every setting."""
 
     arguments: ClassVar = ["--config=mine.toml", "--run-dir=new"]
 
@@ -230,7 +231,7 @@ class Config(Kind):
 
 
 class Checkpoint(Kind):
-    """The newest checkpoint of a run, altered anywhere."""
+    """The newest checkpoint of a run, altered at any place."""
 
     def __init__(self) -> None:
         write_files("data", mnist_files())
@@ -248,7 +249,7 @@ class Checkpoint(Kind):
 
 
 class Sealed(Checkpoint):
-    """The same with altered content under a digest that is right: what someone could make who means harm."""
+    """A checkpoint with altered content and a correct digest, as an attacker could create it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -272,7 +273,7 @@ class Sealed(Checkpoint):
                     ]
         text = {"format": checkpoints.FORMAT, "sha256": checkpoints.NO_DIGEST, "header": header}
         data = safetensors.numpy.save(tensors, {"distdl": json.dumps(text)})
-        if rng.randrange(3) == 0:  # the outer header too, of the same length
+        if rng.randrange(3) == 0:  # also alter the outer header, with the same length
             length = int.from_bytes(data[:8], "little")
             place = data.index(b"}", 8) if rng.randrange(2) else rng.randrange(8, 8 + length)
             data = data[:place] + rng.choice([b"1", b"-", b"]", b"9", b" ", b"}"]) + data[place + 1 :]
@@ -280,7 +281,7 @@ class Sealed(Checkpoint):
         self.path.write_bytes(self.changed)
 
     def is_valid(self) -> None:
-        return None  # another text in a version is as good as any
+        return None  # a changed version text is also valid
 
 
 VALUES = [
@@ -306,7 +307,7 @@ VALUES += [[1], {"a": 1}, "x" * 5000, "\u2028", -(2**63)]
 
 
 def _alter_json(rng: random.Random, value: dict) -> None:
-    """Change, remove or add something somewhere in an object."""
+    """Change, remove or add a value at a random place of an object."""
     while True:
         key = rng.choice(sorted(value)) if value else "x"
         if isinstance(value.get(key), dict) and rng.randrange(4):
@@ -318,7 +319,7 @@ def _alter_json(rng: random.Random, value: dict) -> None:
         elif what == 1:
             value[rng.choice(["x", "../../x", key + "x", "/tmp/x", ""])] = copy.deepcopy(rng.choice(VALUES))
         else:
-            value[key] = copy.deepcopy(rng.choice(VALUES))  # it may be altered next
+            value[key] = copy.deepcopy(rng.choice(VALUES))  # the copy may be altered next
         return
 
 
@@ -334,7 +335,7 @@ KINDS: dict[str, Callable[[], Kind]] = {
 
 
 class _Prepared(BaseException):
-    """All input is taken, and the training would begin."""
+    """All input is accepted, and the training would start."""
 
 
 def _end_before_training() -> None:
@@ -355,16 +356,16 @@ def _run(arguments: list[str]) -> tuple[int, str]:
 
 
 def problem_of(kind: Kind) -> tuple[str, int]:
-    """Run the command once; return what is wrong, or nothing, and the exit code."""
+    """Run the command once; return the problem (empty if there is no problem) and the exit code."""
     try:
         code, err = _run(kind.arguments)
-    except BaseException:  # noqa: BLE001  what a user would see as a traceback
+    except BaseException:  # noqa: BLE001  a user would see a traceback
         return traceback.format_exc(), 1
     valid = kind.is_valid()
     if code == 0:
-        problem = "taken" if valid is False else ""
+        problem = "accepted" if valid is False else ""
         lines = err.splitlines()
-        problem += "" if all(line.startswith("distdl: warning: ") for line in lines) else f" and said {err!r}"
+        problem += "" if all(line.startswith("distdl: warning: ") for line in lines) else f" and printed {err!r}"
         shutil.rmtree("new", ignore_errors=True)
     else:
         problem = "refused" if valid else "" if code in (USER, DAMAGED) else f"exit code {code}"
@@ -374,23 +375,23 @@ def problem_of(kind: Kind) -> tuple[str, int]:
             and len(err.splitlines()) == 1
             and err.count("\n") == 1
         )
-        problem += "" if one and err[:-1].isprintable() else " and not one line of ours"
-        problem += " and left the new folder behind" if Path("new").exists() else ""
+        problem += "" if one and err[:-1].isprintable() else " and not one line"
+        problem += " and did not remove the new folder" if Path("new").exists() else ""
         problem += f": {err[:500]!r}" if problem else ""
     return problem, code
 
 
 def peak_bytes() -> int:
-    """Return the most memory that this program has had; `getrusage` begins with that of whoever has started it."""
+    """Return the peak memory of this program. `getrusage` would include that of its parent process."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def main(name: str, seed: int, count: int, only: int | None = None) -> int:
-    """Do `count` of a kind, or one of them, and print what was found."""
+    """Test `count` altered files of a kind, or one of them, and print the result."""
     codes: Counter[str] = Counter()
     failures, slowest, heaviest = [], (0.0, -1), (0, -1)
-    sys.modules["pooch"] = None  # type: ignore[assignment]  nothing is downloaded, whatever a config says
+    sys.modules["pooch"] = None  # type: ignore[assignment]  no config causes a download
     with (
         tempfile.TemporaryDirectory() as folder,
     ):

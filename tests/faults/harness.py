@@ -1,8 +1,8 @@
-"""Starts trainings, does them harm, waits for their end with a limit, and says what is left of them.
+"""Start training jobs, disturb them, wait for their end with a time limit, and collect their results and leftovers.
 
-A `Job` is one `mpirun`. All its processes carry a mark in their environment, by which they are found in /proc, told
-apart by rank, and ended whatever happens. A job is a black box: what is done to it comes from outside (signals), or
-from `saboteur.py`, which runs the unchanged trainer with a fault in one of its ranks.
+A `Job` is one `mpirun`. All its processes have a mark in their environment. The harness uses it to find them in /proc
+with their ranks, and to end all of them. The harness disturbs a job from outside (signals), or by `saboteur.py`, which
+runs the unchanged trainer with a fault in one of its ranks.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from typing import Any
 from distdl.job.mpirun_command import environment_for, mpirun_command
 
 SABOTEUR = Path(__file__).with_name("saboteur.py")
-#: Against hanging alone. A run takes a few seconds on idle cores.
+#: Only prevents hanging. A run takes a few seconds on idle cores.
 SECONDS = 180.0
-#: How long the processes of a job that has ended, or whose mpirun is killed, may take to be gone.
+#: Time limit for all processes of a job to exit after its end, or after a kill of its mpirun.
 SECONDS_TO_LEAVE = 5.0
 MARK = "DISTDL_FAULTS_JOB"
 RANK_NAMES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
-#: A small convolutional network on the digits: 10 steps an epoch, a checkpoint in the middle of each.
+#: A small convolutional network on the digits: 10 steps per epoch, a checkpoint in the middle of each epoch.
 FLAGS = ("--epochs", "6", "--log-every", "1", "--checkpoint-every", "7")
 STEPS = 60
-#: Of 300 steps, for what must not come too late.
+#: A job of 300 steps, so that it does not end before the fault.
 LONG = ("--epochs", "30", "--log-every", "1", "--checkpoint-every", "7")
 RECEIPT = re.compile(r"^weights sha256: ([0-9a-f]{64})$", re.MULTILINE)
 
 
-class Hang(AssertionError):  # noqa: N818  that is what it is
+class Hang(AssertionError):  # noqa: N818  a hang is no error class
     """A job did not end in time."""
 
 
 @dataclass
 class Outcome:
-    """What is left of a job."""
+    """The results and leftovers of a job."""
 
     code: int
     output: str
@@ -58,51 +58,51 @@ class Outcome:
 
     @property
     def receipt(self) -> str | None:
-        """The hash of the weights that was printed."""
+        """The printed hash of the weights."""
         found = RECEIPT.findall(self.output)
         return found[-1] if found else None
 
     @property
     def metrics(self) -> bytes:
-        """The bytes of metrics.jsonl; empty where there is none."""
+        """The bytes of metrics.jsonl; empty if the file does not exist."""
         path = self.folder / "metrics.jsonl"
         return path.read_bytes() if path.exists() else b""
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The content of summary.json; empty where there is none."""
+        """The content of summary.json; empty if the file does not exist."""
         path = self.folder / "summary.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
     @property
     def recoveries(self) -> list[dict[str, Any]]:
-        """The failures that were survived, as the summary lists them."""
+        """The survived failures in the summary."""
         return self.summary.get("recoveries", [])
 
     @property
     def lost_ranks(self) -> list[int]:
-        """The ranks that the summary names as lost."""
+        """The lost ranks in the summary."""
         return sorted(rank for recovery in self.recoveries for rank in recovery["lost_ranks"])
 
     @property
     def checkpoints(self) -> list[Path]:
-        """The files in the folder of checkpoints."""
+        """The files in the checkpoint folder."""
         return sorted((self.folder / "checkpoints").glob("*"))
 
     def __str__(self) -> str:
-        """Everything a person needs to see what happened."""
+        """Return all details that a person needs to understand a failure."""
         listed = (self.folder.exists() and sorted(path.name for path in self.folder.rglob("*"))) or []
         return (
             f"exit code {self.code} after {self.seconds:.1f} s, recoveries {self.recoveries}, "
-            f"left: {self.leftover_processes} {self.leftover_files}, in the run folder: {listed}\n"
+            f"leftovers: {self.leftover_processes} {self.leftover_files}, in the run folder: {listed}\n"
             f"--- output\n{self.output[-3000:]}\n--- errors\n{self.errors[-6000:]}"
         )
 
 
 class Job:
-    """A training under `mpirun`, started when the object is made; a `with` statement ends all of it.
+    """A training job under `mpirun`. The constructor starts it; the end of the `with` block kills its processes.
 
-    `sabotage` is a list of rules for `saboteur.py`. Without `ranks` there is no `mpirun` but one process.
+    `sabotage` is a list of rules for `saboteur.py`. Without `ranks` it is one process without `mpirun`.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Job:
         self.mark = uuid.uuid4().hex
         self.folder = folder
         self.temporary = Path(tempfile.mkdtemp(prefix="distdl-faults-"))
-        #: Files in shared memory that processes of this job were seen to use.
+        #: Files in shared memory that processes of this job have used.
         self.shared_files: set[str] = set()
         program = [sys.executable, "-X", "faulthandler", *([str(SABOTEUR)] if sabotage else ["-m", "distdl.train"])]
         program += [*flags, "--run-dir", str(folder)]
@@ -167,12 +167,12 @@ class Job:
         return found
 
     def pids(self) -> dict[int, int]:
-        """Return the pid of each rank that lives."""
-        # Of several the oldest: what a rank has started itself inherits its environment.
+        """Return the pid of each living rank."""
+        # Child processes of a rank inherit its environment. The oldest process is the rank.
         return {rank: pid for pid, rank in sorted(self.processes().items(), reverse=True) if rank is not None}
 
     def kill(self, *ranks: int, by: signal.Signals = signal.SIGKILL) -> list[int]:
-        """Send a signal to ranks, all at once; return those that were there to receive it."""
+        """Send a signal to ranks, all at once; return the ranks that received it."""
         pids, hit = self.pids(), []
         for rank in ranks:
             with suppress(ProcessLookupError, KeyError):
@@ -181,15 +181,15 @@ class Job:
         return hit
 
     def output(self) -> str:
-        """Return what was printed so far."""
+        """Return the output so far."""
         return (self.temporary / "output.txt").read_text(errors="replace")
 
     def errors(self) -> str:
-        """Return what was printed to the error stream so far."""
+        """Return the text of the error stream so far."""
         return (self.temporary / "errors.txt").read_text(errors="replace")
 
     def records(self) -> list[dict[str, Any]]:
-        """Return the whole records of metrics.jsonl so far."""
+        """Return the complete records of metrics.jsonl so far."""
         with suppress(FileNotFoundError):
             lines = (self.folder / "metrics.jsonl").read_text().split("\n")[:-1]
             return [json.loads(line) for line in lines]
@@ -198,9 +198,9 @@ class Job:
     def wait_until(
         self, condition: Callable[[], Any], what: str, seconds: float = SECONDS, *, hang: bool = True
     ) -> bool:
-        """Wait until the condition holds: True; or until the job has ended: False. `Hang` if neither comes.
+        """Wait; return True if the condition holds, False if the job ends before that.
 
-        Unless `hang`, it is False too where the time is over.
+        After the time limit, raise `Hang`, or return False if `hang` is False.
         """
         ends = time.monotonic() + seconds
         while time.monotonic() < ends:
@@ -215,7 +215,7 @@ class Job:
         raise Hang(f"no {what} within {seconds:.0f} s\n{self._stacks()}\n{self._outcome(-1)}")
 
     def wait_for_training(self) -> bool:
-        """Wait for the banner's line on failures, which comes when all ranks are ready to train."""
+        """Wait for the banner's line on failures. It is printed when all ranks are ready to train."""
         return self.wait_until(lambda: "survives failures" in self.output(), "banner")
 
     def wait_for_step(self, step: int) -> bool:
@@ -228,9 +228,9 @@ class Job:
         return self.wait_until(reached, f"record of step {step}")
 
     def finish(self, seconds: float = SECONDS, *, leave: float = SECONDS_TO_LEAVE) -> Outcome:
-        """Wait for the end and return what is left `leave` seconds later, or as soon as no process is.
+        """Wait for the end of the job, and then up to `leave` seconds for the end of its processes; return the outcome.
 
-        Raises `Hang`, with the stacks of all ranks, if no end comes.
+        Raises `Hang`, with the stacks of all ranks, if the job does not end.
         """
         self.wait_until(lambda: self.process.poll() is not None, "end", seconds)
         return self._outcome(self.process.returncode, leave=leave)
@@ -249,14 +249,14 @@ class Job:
             sorted(name for name in self.shared_files if Path(name).exists())
             + sorted(
                 str(Path(folder, name))
-                for folder, _, names in os.walk(self.temporary)  # which does not mind what vanishes meanwhile
+                for folder, _, names in os.walk(self.temporary)  # ignores files that vanish meanwhile
                 for name in names
                 if name not in {"output.txt", "errors.txt"}
             ),
         )
 
     def _look_at_shared_memory(self) -> None:
-        """Note the named files in shared memory that the ranks have mapped, so that leftovers are known as ours."""
+        """Record the files in shared memory that the ranks have mapped, to recognize leftovers of this job."""
         if time.monotonic() < getattr(self, "_look_again", 0.0):
             return
         self._look_again = time.monotonic() + 0.3
@@ -268,7 +268,7 @@ class Job:
                         self.shared_files.add("/dev/shm/" + name[2])
 
     def _stacks(self) -> str:
-        """Let every rank that lives print its stack: faulthandler does so when a rank is told to abort."""
+        """Send SIGABRT to every living rank, so that faulthandler prints its stack."""
         for pid, rank in self.processes().items():
             if rank is not None:
                 with suppress(OSError):
@@ -294,20 +294,20 @@ def _environments() -> Iterator[tuple[int, dict[str, str]]]:
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """What a run must come to, whatever happens to it."""
+    """The results that a run must have in spite of any fault."""
 
     receipt: str
     metrics: bytes
 
 
 def run(folder: Path, ranks: int | None, *flags: str, **settings: Any) -> Outcome:
-    """Start a job and return what is left of it."""
+    """Run a job to its end and return its outcome."""
     with Job(folder, ranks, *flags, **settings) as job:
         return job.finish()
 
 
 def assert_receipt(outcome: Outcome, expected: Undisturbed) -> None:
-    """The run has ended well, with the weights and the metrics of one that nothing has happened to."""
+    """Assert that the run has succeeded, with the weights and metrics of the undisturbed run."""
     assert outcome.code == 0, str(outcome)
     assert outcome.receipt == expected.receipt, str(outcome)
     assert outcome.metrics == expected.metrics, str(outcome)
@@ -316,5 +316,5 @@ def assert_receipt(outcome: Outcome, expected: Undisturbed) -> None:
 
 
 def assert_resumable(folder: Path, flags: Sequence[str], expected: Undisturbed, ranks: int | None) -> None:
-    """Start the run again, as a person would, and hold it against one that nothing has happened to."""
+    """Resume the run as a user would, and compare it with the undisturbed run."""
     assert_receipt(run(folder, ranks, *flags, "--resume", "auto"), expected)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def table(records: list[dict]) -> str:
-    """Return a Markdown table: a line for each fault and MPI, in the order in which they were first met."""
+    """Return a Markdown table: a line for each fault and MPI, in the order of their first records."""
     rows: dict[tuple[str, str], list[dict]] = {}
     for record in records:
         rows.setdefault((record["fault"], record["mpi"]), []).append(record)

@@ -1,9 +1,9 @@
-"""Run `python -m distdl.train` with faults: a chosen rank dies, raises, stops or spoils a number at a chosen point.
+"""Run `python -m distdl.train` with faults: a given rank dies, raises, stops or changes a number at a given point.
 
-The rules come as JSON in DISTDL_SABOTAGE: ``[{"rank": 1, "phase": "reduction", "step": 3, "do": "kill"}]``. A rule
-strikes once, on the rank that the launcher numbered so. Its other fields are those of `fail_at`, which lists the
-points of a run: `phase`, `when` ("before", unless given), `step` and `nth`. Three points are calls of the operating
-system: "os.rename", "os.fsync" and "mmap.mmap", each before or after.
+The rules are JSON in DISTDL_SABOTAGE: ``[{"rank": 1, "phase": "reduction", "step": 3, "do": "kill"}]``. A rule acts
+once, on the rank with that number at the start. Its other fields are those of `fail_at`, which lists the points of a
+run: `phase`, `when` (default "before"), `step` and `nth`. Three further points are calls of the operating system:
+"os.rename", "os.fsync" and "mmap.mmap".
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ SYSTEM_CALLS = ("os.rename", "os.fsync", "mmap.mmap")
 
 def _kill(_owner: Any, _argument: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)  # the signal is on its way
+    time.sleep(60)  # until the signal arrives
 
 
 def _kill_soon(_owner: Any, argument: str) -> None:
-    """Die some seconds later, wherever this process then is."""
+    """Die some seconds later, at any place."""
     threading.Timer(float(argument), os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 
 def _raise(_owner: Any, _argument: str) -> None:
-    raise RuntimeError("a defect, put there by a test")
+    raise RuntimeError("a defect injected by a test")
 
 
 def _memory(_owner: Any, _argument: str) -> None:
-    raise MemoryError("no memory, says a test")
+    raise MemoryError("no memory, simulated by a test")
 
 
 def _os_error(_owner: Any, argument: str) -> None:
@@ -48,10 +48,10 @@ def _os_error(_owner: Any, argument: str) -> None:
 
 
 def _lose_a_peer(_owner: Any, _argument: str) -> None:
-    """Let this rank believe that another one has died."""
+    """Raise `PeerLost` on this rank although no other rank has died."""
     from distdl.errors import PeerLost
 
-    raise PeerLost("a rank was lost, says a test")
+    raise PeerLost("a rank was lost, simulated by a test")
 
 
 def _exit(_owner: Any, argument: str) -> None:
@@ -63,7 +63,7 @@ def _segfault(_owner: Any, _argument: str) -> None:
 
 
 def _flip(vector: Any, argument: str) -> None:
-    """Flip one bit of a float32 that matters: an element above the average, so that no sum rounds the change away."""
+    """Flip one bit of an element above the average, so that the change does not vanish by rounding in a sum."""
     element, bit = (int(number) for number in argument.split(","))
     candidates = (abs(vector) > abs(vector).mean()).nonzero()[0]
     vector.view("u4")[candidates[element % len(candidates)]] ^= 1 << bit
@@ -88,7 +88,7 @@ def _nan_weight(state: Any, _argument: str) -> None:
     parameters[parameters.size // 2] = float("nan")
 
 
-#: What a rule can do. The first word of its "do" names the action; the rest, after a colon, is the argument.
+#: The actions of rules. "do" is the name of an action, or name:argument.
 ACTIONS: dict[str, Callable[[Any, str], None]] = {
     "kill": _kill,
     "kill-soon": _kill_soon,
@@ -109,7 +109,7 @@ ACTIONS: dict[str, Callable[[Any, str], None]] = {
 
 
 class SystemCall:
-    """Takes the place of a call of the operating system, and calls actions before and after some of the calls."""
+    """A replacement for a call of the operating system. It runs actions before and after some of the calls."""
 
     def __init__(self, name: str) -> None:
         module, _, function = name.partition(".")

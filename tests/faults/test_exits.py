@@ -1,4 +1,4 @@
-"""One rank raises, leaves, crashes, or the launcher is warned or killed: no hang, a documented end, nothing lost."""
+"""One rank raises, exits or crashes, or the launcher gets a signal. The job ends as documented, and loses no work."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 
 import pytest
 from harness import FLAGS, LONG, SECONDS_TO_LEAVE, Job, assert_resumable, run
-from test_kills import SURVIVED, assert_as_if_nothing_had_happened, assert_told
+from test_kills import SURVIVED, assert_recoveries_reported, assert_undisturbed
 
 pytestmark = pytest.mark.usefixtures("needs_mpirun")
 
-#: What one rank does, and whether it then dies of a signal (or kills itself for the others' sake): that is survived.
+#: Fault, its action in `saboteur.py`, and whether the rank dies by a signal, which the others survive.
 FAULTS = {
     "raise": ("raise", False),
     "sys.exit(7)": ("exit:7", False),
@@ -19,12 +19,12 @@ FAULTS = {
     "os.abort": ("abort", True),
     "MemoryError": ("memory-error", True),
 }
-#: What mpirun then returns. Where it is fault-tolerant it is told to end the job by a signal, and knows no other code.
+#: The exit codes of mpirun without fault tolerance. With it, a signal ends the job, and the exit code is always 1.
 CODES = {"raise": {1}, "sys.exit(7)": {7}, "MemoryError": {1}}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_rank_that_fails_by_itself(row, undisturbed, survives, fault):
+def test_a_fault_of_one_rank_is_survived_or_ends_the_job(row, undisturbed, survives, fault):
     do, survivable = FAULTS[fault]
     table = row(f"{fault} on one rank", 1, 10)
 
@@ -35,8 +35,8 @@ def test_a_rank_that_fails_by_itself(row, undisturbed, survives, fault):
         assert "[saboteur]" in outcome.errors, str(outcome)
         assert outcome.leftover_processes == [], str(outcome)
         if survives and survivable:
-            assert_as_if_nothing_had_happened(outcome, undisturbed(*FLAGS))
-            assert_told(outcome, [rule["rank"]])
+            assert_undisturbed(outcome, undisturbed(*FLAGS))
+            assert_recoveries_reported(outcome, [rule["rank"]])
             return outcome, SURVIVED
         assert outcome.receipt is None, str(outcome)
         assert outcome.code in ({1} if survives else CODES.get(fault, {outcome.code} - {0, 2, 3, 75})), str(outcome)
@@ -47,8 +47,8 @@ def test_a_rank_that_fails_by_itself(row, undisturbed, survives, fault):
     table.runs(one)
 
 
-def test_a_warning_signal_to_mpirun(row, undisturbed):
-    """All ranks stop after the same step, with a checkpoint of it, so that not a single step is lost."""
+def test_after_a_warning_signal_to_mpirun_all_ranks_stop_with_a_checkpoint(row, undisturbed):
+    """All ranks stop after the same step with a checkpoint of it, so no step is lost."""
     table = row("SIGUSR1 to mpirun", 2, 20)
 
     def one(number, folder):
@@ -69,7 +69,7 @@ def test_a_warning_signal_to_mpirun(row, undisturbed):
     table.runs(one)
 
 
-def test_a_launcher_that_is_killed_takes_its_ranks_with_it(row, undisturbed):
+def test_no_rank_outlives_a_killed_launcher(row, undisturbed):
     table = row("kill -9 of mpirun", 2, 20)
 
     def one(number, folder):

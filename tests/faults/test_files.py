@@ -1,7 +1,7 @@
-"""Real processes and real disks: killed in any system call of a checkpoint, full, read-only, gone.
+"""Real processes are killed in any system call of a checkpoint. Real disks are full, read-only or gone.
 
-Training goes on, or ends in one line; and what `--resume auto` then finds leads to the receipt of an undisturbed run.
-A few of the system calls by default; each of them with ``DISTDL_FULL=1``.
+Training continues, or ends in one line. `--resume auto` then leads to the receipt of the undisturbed run. By default a
+few of the system calls are tested, with ``DISTDL_FULL=1`` all of them.
 """
 
 import errno
@@ -25,14 +25,14 @@ from distdl.errors import UserError
 from distdl.job.launcher import read_launch
 from distdl.parallel import OneProcess
 
-pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts processes of its own")
+pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts its own processes")
 
 FULL = os.environ.get("DISTDL_FULL") == "1" or os.environ.get("DISTDL_FAULTS") == "full"
 
-#: The system calls of a run are gone through in so many tests; in the first alone where not all are asked for.
+#: Number of tests that share all system calls of a run. Without `FULL` only the first of them runs.
 PARTS = 12
 
-#: Trains a piece of the digits, 6 steps, a checkpoint after each; what `{hook}` does is done in the middle of it.
+#: Trains on a part of the digits: 6 steps, a checkpoint after each. `{hook}` runs before the training.
 PROGRAM = """
 import ctypes, hashlib, json, os, signal, subprocess, sys
 from pathlib import Path
@@ -57,7 +57,7 @@ except DistdlError as error:
     sys.exit(error.exit_code)
 """
 
-#: Ends the process by SIGKILL instead of the n-th system call, which is counted in a file.
+#: Ends the process by SIGKILL instead of the n-th system call for files.
 KILL_AT = """
 class Killing:
     made = 0
@@ -97,14 +97,14 @@ def run(argv):
         env={**without_launcher(os.environ), "OPENBLAS_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,  # against hanging
+        timeout=120,  # prevents hanging
         check=False,
     )
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """What a run comes to when nothing happens."""
+    """Return the results of a run without faults."""
     return small_run(OneProcess(), tmp_path_factory.mktemp("undisturbed") / "run")
 
 
@@ -114,7 +114,7 @@ def digests(proof):
 
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory, undisturbed):
-    """How many system calls a run makes for its files."""
+    """Return the number of system calls of a run for its files."""
     done = run(command(KILL_AT.format(at=0), tmp_path_factory.mktemp("counted") / "run"))
     assert json.loads(done.stdout.splitlines()[-1]) == digests(undisturbed)
     assert int(done.stderr) > 100, "six checkpoints of more than fifteen calls each"
@@ -122,7 +122,7 @@ def calls(tmp_path_factory, undisturbed):
 
 
 @pytest.mark.parametrize("part", range(PARTS) if FULL else [0])
-def test_killed_in_any_system_call_of_a_checkpoint_the_run_goes_on_from_the_old_or_the_new(
+def test_a_run_killed_in_any_system_call_of_a_checkpoint_continues_from_the_old_or_the_new(
     tmp_path, undisturbed, calls, part
 ):
     found = set()
@@ -130,12 +130,12 @@ def test_killed_in_any_system_call_of_a_checkpoint_the_run_goes_on_from_the_old_
         folder = tmp_path / f"killed {at}"
         done = run(command(KILL_AT.format(at=at), folder))
         if done.returncode == 0:
-            continue  # fewer calls than in the run that counted them: a removal less
+            continue  # this run makes fewer calls than the counted one: one removal less
         assert done.returncode == -signal.SIGKILL, done.stderr
         newest = checkpoints.newest_intact(folder / "checkpoints")
         if newest is not None:
             found.add(newest[1].header["step"])
-            assert newest[2] == [], "one under its name is damaged"
+            assert newest[2] == [], "a checkpoint is damaged"
         resumed = small_run(OneProcess(), folder, resume="auto", record_hashes=True)
         assert resumed == undisturbed, f"killed in call {at} of {calls}"
         assert not list(folder.rglob(f"*{files.TEMPORARY_SUFFIX}"))
@@ -143,11 +143,11 @@ def test_killed_in_any_system_call_of_a_checkpoint_the_run_goes_on_from_the_old_
     assert len(found) >= 4
 
 
-# ------------------------------------------------------------------------------------------ disks that are mounted
+# --------------------------------------------------------------------------------------------------- mounted disks
 
 
 def namespace():
-    """The words in front of a command whose mounts nobody else sees; or skip."""
+    """Return the words in front of a command that hide its mounts from other processes; or skip the test."""
     for words in (["unshare", "--mount"], ["unshare", "--user", "--map-root-user", "--mount"]):
         tried = (
             subprocess.run(
@@ -158,7 +158,7 @@ def namespace():
         )
         if tried is not None and tried.returncode == 0:
             return words
-    pytest.skip("mounting a disk of its own is not permitted here")
+    pytest.skip("mounting a disk is not permitted here")
 
 
 def mounted(size, script):
@@ -190,7 +190,7 @@ def names_and_receipt(done):
 
 
 @pytest.mark.may_skip
-def test_a_full_disk_is_trained_through_where_there_is_room_again_in_time(tmp_path, undisturbed):
+def test_training_continues_on_a_full_disk_that_has_room_again_in_time(tmp_path, undisturbed):
     script = "    fill() if step == 2 else filler.unlink() if step == 4 else None"
     done = run([*namespace(), *command(mounted("4m", script), tmp_path / "disk" / "run")])
     assert done.returncode == 0, done.stderr
@@ -201,8 +201,8 @@ def test_a_full_disk_is_trained_through_where_there_is_room_again_in_time(tmp_pa
 
 
 @pytest.mark.may_skip
-def test_a_disk_that_stays_full_ends_the_run_in_one_line_with_the_checkpoints_before_intact(tmp_path, undisturbed):
-    # What a resume finds is looked at on the same disk, before it goes with its namespace.
+def test_a_disk_that_stays_full_ends_the_run_in_one_line_and_earlier_checkpoints_are_intact(tmp_path, undisturbed):
+    # The resume runs on the same disk, which vanishes with its namespace.
     script = "    fill() if step == 3 else None"
     after = """
 def look():
@@ -222,7 +222,7 @@ def look():
 
 
 @pytest.mark.may_skip
-def test_a_folder_that_is_read_only_for_a_while_is_trained_through(tmp_path, undisturbed):
+def test_training_continues_if_a_folder_is_read_only_for_a_while(tmp_path, undisturbed):
     script = """
     if step == 2:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", str(folder / "checkpoints")], check=True)
@@ -250,17 +250,17 @@ subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", str(folder.parent)],
     assert "Read-only file system" in line
 
 
-# -------------------------------------------------------------------------------------------------- folders that go
+# ------------------------------------------------------------------------------------------------ vanishing folders
 
 
 def while_training(monkeypatch, actions):
-    """Do something in some of the steps, after the checkpoint of the step before is written."""
+    """Run an action in each of the given steps, after the checkpoint of the previous step is written."""
     write_checkpoints_at_once(monkeypatch)
     for step, action in actions.items():
         fail_at("step", rank=0, step=step, action=lambda _, action=action: action())
 
 
-def test_checkpoints_that_vanish_for_a_while_are_trained_through(tmp_path, undisturbed, monkeypatch, capsys):
+def test_training_continues_if_checkpoints_vanish_for_a_while(tmp_path, undisturbed, monkeypatch, capsys):
     inside, away = tmp_path / "run" / "checkpoints", tmp_path / "away"
     while_training(monkeypatch, {2: lambda: inside.rename(away), 4: lambda: away.rename(inside)})
     assert small_run(OneProcess(), tmp_path / "run", checkpoint_every=1) == undisturbed

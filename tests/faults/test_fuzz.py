@@ -1,6 +1,7 @@
-"""Whatever a file says: exit code 2 or 3, one line, no traceback, below 300 MB and 2 seconds of computing.
+"""Randomly altered files give exit code 2 or 3 and one line, or are valid. They cost below 300 MB and 2 s of CPU time.
 
-500 of each kind; 10,000 with ``DISTDL_FULL=1``. A failure names what `fuzz.py` needs to do that one again.
+There are 500 files of each kind, or 10,000 with ``DISTDL_FULL=1``. A failure names the arguments of `fuzz.py` to repeat
+it.
 """
 
 import json
@@ -13,7 +14,7 @@ from bad_inputs import without_launcher
 
 from distdl.job.launcher import read_launch
 
-pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts processes of its own")
+pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts its own processes")
 
 HERE = Path(__file__).parent
 FULL = os.environ.get("DISTDL_FULL") == "1" or os.environ.get("DISTDL_FAULTS") == "full"
@@ -21,12 +22,12 @@ COUNT = 500
 SEED = int(os.environ.get("DISTDL_FAULTS_SEED", "0"))
 SEEDS = range(SEED, SEED + 20) if FULL else [SEED]
 KINDS = ["IDX", "gzip", "npz", "images", "config", "checkpoint", "sealed"]
-SECONDS = 280  # against hanging
+SECONDS = 280  # prevents hanging
 
 
 @pytest.fixture(scope="module")
 def run_python(run_program):
-    """Run Python in one thread of BLAS and without a launcher."""
+    """Return a function that runs Python with one BLAS thread and without a launcher."""
     env = {**without_launcher(os.environ), "OPENBLAS_NUM_THREADS": "1"}
     return lambda *arguments: run_program([sys.executable, *map(str, arguments)], env=env, timeout=SECONDS)
 
@@ -62,14 +63,17 @@ def test_files_altered_at_random_are_refused_in_one_line_or_are_valid(kind, seed
     ("defect", "said"),
     [
         ("checkpoints.read = lambda path: 1 / 0", "Traceback"),
-        ("cli.streams.say_line = lambda text: None", "not one line of ours"),
-        ("cli.streams.say_line = lambda text: print('one', 'two', sep='\\n', file=sys.stderr)", "not one line of ours"),
+        ("cli.streams.say_line = lambda text: None", "not one line"),
+        (
+            "cli.streams.say_line = lambda text: print('one', 'two', sep='\\n', file=sys.stderr)",
+            "not one line",
+        ),
         ("train.parse = lambda *_: bytearray(400 * 2**20) and 1 / 0", "MB"),
         ("fuzz.MOST_SECONDS = 0.0", "took"),
     ],
 )
-def test_the_fuzzer_finds(defect, said, run_python):
-    """Each kind of defect that it must find, put into the program by hand."""
+def test_the_fuzzer_finds_a_defect(defect, said, run_python):
+    """The test puts each kind of defect into the program."""
     program = (
         f"import sys; sys.path.insert(0, {str(HERE)!r}); import fuzz\n"
         "from fuzz import checkpoints, cli, train\n"

@@ -1,4 +1,4 @@
-"""A rank that stops or is slow: it is named, or evicted where that is wanted, and the receipt is the same."""
+"""A stopped or slow rank is named, or evicted if --detect-hangs asks for it. The receipt is the same."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from harness import FLAGS, STEPS, Job, assert_receipt, assert_resumable, run
 pytestmark = pytest.mark.usefixtures("needs_mpirun")
 
 STALL = "2"
-#: Of `--detect-hangs`; a rank is to be gone within three times that.
+#: Of `--detect-hangs`; a stopped rank must end within three times this.
 SECONDS = 2.0
 
 
-def test_a_stopped_rank_is_named_and_goes_on(row, undisturbed):
-    """Nobody is evicted without being asked to: a machine that swaps looks just like this."""
+def test_a_stopped_rank_is_named_and_continues(row, undisturbed):
+    """Without --detect-hangs no rank is evicted, because a swapping machine looks the same."""
     table = row("SIGSTOP on one rank, later SIGCONT", 2, 20)
 
     def one(number, folder):
@@ -30,17 +30,17 @@ def test_a_stopped_rank_is_named_and_goes_on(row, undisturbed):
             job.wait_for_step(rng.randrange(1, STEPS // 2))
             job.kill(rank, by=signal.SIGSTOP)
             named = re.compile(rf"has waited for \d+ s, .*rank {rank} \(process \d+, stopped by a signal\)")
-            assert job.wait_until(lambda: named.search(job.errors()), "complaint about the stopped rank")
+            assert job.wait_until(lambda: named.search(job.errors()), "message about the stopped rank")
             job.kill(rank, by=signal.SIGCONT)
             outcome = job.finish()
         assert_receipt(outcome, undisturbed(*FLAGS))
         assert outcome.lost_ranks == [], str(outcome)
-        return outcome, "named after --stall-warning, goes on; rc 0, receipt and metrics of the undisturbed run"
+        return outcome, "named after --stall-warning, continues; rc 0, receipt and metrics of the undisturbed run"
 
     table.runs(one)
 
 
-def test_a_slow_rank_is_waited_for(row, undisturbed):
+def test_the_others_wait_for_a_slow_rank(row, undisturbed):
     table = row("slow rank (6 s in one step)", 2, 20)
 
     def one(number, folder):
@@ -59,13 +59,13 @@ def bytes_of(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_a_stopped_rank_is_evicted_where_that_is_wanted(row, undisturbed, survives):
-    """With SIGCONT afterwards, which finds nobody: no file changes any more."""
+def test_a_stopped_rank_is_evicted_with_detect_hangs(row, undisturbed, survives):
+    """A later SIGCONT finds no process, and no file changes after the end."""
     table = row("SIGSTOP on one rank, --detect-hangs, later SIGCONT", 2, 20)
 
     def one(number, folder):
         rng = table.random(number)
-        rank = number % 4  # the coordinator too
+        rank = number % 4  # every rank, also the coordinator
         with Job(folder, 4, *FLAGS, "--detect-hangs", str(SECONDS)) as job:
             assert job.wait_for_training()
             job.wait_for_step(rng.randrange(1, STEPS // 2))

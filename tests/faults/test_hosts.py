@@ -1,9 +1,9 @@
-"""Two hosts, played by two network namespaces with a cable between them: the cable is cut, or a host is killed.
+"""Two network namespaces with a cable between them simulate two hosts. The cable is cut, or a host is killed.
 
-Open MPI's launcher (PRRTE 3, in the wheel of Open MPI 5) does not let a job go on without one of its hosts: "PRTE has
-lost communication with a remote daemon … We cannot recover from this failure, and therefore will terminate the job".
-So the job ends, on both hosts, and what is promised is that it ends clearly and goes on from its last checkpoint. The
-death of a single rank on another host is survived like any other.
+Open MPI's launcher (PRRTE 3, in the wheel of Open MPI 5) ends a job that loses a host: "PRTE has lost communication
+with a remote daemon … We cannot recover from this failure, and therefore will terminate the job". So the job ends on
+both hosts with a clear message, and a resume continues from the last checkpoint. The job survives the death of a single
+rank on either host.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from contextlib import suppress
 
 import pytest
 from harness import LONG, SECONDS, STEPS, Job, assert_resumable
-from test_kills import SURVIVED, assert_as_if_nothing_had_happened
+from test_kills import SURVIVED, assert_undisturbed
 
 pytestmark = [pytest.mark.usefixtures("ulfm"), pytest.mark.may_skip]
 
-#: Becomes a command on a host: in its network, with a name and a shared memory of its own.
+#: Start of a command on a simulated host: sets its own shared memory and host name.
 BECOME = "mount -t tmpfs tmpfs /dev/shm && echo {name} >/proc/sys/kernel/hostname && "
-#: In place of ssh: `agent HOST COMMAND …` runs a command on the second host.
+#: Replacement for ssh: `agent HOST COMMAND …` runs a command on the second host.
 AGENT = """#!/bin/sh
 shift
 exec ip netns exec {name} unshare --uts --mount sh -c '{become}'"$*"
@@ -71,7 +71,7 @@ class TwoHosts:
             "PRTE_MCA_plm_ssh_agent": str(self.agent),
             "PRTE_MCA_prte_if_include": f"{self.network}.0/24",
             "OMPI_MCA_btl_tcp_if_include": f"{self.network}.0/24",
-            # A cable that is cut says nothing. Without these it takes the launcher some eight minutes to ask.
+            # A cut cable is not reported. Without these settings the launcher notices it after about eight minutes.
             "PRTE_MCA_oob_tcp_keepalive_time": "3",
             "PRTE_MCA_oob_tcp_keepalive_intvl": "1",
             "PRTE_MCA_oob_tcp_keepalive_probes": "3",
@@ -89,7 +89,7 @@ class TwoHosts:
                 os.kill(int(pid), signal.SIGKILL)
 
     def cut(self):
-        """Take the cable out."""
+        """Cut the cable."""
         ip("-n", self.names[0], "link", "set", self.names[0], "down")
 
 
@@ -99,7 +99,7 @@ def ip(*words):
 
 @pytest.fixture(scope="module")
 def permitted(tmp_path_factory):
-    """Whether this machine lets us make network namespaces."""
+    """Skip the test if this machine does not permit network namespaces."""
     if shutil.which("ip") is None or shutil.which("unshare") is None:
         pytest.skip("two hosts need network namespaces: no ip (iproute2) or unshare (util-linux) here")
     try:
@@ -112,7 +112,7 @@ def permitted(tmp_path_factory):
 
 @pytest.mark.usefixtures("permitted")
 @pytest.mark.parametrize("fault", ["cable cut", "host killed"])
-def test_a_host_that_is_lost_ends_the_job(row, undisturbed, fault):
+def test_a_lost_host_ends_the_job_and_a_resume_has_the_undisturbed_receipt(row, undisturbed, fault):
     table = row(f"two hosts, {fault}", 1, 5)
 
     def one(number, folder):
@@ -126,8 +126,8 @@ def test_a_host_that_is_lost_ends_the_job(row, undisturbed, fault):
                 hosts.cut()
             else:
                 hosts.kill(hosts.names[1])
-            outcome = job.finish(leave=SECONDS)  # of a cut cable each host hears in its own time
-        said = rf"Remote (daemon|host):.*{hosts.names[1]}"  # of several complaints the one that mpirun comes to first
+            outcome = job.finish(leave=SECONDS)  # each host detects a cut cable at a different time
+        said = rf"Remote (daemon|host):.*{hosts.names[1]}"  # the first of several messages of mpirun
         assert re.search(said, outcome.output + outcome.errors), str(outcome)
         assert outcome.receipt is None, str(outcome)
         assert outcome.leftover_processes == [], str(outcome)
@@ -138,7 +138,7 @@ def test_a_host_that_is_lost_ends_the_job(row, undisturbed, fault):
 
 
 @pytest.mark.usefixtures("permitted")
-def test_a_rank_killed_on_either_of_two_hosts(row, undisturbed):
+def test_the_others_survive_a_killed_rank_on_either_of_two_hosts(row, undisturbed):
     table = row("two hosts, SIGKILL of a random rank", 1, 20)
 
     def one(number, folder):
@@ -150,7 +150,7 @@ def test_a_rank_killed_on_either_of_two_hosts(row, undisturbed):
             victim = rng.randrange(4)
             job.kill(victim)
             outcome = job.finish()
-        assert_as_if_nothing_had_happened(outcome, undisturbed(*LONG))
+        assert_undisturbed(outcome, undisturbed(*LONG))
         assert outcome.lost_ranks == [victim], str(outcome)
         return outcome, SURVIVED
 

@@ -1,4 +1,4 @@
-"""A number goes wrong on one rank: it is found, the rank is named, and all ranks decide alike at the same step."""
+"""A wrong number on one rank is found, and the rank is named. All ranks decide the same in the same step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from harness import FLAGS, STEPS, assert_resumable, run
 
 pytestmark = pytest.mark.usefixtures("needs_mpirun")
 
-#: The bits of a float32 that change it by more than a sum would round away, and do not make it infinite.
+#: Bits of a float32 whose flip survives the rounding of a sum and does not make the number infinite.
 BITS = range(18, 28)
 CORRUPTION = 4
 VERIFY_EVERY = 5
@@ -20,8 +20,8 @@ def named_ranks(outcome) -> list[int]:
     return [int(rank) for rank in re.findall(r"(\d+) \(host ", line)]
 
 
-def test_a_flipped_bit_in_the_weights_of_one_rank(row, undisturbed):
-    """Found when replicas are compared next, before a checkpoint could keep it: a resume comes to the same receipt."""
+def test_a_flipped_bit_in_the_weights_of_one_rank_is_found_and_the_rank_named(row, undisturbed):
+    """The next comparison finds it before a checkpoint contains it, so a resume ends with the same receipt."""
     table = row("one flipped bit in one rank's weights, --verify-every 5", 5, 50)
 
     def one(number, folder):
@@ -47,7 +47,7 @@ def test_a_flipped_bit_in_the_weights_of_one_rank(row, undisturbed):
     table.runs(one)
 
 
-def test_a_flipped_bit_in_the_gradient_of_one_rank(row, undisturbed):
+def test_a_flipped_bit_in_the_gradient_of_one_rank_is_found_in_that_step(row, undisturbed):
     table = row("one flipped bit in one rank's gradient, --audit 1", 5, 50)
 
     def one(number, folder):
@@ -72,8 +72,8 @@ def last_step(outcome) -> int:
     return int(steps[-1]) if steps else 0
 
 
-def test_no_number_on_one_rank(row, undisturbed):
-    """A gradient that is NaN once, whether or not to skip; and a weight that is NaN on one rank for good."""
+def test_a_nan_on_one_rank_stops_all_ranks_before_the_update(row, undisturbed):
+    """A gradient is NaN once, with and without skipping; or a weight on one rank stays NaN."""
     table = row("NaN on one rank", 3, 20)
 
     def one(number, folder):

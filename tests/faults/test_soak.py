@@ -1,6 +1,6 @@
-"""For half an hour, ranks and launchers are killed and warned at random, and what ended early is started again.
+"""For half an hour, ranks and launchers get random signals and kills. Each job that ends early is started again.
 
-Only in the full matrix. DISTDL_FAULTS_SOAK_SECONDS sets another length.
+The soak is only in the full matrix. DISTDL_FAULTS_SOAK_SECONDS sets another length.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from harness import Job, Outcome
 pytestmark = pytest.mark.usefixtures("needs_mpirun")
 
 SECONDS = float(os.environ.get("DISTDL_FAULTS_SOAK_SECONDS", "1800"))
-#: A round is one training to its end.
+#: Flags of a round: one training to its end.
 FLAGS = ("--epochs", "300", "--checkpoint-every", "50", "--verify-every", "20")
-#: What a process may gain from its first look to its last: buffers of a recovery are kept, and the allocator rounds.
+#: Allowed growth of a process: it keeps buffers of a recovery, and the allocator rounds.
 MEGABYTES_GAINED = 20.0
 DESCRIPTORS_GAINED = 8
 
 
 @dataclass
 class Look:
-    """What a process has: resident megabytes and open descriptors."""
+    """The resident megabytes and open descriptors of a process."""
 
     megabytes: float
     descriptors: int
@@ -37,7 +37,7 @@ class Look:
     def at(pid: int) -> Look | None:
         with suppress(OSError):
             pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-            # Memory shared with the other ranks is theirs too, and grows as pages are touched first.
+            # Memory shared with other ranks does not count. It grows when a page is first used.
             shared = int(Path(f"/proc/{pid}/statm").read_text().split()[2])
             megabytes = (pages - shared) * os.sysconf("SC_PAGE_SIZE") / 1e6
             return Look(megabytes, sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir()))
@@ -46,7 +46,7 @@ class Look:
 
 @dataclass
 class Soak:
-    """What happened in all rounds."""
+    """The rounds, and the events and growth in them."""
 
     rng: random.Random
     ends: float
@@ -57,7 +57,7 @@ class Soak:
     shared_files: set[str] = field(default_factory=set)
 
     def disturb(self, job: Job) -> None:
-        """Do harm until the job ends; look at what its ranks have, at first and at last."""
+        """Disturb the job until it ends; measure its ranks at the start and at the end."""
         first: dict[int, Look] = {}
         last: dict[int, Look] = {}
         while job.process.poll() is None:
@@ -68,7 +68,7 @@ class Soak:
                     last[pid] = look
             if job.wait_until(lambda: job.process.poll() is not None, "end", self.rng.uniform(1, 6), hang=False):
                 break
-            if time.monotonic() < self.ends:  # what runs then may end in peace
+            if time.monotonic() < self.ends:  # a job that runs later is not disturbed
                 self._harm(job)
         self.gained += [
             (look.megabytes - first[pid].megabytes, look.descriptors - first[pid].descriptors)
@@ -87,7 +87,7 @@ class Soak:
         else:
             living = sorted(job.pids())
             wanted = 2 if "two" in event else 1
-            # Without ULFM one kill is the end of the job; with it, the last rank is left alone.
+            # Without ULFM one kill ends the job. With it, the last rank is not killed.
             job.kill(*self.rng.sample(living, min(wanted, max(len(living) - 1, 0))))
 
     def round(self, folder: Path, flags: tuple[str, ...]) -> Outcome:
@@ -102,10 +102,10 @@ class Soak:
             if outcome.receipt is not None and outcome.code != 75:
                 self.rounds += 1
                 return outcome
-        raise AssertionError(f"a thousand starts did not come to the end: {outcome}")
+        raise AssertionError(f"a thousand starts did not end with a receipt: {outcome}")
 
 
-def test_random_kills_and_restarts(row, undisturbed, survives):
+def test_random_kills_and_restarts_end_with_the_undisturbed_receipts(row, undisturbed, survives):
     table = row("soak: random kills and restarts, 30 minutes", 1, 1)
 
     def one(number, folder):

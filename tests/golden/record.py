@@ -1,12 +1,13 @@
-"""Golden receipts: the hashes of a few short runs, so that a change of bits is always seen and never by accident.
+"""Record golden receipts: the hashes of a few short runs. A test compares them, so no change of bits goes unnoticed.
 
     python tests/golden/record.py            write the receipts of this machine into receipts.json
-    python tests/golden/record.py --print    print those of this one process instead
+    python tests/golden/record.py --print    print the receipts of this one process instead
 
 The bits of a run depend on its config, on library versions and on the CPU's kernel family. So `receipts.json` has an
-entry for each combination seen so far (see `family`), and the tests assert the one they run on. The families of
-other CPUs that this one can play (`PLAYED`) are recorded as well, each in a process of its own, since the variables
-that choose them are read when NumPy is loaded.
+entry for each combination seen so far (see `family`). The tests use the entry of the machine that they run on.
+
+This CPU can also simulate some families of other CPUs (`PLAYED`). Each is recorded in a separate process, because NumPy
+reads the variables that choose a family when it is loaded.
 """
 
 import json
@@ -31,9 +32,9 @@ from distdl.rng import Key
 RECEIPTS = Path(__file__).with_name("receipts.json")
 COMMAND = "python tests/golden/record.py"
 
-#: What a CPU without AVX-512 finds, and what OpenBLAS chooses there (the same kernels for Haswell and Zen).
+#: The features of a CPU without AVX-512, and the choice of OpenBLAS there (the same kernels for Haswell and Zen).
 WITHOUT_AVX512 = {"OPENBLAS_CORETYPE": "Haswell", "NPY_DISABLE_CPU_FEATURES": "AVX512_SPR AVX512_ICL X86_V4"}
-#: Families by the variables that ask for them; the first is whatever this process has.
+#: Families and the variables that select them; the first is the family of this process.
 PLAYED = {"its own": {}}
 if platform.machine() == "x86_64":
     PLAYED |= {
@@ -42,9 +43,9 @@ if platform.machine() == "x86_64":
         "without AVX-512": WITHOUT_AVX512,
     }
 
-#: 85 rows for training make batches of 32, 32 and 21: the last one has 6 micro-batches, the last of a single sample.
+#: 85 training samples make batches of 32, 32 and 21. The last batch has 6 micro-batches, the last of one sample.
 DIGITS = {"batch_size": 32, "micro_batch_size": 4, "epochs": 1}
-#: 27 rows for training make a batch of 16, in micro-batches of 6, 6 and 4, and one of 11, in 6 and 5.
+#: 27 training samples make a batch of 16 (micro-batches of 6, 6 and 4) and one of 11 (6 and 5).
 PIXELS = {"dataset": "pixels", "batch_size": 16, "micro_batch_size": 6, "epochs": 1}
 OPTIMIZERS = {"adam": {"lr": 0.002}, "momentum": {"lr": 0.02, "weight_decay": 1e-4}}
 MODELS = ("mlp", "simple_convnet", "deep_convnet")  # deep_convnet has dropout
@@ -61,9 +62,9 @@ RUNS = {
 
 
 def family():
-    """Return the name of what decides the bits here: kernels, and the versions of what computes.
+    """Return the CPU kernels and library versions that determine the bits here, as one name.
 
-    The C library is part of it: NumPy takes exp and log of float64 from there where it has no kernel of its own.
+    The C library is included: NumPy uses its exp and log of float64 if NumPy has no kernel of its own.
     """
     libraries = [library for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"]
     blas = [f"{library['internal_api']} {library['version']}" for library in libraries]
@@ -72,7 +73,7 @@ def family():
 
 
 def receipt_of(name):
-    """Return both hashes of one of `RUNS`, and its loss to the last bit."""
+    """Return both hashes of one of `RUNS`, and every bit of its loss."""
     settings = RUNS[name]
     dataset = pixels() if settings.get("dataset") == "pixels" else piece_of_digits()
     with tempfile.TemporaryDirectory() as folder:
@@ -91,21 +92,21 @@ def piece_of_digits():
 
 
 def pixels():
-    """Return 40 images of random bytes: no ties in max-pooling, every value there is."""
+    """Return 40 images of random bytes. They hold every value and have no ties in max-pooling."""
     images = Key(0).of("pixels").words(40 * 28 * 28 // 8).astype("<u8").view(np.uint8).reshape(40, 28, 28, 1)
     labels = np.arange(40, dtype=np.int64) % 10
     return sources.Dataset("pixels", images, labels, 10, test_start=30)
 
 
 def entry_of_this_process():
-    """Return the name of this process's family and its receipts."""
+    """Return the name and the receipts of this process's family."""
     return family(), {name: receipt_of(name) for name in RUNS}
 
 
 def entry_when_played(variables):
-    """Return the same as a new process with these variables computes it; None where this CPU lacks the instructions.
+    """Return the name and receipts of a new process with these variables; None if this CPU lacks the instructions.
 
-    The family that it names is the one that it has, which need not be the one asked for.
+    The name is that of the actual family, which may differ from the requested one.
     """
     done = subprocess.run(
         [sys.executable, __file__, "--print"],
@@ -123,10 +124,10 @@ def entry_when_played(variables):
 
 
 def renewed(known, recorded):
-    """Return the entries to be written, and the families that are dropped since their receipts are out of date.
+    """Return the entries to write, and the families to drop because their receipts are out of date.
 
-    Where the bits of a family that was recorded again have changed, those of families that this CPU cannot play
-    have changed too: they are dropped, to be recorded again where they can be.
+    If the bits of a family recorded here have changed, those of families that this CPU cannot simulate have changed
+    too. These are dropped, and must be recorded again on other CPUs.
     """
     changed = any(name in known and known[name] != receipts for name, receipts in recorded.items())
     dropped = sorted(set(known) - set(recorded)) if changed else []
@@ -151,7 +152,7 @@ def main(arguments):
         news = "added" if name not in known else "as before" if known[name] == receipts else "CHANGED"
         print(f"{news}: {name}")
     for name in dropped:
-        print(f"dropped, to be recorded again on a CPU that has it: {name}")
+        print(f"dropped; record it again on a CPU that has it: {name}")
 
 
 if __name__ == "__main__":

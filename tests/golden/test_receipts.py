@@ -1,4 +1,4 @@
-"""A change of bits is seen: short runs end with the receipts that were recorded for this kernel family."""
+"""Short runs end with the receipts recorded for this kernel family, so a change of bits is detected."""
 
 import pytest
 from record import COMMAND, PLAYED, RUNS, entry_when_played, load, renewed
@@ -9,7 +9,7 @@ pytestmark = pytest.mark.skipif(read_launch().by is not None, reason="already un
 
 
 @pytest.mark.parametrize("play", PLAYED)
-def test_the_receipts_are_those_recorded(play):
+def test_the_receipts_equal_the_recorded_ones(play):
     entry = entry_when_played(PLAYED[play])
     if entry is None:
         pytest.skip("this CPU lacks the instructions")
@@ -18,7 +18,7 @@ def test_the_receipts_are_those_recorded(play):
     if family not in known:
         pytest.skip(f"no golden receipts for {family}: add them by {COMMAND}")
     changed = [name for name in RUNS if receipts[name] != known[family].get(name)]
-    assert not changed, f"the bits of these runs are others than before; CONTRIBUTING.md says what to do: {changed}"
+    assert not changed, f"the bits of these runs have changed; CONTRIBUTING.md says what to do: {changed}"
     assert receipts == known[family]
 
 
@@ -29,7 +29,7 @@ def test_at_least_two_families_are_recorded_and_they_differ():
         assert len({entry[name]["weights_sha256"] for entry in entries}) >= 2, name
 
 
-def test_a_new_family_joins_those_recorded_elsewhere():
+def test_a_new_family_is_added_to_the_families_of_other_cpus():
     assert renewed({"theirs": {"run": 1}}, {"ours": {"run": 2}}) == ({"ours": {"run": 2}, "theirs": {"run": 1}}, [])
 
 

@@ -25,7 +25,7 @@ def random(*shape):
 
 
 def drawn(figure):
-    """The arrays of all images in a figure, in order."""
+    """Return the arrays of all images in a figure, in order."""
     return [np.asarray(image.get_array()) for axes in figure.axes for image in axes.images]
 
 

@@ -1,4 +1,4 @@
-"""Sweeping removes the files of our dead processes, and nothing else."""
+"""A sweep removes the files of our dead processes, and no others."""
 
 import json
 import os
@@ -18,14 +18,14 @@ from distdl.parallel import shared as shared_module
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder in place of the kernel's shared memory."""
+    """Return a folder that replaces the kernel's shared memory."""
     folder = tmp_path / "shared memory"
     folder.mkdir()
     return folder
 
 
 def left_by_a_dead_process(folder, prefix, content=""):
-    """A file whose owner was killed while it had locked the file."""
+    """Create a file whose owner was killed while it had locked the file."""
     program = """
 import os, pathlib, signal, sys
 from distdl.job import leftovers

@@ -33,7 +33,7 @@ BUSY_FOREVER = WAIT_FOREVER.replace("time.sleep(600)", "while True:\n    pass")
 
 
 def registers_of(launcher):
-    """The registers of a job's ranks, and the files that they list."""
+    """Return the registers of a job's ranks, and the files that they list."""
     found = {}
     for path in Path("/dev/shm").glob(leftovers.REGISTER + "*"):
         try:

@@ -131,7 +131,7 @@ def test_a_run_folder_is_chosen_once_if_none_is_given(tmp_path):
     assert starts == [[given], [given, "--resume=auto"]]
 
 
-def test_a_wrong_flag_leaves_no_chosen_folder_behind(tmp_path):
+def test_a_wrong_flag_leaves_no_chosen_folder(tmp_path):
     code, starts, _ = run_scripted(tmp_path, ["refused", 0], "--epochs=none")
     assert code == 2
     assert [flag.partition("=")[0] for flag in starts[0]] == ["--epochs", "--run-dir"]

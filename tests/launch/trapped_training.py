@@ -124,7 +124,7 @@ def until(condition):
 
 
 def ranks_of(folder):
-    """The process numbers of the ranks that have taken a step."""
+    """Return the process numbers of the ranks that have taken a step."""
     return [int(text) for path in folder.glob("process-*") if (text := path.read_text())]
 
 

@@ -37,7 +37,7 @@ def test_the_docstring_names_a_section_of_the_book_or_another_source(name):
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_a_section_of_a_paper_is_not_taken_as_one_of_the_book(name):
+def test_a_section_of_a_paper_does_not_count_as_a_section_of_the_book(name):
     """After a year, a section is not one of the book."""
     for found in re.finditer(
         r"\d{4}[^;.]{0,40} section \d\.\d\S*([^;.]*)", " ".join(inspect.getdoc(NAMED[name]).split())

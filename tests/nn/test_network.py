@@ -378,7 +378,7 @@ def test_no_input_gradient_is_computed_if_no_layer_in_front_has_parameters():
     network.initialize(Key(0))
 
     def never(_):
-        pytest.fail("backward went on in front of the first parameters")
+        pytest.fail("backward continued in front of the first parameters")
 
     layers[0].backward = never
     layers[1]._turned_convolution = never

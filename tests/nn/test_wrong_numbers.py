@@ -60,7 +60,7 @@ def test_a_setting_that_is_not_one_or_two_whole_numbers_is_refused(setting, give
         return
     with pytest.raises(UserError) as caught:
         make(given)
-    assert str(caught.value) == f"{setting} {given!r} given, expected one or two whole numbers from {least} on"
+    assert str(caught.value) == f"{setting} {given!r} given, expected one or two whole numbers of at least {least}"
 
 
 @pytest.mark.parametrize("given", VALID, ids=repr)

@@ -1,4 +1,4 @@
-"""If a rank dies in the middle of a reduction, all others learn of it, whichever rank they wait for.
+"""If a rank dies in the middle of a reduction, all others learn of it, for any rank that they wait for.
 
 If MPI never completes the group of the survivors, the job ends.
 """

@@ -184,7 +184,7 @@ class Model:
         return self.go_by(rank, recovery)
 
     def check_end(self, world):
-        """Nothing more can happen: all living ranks must have reached the same end."""
+        """Assert that all living ranks have reached the same end."""
         living = {number: rank for number, rank in enumerate(world.ranks) if rank.alive}
         assert living
         for number, rank in living.items():
@@ -227,7 +227,7 @@ def explore(model):
         (3, 2, 1, (1, 0, 1)),
     ],
 )
-def test_the_survivors_take_every_step_once_whichever_ranks_die_at_any_time(ranks, steps, deaths, first_steps):
+def test_the_survivors_take_every_step_once_for_any_deaths_at_any_time(ranks, steps, deaths, first_steps):
     states, ends = explore(Model(ranks, steps, deaths, first_steps))
     assert states > 100
     assert ends > 1

@@ -70,7 +70,7 @@ def test_the_order_of_additions_shows_in_the_bits():
 
 @pytest.fixture
 def shared_memory(shared_tmp_path, monkeypatch):
-    """A folder in place of the kernel's shared memory, so that it holds no files of other jobs."""
+    """Replace the kernel's shared memory by a folder, which holds no files of other jobs."""
     monkeypatch.setattr(shared_module, "SHARED_MEMORY", shared_tmp_path)
     return shared_tmp_path
 
@@ -92,7 +92,7 @@ def test_any_number_of_ranks_gives_the_bits_of_gathering_all_leaves(communicator
 
 
 def simulated_hosts(part):
-    """Ways to spread ranks over simulated hosts: the number of each rank's host."""
+    """Return ways to spread ranks over simulated hosts: the host number of each rank, by name."""
     size = part.size
     return {
         "one host": [0] * size,
@@ -149,7 +149,7 @@ def test_shards_dealt_by_speed_give_the_same_bits(communicator):
 
 
 @pytest.mark.mpi(min_size=2)
-def test_schedules_that_were_dropped_are_made_again(communicator, monkeypatch):
+def test_dropped_schedules_are_created_again(communicator, monkeypatch):
     monkeypatch.setattr(reduction_module, "SCHEDULES_KEPT", 2)
     reduction = REDUCTIONS["tree"](communicator, LAYOUTS[-1])
     for leaves in (8, 5, 3, 8, 5, 13):
@@ -200,7 +200,7 @@ def test_the_total_that_others_see_is_read_only(communicator, name):
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("spread", ["one host", "a host each", "pairs"])
-def test_a_steady_step_allocates_next_to_nothing(communicator, spread):
+def test_a_steady_step_allocates_almost_nothing(communicator, spread):
     host = communicator.split(simulated_hosts(communicator)[spread][communicator.rank])
     layout = Layout([Field("gradient", "f4", 1_000_000)])
     gradient = np.ones(1_000_000, "f4")

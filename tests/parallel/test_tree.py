@@ -1,4 +1,4 @@
-"""The canonical tree fixes the order of every addition, whichever ranks hold the leaves."""
+"""The canonical tree fixes the order of every addition, for any distribution of the leaves over ranks."""
 
 import random
 
@@ -10,7 +10,7 @@ from distdl.parallel.tree import TreeNode, are_siblings, contiguous_shards, fold
 
 
 def expression(lo, hi):
-    """The definition: the sum as nested pairs."""
+    """Return the sum as nested pairs, by the definition."""
     if hi - lo == 1:
         return lo
     power = 1

@@ -71,7 +71,7 @@ def test_a_trial_s_hyperparameters_depend_on_its_key_alone():
 def test_ranges_are_narrowed_to_what_the_best_span():
     accuracies = [0.1, 0.9, None, 0.5, 0.8, 0.2, 0.8, 0.7, None, 0.3]
     results = round_of(SETTINGS, 1, [], accuracies)
-    kept = [results[1], results[4], results[6]]  # three of ten, by sorted by hand
+    kept = [results[1], results[4], results[6]]  # the best three of ten
     for one, new in zip(SETTINGS.ranges, narrowed(SETTINGS.ranges, results, 0.3), strict=True):
         values = [result.settings[one.name] for result in kept]
         assert new == replace(one, low=min(values), high=max(values))

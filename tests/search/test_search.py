@@ -72,7 +72,7 @@ def test_a_task_without_an_accuracy_is_judged_by_its_validation_loss(tmp_path, c
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The files of each search in one process."""
+    """Return the files of each search in one process."""
     folder = tmp_path_factory.mktemp("undisturbed")
     for name, settings in (("random", RANDOM), ("halving", HALVING)):
         searched(settings, folder / name)

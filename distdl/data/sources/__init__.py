@@ -1,11 +1,5 @@
 """The datasets by name: `load` returns one as a `Dataset`.
 
-    digits   the digits that are part of this package
-    mnist    MNIST and Fashion-MNIST, from a folder or by download
-    npz      arrays in a user's ``.npz`` file
-    folder   images in a user's folder
-    idx      the file format of MNIST
-
 To add a dataset, write a function that returns a `Dataset` in a file of its own, and list it below and in `config.py`.
 """
 

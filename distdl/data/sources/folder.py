@@ -1,16 +1,9 @@
-"""A user's own images in a folder, with a folder for each class.
+"""A user's own images in a folder, with a folder for each class (`docs/data.md` describes the layout).
 
-    shells/cone/a.png …       one folder for each class: the classes are numbered in the order of their names
-    shells/cowrie/b.jpg …
-
-If the dataset has its own test part, ``train`` and ``test`` come first, with the same classes in both:
-
-    shells/train/cone/a.png …
-    shells/test/cone/z.png …
-
-The images are PNG, JPEG, BMP, PPM or WebP files with 8 bits a channel. All have one size; nothing is resized. If all
-are gray the dataset has one channel, otherwise three. Transparency and a camera's orientation are ignored. So are names
-that start with a dot, and files beside the folders of the classes. Any other file is refused. No file is trusted.
+The classes are numbered in the order of their names. The images have 8 bits a channel and one size; nothing is resized.
+If all are gray the dataset has one channel, otherwise three. Transparency and a camera's orientation are ignored. So
+are names that start with a dot, and files beside the folders of the classes. Any other file is refused. No file is
+trusted.
 """
 
 from __future__ import annotations
@@ -37,8 +30,7 @@ GRAY, COLORS = {"1", "L", "LA"}, {"P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 def load_folder(path: Path) -> Dataset:
     """Return the images in a folder, in the order of their names. So the same files give the same dataset anywhere.
 
-    Raises `UserError` if Pillow or an image is missing or an image does not fit the others, `DamagedFileError` if an
-    image is damaged.
+    Raises `UserError` if Pillow or an image is missing or an image does not fit, `DamagedFileError` if one is damaged.
     """
     pillow = _pillow()
     parts = [_folders(path)]

@@ -6,10 +6,9 @@ A file has a header of big-endian numbers, and then the elements, unsigned bytes
     byte  2      element type: 0x08 = unsigned byte, the only one that MNIST uses
     byte  3      number of dimensions: 3 for images (N, H, W), 1 for labels (N,)
     4 bytes      the length of each dimension
-    the rest     exactly as many elements as the lengths declare
 
-Memory never exceeds the declared size, nor the content of the file, whatever the header says. Elements are read block
-by block, up to the declared number. One more byte shows whether the file is too long. So a gzip bomb costs one block.
+Memory never exceeds the declared size, nor the content of the file. Elements are read block by block, up to the
+declared number. One more byte shows whether the file is too long. So a gzip bomb costs one block.
 
 Source: Y. LeCun, C. Cortes, C. J. C. Burges, *The MNIST database of handwritten digits*, "file formats".
 """
@@ -44,8 +43,6 @@ BLOCK_BYTES = 2**20
 def read_idx(path: Path, *, kind: Kind) -> NDArray[np.uint8]:
     """Return the elements of the IDX file at `path`: images (N, H, W) or labels (N,), as uint8.
 
-    The first bytes of the file, not its name, show whether it is gzipped.
-
     Raises `DamagedFileError` if the file is not IDX or differs from its header. Raises `UserError` if it cannot be
     read, is no regular file, or declares more than 2 GiB.
     """
@@ -56,17 +53,14 @@ def read_idx(path: Path, *, kind: Kind) -> NDArray[np.uint8]:
                 raise UserError(f"{quoted(path)} is not a regular file: expected an IDX file of {kind}")
             raw = stack.enter_context(path.open("rb"))
             file_bytes = os.fstat(raw.fileno()).st_size
-            compressed = raw.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+            compressed = raw.read(len(GZIP_MAGIC)) == GZIP_MAGIC  # whatever its name
             raw.seek(0)
             stream = stack.enter_context(gzip.GzipFile(fileobj=raw, mode="rb")) if compressed else raw
             shape = _read_header(stream, path, kind)
             _check_size(path, shape, file_bytes, compressed)
             elements = _read_elements(stream, path, math.prod(shape))
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DamagedFileError(
-                f"{quoted(path)} is damaged: its gzip data cannot be decompressed ({error}), "
-                "expected an intact file; fetch it again"
-            ) from error
+            _damaged(path, f"its gzip data cannot be decompressed ({error})", "an intact file")
         except OSError as error:
             raise UserError(f"{quoted(path)} cannot be read: {error.strerror or error}") from error
     return np.frombuffer(elements, np.uint8).reshape(shape)
@@ -77,7 +71,6 @@ def _damaged(path: Path, found: str, expected: str) -> NoReturn:
 
 
 def _read_header(stream: BinaryIO | gzip.GzipFile, path: Path, kind: Kind) -> tuple[int, ...]:
-    """Return the declared shape."""
     dimensions = DIMENSIONS[kind]
     header = stream.read(4 + 4 * dimensions)
     expected_magic = bytes([0, 0, UNSIGNED_BYTE, dimensions])

@@ -1,4 +1,6 @@
-"""MNIST and Fashion-MNIST: four IDX files each, from a folder or downloaded.
+"""MNIST (handwritten digits) and Fashion-MNIST (clothes): four IDX files each, from a folder or downloaded.
+
+Both have 60,000 images of 28x28 pixels, 0 .. 255, in ten classes, and 10,000 more, their test part.
 
 Sources: Y. LeCun, C. Cortes, C. J. C. Burges, *The MNIST database of handwritten digits*, 1998; H. Xiao, K. Rasul,
 R. Vollgraf, *Fashion-MNIST: a novel image dataset for benchmarking machine learning algorithms*, 2017,
@@ -69,22 +71,21 @@ FASHION_MNIST = Published(
 
 
 def load_mnist(data_dir: Path | None) -> Dataset:
-    """Return MNIST: 60,000 handwritten digits of 28x28 pixels, 0 .. 255, and 10,000 more, its test part."""
+    """Return MNIST."""
     return _load(MNIST, data_dir)
 
 
 def load_fashion_mnist(data_dir: Path | None) -> Dataset:
-    """Return Fashion-MNIST: images of clothes in ten classes, with the sizes and counts of MNIST."""
+    """Return Fashion-MNIST."""
     return _load(FASHION_MNIST, data_dir)
 
 
 def _load(published: Published, data_dir: Path | None) -> Dataset:
     """Read the four files from `data_dir`, each plain or gzipped (``.gz``); without `data_dir` download them.
 
-    The files of a folder may hold any valid IDX data. Downloads stay in the user's cache folder. Their sha256 is
-    checked at every start.
-
-    Raises `UserError` if a file cannot be read or does not fit the others, `DamagedFileError` if a file is damaged.
+    The files of a folder may hold any valid IDX data. Downloads stay in the user's cache folder; their sha256 is
+    checked at every start. Raises `UserError` if a file cannot be read or does not fit the others, `DamagedFileError`
+    if a file is damaged.
     """
     paths = _download_all(published) if data_dir is None else _find_in(data_dir, published)
     train_images, train_labels = _read_pair(paths[0], paths[1])
@@ -166,8 +167,7 @@ def _download(pooch: Any, published: Published, name: str) -> Path:
 def _fetch(size: int, url: str, output: str, _pooch: Any) -> None:
     """Download exactly `size` bytes from `url` to the file `output`, over HTTPS only, redirects included.
 
-    pooch calls it, compares the sha256, and then moves the file to its place. Raises `OSError` or `ValueError` if
-    the download differs, at the first byte too many.
+    pooch calls it, and compares the sha256. Raises `OSError` or `ValueError` if the download fails or is too long.
     """
     requests = importlib.import_module("requests")  # pooch needs it too
     with requests.Session() as session:

@@ -4,9 +4,8 @@
     labels        integers from 0, (N,) or one for each pixel (N, H, W); or floats, numbers to predict, (N, D)
     test_images, test_labels    the test part, if the dataset has its own
 
-The names of Keras are also accepted: ``x_train``, ``y_train``, ``x_test`` and ``y_test``.
-
-The file is not trusted. Nothing is unpickled. Memory is allocated only if an array's size agrees with the archive.
+The names of Keras, as in `NAMES`, are also accepted. The file is not trusted: nothing is unpickled, and memory is
+allocated only if an array's size agrees with the archive.
 """
 
 from __future__ import annotations
@@ -121,9 +120,8 @@ def _array(archive: NpzFile, path: Path, name: str) -> NDArray[Any]:
     except KeyError:
         raise UserError(f"{quoted(path)} has {name} in another form than numpy.savez writes it ({name}.npy)") from None
     if member.compress_type not in METHODS or member.flag_bits & 1:
-        raise UserError(
-            f"{name} of {quoted(path)} is encrypted, or compressed by another method: expected a file from numpy.savez"
-        )
+        what = f"{name} of {quoted(path)} is encrypted, or compressed by another method"
+        raise UserError(f"{what}: expected a file from numpy.savez")
     if member.file_size > MOST_DEFLATED * member.compress_size:
         raise ValueError(f"{name} cannot have the {member.file_size} bytes that it announces")
     with container.open(member) as stream:

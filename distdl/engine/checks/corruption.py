@@ -34,17 +34,15 @@ class Audit(StepObserver):
     def __init__(self, state: TrainingState, every: int, *, own_model: bool) -> None:
         self._state = state
         self._every = every
-        self._hint = (
-            " (or a layer of the model is no pure function of its input and key: fix that)" if own_model else ""
-        )
+        hint = " (or a layer of the model is no pure function of its input and key: fix that)"
+        self._hint = hint if own_model else ""
 
     def computed(self, step: OptimizerStep) -> None:
         """Audit the step if its turn has come. Collective."""
         number = self._state.step + 1
         if number % self._every:
             return
-        communicator = step.communicator
-        rank, size = communicator.rank, communicator.size
+        communicator, rank, size = step.communicator, step.communicator.rank, step.communicator.size
         audited = (rank + 1) % size
         first = communicator.allgather_json([_digest(step.reduction), _recomputed(step, audited)])
         pairs = [{one, (one + 1) % size} for one in range(size) if first[one][1] != first[(one + 1) % size][0]]
@@ -127,6 +125,4 @@ def corruption_found(communicator: Communicator, ranks: Sequence[int], what: str
 
 def agreed(what: str) -> CorruptionError:
     """Return the error that every rank raises."""
-    error = CorruptionError(f"{what} from the last checkpoint with --resume")
-    error.agreed = True
-    return error
+    return CorruptionError(f"{what} from the last checkpoint with --resume", agreed=True)

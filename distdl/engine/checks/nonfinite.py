@@ -47,10 +47,8 @@ class FiniteCheck(StepObserver):
     """Stops the training at a step that is not finite, or skips the update of that step.
 
     `save` saves the micro-batch of a fault and returns the file's name, the same on all ranks. `fault` is that of the
-    latest step, None if the step was finite.
-
-    A fault that does not occur again when the step is recomputed always stops the training: no bit may depend on a
-    hardware fault.
+    latest step, None if the step was finite. A fault that does not occur again when the step is recomputed always stops
+    the training: no bit may depend on a hardware fault.
     """
 
     def __init__(self, config: TrainConfig, state: TrainingState, save: Callable[[Fault], str | None]) -> None:
@@ -113,9 +111,7 @@ def diverged(what: str, config: TrainConfig, state: TrainingState) -> DivergedEr
         given = {"--lr": config.lr, "--weight-decay": config.weight_decay, "--l1-decay": config.l1_decay}
         smaller = " or ".join(f"{flag} than {value:g}" for flag, value in given.items() if value)
         advice = f"training has diverged; start a new run with a smaller {smaller}"
-    error = DivergedError(f"{what}: {advice}")
-    error.agreed = True
-    return error
+    return DivergedError(f"{what}: {advice}", agreed=True)
 
 
 def is_finite(array: NDArray[Any]) -> bool:

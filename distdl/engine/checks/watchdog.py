@@ -1,13 +1,8 @@
 """The watchdog: when a job makes no progress, it names the late rank and shows where that rank is.
 
-A job that hangs shows nothing: one rank waits for a disk or loops forever, and the others wait for it. So in every rank
-a thread checks once a second whether the rank has done anything since: steps, and micro-batches within them. It writes
-the result into memory that the ranks of a host share. It looks at the rank's stack: inside a collective call, the rank
-waits for others.
-
-After the given seconds without progress, a rank that does not wait prints its stack. Of the waiting ranks, the lowest
-one of each host names the late rank. Both repeat this after twice that time, four times, and so on, and print a line
-when the rank continues.
+In every rank a thread checks once a second whether the rank has done anything since: steps, and micro-batches within
+them. It writes the result into memory that the ranks of a host share. It looks at the rank's stack: inside a collective
+call, the rank waits for others. `docs/processes.md` ("Hangs") describes the messages.
 
 The training does nothing for this but count. The threads end with the training, and with the process.
 """

@@ -1,12 +1,9 @@
 """A thread that writes checkpoints from a copy of the state while training continues.
 
 The copy is made between two steps, into buffers allocated once. Then the thread flushes the logs to disk, writes the
-checkpoint, and removes old ones. It only hashes, writes and compares, so it holds Python's lock for a fraction of a
-millisecond at a time. One checkpoint is written at a time: the owner asks for the `outcome` of each before it starts
-the next, and before it ends.
-
-A checkpoint gets its name when it is complete, and older ones are removed only then. So the newest checkpoint is
-intact, at whatever moment the process ends.
+checkpoint, and removes old ones. One checkpoint is written at a time: the owner asks for the `outcome` of each before
+it starts the next, and before it ends. A checkpoint gets its name when it is complete, and older ones are removed only
+then. So the newest checkpoint is intact, at whatever moment the process ends.
 """
 
 from __future__ import annotations
@@ -61,10 +58,9 @@ class CheckpointWriter:
         self._pending = self._thread.submit(self._write, folder, checkpoint, header.step, best_step, flush_logs)
 
     def outcome(self, *, wait: bool) -> Outcome | None:
-        """Return the outcome of the checkpoint that was started last, once; None if there is none.
+        """Return, once, the outcome of the checkpoint that was started last; None if no checkpoint was started.
 
-        Without `wait`, None also if it is not done. The outcome contains an error of the disk; any other exception of
-        the thread is raised here.
+        Without `wait`, None also if it is not done. Exceptions of the thread are raised here, except an `OSError`.
         """
         pending = self._pending
         if pending is None or not (wait or pending.done()):

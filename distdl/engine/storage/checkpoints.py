@@ -1,11 +1,8 @@
 """Checkpoints: the whole state after a step, in one safetensors file that proves itself intact.
 
-A safetensors file consists of eight bytes of header length, a JSON header and the bytes of the tensors. The format
-has no checksum, and a flipped bit in the data loads silently. So the metadata in the header contains the sha256 of the
-whole file, with the 64 digits of the digest itself set to zero. A message names a file that is torn, truncated or
-altered anywhere. Such a file is never loaded.
-
-The metadata has one key, ``distdl``. Its value is a JSON object with ``format``, ``sha256`` and ``header``.
+The format has no checksum, and a flipped bit in the data loads silently. So the metadata in the JSON header has one
+key, ``distdl``, a JSON object with ``format``, ``sha256`` and ``header``. The sha256 covers the whole file, with the 64
+digits of the digest itself set to zero. A file that is torn, truncated or altered anywhere is never loaded.
 """
 
 from __future__ import annotations
@@ -81,11 +78,6 @@ def encoded(checkpoint: Checkpoint) -> list[bytes | memoryview]:
         digest.update(part)
     # The first zeros are the digest's: the metadata comes first, and in it the digest comes before any foreign text.
     return [header.replace(NO_DIGEST.encode(), digest.hexdigest().encode(), 1), *data]
-
-
-def encode(checkpoint: Checkpoint) -> bytes:
-    """Return the bytes of the file."""
-    return b"".join(encoded(checkpoint))
 
 
 def decode(data: bytes, name: str) -> Checkpoint:
@@ -167,8 +159,7 @@ def _reads_back(file: BinaryIO, part: memoryview) -> bool:
 def read(path: Path, *, follow: bool = True) -> Checkpoint:
     """Return the checkpoint at `path`; raise `UserError` if it cannot be read, `DamagedFileError` if damaged.
 
-    The header is checked first, so a large file of another kind is not read to its end. Without `follow`, a symbolic
-    link is an error.
+    A large file of another kind is not read to its end. Without `follow`, a symbolic link is an error.
     """
     try:
         with os.fdopen(_opened(path, follow=follow), "rb") as file:
@@ -237,9 +228,8 @@ def restore(checkpoint: Checkpoint, into: list[tuple[str, NDArray[Any]]], name: 
     if wanted != found:
         differing = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
         there, here = (described(arrays.get(differing[0])) for arrays in (checkpoint.tensors, dict(into)))
-        raise UserError(
-            f"{name} is a checkpoint of another model or version: {differing[0]} is {there} there and {here} here"
-        )
+        what = f"{differing[0]} is {there} there and {here} here"
+        raise UserError(f"{name} is a checkpoint of another model or version: {what}")
     for key, array in into:
         np.copyto(array, checkpoint.tensors[key])
 

@@ -1,10 +1,8 @@
 """Durable writes: a reader finds the old content or the new, even after a crash at any point.
 
 The order is: temporary name, write, flush to disk, rename, flush the folder. Each system call goes through `os`, so
-a test can end the process at any of them.
-
-Nothing is written, cut or removed through a symbolic link. A temporary file is always new. Logs, and folders inside a
-run folder, are opened without following links.
+a test can end the process at any of them. Nothing is written, cut or removed through a symbolic link. Logs, and folders
+inside a run folder, are opened without following links.
 """
 
 from __future__ import annotations
@@ -40,8 +38,7 @@ MOST_BUFFERS = 1024
 def write_durably(path: Path, *parts: Buffer, follow: bool = True) -> None:
     """Replace the content of `path` by the concatenated `parts`, or leave it unchanged.
 
-    Without `follow`, the folder must not be a symbolic link. Raises `OSError` if the disk refuses; then the temporary
-    file is removed and `path` is unchanged.
+    Without `follow`, the folder must not be a symbolic link. Raises `OSError` if the disk refuses.
     """
     temporary = path.name + TEMPORARY_SUFFIX
     with opened_folder(path.parent, follow=follow) as folder:
@@ -140,8 +137,8 @@ def remove(folder: Path, names: Iterable[str]) -> None:
                 os.unlink(name, dir_fd=handle)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove the remains of interrupted writes in `folder`, and nothing else."""
-    for path in folder.glob("*" + TEMPORARY_SUFFIX):
+def remove_temporaries(*folders: Path) -> None:
+    """Remove the remains of interrupted writes in `folders`, and nothing else."""
+    for path in (path for folder in folders for path in folder.glob("*" + TEMPORARY_SUFFIX)):
         if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)

@@ -20,8 +20,7 @@ def line_of(record: Mapping[str, Any]) -> bytes:
 class JsonLines:
     """A file of one JSON object per line, first cut to a given length.
 
-    If a full disk refuses bytes, they wait in memory, from the exact byte at which the disk was full. They are written
-    before anything else as soon as there is room. So no record is lost or torn.
+    Bytes that a full disk refuses wait in memory, and are written first as soon as there is room. So no record is torn.
     """
 
     def __init__(self, path: Path, keep_bytes: int = 0) -> None:
@@ -36,12 +35,8 @@ class JsonLines:
         """The file's length in bytes."""
         return os.fstat(self._file.fileno()).st_size
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append a record. If this raises `OSError`, the record waits in memory; do not write it again."""
-        self.append(line_of(record))
-
     def append(self, lines: bytes) -> None:
-        """Append whole lines. If this raises `OSError`, they wait in memory."""
+        """Append whole lines. If this raises `OSError`, they wait in memory; do not append them again."""
         self._waiting += lines
         self._write_waiting()
 

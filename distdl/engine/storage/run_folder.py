@@ -1,8 +1,7 @@
 """The run folder: decide where a run starts, make the folder and lock it.
 
-`find_start` decides and writes nothing. `locked_run_folder` makes the folder, and locks it for the life of
-the process. The data is loaded in between, which takes time. So the lock comes with a second look: a folder that
-another run used meanwhile is refused.
+`find_start` decides and writes nothing. `locked_run_folder` makes the folder, and locks it for the life of the process.
+The data is loaded in between. So a folder that another run used meanwhile is refused.
 """
 
 from __future__ import annotations
@@ -119,8 +118,8 @@ def _given_checkpoint(config: TrainConfig, source: Path) -> StartingPoint:
 def find_checkpoint(source: Path, name: str) -> FoundCheckpoint:
     """Return the checkpoint at `source`, or the newest intact one of the run folder `source`.
 
-    `name` stands for `source` in messages. Raises `UserError` if there is none, `DamagedFileError` if none is intact,
-    and `OSError` if the disk refuses.
+    Raises `UserError`, with `name` for the source, if no checkpoint exists, `DamagedFileError` if none is intact, and
+    `OSError`.
     """
     if source.is_file():
         return FoundCheckpoint(source, checkpoints.read(source), [])
@@ -133,14 +132,10 @@ def find_checkpoint(source: Path, name: str) -> FoundCheckpoint:
     return found
 
 
-# --------------------------------------------------------------------------------------------- the content of a folder
-
-
 def refuse_links(folder: Path) -> None:
     """Raise `UserError` if anything that a run writes, cuts or removes in its folder is a link or no regular file.
 
-    The user names the folder, so it may itself be a symbolic link. Its content may come from anyone, so nothing in it
-    may lead out of it.
+    The folder itself may be a symbolic link: the user named it. Its content may come from anyone.
     """
     inside = folder / "checkpoints"
     _refuse_link(inside, stat.S_ISDIR)
@@ -198,16 +193,12 @@ def _used_meanwhile(folder: Path) -> UserError:
     return UserError(f"the run folder {folder} was used by another run meanwhile: start again")
 
 
-# --------------------------------------------------------------------------------------------------- making and locking
-
-
 @contextmanager
 def locked_run_folder(start: StartingPoint) -> Iterator[tuple[Path, IO[bytes]]]:
     """Make the run folder and lock it. If this or the code inside fails, remove everything that was made.
 
     Raises `UserError` if the folder is in use, was used since the decision, or if the disk refuses. Files of another
-    run stay: ``checkpoints/`` is made, and files are removed, under the lock alone; the folders around them are
-    removed only while they are empty.
+    run stay: files are removed under the lock alone, and folders only while they are empty.
     """
     folder, made, present = start.folder, list[Path](), set[Path]()
     lock = None

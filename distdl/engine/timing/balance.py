@@ -1,8 +1,7 @@
 """Shards of micro-batches: equal ones, or with `--balance` shards by measured speed.
 
-Every rank times its micro-batches. The seconds travel in the record of the reduction, in a field with one entry per
-rank. So after each step all ranks hold the same numbers and draw the same conclusions (`Balance`, which is pure).
-The result is bitwise the same whichever rank computes a micro-batch.
+The seconds of each rank's micro-batches travel in the record of the reduction. So after each step all ranks hold the
+same numbers and draw the same conclusions (`Balance`). The rank that computes a micro-batch does not change the bits.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ LEAST_STEPS = 5
 STEPS_BETWEEN_TRIALS = 50
 #: or later, so that trials cost at most this part of the time.
 COST_OF_TRIALS = 0.02
-#: A rank that sleeps while it waits, on a core that another load uses too, gets the core back only after the load's
-#: time slice of some milliseconds, in each wait of a step. So with `--balance` ranks poll for longer than a slice.
+#: A rank that sleeps on a core with another load gets the core back only after the load's time slice of some
+#: milliseconds. So with `--balance` waiting ranks poll for longer than a slice.
 SPIN_SECONDS = 20e-3
 
 
@@ -109,7 +108,7 @@ class Dealer(StepObserver):
         self.ranks = ranks
 
     def shards(self, micro_batches: int) -> Sequence[Shard]:
-        """Return the micro-batches of each rank, for a step or an evaluation of so many."""
+        """Return the micro-batches of each rank, for a step or an evaluation of `micro_batches`."""
         return contiguous_shards(micro_batches, self.ranks)
 
     def epoch_record(self) -> dict[str, Any]:
@@ -118,10 +117,7 @@ class Dealer(StepObserver):
 
 
 class BalancedDealer(Dealer):
-    """Deals by measured speed, whole blocks of the canonical tree first.
-
-    `micro_batches` is the number of a full batch.
-    """
+    """Deals by measured speed; `micro_batches` is the number of a full batch."""
 
     def __init__(
         self, rank: int, ranks: int, micro_batches: int, clock: Callable[[], float] = time.perf_counter
@@ -137,7 +133,7 @@ class BalancedDealer(Dealer):
         self._computed = [0] * ranks
 
     def shards(self, micro_batches: int) -> Sequence[Shard]:
-        """Return the micro-batches of each rank, for a step or an evaluation of so many."""
+        """Return the micro-batches of each rank, for a step or an evaluation of `micro_batches`."""
         return deal(self._balance.shares(micro_batches))
 
     def begin(self, step: OptimizerStep) -> None:  # noqa: ARG002

@@ -1,15 +1,12 @@
 """The timeline: the time of each step on each rank, as compute, reduction, and waiting for slower ranks.
 
-A step has four marks on a rank's own clock: it begins, enters the reduction, leaves it, ends. Outside of the reduction
-the rank computes. Inside, the last rank to arrive waits for nobody. So the shortest time inside is the reduction
-itself, and any longer time was waiting (the "wait at N x N" of F. Wolf and B. Mohr, *Automatic performance analysis of
-hybrid MPI/OpenMP applications*, 2003). This needs durations only, so clocks need not agree.
-
     compute | waiting | reduction | compute
     begin   enter               leave     end
 
-The marks go into an array that is allocated once. Ranks compare them when it is full and at the end of an epoch, never
-within a step.
+A step has these four marks on a rank's own clock. Of the ranks in a reduction, the last to enter waits for nobody. So
+the shortest time inside is the reduction itself, and any longer time was waiting (the "wait at N x N" of F. Wolf and
+B. Mohr, *Automatic performance analysis of hybrid MPI/OpenMP applications*, 2003). This needs durations only, so clocks
+need not agree. Ranks compare their marks at the end of an epoch and when the array is full, never within a step.
 """
 
 from __future__ import annotations
@@ -17,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +55,13 @@ class Spent:
         parts = sum(self.compute), sum(self.reduction), sum(self.waiting)
         whole = sum(parts) or 1.0
         return parts[0] / whole, parts[1] / whole, parts[2] / whole
+
+    def named(self) -> dict[str, Any]:
+        """Return all times by their names in ``timing.jsonl``."""
+        compute, reduction, waiting = self.shares()
+        of_all = {"compute_share": compute, "reduction_share": reduction, "wait_share": waiting}
+        of_ranks = {"compute_seconds": self.compute, "reduction_seconds": self.reduction, "wait_seconds": self.waiting}
+        return {"train_seconds": self.seconds, **of_all, "slowest_rank": self.slowest, **of_ranks}
 
     def __str__(self) -> str:
         compute, reduction, waiting = self.shares()

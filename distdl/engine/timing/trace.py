@@ -3,34 +3,28 @@
 Each rank is a process with one track, on which compute, waiting and reduction follow each other without overlap
 (`timeline` defines them). The track is empty between steps, during validation and checkpoints.
 
-Clocks: the clocks of hosts differ. After a barrier all ranks read their clocks. Of many barriers the best one counts:
-the one whose slowest rank was fastest, because no rank was delayed between the barrier and its clock (the idea of
-D. L. Mills, *Network Time Protocol*, RFC 1305: trust the sample with the shortest delay). The offset of a rank is its
-difference to rank 0; its error is at most the duration of that barrier. Offsets are measured at the start and at the
-end, and interpolated in between, because clocks drift apart by some microseconds per second.
-
-Memory: only the newest `MOST_STEPS` steps over all ranks are kept.
+The clocks of hosts differ, so all ranks read their clocks after a barrier. Of many barriers the one counts whose
+slowest rank was fastest: no rank was delayed before it read its clock (D. L. Mills, *Network Time Protocol*, RFC 1305:
+trust the sample with the shortest delay). The offset of a rank is its difference to rank 0; its error is at most the
+duration of that barrier. Offsets are measured at the start and at the end, and interpolated, because clocks drift.
 
 Format: *Trace Event Format*, https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
 """
 
 from __future__ import annotations
 
-import json
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.engine.storage.files import check_output, write_durably
 from distdl.engine.timing.timeline import Clock, Timeline
 from distdl.parallel import Communicator
 
-#: Steps that are kept, over all ranks together: about 30 MB of JSON.
+#: The newest steps that are kept, over all ranks together: about 30 MB of JSON.
 MOST_STEPS = 2**16
 CLOCK_ROUNDS = 40
 #: The slices between the marks of a step: begin, entered the reduction, last rank entered, left it, end.
@@ -111,18 +105,12 @@ def chrome_trace(ranks: Marks, hosts: Sequence[str], *, first_step: int, left_ou
     nanoseconds = np.rint((ranks - (ranks.min() if ranks.size else 0.0)) * 1e9).astype(np.int64)
     events: list[dict[str, Any]] = []
     for rank, (steps, host) in enumerate(zip(nanoseconds.tolist(), hosts, strict=True)):
-        names = {"process_name": f"rank {rank} on {host}", "thread_name": "training"}
-        for name, value in names.items():
-            events.append({"ph": "M", "pid": rank, "tid": 0, "name": name, "args": {"name": value}})
-        events.append(
-            {"ph": "M", "pid": rank, "tid": 0, "name": "process_sort_index", "args": {"sort_index": rank}},
-        )
+        process, thread = {"name": f"rank {rank} on {host}"}, {"name": "training"}
+        about = {"process_name": process, "thread_name": thread, "process_sort_index": {"sort_index": rank}}
+        events += [{"ph": "M", "pid": rank, "tid": 0, "name": name, "args": value} for name, value in about.items()]
         events += _events(rank, steps, first_step)
-    return {
-        "traceEvents": events,
-        "displayTimeUnit": "ms",
-        "otherData": {"first_step": first_step, "earlier_steps_left_out": left_out},
-    }
+    others = {"first_step": first_step, "earlier_steps_left_out": left_out}
+    return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": others}
 
 
 def _events(rank: int, steps: Sequence[Sequence[int]], first_step: int) -> Iterator[dict[str, Any]]:
@@ -130,23 +118,6 @@ def _events(rank: int, steps: Sequence[Sequence[int]], first_step: int) -> Itera
     for number, marks in enumerate(steps, first_step):
         for name, start, end in zip(TRACK, marks[:-1], marks[1:], strict=True):
             if end > start:
-                yield {
-                    "ph": "X",
-                    "pid": rank,
-                    "tid": 0,
-                    "name": "compute" if name == "update" else name,
-                    "ts": start / 1000,
-                    "dur": (end - start) / 1000,
-                    "args": {"step": number},
-                }
-
-
-def check_writable(path: Path) -> None:
-    """Raise `UserError` if the trace could not be written. Create nothing."""
-    check_output(path, "--trace")
-
-
-def write(path: Path, trace: Mapping[str, Any]) -> None:
-    """Write the trace; raise `OSError` if the disk refuses."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, json.dumps(trace).encode())
+                times = {"ts": start / 1000, "dur": (end - start) / 1000}
+                shown = "compute" if name == "update" else name
+                yield {"ph": "X", "pid": rank, "tid": 0, "name": shown, **times, "args": {"step": number}}

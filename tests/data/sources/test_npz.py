@@ -134,7 +134,7 @@ def write_images(file, images):
 
 def test_a_missing_or_other_file_is_named(tmp_path, file):
     np.save(tmp_path / "array.npz.npy", LABELS)
-    file.write_bytes(b"PK\3\4 and no more")
+    file.write_bytes(b"PK\3\4 and the end")
     for name, said in (
         ("nowhere.npz", "does not exist"),
         (".", "is not a regular file"),

@@ -1,4 +1,4 @@
-"""Checksums see every flipped bit, and who is named follows from reports that all ranks have."""
+"""Checksums detect every flipped bit. All ranks have the same reports, so they name the same ranks."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from distdl.engine.checks.corruption import checksum, odd_ones_out
 
 
 @given(st.binary(min_size=1, max_size=40), st.data())
-def test_a_checksum_sees_every_flipped_bit(content, data):
+def test_a_checksum_detects_every_flipped_bit(content, data):
     array = np.frombuffer(content, np.uint8).copy()
     before = checksum(array)
     byte, bit = data.draw(st.integers(0, array.size - 1)), data.draw(st.integers(0, 7))
@@ -39,5 +39,5 @@ def test_a_checksum_is_that_of_the_bytes_in_order_of_the_elements(dtype, shape):
     ("values", "odd"),
     [("a", []), ("aaaa", []), ("ab", [0, 1]), ("aba", [1]), ("baaa", [0]), ("aabc", [2, 3]), ("aabb", [0, 1, 2, 3])],
 )
-def test_the_minority_is_named_and_all_where_there_is_none(values, odd):
+def test_the_minority_is_named_or_all_ranks_if_there_is_no_minority(values, odd):
     assert odd_ones_out(values) == odd

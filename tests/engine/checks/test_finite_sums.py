@@ -1,4 +1,4 @@
-"""Every number that is not finite is found, and a large finite number is none of them."""
+"""The check finds every number that is not finite, and accepts large finite numbers."""
 
 import numpy as np
 import pytest
@@ -22,13 +22,13 @@ def test_a_large_gradient_whose_squares_overflow_is_finite():
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_finite_gradient_is_no_fault(size):
+def test_a_finite_gradient_is_accepted(size):
     assert what_is_not_finite(total(size)) is None
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("size", SIZES)
-def test_a_single_bad_element_anywhere_is_found(size, bad):
+def test_a_single_bad_element_is_found_at_any_position(size, bad):
     for place in {0, size // 2, size - 1}:
         found = total(size)
         found["gradient"][place] = bad

@@ -22,7 +22,7 @@ NOW = 1000.0
 
 
 def slot(rank, *, waits, steps=7, process=None, looked=NOW):
-    """The record of a rank; of this process unless another is given."""
+    """Return the record of a rank, by default of this process."""
     pid, started = process or (os.getpid(), look_at(os.getpid()).started)
     one = np.zeros(1, SLOT)[0]
     for name, value in {
@@ -92,7 +92,7 @@ def test_a_stopped_rank_is_reported_as_stopped_and_a_dead_one_as_ended():
 
 @pytest.fixture
 def errors(capsys):
-    """A function that returns the text of the error stream so far."""
+    """Return a function that returns the text of the error stream so far."""
     printed = []
 
     def so_far():

@@ -19,11 +19,11 @@ from distdl.engine.storage.header import CheckpointHeader, RunProgress
 from distdl.errors import UserError
 from distdl.parallel import OneProcess
 
-LONG_ENOUGH = 60  # seconds; a timeout against hangs
+LONG_ENOUGH = 60  # seconds; prevents hanging
 
 
 def refusing(number, text):
-    """Return an action that refuses as a disk does."""
+    """Return an action that fails like a full disk."""
 
     def refuse(_owner):
         raise OSError(number, text)
@@ -33,7 +33,7 @@ def refusing(number, text):
 
 @pytest.fixture
 def held_back():
-    """Each write waits until the step after its own has been taken, except the last one."""
+    """Delay each write, except the last one, until the step after its own has been taken."""
     taken, written, overlapped = {step: threading.Event() for step in range(1, 7)}, iter(range(1, 7)), []
 
     def wait(_owner):
@@ -94,7 +94,7 @@ def test_logs_are_on_the_disk_before_the_checkpoint_that_counts_their_bytes_is_v
 
 
 def slow_writes(seconds):
-    """Let each write of a checkpoint take longer than a step."""
+    """Make each write of a checkpoint take longer than a step."""
     fail_at("checkpoint-write", rank=0, nth=None, action=lambda _: time.sleep(seconds))
 
 
@@ -132,13 +132,11 @@ def test_the_checkpoint_under_way_is_completed_if_training_ends_by_an_error(tmp_
     assert not list((tmp_path / "run" / "checkpoints").glob(f"*{files.TEMPORARY_SUFFIX}"))
 
 
-def test_a_missed_checkpoint_is_reported_at_the_next_step_and_not_only_at_the_next_checkpoint(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_missed_checkpoint_is_reported_at_the_next_step(tmp_path, monkeypatch, capsys):
     reported = {}
 
     def look(state):
-        """Before a step, keep the errors of the step before it."""
+        """Before each step, record the errors of the step before it."""
         reported[state.step] = capsys.readouterr().err
 
     write_checkpoints_at_once(monkeypatch)
@@ -150,7 +148,7 @@ def test_a_missed_checkpoint_is_reported_at_the_next_step_and_not_only_at_the_ne
     assert [step for step in reported if reported[step]] == [4]
 
 
-def test_the_third_miss_ends_the_run_at_the_next_checkpoint_also_if_it_was_reported_before(
+def test_the_third_miss_ends_the_run_at_the_next_checkpoint_even_if_it_was_reported_before(
     tmp_path, monkeypatch, capsys
 ):
     write_checkpoints_at_once(monkeypatch)
@@ -172,7 +170,7 @@ def test_a_defect_on_the_thread_is_raised_as_it_is(tmp_path):
             small_run(OneProcess(), tmp_path / f"{settings}", **settings)
 
 
-def test_old_checkpoints_that_cannot_be_removed_are_warned_about_and_the_new_one_counts(tmp_path, monkeypatch, capsys):
+def test_old_checkpoints_that_cannot_be_removed_give_a_warning_and_the_new_one_is_valid(tmp_path, monkeypatch, capsys):
     def refused(*_):
         raise OSError(1, "Operation not permitted")
 
@@ -184,7 +182,7 @@ def test_old_checkpoints_that_cannot_be_removed_are_warned_about_and_the_new_one
     assert all("cannot remove old checkpoints" in line and "Operation not permitted" in line for line in warnings)
 
 
-def test_the_last_and_the_best_are_kept_by_a_whole_run(tmp_path):
+def test_a_run_keeps_the_last_and_the_best_checkpoints(tmp_path):
     small_run(OneProcess(), tmp_path / "run", checkpoint_every=1, keep_checkpoints=2, epochs=4)
     best = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert best["steps"] == 12

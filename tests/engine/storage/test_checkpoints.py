@@ -23,7 +23,7 @@ class Killed(BaseException):
 
 
 class FlakyDisk:
-    """A replacement for `os` that fails after so many system calls or bytes, once or from then on."""
+    """A replacement for `os` that fails after a number of system calls or bytes, once or always from then on."""
 
     CALLS = ("open", "writev", "fsync", "close", "rename", "unlink", "listdir", "fstat")
 
@@ -41,7 +41,7 @@ class FlakyDisk:
 
         def call(*arguments, **named):
             if name == "close":
-                os.close(*arguments)  # in any case: this process continues
+                os.close(*arguments)  # always, because this process continues
             self.made.append(name)
             if self.calls_left == 0:
                 if self.once:
@@ -100,7 +100,7 @@ DISK_ERRORS = errors(errno.ENOSPC, errno.EIO, errno.EDQUOT)
 @pytest.mark.parametrize("target", [1, 2], ids=["over the old file", "next to the old file"])
 def test_an_interruption_at_any_byte_of_a_write_leaves_the_old_checkpoint(folder, monkeypatch, target, failure):
     path = checkpoints.path_of_step(folder, target)
-    size = len(checkpoints.encode(small(2)))
+    size = len(b"".join(checkpoints.encoded(small(2))))
     for count in range(size):
         with monkeypatch.context() as patched:
             install(patched, bytes_until=count, failure=failure)
@@ -134,8 +134,8 @@ def test_an_interruption_at_any_system_call_leaves_the_old_checkpoint_or_the_new
         outcomes.append(newest_intact_step(folder))
         if len(cut_off) == calls:
             break
-    # The folder, the remains of an earlier kill, the temporary file, the rename; then the new file is read back; then
-    # older ones are removed.
+    # First the folder, the remains of an earlier kill, the temporary file and the rename. Then the new file is read
+    # back, and older ones are removed.
     durably = ["open", "unlink", "open", "writev", "fsync", "close", "rename", "fsync", "close"]
     assert cut_off[: len(durably)] == durably
     assert cut_off[len(durably) :][:3] == ["open", "listdir", "open"]
@@ -150,7 +150,7 @@ def test_short_writes_are_continued(folder, monkeypatch, piece):
 
 
 def test_a_write_that_is_short_at_any_byte_is_continued(folder, monkeypatch):
-    size = len(checkpoints.encode(small(2)))
+    size = len(b"".join(checkpoints.encoded(small(2))))
     for count in range(1, size):
         with monkeypatch.context() as patched:
             install(patched, bytes_until=count, failure=None, once=True)
@@ -159,7 +159,7 @@ def test_a_write_that_is_short_at_any_byte_is_continued(folder, monkeypatch):
         checkpoints.path_of_step(folder, 2).unlink()
 
 
-def test_a_disk_that_takes_nothing_without_a_reason_is_an_error_and_no_endless_loop(folder, monkeypatch):
+def test_a_disk_that_writes_nothing_and_gives_no_reason_is_an_error_and_no_endless_loop(folder, monkeypatch):
     install(monkeypatch, bytes_until=100, failure=None)
     with pytest.raises(OSError, match="takes nothing"):
         checkpoints.write(checkpoints.path_of_step(folder, 2), small(2))
@@ -230,7 +230,7 @@ def damaged_copies(data):
 
 def test_every_flipped_bit_and_every_truncation_is_named_and_the_previous_checkpoint_is_used(folder):
     path = checkpoints.path_of_step(folder, 2)
-    whole = checkpoints.encode(small(2))
+    whole = b"".join(checkpoints.encoded(small(2)))
     path.write_bytes(whole)
     assert newest_intact_step(folder) == 2
     for data in damaged_copies(whole):
@@ -286,7 +286,7 @@ def test_a_file_with_another_form_of_name_is_no_checkpoint(folder):
 
 
 def test_the_checksum_is_the_documented_one():
-    data = checkpoints.encode(small(1))
+    data = b"".join(checkpoints.encoded(small(1)))
     length = int.from_bytes(data[:8], "little")
     metadata = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["distdl"])
     zeroed = data.replace(metadata["sha256"].encode(), b"0" * 64)
@@ -296,9 +296,9 @@ def test_the_checksum_is_the_documented_one():
 def test_the_elements_of_each_tensor_are_aligned_in_the_file():
     """A reader that maps the file into memory needs no copy of them."""
     dtypes = (np.uint8, np.float32, np.int64, np.float64, np.int32)
-    for length in range(1, 17):  # of the name, and thus of the header
+    for length in range(1, 17):  # of the name, and so of the header
         arrays = {f"{'n' * length}{number}": np.ones(3, dtype) for number, dtype in enumerate(dtypes)}
-        content = checkpoints.encode(Checkpoint(arrays, {"step": 1}))
+        content = b"".join(checkpoints.encoded(Checkpoint(arrays, {"step": 1})))
         header_bytes = int.from_bytes(content[:8], "little")
         assert header_bytes % 8 == 0
         entries = json.loads(content[8 : 8 + header_bytes])
@@ -339,14 +339,14 @@ def test_the_newest_intact_checkpoint_is_used_and_the_damaged_ones_are_named(fol
         assert str(path) in complaints[-1]
 
 
-def test_if_all_are_damaged_the_error_says_so(folder):
+def test_the_error_says_that_no_checkpoint_is_intact(folder):
     path = checkpoints.path_of_step(folder, 1)
     path.write_bytes(b"")
     with pytest.raises(DamagedFileError, match=r"no checkpoint in .* is intact"):
         checkpoints.newest_intact(folder)
 
 
-def test_the_last_and_the_best_are_kept(tmp_path):
+def test_the_last_and_the_best_checkpoints_are_kept(tmp_path):
     for step in range(1, 8):
         checkpoints.write(checkpoints.path_of_step(tmp_path, step), small(step))
         checkpoints.remove_old(tmp_path, step, keep=3, best_step=2)

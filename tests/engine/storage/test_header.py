@@ -1,4 +1,4 @@
-"""One parser reads all headers: it returns the values of a sealed header, or names the field that is unusable."""
+"""One parser reads all headers. It returns the values of a sealed header, or names the unusable field."""
 
 import json
 import re

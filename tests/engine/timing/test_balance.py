@@ -1,4 +1,4 @@
-"""Shares follow measured speeds: soon, not at every noise, and a slow rank gets its chance again."""
+"""Shares follow measured speeds soon, but not noise. A slow rank is tried again."""
 
 import itertools
 import random
@@ -16,7 +16,7 @@ EVEN = {2: (4, 4), 3: (2, 3, 3), 4: (2, 2, 2, 2)}
 
 
 def play(decisions, seconds_at, steps, leaves=8):
-    """Take steps in which rank r takes ``seconds_at(step)[r]`` a micro-batch; return each step's loads."""
+    """Take steps in which rank r takes ``seconds_at(step)[r]`` per micro-batch; return the loads of each step."""
     played = []
     for step in range(steps):
         loads = decisions.shares(leaves)
@@ -30,14 +30,14 @@ def changes(played):
     return [step for step in range(1, len(played)) if played[step] != played[step - 1]]
 
 
-def test_a_rank_that_takes_twice_as_long_soon_gets_half_and_keeps_it():
+def test_a_rank_that_takes_twice_as_long_soon_gets_a_smaller_share_and_keeps_it():
     played = play(Balance(2, 8), lambda _: [1.0, 2.0], 200)
     assert played[0] == (4, 4)
     assert played[balance.LEAST_STEPS + 1] == (5, 3)
     assert set(played[balance.LEAST_STEPS + 1 :]) == {(5, 3)}
 
 
-def test_shares_come_back_when_speeds_do():
+def test_shares_become_equal_again_when_speeds_do():
     played = play(Balance(4, 8), lambda step: [1.0, 1.0, 4.0 if 20 <= step < 60 else 1.0, 1.0], 120)
     assert played[19] == EVEN[4]
     assert played[59][2] < 2
@@ -45,20 +45,20 @@ def test_shares_come_back_when_speeds_do():
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_noise_moves_nothing(ranks):
+def test_noise_changes_no_share(ranks):
     chance = random.Random(1)
     played = play(Balance(ranks, 8), lambda _: [chance.uniform(0.9, 1.1) for _ in range(ranks)], 2000)
     assert set(played) == {EVEN[ranks]}
 
 
-def test_much_noise_moves_shares_now_and_then_by_one():
+def test_strong_noise_changes_shares_rarely_and_only_by_one():
     chance = random.Random(1)
     played = play(Balance(3, 8), lambda _: [chance.uniform(0.8, 1.25) for _ in range(3)], 2000)
     assert {tuple(sorted(loads)) for loads in played} == {(2, 3, 3)}
     assert len(changes(played)) < 60
 
 
-def test_noise_on_top_of_a_real_difference_moves_little():
+def test_noise_added_to_a_real_difference_changes_shares_little():
     chance = random.Random(2)
     played = play(Balance(2, 64), lambda _: [chance.gauss(1.0, 0.1), chance.gauss(2.0, 0.2)], 1000, leaves=64)
     slow = [loads[1] for loads in played[50:]]
@@ -68,29 +68,29 @@ def test_noise_on_top_of_a_real_difference_moves_little():
 
 
 @pytest.mark.parametrize("when", [1, 2, 5, 50])
-def test_one_hiccup_of_a_machine_is_not_its_speed(when):
+def test_a_single_slow_step_does_not_change_the_shares_for_long(when):
     played = play(Balance(2, 8), lambda step: [1.0, 1000.0 if step == when else 1.0], 100)
     assert min(loads[1] for loads in played) >= 3
     assert played[80:] == [(4, 4)] * 20
 
 
-def test_the_first_step_makes_buffers_and_tells_nothing():
+def test_the_time_of_the_first_step_is_ignored():
     assert changes(play(Balance(2, 8), lambda step: [1.0, 1000.0 if step == 0 else 1.0], 50)) == []
 
 
 def test_shares_change_at_most_every_few_steps():
     chance = random.Random(3)
     found = changes(play(Balance(3, 64), lambda _: [10 ** chance.uniform(-1, 1) for _ in range(3)], 1000, leaves=64))
-    assert len(found) > 20  # it is wild enough
+    assert len(found) > 20  # the speeds vary enough
     assert min(b - a for a, b in itertools.pairwise(found)) >= balance.LEAST_STEPS
 
 
-def test_a_gain_of_a_few_percent_is_not_worth_a_change():
+def test_a_gain_of_a_few_percent_changes_no_share():
     assert changes(play(Balance(2, 1000), lambda _: [1.0, 1.08], 100, leaves=1000)) == []
     assert changes(play(Balance(2, 1000), lambda _: [1.0, 1.16], 100, leaves=1000)) != []
 
 
-def test_a_rank_that_gets_nothing_is_tried_and_comes_back_when_it_has_recovered():
+def test_a_rank_without_work_is_tried_and_gets_work_again_when_it_has_recovered():
     played = play(Balance(2, 8), lambda step: [1.0, 30.0 if step < 1000 else 1.0], 2000)
     assert played[60] == (8, 0)
     tried = [step for step in range(60, 1000) if played[step][1]]
@@ -101,7 +101,7 @@ def test_a_rank_that_gets_nothing_is_tried_and_comes_back_when_it_has_recovered(
 
 
 @pytest.mark.parametrize("slowness", [10.0, 100.0, 1000.0])
-def test_trials_cost_a_few_percent_of_the_time_at_most(slowness):
+def test_trials_cost_at_most_a_few_percent_of_the_time(slowness):
     decisions = Balance(2, 8)
     play(decisions, lambda _: [1.0, slowness], 100)
     later = play(decisions, lambda _: [1.0, slowness], 20_000)
@@ -119,7 +119,7 @@ def test_ranks_on_trial_are_tried_in_the_same_step():
 
 
 def test_a_smaller_batch_with_two_ranks_on_trial_is_dealt_once():
-    """The batch has fewer micro-batches than ranks on trial, so one of them finds no rank that could give it one."""
+    """The batch has fewer micro-batches than ranks on trial, so one of these gets none."""
     decisions = Balance(4, 8)
     both_on_trial = 0
     for _ in range(1500):
@@ -132,8 +132,8 @@ def test_a_smaller_batch_with_two_ranks_on_trial_is_dealt_once():
     assert both_on_trial > 1
 
 
-def test_a_rank_that_was_never_measured_is_taken_for_fast():
-    """As after a first epoch of nothing but a ragged batch: rank 0 had nothing to do."""
+def test_a_rank_without_a_measurement_is_assumed_to_be_fast():
+    """As after a first epoch that is only a ragged batch: rank 0 had no work."""
     decisions = Balance(2, 2)
     for _ in range(20):
         decisions.observe([None, 1.0])
@@ -150,7 +150,7 @@ def test_a_rank_that_was_never_measured_is_taken_for_fast():
     st.integers(0, 40),
 )
 def test_each_micro_batch_is_dealt_once_for_all_measurements(ranks, leaves, measured, ragged):
-    """Each list of seconds is measured in a number of steps in a row; trials come after 50 and more."""
+    """Each list of seconds is measured in several consecutive steps. Trials start after 50 steps or more."""
     decisions = Balance(ranks, leaves)
     for seconds, steps in measured:
         for _ in range(steps):
@@ -175,13 +175,13 @@ def ranks_with_a_clock(ranks, leaves):
 
 
 def one_step(clocks, dealers, seconds, leaves=8, ragged=False):
-    """Compute and sum a step as the trainer does; return the shards and the new shares that each rank decided on."""
+    """Compute and sum a step as the trainer does; return the shards, and the new shares by each rank's decision."""
     shards = dealers[0].shards(leaves)
     assert all(dealer.shards(leaves) == shards for dealer in dealers)
     step = SimpleNamespace(micro_batch_size=2, samples=2 * leaves - ragged, shards=shards)
     total = {"seconds": 0.0, "timed": 0}
     for rank, dealer in enumerate(dealers):
-        clocks[rank].now += 1000.0  # it waited, or did whatever else a step consists of
+        clocks[rank].now += 1000.0  # it waited, or did the rest of a step
         dealer.begin(step)
         for leaf in shards[rank]:
             smaller = ragged and leaf == leaves - 1
@@ -195,20 +195,20 @@ def one_step(clocks, dealers, seconds, leaves=8, ragged=False):
     return shards, [dealer.new_shares for dealer in dealers]
 
 
-def test_all_ranks_draw_the_same_conclusion_from_their_clocks():
+def test_all_ranks_decide_on_the_same_shares():
     clocks, dealers = ranks_with_a_clock(3, 8)
     told = [one_step(clocks, dealers, [1.0, 3.0, 1.0])[1] for _ in range(10)]
     assert [step for step, said in enumerate(told) if said[0]] == [balance.LEAST_STEPS - 1]
     assert told[balance.LEAST_STEPS - 1] == [(4, 1, 3)] * 3 or told[balance.LEAST_STEPS - 1] == [(3, 1, 4)] * 3
 
 
-def test_a_smaller_last_micro_batch_does_not_pass_for_speed():
+def test_a_smaller_last_micro_batch_does_not_count_as_speed():
     clocks, dealers = ranks_with_a_clock(2, 8)
     told = [one_step(clocks, dealers, [1.0, 1.0], ragged=True)[1] for _ in range(30)]
     assert told == [[None, None]] * 30
 
 
-def test_a_ragged_batch_is_dealt_by_the_same_speeds():
+def test_a_ragged_batch_is_dealt_by_the_measured_speeds():
     clocks, dealers = ranks_with_a_clock(2, 8)
     for _ in range(10):
         one_step(clocks, dealers, [1.0, 3.0])
@@ -216,7 +216,7 @@ def test_a_ragged_batch_is_dealt_by_the_same_speeds():
     assert [len(shard) for shard in dealers[0].shards(1)] == [1, 0]
 
 
-def test_the_epochs_record_counts_what_each_rank_computed():
+def test_the_record_of_an_epoch_counts_the_micro_batches_of_each_rank():
     clocks, dealers = ranks_with_a_clock(2, 8)
     computed = [0, 0]
     for _ in range(10):

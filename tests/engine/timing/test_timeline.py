@@ -1,4 +1,4 @@
-"""Where the time of a step goes is told from marks; and a trace shows it, on one clock for all ranks."""
+"""A timeline splits the time of a step into its parts. A trace shows the parts on one clock for all ranks."""
 
 import itertools
 import json
@@ -10,9 +10,10 @@ from pretended_ranks import World
 from small_runs import piece_of_digits, remove, small_config, small_run
 
 from distdl.engine import train
+from distdl.engine.storage.files import check_output
 from distdl.engine.timing import timeline as timeline_module
 from distdl.engine.timing.timeline import STEPS_COMPARED, Spent, Timeline
-from distdl.engine.timing.trace import MOST_STEPS, TRACK, Trace, check_writable
+from distdl.engine.timing.trace import MOST_STEPS, TRACK, Trace
 from distdl.errors import UserError
 from distdl.parallel import OneProcess
 
@@ -32,7 +33,7 @@ def take_steps(timeline, rank, seconds_of_steps):
         timeline.ended()
 
 
-def test_who_comes_last_waits_for_nobody_and_the_others_for_it():
+def test_the_last_rank_does_not_wait_and_the_others_wait_for_it():
     def work(rank):
         timeline = Timeline(rank, rank.clock)
         take_steps(timeline, rank, [(1.0, 3.0, 2.0), (4.0, 3.0, 4.0)])
@@ -45,11 +46,11 @@ def test_who_comes_last_waits_for_nobody_and_the_others_for_it():
         np.testing.assert_allclose(first.reduction, [2 * REDUCTION] * 3)
         np.testing.assert_allclose(first.waiting, [2, 1, 1], atol=1e-9)
         assert first.slowest == 1
-        np.testing.assert_allclose(second.waiting, [1, 1, 0], atol=1e-9)  # only what came since
+        np.testing.assert_allclose(second.waiting, [1, 1, 0], atol=1e-9)  # only the steps since then
         assert second.slowest == 2
 
 
-def test_waiting_is_told_step_by_step():
+def test_waiting_is_computed_for_each_step():
     """Over two steps both ranks compute equally long, yet each waits for the other once."""
 
     def work(rank):
@@ -61,7 +62,7 @@ def test_waiting_is_told_step_by_step():
         np.testing.assert_allclose(spent.waiting, [1, 1])
 
 
-def test_more_steps_than_there_is_room_for_are_counted_too(monkeypatch):
+def test_steps_beyond_the_size_of_the_buffer_also_count(monkeypatch):
     monkeypatch.setattr(timeline_module, "STEPS_COMPARED", 4)
 
     def work(rank):
@@ -74,14 +75,14 @@ def test_more_steps_than_there_is_room_for_are_counted_too(monkeypatch):
         assert spent.seconds == pytest.approx(11 * (2 + REDUCTION + UPDATE))
 
 
-def test_shares_of_no_steps_are_nothing():
+def test_all_shares_are_zero_without_a_step():
     assert Timeline(OneProcess()).spent().shares() == (0, 0, 0)
     assert str(Spent((1.0, 2.0), (0.5, 0.5), (1.0, 0.0))) == (
         "compute 60.0% · reduction 20.0% · wait 20.0% (slowest: rank 1)"
     )
 
 
-def test_a_step_that_is_begun_again_counts_once():
+def test_a_repeated_step_counts_once():
     clock = iter([0.0, 1.0, 10.0, 11.0, 12.0, 13.0])
     timeline = Timeline(OneProcess(), lambda: next(clock))
     timeline.begin()
@@ -117,7 +118,7 @@ def slices(trace, rank):
 
 
 def assert_is_a_trace(trace, ranks):
-    """What the format asks of the two kinds of events that we write; and no two of a track overlap."""
+    """Assert that the trace has the two kinds of events of the format, and that no two of a track overlap."""
     assert json.loads(json.dumps(trace)) == trace
     named = {event["pid"] for event in trace["traceEvents"] if event["ph"] == "M" and event["name"] == "process_name"}
     assert named == set(range(ranks))
@@ -149,7 +150,7 @@ def test_a_trace_shows_compute_waiting_and_reduction_of_every_step():
     ]
 
 
-def test_clocks_that_disagree_and_drift_apart_are_aligned():
+def test_clocks_with_different_times_and_rates_are_aligned():
     world = World(ahead=[5.0, -1000.0, 3600.0], drift=[0.0, 1e-4, -5e-5])
     trace = traced(world, [(1.0, 2.0, 3.0), (3.0, 2.0, 1.0), (1.0, 1.0, 1.0)], pauses=50.0)
     assert_is_a_trace(trace, 3)
@@ -160,7 +161,7 @@ def test_clocks_that_disagree_and_drift_apart_are_aligned():
             for event in slices(trace, rank)
             if (event["name"], event["args"]["step"]) == ("reduction", step)
         ]
-        assert max(ends) - min(ends) < 200, "all leave the reduction together, to a fifth of a millisecond here"
+        assert max(ends) - min(ends) < 200, "all ranks leave the reduction together, here within 0.2 milliseconds"
 
 
 def test_memory_is_bounded_and_the_newest_steps_are_kept(monkeypatch):
@@ -176,19 +177,19 @@ def test_memory_is_bounded_and_the_newest_steps_are_kept(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["", "file/trace.json", "/proc/trace.json", "x" * 5000])
-def test_a_trace_that_cannot_be_written_is_refused_before_anything_is(tmp_path, name):
+def test_a_trace_that_cannot_be_written_is_refused_before_the_run_starts(tmp_path, name):
     (tmp_path / "file").write_text("x")
     with pytest.raises(
         UserError, match=r"^--trace .* cannot be written: .*; give another file$|is a folder: give the name"
     ):
-        check_writable(tmp_path / name)
+        check_output(tmp_path / name, "--trace")
     with pytest.raises(UserError, match="--trace"):
         train(small_config(tmp_path / "run", trace=tmp_path / name), OneProcess())
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.toml", "lock", "step-000000001.safetensors"])
-def test_a_trace_takes_the_place_of_no_file_of_a_run(tmp_path, name):
+def test_a_trace_replaces_no_file_of_a_run(tmp_path, name):
     path = tmp_path / "run" / name
     with pytest.raises(UserError, match=r"^--trace .* has the name of a file of a run: give another name"):
         train(small_config(tmp_path / "run", trace=path), OneProcess())
@@ -196,7 +197,7 @@ def test_a_trace_takes_the_place_of_no_file_of_a_run(tmp_path, name):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link", "dangling link"])
-def test_a_trace_takes_the_place_of_nothing_but_a_file(tmp_path, kind):
+def test_a_trace_replaces_only_a_regular_file(tmp_path, kind):
     path = tmp_path / "trace.json"
     if kind == "pipe":
         os.mkfifo(path)
@@ -208,20 +209,20 @@ def test_a_trace_takes_the_place_of_nothing_but_a_file(tmp_path, kind):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_trace_takes_the_place_of_a_trace(tmp_path):
+def test_a_trace_may_replace_an_older_trace(tmp_path):
     path = tmp_path / "trace.json"
     path.write_text("an older one")
-    check_writable(path)
+    check_output(path, "--trace")
     assert path.read_text() == "an older one"
 
 
-def test_a_trace_may_go_into_a_folder_that_is_not_there_yet(tmp_path):
+def test_a_trace_may_be_written_to_a_folder_that_does_not_exist_yet(tmp_path):
     train(small_config(tmp_path / "run", trace=tmp_path / "run" / "a" / "trace.json"), OneProcess())
     assert_is_a_trace(json.loads((tmp_path / "run" / "a" / "trace.json").read_bytes()), 1)
 
 
 @pytest.mark.mpi(min_size=1)
-def test_tracing_changes_neither_receipt_nor_metrics_and_a_resume_does_not_mind(communicator, shared_tmp_path):
+def test_tracing_changes_neither_receipt_nor_metrics_even_with_a_resume(communicator, shared_tmp_path):
     expected = small_run(communicator, shared_tmp_path / "plain")
     file = shared_tmp_path / "trace.json"
     assert small_run(communicator, shared_tmp_path / "traced", trace=file) == expected
@@ -240,7 +241,7 @@ def test_tracing_changes_neither_receipt_nor_metrics_and_a_resume_does_not_mind(
 
 
 @pytest.mark.mpi(min_size=1)
-def test_the_epoch_says_where_its_time_went(communicator, shared_tmp_path, capsys):
+def test_each_epoch_reports_the_parts_of_its_time(communicator, shared_tmp_path, capsys):
     train(small_config(shared_tmp_path / "run"), communicator, dataset=piece_of_digits(94))
     if communicator.rank == 0:
         records = [json.loads(line) for line in (shared_tmp_path / "run" / "timing.jsonl").read_text().splitlines()]
