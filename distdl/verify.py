@@ -22,7 +22,7 @@ from typing import Any
 from distdl import cli
 from distdl.cli import Command, Flag
 from distdl.errors import EXIT_DAMAGED, EXIT_DEFECT, DamagedFileError, UserError
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 from distdl.job.mpirun_command import environment_for, mpirun_command
 
 #: Flags of distdl.train that this command sets itself.

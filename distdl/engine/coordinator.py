@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.config import TrainConfig
-from distdl.engine.banner import describe_shares
 from distdl.engine.checks.nonfinite import Fault
 from distdl.engine.console import Console
 from distdl.engine.events import RunListener
 from distdl.engine.keeper import CheckpointKeeper
 from distdl.engine.logbook import Logbook
 from distdl.engine.metrics import Sums
+from distdl.engine.printed_lines import describe_shares
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.checkpoints import FoundCheckpoint

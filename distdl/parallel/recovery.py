@@ -96,7 +96,7 @@ class Recoverable(Protocol):
     def position(self) -> Position:
         """How far this rank has come."""
 
-    def take(self, source: int) -> None:
+    def catch_up(self, source: int) -> None:
         """Take the position and the state of rank `source`: all or nothing. Collective."""
 
     def rebuild(self) -> None:
@@ -156,7 +156,7 @@ def _act(recovery: Recovery, rank: Recoverable) -> None:
             recovery.compared(rank.communicator.allgather_json(rank.position))
             return
         case Action.TAKE:
-            rank.take(recovery.source)
+            rank.catch_up(recovery.source)
         case Action.REBUILD:
             rank.rebuild()
         case Action.AGREE:
@@ -173,7 +173,7 @@ class _Attempt(Generic[T]):
         self.communicator = communicator
         self._work = work
 
-    def take(self, source: int) -> None:
+    def catch_up(self, source: int) -> None:
         raise AssertionError(f"rank {source} cannot be ahead")
 
     def rebuild(self) -> None:

@@ -13,7 +13,7 @@ import warnings
 
 from distdl.errors import DistdlError, UserError
 from distdl.job import leftovers
-from distdl.job.launcher import Launch, compatible, read_launch
+from distdl.job.launched_by import Launch, compatible, read_launch
 from distdl.job.lifeline import end_with_the_launcher
 from distdl.job.streams import say_line
 from distdl.parallel import shared

@@ -12,7 +12,7 @@ from bad_inputs import TRAIN_IMAGES, mnist_files, write_files
 from distdl import verify
 from distdl.config import MODELS
 from distdl.errors import UserError
-from distdl.job.launcher import Launch
+from distdl.job.launched_by import Launch
 from distdl.verify import Outcome, first_difference
 
 REPOSITORY = Path(__file__).parents[2]
