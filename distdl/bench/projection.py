@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TypeAlias
 
-from distdl.bench.settings import Interconnect
+from distdl.bench.settings import Interconnect, rank_counts
 from distdl.parallel import contiguous_shards
 from distdl.parallel.tree import maximal_nodes
 
@@ -207,7 +207,7 @@ def projected_ranks(kind: str, micro_batches: int) -> list[int]:
     ([1, 2, 4, 8, 12], 1024)
     """
     most = min(micro_batches, MOST_RANKS) if kind == "strong" else MOST_RANKS
-    return sorted({2**k for k in range(most.bit_length()) if 2**k <= most} | {most})
+    return list(rank_counts(None, most))
 
 
 def predict(model: CostModel, kind: str, micro_batches: int) -> list[tuple[int, float, PredictedStep]]:

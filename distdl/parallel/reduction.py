@@ -8,17 +8,11 @@ Each micro-batch gives a record (`record.py`); its fields travel together.
    merges there the siblings that are on the host. On a single host this completes the tree.
 3. Between hosts, the leaders finish the tree (`across_hosts.py`).
 
-Each element is added in the same order for any number of ranks and hosts, so it has the same bits.
+Each element is added in the same order for any number of ranks and hosts, so it has the same bits. docs/numerics.md
+describes the actions, and why one set of buffers is enough.
 
-Ranks that share memory use a barrier of MPI to signal that the slots are full and that the total is complete. A flag in
-shared memory would be faster, but wrong:
-
-- Python cannot order its writes before the write of the flag on every processor.
-- A rank that died would never set the flag, whereas MPI reports the failure.
-- A waiting rank would have to occupy its core, or sleep for an unknown time.
-
-One set of buffers is enough. After those barriers, no rank reads a slot before the next step fills it. No rank writes a
-slice of the total before every rank has come back for the next one.
+The barriers are MPI's. A flag in shared memory would be faster, but wrong: Python cannot order its writes before the
+write of the flag on every processor, and a rank that died would never set it, whereas MPI reports the failure.
 """
 
 from __future__ import annotations
@@ -29,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.arrays import aligned_empty
+from distdl.arrays import aligned_empty, aligned_zeros
 from distdl.parallel import across_hosts
 from distdl.parallel.communicator import Bytes, Communicator
 from distdl.parallel.record import Action, Layout, Record, additions
@@ -90,7 +84,7 @@ class Reduction:
 
     def _make_slots(self, count: int) -> None:
         while len(self._slots) < count:
-            self._slots.append(self.layout.new_buffer())
+            self._slots.append(aligned_zeros(self.layout.nbytes, np.uint8))
             self._records.append(self.layout.record(self._slots[-1]))
 
     def _merge(self) -> None:
