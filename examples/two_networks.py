@@ -21,6 +21,7 @@ from distdl.engine.environment import numerics
 from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
 from distdl.engine.step import OptimizerStep
+from distdl.errors import UserError
 from distdl.optim import Adam
 from distdl.parallel import guard, together, world
 from distdl.rng import Key
@@ -85,8 +86,10 @@ def train(communicator, data, states, key, epochs):
                 step.take(compute, samples=len(rows), learning_rate=LEARNING_RATE, update=number)
 
 
-def main(_arguments):
+def main(arguments):
     """Train on the digits, print the accuracy and the receipt of each network, and return the exit code."""
+    if arguments:
+        raise UserError(f"{arguments[0]}: this example has no flags; change the constants in the file")
     communicator, key = world(), Key(0)
     with guard(communicator), numerics(threads=1):
         dataset = together(communicator, lambda: sources.load("digits", None))

@@ -187,7 +187,8 @@ def _build(
         if not name:  # no code runs because a checkpoint names it
             raise UserError(
                 f"cannot build the network of {path}: it was trained with a model from user code; if you trust that "
-                f"code, add --model {config.model}, or in a script give build_network to distdl.inference.load.load()"
+                f"code, add --model {config.model.replace('__main__:', 'SCRIPT.py:')}, or in a script give build_network to "
+                "distdl.inference.load.load()"
             )
     height, width, channels = data.images.shape[1:]
     try:
