@@ -133,13 +133,7 @@ def scaling_cases(settings: BenchSettings, ranks: Sequence[int]) -> list[Scaling
 
 
 def oversubscribed(cores_of_ranks: Sequence[tuple[str, Sequence[int]]], ranks: int) -> bool:
-    """Return whether the first `ranks` ranks outnumber their cores on any host.
-
-    >>> oversubscribed([("a", [0, 1])] * 4, 2), oversubscribed([("a", [0, 1])] * 4, 3)
-    (False, True)
-    >>> oversubscribed([("a", [0]), ("b", [0])], 2), oversubscribed([("a", [0]), ("a", [0])], 2)
-    (False, True)
-    """
+    """Return whether the first `ranks` ranks outnumber their cores on any host."""
     cores: dict[str, set[int]] = {}
     count: dict[str, int] = {}
     for host, of_rank in cores_of_ranks[:ranks]:
@@ -234,23 +228,22 @@ class Workbench:
 
     def measure(self, case: ScalingCase) -> Measurement | None:
         """Measure a case once; return None on ranks outside its world."""
-        with self.world(case.ranks) as world:
-            return None if world is None else self._measure(case, world)
-
-    def _measure(self, case: ScalingCase, world: Communicator) -> Measurement:
-        steps = self.warmed_up(case, world)
-        timeline = steps.timeline
         marks: list[NDArray[np.float64]] = []
-        timeline.on_steps = marks.append
-        world.barrier()
-        started = timeline.clock()
-        steps.take(self.steps)
-        seconds = timeline.clock() - started
-        spent = timeline.spent()
-        timeline.on_steps = None
-        begin, enter, _, leave, end = np.concatenate(marks).T
-        compute = end - begin - (leave - enter)
-        of_ranks = world.allgather_json([seconds, float(compute.std())])
+        with self.world(case.ranks) as world:
+            if world is None:
+                return None
+            steps = self.warmed_up(case, world)
+            timeline = steps.timeline
+            timeline.on_steps = marks.append
+            world.barrier()
+            started = timeline.clock()
+            steps.take(self.steps)
+            seconds = timeline.clock() - started
+            spent = timeline.spent()
+            timeline.on_steps = None
+            begin, enter, _, leave, end = np.concatenate(marks).T
+            compute = end - begin - (leave - enter)
+            of_ranks = world.allgather_json([seconds, float(compute.std())])
         return Measurement(
             seconds=max(of_rank[0] for of_rank in of_ranks),
             step_seconds=(end - begin).tolist(),

@@ -127,11 +127,7 @@ class BenchSettings:
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
-    """Return (H, W, C) of a text such as ``28x28x1``, or raise `UserError`.
-
-    >>> parse_shape("28x28x1")
-    (28, 28, 1)
-    """
+    """Return (H, W, C) of a text such as ``28x28x1``, or raise `UserError`."""
     if not re.fullmatch(r"[0-9]{1,7}x[0-9]{1,7}x[0-9]{1,7}", text):
         raise UserError(f"--input {text[:80]!r}: expected height x width x channels, such as 28x28x1")
     height, width, channels = map(int, text.split("x"))
@@ -139,11 +135,7 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 
 
 def parse_ranks(text: str) -> tuple[int, ...]:
-    """Return the numbers of ranks in a text such as ``1,2,4``, in ascending order, or raise `UserError`.
-
-    >>> parse_ranks("4,1,2")
-    (1, 2, 4)
-    """
+    """Return the numbers of ranks in a text such as ``1,2,4``, in ascending order, or raise `UserError`."""
     if not re.fullmatch(r"[0-9]{1,7}(,[0-9]{1,7})*", text):
         raise UserError(f"--ranks {text[:80]!r}: expected numbers with commas, such as 1,2,4")
     return tuple(sorted({int(number) for number in text.split(",")}))

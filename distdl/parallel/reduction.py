@@ -64,19 +64,18 @@ class Reduction:
 
     def add(self, leaf: int, values: Mapping[str, NDArray[Any]]) -> None:
         """Add the record of micro-batch `leaf`; the caller may overwrite `values` afterwards."""
-        node = TreeNode(leaf, leaf + 1)
-        if self._nodes and are_siblings(self._nodes[-1], node, self._leaves):
-            slot = len(self._nodes) - 1
-            for name, field in self._records[slot].items():
-                np.add(field, values[name], out=field)
-            self._nodes[slot] = TreeNode(self._nodes[slot].lo, node.hi)
-            self._merge()
+        nodes, node = self._nodes, TreeNode(leaf, leaf + 1)
+        if nodes and are_siblings(nodes[-1], node, self._leaves):
+            _add(self._records[len(nodes) - 1], values)
+            nodes[-1] = TreeNode(nodes[-1].lo, node.hi)
         else:
-            slot = len(self._nodes)
-            self._make_slots(slot + 1)
-            for name, field in self._records[slot].items():
+            self._make_slots(len(nodes) + 1)
+            for name, field in self._records[len(nodes)].items():
                 field[...] = values[name]
-            self._nodes.append(node)
+            nodes.append(node)
+        while len(nodes) > 1 and are_siblings(nodes[-2], nodes[-1], self._leaves):
+            _add(*self._records[len(nodes) - 2 : len(nodes)])
+            nodes[-2:] = [TreeNode(nodes[-2].lo, nodes[-1].hi)]
 
     def partial_sums(self) -> list[tuple[TreeNode, Record]]:
         """Return this rank's tree nodes and their sums; valid until `total` or `begin`."""
@@ -87,14 +86,6 @@ class Reduction:
             self._slots.append(aligned_zeros(self.layout.nbytes, np.uint8))
             self._records.append(self.layout.record(self._slots[-1]))
 
-    def _merge(self) -> None:
-        nodes = self._nodes
-        while len(nodes) > 1 and are_siblings(nodes[-2], nodes[-1], self._leaves):
-            left, right = self._records[len(nodes) - 2 : len(nodes)]
-            for name, field in left.items():
-                np.add(field, right[name], out=field)
-            nodes[-2:] = [TreeNode(nodes[-2].lo, nodes[-1].hi)]
-
     def total(self) -> Record:
         """Return the sum over all micro-batches of the step. Collective.
 
@@ -104,6 +95,11 @@ class Reduction:
 
     def close(self) -> None:
         """Release MPI's resources for this object; do not use it afterwards. Collective."""
+
+
+def _add(total: Record, values: Mapping[str, NDArray[Any]]) -> None:
+    for name, field in total.items():
+        np.add(field, values[name], out=field)
 
 
 class _Schedule(NamedTuple):
@@ -217,8 +213,7 @@ class AllreduceReduction(Reduction):
         if not self._nodes:
             self._slots[0][...] = 0
         for record in self._records[1 : len(self._nodes)]:
-            for name, field in total.items():
-                np.add(field, record[name], out=field)
+            _add(total, record)
         for field in total.values():
             self.communicator.allreduce(field)
         return self.layout.read_only(self._slots[0])

@@ -97,17 +97,16 @@ def _reserve(nbytes: int, purpose: str) -> tuple[int, str]:
     for folder in folders():
         try:
             handle, path = leftovers.create_locked(folder, leftovers.MEMORY)
+            try:
+                os.posix_fallocate(handle, 0, max(nbytes, 1))
+            except OSError:
+                Path(path).unlink()
+                os.close(handle)
+                raise
+            else:
+                return handle, path
         except OSError as error:
             tried.append(f"{folder}: {error.strerror}")
-            continue
-        try:
-            os.posix_fallocate(handle, 0, max(nbytes, 1))
-        except OSError as error:
-            Path(path).unlink()
-            os.close(handle)
-            tried.append(f"{folder}: {error.strerror}")
-        else:
-            return handle, path
     raise UserError(
         f"no room for {nbytes / 1e6:.1f} MB of {purpose} ({'; '.join(tried)}): free some space, or set TMPDIR to "
         "another folder"

@@ -254,8 +254,8 @@ class _Search:
         return TrialResult(**asdict(trial), **outcome)
 
     def _config_of(self, trial: Trial) -> TrainConfig:
-        config, folder = self._settings.config_with(trial.settings), self.folder / trial.run_folder
-        config = replace(config, run_dir=folder, resume="auto", keep_checkpoints=1)
+        ours = {"run_dir": self.folder / trial.run_folder, "resume": "auto", "keep_checkpoints": 1}
+        config = self._settings.config_with({**trial.settings, **ours})
         if trial.epochs < config.epoch_count:
             steps_per_epoch = split.steps_per_epoch(self._training_samples, config.batch_size)
             config = replace(config, max_steps=trial.epochs * steps_per_epoch)
