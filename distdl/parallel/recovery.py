@@ -1,9 +1,6 @@
 """Recovery: the actions by which all surviving ranks continue from the same position after a failure.
 
-Work that must be all or nothing runs in this order: first collective calls into buffers; then `commit`, in which all
-survivors agree; then local changes of the lasting state. A failure before the commit leaves that state unchanged.
-After the commit, no rank can learn of a failure before it has made its changes.
-
+Work that must be all or nothing ends with `commit`, before any change of the lasting state (docs/recovery.md).
 A rank that gets `PeerLost` goes through these actions:
 
 | action   | meaning                                                                      | next action              |
@@ -17,9 +14,9 @@ A rank that gets `PeerLost` goes through these actions:
 | AGREE    | agrees with all survivors that everyone has come this far                    | CONTINUE                 |
 | CONTINUE | leaves the recovery and repeats the uncommitted work                         |                          |
 
-Events report how an action ended: `completed`, `compared` (COMPARE completed) or `failed` (another rank was lost).
-After `failed` the rank starts again at VOTE_NO, with the newest group. It starts at SHRINK if its vote is no longer
-needed: the failure was the result of an agreement, or the failed action was VOTE_NO or SHRINK itself.
+Events report that an action was `completed`, `compared` or `failed` (another rank was lost). After `failed` the rank
+starts again at VOTE_NO, with the newest group. It starts at SHRINK if its vote is no longer needed: the failure was the
+result of an agreement, or the failed action was VOTE_NO or SHRINK itself.
 
 So on every group, all ranks call `agree` equally often, with the result True in all calls but the last, and then call
 `shrink` once. MPI matches these calls by their order alone.

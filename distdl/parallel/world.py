@@ -115,8 +115,7 @@ def _end_the_job_on_uncaught_exceptions(communicator: Communicator) -> None:
         if not getattr(error, "agreed", False):
             end_the_job(communicator, error)
         if communicator.rank == 0:
-            label = getattr(error, "label", "error: ")
-            say_line(f"{label}{error}")
+            say_line(f"{getattr(error, 'label', 'error: ')}{error}")
         raise SystemExit(exit_code_of(error))  # every rank exits with this code; no abort is necessary
 
     sys.excepthook = hook

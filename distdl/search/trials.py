@@ -1,11 +1,8 @@
 """Run a search: train its trials on groups of ranks.
 
 The ranks form groups, and each group trains one trial. After all groups have finished, every rank receives all results,
-rank 0 saves them, and the next trials start. A search ends with the same bytes on any number of ranks, because
-
-- a trial does not depend on the ranks that train it;
-- its hyperparameters depend only on the seed and on the results of the previous rounds;
-- results are saved in the order of the trials.
+rank 0 saves them in the order of the trials, and the next trials start. So a search ends with the same bytes on any
+number of ranks (docs/search.md).
 
 If a rank is lost and the MPI library survives failures, the survivors form new groups. They continue with the trials
 without a saved result, each from its last checkpoint.
@@ -257,8 +254,8 @@ class _Search:
         return TrialResult(**asdict(trial), **outcome)
 
     def _config_of(self, trial: Trial) -> TrainConfig:
-        config, folder = self._settings.config_with(trial.settings), self.folder / trial.run_folder
-        config = replace(config, run_dir=folder, resume="auto", keep_checkpoints=1)
+        ours = {"run_dir": self.folder / trial.run_folder, "resume": "auto", "keep_checkpoints": 1}
+        config = self._settings.config_with({**trial.settings, **ours})
         if trial.epochs < config.epoch_count:
             steps_per_epoch = batch_order.steps_per_epoch(self._training_samples, config.batch_size)
             config = replace(config, max_steps=trial.epochs * steps_per_epoch)
