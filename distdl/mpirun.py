@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.restarts < 0:
         raise UserError(f"cannot restart {options.restarts} times: expected 0 or more")
     if options.restarts and options.module.startswith("distdl.") and options.module != "distdl.train":
-        raise UserError(f"--restarts is for trainings, and {options.module} is none: leave it out")
+        raise UserError(f"--restarts is for trainings, and {options.module} is not a training: leave it out")
     command = _command_of(options, flags)
     if options.dry_run:
         sys.stdout.write(f"{command.shell_line()}\n")

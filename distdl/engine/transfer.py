@@ -45,7 +45,7 @@ def copy_weights(given: str, network: Sequential, model: str) -> Transfer:
     try:
         path, checkpoint, complaints = find_checkpoint(Path(given), f"--init-from {given}")
     except OSError as error:
-        raise UserError(f"cannot look into {error.filename}: {error.strerror}; give another --init-from") from None
+        raise UserError(f"cannot access {error.filename}: {error.strerror}; give another --init-from") from None
     own = [*network.named_parameters(), *network.named_buffers()]
     copied, initialized = [], []
     for name, array in own:

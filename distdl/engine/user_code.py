@@ -78,7 +78,7 @@ def network_builder(model: str, model_settings: str | None = None, given: BuildN
     """
     settings = parse_model_settings(model_settings)
     if "dtype" in settings:
-        raise UserError("--model-settings dtype: trainings are in float32; leave it out")
+        raise UserError("--model-settings dtype: training uses float32; leave it out")
     if given is not None:
         if settings:
             raise UserError(f"--model-settings {model_settings}: the network comes from a script; leave them out")
@@ -141,7 +141,7 @@ def _build_checked(
             f"{show_shape(input_shape)}: use the input_shape that the function receives"
         )
     if network.dtype != np.float32:
-        raise UserError(f"{what} returned a network in {network.dtype}, and trainings are in float32: leave dtype out")
+        raise UserError(f"{what} returned a network in {network.dtype}; training uses float32: leave dtype out")
     if not network.parameter_count:
         raise UserError(f"{what} returned a network without parameters: there is nothing to train; add an nn.Affine")
     for layer in network.every_layer():

@@ -62,7 +62,7 @@ def run_until_done(command_of: CommandOf, flags: Sequence[str], restarts: int) -
             break
         if attempt > restarts:
             advice = f"continue with --run-dir {folder} --resume auto"
-            streams.say_line(f"the job ended {what}, {attempt} times in all; {advice}")
+            streams.say_line(f"the job ended {what}; it was started {attempt} times; {advice}")
             break
         _wait_for_the_lock(folder, job)
         if job.stopping:

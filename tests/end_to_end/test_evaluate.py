@@ -499,7 +499,7 @@ REFUSED = {
     "a checkpoint that is a link": (["linked"], USER, ["symbolic link"]),
     "no hash of the data": (["no data"], DAMAGED, ["no data", "data_sha256"]),
     "another dataset": (["mnist", "--data-dir=other-data"], USER, ["mnist/checkpoints", "other images", "--data-dir"]),
-    "data for digits": (["mlp", "--data-dir=nowhere"], USER, ["--data-dir does nothing for digits", "mlp"]),
+    "data for digits": (["mlp", "--data-dir=nowhere"], USER, ["--data-dir has no effect with digits", "mlp"]),
     "no data": (["mnist", "--data-dir=empty"], USER, ["empty", "--data-dir"]),
     "members of two datasets": (["mlp", "mnist"], USER, ["mnist", "digits", "expected one dataset"]),
     "members of two splits": (["mlp", "seed 1"], USER, ["seed 1", "--seed 1", "--seed 0", "other samples"]),

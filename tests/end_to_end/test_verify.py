@@ -52,7 +52,7 @@ def test_a_failed_training_is_reported_in_one_line(verified, tmp_path):
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         f"distdl: error: with 1 ranks: unknown model 'simple_convet': expected one of {', '.join(sorted(MODELS))}; "
-        "did you mean 'simple_convnet'? (one of your own is given as file.py:function)"
+        "did you mean 'simple_convnet'? (for your own, give file.py:function)"
     ]
 
     assert not list(tmp_path.glob("distdl-verify-*"))

@@ -34,7 +34,7 @@ class Audit(StepObserver):
     def __init__(self, state: TrainingState, every: int, *, own_model: bool) -> None:
         self._state = state
         self._every = every
-        hint = " (or a layer of the model is no pure function of its input and key: fix that)"
+        hint = " (or a layer of the model is not a pure function of its input and key: fix that)"
         self._hint = hint if own_model else ""
 
     def shard_done(self, step: OptimizerStep) -> None:

@@ -171,7 +171,7 @@ def read(path: Path, *, follow: bool = True) -> Checkpoint:
             data = file.read()
     except OSError as error:
         if error.errno == errno.EIO:
-            raise DamagedFileError(f"{path} is damaged: its disk does not return it ({error.strerror})") from None
+            raise DamagedFileError(f"{path} is damaged: the disk cannot read it ({error.strerror})") from None
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     return decode(data, str(path))
 

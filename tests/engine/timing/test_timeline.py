@@ -204,7 +204,7 @@ def test_a_trace_replaces_only_a_regular_file(tmp_path, kind):
     else:
         (tmp_path / "file").touch()
         path.symlink_to(tmp_path / ("file" if kind == "link" else "nothing"))
-    with pytest.raises(UserError, match=r"^--trace .* is no regular file, and would be replaced by one: give another"):
+    with pytest.raises(UserError, match=r"^--trace .* is not a regular file, and would be overwritten: give another"):
         train(small_config(tmp_path / "run", trace=path), OneProcess())
     assert not (tmp_path / "run").exists()
 
