@@ -3,8 +3,6 @@
 This module imports neither NumPy nor MPI. So the config can check the flag before they are loaded.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any

@@ -4,8 +4,6 @@ Without `--restarts` this process becomes `mpirun`, so its signals and its exit 
 process stays, forwards signals, and starts a failed job again. It imports neither NumPy nor MPI.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import sys

@@ -1,7 +1,5 @@
 """Train: ``python -m distdl.train``, or ``mpirun -n 4 python -m distdl.train``; ``--help`` lists all flags."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Mapping, Sequence

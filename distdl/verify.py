@@ -6,8 +6,6 @@ runs ``distdl.train`` with the flags after ``--`` once for each number of ranks.
 of ``metrics.jsonl``. If they differ, it names the first step and tensor that differ and exits with 1.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

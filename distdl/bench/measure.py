@@ -12,8 +12,6 @@ Every measurement starts from the same weights and takes the same steps. So stro
 weights on any number of ranks. Unused ranks sleep in a barrier.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import statistics

@@ -4,8 +4,6 @@ Every rank computes the same order, so nothing needs to be sent. An order is a p
 *positions* in a part: ``parts.training[order]`` are the rows of an epoch.
 """
 
-from __future__ import annotations
-
 from distdl.data.split import Rows
 from distdl.rng import Key
 

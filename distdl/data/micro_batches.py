@@ -3,8 +3,6 @@
 Dimensions: N samples of a micro-batch, H height, W width, C channels.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -11,8 +11,6 @@ order, unless their text says otherwise. "Committed" means: all ranks agreed tha
 - *sums*: the `Sums` of the phase.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ step or checkpoint. If a disk refuses, it warns, and the last good checkpoint st
 checkpoints in a row, or at the last one, it raises `UserError`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -8,8 +8,6 @@ If ranks may be lost, every rank keeps the records since the last checkpoint tha
 of the files at that time. A rank that takes over cuts the files to these lengths and appends the kept records.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path

@@ -4,8 +4,6 @@ All errors in what the user gave are found here and agreed by all ranks, before 
 meanwhile, the survivors begin the preparation again, in the same run folder.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path

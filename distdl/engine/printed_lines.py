@@ -1,7 +1,5 @@
 """The lines that a run prints: the banner, the line of an epoch, phrases for the shares of the ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Requirements: config, dataset, network, ranks and checkpoint must fit each other. Each check raises `UserError`."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from distdl.config import TrainConfig

@@ -7,8 +7,6 @@ All state is in `TrainingState`. Order, shards and random numbers are pure funct
 of ranks can take a step, and take it again.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from contextlib import suppress

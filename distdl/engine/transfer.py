@@ -4,8 +4,6 @@ A new run reads `--init-from` once. From then on its weights are in its own chec
 that are not updated. Source: section 8.2.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

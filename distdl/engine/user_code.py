@@ -7,8 +7,6 @@
 A fault of the user's code becomes a `UserError` of one line. Code runs only if the command line, or a script, names it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import importlib.util

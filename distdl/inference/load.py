@@ -3,8 +3,6 @@
 Rank 0 reads the files, and never writes to a run. The other ranks receive the weights and share the data.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

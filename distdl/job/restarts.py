@@ -9,8 +9,6 @@ The launcher runs in a process group of its own, so Ctrl-C reaches it once and n
 this process is killed.
 """
 
-from __future__ import annotations
-
 import fcntl
 import itertools
 import os

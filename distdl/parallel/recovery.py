@@ -26,8 +26,6 @@ So on every group, all ranks call `agree` equally often, with the result True in
 2013.)
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

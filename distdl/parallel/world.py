@@ -4,8 +4,6 @@ An error that only one rank has must not leave the other ranks waiting. `world` 
 errors before and after MPI starts.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 import time

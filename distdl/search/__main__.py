@@ -7,8 +7,6 @@ to the trials of best validation accuracy and repeats. At the end it prints the 
 settings.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import replace

@@ -5,8 +5,6 @@ whole of ``results.jsonl`` is replaced after each trial, so no line is ever torn
 each training, so an interrupted training can continue.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping, Sequence

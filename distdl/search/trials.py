@@ -8,8 +8,6 @@ If a rank is lost and the MPI library survives failures, the survivors form new 
 without a saved result, each from its last checkpoint.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

@@ -6,8 +6,6 @@ are names that start with a dot, and files beside the folders of the classes. An
 trusted.
 """
 
-from __future__ import annotations
-
 import importlib
 import warnings
 from collections.abc import Callable, Iterator

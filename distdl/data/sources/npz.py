@@ -8,8 +8,6 @@ The names of Keras, as in `NAMES`, are also accepted. The file is not trusted: n
 allocated only if an array's size agrees with the archive.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import IO, Any
 

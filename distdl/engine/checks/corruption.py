@@ -5,8 +5,6 @@ every rank must get the same bits for a micro-batch (`Audit`). Otherwise the har
 one from the same reports, so all raise the same `CorruptionError`.
 """
 
-from __future__ import annotations
-
 import socket
 from collections import Counter
 from collections.abc import Hashable, Sequence

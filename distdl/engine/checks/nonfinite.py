@@ -4,8 +4,6 @@ The sum is the same on every rank. So all ranks see at the same step that it is 
 compute the step again, and each rank looks at its micro-batches one by one.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace

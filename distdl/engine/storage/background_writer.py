@@ -6,8 +6,6 @@ it starts the next, and before it ends. A checkpoint gets its name when it is co
 then. So the newest checkpoint is intact, at whatever moment the process ends.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ key, ``distdl``, a JSON object with ``format``, ``sha256`` and ``header``. The s
 digits of the digest itself set to zero. A file that is torn, truncated or altered anywhere is never loaded.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -4,8 +4,6 @@
 The data is loaded in between. So a folder that another run used meanwhile is refused.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import itertools

@@ -4,8 +4,6 @@ The seconds of each rank's micro-batches travel in the record of the reduction. 
 same numbers and draw the same conclusions (`Balance`). The rank that computes a micro-batch does not change the bits.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from typing import Any

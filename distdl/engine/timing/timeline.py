@@ -9,8 +9,6 @@ B. Mohr, *Automatic performance analysis of hybrid MPI/OpenMP applications*, 200
 need not agree. Ranks compare their marks at the end of an epoch and when the array is full, never within a step.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
