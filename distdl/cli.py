@@ -25,8 +25,8 @@ from typing import Any, Generic, Literal, TypeVar
 
 from distdl.config import check_kind
 from distdl.errors import EXIT_INTERRUPTED, DistdlError, UserError, nearest, unknown_name
-from distdl.job import signals, streams
-from distdl.job.launcher import MPICH, OPEN_MPI, Launch, read_launch
+from distdl.job import held_signals, streams
+from distdl.job.launched_by import MPICH, OPEN_MPI, Launch, read_launch
 from distdl.job.lifeline import end_with_the_launcher
 
 #: Seconds for which a silent rank waits while rank 0 reports an error. Open MPI's launcher ends all ranks when one
@@ -321,7 +321,7 @@ def run(
     If the command `trains`, the signals that stop a training wait until `distdl.engine.train` handles them.
     """
     if trains:
-        signals.hold_signals()  # before there is a second thread
+        held_signals.hold_signals()  # before there is a second thread
     launch = read_launch()
     if launch.by is not None:
         end_with_the_launcher()

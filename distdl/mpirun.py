@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from distdl import cli
 from distdl.cli import Command, Flag
 from distdl.errors import UserError
-from distdl.job.launcher import remove_session_folder
+from distdl.job.launched_by import remove_session_folder
 from distdl.job.mpirun_command import MpirunCommand, environment_for, mpirun_command
 from distdl.job.restarts import run_until_done
 

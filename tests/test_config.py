@@ -111,7 +111,7 @@ HEAVY = "print(sorted({'numpy', 'mpi4py', 'safetensors'} & set(sys.modules)))"
 def test_flags_are_read_before_numpy_and_mpi_are_imported(pytestconfig):
     code = f"""
 import sys
-import distdl, distdl.config, distdl.errors, distdl.job.launcher, distdl.cli, distdl.train, distdl.mpirun
+import distdl, distdl.config, distdl.errors, distdl.job.launched_by, distdl.cli, distdl.train, distdl.mpirun
 import distdl.__main__, distdl.verify, distdl.evaluate, distdl.report, distdl.bench.__main__, distdl.search.__main__
 {HEAVY}
 distdl.train.parse(["--lr", "0.1", "--dataset", "mnist", "--data-dir", "here"])

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from distdl.arrays import aligned_empty
 from distdl.data.augmentation import Augmentation
+from distdl.data.batch_order import micro_batch, micro_batch_count
 from distdl.data.dataset import PreparedDataset
-from distdl.data.split import Rows, micro_batch, micro_batch_count
+from distdl.data.split import Rows
 from distdl.rng import Key
 
 

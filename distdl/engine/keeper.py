@@ -13,7 +13,7 @@ from typing import Any
 from distdl.engine.console import Console
 from distdl.engine.logbook import Logbook
 from distdl.engine.state import TrainingState
-from distdl.engine.storage.checkpoint_writer import CheckpointWriter, Outcome
+from distdl.engine.storage.background_writer import CheckpointWriter, Outcome
 from distdl.engine.storage.header import CheckpointHeader
 from distdl.errors import UserError
 

@@ -186,9 +186,10 @@ def _build(
     if is_own(name) and given is None:
         name = next((model for model in models if names_match(model, config.model)), "")
         if not name:  # no code runs because a checkpoint names it
+            model = config.model.replace("__main__:", "SCRIPT.py:")
             raise UserError(
                 f"cannot build the network of {path}: it was trained with a model from user code; if you trust that "
-                f"code, add --model {config.model}, or in a script give build_network to distdl.inference.load.load()"
+                f"code, add --model {model}, or in a script give build_network to distdl.inference.load.load()"
             )
     height, width, channels = data.images.shape[1:]
     try:

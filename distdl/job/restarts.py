@@ -26,7 +26,7 @@ from types import FrameType
 from distdl.config import flag_of, run_folder_of
 from distdl.errors import EXIT_DEFECT, EXIT_INTERRUPTED, FINAL_EXIT_CODES, UserError
 from distdl.job import streams
-from distdl.job.launcher import remove_session_folder
+from distdl.job.launched_by import remove_session_folder
 from distdl.job.processes import send_when_the_parent_dies
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)

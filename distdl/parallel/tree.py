@@ -76,8 +76,6 @@ def maximal_nodes(shard: Shard, leaves: int) -> list[TreeNode]:
 
     >>> maximal_nodes(range(3, 8), leaves=8)
     [TreeNode(lo=3, hi=4), TreeNode(lo=4, hi=8)]
-    >>> maximal_nodes((0, 1, 5), leaves=8)
-    [TreeNode(lo=0, hi=2), TreeNode(lo=5, hi=6)]
     """
     return list(fold({leaf: TreeNode(leaf, leaf + 1) for leaf in shard}, leaves)[0].values())
 

@@ -17,7 +17,7 @@ from distdl import cli, train
 from distdl.cli import Command, Flag
 from distdl.config import flag_of
 from distdl.errors import UserError
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 from distdl.search.settings import METHODS, SEARCHABLE, SearchSettings, parse_range
 
 #: Flags of distdl.train that the search sets for each trial.

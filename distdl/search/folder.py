@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from distdl.engine.storage import files
 from distdl.engine.storage.json_lines import line_of
@@ -162,13 +162,6 @@ class SearchFolder:
     def close(self) -> None:
         """Unlock the folder."""
         self._lock.close()
-
-
-def _locked(folder: Path, *, ours: bool) -> IO[bytes]:
-    try:
-        return lock_folder(folder, owner_died=ours)
-    except UserError:
-        raise UserError(f"--out {folder} is in use by another search: wait for it, or give another folder") from None
 
 
 def _refused(path: Path, error: OSError) -> UserError:

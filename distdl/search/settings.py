@@ -227,9 +227,5 @@ class SearchSettings:
 
 
 def rounded(number: float) -> int:
-    """Return the nearest integer; a half is rounded up.
-
-    >>> rounded(2.5), rounded(2.4)
-    (3, 2)
-    """
+    """Return the nearest integer; a half is rounded up."""
     return math.floor(number + 0.5)

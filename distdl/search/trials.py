@@ -1,11 +1,8 @@
 """Run a search: train its trials on groups of ranks.
 
 The ranks form groups, and each group trains one trial. After all groups have finished, every rank receives all results,
-rank 0 saves them, and the next trials start. A search ends with the same bytes on any number of ranks, because
-
-- a trial does not depend on the ranks that train it;
-- its hyperparameters depend only on the seed and on the results of the previous rounds;
-- results are saved in the order of the trials.
+rank 0 saves them in the order of the trials, and the next trials start. So a search ends with the same bytes on any
+number of ranks (docs/search.md).
 
 If a rank is lost and the MPI library survives failures, the survivors form new groups. They continue with the trials
 without a saved result, each from its last checkpoint.
@@ -19,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from distdl.config import TrainConfig, is_own
-from distdl.data import Dataset, split
+from distdl.data import Dataset, batch_order, split
 from distdl.engine import train
 from distdl.engine.console import Console
-from distdl.engine.prepare import labelled
+from distdl.engine.prepare import names_from_script
 from distdl.engine.requirements import outputs_of
 from distdl.engine.stop import StopRequest
 from distdl.engine.storage.files import indented_json
@@ -99,7 +96,7 @@ class _Search:
     """One rank's part of a search. If a rank is lost, the survivors call `attempt` again."""
 
     def __init__(self, settings: SearchSettings, build_network: BuildNetwork | None, dataset: Dataset | None) -> None:
-        self._given = replace(settings, config=labelled(settings.config, build_network, dataset))
+        self._given = replace(settings, config=names_from_script(settings.config, build_network, dataset))
         self._build_network = build_network
         self._dataset = dataset
         self._path: Path | None = None
@@ -257,10 +254,10 @@ class _Search:
         return TrialResult(**asdict(trial), **outcome)
 
     def _config_of(self, trial: Trial) -> TrainConfig:
-        config, folder = self._settings.config_with(trial.settings), self.folder / trial.run_folder
-        config = replace(config, run_dir=folder, resume="auto", keep_checkpoints=1)
+        ours = {"run_dir": self.folder / trial.run_folder, "resume": "auto", "keep_checkpoints": 1}
+        config = self._settings.config_with({**trial.settings, **ours})
         if trial.epochs < config.epoch_count:
-            steps_per_epoch = split.steps_per_epoch(self._training_samples, config.batch_size)
+            steps_per_epoch = batch_order.steps_per_epoch(self._training_samples, config.batch_size)
             config = replace(config, max_steps=trial.epochs * steps_per_epoch)
         return config
 

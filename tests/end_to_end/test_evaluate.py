@@ -16,14 +16,14 @@ from test_tasks import run as run_task
 from distdl import cli
 from distdl import evaluate as shown
 from distdl.config import TrainConfig
-from distdl.data.split import micro_batch
+from distdl.data.batch_order import micro_batch
 from distdl.engine import train
 from distdl.engine.storage import checkpoints
 from distdl.errors import UserError
 from distdl.inference import evaluate_runs, score_table
 from distdl.inference.load import load
 from distdl.inference.score import Score, evaluate, in_half_precision
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 from distdl.nn import Affine, BatchNorm, Conv2d, Flatten, ReLU, Sequential, Tanh, build_model
 from distdl.parallel import OneProcess
 

@@ -18,7 +18,7 @@ from distdl.data.sources import Dataset
 from distdl.engine import train as train_from_a_script
 from distdl.engine.user_code import architecture_sha256, check_equal_networks
 from distdl.errors import UserError
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 from distdl.nn import build_model
 from distdl.parallel import OneProcess
 

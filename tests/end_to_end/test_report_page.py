@@ -16,7 +16,7 @@ from distdl import cli, report
 from distdl.config import TrainConfig
 from distdl.data.sources import load
 from distdl.engine import train
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 from distdl.parallel import OneProcess
 
 pytestmark = pytest.mark.skipif(read_launch().by is not None, reason="already under a launcher")

@@ -387,7 +387,7 @@ KILLED = """
 import os, signal, sys
 from distdl import cli
 from distdl.search import __main__ as search
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 cli.set_blas_threads(1)
 from distdl.search import trials
 

@@ -37,7 +37,7 @@ class Audit(StepObserver):
         hint = " (or a layer of the model is not a pure function of its input and key: fix that)"
         self._hint = hint if own_model else ""
 
-    def computed(self, step: OptimizerStep) -> None:
+    def shard_done(self, step: OptimizerStep) -> None:
         """Audit the step if its turn has come. Collective."""
         number = self._state.step + 1
         if number % self._every:

@@ -57,7 +57,7 @@ class FiniteCheck(StepObserver):
         self._state = state
         self._save = save
 
-    def reduced(self, step: OptimizerStep) -> bool:
+    def allows_update(self, step: OptimizerStep) -> bool:
         """Return whether the sums are finite. Collective if they are not."""
         self.fault = None
         what = what_is_not_finite(step.total)
