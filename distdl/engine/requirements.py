@@ -43,8 +43,8 @@ def check_moments(config: TrainConfig, network: Sequential) -> None:
         return
     if any(isinstance(layer, BatchNorm) and layer.pixels == 1 for layer in network.every_layer()):
         raise UserError(
-            f"the network {config.model} normalizes each feature over a micro-batch (BatchNorm); one "
-            "sample always gives 0: give --micro-batch-size 2 or more"
+            f"the network {config.model} normalizes each feature over a micro-batch (BatchNorm); with "
+            "--micro-batch-size 1 the result is always 0: give 2 or more"
         )
 
 

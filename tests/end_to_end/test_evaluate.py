@@ -508,7 +508,7 @@ REFUSED = {
     "a setting of another version": (["another version"], USER, ["another version", "warp"]),
     "an impossible setting": (["impossible"], USER, ["impossible", "--batch-size"]),
     "json into a folder": (["mlp", "--json=empty"], USER, ["--json", "empty", "is a folder"]),
-    "json in place of a link": (["mlp", "--json=to text"], USER, ["--json", "to text", "no regular file"]),
+    "json in place of a link": (["mlp", "--json=to text"], USER, ["--json", "to text", "not a regular file"]),
     "json below a file": (["mlp", "--json=text/numbers"], USER, ["--json", "text/numbers"]),
     "a picture of an unknown kind": (["mlp", "--misclassified=m.bmp"], USER, ["--misclassified", "m.bmp", ".png"]),
 }

@@ -102,7 +102,7 @@ def test_a_page_omits_sections_that_do_not_apply_to_the_run(runs):
     [
         (["nowhere"], "nowhere is not a run folder"),
         (["digits/config.toml"], "is not a run folder"),
-        (["digits", "--out=pipe.html"], "no regular file"),
+        (["digits", "--out=pipe.html"], "not a regular file"),
         (["digits", "--out=page.txt"], "ends in .html"),
         (["digits", "--out=digits/config.toml/page.html"], "cannot be written"),
         (["digits", "--model=net.py:net"], "the runs were trained with"),
