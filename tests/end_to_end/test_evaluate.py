@@ -503,7 +503,7 @@ REFUSED = {
     "no data": (["mnist", "--data-dir=empty"], USER, ["empty", "--data-dir"]),
     "members of two datasets": (["mlp", "mnist"], USER, ["mnist", "digits", "expected one dataset"]),
     "members of two splits": (["mlp", "seed 1"], USER, ["seed 1", "--seed 1", "--seed 0", "other samples"]),
-    "a network from a script": (["from a script"], USER, ["__main__:my_network", "build_network"]),
+    "a network from a script": (["from a script"], USER, ["SCRIPT.py:my_network", "build_network"]),
     "tensors of another model": (["another model"], USER, ["another model", "affine_1.weight"]),
     "a setting of another version": (["another version"], USER, ["another version", "warp"]),
     "an impossible setting": (["impossible"], USER, ["impossible", "--batch-size"]),
