@@ -1,8 +1,8 @@
 """The folder of a search: ``search.json`` holds the settings, ``results.jsonl`` has one line per completed trial.
 
-Neither file depends on time, ranks or interruptions. So both have the same bytes for every course of the search. The
-whole of ``results.jsonl`` is replaced after each trial, so no line is ever torn. ``trials/`` holds the run folder of
-each training, so an interrupted training can continue.
+Both have the same bytes for every course of the search (docs/search.md). The whole of ``results.jsonl`` is replaced
+after each trial, so no line is ever torn. ``trials/`` holds the run folder of each training, so an interrupted training
+can continue.
 """
 
 from __future__ import annotations
@@ -132,11 +132,13 @@ class SearchFolder:
             folder.mkdir(files.FOLDER_MODE, parents=True, exist_ok=True)
             self._lock = lock_folder(folder, owner_died=ours)
             files.remove_temporaries(folder)
-            self.write(SEARCH, files.indented_json(content))
         except OSError as error:
             raise _refused(folder, error) from None
         except UserError:
-            raise UserError(f"--out {folder} is in use by another search: wait for it, or give another") from None
+            raise UserError(
+                f"--out {folder} is in use by another search: wait for it, or give another folder"
+            ) from None
+        self.write(SEARCH, files.indented_json(content))
 
     def save(self, results: Sequence[TrialResult]) -> None:
         """Replace ``results.jsonl``; if the disk refuses, keep the previous one and raise `UserError`."""
