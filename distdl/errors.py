@@ -1,7 +1,5 @@
 """The errors and their exit codes; docs/exit-codes.md lists all codes."""
 
-from __future__ import annotations
-
 import difflib
 import os
 from collections.abc import Iterable, Mapping

@@ -9,8 +9,6 @@ The book and PyTorch differ in the position of η in Momentum, in Nesterov's rul
 These optimizers follow PyTorch.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence

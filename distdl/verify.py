@@ -6,8 +6,6 @@ runs ``distdl.train`` with the flags after ``--`` once for each number of ranks.
 of ``metrics.jsonl``. If they differ, it names the first step and tensor that differ and exits with 1.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess
@@ -21,7 +19,7 @@ from pathlib import Path
 from distdl import cli
 from distdl.cli import Command, Flag
 from distdl.errors import EXIT_DAMAGED, EXIT_DEFECT, DamagedFileError, UserError
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 from distdl.job.mpirun_command import environment_for, mpirun_command
 
 #: Flags of distdl.train that this command sets itself.

@@ -16,7 +16,7 @@ import sys
 import numpy as np
 
 from distdl import cli, nn
-from distdl.data import MicroBatches, PreparedDataset, sources, split
+from distdl.data import MicroBatches, PreparedDataset, batch_order, sources
 from distdl.engine.environment import numerics
 from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
@@ -72,9 +72,9 @@ def train(communicator, data, states, key, epochs):
     ]
     samples, number = len(data.parts.training), 0
     for epoch in range(epochs):
-        order = data.parts.training[split.epoch_order(key, epoch, samples)]
-        for position in range(split.steps_per_epoch(samples, BATCH_SIZE)):
-            rows = split.batch_rows(order, position, BATCH_SIZE)
+        order = data.parts.training[batch_order.epoch_order(key, epoch, samples)]
+        for position in range(batch_order.steps_per_epoch(samples, BATCH_SIZE)):
+            rows = batch_order.batch_rows(order, position, BATCH_SIZE)
             number += 1
             for step, state, other in zip(steps, states, reversed(states), strict=True):
                 compute = mutual(
@@ -83,7 +83,7 @@ def train(communicator, data, states, key, epochs):
                     lambda index, rows=rows: micro_batches.load(rows, index),
                     key.of("training", number),
                 )
-                step.take(compute, samples=len(rows), learning_rate=LEARNING_RATE, update=number)
+                step.take(compute, samples=len(rows), learning_rate=LEARNING_RATE, update_number=number)
 
 
 def main(arguments):

@@ -5,8 +5,6 @@ So its time is that of the reduction itself. The two reductions take turns. Ever
 if the shards are aligned with the tree.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Iterator, Sequence

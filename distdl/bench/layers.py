@@ -5,8 +5,6 @@ The number of operations is that of a layer's plain form. So an algorithm that n
 higher rate than the products themselves.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Sequence

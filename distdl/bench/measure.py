@@ -12,8 +12,6 @@ Every measurement starts from the same weights and takes the same steps. So stro
 weights on any number of ranks. Unused ranks sleep in a barrier.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import statistics
@@ -28,7 +26,7 @@ from numpy.typing import NDArray
 
 from distdl.bench.settings import SCALINGS, BenchSettings
 from distdl.config import TrainConfig
-from distdl.data import MicroBatches, PreparedDataset, sources, split
+from distdl.data import MicroBatches, PreparedDataset, batch_order, sources
 from distdl.engine.checks.nonfinite import FiniteCheck
 from distdl.engine.requirements import check_outputs
 from distdl.engine.state import TrainingState
@@ -166,7 +164,7 @@ class TrainingSteps:
         self._micro_batches = MicroBatches(dataset, config.micro_batch_size)
         self._loss = make_loss(dataset.default_loss)
         self._training = dataset.parts.training
-        self._steps_per_epoch = split.steps_per_epoch(len(self._training), config.batch_size)
+        self._steps_per_epoch = batch_order.steps_per_epoch(len(self._training), config.batch_size)
         self._key = Key(config.seed)
         self._order = (-1, np.empty(0, np.int64))
 
@@ -176,12 +174,12 @@ class TrainingSteps:
         for step in range(state.step, state.step + count):
             epoch, position = divmod(step, self._steps_per_epoch)
             if self._order[0] != epoch:
-                self._order = (epoch, self._training[split.epoch_order(self._key, epoch, len(self._training))])
-            rows = split.batch_rows(self._order[1], position, self.config.batch_size)
+                self._order = (epoch, self._training[batch_order.epoch_order(self._key, epoch, len(self._training))])
+            rows = batch_order.batch_rows(self._order[1], position, self.config.batch_size)
             load = partial(self._micro_batches.load, rows)
             compute = supervised(state.network, self._loss, load, self._key.of("training", step))
             rate = self.config.learning_rate
-            self._step.take(compute, samples=len(rows), learning_rate=rate, update=step + 1)
+            self._step.take(compute, samples=len(rows), learning_rate=rate, update_number=step + 1)
             state.step_array += 1
 
 

@@ -23,8 +23,6 @@ The model leaves out ranks that share a host's memory and network card, congesti
 fitted nor predicted.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass

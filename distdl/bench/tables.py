@@ -1,7 +1,5 @@
 """The tables that a benchmark prints, as lines of text. Pure functions."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import groupby

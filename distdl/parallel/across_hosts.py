@@ -5,8 +5,6 @@ sends the sum straight into the memory that the other hosts' ranks see. A small 
 number of waits matters more than the traffic.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise

@@ -4,8 +4,6 @@ Work that can fail on one rank runs inside `together`; any other exception ends 
 while the ranks exchange an error, only some of them may have received it. Then no rank raises that error.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import traceback

@@ -3,8 +3,6 @@
 A record has named fields of fixed dtype and length: the gradient in float32, the loss in float64, counts as integers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -26,8 +26,6 @@ So on every group, all ranks call `agree` equally often, with the result True in
 2013.)
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -93,7 +91,7 @@ class Recoverable(Protocol):
     def position(self) -> Position:
         """How far this rank has come."""
 
-    def take(self, source: int) -> None:
+    def catch_up(self, source: int) -> None:
         """Take the position and the state of rank `source`: all or nothing. Collective."""
 
     def rebuild(self) -> None:
@@ -153,7 +151,7 @@ def _act(recovery: Recovery, rank: Recoverable) -> None:
             recovery.compared(rank.communicator.allgather_json(rank.position))
             return
         case Action.TAKE:
-            rank.take(recovery.source)
+            rank.catch_up(recovery.source)
         case Action.REBUILD:
             rank.rebuild()
         case Action.AGREE:
@@ -170,7 +168,7 @@ class _Attempt(Generic[T]):
         self.communicator = communicator
         self._work = work
 
-    def take(self, source: int) -> None:
+    def catch_up(self, source: int) -> None:
         raise AssertionError(f"rank {source} cannot be ahead")
 
     def rebuild(self) -> None:

@@ -15,8 +15,6 @@ The barriers are MPI's. A flag in shared memory would be faster, but wrong: Pyth
 write of the flag on every processor, and a rank that died would never set it, whereas MPI reports the failure.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -8,8 +8,6 @@ It is a memory-mapped file, in shared memory if it fits there, otherwise in the 
 - An MPI window would not survive the failure of a rank.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 import tempfile

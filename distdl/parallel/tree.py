@@ -12,8 +12,6 @@ a binary counter: merge the last two as long as they are siblings.
 This file is pure integer arithmetic; it touches no array.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache

@@ -4,8 +4,6 @@ An error that only one rank has must not leave the other ranks waiting. `world` 
 errors before and after MPI starts.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 import time
@@ -13,7 +11,7 @@ import warnings
 
 from distdl.errors import DistdlError, UserError
 from distdl.job import leftovers
-from distdl.job.launcher import Launch, compatible, read_launch
+from distdl.job.launched_by import Launch, compatible, read_launch
 from distdl.job.lifeline import end_with_the_launcher
 from distdl.job.streams import say_line
 from distdl.parallel import shared

@@ -5,8 +5,6 @@ after each trial, so no line is ever torn. ``trials/`` holds the run folder of e
 can continue.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -53,7 +51,7 @@ def choose_folder(settings: SearchSettings) -> Path:
 def read_results(folder: Path, settings: SearchSettings, ours: Mapping[str, Any]) -> list[TrialResult]:
     """Return the results of a search to continue; none if there is no search yet.
 
-    `ours` is this search's content of ``search.json``. Raises `UserError` if that of the folder differs, and
+    `ours` is this search's content of ``search.json``. Raises `UserError` if the file there differs, and
     `DamagedFileError` if a file is damaged.
     """
     if not (folder / SEARCH).exists():
@@ -124,7 +122,7 @@ class SearchFolder:
     refuses or another search uses the folder.
     """
 
-    def __init__(self, folder: Path, content: Mapping[str, Any], *, ours: bool) -> None:
+    def __init__(self, folder: Path, *, ours: bool) -> None:
         self.folder = folder
         self._created = [path for path in (folder, *folder.parents) if not path.exists()]
         self.is_new = not (folder / SEARCH).exists()
@@ -138,7 +136,6 @@ class SearchFolder:
             raise UserError(
                 f"--out {folder} is in use by another search: wait for it, or give another folder"
             ) from None
-        self.write(SEARCH, files.indented_json(content))
 
     def save(self, results: Sequence[TrialResult]) -> None:
         """Replace ``results.jsonl``; if the disk refuses, keep the previous one and raise `UserError`."""

@@ -11,8 +11,6 @@ Successive halving (Jamieson and Talwalkar, *Non-stochastic best arm identificat
 2016) spends the same epochs differently: many trials start, and only the better half continues after a few epochs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

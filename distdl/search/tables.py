@@ -1,7 +1,5 @@
 """The printed lines of a search: banner, rounds, trials, the table of the best trials, and the command that trains."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, fields

@@ -8,18 +8,16 @@ If a rank is lost and the MPI library survives failures, the survivors form new 
 without a saved result, each from its last checkpoint.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from distdl.config import TrainConfig, is_own
-from distdl.data import Dataset, split
+from distdl.data import Dataset, batch_order, split
 from distdl.engine import train
 from distdl.engine.console import Console
-from distdl.engine.prepare import labelled
+from distdl.engine.prepare import names_from_script
 from distdl.engine.requirements import outputs_of
 from distdl.engine.stop import StopRequest
 from distdl.engine.storage.files import indented_json
@@ -31,7 +29,7 @@ from distdl.parallel import Communicator, Survivors, from_rank_0, guard, on_rank
 from distdl.rng import Key
 from distdl.search import tables
 from distdl.search.chart import search_figure
-from distdl.search.folder import CHART, RESULTS, SUMMARY, SearchFolder, choose_folder, read_results
+from distdl.search.folder import CHART, RESULTS, SEARCH, SUMMARY, SearchFolder, choose_folder, read_results
 from distdl.search.procedure import Trial, TrialResult, leaderboard, ranges_of_round, trials_of_round
 from distdl.search.settings import Range, SearchSettings
 
@@ -96,7 +94,7 @@ class _Search:
     """One rank's part of a search. If a rank is lost, the survivors call `attempt` again."""
 
     def __init__(self, settings: SearchSettings, build_network: BuildNetwork | None, dataset: Dataset | None) -> None:
-        self._given = replace(settings, config=labelled(settings.config, build_network, dataset))
+        self._given = replace(settings, config=names_from_script(settings.config, build_network, dataset))
         self._build_network = build_network
         self._dataset = dataset
         self._path: Path | None = None
@@ -151,7 +149,8 @@ class _Search:
                 may_continue = settings.resume or known is not None
                 content = {**settings.to_json(), "data_sha256": data_sha256}
                 results = read_results(self.folder, settings, content) if may_continue else []
-                self._open = SearchFolder(self.folder, content, ours=known is not None)
+                self._open = SearchFolder(self.folder, ours=known is not None)
+                self._open.write(SEARCH, indented_json(content))
                 self._results = results
             return [asdict(result) for result in self._results]
 
@@ -257,7 +256,7 @@ class _Search:
         ours = {"run_dir": self.folder / trial.run_folder, "resume": "auto", "keep_checkpoints": 1}
         config = self._settings.config_with({**trial.settings, **ours})
         if trial.epochs < config.epoch_count:
-            steps_per_epoch = split.steps_per_epoch(self._training_samples, config.batch_size)
+            steps_per_epoch = batch_order.steps_per_epoch(self._training_samples, config.batch_size)
             config = replace(config, max_steps=trial.epochs * steps_per_epoch)
         return config
 

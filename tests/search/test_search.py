@@ -317,8 +317,7 @@ def test_a_full_disk_at_the_start_is_named(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("distdl.search.folder.files.write_durably", full)
-    with pytest.raises(UserError, match=r"cannot write .*search\.json: No space left on device; make room"):
-        searched(RANDOM, tmp_path / "search")
+    refused(RANDOM, tmp_path / "search", r"cannot write .*search\.json: No space left on device; make room")
 
 
 def test_a_resume_without_a_search_says_so(tmp_path, monkeypatch, capsys):
@@ -397,7 +396,7 @@ KILLED = """
 import os, signal, sys
 from distdl import cli
 from distdl.search import __main__ as search
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 cli.set_blas_threads(1)
 from distdl.search import trials
 
