@@ -134,12 +134,10 @@ def scaling_cases(settings: BenchSettings, ranks: Sequence[int]) -> list[Scaling
 
 def oversubscribed(cores_of_ranks: Sequence[tuple[str, Sequence[int]]], ranks: int) -> bool:
     """Return whether the first `ranks` ranks outnumber their cores on any host."""
-    cores: dict[str, set[int]] = {}
-    count: dict[str, int] = {}
-    for host, of_rank in cores_of_ranks[:ranks]:
-        cores.setdefault(host, set()).update(of_rank)
-        count[host] = count.get(host, 0) + 1
-    return any(count[host] > len(cores[host]) for host in count)
+    by_host: dict[str, list[Sequence[int]]] = {}
+    for host, cores in cores_of_ranks[:ranks]:
+        by_host.setdefault(host, []).append(cores)
+    return any(len(of_ranks) > len(set().union(*of_ranks)) for of_ranks in by_host.values())
 
 
 class TrainingSteps:

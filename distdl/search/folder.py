@@ -1,8 +1,8 @@
 """The folder of a search: ``search.json`` holds the settings, ``results.jsonl`` has one line per completed trial.
 
-Neither file depends on time, ranks or interruptions. So both have the same bytes for every course of the search. The
-whole of ``results.jsonl`` is replaced after each trial, so no line is ever torn. ``trials/`` holds the run folder of
-each training, so an interrupted training can continue.
+Both have the same bytes for every course of the search (docs/search.md). The whole of ``results.jsonl`` is replaced
+after each trial, so no line is ever torn. ``trials/`` holds the run folder of each training, so an interrupted training
+can continue.
 """
 
 import json
@@ -51,7 +51,7 @@ def choose_folder(settings: SearchSettings) -> Path:
 def read_results(folder: Path, settings: SearchSettings, ours: Mapping[str, Any]) -> list[TrialResult]:
     """Return the results of a search to continue; none if there is no search yet.
 
-    `ours` is this search's content of ``search.json``. Raises `UserError` if that of the folder differs, and
+    `ours` is this search's content of ``search.json``. Raises `UserError` if the file there differs, and
     `DamagedFileError` if a file is damaged.
     """
     if not (folder / SEARCH).exists():
@@ -122,7 +122,7 @@ class SearchFolder:
     refuses or another search uses the folder.
     """
 
-    def __init__(self, folder: Path, content: Mapping[str, Any], *, ours: bool) -> None:
+    def __init__(self, folder: Path, *, ours: bool) -> None:
         self.folder = folder
         self._created = [path for path in (folder, *folder.parents) if not path.exists()]
         self.is_new = not (folder / SEARCH).exists()
@@ -130,11 +130,12 @@ class SearchFolder:
             folder.mkdir(files.FOLDER_MODE, parents=True, exist_ok=True)
             self._lock = lock_folder(folder, owner_died=ours)
             files.remove_temporaries(folder)
-            self.write(SEARCH, files.indented_json(content))
         except OSError as error:
             raise _refused(folder, error) from None
         except UserError:
-            raise UserError(f"--out {folder} is in use by another search: wait for it, or give another") from None
+            raise UserError(
+                f"--out {folder} is in use by another search: wait for it, or give another folder"
+            ) from None
 
     def save(self, results: Sequence[TrialResult]) -> None:
         """Replace ``results.jsonl``; if the disk refuses, keep the previous one and raise `UserError`."""

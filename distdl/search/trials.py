@@ -29,7 +29,7 @@ from distdl.parallel import Communicator, Survivors, from_rank_0, guard, on_rank
 from distdl.rng import Key
 from distdl.search import tables
 from distdl.search.chart import search_figure
-from distdl.search.folder import CHART, RESULTS, SUMMARY, SearchFolder, choose_folder, read_results
+from distdl.search.folder import CHART, RESULTS, SEARCH, SUMMARY, SearchFolder, choose_folder, read_results
 from distdl.search.procedure import Trial, TrialResult, leaderboard, ranges_of_round, trials_of_round
 from distdl.search.settings import Range, SearchSettings
 
@@ -149,7 +149,8 @@ class _Search:
                 may_continue = settings.resume or known is not None
                 content = {**settings.to_json(), "data_sha256": data_sha256}
                 results = read_results(self.folder, settings, content) if may_continue else []
-                self._open = SearchFolder(self.folder, content, ours=known is not None)
+                self._open = SearchFolder(self.folder, ours=known is not None)
+                self._open.write(SEARCH, indented_json(content))
                 self._results = results
             return [asdict(result) for result in self._results]
 

@@ -1,5 +1,6 @@
 """Whole searches: the same files on any number of ranks and after any interruption; errors in one line."""
 
+import errno
 import json
 import os
 import shlex
@@ -309,6 +310,14 @@ def test_two_searches_cannot_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(trials, "train", meanwhile)
     with pytest.raises(KeyboardInterrupt):
         searched(RANDOM, folder)
+
+
+def test_a_full_disk_at_the_start_is_named(tmp_path, monkeypatch):
+    def full(path, *parts):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("distdl.search.folder.files.write_durably", full)
+    refused(RANDOM, tmp_path / "search", r"cannot write .*search\.json: No space left on device; make room")
 
 
 def test_a_resume_without_a_search_says_so(tmp_path, monkeypatch, capsys):
