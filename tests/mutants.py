@@ -279,7 +279,9 @@ class Copy:
     def _run(self, file: str, seconds: float) -> int | None:
         """Return the exit code of a test file; None if it does not end in time. No process of it remains."""
         mark = uuid.uuid4().hex
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", file]
+        # A mutant may send a signal to its parent process: that is the shell.
+        shell = ["sh", "-c", '"$@"; exit "$?"', "sh"]
+        command = [*shell, sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", file]
         process = subprocess.Popen(
             command,
             cwd=self.folder,
