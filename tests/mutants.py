@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -209,15 +209,15 @@ def is_deletable(node: ast.AST, *, is_nested: bool) -> bool:
 # ------------------------------------------------------------------------------------------------------------- tests
 
 
-def tests_of(path: Path) -> list[str]:
+def tests_of(path: Path, root: Path) -> list[str]:
     """Return the test files for a module of the package, in the order in which they run."""
     module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
     package, _, name = module.rpartition(".")
     folder = Path("tests", *path.parts[1:-1])
     mention = re.compile(rf"{re.escape(module)}\b|from {re.escape(package)} import (\([^)]*|[^\n]*)\b{name}\b")
     own, beside, others = [], [], []
-    for file in sorted(REPOSITORY.glob("tests/**/test_*.py"), key=lambda file: file.stat().st_size):
-        relative = file.relative_to(REPOSITORY)
+    for file in sorted(root.glob("tests/**/test_*.py"), key=lambda file: file.stat().st_size):
+        relative = file.relative_to(root)
         if str(relative) in END_TO_END or relative.parts[1] == "faults":
             continue
         if relative.parent == folder:
@@ -230,16 +230,22 @@ def tests_of(path: Path) -> list[str]:
 class Copy:
     """A copy of the repository in which one mutant at a time is tested."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, of: Path) -> None:
         self.folder = folder
-        shutil.copytree(REPOSITORY, folder, ignore=NOT_COPIED, symlinks=True)
+        shutil.copytree(of, folder, ignore=NOT_COPIED, symlinks=True)
         self._writes = 0
         self._baseline: dict[str, float | None] = {}
 
+    def sources(self, only: str) -> dict[Path, bytes]:
+        """The files of the package whose path starts with `only`."""
+        files = sorted(self.folder.glob("distdl/**/*.py"))
+        sources = {file.relative_to(self.folder): file.read_bytes() for file in files}
+        return {path: source for path, source in sources.items() if str(path).startswith(only)}
+
     def test(self, mutant: Mutant) -> tuple[str, str]:
         """Return "killed", "timed out" or "survived", and the test file that decided."""
-        source = (REPOSITORY / mutant.path).read_bytes()
-        for file in tests_of(mutant.path):
+        source = (self.folder / mutant.path).read_bytes()
+        for file in tests_of(mutant.path, self.folder):
             limit = self.seconds_of(file)
             if limit is None:
                 continue
@@ -273,7 +279,9 @@ class Copy:
     def _run(self, file: str, seconds: float) -> int | None:
         """Return the exit code of a test file; None if it does not end in time. No process of it remains."""
         mark = uuid.uuid4().hex
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", file]
+        # A mutant may send a signal to its parent process: that is the shell.
+        shell = ["sh", "-c", '"$@"; exit "$?"', "sh"]
+        command = [*shell, sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", file]
         process = subprocess.Popen(
             command,
             cwd=self.folder,
@@ -304,17 +312,14 @@ def equivalent() -> set[str]:
     return {line.partition("  # ")[0].strip() for line in lines if line.strip() and not line.startswith("#")}
 
 
-def chosen(only: str, count: int, seed: int) -> list[Mutant]:
+def chosen(sources: Mapping[Path, bytes], count: int, seed: int) -> list[Mutant]:
     """Choose places at random, and one mutant of each place; leave out those known to be equivalent."""
     known, choice = equivalent(), random.Random(seed)
     places: dict[tuple[Path, int, int], list[Mutant]] = {}
-    for file in sorted((REPOSITORY / "distdl").rglob("*.py")):
-        path = file.relative_to(REPOSITORY)
-        if str(path).startswith(only):
-            source = file.read_bytes()
-            for mutant in mutants_of(path, source):
-                if mutant.entry(source) not in known:
-                    places.setdefault((path, mutant.start, mutant.end), []).append(mutant)
+    for path, source in sources.items():
+        for mutant in mutants_of(path, source):
+            if mutant.entry(source) not in known:
+                places.setdefault((path, mutant.start, mutant.end), []).append(mutant)
     return [choice.choice(found) for found in choice.sample(list(places.values()), min(count, len(places)))]
 
 
@@ -329,12 +334,14 @@ def main() -> int:
     if arguments.list:
         print(EQUIVALENT.read_text(), end="")
         return 0
-    mutants = chosen(arguments.only.rstrip("/"), arguments.count, arguments.seed)
     outcomes: dict[str, list[Mutant]] = {"killed": [], "timed out": [], "survived": []}
     with tempfile.TemporaryDirectory(prefix="distdl-mutants-") as folder:
-        copies: queue.Queue[Copy] = queue.Queue()
-        for number in range(arguments.jobs):
-            copies.put(Copy(Path(folder, f"{number}")))
+        first, copies = Copy(Path(folder, "0"), REPOSITORY), queue.Queue[Copy]()
+        sources = first.sources(arguments.only.rstrip("/"))
+        mutants = chosen(sources, arguments.count, arguments.seed)
+        copies.put(first)
+        for number in range(1, arguments.jobs):
+            copies.put(Copy(Path(folder, f"{number}"), first.folder))
 
         def test(mutant: Mutant) -> None:
             own = copies.get()
@@ -349,7 +356,7 @@ def main() -> int:
         with ThreadPoolExecutor(arguments.jobs) as pool:
             list(pool.map(test, mutants))
     for mutant in sorted(outcomes["survived"], key=lambda mutant: (mutant.path, mutant.line)):
-        source = (REPOSITORY / mutant.path).read_bytes()
+        source = sources[mutant.path]
         print(f"\nsurvived: {mutant.entry(source)}\n{mutant.diff(source)}")
     counts = {outcome: len(found) for outcome, found in outcomes.items()}
     percent = 100 * (1 - counts["survived"] / len(mutants)) if mutants else 100.0
