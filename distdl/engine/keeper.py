@@ -1,6 +1,6 @@
 """The keeper: saves checkpoints while the training continues, and judges failed writes.
 
-A thread writes each checkpoint (`storage/checkpoint_writer.py`). The keeper learns of the outcome later, at the next
+A thread writes each checkpoint (`storage/background_writer.py`). The keeper learns of the outcome later, at the next
 step or checkpoint. If a disk refuses, it warns, and the last good checkpoint stays. After `MISSES_ALLOWED` failed
 checkpoints in a row, or at the last one, it raises `UserError`.
 """
