@@ -3,8 +3,6 @@
 To add a command, add its module to `COMMANDS`. The module defines `COMMAND` and ``main(arguments)``.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Alignment only affects speed: an addition of two float32 vectors takes half the 
 replica checks consist of the hashes.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

@@ -25,8 +25,8 @@ from typing import Any, Generic, Literal, TypeVar
 
 from distdl.config import check_kind
 from distdl.errors import EXIT_INTERRUPTED, DistdlError, UserError, nearest, unknown_name
-from distdl.job import signals, streams
-from distdl.job.launcher import MPICH, OPEN_MPI, Launch, read_launch
+from distdl.job import held_signals, streams
+from distdl.job.launched_by import MPICH, OPEN_MPI, Launch, read_launch
 from distdl.job.lifeline import end_with_the_launcher
 
 #: Seconds for which a silent rank waits while rank 0 reports an error. Open MPI's launcher ends all ranks when one
@@ -34,7 +34,7 @@ from distdl.job.lifeline import end_with_the_launcher
 SILENT_SECONDS = {OPEN_MPI: 10.0, MPICH: 1.0, "srun": 1.0}
 #: Seconds for which a rank that failed before MPI started waits for the other ranks, which may still be starting.
 SECONDS_TO_MEET = 60
-#: A larger file is no config file, and is not read.
+#: A larger file is not a config file, and is not read.
 LARGEST_CONFIG_BYTES = 2**14
 #: The columns of `--help`, and the column at which its texts begin.
 COLUMNS, TEXT_COLUMN = 80, 26
@@ -178,10 +178,10 @@ class Command(Generic[Settings]):
         """Return the texts of a TOML file by field, except those named in `without`; raise `UserError`."""
         try:
             values = tomllib.loads(_text_of(path))
-        except ValueError as error:  # no TOML, no UTF-8, or a number of thousands of digits
-            raise UserError(f"the config file {path} is no valid TOML: {error}") from None
+        except ValueError as error:  # not TOML, not UTF-8, or a number of thousands of digits
+            raise UserError(f"the config file {path} is not valid TOML: {error}") from None
         except RecursionError:
-            raise UserError(f"the config file {path} is no valid TOML of ours: it nests too deeply") from None
+            raise UserError(f"the config file {path} nests too deeply: give a flat TOML file") from None
         known, texts = self._settings.keys() - set(self.not_in_file), {}
         for name, value in values.items():
             if name in without:
@@ -272,7 +272,7 @@ def _entry(head: str, text: str) -> list[str]:
 
 
 def _looks_like_a_flag(word: str) -> bool:
-    """Return whether a word cannot be a value: it begins with a hyphen and is no number."""
+    """Return whether a word cannot be a value: it begins with a hyphen and is not a number."""
     try:
         float(word)
     except ValueError:
@@ -292,7 +292,9 @@ def _text_of(path: Path) -> str:
     except ValueError:
         raise UserError(f"cannot read the config file {str(path)!r}: no file can have this name") from None
     if len(content) > LARGEST_CONFIG_BYTES:
-        raise UserError(f"the config file {path} is larger than {LARGEST_CONFIG_BYTES} bytes: give a TOML file of ours")
+        raise UserError(
+            f"the config file {path} is larger than {LARGEST_CONFIG_BYTES} bytes: give a TOML file of settings"
+        )
     return content.decode()
 
 
@@ -319,7 +321,7 @@ def run(
     If the command `trains`, the signals that stop a training wait until `distdl.engine.train` handles them.
     """
     if trains:
-        signals.hold_signals()  # before there is a second thread
+        held_signals.hold_signals()  # before there is a second thread
     launch = read_launch()
     if launch.by is not None:
         end_with_the_launcher()

@@ -179,7 +179,7 @@ class TrainConfig:
             value = getattr(self, name)
             check_kind(name, value, kind)
             if isinstance(value, int) and name != "seed" and value > MOST:
-                raise UserError(f"{flag_of(name)} must be at most {MOST}, not a number as great as that given")
+                raise UserError(f"{flag_of(name)} must be at most {MOST}; the given number is larger")
         config = dataclasses.replace(
             self,
             epochs=DEFAULT_EPOCHS.get(self.dataset, OTHER_EPOCHS) if self.epochs is None else self.epochs,
@@ -345,7 +345,7 @@ def check_model_name(model: str) -> None:
     if is_own(model):
         _check_function_name("--model", model)
     elif model not in MODELS:
-        raise UserError(f"{unknown_name('model', model, MODELS)} (one of your own is given as file.py:function)")
+        raise UserError(f"{unknown_name('model', model, MODELS)} (for your own, give file.py:function)")
 
 
 def check_dataset_name(dataset: str) -> None:
@@ -354,10 +354,10 @@ def check_dataset_name(dataset: str) -> None:
         _check_function_name("--dataset", dataset)
     elif dataset.startswith(FROM_PATH):
         if dataset in FROM_PATH or "\0" in dataset or not _is_utf8(dataset):
-            raise UserError(f"--dataset {dataset!r} names no file: give npz:FILE.npz or folder:PATH")
+            raise UserError(f"--dataset {dataset!r} does not name a file: give npz:FILE.npz or folder:PATH")
     elif dataset not in DATASETS:
         raise UserError(
-            f"{unknown_name('dataset', dataset, DATASETS)} (one of your own is given as npz:FILE.npz, "
+            f"{unknown_name('dataset', dataset, DATASETS)} (for your own, give npz:FILE.npz, "
             "folder:PATH or file.py:function; a dataset that a script passed is known only to that script)"
         )
 
@@ -366,7 +366,7 @@ def _check_function_name(flag: str, name: str) -> None:
     place, _, function = name.rpartition(":")
     is_file = place.endswith(".py") and "\0" not in place and _is_utf8(place)
     if not (function.isidentifier() and (is_file or all(part.isidentifier() for part in place.split(".")))):
-        raise UserError(f"{flag} {name!r} names no function: give file.py:function or package.module:function")
+        raise UserError(f"{flag} {name!r} does not name a function: give file.py:function or package.module:function")
 
 
 def run_folder_of(path: Path) -> Path | None:

@@ -1,16 +1,4 @@
-"""The errors and their exit codes.
-
-| exit code | class              | meaning                                                             |
-|-----------|--------------------|---------------------------------------------------------------------|
-| 1         | any other          | a defect in distdl: shown with its traceback                        |
-| 2         | `UserError`        | invalid user input: one line, no traceback                          |
-| 3         | `DamagedFileError` | a file is damaged: one line that names it                           |
-| 4         | `CorruptionError`  | silent corruption of memory or of a computation: one line           |
-| 75        | `Stopped`          | stopped by a signal, after a checkpoint: start it again later       |
-| 130       | KeyboardInterrupt  | stopped at once: by a second signal, or before the first step       |
-"""
-
-from __future__ import annotations
+"""The errors and their exit codes; docs/exit-codes.md lists all codes."""
 
 import difflib
 import os

@@ -4,8 +4,6 @@ A run folder stands for its newest intact checkpoint. Nothing is written into it
 samples; the numbers are the same.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 This module imports neither NumPy nor MPI. So the config can check the flag before they are loaded.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +30,7 @@ def parse_model_settings(text: str | None) -> dict[str, Any]:
         name, equals, value = (piece.strip(" ") for piece in part.partition("="))
         shown = f"--model-settings {part[:80].strip(' ')!r}"
         if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
-            raise UserError(f"{shown} names no setting: give name=value, with commas in between")
+            raise UserError(f"{shown} does not name a setting: give name=value, with commas in between")
         if name in settings:
             raise UserError(f"{shown}: {name} is given twice; give it once")
         for pattern, kind in KINDS:

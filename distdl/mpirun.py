@@ -4,8 +4,6 @@ Without `--restarts` this process becomes `mpirun`, so its signals and its exit 
 process stays, forwards signals, and starts a failed job again. It imports neither NumPy nor MPI.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import sys
@@ -15,7 +13,7 @@ from dataclasses import dataclass
 from distdl import cli
 from distdl.cli import Command, Flag
 from distdl.errors import UserError
-from distdl.job.launcher import remove_session_folder
+from distdl.job.launched_by import remove_session_folder
 from distdl.job.mpirun_command import MpirunCommand, environment_for, mpirun_command
 from distdl.job.restarts import run_until_done
 
@@ -57,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.restarts < 0:
         raise UserError(f"cannot restart {options.restarts} times: expected 0 or more")
     if options.restarts and options.module.startswith("distdl.") and options.module != "distdl.train":
-        raise UserError(f"--restarts is for trainings, and {options.module} is none: leave it out")
+        raise UserError(f"--restarts is for trainings, and {options.module} is not a training: leave it out")
     command = _command_of(options, flags)
     if options.dry_run:
         sys.stdout.write(f"{command.shell_line()}\n")

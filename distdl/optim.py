@@ -9,8 +9,6 @@ The book and PyTorch differ in the position of η in Momentum, in Nesterov's rul
 These optimizers follow PyTorch.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -200,14 +198,9 @@ class AdamW(Adam):
         w *= 1 - learning_rate * self.weight_decay
 
 
+#: The name of an optimizer is that of its class in lower case.
 OPTIMIZERS: dict[str, type[Optimizer]] = {
-    "sgd": SGD,
-    "momentum": Momentum,
-    "nesterov": Nesterov,
-    "adagrad": AdaGrad,
-    "rmsprop": RMSProp,
-    "adam": Adam,
-    "adamw": AdamW,
+    rule.__name__.lower(): rule for rule in (SGD, Momentum, Nesterov, AdaGrad, RMSProp, Adam, AdamW)
 }
 
 

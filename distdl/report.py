@@ -3,8 +3,6 @@
 The report is one file with all pictures inside. Under mpirun the ranks share the samples to score.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Learning-rate schedules: pure functions from the step (0, 1, …) to the learning rate."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

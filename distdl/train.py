@@ -1,7 +1,5 @@
 """Train: ``python -m distdl.train``, or ``mpirun -n 4 python -m distdl.train``; ``--help`` lists all flags."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -111,10 +109,10 @@ def _refuse_code_of_a_file(setting: str, name: str, given: Mapping[str, Any]) ->
     if not is_own(name):
         return
     if name.startswith("__main__:"):
-        raise UserError(f"the {setting} {name!r} is that of a script that trained it: resume the run by that script")
+        raise UserError(f"the {setting} {name!r} comes from a script: resume the run with that script")
     if given.get(setting) != name:
         raise UserError(
-            f"a config file names the {setting} {name!r}, which is code and no {setting} of ours: to run it, give "
+            f"a config file names the {setting} {name!r}, which is user code: to run it, give "
             f"--{setting} {name} on the command line too"
         )
 
@@ -123,12 +121,13 @@ def _refuse_without_effect(config: TrainConfig, given: Mapping[str, Any]) -> Non
     """Raise `UserError` for a flag that has no effect with the other settings. A file may hold such a setting."""
     if not reads_data_dir(config.dataset) and "data_dir" in given:
         raise UserError(
-            f"--data-dir does nothing for --dataset {config.dataset}: give --dataset mnist, or leave it out"
+            f"--data-dir has no effect with --dataset {config.dataset}: give --dataset mnist, or leave it out"
         )
     for name in ("lr_step_epochs", "lr_step_factor"):
         if config.schedule != "step" and name in given:
             raise UserError(
-                f"{flag_of(name)} does nothing for --schedule {config.schedule}: give --schedule step, or leave it out"
+                f"{flag_of(name)} has no effect with --schedule {config.schedule}: give --schedule step, or leave "
+                "it out"
             )
 
 

@@ -6,8 +6,6 @@ runs ``distdl.train`` with the flags after ``--`` once for each number of ranks.
 of ``metrics.jsonl``. If they differ, it names the first step and tensor that differ and exits with 1.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess
@@ -17,12 +15,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from distdl import cli
 from distdl.cli import Command, Flag
 from distdl.errors import EXIT_DAMAGED, EXIT_DEFECT, DamagedFileError, UserError
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 from distdl.job.mpirun_command import environment_for, mpirun_command
 
 #: Flags of distdl.train that this command sets itself.
@@ -70,21 +67,9 @@ class Outcome:
     ranks: int
     folder: Path
     seconds: float
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """The content of ``summary.json``."""
-        summary: dict[str, Any] = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
-        return summary
-
-    @property
-    def proof(self) -> tuple[str, str, bytes]:
-        """The data that must be equal: both hashes and the bytes of ``metrics.jsonl``."""
-        return (
-            self.summary["weights_sha256"],
-            self.summary["state_sha256"],
-            (self.folder / "metrics.jsonl").read_bytes(),
-        )
+    steps: int
+    proof: tuple[str, str, bytes]
+    """The data that must be equal: the hashes of weights and state, and the bytes of ``metrics.jsonl``."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -125,9 +110,8 @@ def _are_different(ranks: Sequence[int], flags: Sequence[str], folder: Path) -> 
         if other.proof != first.proof:
             console.line(f"DIFFERENT: {first_difference(first, other)}; the runs are kept in {folder}")
             return True
-    steps = first.summary["steps"]
     numbers = ",".join(map(str, ranks))
-    console.line(f"same bits on {numbers} ranks: weights, state and metrics.jsonl agree after {steps} steps")
+    console.line(f"same bits on {numbers} ranks: weights, state and metrics.jsonl agree after {first.steps} steps")
     console.line(f"weights sha256: {first.proof[0]}")
     return False
 
@@ -152,7 +136,10 @@ def _trained(ranks: int, flags: Sequence[str], folder: Path) -> Outcome:
             kind = DamagedFileError if done.returncode == EXIT_DAMAGED else UserError
             raise kind(f"with {ranks} ranks: {errors[0].removeprefix('distdl: error: ')}")
         raise RuntimeError(f"training with {ranks} ranks ended with exit code {done.returncode}:\n{done.stderr}")
-    return Outcome(ranks, folder, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    proof = (summary["weights_sha256"], summary["state_sha256"], (folder / "metrics.jsonl").read_bytes())
+    return Outcome(ranks, folder, seconds, summary["steps"], proof)
 
 
 def first_difference(one: Outcome, other: Outcome) -> str:

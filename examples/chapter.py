@@ -15,7 +15,7 @@ import numpy as np
 
 from distdl import cli, nn
 from distdl.config import DATASETS
-from distdl.data import sources, split
+from distdl.data import batch_order, sources, split
 from distdl.engine.environment import numerics
 from distdl.engine.step import OptimizerStep, supervised
 from distdl.errors import UserError
@@ -125,9 +125,9 @@ def multi_layer_net(data, hidden, initializer, **settings):
 def batches(data, batch_size, epochs, key):
     """Yield the images and labels of each batch; every epoch has its own order."""
     for epoch in range(epochs):
-        order = split.epoch_order(key, epoch, len(data.labels))
-        for step in range(split.steps_per_epoch(len(order), batch_size)):
-            rows = split.batch_rows(order, step, batch_size)
+        order = batch_order.epoch_order(key, epoch, len(data.labels))
+        for step in range(batch_order.steps_per_epoch(len(order), batch_size)):
+            rows = batch_order.batch_rows(order, step, batch_size)
             yield data.images[rows], data.labels[rows]
 
 
@@ -147,7 +147,7 @@ class Training:
         load = partial(self._micro_batch, images, labels)
         compute = supervised(self.network, self.loss, load, self.key.of("training", self.steps))
         samples = len(labels)
-        total = self._step.take(compute, samples=samples, learning_rate=self.learning_rate, update=self.steps)
+        total = self._step.take(compute, samples=samples, learning_rate=self.learning_rate, update_number=self.steps)
         return float(total["loss_sum"][0]) / samples
 
     def _micro_batch(self, images, labels, index):

@@ -16,11 +16,12 @@ import sys
 import numpy as np
 
 from distdl import cli, nn
-from distdl.data import MicroBatches, PreparedDataset, sources, split
+from distdl.data import MicroBatches, PreparedDataset, batch_order, sources
 from distdl.engine.environment import numerics
 from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
 from distdl.engine.step import OptimizerStep
+from distdl.errors import UserError
 from distdl.optim import Adam
 from distdl.parallel import guard, together, world
 from distdl.rng import Key
@@ -71,9 +72,9 @@ def train(communicator, data, states, key, epochs):
     ]
     samples, number = len(data.parts.training), 0
     for epoch in range(epochs):
-        order = data.parts.training[split.epoch_order(key, epoch, samples)]
-        for position in range(split.steps_per_epoch(samples, BATCH_SIZE)):
-            rows = split.batch_rows(order, position, BATCH_SIZE)
+        order = data.parts.training[batch_order.epoch_order(key, epoch, samples)]
+        for position in range(batch_order.steps_per_epoch(samples, BATCH_SIZE)):
+            rows = batch_order.batch_rows(order, position, BATCH_SIZE)
             number += 1
             for step, state, other in zip(steps, states, reversed(states), strict=True):
                 compute = mutual(
@@ -82,11 +83,13 @@ def train(communicator, data, states, key, epochs):
                     lambda index, rows=rows: micro_batches.load(rows, index),
                     key.of("training", number),
                 )
-                step.take(compute, samples=len(rows), learning_rate=LEARNING_RATE, update=number)
+                step.take(compute, samples=len(rows), learning_rate=LEARNING_RATE, update_number=number)
 
 
-def main(_arguments):
+def main(arguments):
     """Train on the digits, print the accuracy and the receipt of each network, and return the exit code."""
+    if arguments:
+        raise UserError(f"{arguments[0]}: this example has no flags; change the constants in the file")
     communicator, key = world(), Key(0)
     with guard(communicator), numerics(threads=1):
         dataset = together(communicator, lambda: sources.load("digits", None))

@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 
 from distdl import cli
-from distdl.bench.steps import TrainingSteps
+from distdl.bench.measure import TrainingSteps
 from distdl.config import TrainConfig
 from distdl.data import PreparedDataset
 from distdl.engine.environment import kernel_family, numerics

@@ -25,7 +25,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.env
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
-from distdl.job.launcher import read_launch  # noqa: E402
+from distdl.job.launched_by import read_launch  # noqa: E402
 
 LAUNCH = read_launch()  # before a test simulates another launcher
 

@@ -19,8 +19,8 @@ from distdl import __main__ as console
 from distdl import cli
 from distdl.cli import Command, Flag
 from distdl.errors import DamagedFileError, DistdlError, PeerLost, UserError
-from distdl.job import signals
-from distdl.job.launcher import MPICH, OPEN_MPI, RANK_AND_SIZE
+from distdl.job import held_signals
+from distdl.job.launched_by import MPICH, OPEN_MPI, RANK_AND_SIZE
 
 
 @pytest.fixture
@@ -483,7 +483,7 @@ def test_only_commands_that_train_hold_signals_from_the_start(name, module, monk
 
 
 def test_signals_are_held_only_before_a_command_that_trains(monkeypatch):
-    monkeypatch.setattr("distdl.job.signals._held", set())
+    monkeypatch.setattr("distdl.job.held_signals._held", set())
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     seen = []
     try:
@@ -493,4 +493,4 @@ def test_signals_are_held_only_before_a_command_that_trains(monkeypatch):
             )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    assert seen == [set(), signals.HELD]
+    assert seen == [set(), held_signals.HELD]

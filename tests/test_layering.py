@@ -7,6 +7,7 @@ The checker below reads sources without running them; the last tests feed it sou
 """
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,25 @@ def is_part(name):
 @pytest.mark.parametrize("path", FILES)
 def test_imports_point_one_way(path):
     assert list(violations(path, (PACKAGE.parent / path).read_text(encoding="utf-8"))) == []
+
+
+def test_no_module_imports_itself_through_others():
+    """Imports at the top of the files form no cycle; a package's face counts as a module of its own."""
+    module_of = {path: path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in FILES}
+    graph = {}
+    for path, module in module_of.items():
+        tree = ast.parse((PACKAGE.parent / path).read_text(encoding="utf-8"))
+        top = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+        names = set()
+        for _, name, parts in imports_of(top, path):
+            inner = {f"{name}.{part}" for part in parts} & set(module_of.values())
+            names |= inner if inner and len(inner) == len(parts) else inner | {name}
+        graph[module] = names & set(module_of.values())
+    assert sum(map(len, graph.values())) > 200
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 def test_all_parts_of_the_package_are_checked():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

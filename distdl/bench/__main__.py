@@ -3,8 +3,6 @@
 The benchmark measures the steps of the engine on 1, 2, 4 … of its ranks, for strong and weak scaling.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Run a benchmark on all ranks: from the settings to printed tables, ``bench.json`` and ``scaling.svg``."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

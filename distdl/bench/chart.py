@@ -1,10 +1,6 @@
 """Draw ``scaling.svg``: speed-up over the number of ranks, measured and predicted.
 
-Both axes are logarithmic to base 2, so the ideal speed-up is a straight line.
-
-- Measured: dots at the medians, solid lines, and whiskers over all repetitions.
-- Predicted: dashed lines without dots.
-- Shaded: numbers of ranks that share cores.
+Both axes are logarithmic to base 2, so the ideal speed-up is a straight line. Whiskers span all repetitions.
 """
 
 from __future__ import annotations

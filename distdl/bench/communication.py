@@ -5,8 +5,6 @@ So its time is that of the reduction itself. The two reductions take turns. Ever
 if the shards are aligned with the tree.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -44,13 +42,11 @@ class ReductionTimes:
 
 def measure_communication(bench: Workbench, sizes: Sequence[int]) -> list[ReductionTimes]:
     """Time the reductions in every world of several ranks. The result is complete on rank 0 only. Collective."""
-    return [
-        ReductionTimes(
-            world.size, nbytes, oversubscribed(bench.cores_of_ranks, world.size), time_reductions(world, nbytes)
-        )
-        for world in _worlds_of_several_ranks(bench)
-        for nbytes in sizes
-    ]
+    found = []
+    for world in _worlds_of_several_ranks(bench):
+        is_shared = oversubscribed(bench.cores_of_ranks, world.size)
+        found += [ReductionTimes(world.size, nbytes, is_shared, time_reductions(world, nbytes)) for nbytes in sizes]
+    return found
 
 
 def measure_agreement(bench: Workbench) -> dict[int, float]:
@@ -60,9 +56,8 @@ def measure_agreement(bench: Workbench) -> dict[int, float]:
     """
     if not bench.communicator.survives_failures:
         return {}
-    return {
-        world.size: statistics.median(time_agreements(world, AGREEMENTS)) for world in _worlds_of_several_ranks(bench)
-    }
+    worlds = _worlds_of_several_ranks(bench)
+    return {world.size: statistics.median(time_agreements(world, AGREEMENTS)) for world in worlds}
 
 
 def _worlds_of_several_ranks(bench: Workbench) -> Iterator[Communicator]:

@@ -5,8 +5,6 @@ The number of operations is that of a layer's plain form. So an algorithm that n
 higher rate than the products themselves.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Sequence
@@ -19,7 +17,6 @@ from distdl.arrays import aligned_empty
 from distdl.bench.measure import ScalingCase, Workbench
 from distdl.engine.state import TrainingState
 from distdl.nn.layers import Product
-from distdl.parallel import Communicator
 
 #: Least calls and seconds of a timed product.
 PRODUCT_CALLS = 7
@@ -99,30 +96,28 @@ class Stopwatch:
 
 def measure_layers(bench: Workbench) -> LayerTimes | None:
     """Time the parts of the network on rank 0; return None on the other ranks, which sleep. Collective."""
-    with bench.world(1) as world:
-        return None if world is None else _layer_times(bench, world)
-
-
-def _layer_times(bench: Workbench, world: Communicator) -> LayerTimes:
     settings = bench.settings
     size, micro_batches = settings.micro_batch_size, max(2, settings.micro_batches)
-    steps = bench.warmed_up(ScalingCase("share", 1, size * micro_batches, micro_batches), world)
-    bench.network.watch = watch = Stopwatch()
-    for _ in range(bench.steps):
-        watch.new_step()
-        steps.take(1)
-    bench.network.watch = None
-    parts = [
-        PartTime(
-            name,
-            description,
-            _timed_pass(watch.median("forward", name), products.forward),
-            _timed_pass(watch.median("backward", name), products.backward),
-        )
-        for name, description, products in bench.network.parts(size)
-    ]
-    update_seconds = _update_seconds(steps.state, bench.steps) / micro_batches
-    return LayerTimes(size, watch.median("backward", None), watch.median("forward", None), update_seconds, parts)
+    with bench.world(1) as world:
+        if world is None:
+            return None
+        steps = bench.warmed_up(ScalingCase("share", 1, size * micro_batches, micro_batches), world)
+        bench.network.watch = watch = Stopwatch()
+        for _ in range(bench.steps):
+            watch.new_step()
+            steps.take(1)
+        bench.network.watch = None
+        update_seconds = _update_seconds(steps.state, bench.steps) / micro_batches
+        parts = [
+            PartTime(
+                name,
+                description,
+                _timed_pass(watch.median("forward", name), products.forward),
+                _timed_pass(watch.median("backward", name), products.backward),
+            )
+            for name, description, products in bench.network.parts(size)
+        ]
+        return LayerTimes(size, watch.median("backward", None), watch.median("forward", None), update_seconds, parts)
 
 
 def _update_seconds(state: TrainingState, calls: int) -> float:

@@ -12,30 +12,30 @@ Every measurement starts from the same weights and takes the same steps. So stro
 weights on any number of ranks. Unused ranks sleep in a barrier.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distdl.bench.settings import SCALINGS, BenchSettings
-from distdl.bench.steps import TrainingSteps
 from distdl.config import TrainConfig
-from distdl.data import PreparedDataset, sources
+from distdl.data import MicroBatches, PreparedDataset, batch_order, sources
+from distdl.engine.checks.nonfinite import FiniteCheck
 from distdl.engine.requirements import check_outputs
 from distdl.engine.state import TrainingState
-from distdl.engine.timing.timeline import Spent
+from distdl.engine.step import OptimizerStep, supervised
+from distdl.engine.timing.timeline import Spent, Timeline
 from distdl.engine.timing.trace import Trace
 from distdl.engine.user_code import check_equal_networks, network_builder
 from distdl.errors import UserError
-from distdl.nn import Sequential
+from distdl.nn import Sequential, make_loss
 from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, on_rank_0, share_arrays, together
 from distdl.rng import Key
@@ -133,19 +133,54 @@ def scaling_cases(settings: BenchSettings, ranks: Sequence[int]) -> list[Scaling
 
 
 def oversubscribed(cores_of_ranks: Sequence[tuple[str, Sequence[int]]], ranks: int) -> bool:
-    """Return whether the first `ranks` ranks outnumber their cores on any host.
+    """Return whether the first `ranks` ranks outnumber their cores on any host."""
+    by_host: dict[str, list[Sequence[int]]] = {}
+    for host, cores in cores_of_ranks[:ranks]:
+        by_host.setdefault(host, []).append(cores)
+    return any(len(of_ranks) > len(set().union(*of_ranks)) for of_ranks in by_host.values())
 
-    >>> oversubscribed([("a", [0, 1])] * 4, 2), oversubscribed([("a", [0, 1])] * 4, 3)
-    (False, True)
-    >>> oversubscribed([("a", [0]), ("b", [0])], 2), oversubscribed([("a", [0]), ("a", [0])], 2)
-    (False, True)
+
+class TrainingSteps:
+    """A trainer's steps without a trainer: no coordinator, validation or checkpoints, but the observers of every run.
+
+    Each step has the same bits as a trainer's step with a constant learning rate. Collective.
     """
-    cores: dict[str, set[int]] = {}
-    count: dict[str, int] = {}
-    for host, of_rank in cores_of_ranks[:ranks]:
-        cores.setdefault(host, set()).update(of_rank)
-        count[host] = count.get(host, 0) + 1
-    return any(count[host] > len(cores[host]) for host in count)
+
+    def __init__(
+        self, config: TrainConfig, communicator: Communicator, dataset: PreparedDataset, state: TrainingState
+    ) -> None:
+        self.config = config
+        self.state = state
+        self.timeline = Timeline(communicator)
+        check = FiniteCheck(config, state, save=lambda fault: None)  # noqa: ARG005
+        self._step = OptimizerStep(
+            communicator,
+            state.network,
+            state.optimizer,
+            micro_batch_size=config.micro_batch_size,
+            reduction=config.reduction,
+            observers=[self.timeline, check],
+        )
+        self._micro_batches = MicroBatches(dataset, config.micro_batch_size)
+        self._loss = make_loss(dataset.default_loss)
+        self._training = dataset.parts.training
+        self._steps_per_epoch = batch_order.steps_per_epoch(len(self._training), config.batch_size)
+        self._key = Key(config.seed)
+        self._order = (-1, np.empty(0, np.int64))
+
+    def take(self, count: int) -> None:
+        """Take `count` steps."""
+        state = self.state
+        for step in range(state.step, state.step + count):
+            epoch, position = divmod(step, self._steps_per_epoch)
+            if self._order[0] != epoch:
+                self._order = (epoch, self._training[batch_order.epoch_order(self._key, epoch, len(self._training))])
+            rows = batch_order.batch_rows(self._order[1], position, self.config.batch_size)
+            load = partial(self._micro_batches.load, rows)
+            compute = supervised(state.network, self._loss, load, self._key.of("training", step))
+            rate = self.config.learning_rate
+            self._step.take(compute, samples=len(rows), learning_rate=rate, update_number=step + 1)
+            state.step_array += 1
 
 
 class Workbench:
@@ -234,23 +269,22 @@ class Workbench:
 
     def measure(self, case: ScalingCase) -> Measurement | None:
         """Measure a case once; return None on ranks outside its world."""
-        with self.world(case.ranks) as world:
-            return None if world is None else self._measure(case, world)
-
-    def _measure(self, case: ScalingCase, world: Communicator) -> Measurement:
-        steps = self.warmed_up(case, world)
-        timeline = steps.timeline
         marks: list[NDArray[np.float64]] = []
-        timeline.on_steps = marks.append
-        world.barrier()
-        started = timeline.clock()
-        steps.take(self.steps)
-        seconds = timeline.clock() - started
-        spent = timeline.spent()
-        timeline.on_steps = None
-        begin, enter, _, leave, end = np.concatenate(marks).T
-        compute = end - begin - (leave - enter)
-        of_ranks = world.allgather_json([seconds, float(compute.std())])
+        with self.world(case.ranks) as world:
+            if world is None:
+                return None
+            steps = self.warmed_up(case, world)
+            timeline = steps.timeline
+            timeline.on_steps = marks.append
+            world.barrier()
+            started = timeline.clock()
+            steps.take(self.steps)
+            seconds = timeline.clock() - started
+            spent = timeline.spent()
+            timeline.on_steps = None
+            begin, enter, _, leave, end = np.concatenate(marks).T
+            compute = end - begin - (leave - enter)
+            of_ranks = world.allgather_json([seconds, float(compute.std())])
         return Measurement(
             seconds=max(of_rank[0] for of_rank in of_ranks),
             step_seconds=(end - begin).tolist(),

@@ -23,15 +23,13 @@ The model leaves out ranks that share a host's memory and network card, congesti
 fitted nor predicted.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TypeAlias
 
-from distdl.bench.settings import Interconnect
+from distdl.bench.settings import Interconnect, rank_counts
 from distdl.parallel import contiguous_shards
 from distdl.parallel.tree import maximal_nodes
 
@@ -127,11 +125,7 @@ def bytes_sent(reduction: str, ranks: int, micro_batches: int, gradient_bytes: i
 
 
 def expected_largest(count: int) -> float:
-    """Return z(N), the expected maximum of `count` standard normal numbers, by Blom's formula.
-
-    >>> [round(expected_largest(n), 2) for n in (1, 2, 1024)]
-    [0.0, 0.59, 3.23]
-    """
+    """Return z(N), the expected maximum of `count` standard normal numbers, by Blom's formula."""
     return NormalDist().inv_cdf((count - 0.375) / (count + 0.25)) if count > 1 else 0.0
 
 
@@ -201,13 +195,9 @@ def check(steps: Sequence[MeasuredStep], reductions: Sequence[MeasuredReduction]
 
 
 def projected_ranks(kind: str, micro_batches: int) -> list[int]:
-    """Return the numbers of ranks to predict for: powers of two; strong scaling stops at one micro-batch per rank.
-
-    >>> projected_ranks("strong", 12), projected_ranks("weak", 12)[-1]
-    ([1, 2, 4, 8, 12], 1024)
-    """
+    """Return the numbers of ranks to predict for: powers of two; strong scaling stops at one micro-batch per rank."""
     most = min(micro_batches, MOST_RANKS) if kind == "strong" else MOST_RANKS
-    return sorted({2**k for k in range(most.bit_length()) if 2**k <= most} | {most})
+    return list(rank_counts(None, most))
 
 
 def predict(model: CostModel, kind: str, micro_batches: int) -> list[tuple[int, float, PredictedStep]]:

@@ -15,10 +15,6 @@ SCALINGS = {"both": ("strong", "weak"), "strong": ("strong",), "weak": ("weak",)
 
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 _PREFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-_BYTES_PER_SECOND = {
-    **{f"{prefix}bit": factor / 8 for prefix, factor in _PREFIXES.items()},
-    **{f"{prefix}B": factor for prefix, factor in _PREFIXES.items()},
-}
 _NUMBER = r"(\d+(?:\.\d+)?)"
 #: The largest accepted size, count or number of ranks.
 MOST = 2**20
@@ -131,11 +127,7 @@ class BenchSettings:
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
-    """Return (H, W, C) of a text such as ``28x28x1``, or raise `UserError`.
-
-    >>> parse_shape("28x28x1")
-    (28, 28, 1)
-    """
+    """Return (H, W, C) of a text such as ``28x28x1``, or raise `UserError`."""
     if not re.fullmatch(r"[0-9]{1,7}x[0-9]{1,7}x[0-9]{1,7}", text):
         raise UserError(f"--input {text[:80]!r}: expected height x width x channels, such as 28x28x1")
     height, width, channels = map(int, text.split("x"))
@@ -143,11 +135,7 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 
 
 def parse_ranks(text: str) -> tuple[int, ...]:
-    """Return the numbers of ranks in a text such as ``1,2,4``, in ascending order, or raise `UserError`.
-
-    >>> parse_ranks("4,1,2")
-    (1, 2, 4)
-    """
+    """Return the numbers of ranks in a text such as ``1,2,4``, in ascending order, or raise `UserError`."""
     if not re.fullmatch(r"[0-9]{1,7}(,[0-9]{1,7})*", text):
         raise UserError(f"--ranks {text[:80]!r}: expected numbers with commas, such as 1,2,4")
     return tuple(sorted({int(number) for number in text.split(",")}))
@@ -159,14 +147,14 @@ def parse_interconnect(text: str) -> Interconnect:
     >>> parse_interconnect("10us,10Gbit")
     Interconnect(latency_seconds=1e-05, bytes_per_second=1250000000.0)
     """
-    match = re.fullmatch(rf"{_NUMBER}(s|ms|us|µs|ns),{_NUMBER}([KMGT](?:bit|B))(?:/s)?", text.replace(" ", ""))
+    match = re.fullmatch(rf"{_NUMBER}(s|ms|us|µs|ns),{_NUMBER}([KMGT])(bit|B)(?:/s)?", text.replace(" ", ""))
     if match is None or not float(match[3]):
         raise UserError(
             f"--network {text[:80]!r}: expected latency and bandwidth, such as 10us,10Gbit; "
             "units s, ms, us, ns, and Kbit, Mbit, Gbit, Tbit or KB, MB, GB, TB per second"
         )
     latency = float(f"{float(match[1]) * _SECONDS[match[2]]:.12g}")
-    return Interconnect(latency, float(match[3]) * _BYTES_PER_SECOND[match[4]])
+    return Interconnect(latency, float(match[3]) * _PREFIXES[match[4]] / (8 if match[5] == "bit" else 1))
 
 
 def rank_counts(given: Sequence[int] | None, world_size: int) -> tuple[int, ...]:
@@ -178,8 +166,7 @@ def rank_counts(given: Sequence[int] | None, world_size: int) -> tuple[int, ...]
     ((1, 2, 4, 6), (1, 3))
     """
     if given is None:
-        powers = [2**k for k in range(world_size.bit_length()) if 2**k <= world_size]
-        return tuple(sorted({*powers, world_size}))
+        return tuple(sorted({2**k for k in range(world_size.bit_length())} | {world_size}))
     if max(given) > world_size:
         raise UserError(
             f"--ranks {max(given)} is more than the {world_size} rank{'s' if world_size > 1 else ''} of this job: "

@@ -1,7 +1,5 @@
 """The tables that a benchmark prints, as lines of text. Pure functions."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -131,18 +129,15 @@ def fit_lines(model: CostModel, checks: Sequence[FitCheck]) -> list[str]:
     """Return the fitted numbers and the errors of the fit."""
     head = ["scaling", "ranks", "measured ms", "fitted ms", "error", "left out ms", "error"]
     bandwidth = f"{1 / model.byte_seconds / 1e9:.2f} GB/s" if model.byte_seconds else "unlimited"
-    rows = [
-        [
-            one.point.kind,
-            str(one.point.ranks),
-            _milliseconds(one.point.step_seconds),
-            _milliseconds(one.fitted_seconds),
-            f"{one.fitted_error:+.1%}",
-            "" if one.left_out_seconds is None else _milliseconds(one.left_out_seconds),
-            "" if one.left_out_error is None else f"{one.left_out_error:+.1%}",
-        ]
-        for one in checks
-    ]
+
+    def predicted(seconds: float | None, error: float | None) -> list[str]:
+        return ["", ""] if seconds is None or error is None else [_milliseconds(seconds), f"{error:+.1%}"]
+
+    rows = []
+    for one in checks:
+        measured = [one.point.kind, str(one.point.ranks), _milliseconds(one.point.step_seconds)]
+        by_the_rest = predicted(one.left_out_seconds, one.left_out_error)
+        rows.append([*measured, *predicted(one.fitted_seconds, one.fitted_error), *by_the_rest])
     lines = [
         f"model: {model.once_seconds * 1e3:.3f} ms + {model.micro_batch_seconds * 1e3:.3f} ms per micro-batch · "
         f"latency {model.latency_seconds * 1e6:.1f} us · bandwidth {bandwidth} · "

@@ -120,7 +120,7 @@ class Dataset(_Labelled):
         return labels
 
     def _wrong(self, given: str, expected: str) -> UserError:
-        return UserError(f"the dataset {self.name!r} has {given}; expected {expected}")
+        return UserError(f"the dataset {self.name!r} has {given}; expected {expected}; correct the dataset")
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,8 +3,6 @@
 Dimensions: N samples of a micro-batch, H height, W width, C channels.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +11,9 @@ from numpy.typing import NDArray
 
 from distdl.arrays import aligned_empty
 from distdl.data.augmentation import Augmentation
+from distdl.data.batch_order import micro_batch, micro_batch_count
 from distdl.data.dataset import PreparedDataset
-from distdl.data.split import Rows, micro_batch, micro_batch_count
+from distdl.data.split import Rows
 from distdl.rng import Key
 
 

@@ -5,8 +5,6 @@ For bytes the measurement is exact: it uses integer sums alone. A row gets the s
 Dimensions: N samples, H height, W width, C channels; n rows of a block.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

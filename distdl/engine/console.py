@@ -5,8 +5,6 @@ tell whether a pipe leads to a terminal. A full disk costs only the lines that d
 (a closed pipe, a lost terminal under `nohup`), the training continues without output.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 

@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.config import TrainConfig
-from distdl.engine.banner import describe_shares
 from distdl.engine.checks.nonfinite import Fault
 from distdl.engine.console import Console
 from distdl.engine.events import RunListener
 from distdl.engine.keeper import CheckpointKeeper
 from distdl.engine.logbook import Logbook
 from distdl.engine.metrics import Sums
+from distdl.engine.printed_lines import describe_shares, epoch_line
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.checkpoints import FoundCheckpoint
@@ -215,20 +215,11 @@ class Coordinator(RunListener):
 
     def epoch_ended(self, state: TrainingState, validation: Sums, spent: Spent, counted: Mapping[str, Any]) -> None:
         """Record the times of the epoch, and print its line."""
-        epoch, training, seconds = state.step // self.logbook.steps_per_epoch, state.epoch_sums, spent.seconds
+        epoch, seconds = state.step // self.logbook.steps_per_epoch, spent.seconds
         record = {"step": state.step, "epoch": epoch, **spent.named(), **counted, "time": time.time()}
         self.logbook.timing(record)
-        scores = (
-            f"train {training.accuracy:7.2%}  validation {validation.accuracy:7.2%}"
-            if validation.targets_per_sample
-            else f"validation loss {validation.loss:.4f}"
-        )
         rate = counted["samples"] / seconds if seconds else 0.0
-        time_split = f"  {spent}" if len(spent.compute) > 1 else ""
-        self.console.line(
-            f"epoch {epoch:3d}/{self.config.epoch_count}  loss {training.loss:.4f}  {scores}  {seconds:6.1f} s  "
-            f"{rate:,.0f} samples/s{time_split}"
-        )
+        self.console.line(epoch_line(epoch, self.config.epoch_count, state.epoch_sums, validation, spent, rate))
 
     def recovered(self, what: str) -> None:
         """Print the recovery."""

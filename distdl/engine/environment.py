@@ -1,7 +1,5 @@
 """The environment, on which bits and speed depend: library versions, CPU kernels, threads, NumPy's settings."""
 
-from __future__ import annotations
-
 import os
 import platform
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Evaluation: the loss and the correct predictions of a network over some samples, shared by all ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

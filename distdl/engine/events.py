@@ -4,8 +4,6 @@ The trainer tells every listener on its rank, after all ranks have committed the
 rank, the coordinator on rank 0 only. A listener that needs one event overrides one method.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

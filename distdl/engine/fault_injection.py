@@ -1,6 +1,6 @@
 """Fault injection for tests: kill a rank, raise an error or spoil numbers at a chosen point of a run.
 
-Tests call `fail_at`, the engine calls `reached` at each point (the idea is `EventInjector.fail_at` of torchft). So
+Tests call `fail_at`, the engine calls `fault_point` at each point (the idea is `EventInjector.fail_at` of torchft). So
 tests need no names from inside the engine. Without a fault a call costs some 0.1 microseconds.
 
 An action gets the `owner` of its point, so it can change the run's numbers. Each rank reaches the `POINTS` in their
@@ -11,15 +11,14 @@ order, unless their text says otherwise. "Committed" means: all ranks agreed tha
 - *sums*: the `Sums` of the phase.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from distdl.engine.state import TrainingState
-from distdl.engine.step import MutableRecord, OptimizerStep, StepObserver
-from distdl.job.launcher import read_launch
+from distdl.engine.step import OptimizerStep, StepObserver
+from distdl.job.launched_by import read_launch
+from distdl.parallel import Record
 
 #: The points, (phase, when): the situation | the owner. Actions of a recovery are those of `parallel/recovery.py`.
 POINTS = {
@@ -92,8 +91,8 @@ def fail_at(
     >>> seen = []
     >>> fail_at("update", rank=0, step=2, action=seen.append)
     >>> for step in (1, 2, 3):
-    ...     reached("step", step=step)
-    ...     reached("update", owner=f"the state in step {step}")
+    ...     fault_point("step", step=step)
+    ...     fault_point("update", owner=f"the state in step {step}")
     >>> seen
     ['the state in step 2']
     >>> forget()
@@ -114,7 +113,7 @@ def forget() -> None:
     _step = None
 
 
-def reached(phase: str, *, when: str = "before", step: int | None = None, owner: Any = None) -> None:
+def fault_point(phase: str, *, when: str = "before", step: int | None = None, owner: Any = None) -> None:
     """Call the actions that are due at this point. The start of a step gives its number as `step`."""
     if _faults:
         _visit(phase, when, step, owner)
@@ -135,20 +134,20 @@ class FaultPoints(StepObserver):
         self._state = state
 
     def begin(self, step: OptimizerStep) -> None:
-        reached("step", step=self._state.step + 1, owner=self._state)
+        fault_point("step", step=self._state.step + 1, owner=self._state)
 
-    def micro_batch(self, step: OptimizerStep, index: int, record: MutableRecord) -> None:
-        reached("backward", when="after", owner=(index, record))
+    def micro_batch_done(self, step: OptimizerStep, index: int, record: Record) -> None:
+        fault_point("backward", when="after", owner=(index, record))
 
-    def computed(self, step: OptimizerStep) -> None:
-        reached("reduction", owner=self._state)
+    def shard_done(self, step: OptimizerStep) -> None:
+        fault_point("reduction", owner=self._state)
 
-    def reduced(self, step: OptimizerStep) -> bool:
-        reached("reduction", when="after", owner=step.total)
+    def allows_update(self, step: OptimizerStep) -> bool:
+        fault_point("reduction", when="after", owner=step.total)
         return True
 
-    def committed(self, step: OptimizerStep) -> None:
-        reached("update", owner=self._state)
+    def before_update(self, step: OptimizerStep) -> None:
+        fault_point("update", owner=self._state)
 
-    def ended(self, step: OptimizerStep) -> None:
-        reached("update", when="after", owner=self._state)
+    def end(self, step: OptimizerStep) -> None:
+        fault_point("update", when="after", owner=self._state)

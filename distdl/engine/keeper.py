@@ -5,15 +5,13 @@ step or checkpoint. If a disk refuses, it warns, and the last good checkpoint st
 checkpoints in a row, or at the last one, it raises `UserError`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 from distdl.engine.console import Console
 from distdl.engine.logbook import Logbook
 from distdl.engine.state import TrainingState
-from distdl.engine.storage.checkpoint_writer import CheckpointWriter, Outcome
+from distdl.engine.storage.background_writer import CheckpointWriter, Outcome
 from distdl.engine.storage.header import CheckpointHeader
 from distdl.errors import UserError
 

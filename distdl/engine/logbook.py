@@ -8,8 +8,6 @@ If ranks may be lost, every rank keeps the records since the last checkpoint tha
 of the files at that time. A rank that takes over cuts the files to these lengths and appends the kept records.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +18,7 @@ from distdl.config import TrainConfig
 from distdl.engine.checks.nonfinite import Fault
 from distdl.engine.console import Console
 from distdl.engine.events import RunListener
-from distdl.engine.fault_injection import reached
+from distdl.engine.fault_injection import fault_point
 from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
 from distdl.engine.storage.json_lines import JsonLines, line_of
@@ -87,12 +85,12 @@ class Logbook(RunListener):
 
     def reopen(self, folder: Path) -> None:
         """Open the files of a lost coordinator, and bring them to the state of this logbook. May raise `OSError`."""
-        reached("takeover")
+        fault_point("takeover")
         timing = folder / "timing.jsonl"
         whole_lines = timing.read_bytes().rfind(b"\n") + 1 if timing.is_file() else 0
         self._files["timing"] = JsonLines(timing, whole_lines)
         for name in self.names:
-            reached("takeover")
+            fault_point("takeover")
             log = JsonLines(folder / f"{name}.jsonl", self.lengths[name])
             if log.length < self.lengths[name]:
                 self._console.warning(f"{log.path} lacks records from before the failure: it was on another host")

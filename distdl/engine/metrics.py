@@ -1,7 +1,5 @@
 """Metrics: the sums of loss, correct predictions and samples, which travel in the canonical tree."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -4,23 +4,21 @@ All errors in what the user gave are found here and agreed by all ranks, before 
 meanwhile, the survivors begin the preparation again, in the same run folder.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from distdl.config import TrainConfig
-from distdl.data import Dataset, PreparedDataset, split
+from distdl.data import Dataset, PreparedDataset, batch_order
 from distdl.engine import transfer
-from distdl.engine.banner import banner_of
 from distdl.engine.checks.watchdog import Watchdog
 from distdl.engine.console import Console
 from distdl.engine.coordinator import Coordinator, RunFacts
 from distdl.engine.environment import describe, numerics
-from distdl.engine.fault_injection import reached
+from distdl.engine.fault_injection import fault_point
 from distdl.engine.logbook import Logbook
 from distdl.engine.metrics import Sums
+from distdl.engine.printed_lines import banner_of
 from distdl.engine.requirements import check_moments, check_outputs, check_ranks, outputs_of, restore
 from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
@@ -65,12 +63,12 @@ def train(
         this_rank = survivors.communicator.world_ranks[survivors.communicator.rank]
         with numerics(config.threads_per_rank), watchdog, Warden(f"rank {this_rank}", config.detect_hangs):
             preparation = Preparation(config, build_network, dataset, console, stop)
-            trainer = survivors.run(preparation.trainer)
+            trainer = survivors.run(preparation.prepared_trainer)
             watchdog.progress = lambda: trainer.work_done
             try:
                 preparation.introduce(trainer)
                 for recovery in survivors.recoveries:
-                    trainer.note(recovery, prepared=False)
+                    trainer.note(recovery, during_preparation=True)
                 return trainer.run()
             finally:
                 trainer.close()
@@ -80,7 +78,7 @@ def _agree_on_config(
     config: TrainConfig, build_network: BuildNetwork | None, dataset: Dataset | None, communicator: Communicator
 ) -> TrainConfig:
     """Return the checked config of rank 0 on all ranks. Collective."""
-    config = together(communicator, lambda: labelled(config, build_network, dataset).checked())
+    config = together(communicator, lambda: names_from_script(config, build_network, dataset).checked())
     communicator.waiting.spin_seconds = balance.SPIN_SECONDS if config.balance else SPIN_SECONDS
     return TrainConfig.from_json(communicator.bcast_json(config.to_json()))
 
@@ -102,7 +100,7 @@ class Preparation:
     coordinator: Coordinator | None = None
     transferred: transfer.Transfer | None = None
 
-    def trainer(self, communicator: Communicator) -> Trainer:
+    def prepared_trainer(self, communicator: Communicator) -> Trainer:
         """Return an opened trainer. If the user's input is wrong, leave no files. Collective."""
         self.close()  # the coordinator of an earlier attempt
         try:
@@ -124,7 +122,7 @@ class Preparation:
         state = together(communicator, lambda: self._build_state(data))
         check_equal_networks(communicator, config.model, state.network)
         facts = RunFacts(config, describe(communicator), from_rank_0(communicator, data.sha256))
-        steps_per_epoch = split.steps_per_epoch(len(data.parts.training), config.batch_size)
+        steps_per_epoch = batch_order.steps_per_epoch(len(data.parts.training), config.batch_size)
         on_rank_0(communicator, lambda: self._restore(state, start, facts.data_sha256, steps_per_epoch))
         state.send_from_rank_0(communicator)
 
@@ -139,9 +137,9 @@ class Preparation:
     def _share_data(self, communicator: Communicator) -> PreparedDataset:
         """Read and split the dataset on rank 0; return it on all ranks, one copy per host. Collective."""
         arrays = on_rank_0(communicator, lambda: read_data(self.config, self.dataset).to_arrays())
-        reached("data")
+        fault_point("data")
         shared = share_arrays(communicator, arrays or {})
-        reached("data", when="after")
+        fault_point("data", when="after")
         return PreparedDataset.from_arrays(shared)
 
     def _build_state(self, data: PreparedDataset) -> TrainingState:
@@ -189,13 +187,13 @@ class Preparation:
         def claim() -> str:
             assert start is not None
             self.coordinator = Coordinator.claim(facts, start, logbook, console)
-            reached("run-folder")
+            fault_point("run-folder")
             return str(self.coordinator.folder.absolute())
 
         def write_first_files() -> None:
             assert self.coordinator is not None
             self.coordinator.open_run()
-            reached("run-folder", when="after")
+            fault_point("run-folder", when="after")
 
         self.folder = Path(from_rank_0(communicator, claim))
         communicator.barrier()  # all ranks know the folder: if rank 0 is lost from here on, the next attempt uses it
@@ -225,7 +223,7 @@ class Preparation:
             listener.started()
 
 
-def labelled(config: TrainConfig, build_network: BuildNetwork | None, dataset: Dataset | None) -> TrainConfig:
+def names_from_script(config: TrainConfig, build_network: BuildNetwork | None, dataset: Dataset | None) -> TrainConfig:
     """Return the config with the names of the model and dataset that a script has given."""
     if build_network is not None:
         name = getattr(build_network, "__qualname__", type(build_network).__qualname__)

@@ -1,7 +1,5 @@
 """Requirements: config, dataset, network, ranks and checkpoint must fit each other. Each check raises `UserError`."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from distdl.config import TrainConfig
@@ -24,7 +22,7 @@ def outputs_of(config: TrainConfig, data: Dataset | PreparedDataset) -> tuple[in
         return (1,)
     if config.loss not in {"auto", data.default_loss}:
         kind = "numbers" if data.targets_per_sample == 0 else "labels"
-        raise UserError(f"--loss {config.loss} does not go with {config.dataset}, which has {kind}; leave the flag out")
+        raise UserError(f"--loss {config.loss} does not fit {config.dataset}, which has {kind}; leave the flag out")
     return (*(data.labels.shape[1:] if data.targets_per_sample else ()), data.classes)
 
 
@@ -45,8 +43,8 @@ def check_moments(config: TrainConfig, network: Sequential) -> None:
         return
     if any(isinstance(layer, BatchNorm) and layer.pixels == 1 for layer in network.every_layer()):
         raise UserError(
-            f"the network {config.model} normalizes each feature over a micro-batch (BatchNorm), and with "
-            "--micro-batch-size 1 that is one number, which leaves 0: give 2 or more"
+            f"the network {config.model} normalizes each feature over a micro-batch (BatchNorm); with "
+            "--micro-batch-size 1 the result is always 0: give 2 or more"
         )
 
 
@@ -69,8 +67,8 @@ def restore(
     state.progress = header.progress
     if header.data_sha256 != data_sha256:
         raise UserError(
-            f"cannot resume from {found.path}: it was trained on other images, labels or split than these; give the "
-            "same data, or start a new run"
+            f"cannot resume from {found.path}: it was trained on other images or labels, or with another split; "
+            "give the same data, or start a new run"
         )
     batch_size = header.config["batch_size"]
     samples = state.step % steps_per_epoch * batch_size

@@ -5,8 +5,6 @@ far. Everything else follows from config and step. Checkpoints, hashes, and the 
 all use `TrainingState.named_arrays`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,18 +1,19 @@
-"""One optimizer step over all ranks: compute, reduce, average, clip and freeze, update.
+"""One optimizer step over all ranks: compute, reduce, average, freeze and clip, update.
 
 Every rank computes the micro-batches of its shard. The reduction adds their gradients in the canonical tree. Every
 rank then divides the sum by the number of samples and takes the same update. Nothing that outlives the step changes
-before all ranks have committed it. So the survivors of a failure can repeat it, with the same bits.
+before the commit, in which all ranks agree that each of them has the sum. So the survivors of a failure can repeat the
+step, with the same bits.
 
 The trainer, the benchmark, the examples and a user's own loop all take this step:
 
     step = OptimizerStep(communicator, network, optimizer, micro_batch_size=16)
     for number in range(100):
         rows = ...  # the samples of the batch
-        compute = supervised(network, loss, partial(batches.load, rows), key.of(number))
-        total = step.take(compute, samples=len(rows), learning_rate=0.001, update=number + 1)
+        compute = supervised(network, loss, partial(micro_batches.load, rows), key.of(number))
+        total = step.take(compute, samples=len(rows), learning_rate=0.001, update_number=number + 1)
 
-A loop with another loss, other data or several networks writes its own `compute`.
+A loop with another loss, other data or several networks writes its own `compute`: see `examples/two_networks.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distdl.data.batch_order import micro_batch_count
 from distdl.engine.metrics import METRIC_FIELDS, Sums
 from distdl.nn import Sequential
 from distdl.nn.losses import LossFunction
@@ -31,49 +33,46 @@ from distdl.optim import Optimizer, clip_by_norm
 from distdl.parallel import REDUCTIONS, Communicator, Field, Layout, Record, Shard, committed, contiguous_shards
 from distdl.rng import Key
 
-#: The values of a micro-batch by the names of their fields. All are sums over its samples.
-Values = Mapping[str, NDArray[Any]]
-MutableRecord = dict[str, NDArray[Any]]
-#: Computes the micro-batch of an index: leaves its gradient in the network and returns the values of the other fields.
-Compute = Callable[[int], Values]
+#: Computes the micro-batch of an index: leaves its gradient in the network, and returns the other fields of its record.
+Compute = Callable[[int], Mapping[str, NDArray[Any]]]
 
 
 class StepObserver:
     """Watches the steps of a rank. Every rank has the same observers in the same order; each method is called once per
-    step, `micro_batch` once per micro-batch. An observer can send numbers of its own along with the gradient.
+    step, `micro_batch_done` once per micro-batch. An observer can send numbers of its own along with the gradient.
     """
 
-    #: The fields that `micro_batch` writes into the record, in addition to those of the step.
+    #: The fields that `micro_batch_done` writes into the record, in addition to those of the step.
     fields: tuple[Field, ...] = ()
 
     def begin(self, step: OptimizerStep) -> None:
         """React to the start of a step, before anything is computed. Collective calls are allowed."""
 
-    def micro_batch(self, step: OptimizerStep, index: int, record: MutableRecord) -> None:
+    def micro_batch_done(self, step: OptimizerStep, index: int, record: Record) -> None:
         """React to a computed micro-batch, before its record is added; write the values of `fields` into the record."""
 
-    def computed(self, step: OptimizerStep) -> None:
+    def shard_done(self, step: OptimizerStep) -> None:
         """React to the end of this rank's computation, before the reduction. Collective calls are allowed."""
 
-    def reduced(self, step: OptimizerStep) -> bool:  # noqa: ARG002
-        """Look at `step.total` before the commit; return False to skip the update. All ranks must return the same.
+    def allows_update(self, step: OptimizerStep) -> bool:  # noqa: ARG002
+        """Return whether `step.total`, not yet committed, may update the network. All ranks must return the same.
 
         An error raised here must be the same on all ranks (`agreed`). Collective calls are allowed.
         """
         return True
 
-    def committed(self, step: OptimizerStep) -> None:
+    def before_update(self, step: OptimizerStep) -> None:
         """React to the commit, before the update."""
 
-    def ended(self, step: OptimizerStep) -> None:
+    def end(self, step: OptimizerStep) -> None:
         """React to the end of the step. `step.total` still holds its sums."""
 
 
 class OptimizerStep:
     """Takes optimizer steps of one network on all ranks of a communicator.
 
-    `fields` are the values that `compute` returns, in addition to the gradient. `deal` returns the shards of a number
-    of micro-batches; by default they are equal and contiguous. The attributes are for observers.
+    `fields` are the values that `compute` returns, in addition to the gradient. `shards_of` returns the shards of a
+    number of micro-batches; by default they are equal and contiguous. The attributes are for observers.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class OptimizerStep:
         micro_batch_size: int,
         fields: Sequence[Field] = METRIC_FIELDS,
         reduction: str = "tree",
-        deal: Callable[[int], Sequence[Shard]] | None = None,
+        shards_of: Callable[[int], Sequence[Shard]] | None = None,
         clip_norm: float | None = None,
         observers: Sequence[StepObserver] = (),
     ) -> None:
@@ -101,63 +100,66 @@ class OptimizerStep:
         self.shards: Sequence[Shard] = ()
         self.samples = 0
         self.total: Record = {}
-        self._deal = partial(contiguous_shards, ranks=communicator.size) if deal is None else deal
+        self._shards_of = partial(contiguous_shards, ranks=communicator.size) if shards_of is None else shards_of
 
-    def take(self, compute: Compute, *, samples: int, learning_rate: float, update: int) -> Record:
+    def take(self, compute: Compute, *, samples: int, learning_rate: float, update_number: int) -> Record:
         """Take one step on a batch of `samples` samples; return the sums over all its micro-batches.
 
-        `update` counts the updates from 1, for Adam's bias correction. The returned record is read-only and valid until
+        `update_number` counts from 1, for Adam's bias correction. The returned record is read-only and valid until
         the next step. Raises `PeerLost` if a rank is lost; parameters, buffers and optimizer are then unchanged.
         Collective.
         """
         self._compute, self.samples = compute, samples
         for observer in self.observers:
             observer.begin(self)
-        self.reserve(samples)
+        self.deal(samples)
         for index, record in self.compute_shard(self.shards[self.communicator.rank]):
             self.reduction.add(index, record)
 
         with committed(self.communicator):
             for observer in self.observers:
-                observer.computed(self)
+                observer.shard_done(self)
             self.total = self.reduction.total()
-            verdicts = [observer.reduced(self) for observer in self.observers]
+            verdicts = [observer.allows_update(self) for observer in self.observers]
 
         for observer in self.observers:
-            observer.committed(self)
+            observer.before_update(self)
         if all(verdicts):
-            self._update(learning_rate, update)
+            self._update(learning_rate, update_number)
         for observer in self.observers:
-            observer.ended(self)
+            observer.end(self)
         return self.total
 
-    def reserve(self, samples: int) -> None:
-        """Deal the micro-batches of such a batch, and make room for their partial sums. Collective.
+    def deal(self, samples: int) -> None:
+        """Deal the micro-batches of a batch to the ranks, and make room for their partial sums. Collective.
 
         Raises `UserError` on every rank if a host has no room.
         """
-        self.shards = self._deal(-(-samples // self.micro_batch_size))
+        self.shards = self._shards_of(micro_batch_count(samples, self.micro_batch_size))
         self.reduction.begin(self.shards)
 
-    def compute_shard(self, shard: Shard) -> Iterator[tuple[int, Values]]:
+    def compute_shard(self, shard: Shard) -> Iterator[tuple[int, Record]]:
         """Compute the micro-batches of a shard; yield the index and the record of each, valid until the next."""
-        record: MutableRecord = {"gradient": self.network.gradients, "statistics": self.network.statistics}
-        with self.network.constant_parameters():
+        record: Record = {"gradient": self.network.gradients, "statistics": self.network.statistics}
+        with self.network.constant_parameters():  # values derived from the parameters are computed once
             for index in shard:
                 record.update(self._compute(index))
                 for observer in self.observers:
-                    observer.micro_batch(self, index, record)
+                    observer.micro_batch_done(self, index, record)
                 yield index, record
 
-    def _update(self, learning_rate: float, update: int) -> None:
-        """Average the gradient, freeze and clip it, and update parameters and buffers. Local and deterministic."""
+    def _update(self, learning_rate: float, update_number: int) -> None:
+        """Average the gradient, freeze and clip it, and update parameters and buffers. Local and deterministic.
+
+        The mean gradient overwrites `network.gradients`, which held the gradient of a micro-batch.
+        """
         network, gradient = self.network, self.network.gradients
         np.divide(self.total["gradient"], self.samples, out=gradient)
         for frozen in self.optimizer.frozen:  # so that it does not count when the gradient is clipped
             gradient[frozen] = 0
         if self.clip_norm is not None:
             clip_by_norm(gradient, self.clip_norm)
-        self.optimizer.update(network.parameters, gradient, learning_rate, update)
+        self.optimizer.update(network.parameters, gradient, learning_rate, update_number)
         if "statistics" in self.total:
             network.update_buffers(self.total["statistics"])
 
@@ -175,7 +177,7 @@ def supervised(
     """
     sums = Sums()
 
-    def compute(index: int) -> Values:
+    def compute(index: int) -> Record:
         images, targets = load(index)
         outputs = network.forward(images, training=True, key=key.of(index))
         sums.set(loss.forward(outputs, targets), loss.count_correct(outputs, targets), len(targets))

@@ -15,15 +15,14 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
-from typing import NoReturn
 
 import numpy as np
 
-from distdl.engine.step import MutableRecord, OptimizerStep, StepObserver
+from distdl.engine.step import OptimizerStep, StepObserver
 from distdl.errors import Stopped
-from distdl.job.signals import STOPPING as SIGNALS
-from distdl.job.signals import release_signals
-from distdl.parallel import Field
+from distdl.job.held_signals import STOPPING as SIGNALS
+from distdl.job.held_signals import release_signals
+from distdl.parallel import Field, Record
 
 #: Both the terminal and the launcher send Ctrl-C to a process: signals within this time are the same request.
 SAME_REQUEST_SECONDS = 0.5
@@ -66,17 +65,17 @@ class StopRequest(StepObserver):
         """The name of a signal that has asked this rank, or all ranks in an earlier step, to stop; None without one."""
         return _first(self._heard) or self.agreed
 
-    def micro_batch(self, step: OptimizerStep, index: int, record: MutableRecord) -> None:  # noqa: ARG002
+    def micro_batch_done(self, step: OptimizerStep, index: int, record: Record) -> None:  # noqa: ARG002
         """Send the signals that this rank has received."""
         self._stepping = True
         record["stop"] = self._heard
 
-    def ended(self, step: OptimizerStep) -> None:
+    def end(self, step: OptimizerStep) -> None:
         """Read the signals that any rank has received."""
         self.agreed = _first(step.total["stop"])
 
-    def stop(self, step: int) -> NoReturn:
-        """Raise `Stopped` on every rank; the state after `step` has been saved."""
+    def error(self, step: int) -> Stopped:
+        """Return the error that every rank raises; the state after `step` has been saved."""
         raise Stopped(
             f"stopped by {self.agreed} after step {step}, which is saved: the same command with --resume continues "
             f"(exit code {Stopped.exit_code})",

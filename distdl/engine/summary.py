@@ -1,7 +1,5 @@
 """The summary of a run: the content of ``summary.json``."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

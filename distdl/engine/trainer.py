@@ -7,8 +7,6 @@ All state is in `TrainingState`. Order, shards and random numbers are pure funct
 of ranks can take a step, and take it again.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,14 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.config import TrainConfig, is_own
-from distdl.data import MicroBatches, PreparedDataset, split
+from distdl.data import MicroBatches, PreparedDataset, batch_order
 from distdl.data.augmentation import Augmentation
 from distdl.engine.checks import corruption, nonfinite
 from distdl.engine.console import Console
 from distdl.engine.coordinator import Coordinator, RunFacts
 from distdl.engine.evaluation import evaluate
 from distdl.engine.events import RunListener
-from distdl.engine.fault_injection import FaultPoints, reached
+from distdl.engine.fault_injection import FaultPoints, fault_point
 from distdl.engine.logbook import Logbook
 from distdl.engine.metrics import METRIC_FIELDS, Sums
 from distdl.engine.state import TrainingState
@@ -59,7 +57,7 @@ from distdl.schedules import make_schedule
 
 
 class Phase(IntEnum):
-    """The next activity of a run after a step. If several are due, they come in this order."""
+    """The next activity of a run. After a step, due phases come in this order. Recovery compares the numbers."""
 
     COMPARE = 0
     VALIDATE = 1
@@ -91,7 +89,7 @@ class Trainer:
         self.stop = stop
         self.key = Key(config.seed)
         self.loss = make_loss(data.loss_named(config.loss))
-        self.steps_per_epoch = split.steps_per_epoch(len(data.parts.training), config.batch_size)
+        self.steps_per_epoch = batch_order.steps_per_epoch(len(data.parts.training), config.batch_size)
         self.schedule = make_schedule(
             config.schedule,
             config.scaled_learning_rate,
@@ -104,14 +102,14 @@ class Trainer:
         self.micro_batches = MicroBatches(data, config.micro_batch_size, augmentation)
         self.total_steps = config.epoch_count * self.steps_per_epoch
         self.last_step = self.total_steps if config.max_steps is None else min(self.total_steps, config.max_steps)
-        self.phase = self._after_checkpoint()
+        self.phase = self._after_checkpoint()  # a run starts in the phase after a checkpoint
         self.recoveries: list[dict[str, Any]] = []
         self.listeners: list[RunListener] = []
         self.coordinator: Coordinator | None = None
-        self._batch = Sums(targets_per_sample=data.targets_per_sample)
+        self._batch_sums = Sums(targets_per_sample=data.targets_per_sample)
         self._order = (-1, np.empty(0, np.int64))
         self._test: Sums | None = None
-        self._build_steps()
+        self._build_for_group()
 
     def open(
         self, facts: RunFacts, folder: Path, logbook: Logbook, console: Console, coordinator: Coordinator | None
@@ -126,7 +124,7 @@ class Trainer:
         if self.coordinator is not None:
             self.coordinator.close()
 
-    def _build_steps(self) -> None:
+    def _build_for_group(self) -> None:
         """Build everything that depends on the group of ranks; raise `UserError` on all if a host has no room."""
         config, communicator, state = self.config, self.communicator, self.state
         rank, ranks = communicator.rank, communicator.size
@@ -136,21 +134,22 @@ class Trainer:
         self._finite_check = nonfinite.FiniteCheck(config, state, self._save_micro_batch)
         audit = [corruption.Audit(state, config.audit, own_model=is_own(config.model))] if config.audit else []
         observers: list[StepObserver] = [FaultPoints(state), *audit, self.timeline, self._finite_check]
-        self._step = OptimizerStep(
+        self._optimizer_step = OptimizerStep(
             communicator,
             state.network,
             state.optimizer,
             micro_batch_size=config.micro_batch_size,
             reduction=config.reduction,
-            deal=self._dealer.shards,
+            shards_of=self._dealer.shards,
             clip_norm=config.clip_norm,
             observers=[*observers, self.stop, self._dealer],
         )
-        self._metrics = REDUCTIONS[config.reduction](communicator, Layout(METRIC_FIELDS))
-        self._samples = 0
+        self._metric_reduction = REDUCTIONS[config.reduction](communicator, Layout(METRIC_FIELDS))
+        self._samples_since_epoch = 0
         full, training = config.batch_size, len(self.data.parts.training)
+        # The full batch and the ragged last one of an epoch both get their room before training.
         for samples in sorted({min(full, training), training % full or full}):
-            self._step.reserve(samples)
+            self._optimizer_step.deal(samples)
 
     @property
     def work_done(self) -> tuple[int, int]:
@@ -167,30 +166,35 @@ class Trainer:
             Phase.TEST: self._score_test,
             Phase.FINISH: self._finish,
         }
-        reached("training", owner=self.state)
+        fault_point("training", owner=self.state)
         while self.phase is not Phase.END:
             try:
                 phases[self.phase]()
             except PeerLost as lost:
-                self.note(recover(self, lost, lambda action: reached(action.value, owner=self.state)))
+                self.note(recover(self, lost, lambda action: fault_point(action.value, owner=self.state)))
             except (MemoryError, OSError) as error:
                 end_rank_after_host_fault(self.communicator, error)
                 raise
         if not self.recoveries:  # otherwise MPI might wait for the lost ranks
             with suppress(PeerLost):  # all work is done
-                self._step.close()
-                self._metrics.close()
+                self._optimizer_step.close()
+                self._metric_reduction.close()
         if not self._is_at_the_end:
-            self.stop.stop(self.state.step)
+            raise self.stop.error(self.state.step)
         return self.summary
 
     # -- which phase comes next
 
     def _after_comparison(self) -> Phase:
-        step, every = self.state.step, self.config.checkpoint_every
-        if step % self.steps_per_epoch == 0:
+        if self.state.step % self.steps_per_epoch == 0:
             return Phase.VALIDATE
-        return Phase.CHECKPOINT if self._stops_here or (every and step % every == 0) else Phase.TRAIN
+        return Phase.CHECKPOINT if self._checkpoint_is_due else Phase.TRAIN
+
+    @property
+    def _checkpoint_is_due(self) -> bool:
+        """Whether a checkpoint follows this step. One also follows each validation."""
+        every = self.config.checkpoint_every
+        return self._stops_here or (every > 0 and self.state.step % every == 0)
 
     def _after_checkpoint(self) -> Phase:
         if not self._stops_here:
@@ -210,16 +214,18 @@ class Trainer:
         """Whether validation has not improved for as many epochs as `--early-stopping` allows."""
         best, patience = self.state.progress.best_step, self.config.early_stopping
         epochs, steps = divmod(self.state.step, self.steps_per_epoch)
-        return bool(patience) and best is not None and not steps and epochs - best // self.steps_per_epoch >= patience
+        if not patience or best is None or steps:
+            return False
+        return epochs - best // self.steps_per_epoch >= patience
 
     # -- the phases
 
     def _train(self) -> None:
-        self.step()
+        self.take_step()
         every = self.config.verify_every
         self.phase = Phase.COMPARE if every and self.state.step % every == 0 else self._after_comparison()
 
-    def step(self) -> None:
+    def take_step(self) -> None:
         """Take one optimizer step and tell the listeners; `PeerLost` leaves the state as it was."""
         state, progress = self.state, self.state.progress
         rows = self._rows_of(state.step)
@@ -227,29 +233,29 @@ class Trainer:
 
         def load(index: int) -> tuple[NDArray[np.float32], NDArray[Any]]:
             loaded = self.micro_batches.load(rows, index, key.of(index, "augmentation"))
-            reached("forward", owner=state)
+            fault_point("forward", owner=state)
             return loaded
 
-        total = self._step.take(
+        total = self._optimizer_step.take(
             supervised(state.network, self.loss, load, key),
             samples=len(rows),
             learning_rate=learning_rate,
-            update=state.step + 1 - progress.skipped_steps,  # Adam's bias correction counts no skipped step
+            update_number=state.step + 1 - progress.skipped_steps,  # Adam's bias correction counts no skipped step
         )
         fault = self._finite_check.fault
         state.step_array += 1
         progress.train_seconds += self.timeline.step_seconds
-        self._samples += len(rows)
+        self._samples_since_epoch += len(rows)
         if fault is None:
             state.epoch_sums.add(total)
-            self._batch.set(float(total["loss_sum"][0]), int(total["counts"][0]), len(rows))
+            self._batch_sums.set(float(total["loss_sum"][0]), int(total["counts"][0]), len(rows))
         else:
             progress.skipped_steps += 1
         for listener in self.listeners:
             if self._dealer.new_shares is not None:
                 listener.shares_changed(state, self._dealer.new_shares)
             if fault is None:
-                listener.stepped(state, self._batch, learning_rate)
+                listener.stepped(state, self._batch_sums, learning_rate)
             else:
                 listener.skipped(state, fault)
 
@@ -262,20 +268,20 @@ class Trainer:
         state, progress = self.state, self.state.progress
         if state.epoch_sums.samples == 0:
             raise self._not_finite(f"every step of epoch {state.step // self.steps_per_epoch} was skipped")
-        reached("validation", owner=state)
+        fault_point("validation", owner=state)
         with committed(self.communicator):
             validation = self.evaluate(self.data.parts.validation)
-            reached("validation", when="after", owner=validation)
+            fault_point("validation", when="after", owner=validation)
             spent = self.timeline.spent()
-        reached("validation", when="committed", owner=validation)
+        fault_point("validation", when="committed", owner=validation)
         self._check_loss(validation, "validation")
         if progress.best_score is None or validation.score > progress.best_score:
             progress.best_step, progress.best_score = state.step, validation.score
         progress.train_loss = state.epoch_sums.loss
         progress.validation_loss = validation.loss
         progress.validation_accuracy = validation.accuracy
-        counted = {"samples": self._samples, **self._dealer.epoch_record()}
-        self._samples = 0
+        counted = {"samples": self._samples_since_epoch, **self._dealer.epoch_record()}
+        self._samples_since_epoch = 0
         for listener in self.listeners:
             listener.epoch_ended(state, validation, spent, counted)
         state.epoch_sums.set(0.0, 0, 0)
@@ -288,24 +294,24 @@ class Trainer:
             assert self.coordinator is not None
             return self.coordinator.keeper.save(self.state, last=self._stops_here)
 
-        reached("checkpoint", owner=self.state)
+        fault_point("checkpoint", owner=self.state)
         with committed(self.communicator):
             if self.config.verify_every:
                 corruption.compare_replicas(self.communicator, self.state)
             together(self.communicator, self._check_weights)
             previous_is_saved = from_rank_0(self.communicator, save)
-            reached("checkpoint", when="after", owner=self.state)
-        reached("checkpoint", when="committed", owner=self.state)
+            fault_point("checkpoint", when="after", owner=self.state)
+        fault_point("checkpoint", when="committed", owner=self.state)
         for listener in self.listeners:
             listener.checkpointed(previous_is_saved=previous_is_saved)
         self.phase = self._after_checkpoint()
 
     def _score_test(self) -> None:
-        reached("test", owner=self.state)
+        fault_point("test", owner=self.state)
         with committed(self.communicator):
             test = self.evaluate(self.data.parts.test)
-            reached("test", when="after", owner=test)
-        reached("test", when="committed", owner=test)
+            fault_point("test", when="after", owner=test)
+        fault_point("test", when="committed", owner=test)
         self._check_loss(test, "test")
         self._test = test
         for listener in self.listeners:
@@ -324,19 +330,18 @@ class Trainer:
             summary = summarize(
                 self.communicator, self.state, self._test, epochs=epochs, samples=samples, recoveries=self.recoveries
             )
-            reached("finish", owner=self.state)
+            fault_point("finish", owner=self.state)
             for listener in self.listeners:
                 listener.finished(self.state, self._test, asdict(summary))
-            reached("finish", when="after", owner=self.state)
+            fault_point("finish", when="after", owner=self.state)
         self.summary = summary
         self.phase = Phase.END
 
     def evaluate(self, rows: NDArray[np.int64]) -> Sums:
         """Return the sums of loss and correct predictions over the rows, each counted once. Collective."""
         shards = self._dealer.shards(self.micro_batches.count(len(rows)))
-        return evaluate(
-            self.state.network, self.loss, self.micro_batches, rows, shards, self._metrics, rank=self.communicator.rank
-        )
+        network, rank = self.state.network, self.communicator.rank
+        return evaluate(network, self.loss, self.micro_batches, rows, shards, self._metric_reduction, rank=rank)
 
     # -- recovery
 
@@ -345,7 +350,7 @@ class Trainer:
         """The position of this rank: the steps taken, and the next phase."""
         return [self.state.step, int(self.phase)]
 
-    def take(self, source: int) -> None:
+    def catch_up(self, source: int) -> None:
         """Take the position and state of rank `source` if it is ahead of this rank. Collective."""
         communicator, state = self.communicator, self.state
         test = None if self._test is None else [float(self._test.loss_sum[0]), *map(int, self._test.counts)]
@@ -373,14 +378,17 @@ class Trainer:
                 self.listeners.append(self.coordinator)
 
         self.communicator.notice_cores()
-        self._build_steps()
+        self._build_for_group()
         on_rank_0(self.communicator, take_over)
 
-    def note(self, recovery: CompletedRecovery, *, prepared: bool = True) -> None:
-        """Add a recovery to the summary, and tell the listeners. `prepared`: whether the first step had come."""
-        ranks, lost, in_step = self.communicator.size, recovery.lost_ranks, prepared and self.phase is Phase.TRAIN
-        step = self.state.step + in_step
-        when = f"{'in' if in_step else 'after'} step {step}" if prepared else "during the preparation of the run"
+    def note(self, recovery: CompletedRecovery, *, during_preparation: bool = False) -> None:
+        """Add a recovery to the summary, and tell the listeners."""
+        ranks, lost = self.communicator.size, recovery.lost_ranks
+        in_step = self.phase is Phase.TRAIN and not during_preparation
+        step = self.state.step + (1 if in_step else 0)
+        when = f"{'in' if in_step else 'after'} step {step}"
+        if during_preparation:
+            when = "during the preparation of the run"
         self.recoveries.append(
             {"step": step, "lost_ranks": lost, "seconds": round(recovery.seconds, 6), "ranks": ranks}
         )
@@ -397,8 +405,8 @@ class Trainer:
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             training = self.data.parts.training
-            self._order = (epoch, training[split.epoch_order(self.key, epoch, len(training))])
-        return split.batch_rows(self._order[1], position, self.config.batch_size)
+            self._order = (epoch, training[batch_order.epoch_order(self.key, epoch, len(training))])
+        return batch_order.batch_rows(self._order[1], position, self.config.batch_size)
 
     def _save_micro_batch(self, fault: nonfinite.Fault) -> str | None:
         """Save the micro-batch of a fault in the current step; return the file's name on all ranks. Collective."""
@@ -407,7 +415,7 @@ class Trainer:
             assert self.coordinator is not None
             assert fault.micro_batch is not None
             batch = self._rows_of(self.state.step)
-            rows = split.micro_batch(batch, fault.micro_batch, self.config.micro_batch_size)
+            rows = batch_order.micro_batch(batch, fault.micro_batch, self.config.micro_batch_size)
             return self.coordinator.save_micro_batch(fault, {"rows": rows, **self.data.samples(rows)})
 
         return from_rank_0(self.communicator, save)

@@ -4,8 +4,6 @@ A new run reads `--init-from` once. From then on its weights are in its own chec
 that are not updated. Source: section 8.2.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +43,7 @@ def copy_weights(given: str, network: Sequential, model: str) -> Transfer:
     try:
         path, checkpoint, complaints = find_checkpoint(Path(given), f"--init-from {given}")
     except OSError as error:
-        raise UserError(f"cannot look into {error.filename}: {error.strerror}; give another --init-from") from None
+        raise UserError(f"cannot access {error.filename}: {error.strerror}; give another --init-from") from None
     own = [*network.named_parameters(), *network.named_buffers()]
     copied, initialized = [], []
     for name, array in own:

@@ -7,8 +7,6 @@
 A fault of the user's code becomes a `UserError` of one line. Code runs only if the command line, or a script, names it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import importlib.util
@@ -78,7 +76,7 @@ def network_builder(model: str, model_settings: str | None = None, given: BuildN
     """
     settings = parse_model_settings(model_settings)
     if "dtype" in settings:
-        raise UserError("--model-settings dtype: trainings are in float32; leave it out")
+        raise UserError("--model-settings dtype: training uses float32; leave it out")
     if given is not None:
         if settings:
             raise UserError(f"--model-settings {model_settings}: the network comes from a script; leave them out")
@@ -141,7 +139,7 @@ def _build_checked(
             f"{show_shape(input_shape)}: use the input_shape that the function receives"
         )
     if network.dtype != np.float32:
-        raise UserError(f"{what} returned a network in {network.dtype}, and trainings are in float32: leave dtype out")
+        raise UserError(f"{what} returned a network in {network.dtype}; training uses float32: leave dtype out")
     if not network.parameter_count:
         raise UserError(f"{what} returned a network without parameters: there is nothing to train; add an nn.Affine")
     for layer in network.every_layer():

@@ -3,8 +3,6 @@
 Rank 0 reads the files, and never writes to a run. The other ranks receive the weights and share the data.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,12 +117,12 @@ def _read(given: Path, *, best: bool) -> _Source:
         header = found.header()
         if best:
             if header.progress.best_step is None:
-                raise UserError(f"--best: {given} has no best checkpoint yet, since no epoch of it was validated")
+                raise UserError(f"--best: {given} has no best checkpoint yet, because no epoch is validated")
             path = checkpoints.path_of_step(found.path.parent, header.progress.best_step)
             found = found._replace(path=path, checkpoint=checkpoints.read(path, follow=False))
             header = found.header()
     except OSError as error:
-        raise UserError(f"cannot look into {error.filename}: {error.strerror}; give another run folder") from None
+        raise UserError(f"cannot access {error.filename}: {error.strerror}; give another run folder") from None
     try:
         config = TrainConfig.from_json(header.config)
         config = replace(config, config=None, run_dir=None, resume=None, trace=None).checked()
@@ -153,9 +151,10 @@ def _data_arrays(
         if seed not in of_seed:
             of_seed[seed] = read_data(one.config, loaded)
         if one.header.data_sha256 != of_seed[seed].sha256():
+            flag = "--dataset" if one.config.dataset.startswith(FROM_PATH) else "--data-dir"
             raise UserError(
-                f"{one.found.path} was trained on other images, labels or split than {loaded.name} has here: give the "
-                f"same data by {'--dataset' if one.config.dataset.startswith(FROM_PATH) else '--data-dir'}"
+                f"{one.found.path} was trained on other images or labels than {loaded.name} has here, or with another "
+                f"split: give the same data by {flag}"
             )
     arrays: dict[str, NDArray[Any]] = {}
     for seed, data in of_seed.items():
@@ -174,7 +173,7 @@ def _load_dataset(first: _Source, data_dir: Path | None, dataset: Dataset | str 
         what = f"{first.given} was trained on a dataset from user code"
         raise UserError(f"{what}; if you trust that code, add --dataset {trained_on}")
     if data_dir is not None and not reads_data_dir(trained_on):
-        raise UserError(f"--data-dir does nothing for {trained_on}, which {first.given} was trained on: leave it out")
+        raise UserError(f"--data-dir has no effect with {trained_on}, which {first.given} was trained on: leave it out")
     return load_dataset(dataset or trained_on, data_dir or first.config.data_dir)
 
 
@@ -185,9 +184,10 @@ def _build(
     if is_own(name) and given is None:
         name = next((model for model in models if names_match(model, config.model)), "")
         if not name:  # no code runs because a checkpoint names it
+            model = config.model.replace("__main__:", "SCRIPT.py:")
             raise UserError(
                 f"cannot build the network of {path}: it was trained with a model from user code; if you trust that "
-                f"code, add --model {config.model}, or in a script give build_network to distdl.inference.load.load()"
+                f"code, add --model {model}, or in a script give build_network to distdl.inference.load.load()"
             )
     height, width, channels = data.images.shape[1:]
     try:
@@ -208,7 +208,7 @@ def _refuse_unused_models(models: Sequence[str], configs: Sequence[TrainConfig])
         if not any(is_own(config.model) and names_match(model, config.model) for config in configs):
             trained_with = ", ".join(sorted({config.model for config in configs}))
             raise UserError(
-                f"--model {model}: no run was trained with it, but with {trained_with}; name the function of a run, or "
+                f"--model {model}: the runs were trained with {trained_with}; name the function of a run, or "
                 "leave the flag out for a model of distdl"
             )
 

@@ -1,7 +1,5 @@
 """The options of the commands that use trained networks. This module does not import NumPy."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

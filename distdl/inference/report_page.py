@@ -45,7 +45,7 @@ def write_report(options: ReportOptions) -> None:
 
     def check() -> None:
         if not (run / "config.toml").is_file():
-            raise UserError(f"{run} is no run folder: expected one that distdl.train has written, such as runs/…")
+            raise UserError(f"{run} is not a run folder: expected a folder of distdl.train, such as runs/…")
         if out.suffix.lower() != ".html":
             raise UserError(f"--out {out}: expected a name that ends in .html")
         check_output(out, "--out")

@@ -6,8 +6,6 @@ N samples, K classes. ``...`` are the places of a label: none for one label per 
 regression, K numbers per sample take the place of labels, probabilities and predictions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any

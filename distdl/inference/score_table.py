@@ -1,7 +1,5 @@
 """Scores as text for the user, and as JSON for programs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -9,8 +9,6 @@ rank removes its register at an ordinary exit. A listed file is removed once no 
 session folder once its launcher has ended. Nothing else is touched (`docs/processes.md`, "Leftovers").
 """
 
-from __future__ import annotations
-
 import atexit
 import json
 import os

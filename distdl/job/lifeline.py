@@ -7,8 +7,6 @@ A launcher may end before its ranks do this. Open MPI's ranks would then keep tr
 that the launcher was. So a rank that finds no launcher checks whether that server still listens.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -4,8 +4,6 @@ In MPI_Init the ranks wait for each other, and forever for a dead one. A launche
 end the job either. So during MPI_Init this rank watches all ranks of its host, which are children of the same launcher.
 """
 
-from __future__ import annotations
-
 import os
 import select
 import signal

@@ -5,8 +5,6 @@ job to the same first cores. The command sets variables that change all three, u
 Open MPI 5 to let the survivors of a killed rank continue (ULFM).
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

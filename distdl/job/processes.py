@@ -3,8 +3,6 @@
 Linux may reuse the number of an ended process. So a process is identified by its number and its start time.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 from collections.abc import Iterator

@@ -9,8 +9,6 @@ The launcher runs in a process group of its own, so Ctrl-C reaches it once and n
 this process is killed.
 """
 
-from __future__ import annotations
-
 import fcntl
 import itertools
 import os
@@ -26,7 +24,7 @@ from types import FrameType
 from distdl.config import flag_of, run_folder_of
 from distdl.errors import EXIT_DEFECT, EXIT_INTERRUPTED, FINAL_EXIT_CODES, UserError
 from distdl.job import streams
-from distdl.job.launcher import remove_session_folder
+from distdl.job.launched_by import remove_session_folder
 from distdl.job.processes import send_when_the_parent_dies
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -62,7 +60,7 @@ def run_until_done(command_of: CommandOf, flags: Sequence[str], restarts: int) -
             break
         if attempt > restarts:
             advice = f"continue with --run-dir {folder} --resume auto"
-            streams.say_line(f"the job ended {what}, {attempt} times in all; {advice}")
+            streams.say_line(f"the job ended {what}; it was started {attempt} times; {advice}")
             break
         _wait_for_the_lock(folder, job)
         if job.stopping:

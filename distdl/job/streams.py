@@ -1,7 +1,5 @@
 """Writing to the two output streams of a process, even if they are closed, nobody reads them, or a disk is full."""
 
-from __future__ import annotations
-
 import errno
 import io
 import os

@@ -1,7 +1,5 @@
 """Activations: functions of each element, any shape. Ng's course is A. Ng, *Neural Networks and Deep Learning*."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Checks of the numbers and shapes that layers are given."""
 
-from __future__ import annotations
-
 import operator
 from typing import Any
 

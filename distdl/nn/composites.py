@@ -1,7 +1,5 @@
 """Layers with branches: a shortcut around other layers (ResNet), and several branches side by side (GoogLeNet)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -10,8 +10,6 @@ stride 1 the input gradient is a convolution too: of the padded output gradient 
 For other strides the gradients of the patches are added back to their pixels (col2im).
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import DTypeLike
 

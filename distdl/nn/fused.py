@@ -19,8 +19,6 @@ N samples of a tile, C channels, F filters, FH and FW the kernel, OH and OW the 
 tiles of this output along its axes, PH and PW the padding or the pooled output, K = FH FW C.
 """
 
-from __future__ import annotations
-
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

@@ -8,8 +8,6 @@ To check your own layer::
     assert check_layer(MyLayer(), (4, 4, 2)) < 1e-6
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -7,8 +7,6 @@ every rank draws the same network and no rank sends it.
 Source: *Deep Learning from Scratch*, section 6.2; Glorot and Bengio 2010 (Xavier); He et al. 2015 (He).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ In the fast form a stack runs convolutions, with the ReLU and the pooling that f
 (see `distdl.nn.fused`). In the plain form it runs every layer as written.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias

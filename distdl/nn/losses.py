@@ -6,8 +6,6 @@ A loss and its gradient are *sums* over samples, so that the sums of several mic
 divides by the batch size afterwards. The arithmetic is float64.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Protocol
 

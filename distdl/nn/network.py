@@ -6,8 +6,6 @@ handle one array. Each parameter starts on a 64-byte boundary; the padding in be
 the sums over the input that update the buffers; ranks add them up as they add gradients.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

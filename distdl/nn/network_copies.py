@@ -4,8 +4,6 @@ The additional layers have no parameters and change no names. So the copy has th
 original, under the same names. The original does not change.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 

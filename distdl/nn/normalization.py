@@ -1,7 +1,5 @@
 """Normalization layers; images are (N, H, W, C)."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Pooling over images (N, H, W, C); see `windows` for the names of sizes."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Enlarge images (N, H, W, C) without parameters."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import DTypeLike
 

@@ -4,8 +4,6 @@ N samples, H height and W width of the input, C channels, FH and FW the window, 
 (SH, SW), a padding (PH, PW). ``OH = floor((H + 2 PH - FH) / SH) + 1``; OW is alike.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias

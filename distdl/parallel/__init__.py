@@ -1,7 +1,5 @@
 """Collective work of the ranks: communicators, dealing, reduction, agreement, recovery, shared arrays."""
 
-from __future__ import annotations
-
 from distdl.parallel.agreement import end_rank_after_host_fault, from_rank_0, guard, on_rank_0, together
 from distdl.parallel.communicator import Communicator, CompletedRecovery, OneProcess, ranks_per_host
 from distdl.parallel.dealing import deal, loads_by_speed

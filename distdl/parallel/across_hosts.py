@@ -1,13 +1,9 @@
 """The part of a reduction between hosts.
 
-A large sum is exchanged by the leaders of the hosts. Each leader owns a slice of the record. It receives that slice of
-every host's tree nodes, and finishes the tree there. Then it sends the sum to the other leaders, straight into the
-memory that their hosts' ranks see.
-
-A small sum is finished on every rank: then the number of waits matters more than the traffic.
+A large sum is exchanged by the leaders of the hosts. Each leader finishes the tree for its slice of the record, and
+sends the sum straight into the memory that the other hosts' ranks see. A small sum is finished on every rank: then the
+number of waits matters more than the traffic.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial

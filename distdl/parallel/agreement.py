@@ -1,13 +1,8 @@
-"""Errors that all ranks share: all ranks raise, or none does.
+"""Errors that all ranks share: all ranks raise, or none does (docs/exit-codes.md).
 
-If one rank raises alone, the others wait forever in their next collective call. So work that can fail on one rank runs
-inside `together`. Any other exception ends the job (`guard`).
-
-`together` passes `PeerLost` on to code that can continue without the lost rank. If a rank is lost while the ranks
-exchange an error, only some of them may have received it. Then no rank raises that error.
+Work that can fail on one rank runs inside `together`; any other exception ends the job (`guard`). If a rank is lost
+while the ranks exchange an error, only some of them may have received it. Then no rank raises that error.
 """
-
-from __future__ import annotations
 
 import os
 import signal

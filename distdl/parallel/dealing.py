@@ -5,8 +5,6 @@ finishes as early as possible. `deal` chooses which ones: canonical blocks, larg
 partial sums to send. The tree alone (`parallel/tree.py`) fixes the order of the additions.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from heapq import heapify, heappop, heappush, heapreplace
 

@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 # A script that imported MPI earlier has started it already.
 mpi4py.rc.initialize = False
 from distdl.errors import EXIT_DEFECT, PeerLost, UserError  # noqa: E402
-from distdl.job.launcher import print_for_all_ranks, survives_failures  # noqa: E402
+from distdl.job.launched_by import print_for_all_ranks, survives_failures  # noqa: E402
 from distdl.job.lifeline import LAUNCHERS  # noqa: E402
 from distdl.job.processes import ancestors  # noqa: E402
 

@@ -3,8 +3,6 @@
 A record has named fields of fixed dtype and length: the gradient in float32, the loss in float64, counts as integers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.arrays import ALIGNMENT_BYTES, aligned_zeros
+from distdl.arrays import ALIGNMENT_BYTES
 from distdl.parallel.communicator import Bytes
 from distdl.parallel.tree import Merges, Place
 
@@ -45,10 +43,6 @@ class Layout:
             self.starts.append(end)
             end += -(-field.length * np.dtype(field.dtype).itemsize // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         self.nbytes = end
-
-    def new_buffer(self) -> Bytes:
-        """Return the buffer of a record, all zeros."""
-        return aligned_zeros(self.nbytes, np.uint8)
 
     def record(self, buffer: Bytes) -> Record:
         """Return the fields of a record as views of its buffer."""

@@ -1,9 +1,6 @@
 """Recovery: the actions by which all surviving ranks continue from the same position after a failure.
 
-Work that must be all or nothing runs in this order: first collective calls into buffers; then `commit`, in which all
-survivors agree; then local changes of the lasting state. A failure before the commit leaves that state unchanged.
-After the commit, no rank can learn of a failure before it has made its changes.
-
+Work that must be all or nothing ends with `commit`, before any change of the lasting state (docs/recovery.md).
 A rank that gets `PeerLost` goes through these actions:
 
 | action   | meaning                                                                      | next action              |
@@ -17,9 +14,9 @@ A rank that gets `PeerLost` goes through these actions:
 | AGREE    | agrees with all survivors that everyone has come this far                    | CONTINUE                 |
 | CONTINUE | leaves the recovery and repeats the uncommitted work                         |                          |
 
-Events report how an action ended: `completed`, `compared` (COMPARE completed) or `failed` (another rank was lost).
-After `failed` the rank starts again at VOTE_NO, with the newest group. It starts at SHRINK if its vote is no longer
-needed: the failure was the result of an agreement, or the failed action was VOTE_NO or SHRINK itself.
+Events report that an action was `completed`, `compared` or `failed` (another rank was lost). After `failed` the rank
+starts again at VOTE_NO, with the newest group. It starts at SHRINK if its vote is no longer needed: the failure was the
+result of an agreement, or the failed action was VOTE_NO or SHRINK itself.
 
 So on every group, all ranks call `agree` equally often, with the result True in all calls but the last, and then call
 `shrink` once. MPI matches these calls by their order alone.
@@ -28,8 +25,6 @@ So on every group, all ranks call `agree` equally often, with the result True in
 `recover` performs the actions. (The idea: W. Bland et al., *Post-failure recovery of MPI communication capability*,
 2013.)
 """
-
-from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -96,7 +91,7 @@ class Recoverable(Protocol):
     def position(self) -> Position:
         """How far this rank has come."""
 
-    def take(self, source: int) -> None:
+    def catch_up(self, source: int) -> None:
         """Take the position and the state of rank `source`: all or nothing. Collective."""
 
     def rebuild(self) -> None:
@@ -156,7 +151,7 @@ def _act(recovery: Recovery, rank: Recoverable) -> None:
             recovery.compared(rank.communicator.allgather_json(rank.position))
             return
         case Action.TAKE:
-            rank.take(recovery.source)
+            rank.catch_up(recovery.source)
         case Action.REBUILD:
             rank.rebuild()
         case Action.AGREE:
@@ -173,7 +168,7 @@ class _Attempt(Generic[T]):
         self.communicator = communicator
         self._work = work
 
-    def take(self, source: int) -> None:
+    def catch_up(self, source: int) -> None:
         raise AssertionError(f"rank {source} cannot be ahead")
 
     def rebuild(self) -> None:

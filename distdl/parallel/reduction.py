@@ -8,20 +8,12 @@ Each micro-batch gives a record (`record.py`); its fields travel together.
    merges there the siblings that are on the host. On a single host this completes the tree.
 3. Between hosts, the leaders finish the tree (`across_hosts.py`).
 
-Each element is added in the same order for any number of ranks and hosts, so it has the same bits.
+Each element is added in the same order for any number of ranks and hosts, so it has the same bits. docs/numerics.md
+describes the actions, and why one set of buffers is enough.
 
-Ranks that share memory use a barrier of MPI to signal that the slots are full and that the total is complete. A flag in
-shared memory would be faster, but wrong:
-
-- Python cannot order its writes before the write of the flag on every processor.
-- A rank that died would never set the flag, whereas MPI reports the failure.
-- A waiting rank would have to occupy its core, or sleep for an unknown time.
-
-One set of buffers is enough. After those barriers, no rank reads a slot before the next step fills it. No rank writes a
-slice of the total before every rank has come back for the next one.
+The barriers are MPI's. A flag in shared memory would be faster, but wrong: Python cannot order its writes before the
+write of the flag on every processor, and a rank that died would never set it, whereas MPI reports the failure.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.arrays import aligned_empty
+from distdl.arrays import aligned_empty, aligned_zeros
 from distdl.parallel import across_hosts
 from distdl.parallel.communicator import Bytes, Communicator
 from distdl.parallel.record import Action, Layout, Record, additions
@@ -70,19 +62,18 @@ class Reduction:
 
     def add(self, leaf: int, values: Mapping[str, NDArray[Any]]) -> None:
         """Add the record of micro-batch `leaf`; the caller may overwrite `values` afterwards."""
-        node = TreeNode(leaf, leaf + 1)
-        if self._nodes and are_siblings(self._nodes[-1], node, self._leaves):
-            slot = len(self._nodes) - 1
-            for name, field in self._records[slot].items():
-                np.add(field, values[name], out=field)
-            self._nodes[slot] = TreeNode(self._nodes[slot].lo, node.hi)
-            self._merge()
+        nodes, node = self._nodes, TreeNode(leaf, leaf + 1)
+        if nodes and are_siblings(nodes[-1], node, self._leaves):
+            _add(self._records[len(nodes) - 1], values)
+            nodes[-1] = TreeNode(nodes[-1].lo, node.hi)
         else:
-            slot = len(self._nodes)
-            self._make_slots(slot + 1)
-            for name, field in self._records[slot].items():
+            self._make_slots(len(nodes) + 1)
+            for name, field in self._records[len(nodes)].items():
                 field[...] = values[name]
-            self._nodes.append(node)
+            nodes.append(node)
+        while len(nodes) > 1 and are_siblings(nodes[-2], nodes[-1], self._leaves):
+            _add(*self._records[len(nodes) - 2 : len(nodes)])
+            nodes[-2:] = [TreeNode(nodes[-2].lo, nodes[-1].hi)]
 
     def partial_sums(self) -> list[tuple[TreeNode, Record]]:
         """Return this rank's tree nodes and their sums; valid until `total` or `begin`."""
@@ -90,16 +81,8 @@ class Reduction:
 
     def _make_slots(self, count: int) -> None:
         while len(self._slots) < count:
-            self._slots.append(self.layout.new_buffer())
+            self._slots.append(aligned_zeros(self.layout.nbytes, np.uint8))
             self._records.append(self.layout.record(self._slots[-1]))
-
-    def _merge(self) -> None:
-        nodes = self._nodes
-        while len(nodes) > 1 and are_siblings(nodes[-2], nodes[-1], self._leaves):
-            left, right = self._records[len(nodes) - 2 : len(nodes)]
-            for name, field in left.items():
-                np.add(field, right[name], out=field)
-            nodes[-2:] = [TreeNode(nodes[-2].lo, nodes[-1].hi)]
 
     def total(self) -> Record:
         """Return the sum over all micro-batches of the step. Collective.
@@ -110,6 +93,11 @@ class Reduction:
 
     def close(self) -> None:
         """Release MPI's resources for this object; do not use it afterwards. Collective."""
+
+
+def _add(total: Record, values: Mapping[str, NDArray[Any]]) -> None:
+    for name, field in total.items():
+        np.add(field, values[name], out=field)
 
 
 class _Schedule(NamedTuple):
@@ -223,8 +211,7 @@ class AllreduceReduction(Reduction):
         if not self._nodes:
             self._slots[0][...] = 0
         for record in self._records[1 : len(self._nodes)]:
-            for name, field in total.items():
-                np.add(field, record[name], out=field)
+            _add(total, record)
         for field in total.values():
             self.communicator.allreduce(field)
         return self.layout.read_only(self._slots[0])

@@ -8,8 +8,6 @@ It is a memory-mapped file, in shared memory if it fits there, otherwise in the 
 - An MPI window would not survive the failure of a rank.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 import tempfile
@@ -61,12 +59,16 @@ def share_arrays(
     """
     described = [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()]
     specification = communicator.bcast_json(described)
-    places = _byte_ranges(specification)
+    places, end = [], 0
+    for _, dtype, shape in specification:
+        start = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        end = start + int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        places.append((start, end))
     host = communicator.host() if host is None else host
     leaders = None
     if host.size < communicator.size:  # on one host, make no group: Open MPI may crash if a rank dies meanwhile
         leaders = communicator.split(0 if host.rank == 0 else None)
-    buffer = shared_bytes(communicator, host, places[-1][1] if places else 0, "the dataset")
+    buffer = shared_bytes(communicator, host, end, "the dataset")
     shared: dict[str, NDArray[Any]] = {}
     for (name, dtype, shape), (start, end) in zip(specification, places, strict=True):
         view = buffer[start:end].view(dtype).reshape(shape)
@@ -82,15 +84,6 @@ def share_arrays(
     return shared
 
 
-def _byte_ranges(specification: list[tuple[str, str, list[int]]]) -> list[tuple[int, int]]:
-    places, end = [], 0
-    for _, dtype, shape in specification:
-        start = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        end = start + int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        places.append((start, end))
-    return places
-
-
 def folders() -> tuple[Path, Path]:
     """Return the folders for shared files, the best first."""
     return SHARED_MEMORY, Path(tempfile.gettempdir())
@@ -102,17 +95,16 @@ def _reserve(nbytes: int, purpose: str) -> tuple[int, str]:
     for folder in folders():
         try:
             handle, path = leftovers.create_locked(folder, leftovers.MEMORY)
+            try:
+                os.posix_fallocate(handle, 0, max(nbytes, 1))
+            except OSError:
+                Path(path).unlink()
+                os.close(handle)
+                raise
+            else:
+                return handle, path
         except OSError as error:
             tried.append(f"{folder}: {error.strerror}")
-            continue
-        try:
-            os.posix_fallocate(handle, 0, max(nbytes, 1))
-        except OSError as error:
-            Path(path).unlink()
-            os.close(handle)
-            tried.append(f"{folder}: {error.strerror}")
-        else:
-            return handle, path
     raise UserError(
         f"no room for {nbytes / 1e6:.1f} MB of {purpose} ({'; '.join(tried)}): free some space, or set TMPDIR to "
         "another folder"

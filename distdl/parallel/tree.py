@@ -12,8 +12,6 @@ a binary counter: merge the last two as long as they are siblings.
 This file is pure integer arithmetic; it touches no array.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -76,8 +74,6 @@ def maximal_nodes(shard: Shard, leaves: int) -> list[TreeNode]:
 
     >>> maximal_nodes(range(3, 8), leaves=8)
     [TreeNode(lo=3, hi=4), TreeNode(lo=4, hi=8)]
-    >>> maximal_nodes((0, 1, 5), leaves=8)
-    [TreeNode(lo=0, hi=2), TreeNode(lo=5, hi=6)]
     """
     return list(fold({leaf: TreeNode(leaf, leaf + 1) for leaf in shard}, leaves)[0].values())
 

@@ -4,8 +4,6 @@ An error that only one rank has must not leave the other ranks waiting. `world` 
 errors before and after MPI starts.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 import time
@@ -13,7 +11,7 @@ import warnings
 
 from distdl.errors import DistdlError, UserError
 from distdl.job import leftovers
-from distdl.job.launcher import Launch, compatible, read_launch
+from distdl.job.launched_by import Launch, compatible, read_launch
 from distdl.job.lifeline import end_with_the_launcher
 from distdl.job.streams import say_line
 from distdl.parallel import shared
@@ -115,8 +113,7 @@ def _end_the_job_on_uncaught_exceptions(communicator: Communicator) -> None:
         if not getattr(error, "agreed", False):
             end_the_job(communicator, error)
         if communicator.rank == 0:
-            label = getattr(error, "label", "error: ")
-            say_line(f"{label}{error}")
+            say_line(f"{getattr(error, 'label', 'error: ')}{error}")
         raise SystemExit(exit_code_of(error))  # every rank exits with this code; no abort is necessary
 
     sys.excepthook = hook

@@ -7,8 +7,6 @@ to the trials of best validation accuracy and repeats. At the end it prints the 
 settings.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +15,7 @@ from distdl import cli, train
 from distdl.cli import Command, Flag
 from distdl.config import flag_of
 from distdl.errors import UserError
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 from distdl.search.settings import METHODS, SEARCHABLE, SearchSettings, parse_range
 
 #: Flags of distdl.train that the search sets for each trial.

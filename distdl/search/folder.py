@@ -1,28 +1,19 @@
 """The folder of a search: ``search.json`` holds the settings, ``results.jsonl`` has one line per completed trial.
 
-Neither file depends on time, ranks or interruptions. So both have the same bytes for every course of the search. The
-whole of ``results.jsonl`` is replaced after each trial, so no line is ever torn. ``trials/`` holds the run folder of
-each training, so an interrupted training can continue.
+Both have the same bytes for every course of the search (docs/search.md). The whole of ``results.jsonl`` is replaced
+after each trial, so no line is ever torn. ``trials/`` holds the run folder of each training, so an interrupted training
+can continue.
 """
-
-from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from distdl.engine.storage.files import (
-    FOLDER_MODE,
-    TEMPORARY_SUFFIX,
-    indented_json,
-    remove_temporaries,
-    try_folder,
-    write_durably,
-)
+from distdl.engine.storage import files
 from distdl.engine.storage.json_lines import line_of
 from distdl.engine.storage.run_folder import lock_folder, unused_folder
 from distdl.errors import DamagedFileError, UserError
@@ -49,31 +40,26 @@ def choose_folder(settings: SearchSettings) -> Path:
         found = {path.name for path in folder.iterdir()} if folder.exists() else set()
         if found and not settings.resume:
             raise UserError(f"--out {folder} is not empty: give another folder, or --resume to continue its search")
-        if SEARCH not in found and any(name != LOCK and not name.endswith(TEMPORARY_SUFFIX) for name in found):
+        if SEARCH not in found and any(name != LOCK and not name.endswith(files.TEMPORARY_SUFFIX) for name in found):
             raise UserError(f"--resume: --out {folder} holds no search, but other files; give another folder")
-        try_folder(folder)
+        files.try_folder(folder)
     except OSError as error:
         raise UserError(f"--out {folder} cannot be used: {error.strerror or error}; give another folder") from None
     return folder
 
 
-def search_json(settings: SearchSettings, data_sha256: str) -> dict[str, Any]:
-    """Return the content of ``search.json``: everything that determines the results."""
-    return {**settings.to_json(), "data_sha256": data_sha256}
-
-
-def read_results(folder: Path, settings: SearchSettings, data_sha256: str) -> list[TrialResult]:
+def read_results(folder: Path, settings: SearchSettings, ours: Mapping[str, Any]) -> list[TrialResult]:
     """Return the results of a search to continue; none if there is no search yet.
 
-    Raises `UserError` if that search has other settings or data, and `DamagedFileError` if a file is damaged.
+    `ours` is this search's content of ``search.json``. Raises `UserError` if the file there differs, and
+    `DamagedFileError` if a file is damaged.
     """
     if not (folder / SEARCH).exists():
         return []
-    theirs, ours = _parse(folder / SEARCH, _read(folder / SEARCH)), search_json(settings, data_sha256)
+    theirs = _parse(folder / SEARCH, _read(folder / SEARCH))
     if not isinstance(theirs, dict):
         raise DamagedFileError(f"{folder / SEARCH} is damaged: its content is not that of a search")
-    different = _differences(json.loads(json.dumps(ours)), theirs)
-    if different:
+    if different := _differences(json.loads(json.dumps(ours)), theirs):
         raise UserError(
             f"cannot continue the search in {folder}: {'; '.join(different)}; give the same, or another --out"
         )
@@ -136,26 +122,29 @@ class SearchFolder:
     refuses or another search uses the folder.
     """
 
-    def __init__(self, folder: Path, content: Mapping[str, Any], *, ours: bool) -> None:
+    def __init__(self, folder: Path, *, ours: bool) -> None:
         self.folder = folder
         self._created = [path for path in (folder, *folder.parents) if not path.exists()]
         self.is_new = not (folder / SEARCH).exists()
         try:
-            folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
-            self._lock: IO[bytes] = _locked(folder, ours=ours)
-            remove_temporaries(folder)
-            self.write(SEARCH, indented_json(content))
+            folder.mkdir(files.FOLDER_MODE, parents=True, exist_ok=True)
+            self._lock = lock_folder(folder, owner_died=ours)
+            files.remove_temporaries(folder)
         except OSError as error:
             raise _refused(folder, error) from None
+        except UserError:
+            raise UserError(
+                f"--out {folder} is in use by another search: wait for it, or give another folder"
+            ) from None
 
     def save(self, results: Sequence[TrialResult]) -> None:
         """Replace ``results.jsonl``; if the disk refuses, keep the previous one and raise `UserError`."""
-        self.write(RESULTS, b"".join(line_of(one.to_json()) for one in results))
+        self.write(RESULTS, b"".join(line_of(asdict(one)) for one in results))
 
     def write(self, name: str, content: bytes) -> None:
         """Replace a file; raise `UserError` if the disk refuses."""
         try:
-            write_durably(self.folder / name, content)
+            files.write_durably(self.folder / name, content)
         except OSError as error:
             raise _refused(self.folder / name, error) from None
 
@@ -172,13 +161,6 @@ class SearchFolder:
     def close(self) -> None:
         """Unlock the folder."""
         self._lock.close()
-
-
-def _locked(folder: Path, *, ours: bool) -> IO[bytes]:
-    try:
-        return lock_folder(folder, owner_died=ours)
-    except UserError:
-        raise UserError(f"--out {folder} is in use by another search: wait for it, or give another folder") from None
 
 
 def _refused(path: Path, error: OSError) -> UserError:

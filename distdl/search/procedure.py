@@ -11,12 +11,9 @@ Successive halving (Jamieson and Talwalkar, *Non-stochastic best arm identificat
 2016) spends the same epochs differently: many trials start, and only the better half continues after a few epochs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from distdl.rng import Key
 from distdl.search.settings import Range, SearchSettings, rounded
@@ -65,10 +62,6 @@ class TrialResult(Trial):
         """
         accuracy, loss = self.validation_accuracy or 0.0, self.validation_loss or 0.0
         return self.diverged, -self.epochs, -accuracy, loss, self.round, self.trial
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the result as JSON values."""
-        return asdict(self)
 
 
 def value_at(one: Range, uniform: float) -> int | float:

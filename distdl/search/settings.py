@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from distdl.config import FREE_TO_CHANGE_ON_RESUME, OTHER_NAMES, TrainConfig
+from distdl.config import FREE_TO_CHANGE_ON_RESUME, OTHER_NAMES, TrainConfig, flag_of
 from distdl.errors import UserError, unknown_name
 
 METHODS = ("random", "halving")
@@ -41,11 +41,7 @@ SEARCHABLE = dict(_searchable())
 
 
 def flag_name(setting: str) -> str:
-    """Return the name of a setting in the form of a flag.
-
-    >>> flag_name("weight_decay")
-    'weight-decay'
-    """
+    """Return the name of a setting in the form of a flag, such as ``weight-decay``."""
     return setting.replace("_", "-")
 
 
@@ -143,13 +139,9 @@ class SearchSettings:
             config=self.config.checked(),
             keep=DEFAULT_KEEP[self.method] if self.keep is None else self.keep,
         )
-        for flag, value in (
-            ("--rounds", self.rounds),
-            ("--trials", self.trials),
-            ("--ranks-per-trial", self.ranks_per_trial),
-        ):
-            if not 1 <= value <= MOST:
-                raise UserError(f"{flag} must be at least 1 and at most {MOST}, not {value}")
+        for name in ("rounds", "trials", "ranks_per_trial"):
+            if not 1 <= getattr(self, name) <= MOST:
+                raise UserError(f"{flag_of(name)} must be at least 1 and at most {MOST}, not {getattr(self, name)}")
         if self.seed < 0:
             raise UserError(f"--seed must be at least 0, not {self.seed}")
         if not 0 < settings.share < 1:
@@ -235,9 +227,5 @@ class SearchSettings:
 
 
 def rounded(number: float) -> int:
-    """Return the nearest integer; a half is rounded up.
-
-    >>> rounded(2.5), rounded(2.4)
-    (3, 2)
-    """
+    """Return the nearest integer; a half is rounded up."""
     return math.floor(number + 0.5)

@@ -1,7 +1,5 @@
 """The printed lines of a search: banner, rounds, trials, the table of the best trials, and the command that trains."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -73,7 +71,7 @@ def summary(results: Sequence[TrialResult], ranges: Sequence[Range]) -> dict[str
     return {
         "trials": len(ordered),
         "diverged": sum(one.diverged for one in ordered),
-        "best": None if ordered[0].diverged else ordered[0].to_json(),
+        "best": None if ordered[0].diverged else asdict(ordered[0]),
         "last_ranges": [asdict(one) for one in ranges],
     }
 

@@ -1,17 +1,12 @@
 """Run a search: train its trials on groups of ranks.
 
 The ranks form groups, and each group trains one trial. After all groups have finished, every rank receives all results,
-rank 0 saves them, and the next trials start. A search ends with the same bytes on any number of ranks, because
-
-- a trial does not depend on the ranks that train it;
-- its hyperparameters depend only on the seed and on the results of the previous rounds;
-- results are saved in the order of the trials.
+rank 0 saves them in the order of the trials, and the next trials start. So a search ends with the same bytes on any
+number of ranks (docs/search.md).
 
 If a rank is lost and the MPI library survives failures, the survivors form new groups. They continue with the trials
 without a saved result, each from its last checkpoint.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from distdl.config import TrainConfig, is_own
-from distdl.data import Dataset, split
+from distdl.data import Dataset, batch_order, split
 from distdl.engine import train
 from distdl.engine.console import Console
-from distdl.engine.prepare import labelled
+from distdl.engine.prepare import names_from_script
 from distdl.engine.requirements import outputs_of
 from distdl.engine.stop import StopRequest
 from distdl.engine.storage.files import indented_json
@@ -34,7 +29,7 @@ from distdl.parallel import Communicator, Survivors, from_rank_0, guard, on_rank
 from distdl.rng import Key
 from distdl.search import tables
 from distdl.search.chart import search_figure
-from distdl.search.folder import CHART, RESULTS, SUMMARY, SearchFolder, choose_folder, read_results, search_json
+from distdl.search.folder import CHART, RESULTS, SEARCH, SUMMARY, SearchFolder, choose_folder, read_results
 from distdl.search.procedure import Trial, TrialResult, leaderboard, ranges_of_round, trials_of_round
 from distdl.search.settings import Range, SearchSettings
 
@@ -99,7 +94,7 @@ class _Search:
     """One rank's part of a search. If a rank is lost, the survivors call `attempt` again."""
 
     def __init__(self, settings: SearchSettings, build_network: BuildNetwork | None, dataset: Dataset | None) -> None:
-        self._given = replace(settings, config=labelled(settings.config, build_network, dataset))
+        self._given = replace(settings, config=names_from_script(settings.config, build_network, dataset))
         self._build_network = build_network
         self._dataset = dataset
         self._path: Path | None = None
@@ -140,26 +135,31 @@ class _Search:
         self._group = group
         loaded = communicator.bcast_json(together(communicator, self._load))
         data_sha256, self._training_samples, shape, outputs = loaded
-        if self._build_network is not None or is_own(settings.config.model) or settings.config.model_settings:
-            name = getattr(self._build_network, "__qualname__", settings.config.model)
-            check_equal_networks(communicator, name, together(communicator, lambda: self._build(shape, outputs)))
+        config = settings.config
+        if self._build_network is not None or is_own(config.model) or config.model_settings:
+            # The files of the user's own model may differ between the groups.
+            def build() -> Sequential:
+                return network_builder(config.model, config.model_settings, self._build_network)(tuple(shape), outputs)
+
+            name = getattr(self._build_network, "__qualname__", config.model)
+            check_equal_networks(communicator, name, together(communicator, build))
 
         def open_folder() -> list[dict[str, Any]]:
             if self._open is None:
                 may_continue = settings.resume or known is not None
-                results = read_results(self.folder, settings, data_sha256) if may_continue else []
-                content = search_json(settings, data_sha256)
-                self._open = SearchFolder(self.folder, content, ours=known is not None)
+                content = {**settings.to_json(), "data_sha256": data_sha256}
+                results = read_results(self.folder, settings, content) if may_continue else []
+                self._open = SearchFolder(self.folder, ours=known is not None)
+                self._open.write(SEARCH, indented_json(content))
                 self._results = results
-            return [result.to_json() for result in self._results]
+            return [asdict(result) for result in self._results]
 
         self._results = [TrialResult(**result) for result in from_rank_0(communicator, open_folder)]
         if known is not None:
             ranks = f"{communicator.size} rank{'s continue' if communicator.size > 1 else ' continues'}"
             self._print(f"a rank was lost; {ranks} with the trials that have no saved result")
             return
-        for line in tables.banner(settings, communicator.size, self._groups):
-            self._print(line)
+        self._print(*tables.banner(settings, communicator.size, self._groups))
         if self._results:
             self._print(f"resumed from {self.folder} after {len(self._results)} trials")
         elif settings.resume and self._open is not None and self._open.is_new:
@@ -180,21 +180,14 @@ class _Search:
         training = split.split(data.labels, data.test_start, Key(config.seed)).training
         return data.sha256(), len(training), list(data.images.shape[1:]), outputs_of(config, data)[-1]
 
-    def _build(self, shape: Sequence[int], outputs: int) -> Sequential:
-        """Build the user's own model once, to compare it between the groups: their files may differ."""
-        height, width, channels = shape
-        config = self._settings.config
-        build = network_builder(config.model, config.model_settings, self._build_network)
-        return build((height, width, channels), outputs)
-
     def _search(self) -> SearchResult:
         settings, results = self._settings, self._results
         for number in range(1, settings.rounds + 1):
             trials = trials_of_round(settings, number, results)
             done = sum(result.round == number for result in results)
             if done < len(trials):
-                for line in tables.round_lines(settings, number, trials, ranges_of_round(settings, number, results)):
-                    self._print(line)
+                ranges = ranges_of_round(settings, number, results)
+                self._print(*tables.round_lines(settings, number, trials, ranges))
             while done < len(trials):
                 self._train_at_once(trials[done : done + self._groups])
                 done = sum(result.round == number for result in results)
@@ -213,7 +206,7 @@ class _Search:
         communicator = self._communicator
         mine = trials[self._group_number] if self._group_number < len(trials) else None
         result = together(communicator, lambda: None if mine is None else self._train(mine))
-        own = result.to_json() if result is not None and self._group.rank == 0 else None
+        own = asdict(result) if result is not None and self._group.rank == 0 else None
         everyone = communicator.allgather_json([self._group_number, own, self.stop.asked])
         by_group = {group: TrialResult(**values) for group, values, _ in everyone if values is not None}
         new = list[TrialResult]()
@@ -228,10 +221,8 @@ class _Search:
 
         on_rank_0(communicator, save)
         self._results += new
-        for one in new:
-            self._print(tables.trial_line(one, self._settings))
-        signals = [asked for _, _, asked in everyone if asked is not None]
-        if signals:
+        self._print(*(tables.trial_line(one, self._settings) for one in new))
+        if signals := [asked for _, _, asked in everyone if asked is not None]:
             stopped = Stopped(
                 f"stopped by {signals[0]} after {len(self._results)} trials: the same command with --resume and "
                 f"--out {self.folder} continues (exit code {Stopped.exit_code})"
@@ -262,14 +253,10 @@ class _Search:
         return TrialResult(**asdict(trial), **outcome)
 
     def _config_of(self, trial: Trial) -> TrainConfig:
-        config = replace(
-            self._settings.config_with(trial.settings),
-            run_dir=self.folder / trial.run_folder,
-            resume="auto",
-            keep_checkpoints=1,
-        )
+        ours = {"run_dir": self.folder / trial.run_folder, "resume": "auto", "keep_checkpoints": 1}
+        config = self._settings.config_with({**trial.settings, **ours})
         if trial.epochs < config.epoch_count:
-            steps_per_epoch = split.steps_per_epoch(self._training_samples, config.batch_size)
+            steps_per_epoch = batch_order.steps_per_epoch(self._training_samples, config.batch_size)
             config = replace(config, max_steps=trial.epochs * steps_per_epoch)
         return config
 
@@ -277,8 +264,7 @@ class _Search:
         """Write the summary and the chart, and print the table."""
         assert self._open is not None
         self._open.write(SUMMARY, indented_json(tables.summary(found.results, found.ranges)))
-        for line in tables.best_trials_table(found.results, self._settings):
-            self._print(line)
+        self._print(*tables.best_trials_table(found.results, self._settings))
         written = [RESULTS, SUMMARY]
         if figures.has_matplotlib():
             self._open.write(CHART, figures.content_of(search_figure(found.results, self._settings), "svg"))
@@ -287,9 +273,9 @@ class _Search:
             self._print(f"no {CHART}: {figures.NEEDS_MATPLOTLIB}")
         self._print(f"written: {', '.join(str(found.folder / name) for name in written)}")
 
-    def _print(self, text: str) -> None:
-        if self._communicator.rank == 0:
-            self._console.line(text)
+    def _print(self, *lines: str) -> None:
+        for line in lines if self._communicator.rank == 0 else ():
+            self._console.line(line)
 
 
 def _check_ranks(settings: SearchSettings, ranks: int) -> None:

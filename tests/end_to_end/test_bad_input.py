@@ -17,7 +17,7 @@ from bad_inputs import TINY, mnist_files, without_launcher, write_files
 from refusals import USER, outcome, problems_of
 from refused_runs import RunShop
 
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 
 pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts trainings of one process")
 

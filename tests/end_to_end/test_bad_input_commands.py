@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from bad_inputs import TINY, TRAIN_LABELS, changes, mnist_files, picture, without_launcher, write_files
 
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 
 pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts its own mpirun")
 

@@ -16,14 +16,14 @@ from test_tasks import run as run_task
 from distdl import cli
 from distdl import evaluate as shown
 from distdl.config import TrainConfig
-from distdl.data.split import micro_batch
+from distdl.data.batch_order import micro_batch
 from distdl.engine import train
 from distdl.engine.storage import checkpoints
 from distdl.errors import UserError
 from distdl.inference import evaluate_runs, score_table
 from distdl.inference.load import load
 from distdl.inference.score import Score, evaluate, in_half_precision
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 from distdl.nn import Affine, BatchNorm, Conv2d, Flatten, ReLU, Sequential, Tanh, build_model
 from distdl.parallel import OneProcess
 
@@ -499,16 +499,16 @@ REFUSED = {
     "a checkpoint that is a link": (["linked"], USER, ["symbolic link"]),
     "no hash of the data": (["no data"], DAMAGED, ["no data", "data_sha256"]),
     "another dataset": (["mnist", "--data-dir=other-data"], USER, ["mnist/checkpoints", "other images", "--data-dir"]),
-    "data for digits": (["mlp", "--data-dir=nowhere"], USER, ["--data-dir does nothing for digits", "mlp"]),
+    "data for digits": (["mlp", "--data-dir=nowhere"], USER, ["--data-dir has no effect with digits", "mlp"]),
     "no data": (["mnist", "--data-dir=empty"], USER, ["empty", "--data-dir"]),
     "members of two datasets": (["mlp", "mnist"], USER, ["mnist", "digits", "expected one dataset"]),
     "members of two splits": (["mlp", "seed 1"], USER, ["seed 1", "--seed 1", "--seed 0", "other samples"]),
-    "a network from a script": (["from a script"], USER, ["__main__:my_network", "build_network"]),
+    "a network from a script": (["from a script"], USER, ["SCRIPT.py:my_network", "build_network"]),
     "tensors of another model": (["another model"], USER, ["another model", "affine_1.weight"]),
     "a setting of another version": (["another version"], USER, ["another version", "warp"]),
     "an impossible setting": (["impossible"], USER, ["impossible", "--batch-size"]),
     "json into a folder": (["mlp", "--json=empty"], USER, ["--json", "empty", "is a folder"]),
-    "json in place of a link": (["mlp", "--json=to text"], USER, ["--json", "to text", "no regular file"]),
+    "json in place of a link": (["mlp", "--json=to text"], USER, ["--json", "to text", "not a regular file"]),
     "json below a file": (["mlp", "--json=text/numbers"], USER, ["--json", "text/numbers"]),
     "a picture of an unknown kind": (["mlp", "--misclassified=m.bmp"], USER, ["--misclassified", "m.bmp", ".png"]),
 }

@@ -135,7 +135,7 @@ def test_the_audit_of_a_user_s_model_also_names_its_layers(tmp_path):
     def build(input_shape, classes):
         return nn.Sequential([Counting(), nn.Affine(classes)], input_shape)
 
-    with pytest.raises(CorruptionError, match=r"computed again \(or a layer of the model is no pure function"):
+    with pytest.raises(CorruptionError, match=r"computed again \(or a layer of the model is not a pure function"):
         small_run(OneProcess(), tmp_path / "run", build_network=build, audit=1)
 
 

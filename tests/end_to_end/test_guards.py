@@ -46,7 +46,7 @@ FAILING = """
 import sys, time
 from distdl import cli
 from distdl.errors import DamagedFileError
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 
 def fail():
     if read_launch().rank in {ranks}:

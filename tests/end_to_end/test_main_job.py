@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from distdl.errors import UserError
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 from distdl.job.mpirun_command import find_mpirun
 
 pytestmark = pytest.mark.skipif(read_launch().by is not None, reason="starts its own mpirun")

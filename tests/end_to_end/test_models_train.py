@@ -7,7 +7,7 @@ import pytest
 from bad_inputs import mnist_files, write_files
 
 from distdl import cli, config, engine, train
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 
 pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts trainings of one process")
 

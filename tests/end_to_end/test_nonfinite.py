@@ -13,7 +13,7 @@ import pytest
 from injected import faults, spoil_records, spoil_state
 from small_runs import VERY_RAGGED, piece_of_digits, remove, small_config, small_run, worlds
 
-from distdl.data import split
+from distdl.data import batch_order, split
 from distdl.engine import train
 from distdl.engine.fault_injection import fail_at
 from distdl.errors import CorruptionError, UserError
@@ -53,7 +53,7 @@ def test_all_ranks_stop_at_that_step_and_name_the_lowest_micro_batch(communicato
         )
         data, key = piece_of_digits(VERY_RAGGED), Key(0)
         training = split.split(data.labels, data.test_start, key).training
-        rows = training[split.epoch_order(key, 0, len(training))][32 + 20 : 32 + 24]
+        rows = training[batch_order.epoch_order(key, 0, len(training))][32 + 20 : 32 + 24]
         with np.load(saved, allow_pickle=False) as arrays:
             assert {name: int(arrays[name]) for name in ("step", "micro_batch")} == {"step": 2, "micro_batch": 5}
             np.testing.assert_array_equal(arrays["rows"], rows)

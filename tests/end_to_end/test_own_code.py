@@ -18,7 +18,7 @@ from distdl.data.sources import Dataset
 from distdl.engine import train as train_from_a_script
 from distdl.engine.user_code import architecture_sha256, check_equal_networks
 from distdl.errors import UserError
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 from distdl.nn import build_model
 from distdl.parallel import OneProcess
 
@@ -157,7 +157,7 @@ def test_a_function_in_a_config_file_runs_only_if_the_command_line_names_it_too(
 
 def test_a_run_of_a_script_is_resumed_by_the_script(folder):
     (folder / "given.toml").write_text('model = "__main__:network"\n')
-    assert "resume the run by that script" in refusal(folder, "--config=given.toml", "--model=__main__:network")
+    assert "resume the run with that script" in refusal(folder, "--config=given.toml", "--model=__main__:network")
 
 
 #: The fault: the file's text, the name after the colon, and words of the message.
@@ -275,8 +275,8 @@ NAMES = {
     "no name of a function": ("models/good.py:net()", ["'models/good.py:net()'", "file.py:function"]),
     "a function inside of a function": ("models/good.py:net.<locals>.x", ["file.py:function"]),
     "a file alone": ("models/good.py", ["unknown model", "file.py:function"]),
-    "a NUL character": ("a\0b.py:net", ["names no function"]),
-    "a surrogate": ("a\udcff.py:net", ["names no function"]),
+    "a NUL character": ("a\0b.py:net", ["does not name a function"]),
+    "a surrogate": ("a\udcff.py:net", ["does not name a function"]),
 }
 
 
@@ -351,7 +351,7 @@ MODEL_SETTINGS = {
     "unknown initial values": ("initializer=hee", ["'hee'", "did you mean 'he'?"]),
     "a deviation of 0": ("initializer=0", ["initializer=0", "above 0"]),
     "twice the same": ("hidden=3,hidden=4", ["hidden is given twice"]),
-    "no name": ("=3", ["names no setting", "name=value"]),
+    "no name": ("=3", ["does not name a setting", "name=value"]),
     "no value": ("hidden=3;4", ["such as hidden=100-50"]),
     "another dtype": ("dtype=float64", ["float32"]),
     "an argument that is no setting": ("input_shape=3", ["setting of the model mlp 'input_shape'", "hidden"]),
@@ -452,11 +452,11 @@ def test_a_dataset_function_in_a_config_file_runs_only_if_the_command_line_names
         ("data.py:from_folder", ["AttributeError", "of data.py"]),
         ("data.py:nothing", ["no function 'nothing'", "it has digits"]),
         ("nowhere.py:digits", ["nowhere.py does not exist"]),
-        ("data.py:", ["names no function"]),
+        ("data.py:", ["does not name a function"]),
         ("mine", ["unknown dataset 'mine'", "file.py:function"]),
         ("npz:", ["npz"]),
-        ("npz:a\0b", ["names no file"]),
-        ("folder:", ["names no file", "folder:PATH"]),
+        ("npz:a\0b", ["does not name a file"]),
+        ("folder:", ["does not name a file", "folder:PATH"]),
         ("folder:nowhere", ["'nowhere' cannot be read"]),
     ],
 )
@@ -470,9 +470,9 @@ def test_evaluate_calls_only_the_function_of_the_training(data):
     receipt("--run-dir=ours", "--model=mlp")
     receipt("--run-dir=own", "--model=models/good.py:net")
     for runs, model, said in (
-        (["ours"], "same.py:net", "no run was trained with it, but with mlp"),
-        (["own"], "same.py:net", "but with models/good.py:net"),
-        (["own"], "mlp", "no run was trained with it"),
+        (["ours"], "same.py:net", "--model same.py:net: the runs were trained with mlp"),
+        (["own"], "same.py:net", "the runs were trained with models/good.py:net"),
+        (["own"], "mlp", "--model mlp: the runs were trained with"),
         (["ours", "own"], f"{data}/models/good.py:net", None),
     ):
         out, err = io.StringIO(), io.StringIO()

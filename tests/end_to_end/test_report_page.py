@@ -16,7 +16,7 @@ from distdl import cli, report
 from distdl.config import TrainConfig
 from distdl.data.sources import load
 from distdl.engine import train
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 from distdl.parallel import OneProcess
 
 pytestmark = pytest.mark.skipif(read_launch().by is not None, reason="already under a launcher")
@@ -100,12 +100,12 @@ def test_a_page_omits_sections_that_do_not_apply_to_the_run(runs):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nowhere"], "nowhere is no run folder"),
-        (["digits/config.toml"], "is no run folder"),
-        (["digits", "--out=pipe.html"], "no regular file"),
+        (["nowhere"], "nowhere is not a run folder"),
+        (["digits/config.toml"], "is not a run folder"),
+        (["digits", "--out=pipe.html"], "not a regular file"),
         (["digits", "--out=page.txt"], "ends in .html"),
         (["digits", "--out=digits/config.toml/page.html"], "cannot be written"),
-        (["digits", "--model=net.py:net"], "no run was trained with it"),
+        (["digits", "--model=net.py:net"], "the runs were trained with"),
         (["digits", "--dataset=mnist"], "was trained on digits"),
         (["digits", "--model=net"], "unknown model 'net'"),
         (["digits", "numbers"], "unexpected argument 'numbers'"),

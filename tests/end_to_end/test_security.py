@@ -19,7 +19,7 @@ from distdl.engine.fault_injection import fail_at
 from distdl.engine.storage import checkpoints, files, run_folder
 from distdl.engine.storage.json_lines import JsonLines
 from distdl.errors import UserError
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 from distdl.parallel import OneProcess, shared
 
 pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts trainings of one process")

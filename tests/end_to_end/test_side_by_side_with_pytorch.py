@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 
 from distdl.config import TrainConfig
-from distdl.data import normalization, sources, split
+from distdl.data import batch_order, normalization, sources, split
 from distdl.engine import train
 from distdl.nn import simple_convnet
 from distdl.parallel import OneProcess
@@ -113,7 +113,7 @@ def trained_by_pytorch(dataset, epochs, nudge=0.0):
     steps, epoch_losses = [], []
     for epoch in range(epochs):
         summed = 0.0
-        rows = parts.training[split.epoch_order(key, epoch, len(parts.training))]
+        rows = parts.training[batch_order.epoch_order(key, epoch, len(parts.training))]
         for start in range(0, len(rows), BATCH_SIZE):
             images, labels = batch(rows[start : start + BATCH_SIZE])
             optimizer.zero_grad()

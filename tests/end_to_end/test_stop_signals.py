@@ -21,7 +21,7 @@ import os, pathlib, signal, sys, time
 from contextlib import suppress
 from distdl import cli, train
 from distdl.engine.fault_injection import fail_at
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 
 folder, stuck, rank = pathlib.Path(sys.argv[1]), sys.argv[2] == "stuck", read_launch().rank
 signals, writes = os.pipe2(os.O_NONBLOCK)

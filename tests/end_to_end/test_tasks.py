@@ -96,8 +96,8 @@ def test_a_model_learns_numbers_which_have_no_accuracy(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("task", "settings", "said"),
     [
-        ("regression", {"loss": "cross_entropy"}, "--loss cross_entropy does not go with task, which has numbers"),
-        ("segmentation", {"loss": "mean_squared_error"}, "does not go with task, which has labels; leave the flag"),
+        ("regression", {"loss": "cross_entropy"}, "--loss cross_entropy does not fit task, which has numbers"),
+        ("segmentation", {"loss": "mean_squared_error"}, "does not fit task, which has labels; leave the flag"),
         ("classification", {"loss": "binary_cross_entropy"}, "is for one label of two classes a sample: task has"),
         ("segmentation", {"loss": "binary_cross_entropy"}, "is for one label of two classes a sample: task has"),
     ],

@@ -12,7 +12,7 @@ from bad_inputs import TRAIN_IMAGES, mnist_files, write_files
 from distdl import verify
 from distdl.config import MODELS
 from distdl.errors import UserError
-from distdl.job.launcher import Launch
+from distdl.job.launched_by import Launch
 from distdl.verify import Outcome, first_difference
 
 REPOSITORY = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def test_a_failed_training_is_reported_in_one_line(verified, tmp_path):
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         f"distdl: error: with 1 ranks: unknown model 'simple_convet': expected one of {', '.join(sorted(MODELS))}; "
-        "did you mean 'simple_convnet'? (one of your own is given as file.py:function)"
+        "did you mean 'simple_convnet'? (for your own, give file.py:function)"
     ]
 
     assert not list(tmp_path.glob("distdl-verify-*"))
@@ -95,9 +95,7 @@ def outcome(folder, ranks, hashes, *, metrics=b"", weights="w"):
     (folder / "hashes.jsonl").write_text(
         "".join(json.dumps({"step": step, "hashes": each}) + "\n" for step, each in enumerate(hashes, 1))
     )
-    (folder / "metrics.jsonl").write_bytes(metrics)
-    (folder / "summary.json").write_text(json.dumps({"weights_sha256": weights, "state_sha256": "s"}))
-    return Outcome(ranks, folder, 0.0)
+    return Outcome(ranks, folder, 0.0, len(hashes), (weights, "s", metrics))
 
 
 def test_the_first_different_tensor_is_named(tmp_path):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from distdl.engine import console as progress
-from distdl.engine.banner import banner, shares_of
 from distdl.engine.console import CLEAR_LINE, Console
+from distdl.engine.printed_lines import banner, shares_of
 from distdl.parallel import contiguous_shards
 
 ADVICE = re.compile(r".*: as slow as (\d+) ranks?, use (\d+) or (\d+)")

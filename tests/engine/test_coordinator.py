@@ -309,7 +309,7 @@ def test_a_folder_that_another_run_has_used_meanwhile_is_not_changed(tmp_path, s
         left.update(content_of(folder))
 
     while_data_are_loaded(other_run)
-    with pytest.raises(UserError, match=r"run was used by another run meanwhile: start again"):
+    with pytest.raises(UserError, match=r"another run has used the run folder .*run in the meantime: start again"):
         small_run(OneProcess(), folder, max_steps=3, **settings)
     assert content_of(folder) == left != {}
     lock = run_folder.lock_folder(folder)
@@ -447,7 +447,7 @@ def test_other_data_of_the_same_shape_is_refused_on_resume(tmp_path):
     other = piece_of_digits(94)
     labels = other.labels.copy()
     labels[0] = (labels[0] + 1) % 10
-    with pytest.raises(UserError, match="trained on other images, labels or split"):
+    with pytest.raises(UserError, match="trained on other images or labels, or with another split"):
         train(
             small_config(tmp_path / "run", resume="auto"),
             OneProcess(),

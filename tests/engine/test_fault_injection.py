@@ -7,7 +7,7 @@ import pytest
 from small_runs import small_run
 
 import distdl
-from distdl.engine.fault_injection import POINTS, fail_at, forget, reached
+from distdl.engine.fault_injection import POINTS, fail_at, fault_point, forget
 from distdl.parallel import OneProcess
 from distdl.parallel.recovery import Action
 
@@ -19,9 +19,9 @@ OF_A_RECOVERY = {(action.value, "before") for action in Action if action is not 
 def visits(steps=(1, 2, 3), times=2):
     """Visit a point several times in each step; return the steps in which the registered faults struck."""
     for step in steps:
-        reached("step", step=step)
+        fault_point("step", step=step)
         for _ in range(times):
-            reached("update", owner=step)
+            fault_point("update", owner=step)
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,9 @@ def test_an_error_that_an_action_raises_leaves_the_point():
     found = []
     fail_at("update", rank=0, nth=2, action=found.append)
     with pytest.raises(MemoryError, match="no memory"):
-        reached("update")
-    reached("update", owner="the second visit")
-    reached("update")
+        fault_point("update")
+    fault_point("update", owner="the second visit")
+    fault_point("update")
     assert found == ["the second visit"]
 
 
@@ -86,11 +86,11 @@ def test_an_unknown_point_is_an_error():
 
 
 def calls_in_the_package():
-    """Return the points that the source of the package names in its calls of `reached`."""
+    """Return the points that the source of the package names in its calls of `fault_point`."""
     package = Path(distdl.__file__).parent
     for path in package.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "reached":
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "fault_point":
                 moments = [word.value.value for word in node.keywords if word.arg == "when"]
                 if isinstance(node.args[0], ast.Constant):
                     yield node.args[0].value, moments[0] if moments else "before"

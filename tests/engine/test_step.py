@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from distdl import nn
-from distdl.data import MicroBatches, PreparedDataset, split
+from distdl.data import MicroBatches, PreparedDataset, batch_order
 from distdl.engine.step import OptimizerStep, StepObserver, supervised
 from distdl.nn import Affine, BatchNorm, Flatten, ReLU, Sequential, SoftmaxCrossEntropy
 from distdl.optim import SGD, clip_by_norm
@@ -36,7 +36,7 @@ def taken(communicator, *, steps=3, frozen=(), batch_norm=True, **settings):
     step = OptimizerStep(communicator, network, optimizer, micro_batch_size=SIZE, **settings)
     total = None
     for number in range(steps):
-        total = step.take(compute_of(network), samples=SAMPLES, learning_rate=0.1, update=number + 1)
+        total = step.take(compute_of(network), samples=SAMPLES, learning_rate=0.1, update_number=number + 1)
         total = {name: array.copy() for name, array in total.items()}
     step.close()
     return network, total
@@ -88,23 +88,23 @@ class Diary(StepObserver):
     def begin(self, step):
         self.calls.append("begin")
 
-    def micro_batch(self, step, index, record):
+    def micro_batch_done(self, step, index, record):
         self.calls.append(index)
         record["mine"] = np.array([index])
 
-    def computed(self, step):
+    def shard_done(self, step):
         self.calls.append("computed")
 
-    def reduced(self, step):
+    def allows_update(self, step):
         self.calls.append("reduced")
         self.before = step.network.parameters.copy()
         return self.wanted
 
-    def committed(self, step):
+    def before_update(self, step):
         self.calls.append("committed")
         assert np.array_equal(self.before, step.network.parameters)
 
-    def ended(self, step):
+    def end(self, step):
         self.calls.append(("ended", int(step.total["mine"][0])))
 
 
@@ -123,7 +123,7 @@ def test_an_observer_can_refuse_the_update():
 
 
 def test_the_last_micro_batch_may_be_smaller():
-    assert split.micro_batch_count(SAMPLES, SIZE) == 8
+    assert batch_order.micro_batch_count(SAMPLES, SIZE) == 8
     _, total = taken(OneProcess(), steps=1)
     assert total["counts"].tolist()[1] == SAMPLES
 
@@ -144,6 +144,6 @@ def test_a_custom_computation_needs_no_labels():
     step = OptimizerStep(
         OneProcess(), network, SGD(network.parameters.size), micro_batch_size=4, fields=[Field("error", "f8", 1)]
     )
-    errors = [step.take(compute, samples=16, learning_rate=0.3, update=n + 1)["error"][0] for n in range(60)]
+    errors = [step.take(compute, samples=16, learning_rate=0.3, update_number=n + 1)["error"][0] for n in range(60)]
     assert errors[-1] < 1e-6 < errors[0]
     assert [view.item() for _, view in network.named_parameters()] == pytest.approx([3, 1], abs=1e-3)

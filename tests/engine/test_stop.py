@@ -14,7 +14,7 @@ from distdl.engine.fault_injection import fail_at
 from distdl.engine.stop import SIGNALS, StopRequest
 from distdl.engine.storage import checkpoints
 from distdl.errors import Stopped
-from distdl.job.signals import HELD, hold_signals
+from distdl.job.held_signals import HELD, hold_signals
 from distdl.parallel import OneProcess
 
 pytestmark = pytest.mark.usefixtures("signals_at_their_defaults")
@@ -28,7 +28,7 @@ def tell(number):
 def sent_by(request):
     """Return the counts that a rank sends with a micro-batch."""
     record = {}
-    request.micro_batch(None, 0, record)
+    request.micro_batch_done(None, 0, record)
     return record["stop"]
 
 
@@ -128,7 +128,7 @@ def blocked():
 
 
 def test_signals_held_by_a_command_reach_the_training_and_are_held_again(blocked, monkeypatch):
-    monkeypatch.setattr("distdl.job.signals._held", set())
+    monkeypatch.setattr("distdl.job.held_signals._held", set())
     hold_signals()
     for number in HELD:
         tell_this_thread(number)
@@ -140,7 +140,7 @@ def test_signals_held_by_a_command_reach_the_training_and_are_held_again(blocked
 
 
 def test_signals_blocked_by_a_script_stay_blocked(blocked, monkeypatch):
-    monkeypatch.setattr("distdl.job.signals._held", set())
+    monkeypatch.setattr("distdl.job.held_signals._held", set())
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     hold_signals()
     request = StopRequest()
@@ -171,7 +171,7 @@ def test_a_training_that_ends_by_an_exception_leaves_the_signals_as_it_found_the
 
     In a script they would end the process in the middle of its next lines.
     """
-    monkeypatch.setattr("distdl.job.signals._held", set())
+    monkeypatch.setattr("distdl.job.held_signals._held", set())
     hold_signals()
     handlers = [signal.getsignal(number) for number in SIGNALS]
     fail_at(phase, rank=0, action=defect)
@@ -186,9 +186,9 @@ def test_a_training_that_ends_by_an_exception_leaves_the_signals_as_it_found_the
 
 def test_the_first_signal_of_any_rank_is_named():
     request = StopRequest()
-    request.ended(SimpleNamespace(total={"stop": np.array([0, 3, 1, 0])}))
+    request.end(SimpleNamespace(total={"stop": np.array([0, 3, 1, 0])}))
     assert request.agreed == "SIGTERM"
-    request.ended(SimpleNamespace(total={"stop": np.zeros(len(SIGNALS), np.int64)}))
+    request.end(SimpleNamespace(total={"stop": np.zeros(len(SIGNALS), np.int64)}))
     assert request.agreed is None
 
 

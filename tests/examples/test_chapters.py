@@ -16,7 +16,7 @@ import pytest
 from distdl.data import sources, split
 from distdl.inference.load import load
 from distdl.inference.score import evaluate
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 from distdl.nn import build_model, numerical_gradient
 from distdl.rng import Key
 

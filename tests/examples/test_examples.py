@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from distdl.errors import UserError
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 from distdl.job.mpirun_command import find_mpirun, mpirun_command
 
 REPOSITORY = Path(__file__).parents[2]

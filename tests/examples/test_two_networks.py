@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 from distdl.mpirun import mpirun_command
 from distdl.nn import numerical_gradient
 from distdl.rng import Key

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLE = REPOSITORY / "examples" / "versus_pytorch.py"

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distdl import cli, train
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 
 SYSTEM_CALLS = ("os.rename", "os.fsync", "mmap.mmap")
 

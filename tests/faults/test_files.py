@@ -22,7 +22,7 @@ from small_runs import small_run
 from distdl.engine.fault_injection import fail_at
 from distdl.engine.storage import checkpoints, files
 from distdl.errors import UserError
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 from distdl.parallel import OneProcess
 
 pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts its own processes")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from bad_inputs import without_launcher
 
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 
 pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts its own processes")
 

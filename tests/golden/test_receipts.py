@@ -3,7 +3,7 @@
 import pytest
 from record import COMMAND, PLAYED, RUNS, entry_when_played, load, renewed
 
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 
 pytestmark = pytest.mark.skipif(read_launch().by is not None, reason="already under a launcher")
 

@@ -101,7 +101,7 @@ def test_no_more_restarts_than_allowed_and_the_last_exit_code(tmp_path):
     assert code == 15
     assert len(starts) == 3
     assert said[-1] == (
-        "distdl: the job ended with exit code 15, 3 times in all; continue with --run-dir run --resume auto"
+        "distdl: the job ended with exit code 15; it was started 3 times; continue with --run-dir run --resume auto"
     )
 
 

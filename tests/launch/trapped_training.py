@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 from distdl.job.processes import look_at
 
 REPOSITORY = Path(__file__).parents[2]
@@ -35,7 +35,7 @@ def main(arguments):
     cli.set_blas_threads(1)
     from distdl.engine import train
     from distdl.engine.fault_injection import fail_at
-    from distdl.job.launcher import read_launch
+    from distdl.job.launched_by import read_launch
     rank = read_launch().rank
     process = pathlib.Path(f"process-{{rank}}")
     fail_at("step", rank=None, action=lambda _: process.write_text(str(os.getpid())))

@@ -323,7 +323,7 @@ class Member:
         self.communicator, self.positions, self.position, self.done = communicator, positions, positions[0], []
         type(communicator).allgather_json = lambda _, position: [position, *positions[1:]]
 
-    def take(self, source):
+    def catch_up(self, source):
         self.done.append(f"take from {source}")
 
     def rebuild(self):

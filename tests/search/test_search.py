@@ -1,5 +1,6 @@
 """Whole searches: the same files on any number of ranks and after any interruption; errors in one line."""
 
+import errno
 import json
 import os
 import shlex
@@ -311,6 +312,14 @@ def test_two_searches_cannot_share_a_folder(tmp_path, monkeypatch):
         searched(RANDOM, folder)
 
 
+def test_a_full_disk_at_the_start_is_named(tmp_path, monkeypatch):
+    def full(path, *parts):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("distdl.search.folder.files.write_durably", full)
+    refused(RANDOM, tmp_path / "search", r"cannot write .*search\.json: No space left on device; make room")
+
+
 def test_a_resume_without_a_search_says_so(tmp_path, monkeypatch, capsys):
     def stopped(*arguments, **keywords):
         (tmp_path / "search" / "trials" / "any" / "checkpoints" / "any").mkdir(parents=True, exist_ok=True)
@@ -387,7 +396,7 @@ KILLED = """
 import os, signal, sys
 from distdl import cli
 from distdl.search import __main__ as search
-from distdl.job.launcher import read_launch
+from distdl.job.launched_by import read_launch
 cli.set_blas_threads(1)
 from distdl.search import trials
 

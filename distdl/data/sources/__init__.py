@@ -3,8 +3,6 @@
 To add a dataset, write a function that returns a `Dataset` in a file of its own, and list it below and in `config.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -5,8 +5,6 @@ Repository, 1998, https://doi.org/10.24432/C50P49, in the copy that scikit-learn
 (see DIGITS-LICENSE.txt in this folder).
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 from importlib import resources

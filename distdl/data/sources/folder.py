@@ -6,8 +6,6 @@ are names that start with a dot, and files beside the folders of the classes. An
 trusted.
 """
 
-from __future__ import annotations
-
 import importlib
 import warnings
 from collections.abc import Callable, Iterator
@@ -92,8 +90,8 @@ def _images_in(folder: Path) -> list[Path]:
     for file, is_image in files.items():
         if not is_image:
             raise UserError(
-                f"{quoted(file)} is no image: expected only {', '.join(SUFFIXES)} in the folder of a class (each of "
-                f"the folders in {quoted(folder.parent)} is one, unless they are train and test)"
+                f"{quoted(file)} is not an image: expected only {', '.join(SUFFIXES)} in the folder of a class (every "
+                f"folder in {quoted(folder.parent)} is a class, except train and test)"
             )
     if not files:
         raise UserError(f"{quoted(folder)} has no images: every folder is a class, and a class needs images")
@@ -147,5 +145,5 @@ def _open(pillow: Any, file: Path) -> Iterator[Any]:
         raise
     except (pillow.DecompressionBombWarning, pillow.DecompressionBombError) as error:
         raise UserError(f"{quoted(file)} has more pixels than Pillow accepts ({error}): resize it first") from error
-    except Exception as error:  # Pillow raises many kinds for bytes that are no image
-        raise DamagedFileError(f"{quoted(file)} is damaged or no image: {error}; write or copy it again") from error
+    except Exception as error:  # Pillow raises many kinds for bytes that are not an image
+        raise DamagedFileError(f"{quoted(file)} is damaged or not an image: {error}; write or copy it again") from error

@@ -13,8 +13,6 @@ declared number. One more byte shows whether the file is too long. So a gzip bom
 Source: Y. LeCun, C. Cortes, C. J. C. Burges, *The MNIST database of handwritten digits*, "file formats".
 """
 
-from __future__ import annotations
-
 import gzip
 import math
 import os

@@ -7,8 +7,6 @@ R. Vollgraf, *Fashion-MNIST: a novel image dataset for benchmarking machine lear
 https://github.com/zalandoresearch/fashion-mnist (MIT licence).
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import textwrap

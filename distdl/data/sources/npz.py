@@ -8,8 +8,6 @@ The names of Keras, as in `NAMES`, are also accepted. The file is not trusted: n
 allocated only if an array's size agrees with the archive.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,7 +68,7 @@ def _read(path: Path) -> list[NDArray[Any]]:
         raise UserError(f"there is not enough memory for {quoted(path)}: give a smaller dataset") from None
     except OSError as error:
         raise UserError(f"the data file {quoted(path)} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # NumPy and zipfile raise many kinds for bytes that are no archive or no array
+    except Exception as error:  # NumPy and zipfile raise many kinds for bytes that are not an archive or an array
         raise DamagedFileError(
             f"{quoted(path)} is damaged: {error}; expected a file from numpy.savez; write or copy it again"
         ) from error
@@ -79,7 +77,7 @@ def _read(path: Path) -> list[NDArray[Any]]:
 def _check_is_zip(file: IO[bytes], path: Path) -> None:
     """Raise `UserError` for any other file: NumPy would read it as a single array, and trust its size."""
     if file.read(2) != b"PK":
-        raise UserError(f"{quoted(path)} is no .npz file: expected a file from numpy.savez")
+        raise UserError(f"{quoted(path)} is not an .npz file: expected a file from numpy.savez")
     file.seek(0)
 
 
@@ -128,7 +126,8 @@ def _array(archive: NpzFile, path: Path, name: str) -> NDArray[Any]:
         shape, is_fortran, dtype, start = _header(stream)
         if dtype.hasobject:
             raise UserError(
-                f"{name} of {quoted(path)} holds objects and not numbers, as arrays of several sizes do: give one array"
+                f"{name} of {quoted(path)} holds Python objects instead of numbers (arrays of different sizes "
+                "cause this): give one array"
             )
         announced = dtype.itemsize * int(np.prod(shape, dtype=object))
         if announced != member.file_size - start:

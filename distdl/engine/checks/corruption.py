@@ -5,8 +5,6 @@ every rank must get the same bits for a micro-batch (`Audit`). Otherwise the har
 one from the same reports, so all raise the same `CorruptionError`.
 """
 
-from __future__ import annotations
-
 import socket
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -34,10 +32,10 @@ class Audit(StepObserver):
     def __init__(self, state: TrainingState, every: int, *, own_model: bool) -> None:
         self._state = state
         self._every = every
-        hint = " (or a layer of the model is no pure function of its input and key: fix that)"
+        hint = " (or a layer of the model is not a pure function of its input and key: fix that)"
         self._hint = hint if own_model else ""
 
-    def computed(self, step: OptimizerStep) -> None:
+    def shard_done(self, step: OptimizerStep) -> None:
         """Audit the step if its turn has come. Collective."""
         number = self._state.step + 1
         if number % self._every:

@@ -4,8 +4,6 @@ The sum is the same on every rank. So all ranks see at the same step that it is 
 compute the step again, and each rank looks at its micro-batches one by one.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -57,7 +55,7 @@ class FiniteCheck(StepObserver):
         self._state = state
         self._save = save
 
-    def reduced(self, step: OptimizerStep) -> bool:
+    def allows_update(self, step: OptimizerStep) -> bool:
         """Return whether the sums are finite. Collective if they are not."""
         self.fault = None
         what = what_is_not_finite(step.total)

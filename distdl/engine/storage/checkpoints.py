@@ -5,8 +5,6 @@ key, ``distdl``, a JSON object with ``format``, ``sha256`` and ``header``. The s
 digits of the digest itself set to zero. A file that is torn, truncated or altered anywhere is never loaded.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json
@@ -171,7 +169,7 @@ def read(path: Path, *, follow: bool = True) -> Checkpoint:
             data = file.read()
     except OSError as error:
         if error.errno == errno.EIO:
-            raise DamagedFileError(f"{path} is damaged: its disk does not return it ({error.strerror})") from None
+            raise DamagedFileError(f"{path} is damaged: the disk cannot read it ({error.strerror})") from None
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     return decode(data, str(path))
 

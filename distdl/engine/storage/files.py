@@ -69,7 +69,7 @@ def _write_all(handle: int, parts: Iterable[Buffer]) -> None:
     while remaining:
         written = os.writev(handle, remaining[:MOST_BUFFERS])
         if not written:
-            raise OSError(errno.EIO, "the disk takes nothing and gives no reason")
+            raise OSError(errno.EIO, "the disk writes no bytes and reports no error")
         while remaining and written >= len(remaining[0]):
             written -= len(remaining.pop(0))
         if written:
@@ -114,7 +114,7 @@ def check_output(path: Path, flag: str) -> None:
             raise UserError(f"{flag} {path} is a folder: give the name of a file")
         with suppress(FileNotFoundError):
             if not stat.S_ISREG(path.lstat().st_mode):
-                raise UserError(f"{flag} {path} is no regular file, and would be replaced by one: give another name")
+                raise UserError(f"{flag} {path} is not a regular file, and would be overwritten: give another name")
         try_folder(path.parent)
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be written: {error.strerror}; give another file") from None

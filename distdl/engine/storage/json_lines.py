@@ -1,7 +1,5 @@
 """Log files of one JSON object per line, which lose no record when a disk is full for a while."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

@@ -4,8 +4,6 @@
 The data is loaded in between. So a folder that another run used meanwhile is refused.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import itertools
@@ -70,7 +68,7 @@ def find_start(config: TrainConfig, own_folder: Path | None = None, *, after_fai
         return replace(start, after_failure=after_failure)
     except OSError as error:
         raise UserError(
-            f"cannot look into {error.filename}: {error.strerror}; give another --run-dir or --resume"
+            f"cannot access {error.filename}: {error.strerror}; give another --run-dir or --resume"
         ) from None
 
 
@@ -111,7 +109,7 @@ def _given_checkpoint(config: TrainConfig, source: Path) -> StartingPoint:
     newest_step = None if folder is None else _newest_step(folder)
     found = find_checkpoint(source, f"--resume {source}")
     if folder is None:
-        raise UserError(f"--resume {source} lies in no run folder: give a new --run-dir for the rest of the run")
+        raise UserError(f"--resume {source} is not in a run folder: give a new --run-dir")
     return StartingPoint(folder, found, origin, newest_step=newest_step)
 
 
@@ -133,7 +131,7 @@ def find_checkpoint(source: Path, name: str) -> FoundCheckpoint:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raise `UserError` if anything that a run writes, cuts or removes in its folder is a link or no regular file.
+    """Raise `UserError` if anything that a run writes, cuts or removes in its folder is a link or not a regular file.
 
     The folder itself may be a symbolic link: the user named it. Its content may come from anyone.
     """
@@ -190,7 +188,7 @@ def _newest_step(folder: Path) -> int | None:
 
 
 def _used_meanwhile(folder: Path) -> UserError:
-    return UserError(f"the run folder {folder} was used by another run meanwhile: start again")
+    return UserError(f"another run has used the run folder {folder} in the meantime: start again")
 
 
 @contextmanager

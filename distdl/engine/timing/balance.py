@@ -4,16 +4,14 @@ The seconds of each rank's micro-batches travel in the record of the reduction. 
 same numbers and draw the same conclusions (`Balance`). The rank that computes a micro-batch does not change the bits.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from distdl.engine.step import MutableRecord, OptimizerStep, StepObserver
-from distdl.parallel import Field, Shard, contiguous_shards, deal, loads_by_speed
+from distdl.engine.step import OptimizerStep, StepObserver
+from distdl.parallel import Field, Record, Shard, contiguous_shards, deal, loads_by_speed
 
 #: The weight of a new measurement in the smoothed seconds of a micro-batch.
 SMOOTHING = 0.1
@@ -140,7 +138,7 @@ class BalancedDealer(Dealer):
         """Start the clock before the first micro-batch."""
         self._now = self._clock()
 
-    def micro_batch(self, step: OptimizerStep, index: int, record: MutableRecord) -> None:
+    def micro_batch_done(self, step: OptimizerStep, index: int, record: Record) -> None:
         """Send the seconds since the previous micro-batch. Only full ones tell a speed."""
         is_full = (index + 1) * step.micro_batch_size <= step.samples
         before, self._now = self._now, self._clock()
@@ -148,7 +146,7 @@ class BalancedDealer(Dealer):
         self._timed[self.rank] = is_full
         record["seconds"], record["timed"] = self._seconds, self._timed
 
-    def ended(self, step: OptimizerStep) -> None:
+    def end(self, step: OptimizerStep) -> None:
         """Take in the seconds of all ranks, and decide whether shares change."""
         self._computed = [count + len(shard) for count, shard in zip(self._computed, step.shards, strict=True)]
         timed, summed = step.total["timed"].tolist(), step.total["seconds"].tolist()

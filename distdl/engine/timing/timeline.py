@@ -9,8 +9,6 @@ B. Mohr, *Automatic performance analysis of hybrid MPI/OpenMP applications*, 200
 need not agree. Ranks compare their marks at the end of an epoch and when the array is full, never within a step.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,16 +89,16 @@ class Timeline(StepObserver):
             self._compare()
         self._marks[self._ended, 0] = self.clock()
 
-    def computed(self, step: OptimizerStep | None = None) -> None:  # noqa: ARG002
+    def shard_done(self, step: OptimizerStep | None = None) -> None:  # noqa: ARG002
         """Mark that this rank has computed its shard."""
         self._marks[self._ended, 1] = self.clock()
 
-    def reduced(self, step: OptimizerStep | None = None) -> bool:  # noqa: ARG002
+    def allows_update(self, step: OptimizerStep | None = None) -> bool:  # noqa: ARG002
         """Mark that this rank has the sum over all ranks."""
         self._marks[self._ended, 2] = self.clock()
         return True
 
-    def ended(self, step: OptimizerStep | None = None) -> None:  # noqa: ARG002
+    def end(self, step: OptimizerStep | None = None) -> None:  # noqa: ARG002
         """Mark that the step is done."""
         marks = self._marks[self._ended]
         marks[3] = self.clock()

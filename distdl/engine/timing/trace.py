@@ -11,8 +11,6 @@ duration of that barrier. Offsets are measured at the start and at the end, and 
 Format: *Trace Event Format*, https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
 """
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

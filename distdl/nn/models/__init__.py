@@ -5,8 +5,6 @@ logits; the loss includes the softmax. Sizes follow from the input shape, which 
 images larger than 28x28 and 32x32 have two variants; the size of the images selects one (see `variants`).
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias

@@ -1,7 +1,5 @@
 """The book's convolutional networks, and their ancestors LeNet and AlexNet."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import DTypeLike
 

@@ -1,7 +1,5 @@
 """GoogLeNet: modules of four branches side by side ("Inception")."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import DTypeLike
 

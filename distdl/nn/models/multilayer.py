@@ -1,7 +1,5 @@
 """Networks of affine layers: logistic regression, and the book's networks of any depth."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

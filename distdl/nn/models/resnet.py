@@ -1,7 +1,5 @@
 """ResNet: a shortcut around every two or three convolutions, so that gradients reach the first layers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

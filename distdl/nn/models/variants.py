@@ -1,7 +1,5 @@
 """The variants of a network: the original one, for large images, and a small one, for 28x28 and 32x32."""
 
-from __future__ import annotations
-
 from distdl.errors import UserError
 from distdl.nn.arguments import show_shape
 from distdl.nn.layers import Shape

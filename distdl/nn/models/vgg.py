@@ -1,7 +1,5 @@
 """VGG: only 3x3 convolutions, 2x2 max-pooling and affine layers."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import DTypeLike
 

@@ -86,9 +86,9 @@ def test_a_misplaced_file_or_folder_is_named(tmp_path):
     (write(tmp_path / "empty", GRAY) / "whelk").mkdir()
     assert "whelk' has no images" in refusal(tmp_path / "empty")
     (write(tmp_path / "other", GRAY) / "cone/notes.txt").write_text("")
-    assert "notes.txt' is no image: expected only .png" in refusal(tmp_path / "other")
+    assert "notes.txt' is not an image: expected only .png" in refusal(tmp_path / "other")
     (write(tmp_path / "deep", GRAY) / "cone/more.png").mkdir()
-    assert "more.png' is no image" in refusal(tmp_path / "deep")
+    assert "more.png' is not an image" in refusal(tmp_path / "deep")
     Image.fromarray(GRAY[0, :4]).save(write(tmp_path / "size", GRAY) / "cowrie/b.ppm")
     assert "b.ppm' has 4x4 pixels" in (message := refusal(tmp_path / "size"))
     assert "1.png' has 4x5: expected one size" in message
@@ -103,7 +103,7 @@ def test_a_damaged_image_is_named(tmp_path):
         assert "1.png' is damaged" in refusal(tmp_path, DamagedFileError)
     for other_format in ("GIF", "TIFF", "TGA"):  # formats that the folder does not accept
         Image.fromarray(GRAY[0]).save(tmp_path / "cone/1.png", other_format)
-        assert "1.png' is damaged or no image" in refusal(tmp_path, DamagedFileError)
+        assert "1.png' is damaged or not an image" in refusal(tmp_path, DamagedFileError)
 
 
 def test_an_image_header_with_more_pixels_than_memory_is_refused(tmp_path):
@@ -169,7 +169,7 @@ def test_a_folder_is_trained_on_resumed_and_evaluated_like_any_other_dataset(tmp
     train(replace(config, run_dir=tmp_path / "halves", max_steps=3), OneProcess())
     assert train(replace(config, resume="auto", run_dir=tmp_path / "halves"), OneProcess()).weights_sha256 == receipt
     assert evaluate.main([str(tmp_path / "whole")]) == 0
-    with pytest.raises(UserError, match="--data-dir does nothing for folder:"):
+    with pytest.raises(UserError, match="--data-dir has no effect with folder:"):
         evaluate.main([str(tmp_path / "whole"), "--data-dir=elsewhere"])
 
     moved = f"folder:{(tmp_path / 'data').rename(tmp_path / 'moved')}"
@@ -177,7 +177,7 @@ def test_a_folder_is_trained_on_resumed_and_evaluated_like_any_other_dataset(tmp
     train(further, OneProcess())
     assert evaluate.main([str(tmp_path / "whole"), f"--dataset={moved}"]) == 0
     (tmp_path / "moved/a/0.png").unlink()
-    with pytest.raises(UserError, match="other images, labels or split than these"):
+    with pytest.raises(UserError, match="other images or labels, or with another split"):
         train(replace(further, epochs=4), OneProcess())
     with pytest.raises(UserError, match="give the same data by --dataset"):
         evaluate.main([str(tmp_path / "whole"), f"--dataset={moved}"])

@@ -92,7 +92,7 @@ def npy(shape, dtype="|u1", content=b""):
     return b"\x93NUMPY\1\0" + struct.pack("<H", len(head)) + head + content
 
 
-OBJECTS = r"holds objects and not numbers, as arrays of several sizes do: give one array"
+OBJECTS = r"holds Python objects instead of numbers \(arrays of different sizes cause this\): give one array"
 
 
 def test_nothing_is_unpickled(file):
@@ -138,7 +138,7 @@ def test_a_missing_or_other_file_is_named(tmp_path, file):
     for name, said in (
         ("nowhere.npz", "does not exist"),
         (".", "is not a regular file"),
-        ("array.npz.npy", "is no .npz file"),
+        ("array.npz.npy", "is not an .npz file"),
         ("data.npz", "is damaged"),
     ):
         with pytest.raises((UserError, DamagedFileError), match=said):

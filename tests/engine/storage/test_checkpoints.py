@@ -161,7 +161,7 @@ def test_a_write_that_is_short_at_any_byte_is_continued(folder, monkeypatch):
 
 def test_a_disk_that_writes_nothing_and_gives_no_reason_is_an_error_and_no_endless_loop(folder, monkeypatch):
     install(monkeypatch, bytes_until=100, failure=None)
-    with pytest.raises(OSError, match="takes nothing"):
+    with pytest.raises(OSError, match="writes no bytes"):
         checkpoints.write(checkpoints.path_of_step(folder, 2), small(2))
     assert newest_intact_step(folder) == 1
 
@@ -269,7 +269,7 @@ def test_a_file_that_its_disk_does_not_return_is_damaged_and_the_previous_one_is
     monkeypatch.setattr(os, "fdopen", broken)
     taken, _, complaints = checkpoints.newest_intact(folder)
     assert taken == checkpoints.path_of_step(folder, 1)
-    assert complaints == [f"{path} is damaged: its disk does not return it (Input/output error)"]
+    assert complaints == [f"{path} is damaged: the disk cannot read it (Input/output error)"]
 
 
 def test_a_pipe_in_place_of_a_checkpoint_does_not_block(folder):

@@ -187,11 +187,11 @@ def one_step(clocks, dealers, seconds, leaves=8, ragged=False):
             smaller = ragged and leaf == leaves - 1
             clocks[rank].now += 0.01 if smaller else seconds[rank]
             record = {}
-            dealer.micro_batch(step, leaf, record)
+            dealer.micro_batch_done(step, leaf, record)
             total = {name: total[name] + record[name] for name in total}
     step.total = total
     for dealer in dealers:
-        dealer.ended(step)
+        dealer.end(step)
     return shards, [dealer.new_shares for dealer in dealers]
 
 

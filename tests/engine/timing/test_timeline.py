@@ -26,11 +26,11 @@ def take_steps(timeline, rank, seconds_of_steps):
         timeline.begin()
         began = rank.now
         rank.now = began + seconds[rank.rank]
-        timeline.computed()
+        timeline.shard_done()
         rank.now = began + max(seconds) + REDUCTION
-        timeline.reduced()
+        timeline.allows_update()
         rank.now += UPDATE
-        timeline.ended()
+        timeline.end()
 
 
 def test_the_last_rank_does_not_wait_and_the_others_wait_for_it():
@@ -86,11 +86,11 @@ def test_a_repeated_step_counts_once():
     clock = iter([0.0, 1.0, 10.0, 11.0, 12.0, 13.0])
     timeline = Timeline(OneProcess(), lambda: next(clock))
     timeline.begin()
-    timeline.computed()
+    timeline.shard_done()
     timeline.begin()
-    timeline.computed()
-    timeline.reduced()
-    timeline.ended()
+    timeline.shard_done()
+    timeline.allows_update()
+    timeline.end()
     assert timeline.step_seconds == 3.0
     assert timeline.spent().compute == (2.0,)
 
@@ -204,7 +204,7 @@ def test_a_trace_replaces_only_a_regular_file(tmp_path, kind):
     else:
         (tmp_path / "file").touch()
         path.symlink_to(tmp_path / ("file" if kind == "link" else "nothing"))
-    with pytest.raises(UserError, match=r"^--trace .* is no regular file, and would be replaced by one: give another"):
+    with pytest.raises(UserError, match=r"^--trace .* is not a regular file, and would be overwritten: give another"):
         train(small_config(tmp_path / "run", trace=path), OneProcess())
     assert not (tmp_path / "run").exists()
 

@@ -14,7 +14,7 @@ from small_runs import piece_of_digits, small_config, small_run
 from distdl.engine import train
 from distdl.engine.fault_injection import fail_at, forget
 from distdl.engine.storage import checkpoints, files
-from distdl.engine.storage.checkpoint_writer import CheckpointWriter
+from distdl.engine.storage.background_writer import CheckpointWriter
 from distdl.engine.storage.header import CheckpointHeader, RunProgress
 from distdl.errors import UserError
 from distdl.parallel import OneProcess

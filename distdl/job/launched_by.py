@@ -4,8 +4,6 @@ So rank 0 alone prints errors such as a wrong flag, MPI starts only if it is nee
 a launcher that does not fit the MPI library is detected.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile

@@ -2,7 +2,7 @@
 
 import pytest
 
-from distdl.job.launcher import Launch, compatible, read_launch, survives_failures
+from distdl.job.launched_by import Launch, compatible, read_launch, survives_failures
 
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4"}
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "3"}

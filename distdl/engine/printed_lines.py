@@ -1,12 +1,12 @@
-"""The banner: the first lines of a run, and phrases for the shares of the ranks."""
-
-from __future__ import annotations
+"""The lines that a run prints: the banner, the line of an epoch, phrases for the shares of the ranks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distdl.config import TrainConfig
 from distdl.data import PreparedDataset
+from distdl.engine.metrics import Sums
+from distdl.engine.timing.timeline import Spent
 from distdl.parallel import Communicator
 
 #: With more ranks than this, `describe_shares` prints a summary.
@@ -60,6 +60,20 @@ def _survives(communicator: Communicator) -> str:
     return (
         "no, because only Open MPI 5 started as mpirun --with-ft ulfm continues without a rank; "
         "--resume continues from the last checkpoint"
+    )
+
+
+def epoch_line(epoch: int, epochs: int, training: Sums, validation: Sums, spent: Spent, rate: float) -> str:
+    """Return the line of an epoch; `rate` is in samples per second."""
+    scores = (
+        f"train {training.accuracy:7.2%}  validation {validation.accuracy:7.2%}"
+        if validation.targets_per_sample
+        else f"validation loss {validation.loss:.4f}"
+    )
+    time_split = f"  {spent}" if len(spent.compute) > 1 else ""
+    return (
+        f"epoch {epoch:3d}/{epochs}  loss {training.loss:.4f}  {scores}  {spent.seconds:6.1f} s  "
+        f"{rate:,.0f} samples/s{time_split}"
     )
 
 

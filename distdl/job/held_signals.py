@@ -4,8 +4,6 @@ A command that trains first blocks them (`hold_signals`), before a second thread
 blocked signals. The training releases them once its handlers are in place. After it they are blocked again.
 """
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager

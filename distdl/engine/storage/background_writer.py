@@ -6,8 +6,6 @@ it starts the next, and before it ends. A checkpoint gets its name when it is co
 then. So the newest checkpoint is intact, at whatever moment the process ends.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.engine.fault_injection import reached
+from distdl.engine.fault_injection import fault_point
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.checkpoints import Checkpoint
 from distdl.engine.storage.header import CheckpointHeader
@@ -82,7 +80,7 @@ class CheckpointWriter:
     ) -> Outcome:
         """Write the checkpoint, then remove old ones. Runs on the thread."""
         try:
-            reached("checkpoint-write")
+            fault_point("checkpoint-write")
             flush_logs()
             checkpoints.write(checkpoints.path_of_step(folder, step), checkpoint)
         except OSError as error:
@@ -91,5 +89,5 @@ class CheckpointWriter:
             checkpoints.remove_old(folder, step, self._keep, best_step)
         except OSError as error:
             return Outcome(step, removal_refused=error)
-        reached("checkpoint-write", when="after")
+        fault_point("checkpoint-write", when="after")
         return Outcome(step)
