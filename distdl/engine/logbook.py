@@ -127,9 +127,13 @@ class Logbook(RunListener):
         return {"lengths": self.lengths, "lines": lines, "marks": self.marks}
 
     def take(self, content: Mapping[str, Any]) -> None:
-        """Replace the kept content by that of another rank."""
+        """Replace the kept content by that of another rank; write to open files the records that this rank lacks."""
+        known = {name: self.lengths[name] + len(self.lines[name]) for name in self.names}
         self.lengths, self.marks = dict(content["lengths"]), dict(content["marks"])
         self.lines = {name: lines.encode() for name, lines in content["lines"].items()}
+        for name in self._files.keys() & known.keys():
+            missing = self.lengths[name] + len(self.lines[name]) - known[name]
+            self._write(name, self.lines[name][len(self.lines[name]) - missing :])
 
     # -- details
 

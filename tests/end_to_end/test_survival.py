@@ -169,7 +169,14 @@ def learns_late(rank, killed, phase, **more):
             pytest.param(learns_late(1, 0, "update", step=step), [(after, [0], 2)], id=f"in step {step}, as new rank 0")
             for step, after in ((1, 2), (4, 4))
         ),
-        pytest.param(learns_late(0, 2, "checkpoint", when="committed"), [(3, [2], 2)], id="in a checkpoint, as rank 0"),
+        *(
+            pytest.param(learns_late(0, 2, "update", step=step), [(after, [2], 2)], id=f"in step {step}, as rank 0")
+            for step, after in ((1, 2), (4, 4))
+        ),
+        *(
+            pytest.param(learns_late(0, 2, phase, when="committed"), [(step, [2], 2)], id=f"in {phase}, as rank 0")
+            for phase, step in (("validation", 3), ("checkpoint", 3), ("test", 6))
+        ),
     ],
 )
 def test_a_survivor_at_an_earlier_step_takes_the_state_of_one_at_a_later_step(
