@@ -128,7 +128,7 @@ class Preparation:
 
         console = self.console = self.console or Console(live=communicator.size == 1)
         logbook = Logbook(config, steps_per_epoch, console, keeps=communicator.survives_failures)
-        trainer = Trainer(config, communicator, data, state, self.stop)
+        trainer = Trainer(config, communicator, data, state, self.stop)  # first: if a host has no room, write nothing
         self._open_folder(communicator, facts, start, logbook)
         assert self.folder is not None
         trainer.open(facts, self.folder, logbook, console, self.coordinator)
