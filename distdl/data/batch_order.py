@@ -21,6 +21,7 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
 def batch_rows(order: Rows, step_in_epoch: int, batch_size: int) -> Rows:
     """Return the rows of a step's batch; the last batch may be ragged.
 
+    >>> import numpy as np
     >>> batch_rows(np.arange(10), 2, 4)
     array([8, 9])
     """
