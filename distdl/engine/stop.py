@@ -76,7 +76,7 @@ class StopRequest(StepObserver):
 
     def error(self, step: int) -> Stopped:
         """Return the error that every rank raises; the state after `step` has been saved."""
-        raise Stopped(
+        return Stopped(
             f"stopped by {self.agreed} after step {step}, which is saved: the same command with --resume continues "
             f"(exit code {Stopped.exit_code})",
             agreed=True,
