@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from distdl.bench.settings import SCALINGS, BenchSettings
 from distdl.config import TrainConfig
-from distdl.data import MicroBatches, PreparedDataset, batch_order, sources
+from distdl.data import MicroBatches, PreparedDataset, sources
+from distdl.data.batch_order import BatchOrder
 from distdl.engine.checks.nonfinite import FiniteCheck
 from distdl.engine.requirements import check_outputs
 from distdl.engine.state import TrainingState
@@ -163,19 +164,14 @@ class TrainingSteps:
         )
         self._micro_batches = MicroBatches(dataset, config.micro_batch_size)
         self._loss = make_loss(dataset.default_loss)
-        self._training = dataset.parts.training
-        self._steps_per_epoch = batch_order.steps_per_epoch(len(self._training), config.batch_size)
         self._key = Key(config.seed)
-        self._order = (-1, np.empty(0, np.int64))
+        self._batch_order = BatchOrder(dataset.parts.training, config.batch_size, self._key)
 
     def take(self, count: int) -> None:
         """Take `count` steps."""
         state = self.state
         for step in range(state.step, state.step + count):
-            epoch, position = divmod(step, self._steps_per_epoch)
-            if self._order[0] != epoch:
-                self._order = (epoch, self._training[batch_order.epoch_order(self._key, epoch, len(self._training))])
-            rows = batch_order.batch_rows(self._order[1], position, self.config.batch_size)
+            rows = self._batch_order.rows(step)
             load = partial(self._micro_batches.load, rows)
             compute = supervised(state.network, self._loss, load, self._key.of("training", step))
             rate = self.config.learning_rate

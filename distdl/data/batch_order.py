@@ -4,6 +4,8 @@ Every rank computes the same order, so nothing needs to be sent. An order is a p
 *positions* in a part: ``parts.training[order]`` are the rows of an epoch.
 """
 
+import numpy as np
+
 from distdl.data.split import Rows
 from distdl.rng import Key
 
@@ -21,7 +23,6 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
 def batch_rows(order: Rows, step_in_epoch: int, batch_size: int) -> Rows:
     """Return the rows of a step's batch; the last batch may be ragged.
 
-    >>> import numpy as np
     >>> batch_rows(np.arange(10), 2, 4)
     array([8, 9])
     """
@@ -36,3 +37,24 @@ def micro_batch_count(count: int, micro_batch_size: int) -> int:
 def micro_batch(rows: Rows, index: int, micro_batch_size: int) -> Rows:
     """Return the rows of one micro-batch of a batch; the last micro-batch may be ragged."""
     return rows[index * micro_batch_size : (index + 1) * micro_batch_size]
+
+
+class BatchOrder:
+    """The batches of a training: the rows of each step, with the order of the current epoch kept.
+
+    `training` are the rows of the training part, `key` is that of the run.
+    """
+
+    def __init__(self, training: Rows, batch_size: int, key: Key) -> None:
+        self.steps_per_epoch = steps_per_epoch(len(training), batch_size)
+        self._training = training
+        self._batch_size = batch_size
+        self._key = key
+        self._epoch, self._rows = -1, np.empty(0, np.int64)
+
+    def rows(self, step: int) -> Rows:
+        """Return the rows of the batch of a step, counted from 0 over all epochs."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._rows = epoch, self._training[epoch_order(self._key, epoch, len(self._training))]
+        return batch_rows(self._rows, position, self._batch_size)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from distdl.config import TrainConfig, is_own
 from distdl.data import MicroBatches, PreparedDataset, batch_order
 from distdl.data.augmentation import Augmentation
+from distdl.data.batch_order import BatchOrder
 from distdl.engine.checks import corruption, nonfinite
 from distdl.engine.console import Console
 from distdl.engine.coordinator import Coordinator, RunFacts
@@ -89,7 +90,8 @@ class Trainer:
         self.stop = stop
         self.key = Key(config.seed)
         self.loss = make_loss(data.loss_named(config.loss))
-        self.steps_per_epoch = batch_order.steps_per_epoch(len(data.parts.training), config.batch_size)
+        self._batch_order = BatchOrder(data.parts.training, config.batch_size, self.key)
+        self.steps_per_epoch = self._batch_order.steps_per_epoch
         self.schedule = make_schedule(
             config.schedule,
             config.scaled_learning_rate,
@@ -107,7 +109,6 @@ class Trainer:
         self.listeners: list[RunListener] = []
         self.coordinator: Coordinator | None = None
         self._batch_sums = Sums(targets_per_sample=data.targets_per_sample)
-        self._order = (-1, np.empty(0, np.int64))
         self._test: Sums | None = None
         self._build_for_group()
 
@@ -228,7 +229,7 @@ class Trainer:
     def take_step(self) -> None:
         """Take one optimizer step and tell the listeners; `PeerLost` leaves the state as it was."""
         state, progress = self.state, self.state.progress
-        rows = self._rows_of(state.step)
+        rows = self._batch_order.rows(state.step)
         key, learning_rate = self.key.of("training", state.step), self.schedule(state.step)
 
         def load(index: int) -> tuple[NDArray[np.float32], NDArray[Any]]:
@@ -401,20 +402,13 @@ class Trainer:
 
     # -- details
 
-    def _rows_of(self, step: int) -> NDArray[np.int64]:
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            training = self.data.parts.training
-            self._order = (epoch, training[batch_order.epoch_order(self.key, epoch, len(training))])
-        return batch_order.batch_rows(self._order[1], position, self.config.batch_size)
-
     def _save_micro_batch(self, fault: nonfinite.Fault) -> str | None:
         """Save the micro-batch of a fault in the current step; return the file's name on all ranks. Collective."""
 
         def save() -> str | None:
             assert self.coordinator is not None
             assert fault.micro_batch is not None
-            batch = self._rows_of(self.state.step)
+            batch = self._batch_order.rows(self.state.step)
             rows = batch_order.micro_batch(batch, fault.micro_batch, self.config.micro_batch_size)
             return self.coordinator.save_micro_batch(fault, {"rows": rows, **self.data.samples(rows)})
 
