@@ -2,6 +2,7 @@
 
     python tests/mutants.py                             # 200 mutants of all modules: hours
     python tests/mutants.py --count 20 --only distdl/engine --seed 3
+    python tests/mutants.py --longest 60                # no test file that takes over a minute
     python tests/mutants.py --list                      # the mutants that are known to be equivalent
 
 A mutant is killed if a test fails. The run prints the diff of each survivor, and the percentage of killed mutants. A
@@ -10,7 +11,8 @@ equivalent mutant, with the reason, to `tests/mutants_equivalent.txt`. It then n
 
 The run works in a temporary copy of the repository. For each mutant it runs test files until one fails: the file that
 mirrors the module, the other files of that folder, the files that mention the module, and some end-to-end files. It
-leaves out files that fail without a mutant. Use an environment with Open MPI: other MPIs skip most tests of recovery.
+leaves out files that fail without a mutant, or take longer than `--longest`. Use an environment with Open MPI: other
+MPIs skip most tests of recovery.
 
 It mutates comparisons, boundaries, `and`/`or`, conditions, arithmetic, numbers, booleans and statements. It does not
 mutate docstrings, annotations, messages, assertions, constants in capitals and `__main__` guards.
@@ -230,11 +232,11 @@ def tests_of(path: Path, root: Path) -> list[str]:
 class Copy:
     """A copy of the repository in which one mutant at a time is tested."""
 
-    def __init__(self, folder: Path, of: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, of: Path, longest: float, baseline: dict[str, float | None]) -> None:
+        self.folder, self.longest = folder, longest
         shutil.copytree(of, folder, ignore=NOT_COPIED, symlinks=True)
         self._writes = 0
-        self._baseline: dict[str, float | None] = {}
+        self._baseline = baseline
 
     def sources(self, only: str) -> dict[Path, bytes]:
         """The files of the package whose path starts with `only`."""
@@ -261,13 +263,14 @@ class Copy:
         return "survived", ""
 
     def seconds_of(self, file: str) -> float | None:
-        """Return the time of a test file without a mutant; None if it fails, or has no test to run here."""
+        """Return the time of a test file without a mutant; None if it fails, takes too long, or has no test to run."""
         if file not in self._baseline:
             started = time.monotonic()
-            code = self._run(file, 1800.0)
+            code = self._run(file, self.longest)
             self._baseline[file] = time.monotonic() - started if code == 0 else None
             if code not in {0, 5}:
-                print(f"{file} fails without a mutant and is left out", flush=True)
+                reason = f"takes over {self.longest:.0f} s" if code is None else "fails without a mutant"
+                print(f"{file} {reason} and is left out", flush=True)
         return self._baseline[file]
 
     def _write(self, path: Path, content: bytes) -> None:
@@ -329,6 +332,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of mutants (0)")
     parser.add_argument("--only", default="distdl", metavar="PATH", help="mutants of these files only (distdl)")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at the same time, each in a separate copy (1)")
+    parser.add_argument(
+        "--longest", type=float, default=1800.0, help="leave out test files that take longer, in s (1800)"
+    )
     parser.add_argument("--list", action="store_true", help="print the known equivalent mutants")
     arguments = parser.parse_args()
     if arguments.list:
@@ -336,12 +342,13 @@ def main() -> int:
         return 0
     outcomes: dict[str, list[Mutant]] = {"killed": [], "timed out": [], "survived": []}
     with tempfile.TemporaryDirectory(prefix="distdl-mutants-") as folder:
-        first, copies = Copy(Path(folder, "0"), REPOSITORY), queue.Queue[Copy]()
+        baseline: dict[str, float | None] = {}
+        first, copies = Copy(Path(folder, "0"), REPOSITORY, arguments.longest, baseline), queue.Queue[Copy]()
         sources = first.sources(arguments.only.rstrip("/"))
         mutants = chosen(sources, arguments.count, arguments.seed)
         copies.put(first)
         for number in range(1, arguments.jobs):
-            copies.put(Copy(Path(folder, f"{number}"), first.folder))
+            copies.put(Copy(Path(folder, f"{number}"), first.folder, arguments.longest, baseline))
 
         def test(mutant: Mutant) -> None:
             own = copies.get()
@@ -351,6 +358,8 @@ def main() -> int:
             outcomes[outcome].append(mutant)
             done, seconds = sum(map(len, outcomes.values())), time.monotonic() - started
             where = f"{mutant.path}:{mutant.line} {mutant.kind}"
+            if outcome == "survived":
+                where = f"{where}: {' -> '.join(mutant.changed_lines(sources[mutant.path]))}"
             print(f"[{done}/{len(mutants)}] {outcome:9} {where} ({file}, {seconds:.0f} s)", flush=True)
 
         with ThreadPoolExecutor(arguments.jobs) as pool:
