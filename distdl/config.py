@@ -231,10 +231,9 @@ class TrainConfig:
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> TrainConfig:
-        """Return the config that `to_json` turned into these values."""
-        paths = {
-            name: Path(values[name]) for name in ("config", "data_dir", "run_dir", "trace") if values[name] is not None
-        }
+        """Return the config that `to_json` turned into these values. An absent setting has its default."""
+        names = ("config", "data_dir", "run_dir", "trace")
+        paths = {name: Path(values[name]) for name in names if values.get(name) is not None}
         return TrainConfig(**{**values, **paths})
 
     def to_toml(self) -> str:
@@ -385,10 +384,11 @@ def differences(ours: TrainConfig, theirs: Mapping[str, Any]) -> list[str]:
     fixed = mine.keys() - FREE_TO_CHANGE_ON_RESUME
     if ours.schedule == "cosine":
         fixed |= {"epochs"}  # the cosine ends with them
+    theirs = {name: field.default for name, field in FIELDS.items()} | dict(theirs)  # an older version had fewer
     return [
-        f"{flag_of(name)} is {mine[name]!r} here and {theirs.get(name)!r} in the checkpoint"
+        f"{flag_of(name)} is {mine[name]!r} here and {theirs[name]!r} in the checkpoint"
         for name in mine
-        if name in fixed and mine[name] != theirs.get(name) and not (name == "dataset" and _moved(ours, theirs))
+        if name in fixed and mine[name] != theirs[name] and not (name == "dataset" and _moved(ours, theirs))
     ]
 
 

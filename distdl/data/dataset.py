@@ -8,6 +8,7 @@ Dimensions: N samples, H height, W width, C channels, D numbers of a sample.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,11 +19,14 @@ from numpy.typing import NDArray
 
 from distdl.arrays import sha256_of_arrays
 from distdl.data.normalization import Normalization, measure
+from distdl.data.signature import Signature, Task
 from distdl.data.split import Rows, Split, split
 from distdl.errors import UserError
 from distdl.rng import Key
 
 MOST_CLASSES = 2**31 - 1
+#: All names of classes together; a checkpoint stores them in its header.
+MOST_NAME_BYTES = 2**18
 
 
 class _Labelled:
@@ -34,6 +38,13 @@ class _Labelled:
     def targets_per_sample(self) -> int:
         """The number of labels of a sample: 1, or one for each pixel; 0 if the targets are numbers (regression)."""
         return 0 if self.labels.dtype.kind == "f" else math.prod(self.labels.shape[1:])
+
+    @property
+    def task(self) -> Task:
+        """The task of a network that learns such targets."""
+        if self.labels.dtype.kind == "f":
+            return "regression"
+        return "classification" if self.labels.ndim == 1 else "segmentation"
 
     @property
     def default_loss(self) -> str:
@@ -60,6 +71,10 @@ class Dataset(_Labelled):
     """The number of classes; D for regression."""
     test_start: int | None
     """The first row of the dataset's own test part; None: it has no test part."""
+    class_names: tuple[str, ...] | None = None
+    """The user's names of the classes, in the order of the labels; for regression, of the numbers. None: no names."""
+    notes: tuple[str, ...] = ()
+    """Warnings about the data for the user; a run prints them."""
 
     def sha256(self) -> str:
         """Return the hash of images and labels."""
@@ -92,6 +107,7 @@ class Dataset(_Labelled):
                 expected = f"None, or the first row of the test part, 1 to {count - 1}"
                 raise self._wrong(f"test_start {test_start!r}", expected)
             test_start = int(test_start)
+        self._check_names()
         return replace(self, labels=labels, classes=int(classes), test_start=test_start)
 
     def _checked_labels(self) -> NDArray[np.int64]:
@@ -119,6 +135,15 @@ class Dataset(_Labelled):
             raise self._wrong(f"NaN or infinity in labels, first in sample {sample}", "finite numbers")
         return labels
 
+    def _check_names(self) -> None:
+        names = self.class_names
+        if names is None:
+            return
+        if len(names) != self.classes or len(set(names)) != len(names) or not all(isinstance(n, str) for n in names):
+            raise self._wrong(f"{len(names)} class_names", f"{self.classes} different texts, one for each class")
+        if len("".join(names).encode(errors="surrogateescape")) > MOST_NAME_BYTES:
+            raise self._wrong("long class_names", f"at most {MOST_NAME_BYTES} bytes in all")
+
     def _wrong(self, given: str, expected: str) -> UserError:
         return UserError(f"the dataset {self.name!r} has {given}; expected {expected}; correct the dataset")
 
@@ -133,13 +158,24 @@ class PreparedDataset(_Labelled):
     normalization: Normalization
     """Measured on the training part alone."""
     classes: int
+    class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+    """Warnings about the data for the user."""
 
     @classmethod
     def prepare(cls, dataset: Dataset, seed: int) -> PreparedDataset:
         """Split a dataset by the seed, and measure the pixels of its training part; raise `UserError`."""
         parts = split(dataset.labels, dataset.test_start, Key(seed))
         normalization = measure(dataset.images, parts.training)
-        return cls(dataset.images, dataset.labels, parts, normalization, dataset.classes)
+        return cls(
+            dataset.images,
+            dataset.labels,
+            parts,
+            normalization,
+            dataset.classes,
+            class_names=dataset.class_names,
+            notes=dataset.notes,
+        )
 
     @classmethod
     def for_training_only(cls, images: NDArray[Any], labels: NDArray[Any], classes: int) -> PreparedDataset:
@@ -161,6 +197,7 @@ class PreparedDataset(_Labelled):
             "images": self.images,
             "labels": self.labels,
             "classes": np.array([self.classes]),
+            "texts": np.frombuffer(json.dumps([self.class_names, self.notes]).encode(), np.uint8),
             **{f"{prefix}{name}": array for name, array in of_the_seed.items()},
         }
 
@@ -169,7 +206,30 @@ class PreparedDataset(_Labelled):
         """Return the dataset that `to_arrays` has written with this prefix."""
         parts = Split(*(arrays[f"{prefix}{name}"] for name in ("training", "validation", "test")))
         normalization = Normalization(arrays[f"{prefix}mean"], arrays[f"{prefix}deviation"])
-        return cls(arrays["images"], arrays["labels"], parts, normalization, int(arrays["classes"][0]))
+        names, notes = json.loads(arrays["texts"].tobytes())
+        return cls(
+            arrays["images"],
+            arrays["labels"],
+            parts,
+            normalization,
+            int(arrays["classes"][0]),
+            class_names=None if names is None else tuple(names),
+            notes=tuple(notes),
+        )
+
+    def signature(self, resize: str | None = None) -> Signature:
+        """Return the signature of a network that is trained on this dataset, with images prepared by `resize`."""
+        height, width, channels = self.images.shape[1:]
+        return Signature(
+            task=self.task,
+            outputs=self.classes,
+            names=self.class_names,
+            image_shape=(height, width, channels),
+            pixels="uint8" if self.images.dtype == np.uint8 else "float32",
+            mean=tuple(self.normalization.mean.tolist()),
+            deviation=tuple(self.normalization.deviation.tolist()),
+            resize=resize,
+        )
 
     def sha256(self) -> str:
         """Return the hash of images, labels and split, the ``data_sha256`` of a checkpoint: 0.1 s for MNIST."""

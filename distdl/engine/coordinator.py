@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.config import TrainConfig
+from distdl.data.signature import Signature
 from distdl.engine.checks.nonfinite import Fault
 from distdl.engine.console import Console
 from distdl.engine.events import RunListener
@@ -50,6 +51,7 @@ class RunFacts:
     environment: Mapping[str, Any]
     """The content of ``env.json``."""
     data_sha256: str
+    signature: Signature
 
     @property
     def kernel_family(self) -> str:
@@ -64,6 +66,7 @@ class RunFacts:
             "data_sha256": self.data_sha256,
             "versions": self.environment["versions"],
             "kernel_family": self.kernel_family,
+            "signature": self.signature,
         }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from distdl.config import TrainConfig
+from distdl.data.signature import Signature
 from distdl.engine.console import Console
 from distdl.engine.coordinator import Coordinator, RunFacts
 from distdl.engine.logbook import Logbook
@@ -19,6 +20,7 @@ from distdl.engine.timing.timeline import Spent
 from distdl.errors import UserError
 
 STEPS_PER_EPOCH = 5
+SIGNATURE = Signature("classification", 2, None, (8, 8, 1), "uint8", (0.0,), (1.0,))
 ENVIRONMENT = {"kernel_families": ["Zen"], "versions": {"numpy": "2"}}
 CONFIG = TrainConfig(log_every=1, record_hashes=True)
 CONSOLE = Console(live=False)
@@ -59,7 +61,7 @@ def expected(tmp_path):
 
 
 def taken_over(folder, logbook):
-    return Coordinator.take_over(RunFacts(CONFIG, ENVIRONMENT, "data"), folder, logbook, CONSOLE)
+    return Coordinator.take_over(RunFacts(CONFIG, ENVIRONMENT, "data", SIGNATURE), folder, logbook, CONSOLE)
 
 
 @pytest.fixture

@@ -57,7 +57,8 @@ def load_folder(path: Path) -> Dataset:
     except MemoryError:
         raise UserError(f"there is not enough memory for {quoted(path)}: give a smaller dataset") from None
     test_start = starts[1] if len(parts) > 1 else None
-    return Dataset(f"folder:{path}", images, np.array(labels, np.int64), len(names), test_start).checked()
+    dataset = Dataset(f"folder:{path}", images, np.array(labels, np.int64), len(names), test_start, tuple(names))
+    return dataset.checked()
 
 
 def _pillow() -> Any:

@@ -39,6 +39,8 @@ class Published:
     mirrors: tuple[str, ...]
     files: dict[str, tuple[int, str]]
     """Bytes and sha256 of each file, in the order in which they are read."""
+    class_names: tuple[str, ...] | None = None
+    """None: the classes are the digits."""
 
 
 MNIST = Published(
@@ -65,6 +67,10 @@ FASHION_MNIST = Published(
         TEST_IMAGES: (4_422_102, "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"),
         TEST_LABELS: (5_148, "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"),
     },
+    (
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ),
 )
 
 
@@ -94,7 +100,14 @@ def _load(published: Published, data_dir: Path | None) -> Dataset:
             f"expected {train_images.shape[1:]} as in {quoted(paths[0])}; give files of one dataset"
         )
     images, labels = np.concatenate([train_images, test_images]), np.concatenate([train_labels, test_labels])
-    return Dataset(published.name, images[..., np.newaxis], labels.astype(np.int64), 10, test_start=len(train_labels))
+    return Dataset(
+        published.name,
+        images[..., np.newaxis],
+        labels.astype(np.int64),
+        classes=10,
+        test_start=len(train_labels),
+        class_names=published.class_names,
+    )
 
 
 def _read_pair(images_path: Path, labels_path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

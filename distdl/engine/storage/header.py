@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from numpy.typing import NDArray
 
+from distdl.data.signature import Signature
 from distdl.engine.storage.files import LOGS
 from distdl.errors import DamagedFileError
 
@@ -67,10 +68,14 @@ class CheckpointHeader:
     data_sha256: str
     versions: dict[str, str]
     kernel_family: str
+    signature: Signature | None = None
+    """None in a checkpoint of a version that did not store it."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the header as a checkpoint stores it. Its progress is a copy."""
-        return vars(self) | {"progress": self.progress.to_json()}
+        values = vars(self) | {"progress": self.progress.to_json()}
+        signature = values.pop("signature")
+        return values if signature is None else values | {"signature": signature.to_json()}
 
     @classmethod
     def parse(cls, raw: Any, path: Path | str, tensors: Mapping[str, NDArray[Any]] | None = None) -> CheckpointHeader:
@@ -82,7 +87,8 @@ class CheckpointHeader:
         def damaged(name: str) -> DamagedFileError:
             return DamagedFileError(f"{path} is damaged: its header has no {name!r} that distdl can use")
 
-        types = _types(cls) | {"progress": (dict,)}
+        types = _types(cls) | {"progress": (dict,), "signature": (dict, NoneType)}
+        raw = {"signature": None, **raw} if isinstance(raw, dict) else raw
         for name, allowed in types.items():
             if not isinstance(raw, dict) or type(raw.get(name)) not in allowed:
                 raise damaged(name)
@@ -90,7 +96,11 @@ class CheckpointHeader:
             progress = RunProgress.from_json(raw["progress"])
         except ValueError:
             raise damaged("progress") from None
-        header = cls(**{name: raw[name] for name in types} | {"progress": progress})
+        try:
+            signature = None if raw["signature"] is None else Signature.from_json(raw["signature"])
+        except ValueError:
+            raise damaged("signature") from None
+        header = cls(**{name: raw[name] for name in types} | {"progress": progress, "signature": signature})
         step = header.step
         if step < 0 or (tensors is not None and "step" in tensors and tensors["step"].tolist() != [step]):
             raise damaged("step")

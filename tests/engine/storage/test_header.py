@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from distdl.data.signature import Signature
 from distdl.engine.storage.header import CheckpointHeader, RunProgress
 from distdl.errors import DamagedFileError
 
@@ -51,7 +52,19 @@ def test_a_header_made_from_a_progress_does_not_change_with_it():
     assert stored["progress"]["train_seconds"] == 1.5
 
 
+SIGNATURE = Signature("classification", 2, ("cat", "dog"), (8, 8, 1), "uint8", (0.5,), (1.0,))
+
+
+def test_a_header_has_its_signature_and_one_of_an_older_version_has_none():
+    raw = RAW | {"signature": SIGNATURE.to_json()}
+    header = CheckpointHeader.parse(json.loads(json.dumps(raw)), "x")
+    assert header.signature == SIGNATURE
+    assert json.dumps(header.to_json()) == json.dumps(raw)
+    assert CheckpointHeader.parse(RAW, "x").signature is None
+
+
 UNUSABLE = [
+    *(("signature", {"signature": value}) for value in ([], "x", {}, SIGNATURE.to_json() | {"outputs": 0})),
     *((name, {name: value}) for name in RAW for value in (None, [], True)),
     ("step", {"step": -1}),
     ("step", {"step": 7}),

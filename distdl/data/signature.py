@@ -1,0 +1,74 @@
+"""The signature of a network: the meaning of its inputs and outputs. With it a checkpoint can be used without its data.
+
+Every checkpoint stores it as JSON. Anyone can write a file, so `Signature.from_json` trusts nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+Task = Literal["classification", "segmentation", "regression"]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The meaning of a network's inputs and outputs."""
+
+    task: Task
+    """A label for each image, a label for each pixel, or numbers for each image."""
+    outputs: int
+    """The number of classes; for regression of numbers."""
+    names: tuple[str, ...] | None
+    """The user's names of the classes, or of the numbers; None: they have only their index."""
+    image_shape: tuple[int, int, int]
+    """Height, width and channels of an image."""
+    pixels: Literal["uint8", "float32"]
+    mean: tuple[float, ...]
+    """By channel: ``(pixel - mean) / deviation`` is the input."""
+    deviation: tuple[float, ...]
+    resize: str | None = None
+    """How images of other sizes become images of this size, as `--resize` says; None: they are refused."""
+
+    def name_of(self, output: int) -> str:
+        """Return the name of a class or number.
+
+        >>> Signature("classification", 2, ("cat", "dog"), (8, 8, 1), "uint8", (0.0,), (1.0,)).name_of(1)
+        'dog'
+        """
+        return str(output) if self.names is None else self.names[output]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the signature as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Signature:
+        """Return the signature that `to_json` gave; raise `ValueError` if a value is missing or cannot be used.
+
+        The values of a later version that this version does not know are ignored.
+        """
+        try:
+            lists = {name: tuple(values[name]) for name in ("image_shape", "mean", "deviation")}
+            names = None if values["names"] is None else tuple(values["names"])
+            known = {name: value for name, value in values.items() if name in cls.__dataclass_fields__}
+            found = cls(**{**known, **lists, "names": names})
+        except (LookupError, TypeError) as error:
+            raise ValueError(f"the signature is incomplete: {error}") from None
+        sizes, numbers = (*found.image_shape, found.outputs), (*found.mean, *found.deviation)
+        if not (
+            found.task in get_args(Task)
+            and found.pixels in {"uint8", "float32"}
+            and len(found.image_shape) == 3
+            and all(type(size) is int and size > 0 for size in sizes)
+            and len(found.mean) == len(found.deviation) == found.image_shape[2]
+            and all(type(number) is float and math.isfinite(number) for number in numbers)
+            and all(number > 0 for number in found.deviation)
+            and isinstance(found.resize, str | None)
+        ):
+            raise ValueError("the signature has a value that is not valid")
+        if names is not None and (len(names) != found.outputs or not all(isinstance(name, str) for name in names)):
+            raise ValueError(f"the signature does not name {found.outputs} outputs")
+        return found
