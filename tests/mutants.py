@@ -216,6 +216,8 @@ def tests_of(path: Path, root: Path) -> list[str]:
     module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
     package, _, name = module.rpartition(".")
     folder = Path("tests", *path.parts[1:-1])
+    while not (root / folder).is_dir():
+        folder = folder.parent
     mention = re.compile(rf"{re.escape(module)}\b|from {re.escape(package)} import (\([^)]*|[^\n]*)\b{name}\b")
     own, beside, others = [], [], []
     for file in sorted(root.glob("tests/**/test_*.py"), key=lambda file: file.stat().st_size):
