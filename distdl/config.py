@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distdl.errors import UserError, unknown_name
+from distdl.image_options import ImageOptions, Resize
 from distdl.model_settings import parse_model_settings
 from distdl.transforms import Transforms
 
@@ -51,7 +52,7 @@ OTHER_NAMES = {
 
 #: The groups of `--help`, with all settings.
 GROUPS = {
-    "data": ("dataset", "data_dir", "batch_size", "augment"),
+    "data": ("dataset", "data_dir", "resize", "skip_damaged", "batch_size", "augment"),
     "model": ("model", "model_settings", "init_from", "freeze", "loss"),
     "optimizer": (
         *("optimizer", "lr", "lr_base_batch", "schedule", "warmup_steps", "lr_step_epochs", "lr_step_factor"),
@@ -94,6 +95,11 @@ class TrainConfig:
     one subfolder of images per class; or your own file.py:function or package.module:function."""
     data_dir: Path | None = None
     """Folder of the dataset's files; by default mnist and fashion-mnist are downloaded into the user's cache."""
+    resize: str | None = None
+    """Size for all image files, such as 32 or 32x48 (height x width). If an image has other proportions, its middle is
+    cut out; 32x48:pad adds black borders instead, 32x48:stretch changes the proportions."""
+    skip_damaged: bool = False
+    """Leave out image files that cannot be used, and list them; otherwise they are refused."""
     model: str = "simple_convnet"
     """Network to train; or your own file.py:function or package.module:function."""
     model_settings: str | None = None
@@ -188,6 +194,8 @@ class TrainConfig:
         _check_ranges(config)
         if config.augment is not None:
             Transforms.parse(config.augment)
+        if config.resize is not None:
+            config = dataclasses.replace(config, resize=str(Resize.parse(config.resize)))
         parse_model_settings(config.model_settings)
         _check_final_learning_rate(config)
         for name in ("data_dir", "run_dir", "resume", "trace", "init_from"):
@@ -200,6 +208,12 @@ class TrainConfig:
         if self.resume == "auto" and self.run_dir is None:
             raise UserError("--resume auto looks for checkpoints in --run-dir: give that folder too")
         return config
+
+    @property
+    def image_options(self) -> ImageOptions:
+        """The settings for image files; without effect for another dataset."""
+        resize = self.resize if reads_image_files(self.dataset) else None
+        return ImageOptions(resize=resize, skip_damaged=self.skip_damaged)
 
     @property
     def epoch_count(self) -> int:
@@ -337,6 +351,11 @@ def is_own(name: str) -> bool:
 def reads_data_dir(dataset: str) -> bool:
     """Return whether a dataset reads files from `--data-dir`. Digits and paths do not."""
     return dataset != "digits" and not dataset.startswith(FROM_PATH)
+
+
+def reads_image_files(dataset: str) -> bool:
+    """Return whether a dataset consists of image files, which `--resize` and `--skip-damaged` are for."""
+    return dataset.startswith("folder:")
 
 
 def check_model_name(model: str) -> None:

@@ -20,6 +20,7 @@ from distdl.config import (
     flag_of,
     is_own,
     reads_data_dir,
+    reads_image_files,
     run_folder_of,
 )
 from distdl.errors import DamagedFileError, UserError
@@ -123,6 +124,12 @@ def _refuse_without_effect(config: TrainConfig, given: Mapping[str, Any]) -> Non
         raise UserError(
             f"--data-dir has no effect with --dataset {config.dataset}: give --dataset mnist, or leave it out"
         )
+    for name in ("resize", "skip_damaged"):
+        if not reads_image_files(config.dataset) and name in given:
+            raise UserError(
+                f"{flag_of(name)} has no effect with --dataset {config.dataset}: it is for image files (folder:PATH); "
+                "leave it out"
+            )
     for name in ("lr_step_epochs", "lr_step_factor"):
         if config.schedule != "step" and name in given:
             raise UserError(

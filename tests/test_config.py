@@ -313,6 +313,8 @@ OTHER = {
     "config": Path("other.toml"),
     "dataset": "mnist",
     "data_dir": Path("there"),
+    "resize": "32x48:pad",
+    "skip_damaged": True,
     "model": "mlp",
     "model_settings": "hidden=50",
     "epochs": 61,
@@ -438,6 +440,9 @@ def test_all_differences_are_named_and_a_setting_that_an_older_version_lacked_ha
         (["--data-dir", "/nonexistent"], "--data-dir has no effect with --dataset digits: give --dataset mnist, or"),
         (["--dataset=npz:a.npz", "--data-dir=b"], "--data-dir has no effect with --dataset npz:a.npz"),
         (["--dataset=folder:a", "--data-dir=b"], "--data-dir has no effect with --dataset folder:a"),
+        (["--resize", "32"], "--resize has no effect with --dataset digits: it is for image files"),
+        (["--dataset=npz:a.npz", "--skip-damaged"], "--skip-damaged has no effect with --dataset npz:a.npz"),
+        (["--dataset=folder:a", "--resize=0"], "--resize '0': expected a height and a width from 1 to 4096 pixels"),
         (
             ["--lr-step-epochs", "5"],
             "--lr-step-epochs has no effect with --schedule constant: give --schedule step, or",

@@ -77,6 +77,8 @@ class Dataset(_Labelled):
     """Warnings about the data for the user; a run prints them."""
     validation_start: int | None = None
     """The first row of the dataset's own validation part, which lies before the test part; None: it has none."""
+    resize: str | None = None
+    """How image files of any size became these images, as `--resize` says; None: they had this size."""
 
     def sha256(self) -> str:
         """Return the hash of images and labels."""
@@ -171,6 +173,7 @@ class PreparedDataset(_Labelled):
     class_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
     """Warnings about the data for the user."""
+    resize: str | None = None
 
     @classmethod
     def prepare(
@@ -194,6 +197,7 @@ class PreparedDataset(_Labelled):
             dataset.classes,
             class_names=dataset.class_names,
             notes=dataset.notes,
+            resize=dataset.resize,
         )
 
     @classmethod
@@ -216,7 +220,7 @@ class PreparedDataset(_Labelled):
             "images": self.images,
             "labels": self.labels,
             "classes": np.array([self.classes]),
-            "texts": np.frombuffer(json.dumps([self.class_names, self.notes]).encode(), np.uint8),
+            "texts": np.frombuffer(json.dumps([self.class_names, self.notes, self.resize]).encode(), np.uint8),
             **{f"{prefix}{name}": array for name, array in of_the_seed.items()},
         }
 
@@ -225,7 +229,7 @@ class PreparedDataset(_Labelled):
         """Return the dataset that `to_arrays` has written with this prefix."""
         parts = Split(*(arrays[f"{prefix}{name}"] for name in ("training", "validation", "test")))
         normalization = Normalization(arrays[f"{prefix}mean"], arrays[f"{prefix}deviation"])
-        names, notes = json.loads(arrays["texts"].tobytes())
+        names, notes, resize = json.loads(arrays["texts"].tobytes())
         return cls(
             arrays["images"],
             arrays["labels"],
@@ -234,10 +238,11 @@ class PreparedDataset(_Labelled):
             int(arrays["classes"][0]),
             class_names=None if names is None else tuple(names),
             notes=tuple(notes),
+            resize=resize,
         )
 
-    def signature(self, resize: str | None = None) -> Signature:
-        """Return the signature of a network that is trained on this dataset, with images prepared by `resize`."""
+    def signature(self) -> Signature:
+        """Return the signature of a network that is trained on this dataset."""
         height, width, channels = self.images.shape[1:]
         return Signature(
             task=self.task,
@@ -247,7 +252,7 @@ class PreparedDataset(_Labelled):
             pixels="uint8" if self.images.dtype == np.uint8 else "float32",
             mean=tuple(self.normalization.mean.tolist()),
             deviation=tuple(self.normalization.deviation.tolist()),
-            resize=resize,
+            resize=self.resize,
         )
 
     def sha256(self) -> str:

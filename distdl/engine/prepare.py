@@ -238,5 +238,5 @@ def names_from_script(config: TrainConfig, build_network: BuildNetwork | None, d
 
 def read_data(config: TrainConfig, dataset: Dataset | None) -> PreparedDataset:
     """Load the dataset, split it, and measure its training part."""
-    dataset = load_dataset(config.dataset, config.data_dir) if dataset is None else dataset.checked()
+    dataset = dataset.checked() if dataset else load_dataset(config.dataset, config.data_dir, config.image_options)
     return PreparedDataset.prepare(dataset, config.seed)

@@ -174,7 +174,7 @@ def _load_dataset(first: _Source, data_dir: Path | None, dataset: Dataset | str 
         raise UserError(f"{what}; if you trust that code, add --dataset {trained_on}")
     if data_dir is not None and not reads_data_dir(trained_on):
         raise UserError(f"--data-dir has no effect with {trained_on}, which {first.given} was trained on: leave it out")
-    return load_dataset(dataset or trained_on, data_dir or first.config.data_dir)
+    return load_dataset(dataset or trained_on, data_dir or first.config.data_dir, first.config.image_options)
 
 
 def _build(
