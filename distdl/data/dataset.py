@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from distdl.arrays import sha256_of_arrays
 from distdl.data.normalization import Normalization, measure
-from distdl.data.signature import Signature, Task
+from distdl.data.signature import Signature, Task, default_loss
 from distdl.data.split import Rows, Split, split
 from distdl.errors import UserError
 from distdl.rng import Key
@@ -49,7 +49,7 @@ class _Labelled:
     @property
     def default_loss(self) -> str:
         """The name of the loss for such targets."""
-        return "cross_entropy" if self.targets_per_sample else "mean_squared_error"
+        return default_loss(self.task)
 
     def loss_named(self, name: str) -> str:
         """Return the name of the loss that ``--loss name`` selects."""

@@ -10,7 +10,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
+
+from distdl.data.normalization import Normalization
+
 Task = Literal["classification", "segmentation", "regression"]
+
+
+def default_loss(task: Task) -> str:
+    """Return the name of the loss for a task."""
+    return "mean_squared_error" if task == "regression" else "cross_entropy"
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,15 @@ class Signature:
         'dog'
         """
         return str(output) if self.names is None else self.names[output]
+
+    @property
+    def normalization(self) -> Normalization:
+        """The normalization of the images."""
+        return Normalization(np.array(self.mean, np.float32), np.array(self.deviation, np.float32))
+
+    def loss_named(self, name: str) -> str:
+        """Return the name of the loss that ``--loss name`` selects."""
+        return default_loss(self.task) if name == "auto" else name
 
     def to_json(self) -> dict[str, Any]:
         """Return the signature as plain values."""
