@@ -127,6 +127,31 @@ def load(
     ]
 
 
+def refuse_unlike_members(trained: Sequence[Trained]) -> None:
+    """Raise `UserError` unless the networks can be used as an ensemble: no run twice, and all with one signature."""
+    first, seen = trained[0], dict[str, Path]()
+    for one in trained:
+        if one.weights_sha256 in seen:
+            raise UserError(
+                f"{seen[one.weights_sha256]} and {one.given} have the same weights: an ensemble needs different "
+                "networks; leave one out"
+            )
+        seen[one.weights_sha256] = one.given
+        for name in ("task", "outputs", "names", "image_shape", "pixels", "resize"):
+            its, expected = getattr(one.signature, name), getattr(first.signature, name)
+            if its != expected:
+                what = "names of the classes" if name == "names" else name.replace("_", " ")
+                raise UserError(
+                    f"{one.given} has other {what} than {first.given}: {_shown(its)}, expected {_shown(expected)}; use "
+                    "them one by one"
+                )
+
+
+def _shown(value: object) -> str:
+    text = "x".join(map(str, value)) if isinstance(value, tuple) and isinstance(value[0], int) else str(value)
+    return text if len(text) < 80 else text[:79] + "…"
+
+
 def _read(given: Path, *, best: bool) -> _Source:
     """Read the newest or the best checkpoint, and check its settings."""
     try:
