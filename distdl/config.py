@@ -52,7 +52,7 @@ OTHER_NAMES = {
 #: The groups of `--help`, with all settings.
 GROUPS = {
     "data": ("dataset", "data_dir", "batch_size", "augment"),
-    "model": ("model", "model_settings", "init_from", "freeze", "loss"),
+    "model": ("model", "model_settings", "init_from", "freeze", "loss", "standardize_targets"),
     "optimizer": (
         *("optimizer", "lr", "lr_base_batch", "schedule", "warmup_steps", "lr_step_epochs", "lr_step_factor"),
         *("weight_decay", "l1_decay", "clip_norm"),
@@ -111,6 +111,8 @@ class TrainConfig:
     """Samples of one forward and backward pass, the unit that is dealt to ranks; it never depends on their number."""
     loss: LossName = "auto"
     """Loss function to minimize; auto: cross_entropy for labels, mean_squared_error for numbers."""
+    standardize_targets: bool = False
+    """Train on numbers with mean 0 and deviation 1 over the training part; predictions have the given units."""
     optimizer: OptimizerName = "adam"
     """Rule of the weight update."""
     lr: float | None = None

@@ -33,7 +33,7 @@ class MicroBatches:
         return micro_batch_count(samples, self.micro_batch_size)
 
     def load(self, rows: Rows, index: int, key: Key | None = None) -> tuple[NDArray[np.float32], NDArray[Any]]:
-        """Return images (N, H, W, C), normalized, and labels (N, ...) of micro-batch `index` of the batch `rows`.
+        """Return images (N, H, W, C), normalized, and targets (N, ...) of micro-batch `index` of the batch `rows`.
 
         With a key they are augmented: labels of pixels move along. The next call with the same N overwrites the images.
         """
@@ -46,7 +46,7 @@ class MicroBatches:
         pixels, out = self._buffers[len(rows)]
         # The modes but "raise" write without a temporary copy. No row is out of range.
         images = np.take(dataset.images, rows, axis=0, out=pixels, mode="clip")
-        labels = dataset.labels[rows]
+        labels = dataset.targets(rows)
         if key is not None and self.augmentation is not None:
             images = self.augmentation.apply(images, key, out=out)
             if labels.ndim == 3:

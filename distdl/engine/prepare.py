@@ -239,4 +239,4 @@ def names_from_script(config: TrainConfig, build_network: BuildNetwork | None, d
 def read_data(config: TrainConfig, dataset: Dataset | None) -> PreparedDataset:
     """Load the dataset, split it, and measure its training part."""
     dataset = load_dataset(config.dataset, config.data_dir) if dataset is None else dataset.checked()
-    return PreparedDataset.prepare(dataset, config.seed)
+    return PreparedDataset.prepare(dataset, config.seed, standardize_targets=config.standardize_targets)
