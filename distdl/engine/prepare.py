@@ -157,6 +157,7 @@ class Preparation:
                 l1=config.l1_decay,
                 decay_slices=network.decay_slices,
                 frozen=transfer.frozen_slices(network, config.freeze),
+                **config.optimizer_settings,
             )
         except MemoryError:
             raise UserError(
