@@ -49,10 +49,11 @@ OTHER_NAMES = {
     **dict.fromkeys(("out", "output", "output_dir", "save_dir", "log_dir"), "run_dir"),
 }
 
+LOSS_SETTINGS = ("label_smoothing", "class_weights", "standardize_targets")
 #: The groups of `--help`, with all settings.
 GROUPS = {
     "data": ("dataset", "data_dir", "batch_size", "augment"),
-    "model": ("model", "model_settings", "init_from", "freeze", "loss", "standardize_targets"),
+    "model": ("model", "model_settings", "init_from", "freeze", "loss", *LOSS_SETTINGS),
     "optimizer": (
         *("optimizer", "lr", "lr_base_batch", "schedule", "warmup_steps", "lr_step_epochs", "lr_step_factor"),
         *("momentum", "beta1", "beta2", "epsilon", "weight_decay", "l1_decay", "clip_norm"),
@@ -120,6 +121,10 @@ class TrainConfig:
     """Samples of one forward and backward pass, the unit that is dealt to ranks; it never depends on their number."""
     loss: LossName = "auto"
     """Loss function to minimize; auto: cross_entropy for labels, mean_squared_error for numbers."""
+    label_smoothing: float = 0.0
+    """Share of a label that is spread evenly over all classes, for cross_entropy; validation uses the plain loss."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weights of the classes in the training loss; balanced: in inverse proportion to their number of labels."""
     standardize_targets: bool = False
     """Train on numbers with mean 0 and deviation 1 over the training part; predictions have the given units."""
     optimizer: OptimizerName = "adam"
@@ -328,7 +333,7 @@ def _check_ranges(config: TrainConfig) -> None:
     at_least(0, "l1_decay", "warmup_steps", "early_stopping")
     at_least(1, "max_steps", "lr_base_batch")
     must_be("above 0", lambda value: value > 0, "lr", "lr_step_factor", "clip_norm", "epsilon")
-    must_be("at least 0 and below 1", lambda value: 0 <= value < 1, "momentum", "beta1", "beta2")
+    must_be("at least 0 and below 1", lambda value: 0 <= value < 1, "momentum", "beta1", "beta2", "label_smoothing")
     finite = ("lr", "weight_decay", "l1_decay", "clip_norm", "lr_step_factor", "stall_warning", "epsilon")
     must_be("a finite number", math.isfinite, *finite)
     seconds = config.detect_hangs  # a healthy rank may show no sign of life for a fraction of a second

@@ -4,6 +4,7 @@ import numpy as np
 
 from distdl.config import TrainConfig
 from distdl.data import Dataset, PreparedDataset
+from distdl.engine.objective import check_objective
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.checkpoints import FoundCheckpoint
@@ -19,10 +20,12 @@ def outputs_of(config: TrainConfig, data: Dataset | PreparedDataset) -> tuple[in
                 f"--loss binary_cross_entropy is for one label of two classes a sample: {config.dataset} has labels "
                 f"{data.labels.dtype} {data.labels.shape} of {data.classes} classes; leave the flag out"
             )
+        check_objective(config, data)
         return (1,)
     if config.loss not in {"auto", data.default_loss}:
         kind = "numbers" if data.targets_per_sample == 0 else "labels"
         raise UserError(f"--loss {config.loss} does not fit {config.dataset}, which has {kind}; leave the flag out")
+    check_objective(config, data)
     return (*(data.labels.shape[1:] if data.targets_per_sample else ()), data.classes)
 
 

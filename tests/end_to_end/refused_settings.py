@@ -72,6 +72,7 @@ FLOATS = {
     "beta1": ("-1", "1", "nan", "inf"),
     "beta2": ("-1", "1.5", "nan", "1e999"),
     "epsilon": ("0", "-1", "nan", "inf"),
+    "label_smoothing": ("-0.1", "1", "nan", "inf"),
     "stall_warning": ("-1", "-1e-300", "nan", "inf", "-inf", "1e999"),
     "detect_hangs": ("-1", "0.5", "1e-300", "nan", "inf", "1e999", "86400.01"),
 }

@@ -109,6 +109,8 @@ def test_every_further_layer_gives_the_same_bits_on_any_ranks(communicator, shar
 #: Settings of training that change the bits, each with another optimizer, schedule or loss than the default.
 FURTHER_SETTINGS = {
     "momentum": {"optimizer": "momentum", "momentum": 0.5},
+    "label smoothing": {"label_smoothing": 0.1},
+    "class weights": {"class_weights": "balanced"},
     "betas and epsilon": {"optimizer": "adamw", "beta1": 0.8, "beta2": 0.9, "epsilon": 1e-4},
 }
 
