@@ -21,6 +21,7 @@ from distdl.config import (
     is_own,
     reads_data_dir,
     run_folder_of,
+    without_effect,
 )
 from distdl.errors import DamagedFileError, UserError
 
@@ -123,12 +124,9 @@ def _refuse_without_effect(config: TrainConfig, given: Mapping[str, Any]) -> Non
         raise UserError(
             f"--data-dir has no effect with --dataset {config.dataset}: give --dataset mnist, or leave it out"
         )
-    for name in ("lr_step_epochs", "lr_step_factor"):
-        if config.schedule != "step" and name in given:
-            raise UserError(
-                f"{flag_of(name)} has no effect with --schedule {config.schedule}: give --schedule step, or leave "
-                "it out"
-            )
+    for name in given:
+        if reason := without_effect(config, name):
+            raise UserError(f"{flag_of(name)} {reason}, or leave it out")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -171,12 +171,23 @@ class PreparedDataset(_Labelled):
     class_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
     """Warnings about the data for the user."""
+    target_normalization: Normalization | None = None
+    """Of the numbers to predict, measured on the training part alone. None: they are not standardized."""
 
     @classmethod
     def prepare(
-        cls, dataset: Dataset, seed: int, *, shares: Shares = (None, None), stratified: bool = True
+        cls,
+        dataset: Dataset,
+        seed: int,
+        *,
+        shares: Shares = (None, None),
+        stratified: bool = True,
+        standardize_targets: bool = False,
     ) -> PreparedDataset:
-        """Split a dataset (see `split`), and measure the pixels of its training part; raise `UserError`."""
+        """Split a dataset (see `split`), and measure the pixels of its training part; raise `UserError`.
+
+        With `standardize_targets` measure the numbers to predict too.
+        """
         parts = split(
             dataset.labels,
             dataset.test_start,
@@ -186,6 +197,10 @@ class PreparedDataset(_Labelled):
             stratified=stratified,
         )
         normalization = measure(dataset.images, parts.training)
+        if standardize_targets and dataset.targets_per_sample:
+            raise UserError(
+                f"--standardize-targets is for numbers, and {dataset.name} has labels of classes: leave the flag out"
+            )
         return cls(
             dataset.images,
             dataset.labels,
@@ -194,6 +209,7 @@ class PreparedDataset(_Labelled):
             dataset.classes,
             class_names=dataset.class_names,
             notes=dataset.notes,
+            target_normalization=measure(dataset.labels, parts.training) if standardize_targets else None,
         )
 
     @classmethod
@@ -212,6 +228,8 @@ class PreparedDataset(_Labelled):
         `prefix` begins the names of the arrays that depend on the seed: one dict can hold the splits of several seeds.
         """
         of_the_seed = vars(self.parts) | vars(self.normalization)
+        if self.target_normalization is not None:
+            of_the_seed |= {f"target_{name}": array for name, array in vars(self.target_normalization).items()}
         return {
             "images": self.images,
             "labels": self.labels,
@@ -225,6 +243,7 @@ class PreparedDataset(_Labelled):
         """Return the dataset that `to_arrays` has written with this prefix."""
         parts = Split(*(arrays[f"{prefix}{name}"] for name in ("training", "validation", "test")))
         normalization = Normalization(arrays[f"{prefix}mean"], arrays[f"{prefix}deviation"])
+        target_mean = arrays.get(f"{prefix}target_mean")
         names, notes = json.loads(arrays["texts"].tobytes())
         return cls(
             arrays["images"],
@@ -234,11 +253,15 @@ class PreparedDataset(_Labelled):
             int(arrays["classes"][0]),
             class_names=None if names is None else tuple(names),
             notes=tuple(notes),
+            target_normalization=None
+            if target_mean is None
+            else Normalization(target_mean, arrays[f"{prefix}target_deviation"]),
         )
 
     def signature(self, resize: str | None = None) -> Signature:
         """Return the signature of a network that is trained on this dataset, with images prepared by `resize`."""
         height, width, channels = self.images.shape[1:]
+        targets = self.target_normalization
         return Signature(
             task=self.task,
             outputs=self.classes,
@@ -248,7 +271,14 @@ class PreparedDataset(_Labelled):
             mean=tuple(self.normalization.mean.tolist()),
             deviation=tuple(self.normalization.deviation.tolist()),
             resize=resize,
+            target_mean=None if targets is None else tuple(targets.mean.tolist()),
+            target_deviation=None if targets is None else tuple(targets.deviation.tolist()),
         )
+
+    def targets(self, rows: Rows) -> NDArray[Any]:
+        """Return the labels of some rows, as a loss compares them with outputs: numbers are standardized if asked."""
+        labels = self.labels[rows]
+        return labels if self.target_normalization is None else self.target_normalization.apply(labels)
 
     def sha256(self) -> str:
         """Return the hash of images, labels and split, the ``data_sha256`` of a checkpoint: 0.1 s for MNIST."""

@@ -5,6 +5,7 @@ import numpy as np
 from distdl.config import TrainConfig
 from distdl.data import Dataset, PreparedDataset
 from distdl.data.signature import Signature, default_loss
+from distdl.engine.objective import check_objective
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.checkpoints import FoundCheckpoint
@@ -28,10 +29,12 @@ def outputs_of(config: TrainConfig, data: Dataset | PreparedDataset | Signature)
                 f"--loss binary_cross_entropy is for one label of two classes a sample: {config.dataset} has "
                 f"{TARGETS[data.task].format(classes)}; leave the flag out"
             )
+        check_objective(config, data)
         return (1,)
     if config.loss not in {"auto", default_loss(data.task)}:
         kind = "numbers" if data.task == "regression" else "labels"
         raise UserError(f"--loss {config.loss} does not fit {config.dataset}, which has {kind}; leave the flag out")
+    check_objective(config, data)
     return (*(shape[:2] if data.task == "segmentation" else ()), classes)
 
 

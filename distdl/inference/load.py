@@ -58,6 +58,11 @@ class Trained:
         """The name of the loss that the network was trained with."""
         return self.signature.loss_named(self.config.loss)
 
+    def in_units_of_labels(self, numbers: NDArray[Any]) -> NDArray[Any]:
+        """Return the outputs of a regression in the units of the labels, if it was trained on standardized targets."""
+        targets = self.signature.target_normalization
+        return numbers if targets is None else targets.undo(numbers)
+
 
 @dataclass(frozen=True)
 class _Source:
@@ -203,7 +208,7 @@ def _share_data(
             ) from None
 
     shared = share_arrays(communicator, on_rank_0(communicator, read) or {})
-    return [PreparedDataset.from_arrays(shared, f"{config.seed} ") for config in configs] if shared else []
+    return [PreparedDataset.from_arrays(shared, _preparation(config)) for config in configs] if shared else []
 
 
 def _data_arrays(
@@ -218,21 +223,26 @@ def _data_arrays(
                 "expected one dataset; evaluate them one by one"
             )
     loaded = _load_dataset(first, data_dir, dataset)
-    of_seed: dict[int, PreparedDataset] = {}
+    prepared: dict[str, PreparedDataset] = {}
     for one in sources:
-        seed = one.config.seed
-        if seed not in of_seed:
-            of_seed[seed] = read_data(one.config, loaded)
-        if one.header.data_sha256 != of_seed[seed].sha256():
+        name = _preparation(one.config)
+        if name not in prepared:
+            prepared[name] = read_data(one.config, loaded)
+        if one.header.data_sha256 != prepared[name].sha256():
             flag = "--dataset" if one.config.dataset.startswith(FROM_PATH) else "--data-dir"
             raise UserError(
                 f"{one.found.path} was trained on other images or labels than {loaded.name} has here, or with another "
                 f"split: give the same data by {flag}"
             )
     arrays: dict[str, NDArray[Any]] = {}
-    for seed, data in of_seed.items():
-        arrays |= data.to_arrays(f"{seed} ")
+    for name, data in prepared.items():
+        arrays |= data.to_arrays(name)
     return arrays
+
+
+def _preparation(config: TrainConfig) -> str:
+    """Return a text that is the same for runs that prepare a dataset in the same way."""
+    return f"{config.seed} {config.standardize_targets} "
 
 
 def _load_dataset(first: _Source, data_dir: Path | None, dataset: Dataset | str | None) -> Dataset:
