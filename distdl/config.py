@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,13 +50,14 @@ OTHER_NAMES = {
     **dict.fromkeys(("out", "output", "output_dir", "save_dir", "log_dir"), "run_dir"),
 }
 
+LOSS_SETTINGS = ("label_smoothing", "class_weights", "standardize_targets")
 #: The groups of `--help`, with all settings.
 GROUPS = {
     "data": ("dataset", "data_dir", "resize", "skip_damaged", "batch_size", "augment"),
-    "model": ("model", "model_settings", "init_from", "freeze", "loss"),
+    "model": ("model", "model_settings", "init_from", "freeze", "loss", *LOSS_SETTINGS),
     "optimizer": (
         *("optimizer", "lr", "lr_base_batch", "schedule", "warmup_steps", "lr_step_epochs", "lr_step_factor"),
-        *("weight_decay", "l1_decay", "clip_norm"),
+        *("momentum", "beta1", "beta2", "epsilon", "weight_decay", "l1_decay", "clip_norm"),
     ),
     "run and checkpoints": (
         *("config", "run_dir", "resume", "epochs", "max_steps", "early_stopping", "seed"),
@@ -74,6 +75,15 @@ FREE_TO_CHANGE_ON_RESUME = frozenset(
         *("threads_per_rank", "balance", "on_nonfinite", "verify_every", "audit", "trace"),
     }
 )
+#: Settings that have an effect only with some choices of another setting.
+NEEDS = {
+    "momentum": ("optimizer", ("momentum", "nesterov")),
+    "beta1": ("optimizer", ("adam", "adamw")),
+    "beta2": ("optimizer", ("adam", "adamw", "rmsprop")),
+    "epsilon": ("optimizer", ("adam", "adamw", "rmsprop", "adagrad")),
+    "lr_step_epochs": ("schedule", ("step",)),
+    "lr_step_factor": ("schedule", ("step",)),
+}
 #: Settings of the start of a run. A config file may not hold them.
 NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace"})
 #: No BLAS starts more threads than this.
@@ -117,12 +127,26 @@ class TrainConfig:
     """Samples of one forward and backward pass, the unit that is dealt to ranks; it never depends on their number."""
     loss: LossName = "auto"
     """Loss function to minimize; auto: cross_entropy for labels, mean_squared_error for numbers."""
+    label_smoothing: float = 0.0
+    """Share of a label that is spread evenly over all classes, for cross_entropy; validation uses the plain loss."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weights of the classes in the training loss; balanced: in inverse proportion to their number of labels."""
+    standardize_targets: bool = False
+    """Train on numbers with mean 0 and deviation 1 over the training part; predictions have the given units."""
     optimizer: OptimizerName = "adam"
     """Rule of the weight update."""
     lr: float | None = None
     """Learning rate; by default 0.001 for adam, adamw and rmsprop, and 0.01 for the others."""
     lr_base_batch: int | None = None
     """Batch size that the learning rate is meant for; with another --batch-size the rate scales in proportion."""
+    momentum: float = 0.9
+    """Share of the previous direction that momentum and nesterov keep."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients, for adam and adamw."""
+    beta2: float | None = None
+    """Decay of the mean of squared gradients; by default 0.999 for adam and adamw, and 0.99 for rmsprop."""
+    epsilon: float | None = None
+    """Number added to the root that a step is divided by; by default 1e-10 for adagrad, and 1e-8 for the others."""
     weight_decay: float = 0.0
     """Factor of the L2 penalty on weights (not on biases); for adamw, of its decoupled decay."""
     l1_decay: float = 0.0
@@ -233,6 +257,12 @@ class TrainConfig:
         return self.learning_rate * (1 if self.lr_base_batch is None else self.batch_size / self.lr_base_batch)
 
     @property
+    def optimizer_settings(self) -> dict[str, float]:
+        """The settings of the chosen optimizer alone; those that have its own default are absent."""
+        names = [name for name, (other, choices) in NEEDS.items() if other == "optimizer" and self.optimizer in choices]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
     def micro_batches(self) -> int:
         """The number of micro-batches in a full batch: the largest number of ranks that can share the work."""
         return -(-self.batch_size // self.micro_batch_size)
@@ -288,25 +318,38 @@ def check_kind(name: str, value: object, kind: Any) -> None:
         raise UserError(f"{flag_of(name)} must be {expected}, not {value!r}")
 
 
+def without_effect(config: TrainConfig, name: str, before: str = "") -> str | None:
+    """Return why a setting has no effect with the other settings, and the remedy; None if it has one.
+
+    `before` is the text before the suggested flag.
+    """
+    other, choices = NEEDS.get(name, ("", ()))
+    if not choices or getattr(config, other) in choices:
+        return None
+    needed = " or ".join(choices)
+    return f"has no effect with {flag_of(other)} {getattr(config, other)}: give {before}{flag_of(other)} {needed}"
+
+
 def _check_ranges(config: TrainConfig) -> None:
 
-    def at_least(least: int, *names: str) -> None:
+    def must_be(expected: str, holds: Callable[[float], bool], *names: str) -> None:
         for name in names:
-            if getattr(config, name) is not None and getattr(config, name) < least:
-                raise UserError(f"{flag_of(name)} must be at least {least}, not {getattr(config, name)}")
+            value = getattr(config, name)
+            if value is not None and not holds(value):
+                raise UserError(f"{flag_of(name)} must be {expected}, not {value}")
+
+    def at_least(least: int, *names: str) -> None:
+        must_be(f"at least {least}", lambda value: not value < least, *names)
 
     at_least(1, "epochs", "batch_size", "micro_batch_size", "lr_step_epochs", "keep_checkpoints", "threads_per_rank")
-    if config.threads_per_rank > MOST_THREADS:
-        raise UserError(f"--threads-per-rank must be at most {MOST_THREADS}, not {config.threads_per_rank}")
+    must_be(f"at most {MOST_THREADS}", lambda value: value <= MOST_THREADS, "threads_per_rank")
     at_least(0, "seed", "checkpoint_every", "log_every", "weight_decay", "verify_every", "audit", "stall_warning")
     at_least(0, "l1_decay", "warmup_steps", "early_stopping")
     at_least(1, "max_steps", "lr_base_batch")
-    for name in ("lr", "lr_step_factor", "clip_norm"):
-        if getattr(config, name) is not None and not getattr(config, name) > 0:
-            raise UserError(f"{flag_of(name)} must be above 0, not {getattr(config, name)}")
-    for name in ("lr", "weight_decay", "l1_decay", "clip_norm", "lr_step_factor", "stall_warning"):
-        if not math.isfinite(getattr(config, name) or 0):
-            raise UserError(f"{flag_of(name)} must be a finite number, not {getattr(config, name)}")
+    must_be("above 0", lambda value: value > 0, "lr", "lr_step_factor", "clip_norm", "epsilon")
+    must_be("at least 0 and below 1", lambda value: 0 <= value < 1, "momentum", "beta1", "beta2", "label_smoothing")
+    finite = ("lr", "weight_decay", "l1_decay", "clip_norm", "lr_step_factor", "stall_warning", "epsilon")
+    must_be("a finite number", math.isfinite, *finite)
     seconds = config.detect_hangs  # a healthy rank may show no sign of life for a fraction of a second
     if seconds and not 1 <= seconds <= LONGEST_HANG:
         raise UserError(f"--detect-hangs must be 0, or from 1 to {LONGEST_HANG} seconds, not {seconds}")

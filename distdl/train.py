@@ -22,6 +22,7 @@ from distdl.config import (
     reads_data_dir,
     reads_image_files,
     run_folder_of,
+    without_effect,
 )
 from distdl.errors import DamagedFileError, UserError
 
@@ -130,12 +131,9 @@ def _refuse_without_effect(config: TrainConfig, given: Mapping[str, Any]) -> Non
                 f"{flag_of(name)} has no effect with --dataset {config.dataset}: it is for image files (folder:PATH); "
                 "leave it out"
             )
-    for name in ("lr_step_epochs", "lr_step_factor"):
-        if config.schedule != "step" and name in given:
-            raise UserError(
-                f"{flag_of(name)} has no effect with --schedule {config.schedule}: give --schedule step, or leave "
-                "it out"
-            )
+    for name in given:
+        if reason := without_effect(config, name):
+            raise UserError(f"{flag_of(name)} {reason}, or leave it out")
 
 
 def main(arguments: Sequence[str]) -> int:

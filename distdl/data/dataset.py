@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from distdl.arrays import sha256_of_arrays
 from distdl.data.normalization import Normalization, measure
-from distdl.data.signature import Signature, Task
+from distdl.data.signature import Signature, Task, default_loss
 from distdl.data.split import Rows, Shares, Split, split
 from distdl.errors import UserError
 from distdl.rng import Key
@@ -49,7 +49,7 @@ class _Labelled:
     @property
     def default_loss(self) -> str:
         """The name of the loss for such targets."""
-        return "cross_entropy" if self.targets_per_sample else "mean_squared_error"
+        return default_loss(self.task)
 
     def loss_named(self, name: str) -> str:
         """Return the name of the loss that ``--loss name`` selects."""
@@ -174,12 +174,23 @@ class PreparedDataset(_Labelled):
     notes: tuple[str, ...] = ()
     """Warnings about the data for the user."""
     resize: str | None = None
+    target_normalization: Normalization | None = None
+    """Of the numbers to predict, measured on the training part alone. None: they are not standardized."""
 
     @classmethod
     def prepare(
-        cls, dataset: Dataset, seed: int, *, shares: Shares = (None, None), stratified: bool = True
+        cls,
+        dataset: Dataset,
+        seed: int,
+        *,
+        shares: Shares = (None, None),
+        stratified: bool = True,
+        standardize_targets: bool = False,
     ) -> PreparedDataset:
-        """Split a dataset (see `split`), and measure the pixels of its training part; raise `UserError`."""
+        """Split a dataset (see `split`), and measure the pixels of its training part; raise `UserError`.
+
+        With `standardize_targets` measure the numbers to predict too.
+        """
         parts = split(
             dataset.labels,
             dataset.test_start,
@@ -189,6 +200,10 @@ class PreparedDataset(_Labelled):
             stratified=stratified,
         )
         normalization = measure(dataset.images, parts.training)
+        if standardize_targets and dataset.targets_per_sample:
+            raise UserError(
+                f"--standardize-targets is for numbers, and {dataset.name} has labels of classes: leave the flag out"
+            )
         return cls(
             dataset.images,
             dataset.labels,
@@ -198,6 +213,7 @@ class PreparedDataset(_Labelled):
             class_names=dataset.class_names,
             notes=dataset.notes,
             resize=dataset.resize,
+            target_normalization=measure(dataset.labels, parts.training) if standardize_targets else None,
         )
 
     @classmethod
@@ -216,6 +232,8 @@ class PreparedDataset(_Labelled):
         `prefix` begins the names of the arrays that depend on the seed: one dict can hold the splits of several seeds.
         """
         of_the_seed = vars(self.parts) | vars(self.normalization)
+        if self.target_normalization is not None:
+            of_the_seed |= {f"target_{name}": array for name, array in vars(self.target_normalization).items()}
         return {
             "images": self.images,
             "labels": self.labels,
@@ -230,6 +248,7 @@ class PreparedDataset(_Labelled):
         parts = Split(*(arrays[f"{prefix}{name}"] for name in ("training", "validation", "test")))
         normalization = Normalization(arrays[f"{prefix}mean"], arrays[f"{prefix}deviation"])
         names, notes, resize = json.loads(arrays["texts"].tobytes())
+        target_mean = arrays.get(f"{prefix}target_mean")
         return cls(
             arrays["images"],
             arrays["labels"],
@@ -239,11 +258,15 @@ class PreparedDataset(_Labelled):
             class_names=None if names is None else tuple(names),
             notes=tuple(notes),
             resize=resize,
+            target_normalization=None
+            if target_mean is None
+            else Normalization(target_mean, arrays[f"{prefix}target_deviation"]),
         )
 
     def signature(self) -> Signature:
         """Return the signature of a network that is trained on this dataset."""
         height, width, channels = self.images.shape[1:]
+        targets = self.target_normalization
         return Signature(
             task=self.task,
             outputs=self.classes,
@@ -253,7 +276,14 @@ class PreparedDataset(_Labelled):
             mean=tuple(self.normalization.mean.tolist()),
             deviation=tuple(self.normalization.deviation.tolist()),
             resize=self.resize,
+            target_mean=None if targets is None else tuple(targets.mean.tolist()),
+            target_deviation=None if targets is None else tuple(targets.deviation.tolist()),
         )
+
+    def targets(self, rows: Rows) -> NDArray[Any]:
+        """Return the labels of some rows, as a loss compares them with outputs: numbers are standardized if asked."""
+        labels = self.labels[rows]
+        return labels if self.target_normalization is None else self.target_normalization.apply(labels)
 
     def sha256(self) -> str:
         """Return the hash of images, labels and split, the ``data_sha256`` of a checkpoint: 0.1 s for MNIST."""

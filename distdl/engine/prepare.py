@@ -157,6 +157,7 @@ class Preparation:
                 l1=config.l1_decay,
                 decay_slices=network.decay_slices,
                 frozen=transfer.frozen_slices(network, config.freeze),
+                **config.optimizer_settings,
             )
         except MemoryError:
             raise UserError(
@@ -239,4 +240,4 @@ def names_from_script(config: TrainConfig, build_network: BuildNetwork | None, d
 def read_data(config: TrainConfig, dataset: Dataset | None) -> PreparedDataset:
     """Load the dataset, split it, and measure its training part."""
     dataset = dataset.checked() if dataset else load_dataset(config.dataset, config.data_dir, config.image_options)
-    return PreparedDataset.prepare(dataset, config.seed)
+    return PreparedDataset.prepare(dataset, config.seed, standardize_targets=config.standardize_targets)

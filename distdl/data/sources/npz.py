@@ -8,6 +8,7 @@ The names of Keras, as in `NAMES`, are also accepted. The file is not trusted: n
 allocated only if an array's size agrees with the archive.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,7 +31,7 @@ def load_npz(path: Path) -> Dataset:
 
     Raises `UserError` if the file cannot be read or holds no such dataset, `DamagedFileError` if it is damaged.
     """
-    images, labels, *test = _read(path)
+    images, labels, *test = _read(path, lambda archive: _names_in(archive, path))
     for part, (of_part, its_labels) in {"training": (images, labels), "test": test or (images, labels)}.items():
         if len(of_part) != len(its_labels):
             raise UserError(
@@ -52,8 +53,8 @@ def load_npz(path: Path) -> Dataset:
     return Dataset(f"npz:{path}", images, labels, classes, start).checked()
 
 
-def _read(path: Path) -> list[NDArray[Any]]:
-    """Return images (N, H, W, C) and labels of the training part, then those of the test part, if any."""
+def _read(path: Path, names_in: Callable[[NpzFile], list[str]]) -> list[NDArray[Any]]:
+    """Return the arrays that `names_in` chooses, images as (N, H, W, C)."""
     if not path.is_file():
         what = "is not a regular file" if path.exists() else "does not exist"
         raise UserError(f"the data file {quoted(path)} {what}: give the path of an .npz file")
@@ -61,7 +62,7 @@ def _read(path: Path) -> list[NDArray[Any]]:
         with path.open("rb") as file:
             _check_is_zip(file, path)
             with np.load(file, allow_pickle=False) as archive:
-                return [_converted(archive, path, name) for name in _names_in(archive, path)]
+                return [_converted(archive, path, name) for name in names_in(archive)]
     except DistdlError:
         raise
     except MemoryError:
@@ -147,3 +148,36 @@ def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any], in
     if any(size < 0 for size in shape):
         raise ValueError(f"the shape {shape} has a negative number")
     return shape, is_fortran, dtype, stream.tell()
+
+
+def load_images(name: str) -> NDArray[Any]:
+    """Return the images (N, H, W, C) of an ``.npz`` file without labels: the array ``images``, or the only one.
+
+    ``FILE.npz:ARRAY`` names another array. Raises the errors of `load_npz`.
+    """
+    path, wanted = Path(name), None
+    if not path.exists() and ":" in name:
+        file, _, wanted = name.rpartition(":")
+        path = Path(file)
+    [images] = _read(path, lambda archive: [_images_name(archive, path, wanted)])
+    images = images[..., np.newaxis] if images.ndim == 3 else images
+    if images.ndim != 4 or not images.size or (images.dtype != np.uint8 and images.dtype.kind != "f"):
+        raise UserError(
+            f"{quoted(path)} has an array {images.dtype} {images.shape}: expected images (N, H, W) or (N, H, W, C) of "
+            "uint8 or floats"
+        )
+    return images
+
+
+def _images_name(archive: NpzFile, path: Path, wanted: str | None) -> str:
+    """Return the name of the array with the images."""
+    known = [names[place] for names in NAMES for place in (0, 2)]
+    found = [wanted] if wanted else list(archive.files)
+    if wanted is None and len(found) > 1:
+        found = [one for one in found if one in known]
+    if len(found) != 1 or found[0] not in archive.files:
+        raise UserError(
+            f"{quoted(path)} holds {', '.join(map(repr, sorted(archive.files)[:8])) or 'nothing'}: name the array of "
+            f"images, as in npz:{path}:{known[0]}"
+        )
+    return found[0]
