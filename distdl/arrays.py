@@ -11,7 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from distdl.mapped_files import release_pages
+
 ALIGNMENT_BYTES = 64
+#: The hash reads an array in blocks of this size, so that a mapped file never has to be in memory as a whole.
+BLOCK_BYTES = 2**26
 #: The label of a pixel without a label: it counts neither in the loss nor in the accuracy.
 NO_LABEL = -1
 
@@ -51,5 +55,8 @@ def sha256_of_arrays(named: Iterable[tuple[str, NDArray[Any]]]) -> str:
         little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
         shape = ",".join(str(n) for n in array.shape)
         digest.update(f"{name}\0{little.dtype.str}\0{shape}\0".encode())
-        digest.update(little.data if little.size else b"")
+        content = little.reshape(-1).view(np.uint8)
+        for start in range(0, content.size, BLOCK_BYTES):
+            digest.update(content[start : start + BLOCK_BYTES].data)
+            release_pages(array)
     return digest.hexdigest()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from distdl.arrays import sha256_of_arrays
 from distdl.data.normalization import Normalization, measure
 from distdl.data.signature import Signature, Task
-from distdl.data.split import Rows, Split, split
+from distdl.data.split import Rows, Shares, Split, split
 from distdl.errors import UserError
 from distdl.rng import Key
 
@@ -75,6 +75,8 @@ class Dataset(_Labelled):
     """The user's names of the classes, in the order of the labels; for regression, of the numbers. None: no names."""
     notes: tuple[str, ...] = ()
     """Warnings about the data for the user; a run prints them."""
+    validation_start: int | None = None
+    """The first row of the dataset's own validation part, which lies before the test part; None: it has none."""
 
     def sha256(self) -> str:
         """Return the hash of images and labels."""
@@ -85,7 +87,7 @@ class Dataset(_Labelled):
 
         Raises `UserError` if a field differs from its description above.
         """
-        images, labels, classes, test_start = self.images, self.labels, self.classes, self.test_start
+        images, labels, classes = self.images, self.labels, self.classes
         for kind, array in (("images", images), ("labels", labels)):
             if not isinstance(array, np.ndarray):
                 raise self._wrong(f"{kind} of type {type(array).__name__}", "a NumPy array")
@@ -102,13 +104,21 @@ class Dataset(_Labelled):
         if not isinstance(classes, int | np.integer) or not 1 <= classes <= MOST_CLASSES:
             raise self._wrong(f"classes {classes!r}", "an int, the number of classes")
         labels = self._checked_numbers() if labels.dtype == np.float32 and labels.ndim == 2 else self._checked_labels()
-        if test_start is not None:
-            if not isinstance(test_start, int | np.integer) or not 0 < test_start < count:
-                expected = f"None, or the first row of the test part, 1 to {count - 1}"
-                raise self._wrong(f"test_start {test_start!r}", expected)
-            test_start = int(test_start)
+        test_start = self._checked_start("test", count)
+        validation_start = self._checked_start("validation", count if test_start is None else test_start)
         self._check_names()
-        return replace(self, labels=labels, classes=int(classes), test_start=test_start)
+        return replace(
+            self, labels=labels, classes=int(classes), test_start=test_start, validation_start=validation_start
+        )
+
+    def _checked_start(self, part: str, end: int) -> int | None:
+        start = getattr(self, f"{part}_start")
+        if start is None:
+            return None
+        if not isinstance(start, int | np.integer) or isinstance(start, bool) or not 0 < start < end:
+            expected = f"None, or the first row of the {part} part, 1 to {end - 1}"
+            raise self._wrong(f"{part}_start {start!r}", expected)
+        return int(start)
 
     def _checked_labels(self) -> NDArray[np.int64]:
         labels, classes = self.labels, self.classes
@@ -163,9 +173,18 @@ class PreparedDataset(_Labelled):
     """Warnings about the data for the user."""
 
     @classmethod
-    def prepare(cls, dataset: Dataset, seed: int) -> PreparedDataset:
-        """Split a dataset by the seed, and measure the pixels of its training part; raise `UserError`."""
-        parts = split(dataset.labels, dataset.test_start, Key(seed))
+    def prepare(
+        cls, dataset: Dataset, seed: int, *, shares: Shares = (None, None), stratified: bool = True
+    ) -> PreparedDataset:
+        """Split a dataset (see `split`), and measure the pixels of its training part; raise `UserError`."""
+        parts = split(
+            dataset.labels,
+            dataset.test_start,
+            Key(seed),
+            validation_start=dataset.validation_start,
+            shares=shares,
+            stratified=stratified,
+        )
         normalization = measure(dataset.images, parts.training)
         return cls(
             dataset.images,

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.errors import UserError
+from distdl.mapped_files import release_pages
 
 BLOCK_ELEMENTS = 2**20
 #: Mean and variance of each channel.
@@ -64,6 +65,7 @@ def _blocks(images: NDArray[Any], rows: NDArray[np.int64]) -> Iterator[NDArray[A
     size = max(1, BLOCK_ELEMENTS // math.prod(images.shape[1:]))
     for start in range(0, len(rows), size):
         yield images[rows[start : start + size]].reshape(-1, channels)
+        release_pages(images)
 
 
 def _moments_of_bytes(images: NDArray[np.uint8], rows: NDArray[np.int64]) -> Moments:

@@ -5,7 +5,10 @@ A row is an index into the whole dataset.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,8 @@ from distdl.errors import UserError
 from distdl.rng import Key
 
 Rows = NDArray[np.int64]
+#: The shares of the validation and the test part that the user gives; None: the default.
+Shares = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,26 +36,53 @@ class Split:
         return cls(rows, rows[:0], rows[:0])
 
 
-def split(labels: NDArray[Any], test_start: int | None, key: Key) -> Split:
+def split(
+    labels: NDArray[Any],
+    test_start: int | None,
+    key: Key,
+    *,
+    validation_start: int | None = None,
+    shares: Shares = (None, None),
+    stratified: bool = True,
+) -> Split:
     """Split the rows of a dataset with these labels (N, ...).
 
-    - If the dataset has its own test part, that part starts at row `test_start`. A tenth of the other rows (rounded
-      down), drawn by the seed, is the validation part.
-    - Otherwise each class is split by itself: 15 % validation, 15 % test (both rounded to the nearest, halves up),
-      drawn by the seed; the rest is for training. Samples with a label for each pixel, or with numbers, count as one
-      class.
+    - The dataset's own parts are kept: validation from row `validation_start`, then test from row `test_start`.
+    - If it has its own test part alone, a tenth of the other rows (rounded down) is the validation part.
+    - Other missing parts get 15 % of each class (rounded to the nearest, halves up). The rest is for training.
+    - `shares` replaces these shares. The seed draws the rows.
 
-    Raises `UserError` if a part would be empty.
+    Every class keeps its share of each part, and at least one row for training. Samples with a label for each pixel, or
+    with numbers, count as one class. `stratified=False` draws validation rows beside an own test part from all classes
+    together, as versions before 0.2 did.
+
+    Raises `UserError` if a part would be empty, or if a share has no effect.
 
     >>> parts = split(np.zeros(20, np.int64), None, Key(0))
     >>> len(parts.training), len(parts.validation), len(parts.test)
     (14, 3, 3)
     """
-    classes = labels if labels.ndim == 1 else np.zeros(len(labels), np.int64)
-    parts = _stratified(classes, key) if test_start is None else _with_own_test(len(labels), test_start, key)
+    count, own = len(labels), {"validation": validation_start, "test": test_start}
+    for (name, start), share in zip(own.items(), shares, strict=True):
+        if start is not None and share is not None:
+            raise UserError(f"--{name}-share {share} has no effect: the data has its own {name} part; leave it out")
+    test_from = count if test_start is None else test_start
+    own_from = test_from if validation_start is None else validation_start
+    classes = labels[:own_from] if labels.ndim == 1 and stratified else np.zeros(own_from, np.int64)
+    if test_start is not None and validation_start is None:
+        drawn = _drawn_beside_test(classes, 0.1 if shares[0] is None else shares[0], key)
+    else:
+        drawn = _drawn_by_class(
+            classes, [share if start is None else 0 for start, share in zip(own.values(), shares, strict=True)], key
+        )
+    parts = Split(
+        drawn.training,
+        np.concatenate([drawn.validation, np.arange(own_from, test_from, dtype=np.int64)]),
+        np.concatenate([drawn.test, np.arange(test_from, count, dtype=np.int64)]),
+    )
     for name, rows in (("training", parts.training), ("validation", parts.validation), ("test", parts.test)):
         if not rows.size:
-            whole = f"{len(labels)} samples" + ("" if test_start is None else f", the test part from row {test_start}")
+            whole = f"{count} samples" + "".join(f", the {n} part from row {own[n]}" for n in own if own[n] is not None)
             raise UserError(
                 f"the {name} part would be empty: the dataset has {whole}; "
                 "expected enough for training, validation and test; give a larger dataset"
@@ -58,25 +90,35 @@ def split(labels: NDArray[Any], test_start: int | None, key: Key) -> Split:
     return parts
 
 
-def _with_own_test(count: int, test_start: int, key: Key) -> Split:
-    shuffled = key.of("split").permutation(test_start)
-    validation_count = test_start // 10
-    return Split(
-        training=np.sort(shuffled[validation_count:]),
-        validation=np.sort(shuffled[:validation_count]),
-        test=np.arange(test_start, count, dtype=np.int64),
-    )
+def _drawn_beside_test(classes: NDArray[Any], share: float, key: Key) -> Split:
+    """Draw the validation part of a dataset with its own test part.
+
+    Row r of the m shuffled rows of a class is drawn in the order of (r + 1/2) / m (the method of Sainte-Lague). So each
+    class gets its share, and the sum is exact. The rows of a single class are drawn in the order of the permutation.
+    """
+    shuffled = key.of("split").permutation(classes.size)
+    _, of_class, sizes = np.unique(classes[shuffled], return_inverse=True, return_counts=True)
+    rank = np.empty(classes.size, np.int64)
+    rank[np.argsort(of_class, kind="stable")] = np.concatenate([np.arange(0), *map(np.arange, sizes)])
+    is_last = rank == sizes[of_class] - 1
+    order = np.argsort(np.where(is_last, 1, (rank + 0.5) / sizes[of_class]), kind="stable")
+    drawn = min(math.floor(Fraction(str(share)) * classes.size), classes.size - sizes.size)
+    return Split(np.sort(shuffled[order[drawn:]]), np.sort(shuffled[order[:drawn]]), np.empty(0, np.int64))
 
 
-def _stratified(labels: NDArray[Any], key: Key) -> Split:
+def _drawn_by_class(classes: NDArray[Any], shares: Sequence[float | None], key: Key) -> Split:
+    """Draw the validation and the test part from each class by itself."""
+    exact = [Fraction("0.15" if share is None else str(share)) for share in shares]
     training, validation, test = [], [], []
-    for label in np.unique(labels).tolist():
-        rows = np.flatnonzero(labels == label).astype(np.int64, copy=False)
+    for label in np.unique(classes).tolist():
+        rows = np.flatnonzero(classes == label).astype(np.int64, copy=False)
         shuffled = rows[key.of("split", label).permutation(rows.size)]
-        share = (15 * rows.size + 50) // 100
-        validation.append(shuffled[:share])
-        test.append(shuffled[share : 2 * share])
-        training.append(shuffled[2 * share :])
+        of_validation, of_test = (math.floor(share * rows.size + Fraction(1, 2)) for share in exact)
+        of_validation = min(of_validation, rows.size - 1)
+        of_test = min(of_test, rows.size - 1 - of_validation)
+        validation.append(shuffled[:of_validation])
+        test.append(shuffled[of_validation : of_validation + of_test])
+        training.append(shuffled[of_validation + of_test :])
     return Split(_ascending(training), _ascending(validation), _ascending(test))
 
 

@@ -8,20 +8,23 @@ It is a memory-mapped file, in shared memory if it fits there, otherwise in the 
 - An MPI window would not survive the failure of a rank.
 """
 
+import math
 import mmap
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.arrays import ALIGNMENT_BYTES
+from distdl.arrays import ALIGNMENT_BYTES, BLOCK_BYTES, sha256_of_arrays
 from distdl.errors import UserError
 from distdl.job import leftovers
-from distdl.parallel.agreement import together
+from distdl.mapped_files import MappedArray, created, open_mapped, release_pages
+from distdl.parallel.agreement import from_rank_0, together
 from distdl.parallel.communicator import Bytes, Communicator
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  the kernel's shared memory, not a file of ours
@@ -56,7 +59,21 @@ def share_arrays(
 
     Only rank 0 reads its argument `arrays`. `host` is the group of ranks that share memory (default:
     ``communicator.host()``). Raises `UserError` on every rank if a host has no room for them.
+
+    An array in a file (`mapped_files.open_mapped`) is not copied into memory: all ranks map the file. A host that
+    cannot read it gets the same file.
     """
+    host = communicator.host() if host is None else host
+    in_files = {name: array for name, array in arrays.items() if isinstance(array, np.memmap)}
+    arrays = {name: array for name, array in arrays.items() if name not in in_files}
+    in_memory = _share_in_memory(communicator, arrays, host)
+    names = communicator.bcast_json(list(in_files))
+    return in_memory | {name: _share_file(communicator, in_files.get(name), host) for name in names}
+
+
+def _share_in_memory(
+    communicator: Communicator, arrays: Mapping[str, NDArray[Any]], host: Communicator
+) -> dict[str, NDArray[Any]]:
     described = [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()]
     specification = communicator.bcast_json(described)
     places, end = [], 0
@@ -64,10 +81,7 @@ def share_arrays(
         start = -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         end = start + int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         places.append((start, end))
-    host = communicator.host() if host is None else host
-    leaders = None
-    if host.size < communicator.size:  # on one host, make no group: Open MPI may crash if a rank dies meanwhile
-        leaders = communicator.split(0 if host.rank == 0 else None)
+    leaders = _leaders(communicator, host)
     buffer = shared_bytes(communicator, host, end, "the dataset")
     shared: dict[str, NDArray[Any]] = {}
     for (name, dtype, shape), (start, end) in zip(specification, places, strict=True):
@@ -82,6 +96,78 @@ def share_arrays(
         leaders.free()
     host.barrier()
     return shared
+
+
+def _leaders(communicator: Communicator, host: Communicator) -> Communicator | None:
+    """Return the group of the first ranks of all hosts; None on other ranks, and if there is one host. Collective."""
+    if host.size == communicator.size:  # make no group: Open MPI may crash if a rank dies meanwhile
+        return None
+    return communicator.split(0 if host.rank == 0 else None)
+
+
+def _share_file(communicator: Communicator, array: MappedArray | None, host: Communicator) -> MappedArray:
+    """Return the mapped file of rank 0 on every rank; write it on the hosts that lack it. Collective."""
+    leaders = _leaders(communicator, host)
+
+    def described() -> list[Any]:
+        assert array is not None
+        sha256 = "" if leaders is None else sha256_of_arrays([("", array)])
+        return [str(Path(str(array.filename)).absolute()), array.dtype.str, list(array.shape), sha256]
+
+    name, dtype, shape, sha256 = from_rank_0(communicator, described)
+    path = Path(name)
+
+    def write_if_absent() -> None:
+        if leaders is None:
+            return
+        is_absent = leaders.rank > 0 and not _holds(path, sha256)
+        if any(leaders.allgather_json(is_absent)):
+            with ExitStack() as files:
+                target = together(
+                    leaders, lambda: files.enter_context(created(path, shape, dtype)) if is_absent else None
+                )
+                _send(leaders, array, target, shape, dtype)
+        leaders.free()
+
+    together(communicator, write_if_absent)
+    return together(communicator, lambda: _open(path))
+
+
+def _holds(path: Path, sha256: str) -> bool:
+    """Return whether a file holds the array with this hash."""
+    try:
+        return sha256_of_arrays([("", open_mapped(path))]) == sha256
+    except (OSError, ValueError):
+        return False
+
+
+def _send(
+    leaders: Communicator,
+    array: MappedArray | None,
+    target: MappedArray | None,
+    shape: Sequence[int],
+    dtype: str,
+) -> None:
+    """Send the array of rank 0 in blocks of rows, and write it to `target` on the ranks that have one. Collective."""
+    size = max(1, BLOCK_BYTES // max(1, math.prod(shape[1:]) * np.dtype(dtype).itemsize))
+    for start in range(0, shape[0], size):
+        rows = np.empty((min(size, shape[0] - start), *shape[1:]), dtype)
+        if array is not None:
+            rows[...] = array[start : start + size]
+            release_pages(array)
+        leaders.bcast(rows)
+        if target is not None:
+            target[start : start + size] = rows
+            release_pages(target)
+
+
+def _open(path: Path) -> MappedArray:
+    try:
+        return open_mapped(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be mapped into memory: {error}; expected every rank of this machine to have access to it"
+        ) from None
 
 
 def folders() -> tuple[Path, Path]:

@@ -53,6 +53,8 @@ def test_a_correct_dataset_is_accepted_with_int64_labels():
         ({"test_start": 0}, "test_start 0; expected None"),
         ({"test_start": -1}, "test_start -1; expected None"),
         ({"test_start": 4.0}, "test_start 4.0; expected None"),
+        ({"validation_start": 4}, "validation_start 4; expected None, or the first row of the validation part, 1 to 3"),
+        ({"validation_start": True}, "validation_start True; expected None"),
     ],
     ids=str,
 )

@@ -28,8 +28,9 @@ def assert_same_split(one, other):
 
 @given(labels=labels_of_some_rows, seed=seeds, data=st.data())
 def test_every_row_falls_in_exactly_one_part(labels, seed, data):
-    test_start = data.draw(st.none() | st.integers(10, len(labels) - 1))
-    parts = parts_of(split(labels, test_start, Key(seed)))
+    test_start = data.draw(st.none() | st.integers(19, len(labels) - 1))
+    validation_start = data.draw(st.none() | st.integers(16, (test_start or len(labels)) - 1))
+    parts = parts_of(split(labels, test_start, Key(seed), validation_start=validation_start))
     assert all(rows.dtype == np.int64 and rows.size for rows in parts.values())
     np.testing.assert_array_equal(np.sort(np.concatenate(list(parts.values()))), np.arange(len(labels)))
 
@@ -49,6 +50,66 @@ def test_an_own_test_part_is_kept_and_validation_is_a_tenth_of_the_rest(labels, 
     result = split(labels, test_start, Key(seed))
     np.testing.assert_array_equal(result.test, np.arange(test_start, len(labels)))
     assert len(result.validation) == test_start // 10
+
+
+@given(labels=labels_of_some_rows, seed=seeds, data=st.data())
+def test_an_own_validation_part_is_kept_and_the_test_part_is_drawn_from_the_training_rows(labels, seed, data):
+    start = data.draw(st.integers(20, len(labels)))
+    labels = np.append(labels, [0, 1, 2])
+    result = split(labels, None, Key(seed), validation_start=start)
+    np.testing.assert_array_equal(result.validation, np.arange(start, len(labels)))
+    for label, count in zip(*np.unique(labels[:start], return_counts=True), strict=True):
+        assert abs(np.sum(labels[result.test] == label) - 0.15 * count) <= 0.5
+    start, test_start = len(labels) - 2, len(labels) - 1
+    both = split(labels, test_start, Key(seed), validation_start=start)
+    np.testing.assert_array_equal(both.training, np.arange(start))
+    assert (both.validation.tolist(), both.test.tolist()) == ([start], [test_start])
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    seed=seeds,
+    percents=st.tuples(st.integers(1, 50), st.integers(1, 49)),
+    own_test=st.booleans(),
+)
+def test_every_class_keeps_a_training_row_and_its_share_of_each_part(sizes, seed, percents, own_test):
+    labels = Key(seed).of("labels").permutation(sum(sizes))
+    labels = np.repeat(np.arange(len(sizes)), sizes)[labels]
+    shares = (percents[0] / 100, None if own_test else percents[1] / 100)
+    start, with_test = (len(labels), np.append(labels, 0)) if own_test else (None, labels)
+    try:
+        result = split(with_test, start, Key(seed), shares=shares)
+    except UserError:
+        return  # a part would be empty
+    assert set(labels[result.training]) == set(range(len(sizes)))
+    drawn = min(percents[0] * len(labels) // 100, len(labels) - len(sizes))
+    for label, size in enumerate(sizes):
+        of_validation = np.sum(labels[result.validation] == label)
+        if not own_test:
+            assert of_validation == min((percents[0] * size + 50) // 100, size - 1)
+        elif len(set(sizes)) == 1:
+            assert abs(of_validation - drawn / len(sizes)) < 1
+    assert not own_test or len(result.validation) == drawn
+
+
+def test_no_class_loses_all_its_training_rows_beside_an_own_test_part():
+    """A tenth of two rows for each of 30 classes: drawn from all rows together, 61 of 200 seeds lose a class."""
+    labels = np.concatenate([np.repeat(np.arange(30), 2), np.arange(30)])
+
+    def seeds_that_lose_a_class(**rule):
+        return sum(len(set(labels[split(labels, 60, Key(seed), **rule).training])) < 30 for seed in range(200))
+
+    assert (seeds_that_lose_a_class(), seeds_that_lose_a_class(stratified=False)) == (0, 61)
+
+
+def test_a_share_without_effect_is_refused():
+    labels = np.zeros(40, np.int64)
+    for starts, shares, said in (
+        ({"test_start": 30}, (None, 0.2), "--test-share 0.2 has no effect: the data has its own test part"),
+        ({"test_start": None, "validation_start": 30}, (0.2, None), "--validation-share 0.2 has no effect"),
+    ):
+        with pytest.raises(UserError, match=said):
+            split(labels, key=Key(0), shares=shares, **starts)
 
 
 @pytest.mark.parametrize("test_start", [None, 80])

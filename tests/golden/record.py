@@ -24,6 +24,7 @@ import threadpoolctl
 
 from distdl.config import TrainConfig
 from distdl.data import sources
+from distdl.data.split import split
 from distdl.engine import train
 from distdl.engine.environment import kernel_family
 from distdl.parallel import OneProcess
@@ -88,14 +89,22 @@ def receipt_of(name):
 
 def piece_of_digits():
     digits = sources.load("digits", None)
-    return sources.Dataset("digits", digits.images[:131].copy(), digits.labels[:131].copy(), 10, test_start=94)
+    return with_own_validation("digits", digits.images[:131], digits.labels[:131], 10, test_start=94)
 
 
 def pixels():
     """Return 40 images of random bytes. They hold every value and have no ties in max-pooling."""
     images = Key(0).of("pixels").words(40 * 28 * 28 // 8).astype("<u8").view(np.uint8).reshape(40, 28, 28, 1)
     labels = np.arange(40, dtype=np.int64) % 10
-    return sources.Dataset("pixels", images, labels, 10, test_start=30)
+    return with_own_validation("pixels", images, labels, 10, test_start=30)
+
+
+def with_own_validation(name, images, labels, classes, test_start):
+    """Return a dataset whose validation part is fixed. The receipts are older than the stratified draw of that part."""
+    parts = split(labels, test_start, Key(0), stratified=False)
+    rows = np.concatenate([parts.training, parts.validation, parts.test])
+    start = len(parts.training)
+    return sources.Dataset(name, images[rows], labels[rows], classes, test_start, validation_start=start)
 
 
 def entry_of_this_process():

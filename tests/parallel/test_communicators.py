@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from small_runs import remove, small_run
 
+from distdl.arrays import sha256_of_arrays
 from distdl.errors import DamagedFileError, UserError
 from distdl.job.processes import Process
+from distdl.mapped_files import created, open_mapped
 from distdl.parallel import OneProcess, guard, ranks_per_host, share_arrays, together, world
 from distdl.parallel import shared as shared_module
 
@@ -162,6 +164,73 @@ def test_one_copy_serves_all_ranks_of_a_host(communicator):
     inodes = communicator.allgather_json(mapped[4])
     assert len(set(inodes)) == 1
     assert inodes[0] != "0"
+
+
+def assert_file_is_shared(communicator, folder, **keywords):
+    """Share an array in a file together with one in memory, and check both on every rank."""
+    given = {}
+    if communicator.rank == 0:
+        with created(folder / "rows.npy", (9, 4), np.uint8) as array:
+            array[...] = np.arange(36).reshape(9, 4)
+        given = {"rows": open_mapped(folder / "rows.npy"), **ARRAYS}
+    shared = share_arrays(communicator, given, **keywords)
+    assert isinstance(shared["rows"], np.memmap)
+    assert np.array_equal(shared["rows"], np.arange(36).reshape(9, 4))
+    for name, array in ARRAYS.items():
+        assert np.array_equal(shared[name], array)
+    communicator.barrier()
+    assert [path.name for path in folder.iterdir()] == ["rows.npy"]
+
+
+def shared_folder(communicator, tmp_path):
+    return Path(communicator.bcast_json(str(tmp_path)))
+
+
+def test_one_process_maps_an_array_in_a_file(tmp_path):
+    assert_file_is_shared(OneProcess(), tmp_path)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_all_ranks_map_an_array_in_a_file(communicator, tmp_path):
+    assert_file_is_shared(communicator, shared_folder(communicator, tmp_path))
+
+
+@pytest.mark.mpi(min_size=3)
+@pytest.mark.parametrize("lacking", [(), (1,), (1, 2)])
+def test_hosts_that_lack_the_file_get_it(lacking, communicator, tmp_path, monkeypatch):
+    """As many simulated hosts as ranks."""
+    if communicator.rank in lacking:
+        monkeypatch.setattr(shared_module, "_holds", lambda path, sha256: False)
+    monkeypatch.setattr(shared_module, "BLOCK_BYTES", 12)  # three rows
+    assert_file_is_shared(communicator, shared_folder(communicator, tmp_path), host=OneProcess())
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_host_without_room_for_the_file_is_an_error_on_every_rank(communicator, tmp_path, monkeypatch):
+    folder = shared_folder(communicator, tmp_path)
+
+    def full(path, shape, dtype):
+        raise UserError(f"cannot write to {path}: No space left on device")
+
+    if communicator.rank == communicator.size - 1:
+        monkeypatch.setattr(shared_module, "_holds", lambda path, sha256: False)
+        monkeypatch.setattr(shared_module, "created", full)
+    with pytest.raises(UserError, match=r"rows.npy: No space left on device"):
+        assert_file_is_shared(communicator, folder, host=OneProcess())
+
+
+@pytest.mark.parametrize("damage", ["altered", "truncated", "absent", None])
+def test_a_host_trusts_only_a_file_with_the_right_content(damage, tmp_path):
+    path = tmp_path / "images.npy"
+    with created(path, (9, 4), np.uint8) as array:
+        array[...] = 5
+    sha256 = sha256_of_arrays([("", open_mapped(path))])
+    if damage == "absent":
+        path.unlink()
+    elif damage is not None:
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + (b"\0" if damage == "altered" else b""))
+    assert shared_module._holds(path, sha256) == (damage is None)
 
 
 def test_a_full_shared_memory_falls_back_to_the_temporary_folder(monkeypatch, tmp_path):

@@ -1,0 +1,90 @@
+"""Arrays in files that are mapped into memory, for data that is larger than memory.
+
+The kernel reads the pages of a mapped file when they are used, and removes them when memory is needed. The ranks of a
+host share them. A file is in NumPy's ``.npy`` format. It gets its name only when it is complete.
+"""
+
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from fcntl import LOCK_EX, LOCK_NB, flock
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib.format import open_memmap
+from numpy.typing import DTypeLike, NDArray
+
+from distdl.errors import UserError
+
+#: The suffix of a file that is not complete.
+PARTIAL = ".partial"
+MappedArray = np.memmap[Any, Any]
+
+
+def open_mapped(path: Path) -> MappedArray:
+    """Return the array in a file, read-only; raise `OSError` or `ValueError` if it cannot be mapped."""
+    array = open_memmap(path, mode="r")
+    if isinstance(array.base, mmap.mmap):
+        array.base.madvise(mmap.MADV_RANDOM)  # batches take rows in a random order: do not read ahead
+    return array
+
+
+def release_pages(array: NDArray[Any]) -> None:
+    """Remove the pages of a mapped array from this process's memory; a later access maps them again.
+
+    Any other array stays as it is.
+    """
+    if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):
+        array.base.madvise(mmap.MADV_DONTNEED)
+
+
+@contextmanager
+def created(path: Path, shape: Sequence[int], dtype: DTypeLike) -> Iterator[MappedArray]:
+    """Yield a new array that becomes the file `path`; if the caller raises, nothing remains.
+
+    The space is reserved first, so a full disk is an error here and not a bus error later. Raises `UserError` if the
+    file cannot be written.
+    """
+    with suppress(OSError):  # then the file cannot be created either
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
+    try:
+        handle, name = tempfile.mkstemp(PARTIAL, f"{path.name}.", path.parent)
+    except OSError as error:
+        raise _refused(path, error) from error
+    partial = Path(name)
+    try:
+        flock(handle, LOCK_EX)
+        try:
+            array = open_memmap(partial, mode="w+", dtype=np.dtype(dtype), shape=tuple(shape))
+            os.posix_fallocate(handle, 0, partial.stat().st_size)
+        except OSError as error:
+            raise _refused(path, error, f"{math.prod(shape) * np.dtype(dtype).itemsize / 1e6:.1f} MB") from error
+        yield array
+        try:
+            array.flush()
+            os.fsync(handle)
+            partial.replace(path)
+        except OSError as error:
+            raise _refused(path, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _refused(path: Path, error: OSError, what: str = "images") -> UserError:
+    return UserError(
+        f"cannot write {what} to {path}: {error.strerror or error}; free some space, or give another folder"
+    )
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what a killed process has left of this file. A living process keeps its part locked."""
+    for partial in path.parent.glob(f"{path.name}.*{PARTIAL}"):
+        with suppress(OSError), partial.open("rb") as file:
+            flock(file, LOCK_EX | LOCK_NB)
+            partial.unlink()
