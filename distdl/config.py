@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -86,6 +87,8 @@ NEEDS = {
 }
 #: Settings of the start of a run. A config file may not hold them.
 NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace"})
+#: Settings that are a path, or end in one.
+PATHS = ("config", "data_dir", "run_dir", "resume", "trace", "init_from", "dataset", "model")
 #: No BLAS starts more threads than this.
 MOST_THREADS = 1024
 #: The largest whole number of a setting, except of the seed. A float represents every whole number up to it.
@@ -212,6 +215,7 @@ class TrainConfig:
                 raise UserError(f"{flag_of(name)} must be at most {MOST}; the given number is larger")
         config = dataclasses.replace(
             self,
+            **{name: _expanded(name, getattr(self, name)) for name in PATHS},
             epochs=DEFAULT_EPOCHS.get(self.dataset, OTHER_EPOCHS) if self.epochs is None else self.epochs,
             lr=DEFAULT_LR.get(self.optimizer, OTHER_LR) if self.lr is None else self.lr,
         )
@@ -222,7 +226,7 @@ class TrainConfig:
             config = dataclasses.replace(config, resize=str(Resize.parse(config.resize)))
         parse_model_settings(config.model_settings)
         _check_final_learning_rate(config)
-        for name in ("data_dir", "run_dir", "resume", "trace", "init_from"):
+        for name in set(PATHS) - {"config", "dataset", "model"}:
             _check_path(config, name)
         if self.micro_batch_size > self.batch_size:
             raise UserError(
@@ -301,6 +305,28 @@ def flag_of(name: str) -> str:
     '--batch-size'
     """
     return "--" + name.replace("_", "-")
+
+
+def expand_home(flag: str, text: str) -> str:
+    """Return a path, or a name that ends in one such as ``folder:~/photos``, with the home folder for its ``~``.
+
+    Raises `UserError` if the home folder is unknown.
+    """
+    prefix = next((one for one in FROM_PATH if text.startswith(f"{one}~")), "")
+    path = text.removeprefix(prefix)
+    if not path.startswith("~"):
+        return text
+    expanded = os.path.expanduser(path)  # noqa: PTH111  Path("~/net.py:build") is a name, not a path
+    user = path.partition("/")[0]
+    if expanded == path or (user == "~" and os.environ.get("HOME") == ""):
+        remedy = "set HOME" if user == "~" else f"there is no user {user[1:]!r}; for a file of this name, give ./{path}"
+        raise UserError(f"{flag} {text!r}: the home folder {user} is unknown: {remedy}, or give the whole path")
+    return prefix + expanded
+
+
+def _expanded(name: str, value: Any) -> Any:
+    """Return a setting with the home folder for its ``~``, of the same type."""
+    return value if value is None else type(value)(expand_home(flag_of(name), str(value)))
 
 
 def check_kind(name: str, value: object, kind: Any) -> None:
