@@ -54,7 +54,7 @@ OTHER_NAMES = {
 LOSS_SETTINGS = ("label_smoothing", "class_weights", "standardize_targets")
 #: The groups of `--help`, with all settings.
 GROUPS = {
-    "data": ("dataset", "data_dir", "resize", "skip_damaged", "batch_size", "augment"),
+    "data": ("dataset", "data_dir", "resize", "skip_damaged", "cache", "batch_size", "augment"),
     "model": ("model", "model_settings", "init_from", "freeze", "loss", *LOSS_SETTINGS),
     "optimizer": (
         *("optimizer", "lr", "lr_base_batch", "schedule", "warmup_steps", "lr_step_epochs", "lr_step_factor"),
@@ -71,7 +71,7 @@ GROUPS = {
 #: Settings that a resumed run may change. They affect neither the weights at a step nor the meaning of the weights.
 FREE_TO_CHANGE_ON_RESUME = frozenset(
     {
-        *("config", "run_dir", "resume", "data_dir", "epochs", "max_steps", "early_stopping"),
+        *("config", "run_dir", "resume", "data_dir", "cache", "epochs", "max_steps", "early_stopping"),
         *("checkpoint_every", "keep_checkpoints", "log_every", "stall_warning", "detect_hangs", "record_hashes"),
         *("threads_per_rank", "balance", "on_nonfinite", "verify_every", "audit", "trace"),
     }
@@ -88,7 +88,7 @@ NEEDS = {
 #: Settings of the start of a run. A config file may not hold them.
 NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace"})
 #: Settings that are a path, or end in one.
-PATHS = ("config", "data_dir", "run_dir", "resume", "trace", "init_from", "dataset", "model")
+PATHS = ("config", "data_dir", "cache", "run_dir", "resume", "trace", "init_from", "dataset", "model")
 #: No BLAS starts more threads than this.
 MOST_THREADS = 1024
 #: The largest whole number of a setting, except of the seed. A float represents every whole number up to it.
@@ -113,6 +113,8 @@ class TrainConfig:
     cut out; 32x48:pad adds black borders instead, 32x48:stretch changes the proportions."""
     skip_damaged: bool = False
     """Leave out image files that cannot be used, and list them; otherwise they are refused."""
+    cache: Path | None = None
+    """Folder for decoded image files: they are decoded once and then mapped, for images that do not fit into memory."""
     model: str = "simple_convnet"
     """Network to train; or your own file.py:function or package.module:function."""
     model_settings: str | None = None
@@ -241,7 +243,7 @@ class TrainConfig:
     def image_options(self) -> ImageOptions:
         """The settings for image files; without effect for another dataset."""
         resize = self.resize if reads_image_files(self.dataset) else None
-        return ImageOptions(resize=resize, skip_damaged=self.skip_damaged)
+        return ImageOptions(resize=resize, skip_damaged=self.skip_damaged, cache=self.cache)
 
     @property
     def epoch_count(self) -> int:
@@ -280,7 +282,7 @@ class TrainConfig:
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> TrainConfig:
         """Return the config that `to_json` turned into these values. An absent setting has its default."""
-        names = ("config", "data_dir", "run_dir", "trace")
+        names = ("config", "data_dir", "cache", "run_dir", "trace")
         paths = {name: Path(values[name]) for name in names if values.get(name) is not None}
         return TrainConfig(**{**values, **paths})
 

@@ -332,6 +332,7 @@ OTHER = {
     "config": Path("other.toml"),
     "dataset": "mnist",
     "data_dir": Path("there"),
+    "cache": Path("there"),
     "resize": "32x48:pad",
     "skip_damaged": True,
     "model": "mlp",
@@ -380,7 +381,7 @@ OTHER = {
     "trace": Path("trace.json"),
 }
 FREE = {
-    *("config", "run_dir", "resume", "data_dir", "epochs", "max_steps", "checkpoint_every", "keep_checkpoints"),
+    *("config", "run_dir", "resume", "data_dir", "cache", "epochs", "max_steps", "checkpoint_every", "keep_checkpoints"),
     *("early_stopping", "log_every", "stall_warning", "detect_hangs", "record_hashes", "balance", "on_nonfinite"),
     *("verify_every", "audit", "threads_per_rank", "trace"),
 }
