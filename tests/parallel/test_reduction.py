@@ -269,6 +269,26 @@ def test_allreduce_gives_the_same_sum_up_to_rounding(communicator):
             np.testing.assert_allclose(total["gradient"], expected["gradient"], rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("shard", [range(4), (0, 1, 4, 6, 7), ()], ids=str)
+def test_allreduce_gets_the_sum_of_all_tree_nodes_of_a_rank(shard, monkeypatch):
+    """The other ranks of this simulated job have zeros."""
+    layout, others, sent = LAYOUTS[-1], tuple(i for i in range(8) if i not in shard), []
+    communicator = OneProcess()
+    monkeypatch.setattr(communicator, "allreduce", lambda array: sent.append(array.copy()))
+    reduction = REDUCTIONS["allreduce"](communicator, layout)
+    for shards in ([range(8)], [shard, others]):  # buffers are reused
+        reduction.begin(shards)
+        for index in shards[0]:
+            reduction.add(index, leaf(layout, index))
+        sent.clear()
+        total = reduction.total()
+    expected = [leaf(layout, index) for index in shard]
+    assert total["counts"].tolist() == sum((one["counts"] for one in expected), np.zeros(3, np.int64)).tolist()
+    gradient = sum((one["gradient"] for one in expected), np.zeros(LENGTHS[-1]))
+    np.testing.assert_allclose(total["gradient"], gradient, rtol=1e-4, atol=1e-2)
+    assert [one.tobytes() for one in sent] == [field.tobytes() for field in total.values()]
+
+
 def test_shards_that_miss_a_leaf_are_a_defect():
     reduction = REDUCTIONS["tree"](OneProcess(), LAYOUTS[0])
     with pytest.raises(AssertionError, match="once each"):
