@@ -424,6 +424,16 @@ def test_a_checkpoint_is_resumed_from_inside_its_folder(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "straight"]
 
 
+def test_a_resume_into_the_folder_of_another_run_is_refused_and_changes_nothing(tmp_path):
+    for name in ("run", "other"):
+        small_run(OneProcess(), tmp_path / name, max_steps=2)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    checkpoint = checkpoints.path_of_step(tmp_path / "run" / "checkpoints", 2)
+    with pytest.raises(UserError, match="other exists and is not empty"):
+        small_run(OneProcess(), tmp_path / "other", resume=str(checkpoint))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_a_resumed_run_has_no_summary_before_it_ends(tmp_path):
     small_run(OneProcess(), tmp_path / "run", max_steps=2)
     assert (tmp_path / "run" / "summary.json").is_file()

@@ -8,6 +8,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from pretended_ranks import Rank, World
 
 from distdl.errors import UserError
 from distdl.parallel import REDUCTIONS, Field, Layout, OneProcess, contiguous_shards, deal, loads_by_speed
@@ -126,6 +127,33 @@ def test_any_spread_over_hosts_gives_the_same_bits(communicator, small_bytes, sh
             assert_sums_are_exact(part, LAYOUTS[-1], contiguous_shards(8, part.size), reduction=reduction)
     communicator.barrier()
     assert not list(shared_memory.iterdir())
+
+
+class Host(Rank):
+    """A rank on a host of its own, simulated by a thread."""
+
+    def alltoallv(self, send, send_spans, receive, receive_spans):
+        sent = self._exchanged([send[start : start + length].copy() for start, length in send_spans])
+        for of_host, (start, length) in zip(sent, receive_spans, strict=True):
+            assert of_host[self.rank].size == length
+            receive[start : start + length] = of_host[self.rank]
+
+
+@pytest.mark.parametrize("small_bytes", [0, 2**30], ids=["by the leaders", "on every rank"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_simulated_hosts_give_the_same_bits(size, small_bytes, monkeypatch):
+    monkeypatch.setattr(reduction_module, "SMALL_BYTES", small_bytes)
+    world, layout = World([0.0] * size), LAYOUTS[-1]
+    world.ranks = [Host(rank, world) for rank in range(size)]
+    dealings = [contiguous_shards(leaves, size) for leaves in (2, 5, 8)]
+    dealings.append([tuple(range(rank, 7, size)) for rank in range(size)])
+
+    def work(rank):
+        reduction = REDUCTIONS["tree"](rank, layout, host=OneProcess())
+        for shards in dealings:
+            assert_sums_are_exact(rank, layout, shards, reduction=reduction)
+
+    world.run(work)
 
 
 @pytest.mark.mpi(min_size=2)

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from small_runs import piece_of_digits
 
 from distdl.config import TrainConfig
 from distdl.errors import UserError
@@ -48,6 +49,12 @@ def test_ranks_form_groups_of_neighbours_that_differ_by_one_rank_at_most(size, r
             search(settings, one)
         found.append(one.color)
     assert found == groups
+
+
+def test_a_search_without_a_signal_does_all_trials(tmp_path):
+    config = replace(SETTINGS.config, batch_size=32, micro_batch_size=8)
+    settings = replace(SETTINGS, config=config, out=tmp_path / "search")
+    assert len(search(settings, OneProcess(), dataset=piece_of_digits(90)).results) == 2
 
 
 def test_a_trial_prints_only_its_warnings_even_on_a_terminal(monkeypatch, capsys):
