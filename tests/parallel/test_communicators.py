@@ -13,7 +13,7 @@ from small_runs import remove, small_run
 
 from distdl.errors import DamagedFileError, UserError
 from distdl.job.processes import Process
-from distdl.parallel import OneProcess, guard, ranks_per_host, share_arrays, tell_the_others, together, world
+from distdl.parallel import OneProcess, guard, ranks_per_host, share_arrays, together, world
 from distdl.parallel import shared as shared_module
 
 
@@ -269,31 +269,6 @@ def test_an_error_that_each_rank_finds_alone_is_not_agreed(monkeypatch):
     with pytest.raises(UserError, match="4 separate processes") as caught:
         world()
     assert not caught.value.agreed  # so a silent rank waits until rank 0 has printed it
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_that_one_rank_alone_has_later_ends_the_job_after_rank_0_had_time_to_report_its_own(rank, monkeypatch):
-    module, done = sys.modules[world.__module__], []
-
-    class Everyone:
-        size = 2
-
-        def abort(self, exit_code):
-            raise SystemExit(exit_code)
-
-    everyone, error = Everyone(), DamagedFileError("the file is damaged")
-    everyone.rank = rank
-    monkeypatch.setattr(module, "_world", everyone)
-    monkeypatch.setattr(module.time, "sleep", done.append)
-    monkeypatch.setattr(module, "end_the_job", lambda *which: done.append(which))
-    if rank == 0:
-        with pytest.raises(SystemExit) as exited:
-            tell_the_others(error)
-        assert exited.value.code == error.exit_code
-        assert done == []
-    else:
-        tell_the_others(error)
-        assert done == [module.SECONDS_FOR_RANK_0, (everyone, error)]
 
 
 def test_an_abort_after_a_recovery_wakes_the_survivors_and_ends_the_launcher_not_a_shell(monkeypatch):
