@@ -227,6 +227,19 @@ def test_switches_of_a_file_override_those_of_the_resumed_run(tmp_path):
     assert parsed("--resume", run, "--config", written(tmp_path, "record_hashes = false\n")).record_hashes is False
 
 
+def test_only_a_file_in_the_checkpoints_of_a_run_folder_belongs_to_a_run(tmp_path, monkeypatch):
+    run, other = tmp_path / "run", tmp_path / "other"
+    for path in (run / "checkpoints" / "x", run / "copies" / "x", other / "checkpoints" / "x", run / "config.toml"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert config_module.run_folder_of(run / "checkpoints" / "x") == run
+    assert config_module.run_folder_of(run / "copies" / "x") is None
+    assert config_module.run_folder_of(other / "checkpoints" / "x") is None
+    assert config_module.run_folder_of(run) == run
+    monkeypatch.chdir(run / "checkpoints")
+    assert config_module.run_folder_of(Path("x")) == run
+
+
 def test_auto_without_a_run_starts_from_the_defaults(tmp_path):
     config = parsed("--resume", "auto", "--run-dir", tmp_path / "new")
     assert config == dataclasses.replace(parsed(), resume="auto", run_dir=tmp_path / "new")
