@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from distdl.errors import UserError
+from distdl.image_options import Resize
+
 Task = Literal["classification", "segmentation", "regression"]
 
 
@@ -60,15 +63,22 @@ class Signature:
         sizes, numbers = (*found.image_shape, found.outputs), (*found.mean, *found.deviation)
         if not (
             found.task in get_args(Task)
-            and found.pixels in {"uint8", "float32"}
+            and found.pixels in ("uint8", "float32")
             and len(found.image_shape) == 3
             and all(type(size) is int and size > 0 for size in sizes)
             and len(found.mean) == len(found.deviation) == found.image_shape[2]
             and all(type(number) is float and math.isfinite(number) for number in numbers)
             and all(number > 0 for number in found.deviation)
-            and isinstance(found.resize, str | None)
+            and (found.resize is None or _is_resize(found.resize))
         ):
             raise ValueError("the signature has a value that is not valid")
         if names is not None and (len(names) != found.outputs or not all(isinstance(name, str) for name in names)):
             raise ValueError(f"the signature does not name {found.outputs} outputs")
         return found
+
+
+def _is_resize(value: object) -> bool:
+    try:
+        return isinstance(value, str) and bool(Resize.parse(value))
+    except UserError:
+        return False
