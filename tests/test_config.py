@@ -394,7 +394,17 @@ OTHER = {
     "trace": Path("trace.json"),
 }
 FREE = {
-    *("config", "run_dir", "resume", "data_dir", "cache", "epochs", "max_steps", "checkpoint_every", "keep_checkpoints"),
+    *(
+        "config",
+        "run_dir",
+        "resume",
+        "data_dir",
+        "cache",
+        "epochs",
+        "max_steps",
+        "checkpoint_every",
+        "keep_checkpoints",
+    ),
     *("early_stopping", "log_every", "stall_warning", "detect_hangs", "record_hashes", "balance", "on_nonfinite"),
     *("verify_every", "audit", "threads_per_rank", "trace"),
 }

@@ -121,7 +121,7 @@ class Preparation:
         data = self._share_data(communicator)
         state = together(communicator, lambda: self._build_state(data))
         check_equal_networks(communicator, config.model, state.network)
-        facts = RunFacts(config, describe(communicator), from_rank_0(communicator, data.sha256), data.signature())
+        facts = RunFacts(config, describe(communicator, data), from_rank_0(communicator, data.sha256), data.signature())
         steps_per_epoch = batch_order.steps_per_epoch(len(data.parts.training), config.batch_size)
         on_rank_0(communicator, lambda: self._restore(state, start, facts.data_sha256, steps_per_epoch))
         state.send_from_rank_0(communicator)

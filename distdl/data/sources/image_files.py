@@ -75,6 +75,7 @@ class ListedFiles:
             tuple(self.notes),
             starts.get("validation"),
             None if options.resize is None else str(Resize.parse(options.resize)),
+            tuple(skipped),
         ).checked()
 
     def _check_classes(self, labels: NDArray[Any], starts: Mapping[str, int]) -> None:
