@@ -27,9 +27,9 @@ COMMAND = Command(
     },
     flags={
         "runs": Flag(name="RUN_OR_CHECKPOINT", repeated=True),
-        "model": Flag(value="FILE.py:FUNCTION", repeated=True),
-        "dataset": Flag(value="FILE.py:FUNCTION"),
-        "on": Flag(value="SOURCE"),
+        "model": Flag(value="FILE.py:FUNCTION", is_path=True, repeated=True),
+        "dataset": Flag(value="FILE.py:FUNCTION", is_path=True),
+        "on": Flag(value="SOURCE", is_path=True),
         "part": Flag(value="test|validation|training", parse=part_of),
         "confusion_figure": Flag(value="FILE.png"),
         "misclassified": Flag(value="FILE.png"),

@@ -77,6 +77,8 @@ class Dataset(_Labelled):
     """Warnings about the data for the user; a run prints them."""
     validation_start: int | None = None
     """The first row of the dataset's own validation part, which lies before the test part; None: it has none."""
+    resize: str | None = None
+    """How image files of any size became these images, as `--resize` says; None: they had this size."""
 
     def sha256(self) -> str:
         """Return the hash of images and labels."""
@@ -171,6 +173,7 @@ class PreparedDataset(_Labelled):
     class_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
     """Warnings about the data for the user."""
+    resize: str | None = None
     target_normalization: Normalization | None = None
     """Of the numbers to predict, measured on the training part alone. None: they are not standardized."""
 
@@ -209,6 +212,7 @@ class PreparedDataset(_Labelled):
             dataset.classes,
             class_names=dataset.class_names,
             notes=dataset.notes,
+            resize=dataset.resize,
             target_normalization=measure(dataset.labels, parts.training) if standardize_targets else None,
         )
 
@@ -234,7 +238,7 @@ class PreparedDataset(_Labelled):
             "images": self.images,
             "labels": self.labels,
             "classes": np.array([self.classes]),
-            "texts": np.frombuffer(json.dumps([self.class_names, self.notes]).encode(), np.uint8),
+            "texts": np.frombuffer(json.dumps([self.class_names, self.notes, self.resize]).encode(), np.uint8),
             **{f"{prefix}{name}": array for name, array in of_the_seed.items()},
         }
 
@@ -243,8 +247,8 @@ class PreparedDataset(_Labelled):
         """Return the dataset that `to_arrays` has written with this prefix."""
         parts = Split(*(arrays[f"{prefix}{name}"] for name in ("training", "validation", "test")))
         normalization = Normalization(arrays[f"{prefix}mean"], arrays[f"{prefix}deviation"])
+        names, notes, resize = json.loads(arrays["texts"].tobytes())
         target_mean = arrays.get(f"{prefix}target_mean")
-        names, notes = json.loads(arrays["texts"].tobytes())
         return cls(
             arrays["images"],
             arrays["labels"],
@@ -253,13 +257,14 @@ class PreparedDataset(_Labelled):
             int(arrays["classes"][0]),
             class_names=None if names is None else tuple(names),
             notes=tuple(notes),
+            resize=resize,
             target_normalization=None
             if target_mean is None
             else Normalization(target_mean, arrays[f"{prefix}target_deviation"]),
         )
 
-    def signature(self, resize: str | None = None) -> Signature:
-        """Return the signature of a network that is trained on this dataset, with images prepared by `resize`."""
+    def signature(self) -> Signature:
+        """Return the signature of a network that is trained on this dataset."""
         height, width, channels = self.images.shape[1:]
         targets = self.target_normalization
         return Signature(
@@ -270,7 +275,7 @@ class PreparedDataset(_Labelled):
             pixels="uint8" if self.images.dtype == np.uint8 else "float32",
             mean=tuple(self.normalization.mean.tolist()),
             deviation=tuple(self.normalization.deviation.tolist()),
-            resize=resize,
+            resize=self.resize,
             target_mean=None if targets is None else tuple(targets.mean.tolist()),
             target_deviation=None if targets is None else tuple(targets.deviation.tolist()),
         )

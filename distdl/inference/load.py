@@ -266,7 +266,7 @@ def _load_dataset(first: _Source, data_dir: Path | None, dataset: Dataset | str 
             f"the data of {first.given} ({name}) is not here: there is no {place.absolute()}; give its place by "
             f"{flag}. Only training and its scores need it: predict, and evaluate --on other data, do not"
         )
-    return load_dataset(name, folder)
+    return load_dataset(name, folder, first.config.image_options)
 
 
 def _build(
