@@ -142,16 +142,29 @@ def test_the_title_of_misclassified_counts_those_not_shown_and_also_none():
     assert (drawn(figure), figure.get_suptitle()) == ([], "0 of 9 misclassified")
 
 
-def test_confusion_shows_every_count_and_colours_the_mistakes():
-    matrix = np.array([[8, 1, 0], [2, 7, 0], [0, 0, 9]])
+def test_confusion_shows_every_count_and_colours_shares_of_each_row():
+    matrix = np.array([[8, 2, 0], [3, 1, 0], [0, 0, 0]])
     figure = figures.confusion(matrix, ["cat", "dog", "eel"])
     (axes,) = figure.axes
     assert {(text.get_position(), text.get_text()) for text in axes.texts} == {
         ((column, row), str(matrix[row, column])) for row in range(3) for column in range(3)
     }
-    assert np.array_equal(drawn(figure)[0], [[0, 1, 0], [2, 0, 0], [0, 0, 0]])
-    assert axes.get_title() == "24 of 27 correct"
+    correct, mistakes = (image.get_array() for image in axes.images)
+    assert correct.filled(-1).tolist() == [[0.8, -1, -1], [-1, 0.25, -1], [-1, -1, 0]]
+    assert mistakes.filled(-1).tolist() == [[-1, 0.2, 0], [0.75, -1, 0], [0, 0, -1]]
+    assert [image.get_clim() for image in axes.images] == [(0, 1), (0, 0.75)]
+    assert axes.get_title() == "9 of 14 correct"
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog", "eel"]
+
+
+def test_names_of_classes_are_shown_as_they_are_and_long_ones_shortened():
+    names = ["$a_1$", "a very long name of a class, too long for a picture"]
+    (axes,) = figures.confusion(np.eye(2, dtype=np.int64), names).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["$a_1$", "a very long name of a c…"]
+    figure = figures.misclassified(np.zeros((1, 2, 2, 1), np.uint8), np.array([0]), np.array([1]), names)
+    assert titles(figure)[0] == "$a_1$, predicted a very long name of a c…"
+    for text in (*axes.get_yticklabels(), figure.axes[0].title):
+        assert not text.get_parse_math()
 
 
 def test_a_large_confusion_matrix_has_no_counts_in_its_cells():
