@@ -10,14 +10,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-<<<<<<< HEAD
 import numpy as np
 
 from distdl.data.normalization import Normalization
-=======
 from distdl.errors import UserError
 from distdl.image_options import Resize
->>>>>>> w-folders
 
 Task = Literal["classification", "segmentation", "regression"]
 
@@ -101,17 +98,11 @@ class Signature:
             and len(found.image_shape) == 3
             and all(type(size) is int and size > 0 for size in sizes)
             and len(found.mean) == len(found.deviation) == found.image_shape[2]
-<<<<<<< HEAD
             and len(target_mean) == len(target_deviation)
             and len(target_mean) in {0, found.outputs if found.task == "regression" else 0}
             and all(type(one) is float and math.isfinite(one) for one in (*found.mean, *target_mean, *deviations))
             and all(deviation > 0 for deviation in deviations)
-            and isinstance(found.resize, str | None)
-=======
-            and all(type(number) is float and math.isfinite(number) for number in numbers)
-            and all(number > 0 for number in found.deviation)
             and (found.resize is None or _is_resize(found.resize))
->>>>>>> w-folders
         ):
             raise ValueError("the signature has a value that is not valid")
         if names is not None and (len(names) != found.outputs or not all(isinstance(name, str) for name in names)):
