@@ -51,7 +51,7 @@ OTHER_NAMES = {
 
 #: The groups of `--help`, with all settings.
 GROUPS = {
-    "data": ("dataset", "data_dir", "batch_size", "augment"),
+    "data": ("dataset", "data_dir", "validation_share", "test_share", "batch_size", "augment"),
     "model": ("model", "model_settings", "init_from", "freeze", "loss"),
     "optimizer": (
         *("optimizer", "lr", "lr_base_batch", "schedule", "warmup_steps", "lr_step_epochs", "lr_step_factor"),
@@ -94,6 +94,11 @@ class TrainConfig:
     one subfolder of images per class; or your own file.py:function or package.module:function."""
     data_dir: Path | None = None
     """Folder of the dataset's files; by default mnist and fashion-mnist are downloaded into the user's cache."""
+    validation_share: float | None = None
+    """Share of the samples to validate on, if the dataset has no validation part; by default 0.15, or 0.1 of the
+    others if it has a test part."""
+    test_share: float | None = None
+    """Share of the samples to test on, if the dataset has no test part; by default 0.15."""
     model: str = "simple_convnet"
     """Network to train; or your own file.py:function or package.module:function."""
     model_settings: str | None = None
@@ -287,15 +292,23 @@ def _check_ranges(config: TrainConfig) -> None:
     at_least(0, "seed", "checkpoint_every", "log_every", "weight_decay", "verify_every", "audit", "stall_warning")
     at_least(0, "l1_decay", "warmup_steps", "early_stopping")
     at_least(1, "max_steps", "lr_base_batch")
-    for name in ("lr", "lr_step_factor", "clip_norm"):
+    for name in ("lr", "lr_step_factor", "clip_norm", "validation_share", "test_share"):
         if getattr(config, name) is not None and not getattr(config, name) > 0:
             raise UserError(f"{flag_of(name)} must be above 0, not {getattr(config, name)}")
+    _check_shares(config)
     for name in ("lr", "weight_decay", "l1_decay", "clip_norm", "lr_step_factor", "stall_warning"):
         if not math.isfinite(getattr(config, name) or 0):
             raise UserError(f"{flag_of(name)} must be a finite number, not {getattr(config, name)}")
     seconds = config.detect_hangs  # a healthy rank may show no sign of life for a fraction of a second
     if seconds and not 1 <= seconds <= LONGEST_HANG:
         raise UserError(f"--detect-hangs must be 0, or from 1 to {LONGEST_HANG} seconds, not {seconds}")
+
+
+def _check_shares(config: TrainConfig) -> None:
+    for name in ("validation_share", "test_share"):
+        share = getattr(config, name)
+        if share is not None and not share < 1:
+            raise UserError(f"{flag_of(name)} must be below 1, a share of the samples, not {share}")
 
 
 def _check_final_learning_rate(config: TrainConfig) -> None:

@@ -313,6 +313,8 @@ OTHER = {
     "config": Path("other.toml"),
     "dataset": "mnist",
     "data_dir": Path("there"),
+    "validation_share": 0.2,
+    "test_share": 0.2,
     "model": "mlp",
     "model_settings": "hidden=50",
     "epochs": 61,
