@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from distdl.errors import UserError, unknown_name
+from distdl.image_options import ImageOptions, Resize
 from distdl.model_settings import parse_model_settings
 from distdl.transforms import Transforms
 
@@ -49,13 +51,15 @@ OTHER_NAMES = {
     **dict.fromkeys(("out", "output", "output_dir", "save_dir", "log_dir"), "run_dir"),
 }
 
+SHARES = ("validation_share", "test_share")
+LOSS_SETTINGS = ("label_smoothing", "class_weights", "standardize_targets")
 #: The groups of `--help`, with all settings.
 GROUPS = {
-    "data": ("dataset", "data_dir", "validation_share", "test_share", "batch_size", "augment"),
-    "model": ("model", "model_settings", "init_from", "freeze", "loss"),
+    "data": ("dataset", "data_dir", "resize", "skip_damaged", *SHARES, "batch_size", "augment"),
+    "model": ("model", "model_settings", "init_from", "freeze", "loss", *LOSS_SETTINGS),
     "optimizer": (
         *("optimizer", "lr", "lr_base_batch", "schedule", "warmup_steps", "lr_step_epochs", "lr_step_factor"),
-        *("weight_decay", "l1_decay", "clip_norm"),
+        *("momentum", "beta1", "beta2", "epsilon", "weight_decay", "l1_decay", "clip_norm"),
     ),
     "run and checkpoints": (
         *("config", "run_dir", "resume", "epochs", "max_steps", "early_stopping", "seed"),
@@ -73,8 +77,19 @@ FREE_TO_CHANGE_ON_RESUME = frozenset(
         *("threads_per_rank", "balance", "on_nonfinite", "verify_every", "audit", "trace"),
     }
 )
+#: Settings that have an effect only with some choices of another setting.
+NEEDS = {
+    "momentum": ("optimizer", ("momentum", "nesterov")),
+    "beta1": ("optimizer", ("adam", "adamw")),
+    "beta2": ("optimizer", ("adam", "adamw", "rmsprop")),
+    "epsilon": ("optimizer", ("adam", "adamw", "rmsprop", "adagrad")),
+    "lr_step_epochs": ("schedule", ("step",)),
+    "lr_step_factor": ("schedule", ("step",)),
+}
 #: Settings of the start of a run. A config file may not hold them.
 NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace"})
+#: Settings that are a path, or end in one.
+PATHS = ("config", "data_dir", "run_dir", "resume", "trace", "init_from", "dataset", "model")
 #: No BLAS starts more threads than this.
 MOST_THREADS = 1024
 #: The largest whole number of a setting, except of the seed. A float represents every whole number up to it.
@@ -94,6 +109,11 @@ class TrainConfig:
     one subfolder of images per class; or your own file.py:function or package.module:function."""
     data_dir: Path | None = None
     """Folder of the dataset's files; by default mnist and fashion-mnist are downloaded into the user's cache."""
+    resize: str | None = None
+    """Size for all image files, such as 32 or 32x48 (height x width). If an image has other proportions, its middle is
+    cut out; 32x48:pad adds black borders instead, 32x48:stretch changes the proportions."""
+    skip_damaged: bool = False
+    """Leave out image files that cannot be used, and list them; otherwise they are refused."""
     validation_share: float | None = None
     """Share of the samples to validate on, if the dataset has no validation part; by default 0.15, or 0.1 of the
     others if it has a test part."""
@@ -116,12 +136,26 @@ class TrainConfig:
     """Samples of one forward and backward pass, the unit that is dealt to ranks; it never depends on their number."""
     loss: LossName = "auto"
     """Loss function to minimize; auto: cross_entropy for labels, mean_squared_error for numbers."""
+    label_smoothing: float = 0.0
+    """Share of a label that is spread evenly over all classes, for cross_entropy; validation uses the plain loss."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weights of the classes in the training loss; balanced: in inverse proportion to their number of labels."""
+    standardize_targets: bool = False
+    """Train on numbers with mean 0 and deviation 1 over the training part; predictions have the given units."""
     optimizer: OptimizerName = "adam"
     """Rule of the weight update."""
     lr: float | None = None
     """Learning rate; by default 0.001 for adam, adamw and rmsprop, and 0.01 for the others."""
     lr_base_batch: int | None = None
     """Batch size that the learning rate is meant for; with another --batch-size the rate scales in proportion."""
+    momentum: float = 0.9
+    """Share of the previous direction that momentum and nesterov keep."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients, for adam and adamw."""
+    beta2: float | None = None
+    """Decay of the mean of squared gradients; by default 0.999 for adam and adamw, and 0.99 for rmsprop."""
+    epsilon: float | None = None
+    """Number added to the root that a step is divided by; by default 1e-10 for adagrad, and 1e-8 for the others."""
     weight_decay: float = 0.0
     """Factor of the L2 penalty on weights (not on biases); for adamw, of its decoupled decay."""
     l1_decay: float = 0.0
@@ -187,15 +221,18 @@ class TrainConfig:
                 raise UserError(f"{flag_of(name)} must be at most {MOST}; the given number is larger")
         config = dataclasses.replace(
             self,
+            **{name: _expanded(name, getattr(self, name)) for name in PATHS},
             epochs=DEFAULT_EPOCHS.get(self.dataset, OTHER_EPOCHS) if self.epochs is None else self.epochs,
             lr=DEFAULT_LR.get(self.optimizer, OTHER_LR) if self.lr is None else self.lr,
         )
         _check_ranges(config)
         if config.augment is not None:
             Transforms.parse(config.augment)
+        if config.resize is not None:
+            config = dataclasses.replace(config, resize=str(Resize.parse(config.resize)))
         parse_model_settings(config.model_settings)
         _check_final_learning_rate(config)
-        for name in ("data_dir", "run_dir", "resume", "trace", "init_from"):
+        for name in set(PATHS) - {"config", "dataset", "model"}:
             _check_path(config, name)
         if self.micro_batch_size > self.batch_size:
             raise UserError(
@@ -205,6 +242,12 @@ class TrainConfig:
         if self.resume == "auto" and self.run_dir is None:
             raise UserError("--resume auto looks for checkpoints in --run-dir: give that folder too")
         return config
+
+    @property
+    def image_options(self) -> ImageOptions:
+        """The settings for image files; without effect for another dataset."""
+        resize = self.resize if reads_image_files(self.dataset) else None
+        return ImageOptions(resize=resize, skip_damaged=self.skip_damaged)
 
     @property
     def epoch_count(self) -> int:
@@ -222,6 +265,12 @@ class TrainConfig:
     def scaled_learning_rate(self) -> float:
         """The learning rate, scaled to the batch if `lr_base_batch` is set: Goyal et al. 2017, section 2.1."""
         return self.learning_rate * (1 if self.lr_base_batch is None else self.batch_size / self.lr_base_batch)
+
+    @property
+    def optimizer_settings(self) -> dict[str, float]:
+        """The settings of the chosen optimizer alone; those that have its own default are absent."""
+        names = [name for name, (other, choices) in NEEDS.items() if other == "optimizer" and self.optimizer in choices]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
     def micro_batches(self) -> int:
@@ -264,6 +313,28 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def expand_home(flag: str, text: str) -> str:
+    """Return a path, or a name that ends in one such as ``folder:~/photos``, with the home folder for its ``~``.
+
+    Raises `UserError` if the home folder is unknown.
+    """
+    prefix = next((one for one in FROM_PATH if text.startswith(f"{one}~")), "")
+    path = text.removeprefix(prefix)
+    if not path.startswith("~"):
+        return text
+    expanded = os.path.expanduser(path)  # noqa: PTH111  Path("~/net.py:build") is a name, not a path
+    user = path.partition("/")[0]
+    if expanded == path or (user == "~" and os.environ.get("HOME") == ""):
+        remedy = "set HOME" if user == "~" else f"there is no user {user[1:]!r}; for a file of this name, give ./{path}"
+        raise UserError(f"{flag} {text!r}: the home folder {user} is unknown: {remedy}, or give the whole path")
+    return prefix + expanded
+
+
+def _expanded(name: str, value: Any) -> Any:
+    """Return a setting with the home folder for its ``~``, of the same type."""
+    return value if value is None else type(value)(expand_home(flag_of(name), str(value)))
+
+
 def check_kind(name: str, value: object, kind: Any) -> None:
     """Raise `UserError` for a value that does not have the declared type of the setting."""
     choices = typing.get_args(kind)
@@ -279,36 +350,42 @@ def check_kind(name: str, value: object, kind: Any) -> None:
         raise UserError(f"{flag_of(name)} must be {expected}, not {value!r}")
 
 
+def without_effect(config: TrainConfig, name: str, before: str = "") -> str | None:
+    """Return why a setting has no effect with the other settings, and the remedy; None if it has one.
+
+    `before` is the text before the suggested flag.
+    """
+    other, choices = NEEDS.get(name, ("", ()))
+    if not choices or getattr(config, other) in choices:
+        return None
+    needed = " or ".join(choices)
+    return f"has no effect with {flag_of(other)} {getattr(config, other)}: give {before}{flag_of(other)} {needed}"
+
+
 def _check_ranges(config: TrainConfig) -> None:
 
-    def at_least(least: int, *names: str) -> None:
+    def must_be(expected: str, holds: Callable[[float], bool], *names: str) -> None:
         for name in names:
-            if getattr(config, name) is not None and getattr(config, name) < least:
-                raise UserError(f"{flag_of(name)} must be at least {least}, not {getattr(config, name)}")
+            value = getattr(config, name)
+            if value is not None and not holds(value):
+                raise UserError(f"{flag_of(name)} must be {expected}, not {value}")
+
+    def at_least(least: int, *names: str) -> None:
+        must_be(f"at least {least}", lambda value: not value < least, *names)
 
     at_least(1, "epochs", "batch_size", "micro_batch_size", "lr_step_epochs", "keep_checkpoints", "threads_per_rank")
-    if config.threads_per_rank > MOST_THREADS:
-        raise UserError(f"--threads-per-rank must be at most {MOST_THREADS}, not {config.threads_per_rank}")
+    must_be(f"at most {MOST_THREADS}", lambda value: value <= MOST_THREADS, "threads_per_rank")
     at_least(0, "seed", "checkpoint_every", "log_every", "weight_decay", "verify_every", "audit", "stall_warning")
     at_least(0, "l1_decay", "warmup_steps", "early_stopping")
     at_least(1, "max_steps", "lr_base_batch")
-    for name in ("lr", "lr_step_factor", "clip_norm", "validation_share", "test_share"):
-        if getattr(config, name) is not None and not getattr(config, name) > 0:
-            raise UserError(f"{flag_of(name)} must be above 0, not {getattr(config, name)}")
-    _check_shares(config)
-    for name in ("lr", "weight_decay", "l1_decay", "clip_norm", "lr_step_factor", "stall_warning"):
-        if not math.isfinite(getattr(config, name) or 0):
-            raise UserError(f"{flag_of(name)} must be a finite number, not {getattr(config, name)}")
+    must_be("above 0", lambda value: value > 0, "lr", "lr_step_factor", "clip_norm", "epsilon", *SHARES)
+    must_be("at least 0 and below 1", lambda value: 0 <= value < 1, "momentum", "beta1", "beta2", "label_smoothing")
+    finite = ("lr", "weight_decay", "l1_decay", "clip_norm", "lr_step_factor", "stall_warning", "epsilon")
+    must_be("a finite number", math.isfinite, *finite)
+    must_be("below 1, a share of the samples", lambda value: value < 1, *SHARES)
     seconds = config.detect_hangs  # a healthy rank may show no sign of life for a fraction of a second
     if seconds and not 1 <= seconds <= LONGEST_HANG:
         raise UserError(f"--detect-hangs must be 0, or from 1 to {LONGEST_HANG} seconds, not {seconds}")
-
-
-def _check_shares(config: TrainConfig) -> None:
-    for name in ("validation_share", "test_share"):
-        share = getattr(config, name)
-        if share is not None and not share < 1:
-            raise UserError(f"{flag_of(name)} must be below 1, a share of the samples, not {share}")
 
 
 def _check_final_learning_rate(config: TrainConfig) -> None:
@@ -350,6 +427,11 @@ def is_own(name: str) -> bool:
 def reads_data_dir(dataset: str) -> bool:
     """Return whether a dataset reads files from `--data-dir`. Digits and paths do not."""
     return dataset != "digits" and not dataset.startswith(FROM_PATH)
+
+
+def reads_image_files(dataset: str) -> bool:
+    """Return whether a dataset consists of image files, which `--resize` and `--skip-damaged` are for."""
+    return dataset.startswith("folder:")
 
 
 def check_model_name(model: str) -> None:

@@ -27,8 +27,8 @@ COMMAND = Command(
     },
     flags={
         "runs": Flag(name="RUN_OR_CHECKPOINT", repeated=True),
-        "model": Flag(value="FILE.py:FUNCTION", repeated=True),
-        "dataset": Flag(value="FILE.py:FUNCTION"),
+        "model": Flag(value="FILE.py:FUNCTION", is_path=True, repeated=True),
+        "dataset": Flag(value="FILE.py:FUNCTION", is_path=True),
         "confusion_figure": Flag(value="FILE.png"),
         "misclassified": Flag(value="FILE.png"),
         "json": Flag(value="FILE"),

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from distdl.arrays import sha256_of_arrays
 from distdl.data.image_shapes import canonical_images
 from distdl.data.labels import RENUMBER, Unfit, canonical, check_classes, classes_missing_in, for_loss, refuse_numbers
 from distdl.data.normalization import Normalization, measure
-from distdl.data.signature import Signature, Task
+from distdl.data.signature import Signature, Task, default_loss
 from distdl.data.split import DEFAULT_SHARE, Rows, Shares, Split, split
 from distdl.errors import UserError
 from distdl.rng import Key
@@ -51,7 +52,7 @@ class _Labelled:
     @property
     def default_loss(self) -> str:
         """The name of the loss for such targets."""
-        return "cross_entropy" if self.targets_per_sample else "mean_squared_error"
+        return default_loss(self.task)
 
     def loss_named(self, name: str) -> str:
         """Return the name of the loss that ``--loss name`` selects."""
@@ -79,6 +80,8 @@ class Dataset(_Labelled):
     """Warnings about the data for the user; a run prints them."""
     validation_start: int | None = None
     """The first row of the dataset's own validation part, which lies before the test part; None: it has none."""
+    resize: str | None = None
+    """How image files of any size became these images, as `--resize` says; None: they had this size."""
 
     def sha256(self) -> str:
         """Return the hash of images and labels."""
@@ -107,24 +110,28 @@ class Dataset(_Labelled):
         return replace(given, classes=classes).checked()
 
     def for_loss(self, loss: str) -> Dataset:
-        """Return a checked dataset with the labels that ``--loss loss`` needs, and with warnings about its classes.
+        """Return a checked dataset with the labels that ``--loss loss`` needs.
 
-        Raises `UserError` if the labels may be classes or numbers and the loss does not decide, or if there are not two
-        classes.
+        Raises `UserError` if the labels may be classes or numbers and the loss does not decide.
         """
-        dataset, labels, names = self, self.labels, self.class_names
-        try:
-            if labels.dtype.kind == "f":
-                labels = for_loss(labels, loss)
-                if labels.dtype.kind == "f":
-                    return self
-                classes = int(labels.max()) + 1 if self.classes == 1 else self.classes
-                dataset = replace(self, labels=labels, classes=classes)
-            elif labels.ndim == 1:
+        if self.labels.dtype.kind != "f":
+            return self
+        with self._naming_it():
+            labels = for_loss(self.labels, loss)
+        if labels.dtype.kind == "f":
+            return self
+        given = replace(self, labels=labels, classes=int(labels.max()) + 1 if self.classes == 1 else self.classes)
+        return replace(given, labels=given._checked_labels())
+
+    def for_training(self, loss: str) -> Dataset:
+        """Return `for_loss`, with warnings about its classes; raise `UserError` if there are not two classes."""
+        dataset = self.for_loss(loss)
+        if dataset.task == "regression":
+            return dataset
+        with self._naming_it():
+            if dataset.task == "classification":
                 refuse_numbers(loss)
-            notes = check_classes(labels, dataset.classes, names)
-        except Unfit as error:
-            raise self._wrong(error.given, error.expected) from None
+            notes = check_classes(dataset.labels, dataset.classes, dataset.class_names)
         return replace(dataset, notes=(*dataset.notes, *notes))
 
     def _canonical(self) -> Dataset:
@@ -132,11 +139,9 @@ class Dataset(_Labelled):
         for kind, array in (("images", self.images), ("labels", self.labels)):
             if not isinstance(array, np.ndarray):
                 raise self._wrong(f"{kind} of type {type(array).__name__}", f"a NumPy array: numpy.array({kind})")
-        try:
+        with self._naming_it():
             images, notes = canonical_images(self.images, len(self.labels) if self.labels.ndim else 0)
             labels, names = canonical(self.labels, self.class_names, self.classes)
-        except Unfit as error:
-            raise self._wrong(error.given, error.expected) from None
         return replace(self, images=images, labels=labels, class_names=names, notes=(*self.notes, *notes))
 
     def checked(self) -> Dataset:
@@ -206,6 +211,13 @@ class Dataset(_Labelled):
         if len("".join(names).encode(errors="surrogateescape")) > MOST_NAME_BYTES:
             raise self._wrong("long class_names", f"at most {MOST_NAME_BYTES} bytes in all")
 
+    @contextmanager
+    def _naming_it(self) -> Iterator[None]:
+        try:
+            yield
+        except Unfit as error:
+            raise self._wrong(error.given, error.expected) from None
+
     def _wrong(self, given: str, expected: str) -> UserError:
         return UserError(f"the dataset {self.name!r} has {given}; expected {expected}; correct the dataset")
 
@@ -223,17 +235,31 @@ class PreparedDataset(_Labelled):
     class_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
     """Warnings about the data for the user."""
+    resize: str | None = None
+    target_normalization: Normalization | None = None
+    """Of the numbers to predict, measured on the training part alone. None: they are not standardized."""
 
     @classmethod
     def prepare(
-        cls, dataset: Dataset, seed: int, *, shares: Shares = (None, None), data_sha256: str | None = None
+        cls,
+        dataset: Dataset,
+        seed: int,
+        *,
+        shares: Shares = (None, None),
+        data_sha256: str | None = None,
+        standardize_targets: bool = False,
     ) -> PreparedDataset:
         """Split a dataset (see `split`), and measure the pixels of its training part; raise `UserError`.
 
-        `data_sha256` is the hash in a checkpoint. If an earlier version split this dataset, that split is drawn again.
+        With `standardize_targets` measure the numbers to predict too. `data_sha256` is the hash in a checkpoint. If an
+        earlier version split this dataset, that split is drawn again.
         """
         _check_shares(dataset, shares)
-        prepared = cls._split(dataset, seed, shares)
+        if standardize_targets and dataset.targets_per_sample:
+            raise UserError(
+                f"--standardize-targets is for numbers, and {dataset.name} has labels of classes: leave the flag out"
+            )
+        prepared = cls._split(dataset, seed, shares, standardize_targets=standardize_targets)
         is_newly_stratified = dataset.labels.ndim == 1 and dataset.test_start and not dataset.validation_start
         if data_sha256 is not None and is_newly_stratified and prepared.sha256() != data_sha256:
             earlier = cls._split(dataset, seed, shares, stratified=False)
@@ -241,7 +267,9 @@ class PreparedDataset(_Labelled):
         return prepared
 
     @classmethod
-    def _split(cls, dataset: Dataset, seed: int, shares: Shares, *, stratified: bool = True) -> PreparedDataset:
+    def _split(
+        cls, dataset: Dataset, seed: int, shares: Shares, *, stratified: bool = True, standardize_targets: bool = False
+    ) -> PreparedDataset:
         parts = split(
             dataset.labels,
             dataset.test_start,
@@ -263,6 +291,8 @@ class PreparedDataset(_Labelled):
             dataset.classes,
             class_names=dataset.class_names,
             notes=notes,
+            resize=dataset.resize,
+            target_normalization=measure(dataset.labels, parts.training) if standardize_targets else None,
         )
 
     @classmethod
@@ -281,11 +311,13 @@ class PreparedDataset(_Labelled):
         `prefix` begins the names of the arrays that depend on the seed: one dict can hold the splits of several seeds.
         """
         of_the_seed = vars(self.parts) | vars(self.normalization)
+        if self.target_normalization is not None:
+            of_the_seed |= {f"target_{name}": array for name, array in vars(self.target_normalization).items()}
         return {
             "images": self.images,
             "labels": self.labels,
             "classes": np.array([self.classes]),
-            "texts": np.frombuffer(json.dumps([self.class_names, self.notes]).encode(), np.uint8),
+            "texts": np.frombuffer(json.dumps([self.class_names, self.notes, self.resize]).encode(), np.uint8),
             **{f"{prefix}{name}": array for name, array in of_the_seed.items()},
         }
 
@@ -294,7 +326,8 @@ class PreparedDataset(_Labelled):
         """Return the dataset that `to_arrays` has written with this prefix."""
         parts = Split(*(arrays[f"{prefix}{name}"] for name in ("training", "validation", "test")))
         normalization = Normalization(arrays[f"{prefix}mean"], arrays[f"{prefix}deviation"])
-        names, notes = json.loads(arrays["texts"].tobytes())
+        names, notes, resize = json.loads(arrays["texts"].tobytes())
+        target_mean = arrays.get(f"{prefix}target_mean")
         return cls(
             arrays["images"],
             arrays["labels"],
@@ -303,11 +336,16 @@ class PreparedDataset(_Labelled):
             int(arrays["classes"][0]),
             class_names=None if names is None else tuple(names),
             notes=tuple(notes),
+            resize=resize,
+            target_normalization=None
+            if target_mean is None
+            else Normalization(target_mean, arrays[f"{prefix}target_deviation"]),
         )
 
-    def signature(self, resize: str | None = None) -> Signature:
-        """Return the signature of a network that is trained on this dataset, with images prepared by `resize`."""
+    def signature(self) -> Signature:
+        """Return the signature of a network that is trained on this dataset."""
         height, width, channels = self.images.shape[1:]
+        targets = self.target_normalization
         return Signature(
             task=self.task,
             outputs=self.classes,
@@ -316,8 +354,15 @@ class PreparedDataset(_Labelled):
             pixels="uint8" if self.images.dtype == np.uint8 else "float32",
             mean=tuple(self.normalization.mean.tolist()),
             deviation=tuple(self.normalization.deviation.tolist()),
-            resize=resize,
+            resize=self.resize,
+            target_mean=None if targets is None else tuple(targets.mean.tolist()),
+            target_deviation=None if targets is None else tuple(targets.deviation.tolist()),
         )
+
+    def targets(self, rows: Rows) -> NDArray[Any]:
+        """Return the labels of some rows, as a loss compares them with outputs: numbers are standardized if asked."""
+        labels = self.labels[rows]
+        return labels if self.target_normalization is None else self.target_normalization.apply(labels)
 
     def sha256(self) -> str:
         """Return the hash of images, labels and split, the ``data_sha256`` of a checkpoint: 0.1 s for MNIST."""

@@ -17,8 +17,8 @@ MOST_COLORS = 4
 LEAST_SIDE = 8
 
 
-def canonical_images(images: NDArray[Any], samples: int) -> tuple[NDArray[Any], tuple[str, ...]]:
-    """Return images for so many labels as uint8 or float32 (N, H, W, C), and warnings; raise `Unfit`.
+def canonical_images(images: NDArray[Any], samples: int | None = None) -> tuple[NDArray[Any], tuple[str, ...]]:
+    """Return images of so many samples as uint8 or float32 (N, H, W, C), and warnings; raise `Unfit`.
 
     Flat images (N, D) of a square number D of pixels become square images with one channel.
     """

@@ -1,4 +1,4 @@
-"""Mean and deviation of each channel, measured on the training part alone.
+"""Mean and deviation of each channel, measured on the training part alone; also those of the numbers to predict.
 
 For bytes the measurement is exact: it uses integer sums alone. A row gets the same bits in every batch.
 
@@ -41,6 +41,12 @@ class Normalization:
             out = np.empty(images.shape, np.float32)
         np.subtract(images, self.mean, out=out, dtype=np.float32)
         return np.divide(out, self.deviation, out=out)
+
+    def undo(self, normalized: NDArray[Any]) -> NDArray[Any]:
+        """Return ``deviation · normalized + mean`` in the dtype of `normalized`: the opposite of `apply`."""
+        restored: NDArray[Any] = normalized * self.deviation.astype(normalized.dtype)
+        restored += self.mean.astype(normalized.dtype)
+        return restored
 
 
 def measure(images: NDArray[Any], rows: NDArray[np.int64]) -> Normalization:

@@ -158,6 +158,7 @@ class Preparation:
                 l1=config.l1_decay,
                 decay_slices=network.decay_slices,
                 frozen=transfer.frozen_slices(network, config.freeze),
+                **config.optimizer_settings,
             )
         except MemoryError:
             raise UserError(
@@ -210,16 +211,19 @@ class Preparation:
     def introduce(self, trainer: Trainer) -> None:
         """Print the banner on rank 0, and tell all listeners of the start."""
         if trainer.communicator.rank == 0:
-            console, parameters = trainer.console, trainer.state.network.parameter_count
-            environment = trainer.facts.environment
-            for line in banner_of(self.config, trainer.data, parameters, environment, trainer.communicator):
+            console, data, network = trainer.console, trainer.data, trainer.state.network
+            for line in banner_of(self.config, data, network, trainer.facts.environment, trainer.communicator):
                 console.line(line)
+            for note in data.notes:
+                console.warning(note)
             if self.transferred is not None:
                 for complaint in self.transferred.complaints:
                     console.warning(f"{complaint}; the one before it is used")
                 console.line(str(self.transferred))
             if frozen := sum(where.stop - where.start for where in trainer.state.optimizer.frozen):
-                console.line(f"frozen: {frozen:,} of {parameters:,} parameters (--freeze {self.config.freeze})")
+                console.line(
+                    f"frozen: {frozen:,} of {network.parameter_count:,} parameters (--freeze {self.config.freeze})"
+                )
         for listener in trainer.listeners:
             listener.started()
 
@@ -239,6 +243,11 @@ def names_from_script(config: TrainConfig, build_network: BuildNetwork | None, d
 
 def read_data(config: TrainConfig, dataset: Dataset | None, data_sha256: str | None = None) -> PreparedDataset:
     """Load the dataset, split it, and measure its training part; `data_sha256` is the hash in a checkpoint, if any."""
-    dataset = load_dataset(config.dataset, config.data_dir) if dataset is None else dataset.checked()
-    shares = config.validation_share, config.test_share
-    return PreparedDataset.prepare(dataset.for_loss(config.loss), config.seed, shares=shares, data_sha256=data_sha256)
+    dataset = dataset.checked() if dataset else load_dataset(config.dataset, config.data_dir, config.image_options)
+    return PreparedDataset.prepare(
+        dataset.for_training(config.loss),
+        config.seed,
+        shares=(config.validation_share, config.test_share),
+        data_sha256=data_sha256,
+        standardize_targets=config.standardize_targets,
+    )

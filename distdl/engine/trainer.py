@@ -30,6 +30,7 @@ from distdl.engine.events import RunListener
 from distdl.engine.fault_injection import FaultPoints, fault_point
 from distdl.engine.logbook import Logbook
 from distdl.engine.metrics import METRIC_FIELDS, Sums
+from distdl.engine.objective import training_loss
 from distdl.engine.state import TrainingState
 from distdl.engine.step import OptimizerStep, StepObserver, supervised
 from distdl.engine.stop import StopRequest
@@ -89,7 +90,7 @@ class Trainer:
         self.state = state
         self.stop = stop
         self.key = Key(config.seed)
-        self.loss = make_loss(data.loss_named(config.loss))
+        self.loss, self._training_loss = make_loss(data.loss_named(config.loss)), training_loss(config, data)
         self._batch_order = BatchOrder(data.parts.training, config.batch_size, self.key)
         self.steps_per_epoch = self._batch_order.steps_per_epoch
         self.schedule = make_schedule(
@@ -238,7 +239,7 @@ class Trainer:
             return loaded
 
         total = self._optimizer_step.take(
-            supervised(state.network, self.loss, load, key),
+            supervised(state.network, self._training_loss, load, key),
             samples=len(rows),
             learning_rate=learning_rate,
             update_number=state.step + 1 - progress.skipped_steps,  # Adam's bias correction counts no skipped step

@@ -44,6 +44,28 @@ class EvaluateOptions(LoadOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PredictOptions(LoadOptions):
+    """The flags of `distdl.predict`."""
+
+    run: Path
+    """Run folder or checkpoint."""
+    inputs: tuple[str, ...]
+    """Image files, folders of images, npz:FILE.npz with an array of images, or - for file names on standard input."""
+    others: tuple[Path, ...] = ()
+    """Another run, for an ensemble; may be given several times."""
+    best: bool = False
+    """Of each run, use the checkpoint with the best validation accuracy."""
+    top: int = 3
+    """Number of classes to show for each image, the most probable first."""
+    csv: Path | None = None
+    """Write the predictions to this file as a table."""
+    json: Path | None = None
+    """Write the predictions to this file."""
+    masks: Path | None = None
+    """Folder for the class of each pixel, a PNG file for each image; for networks that label pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportOptions(LoadOptions):
     """The flags of `distdl.report`."""
 

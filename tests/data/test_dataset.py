@@ -20,6 +20,8 @@ LABELS = np.array([0, 1, 2, 0, 1, 2], np.uint8)
 GIVEN = Dataset("mine", IMAGES, LABELS, classes=3, test_start=4)
 NAN = IMAGES.copy()
 NAN[2, 1, 1] = np.nan
+NUMBERS = np.zeros((6, 3), np.float32)
+NUMBERS[5, 1] = np.inf
 
 
 def test_a_correct_dataset_is_accepted_with_int64_labels():
@@ -46,6 +48,12 @@ def test_a_correct_dataset_is_accepted_with_int64_labels():
         ({"labels": LABELS[:, None, None]}, "labels uint8 (6, 1, 1); expected 6 integers"),
         ({"labels": LABELS / 2}, "labels float32 (6, 1); expected (6, 3), as many numbers for each image"),
         ({"labels": LABELS + 0j}, "labels complex128 (6,); expected integers, floats, texts or True/False"),
+        (
+            {"labels": NUMBERS[:, :2]},
+            "labels float32 (6, 2); expected (6, 3), as many numbers for each image",
+        ),
+        ({"labels": NUMBERS[:5]}, "labels float32 (5, 3); expected (6, 3)"),
+        ({"labels": NUMBERS}, "NaN or infinity in labels, first in sample 5; expected finite numbers"),
         ({"labels": LABELS + 1}, "labels 1 to 3; expected 0 to 2 for 3 classes"),
         ({"labels": LABELS.astype(np.int64) - 1}, "labels -1 to 1; expected 0 to 2"),
         ({"classes": 2}, "labels 0 to 2; expected 0 to 1"),

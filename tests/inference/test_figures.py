@@ -151,6 +151,16 @@ def test_a_large_confusion_matrix_has_no_counts_in_its_cells():
     assert len(axes.texts) == 0
 
 
+def test_square_contents_have_about_square_figures():
+    images, labels = np.zeros((36, 2, 2, 1), np.uint8), np.zeros(36, np.int64)
+    of_filters = figures.filters(network_of(filters=36))
+    of_misclassified = figures.misclassified(images, labels, labels + 1)
+    of_confusion = figures.confusion(np.eye(30, dtype=np.int64))
+    for figure in (of_filters, of_misclassified, of_confusion):
+        width, height = figure.get_size_inches()
+        assert 0.8 < width / height < 1.25
+
+
 def test_activation_histograms_count_every_activation():
     outputs = {"relu_1": random(10, 3), "relu_2": np.zeros((4, 4))}
     figure = figures.activation_histograms({"": outputs}, bins=5)

@@ -308,6 +308,26 @@ def test_many_trainings_on_several_hosts_do_not_exhaust_the_communicators(commun
     own.free()
 
 
+@pytest.mark.parametrize("host", ["a group of its own", "the same ranks", "not used"])
+def test_a_freed_communicator_frees_that_of_its_host(host):
+    """MPI has about two thousand communicators in all. They are simulated here, since a job may need no own group."""
+    mpi = pytest.importorskip("distdl.parallel.mpi", exc_type=(ImportError, RuntimeError))
+    freed, related = [], mpi._Related()
+
+    def simulated(name):
+        one = object.__new__(mpi.MpiCommunicator)
+        one._comm = SimpleNamespace(Free=lambda: freed.append(name))
+        one._related, one._own_host = related, None
+        related.comms.append(one._comm)
+        return one
+
+    part = simulated("part")
+    part._own_host = {"a group of its own": simulated("host"), "the same ranks": part, "not used": None}[host]
+    part.free()
+    assert freed == (["host", "part"] if host == "a group of its own" else ["part"])
+    assert len(related.comms) == 2 - len(freed)
+
+
 def test_an_error_that_each_rank_finds_alone_is_not_agreed(monkeypatch):
     monkeypatch.setitem(sys.modules, "distdl.parallel.mpi", None)
     monkeypatch.delattr("distdl.parallel.mpi", raising=False)

@@ -157,6 +157,20 @@ def test_dropped_schedules_are_created_again(communicator, monkeypatch):
         assert_sums_are_exact(communicator, LAYOUTS[-1], shards, reduction=reduction, steps=1)
 
 
+def test_the_memory_for_schedules_is_bounded():
+    """Each step deals its shards in a new way; without a limit, each would keep a schedule."""
+    reduction = REDUCTIONS["tree"](OneProcess(), LAYOUTS[0])
+    tracemalloc.start()
+    try:
+        for leaves in range(300, 0, -1):
+            reduction.begin(contiguous_shards(leaves, 1))
+            if leaves == 230:
+                before = tracemalloc.get_traced_memory()[0]
+        assert tracemalloc.get_traced_memory()[0] < 1.5 * before
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.mpi(min_size=2)
 def test_leaves_dealt_at_random_give_the_same_bits(communicator):
     """A shard may be any set of leaves, and a reduction may get other shards in each step."""

@@ -11,16 +11,20 @@ trusted: nothing is unpickled, and memory is allocated only if an array's size a
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from distdl.data.dataset import Dataset
+from distdl.data.image_shapes import canonical_images
+from distdl.data.labels import Unfit
 from distdl.errors import DamagedFileError, DistdlError, UserError, quoted
 
+T = TypeVar("T")
 #: The words in the names of arrays, for images and labels and for the parts in the order of their rows.
 WORDS = {"images": ("images", "x", "data"), "labels": ("labels", "y", "target", "targets")}
 PARTS = {"training": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
@@ -40,7 +44,7 @@ def load_npz(path: Path) -> Dataset:
 
     Raises `UserError` if the file cannot be read or holds no such dataset, `DamagedFileError` if it is damaged.
     """
-    parts, class_names = _read(path)
+    parts, class_names = _read(path, lambda archive: _contents(archive, path))
     starts: dict[str, int] = {}
     count = 0
     for part, (images, labels) in parts.items():
@@ -89,8 +93,8 @@ def _scale_notes(images: dict[str, NDArray[Any]]) -> tuple[str, ...]:
     )
 
 
-def _read(path: Path) -> tuple[dict[str, tuple[NDArray[Any], NDArray[Any]]], tuple[str, ...] | None]:
-    """Return images and labels of each part, and the names of the classes."""
+def _read(path: Path, read: Callable[[NpzFile], T]) -> T:
+    """Return the result of `read` on the archive; its exceptions become errors that name the file."""
     if not path.is_file():
         what = "is not a regular file" if path.exists() else "does not exist"
         raise UserError(f"the data file {quoted(path)} {what}: give the path of an .npz file")
@@ -98,12 +102,7 @@ def _read(path: Path) -> tuple[dict[str, tuple[NDArray[Any], NDArray[Any]]], tup
         with path.open("rb") as file:
             _check_is_zip(file, path)
             with np.load(file, allow_pickle=False) as archive:
-                names = _names_in(archive.files, path)
-                parts = {
-                    part: (_floats_as_float32(_array(archive, path, images)), _array(archive, path, labels))
-                    for part, (images, labels) in names.items()
-                }
-                return parts, _class_names(archive, path)
+                return read(archive)
     except DistdlError:
         raise
     except MemoryError:
@@ -114,6 +113,18 @@ def _read(path: Path) -> tuple[dict[str, tuple[NDArray[Any], NDArray[Any]]], tup
         raise DamagedFileError(
             f"{quoted(path)} is damaged: {error}; expected a file from numpy.savez; write or copy it again"
         ) from error
+
+
+def _contents(
+    archive: NpzFile, path: Path
+) -> tuple[dict[str, tuple[NDArray[Any], NDArray[Any]]], tuple[str, ...] | None]:
+    """Return images and labels of each part, and the names of the classes."""
+    names = _names_in(archive.files, path)
+    parts = {
+        part: (_floats_as_float32(_array(archive, path, images)), _array(archive, path, labels))
+        for part, (images, labels) in names.items()
+    }
+    return parts, _class_names(archive, path)
 
 
 def _check_is_zip(file: IO[bytes], path: Path) -> None:
@@ -213,3 +224,33 @@ def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any], in
     if any(size < 0 for size in shape):
         raise ValueError(f"the shape {shape} has a negative number")
     return shape, is_fortran, dtype, stream.tell()
+
+
+def load_images(name: str) -> NDArray[Any]:
+    """Return the images (N, H, W, C) of an ``.npz`` file without labels: the array ``images``, or the only one.
+
+    ``FILE.npz:ARRAY`` names another array. Raises the errors of `load_npz`.
+    """
+    path, wanted = Path(name), None
+    if not path.exists() and ":" in name:
+        file, _, wanted = name.rpartition(":")
+        path = Path(file)
+    images = _read(path, lambda archive: _floats_as_float32(_array(archive, path, _images_name(archive, path, wanted))))
+    try:
+        return canonical_images(images[..., np.newaxis] if images.ndim == 3 else images)[0]
+    except Unfit as error:
+        raise UserError(f"{quoted(path)} has {error.given}: expected {error.expected}") from None
+
+
+def _images_name(archive: NpzFile, path: Path, wanted: str | None) -> str:
+    """Return the name of the array with the images."""
+    found = [wanted] if wanted else list(archive.files)
+    if wanted is None and len(found) > 1:
+        of_images = {name: ARRAY.fullmatch(name) for name in found}
+        found = [name for name, match in of_images.items() if match and KIND_OF[match[2].lower()] == "images"]
+    if len(found) != 1 or found[0] not in archive.files:
+        raise UserError(
+            f"{quoted(path)} holds {', '.join(map(repr, sorted(archive.files)[:8])) or 'nothing'}: name the array of "
+            f"images, as in npz:{path}:images"
+        )
+    return found[0]
