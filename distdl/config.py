@@ -51,10 +51,11 @@ OTHER_NAMES = {
     **dict.fromkeys(("out", "output", "output_dir", "save_dir", "log_dir"), "run_dir"),
 }
 
+SHARES = ("validation_share", "test_share")
 LOSS_SETTINGS = ("label_smoothing", "class_weights", "standardize_targets")
 #: The groups of `--help`, with all settings.
 GROUPS = {
-    "data": ("dataset", "data_dir", "resize", "skip_damaged", "cache", "batch_size", "augment"),
+    "data": ("dataset", "data_dir", "resize", "skip_damaged", "cache", *SHARES, "batch_size", "augment"),
     "model": ("model", "model_settings", "init_from", "freeze", "loss", *LOSS_SETTINGS),
     "optimizer": (
         *("optimizer", "lr", "lr_base_batch", "schedule", "warmup_steps", "lr_step_epochs", "lr_step_factor"),
@@ -118,6 +119,11 @@ class TrainConfig:
     """Leave out image files that cannot be used, and list them; otherwise they are refused."""
     cache: Path | None = None
     """Folder for decoded image files: they are decoded once and then mapped, for images that do not fit into memory."""
+    validation_share: float | None = None
+    """Share of the samples to validate on, if the dataset has no validation part; by default 0.15, or 0.1 of the
+    others if it has a test part."""
+    test_share: float | None = None
+    """Share of the samples to test on, if the dataset has no test part; by default 0.15."""
     model: str = "simple_convnet"
     """Network to train; or your own file.py:function or package.module:function."""
     model_settings: str | None = None
@@ -383,11 +389,12 @@ def _check_ranges(config: TrainConfig) -> None:
     at_least(0, "seed", "checkpoint_every", "log_every", "weight_decay", "verify_every", "audit", "stall_warning")
     at_least(0, "l1_decay", "warmup_steps", "early_stopping")
     at_least(1, "max_steps", "lr_base_batch", "plateau_patience")
-    must_be("above 0", lambda value: value > 0, "lr", "lr_step_factor", "clip_norm", "epsilon")
+    must_be("above 0", lambda value: value > 0, "lr", "lr_step_factor", "clip_norm", "epsilon", *SHARES)
     must_be("at least 0 and below 1", lambda value: 0 <= value < 1, "momentum", "beta1", "beta2", "label_smoothing")
     finite = ("lr", "weight_decay", "l1_decay", "clip_norm", "lr_step_factor", "stall_warning", "epsilon")
     must_be("above 0 and below 1", lambda value: 0 < value < 1, "plateau_factor")
     must_be("a finite number", math.isfinite, *finite)
+    must_be("below 1, a share of the samples", lambda value: value < 1, *SHARES)
     seconds = config.detect_hangs  # a healthy rank may show no sign of life for a fraction of a second
     if seconds and not 1 <= seconds <= LONGEST_HANG:
         raise UserError(f"--detect-hangs must be 0, or from 1 to {LONGEST_HANG} seconds, not {seconds}")

@@ -349,6 +349,8 @@ OTHER = {
     "dataset": "mnist",
     "data_dir": Path("there"),
     "cache": Path("there"),
+    "validation_share": 0.2,
+    "test_share": 0.2,
     "resize": "32x48:pad",
     "skip_damaged": True,
     "model": "mlp",

@@ -40,12 +40,14 @@ def test_a_correct_dataset_is_accepted_with_int64_labels():
         ({"images": IMAGES.tolist()}, "images of type list; expected a NumPy array"),
         ({"labels": [0, 1]}, "labels of type list; expected a NumPy array"),
         ({"images": IMAGES[..., 0]}, "images float32 (6, 4, 3); expected uint8 or float32 (N, H, W, C)"),
-        ({"images": IMAGES.astype(np.float64)}, "images float64 (6, 4, 3, 1); expected uint8 or float32"),
+        ({"images": IMAGES.astype(np.int64)}, "images int64 (6, 4, 3, 1); expected uint8 or float32"),
+        ({"images": np.zeros((6, 3, 9, 8))}, "images (6, 3, 9, 8), which are 3 pixels high and 9 wide with 8 channels"),
         ({"images": IMAGES[:0], "labels": LABELS[:0]}, "images float32 (0, 4, 3, 1); expected"),
         ({"images": NAN}, "NaN or infinity in images, first in sample 2; expected finite"),
         ({"labels": LABELS[:5]}, "labels uint8 (5,); expected 6 integers"),
-        ({"labels": LABELS[:, None]}, "labels uint8 (6, 1); expected 6 integers"),
-        ({"labels": LABELS.astype(np.float32)}, "labels float32 (6,); expected 6 integers"),
+        ({"labels": LABELS[:, None, None]}, "labels uint8 (6, 1, 1); expected 6 integers"),
+        ({"labels": LABELS / 2}, "labels float32 (6, 1); expected (6, 3), as many numbers for each image"),
+        ({"labels": LABELS + 0j}, "labels complex128 (6,); expected integers, floats, texts or True/False"),
         (
             {"labels": NUMBERS[:, :2]},
             "labels float32 (6, 2); expected (6, 3), as many numbers for each image",
@@ -72,6 +74,24 @@ def test_a_wrong_dataset_is_one_line_before_anything_is_written(wrong, said, tmp
         train(config, OneProcess(), dataset=replace(GIVEN, **wrong))
     assert str(error.value).startswith(f"the dataset 'mine' has {said}")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"images": IMAGES.astype(np.float64)}, {}),
+        ({"labels": LABELS[:, None]}, {}),
+        ({"labels": LABELS.astype(np.float64)}, {}),
+        ({"labels": np.array(["a", "b", "c"])[LABELS]}, {"class_names": ("a", "b", "c")}),
+        ({"labels": np.eye(3)[LABELS]}, {"labels": np.eye(3, dtype=np.float32)[LABELS]}),
+    ],
+    ids=str,
+)
+def test_a_script_may_give_arrays_in_the_forms_of_an_npz_file(given, expected):
+    checked = replace(GIVEN, **given).checked()
+    assert checked.images.dtype == np.float32
+    np.testing.assert_array_equal(checked.labels, expected.get("labels", LABELS), strict=False)
+    assert checked.class_names == expected.get("class_names")
 
 
 # ------------------------------------------------------------------------------------------------- the prepared form
