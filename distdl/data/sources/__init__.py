@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distdl.data.dataset import Dataset
+from distdl.data.sources.csv_file import load_csv
 from distdl.data.sources.digits import load_digits
 from distdl.data.sources.folder import load_folder
 from distdl.data.sources.mnist import load_fashion_mnist, load_mnist
@@ -26,11 +27,12 @@ SOURCES: dict[str, Callable[[Path | None], Dataset]] = {
 FROM_PATH: dict[str, Callable[[Path, ImageOptions], Dataset]] = {
     "npz:": lambda path, _options: load_npz(path),
     "folder:": load_folder,
+    "csv:": load_csv,
 }
 
 
 def load(name: str, data_dir: Path | None, options: ImageOptions | None = None) -> Dataset:
-    """Return the dataset of that name; ``npz:PATH`` and ``folder:PATH`` name a user's own.
+    """Return the dataset of that name; ``npz:FILE``, ``folder:PATH`` and ``csv:FILE`` name a user's own.
 
     `data_dir` is the folder with the files of a published dataset; None: download them. `options` are for image files.
 
