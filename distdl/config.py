@@ -31,7 +31,7 @@ MODELS = (
 OptimizerName = Literal["adam", "adamw", "momentum", "nesterov", "adagrad", "rmsprop", "sgd"]
 OPTIMIZERS: tuple[str, ...] = typing.get_args(OptimizerName)
 LossName = Literal["auto", "cross_entropy", "binary_cross_entropy", "mean_squared_error"]
-ScheduleName = Literal["constant", "step", "cosine"]
+ScheduleName = Literal["constant", "step", "cosine", "plateau"]
 ReductionName = Literal["tree", "allreduce"]
 REDUCTIONS: tuple[str, ...] = typing.get_args(ReductionName)
 
@@ -51,17 +51,19 @@ OTHER_NAMES = {
     **dict.fromkeys(("out", "output", "output_dir", "save_dir", "log_dir"), "run_dir"),
 }
 
+SHARES = ("validation_share", "test_share")
 LOSS_SETTINGS = ("label_smoothing", "class_weights", "standardize_targets")
 #: The groups of `--help`, with all settings.
 GROUPS = {
-    "data": ("dataset", "data_dir", "resize", "skip_damaged", "batch_size", "augment"),
+    "data": ("dataset", "data_dir", "resize", "skip_damaged", "cache", *SHARES, "batch_size", "augment"),
     "model": ("model", "model_settings", "init_from", "freeze", "loss", *LOSS_SETTINGS),
     "optimizer": (
         *("optimizer", "lr", "lr_base_batch", "schedule", "warmup_steps", "lr_step_epochs", "lr_step_factor"),
+        *("plateau_patience", "plateau_factor"),
         *("momentum", "beta1", "beta2", "epsilon", "weight_decay", "l1_decay", "clip_norm"),
     ),
     "run and checkpoints": (
-        *("config", "run_dir", "resume", "epochs", "max_steps", "early_stopping", "seed"),
+        *("config", "run_dir", "resume", "epochs", "max_steps", "early_stopping", "test_with", "seed"),
         *("checkpoint_every", "keep_checkpoints", "log_every", "trace"),
     ),
     "faults": ("on_nonfinite", "verify_every", "audit", "record_hashes", "stall_warning", "detect_hangs"),
@@ -71,7 +73,7 @@ GROUPS = {
 #: Settings that a resumed run may change. They affect neither the weights at a step nor the meaning of the weights.
 FREE_TO_CHANGE_ON_RESUME = frozenset(
     {
-        *("config", "run_dir", "resume", "data_dir", "epochs", "max_steps", "early_stopping"),
+        *("config", "run_dir", "resume", "data_dir", "cache", "epochs", "max_steps", "early_stopping", "test_with"),
         *("checkpoint_every", "keep_checkpoints", "log_every", "stall_warning", "detect_hangs", "record_hashes"),
         *("threads_per_rank", "balance", "on_nonfinite", "verify_every", "audit", "trace"),
     }
@@ -84,11 +86,13 @@ NEEDS = {
     "epsilon": ("optimizer", ("adam", "adamw", "rmsprop", "adagrad")),
     "lr_step_epochs": ("schedule", ("step",)),
     "lr_step_factor": ("schedule", ("step",)),
+    "plateau_patience": ("schedule", ("plateau",)),
+    "plateau_factor": ("schedule", ("plateau",)),
 }
 #: Settings of the start of a run. A config file may not hold them.
 NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace"})
 #: Settings that are a path, or end in one.
-PATHS = ("config", "data_dir", "run_dir", "resume", "trace", "init_from", "dataset", "model")
+PATHS = ("config", "data_dir", "cache", "run_dir", "resume", "trace", "init_from", "dataset", "model")
 #: No BLAS starts more threads than this.
 MOST_THREADS = 1024
 #: The largest whole number of a setting, except of the seed. A float represents every whole number up to it.
@@ -113,6 +117,13 @@ class TrainConfig:
     cut out; 32x48:pad adds black borders instead, 32x48:stretch changes the proportions."""
     skip_damaged: bool = False
     """Leave out image files that cannot be used, and list them; otherwise they are refused."""
+    cache: Path | None = None
+    """Folder for decoded image files: they are decoded once and then mapped, for images that do not fit into memory."""
+    validation_share: float | None = None
+    """Share of the samples to validate on, if the dataset has no validation part; by default 0.15, or 0.1 of the
+    others if it has a test part."""
+    test_share: float | None = None
+    """Share of the samples to test on, if the dataset has no test part; by default 0.15."""
     model: str = "simple_convnet"
     """Network to train; or your own file.py:function or package.module:function."""
     model_settings: str | None = None
@@ -158,13 +169,17 @@ class TrainConfig:
     """Largest Euclidean norm of the gradient; a longer gradient is scaled down to it."""
     schedule: ScheduleName = "constant"
     """Course of the learning rate; step: multiplied by lr-step-factor every lr-step-epochs; cosine: along a cosine
-    to 0."""
+    to 0; plateau: multiplied by plateau-factor after plateau-patience epochs without a better validation."""
     warmup_steps: int = 0
     """First steps, in which the learning rate rises linearly to the value of the schedule."""
     lr_step_epochs: int = 5
     """Epochs between two changes of the step schedule."""
     lr_step_factor: float = 0.1
     """Factor of each change of the step schedule."""
+    plateau_patience: int = 10
+    """Epochs without a better validation after which the plateau schedule reduces the learning rate."""
+    plateau_factor: float = 0.1
+    """Factor of each reduction of the plateau schedule."""
     augment: str | None = None
     """Random changes of training images, such as rotate=10,shift=2; also scale=0.1, crop=2, flip, brightness=0.1.
     Labels of pixels move with the image; a pixel from beyond the edge has no label and does not count."""
@@ -176,6 +191,8 @@ class TrainConfig:
     """Stop with a checkpoint after this step of the whole run; a resume without the flag continues."""
     early_stopping: int = 0
     """Stop after this many epochs without a better validation accuracy; 0: never."""
+    test_with: Literal["last", "best"] = "last"
+    """Weights that are scored on the test part at the end; best: those of the best validation."""
     resume: str | None = None
     """Checkpoint or run folder to continue from; auto: the newest intact checkpoint in --run-dir, if there is one."""
     checkpoint_every: int = 0
@@ -241,7 +258,7 @@ class TrainConfig:
     def image_options(self) -> ImageOptions:
         """The settings for image files; without effect for another dataset."""
         resize = self.resize if reads_image_files(self.dataset) else None
-        return ImageOptions(resize=resize, skip_damaged=self.skip_damaged)
+        return ImageOptions(resize=resize, skip_damaged=self.skip_damaged, cache=self.cache)
 
     @property
     def epoch_count(self) -> int:
@@ -280,7 +297,7 @@ class TrainConfig:
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> TrainConfig:
         """Return the config that `to_json` turned into these values. An absent setting has its default."""
-        names = ("config", "data_dir", "run_dir", "trace")
+        names = ("config", "data_dir", "cache", "run_dir", "trace")
         paths = {name: Path(values[name]) for name in names if values.get(name) is not None}
         return TrainConfig(**{**values, **paths})
 
@@ -371,11 +388,13 @@ def _check_ranges(config: TrainConfig) -> None:
     must_be(f"at most {MOST_THREADS}", lambda value: value <= MOST_THREADS, "threads_per_rank")
     at_least(0, "seed", "checkpoint_every", "log_every", "weight_decay", "verify_every", "audit", "stall_warning")
     at_least(0, "l1_decay", "warmup_steps", "early_stopping")
-    at_least(1, "max_steps", "lr_base_batch")
-    must_be("above 0", lambda value: value > 0, "lr", "lr_step_factor", "clip_norm", "epsilon")
+    at_least(1, "max_steps", "lr_base_batch", "plateau_patience")
+    must_be("above 0", lambda value: value > 0, "lr", "lr_step_factor", "clip_norm", "epsilon", *SHARES)
     must_be("at least 0 and below 1", lambda value: 0 <= value < 1, "momentum", "beta1", "beta2", "label_smoothing")
     finite = ("lr", "weight_decay", "l1_decay", "clip_norm", "lr_step_factor", "stall_warning", "epsilon")
+    must_be("above 0 and below 1", lambda value: 0 < value < 1, "plateau_factor")
     must_be("a finite number", math.isfinite, *finite)
+    must_be("below 1, a share of the samples", lambda value: value < 1, *SHARES)
     seconds = config.detect_hangs  # a healthy rank may show no sign of life for a fraction of a second
     if seconds and not 1 <= seconds <= LONGEST_HANG:
         raise UserError(f"--detect-hangs must be 0, or from 1 to {LONGEST_HANG} seconds, not {seconds}")

@@ -142,7 +142,7 @@ def _refuse_without_effect(config: TrainConfig, given: Mapping[str, Any]) -> Non
         raise UserError(
             f"--data-dir has no effect with --dataset {config.dataset}: give --dataset mnist, or leave it out"
         )
-    for name in ("resize", "skip_damaged"):
+    for name in ("resize", "skip_damaged", "cache"):
         if not reads_image_files(config.dataset) and name in given:
             raise UserError(
                 f"{flag_of(name)} has no effect with --dataset {config.dataset}: it is for image files (folder:PATH); "

@@ -62,6 +62,7 @@ def fitted_labels(data: Dataset, signature: Signature) -> NDArray[Any]:
     Classes are matched by name. If the dataset or the network has no names, they are matched by number. For regression
     the numbers of a sample are matched likewise, and none may be absent.
     """
+    data = data.for_loss("mean_squared_error" if signature.task == "regression" else "cross_entropy")
     if data.task != signature.task:
         raise UserError(
             f"{data.name} is for {data.task}, the network was trained for {signature.task}: give other data"

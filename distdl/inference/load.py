@@ -227,7 +227,7 @@ def _data_arrays(
     for one in sources:
         name = _preparation(one.config)
         if name not in prepared:
-            prepared[name] = read_data(one.config, loaded)
+            prepared[name] = read_data(one.config, loaded, one.header.data_sha256)
         if one.header.data_sha256 != prepared[name].sha256():
             flag = "--dataset" if one.config.dataset.startswith(FROM_PATH) else "--data-dir"
             raise UserError(
@@ -242,7 +242,8 @@ def _data_arrays(
 
 def _preparation(config: TrainConfig) -> str:
     """Return a text that is the same for runs that prepare a dataset in the same way."""
-    return f"{config.seed} {config.standardize_targets} "
+    names = ("seed", "standardize_targets", "validation_share", "test_share", "loss")
+    return " ".join(str(getattr(config, name)) for name in names) + " "
 
 
 def _load_dataset(first: _Source, data_dir: Path | None, dataset: Dataset | str | None) -> Dataset:

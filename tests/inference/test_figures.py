@@ -7,7 +7,7 @@ import pytest
 
 from distdl.errors import UserError
 from distdl.inference import figures
-from distdl.nn import Affine, Conv2d, Flatten, ReLU, Sequential, build_model
+from distdl.nn import Affine, Conv2d, Flatten, ReLU, Residual, Sequential, build_model
 from distdl.nn.network_copies import layer_outputs
 from distdl.rng import Key
 
@@ -108,6 +108,14 @@ def test_feature_maps_are_the_input_and_the_channels_of_the_layer():
         assert np.array_equal(first, figures.scaled(image[np.newaxis])[0, ..., 0])
         channels = outputs[layer or "conv2d_1"][0].transpose(2, 0, 1)[..., np.newaxis]
         assert np.array_equal(maps, figures.scaled(channels)[..., 0])
+
+
+def test_the_first_convolution_inside_another_layer_gives_the_maps_of_that_layer():
+    network = Sequential([Residual([Conv2d(3, 3, padding=1)], [Conv2d(3, 1)]), ReLU(), Flatten()], (8, 8, 1))
+    network.initialize(Key(0))
+    figure = figures.feature_maps(network, random(8, 8, 1).astype(np.float32))
+    assert figure.get_suptitle() == "residual_1"
+    assert len(drawn(figure)) == 1 + 3
 
 
 @pytest.mark.parametrize("layer", ["affine_1", "relu_7"])

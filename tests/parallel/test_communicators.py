@@ -200,7 +200,7 @@ def test_all_ranks_map_an_array_in_a_file(communicator, tmp_path):
 def test_hosts_that_lack_the_file_get_it(lacking, communicator, tmp_path, monkeypatch):
     """As many simulated hosts as ranks."""
     if communicator.rank in lacking:
-        monkeypatch.setattr(shared_module, "_holds", lambda path, sha256: False)
+        monkeypatch.setattr(shared_module, "_holds", lambda path, count, sha256: False)
     monkeypatch.setattr(shared_module, "BLOCK_BYTES", 12)  # three rows
     assert_file_is_shared(communicator, shared_folder(communicator, tmp_path), host=OneProcess())
 
@@ -213,7 +213,7 @@ def test_a_host_without_room_for_the_file_is_an_error_on_every_rank(communicator
         raise UserError(f"cannot write to {path}: No space left on device")
 
     if communicator.rank == communicator.size - 1:
-        monkeypatch.setattr(shared_module, "_holds", lambda path, sha256: False)
+        monkeypatch.setattr(shared_module, "_holds", lambda path, count, sha256: False)
         monkeypatch.setattr(shared_module, "created", full)
     with pytest.raises(UserError, match=r"rows.npy: No space left on device"):
         assert_file_is_shared(communicator, folder, host=OneProcess())
@@ -230,7 +230,7 @@ def test_a_host_trusts_only_a_file_with_the_right_content(damage, tmp_path):
     elif damage is not None:
         content = path.read_bytes()
         path.write_bytes(content[:-1] + (b"\0" if damage == "altered" else b""))
-    assert shared_module._holds(path, sha256) == (damage is None)
+    assert shared_module._holds(path, 9, sha256) == (damage is None)
 
 
 def test_a_full_shared_memory_falls_back_to_the_temporary_folder(monkeypatch, tmp_path):

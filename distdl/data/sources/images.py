@@ -114,6 +114,15 @@ def size_of(file: Path | BinaryIO) -> tuple[int, int]:
         return image.height, image.width
 
 
+def has_colors(file: Path) -> bool:
+    """Return whether an image has three channels, as its first bytes say; False if it is no image."""
+    try:
+        with _open(file) as image:
+            return image.mode not in GRAY
+    except UnusableImageError:
+        return False
+
+
 class OtherSizeError(UnusableImageError):
     """An image has another size than expected."""
 
