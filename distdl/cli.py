@@ -23,7 +23,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Generic, Literal, TypeVar
 
-from distdl.config import check_kind
+from distdl.config import check_kind, expand_home
 from distdl.errors import EXIT_INTERRUPTED, DistdlError, UserError, nearest, unknown_name
 from distdl.job import held_signals, streams
 from distdl.job.launched_by import MPICH, OPEN_MPI, Launch, read_launch
@@ -56,6 +56,8 @@ class Flag:
     """The known values, for `--help`."""
     parse: Callable[[str], Any] | None = None
     """Turns the text into the value; raises `UserError`."""
+    is_path: bool = False
+    """Whether its text is a path or ends in one; a field of the type `Path` needs no such note."""
     repeated: bool = False
     """Whether it may occur several times; the value is then a tuple."""
 
@@ -83,6 +85,10 @@ class _Setting:
     def usage(self) -> str:
         """The flag with the word for its value."""
         return self.flag if self.kind is bool or self.is_positional else f"{self.flag} {self.word}"
+
+    def expanded(self, text: str) -> str:
+        """Return the text with the home folder for a ``~`` at the start of its path; raise `UserError`."""
+        return expand_home(self.flag, text) if self.kind is Path or self.properties.is_path else text
 
     def value_of(self, text: str | bool | Sequence[str]) -> Any:
         """Return the value that a text means; raise `UserError`."""
@@ -160,6 +166,7 @@ class Command(Generic[Settings]):
                 if not words or _looks_like_a_flag(words[0]):
                     raise UserError(f"{setting.flag} has no value: give {setting.usage}; --help lists all flags")
                 text = words.popleft()
+            text = setting.expanded(text)
             if setting.properties.repeated:
                 given.setdefault(setting.name, []).append(text)
             else:
@@ -191,7 +198,11 @@ class Command(Generic[Settings]):
             setting, is_switch = self._settings[name], isinstance(value, bool)
             if is_switch != (setting.kind is bool) or not isinstance(value, str | int | float):
                 raise UserError(f"in the config file {path}: {name} = {value!r} is not a value for {setting.flag}")
-            texts[name] = value if is_switch else str(value)
+            try:
+                texts[name] = text = value if isinstance(value, bool) else setting.expanded(str(value))
+                setting.value_of(text)
+            except UserError as error:
+                raise UserError(f"in the config file {path}: {error}") from None
         return texts
 
     def help(self) -> str:

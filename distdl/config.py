@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distdl.errors import UserError, unknown_name
+from distdl.image_options import ImageOptions, Resize
 from distdl.model_settings import parse_model_settings
 from distdl.transforms import Transforms
 
@@ -49,10 +51,11 @@ OTHER_NAMES = {
     **dict.fromkeys(("out", "output", "output_dir", "save_dir", "log_dir"), "run_dir"),
 }
 
+SHARES = ("validation_share", "test_share")
 LOSS_SETTINGS = ("label_smoothing", "class_weights", "standardize_targets")
 #: The groups of `--help`, with all settings.
 GROUPS = {
-    "data": ("dataset", "data_dir", "batch_size", "augment"),
+    "data": ("dataset", "data_dir", "resize", "skip_damaged", "cache", *SHARES, "batch_size", "augment"),
     "model": ("model", "model_settings", "init_from", "freeze", "loss", *LOSS_SETTINGS),
     "optimizer": (
         *("optimizer", "lr", "lr_base_batch", "schedule", "warmup_steps", "lr_step_epochs", "lr_step_factor"),
@@ -70,7 +73,7 @@ GROUPS = {
 #: Settings that a resumed run may change. They affect neither the weights at a step nor the meaning of the weights.
 FREE_TO_CHANGE_ON_RESUME = frozenset(
     {
-        *("config", "run_dir", "resume", "data_dir", "epochs", "max_steps", "early_stopping", "test_with"),
+        *("config", "run_dir", "resume", "data_dir", "cache", "epochs", "max_steps", "early_stopping", "test_with"),
         *("checkpoint_every", "keep_checkpoints", "log_every", "stall_warning", "detect_hangs", "record_hashes"),
         *("threads_per_rank", "balance", "on_nonfinite", "verify_every", "audit", "trace"),
     }
@@ -88,6 +91,8 @@ NEEDS = {
 }
 #: Settings of the start of a run. A config file may not hold them.
 NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace"})
+#: Settings that are a path, or end in one.
+PATHS = ("config", "data_dir", "cache", "run_dir", "resume", "trace", "init_from", "dataset", "model")
 #: No BLAS starts more threads than this.
 MOST_THREADS = 1024
 #: The largest whole number of a setting, except of the seed. A float represents every whole number up to it.
@@ -107,6 +112,18 @@ class TrainConfig:
     one subfolder of images per class; or your own file.py:function or package.module:function."""
     data_dir: Path | None = None
     """Folder of the dataset's files; by default mnist and fashion-mnist are downloaded into the user's cache."""
+    resize: str | None = None
+    """Size for all image files, such as 32 or 32x48 (height x width). If an image has other proportions, its middle is
+    cut out; 32x48:pad adds black borders instead, 32x48:stretch changes the proportions."""
+    skip_damaged: bool = False
+    """Leave out image files that cannot be used, and list them; otherwise they are refused."""
+    cache: Path | None = None
+    """Folder for decoded image files: they are decoded once and then mapped, for images that do not fit into memory."""
+    validation_share: float | None = None
+    """Share of the samples to validate on, if the dataset has no validation part; by default 0.15, or 0.1 of the
+    others if it has a test part."""
+    test_share: float | None = None
+    """Share of the samples to test on, if the dataset has no test part; by default 0.15."""
     model: str = "simple_convnet"
     """Network to train; or your own file.py:function or package.module:function."""
     model_settings: str | None = None
@@ -215,15 +232,18 @@ class TrainConfig:
                 raise UserError(f"{flag_of(name)} must be at most {MOST}; the given number is larger")
         config = dataclasses.replace(
             self,
+            **{name: _expanded(name, getattr(self, name)) for name in PATHS},
             epochs=DEFAULT_EPOCHS.get(self.dataset, OTHER_EPOCHS) if self.epochs is None else self.epochs,
             lr=DEFAULT_LR.get(self.optimizer, OTHER_LR) if self.lr is None else self.lr,
         )
         _check_ranges(config)
         if config.augment is not None:
             Transforms.parse(config.augment)
+        if config.resize is not None:
+            config = dataclasses.replace(config, resize=str(Resize.parse(config.resize)))
         parse_model_settings(config.model_settings)
         _check_final_learning_rate(config)
-        for name in ("data_dir", "run_dir", "resume", "trace", "init_from"):
+        for name in set(PATHS) - {"config", "dataset", "model"}:
             _check_path(config, name)
         if self.micro_batch_size > self.batch_size:
             raise UserError(
@@ -233,6 +253,12 @@ class TrainConfig:
         if self.resume == "auto" and self.run_dir is None:
             raise UserError("--resume auto looks for checkpoints in --run-dir: give that folder too")
         return config
+
+    @property
+    def image_options(self) -> ImageOptions:
+        """The settings for image files; without effect for another dataset."""
+        resize = self.resize if reads_image_files(self.dataset) else None
+        return ImageOptions(resize=resize, skip_damaged=self.skip_damaged, cache=self.cache)
 
     @property
     def epoch_count(self) -> int:
@@ -271,7 +297,7 @@ class TrainConfig:
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> TrainConfig:
         """Return the config that `to_json` turned into these values. An absent setting has its default."""
-        names = ("config", "data_dir", "run_dir", "trace")
+        names = ("config", "data_dir", "cache", "run_dir", "trace")
         paths = {name: Path(values[name]) for name in names if values.get(name) is not None}
         return TrainConfig(**{**values, **paths})
 
@@ -296,6 +322,28 @@ def flag_of(name: str) -> str:
     '--batch-size'
     """
     return "--" + name.replace("_", "-")
+
+
+def expand_home(flag: str, text: str) -> str:
+    """Return a path, or a name that ends in one such as ``folder:~/photos``, with the home folder for its ``~``.
+
+    Raises `UserError` if the home folder is unknown.
+    """
+    prefix = next((one for one in FROM_PATH if text.startswith(f"{one}~")), "")
+    path = text.removeprefix(prefix)
+    if not path.startswith("~"):
+        return text
+    expanded = os.path.expanduser(path)  # noqa: PTH111  Path("~/net.py:build") is a name, not a path
+    user = path.partition("/")[0]
+    if expanded == path or (user == "~" and os.environ.get("HOME") == ""):
+        remedy = "set HOME" if user == "~" else f"there is no user {user[1:]!r}; for a file of this name, give ./{path}"
+        raise UserError(f"{flag} {text!r}: the home folder {user} is unknown: {remedy}, or give the whole path")
+    return prefix + expanded
+
+
+def _expanded(name: str, value: Any) -> Any:
+    """Return a setting with the home folder for its ``~``, of the same type."""
+    return value if value is None else type(value)(expand_home(flag_of(name), str(value)))
 
 
 def check_kind(name: str, value: object, kind: Any) -> None:
@@ -341,11 +389,12 @@ def _check_ranges(config: TrainConfig) -> None:
     at_least(0, "seed", "checkpoint_every", "log_every", "weight_decay", "verify_every", "audit", "stall_warning")
     at_least(0, "l1_decay", "warmup_steps", "early_stopping")
     at_least(1, "max_steps", "lr_base_batch", "plateau_patience")
-    must_be("above 0", lambda value: value > 0, "lr", "lr_step_factor", "clip_norm", "epsilon")
+    must_be("above 0", lambda value: value > 0, "lr", "lr_step_factor", "clip_norm", "epsilon", *SHARES)
     must_be("at least 0 and below 1", lambda value: 0 <= value < 1, "momentum", "beta1", "beta2", "label_smoothing")
     finite = ("lr", "weight_decay", "l1_decay", "clip_norm", "lr_step_factor", "stall_warning", "epsilon")
     must_be("above 0 and below 1", lambda value: 0 < value < 1, "plateau_factor")
     must_be("a finite number", math.isfinite, *finite)
+    must_be("below 1, a share of the samples", lambda value: value < 1, *SHARES)
     seconds = config.detect_hangs  # a healthy rank may show no sign of life for a fraction of a second
     if seconds and not 1 <= seconds <= LONGEST_HANG:
         raise UserError(f"--detect-hangs must be 0, or from 1 to {LONGEST_HANG} seconds, not {seconds}")
@@ -390,6 +439,11 @@ def is_own(name: str) -> bool:
 def reads_data_dir(dataset: str) -> bool:
     """Return whether a dataset reads files from `--data-dir`. Digits and paths do not."""
     return dataset != "digits" and not dataset.startswith(FROM_PATH)
+
+
+def reads_image_files(dataset: str) -> bool:
+    """Return whether a dataset consists of image files, which `--resize` and `--skip-damaged` are for."""
+    return dataset.startswith("folder:")
 
 
 def check_model_name(model: str) -> None:

@@ -23,8 +23,8 @@ COMMAND = Command(
     flags={
         "run": Flag(name="RUN"),
         "out": Flag(value="FILE.html"),
-        "model": Flag(value="FILE.py:FUNCTION", repeated=True),
-        "dataset": Flag(value="FILE.py:FUNCTION"),
+        "model": Flag(value="FILE.py:FUNCTION", is_path=True, repeated=True),
+        "dataset": Flag(value="FILE.py:FUNCTION", is_path=True),
     },
 )
 

@@ -20,6 +20,7 @@ from distdl.config import (
     flag_of,
     is_own,
     reads_data_dir,
+    reads_image_files,
     run_folder_of,
     without_effect,
 )
@@ -36,11 +37,11 @@ COMMAND = Command(
     ),
     groups=GROUPS,
     flags={
-        "dataset": Flag(value="DATA", names=DATASETS),
-        "model": Flag(value="MODEL", names=MODELS),
+        "dataset": Flag(value="DATA", names=DATASETS, is_path=True),
+        "model": Flag(value="MODEL", names=MODELS, is_path=True),
         "freeze": Flag(value="NAMES"),
-        "init_from": Flag(value="PATH"),
-        "resume": Flag(value="PATH"),
+        "init_from": Flag(value="PATH", is_path=True),
+        "resume": Flag(value="PATH", is_path=True),
     },
     other_names=OTHER_NAMES,
     not_in_file=NOT_IN_CONFIG_FILE,
@@ -59,19 +60,36 @@ def config_of(given: Mapping[str, Any]) -> TrainConfig:
     The flags override the file of `--config`. That overrides the ``config.toml`` of a resumed run.
     """
     texts: dict[str, Any] = {}
+    files: dict[str, Path] = {}
     resumed = _config_of_resumed_run(given)
     if resumed is not None:
         texts |= COMMAND.read_file(resumed, without=("max_steps",))
+        files |= dict.fromkeys(texts, resumed)
     if "config" in given:
-        texts |= COMMAND.read_file(Path(given["config"]))
+        in_file = COMMAND.read_file(Path(given["config"]))
+        texts |= in_file
+        files |= dict.fromkeys(in_file, Path(given["config"]))
     config = COMMAND.made_from({**texts, **given})
-    check_dataset_name(config.dataset)
-    check_model_name(config.model)
-    for setting in ("dataset", "model"):
-        _refuse_code_of_a_file(setting, getattr(config, setting), given)
-    config = config.checked()
+    try:
+        check_dataset_name(config.dataset)
+        check_model_name(config.model)
+        for setting in ("dataset", "model"):
+            _refuse_code_of_a_file(setting, getattr(config, setting), given)
+        config = config.checked()
+    except UserError as error:
+        raise _naming_the_file(error, {name: path for name, path in files.items() if name not in given}) from None
     _refuse_without_effect(config, given)
     return config
+
+
+def _naming_the_file(error: UserError, files: Mapping[str, Path]) -> UserError:
+    """Return the error with the config file that holds the setting at its start, if there is one.
+
+    `files` has the file of each setting that comes from one.
+    """
+    subject = str(error).split()[0].strip(":")
+    file = next((path for name, path in files.items() if flag_of(name) == subject), None)
+    return error if file is None else type(error)(f"in the config file {file}: {error}")
 
 
 def _config_of_resumed_run(given: Mapping[str, Any]) -> Path | None:
@@ -124,6 +142,12 @@ def _refuse_without_effect(config: TrainConfig, given: Mapping[str, Any]) -> Non
         raise UserError(
             f"--data-dir has no effect with --dataset {config.dataset}: give --dataset mnist, or leave it out"
         )
+    for name in ("resize", "skip_damaged", "cache"):
+        if not reads_image_files(config.dataset) and name in given:
+            raise UserError(
+                f"{flag_of(name)} has no effect with --dataset {config.dataset}: it is for image files (folder:PATH); "
+                "leave it out"
+            )
     for name in given:
         if reason := without_effect(config, name):
             raise UserError(f"{flag_of(name)} {reason}, or leave it out")

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import itertools
 import json
@@ -18,9 +19,19 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from distdl import config as config_module
-from distdl.config import FIELDS, FREE_TO_CHANGE_ON_RESUME, GROUPS, NOT_IN_CONFIG_FILE, TrainConfig, differences
+from distdl.__main__ import COMMANDS
+from distdl.config import (
+    FIELDS,
+    FREE_TO_CHANGE_ON_RESUME,
+    GROUPS,
+    NOT_IN_CONFIG_FILE,
+    TrainConfig,
+    differences,
+    expand_home,
+)
 from distdl.data.sources import FROM_PATH, SOURCES
 from distdl.errors import UserError
+from distdl.job.restarts import run_folder
 from distdl.nn import LOSSES, MODELS
 from distdl.optim import OPTIMIZERS
 from distdl.parallel import REDUCTIONS
@@ -216,6 +227,19 @@ def test_switches_of_a_file_override_those_of_the_resumed_run(tmp_path):
     assert parsed("--resume", run, "--config", written(tmp_path, "record_hashes = false\n")).record_hashes is False
 
 
+def test_only_a_file_in_the_checkpoints_of_a_run_folder_belongs_to_a_run(tmp_path, monkeypatch):
+    run, other = tmp_path / "run", tmp_path / "other"
+    for path in (run / "checkpoints" / "x", run / "copies" / "x", other / "checkpoints" / "x", run / "config.toml"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert config_module.run_folder_of(run / "checkpoints" / "x") == run
+    assert config_module.run_folder_of(run / "copies" / "x") is None
+    assert config_module.run_folder_of(other / "checkpoints" / "x") is None
+    assert config_module.run_folder_of(run) == run
+    monkeypatch.chdir(run / "checkpoints")
+    assert config_module.run_folder_of(Path("x")) == run
+
+
 def test_auto_without_a_run_starts_from_the_defaults(tmp_path):
     config = parsed("--resume", "auto", "--run-dir", tmp_path / "new")
     assert config == dataclasses.replace(parsed(), resume="auto", run_dir=tmp_path / "new")
@@ -224,13 +248,14 @@ def test_auto_without_a_run_starts_from_the_defaults(tmp_path):
 # round trips
 
 positive = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
-paths = st.one_of(
+texts = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30),
     st.text(string.printable, max_size=12),
     st.sampled_from(
         ["", "-x", "--help", "--lr=3", "a b", 'quo"te', "C:\\u0041", "new\nline", "\r\n", "\x1f", "'''", "~"]
     ),
-).map(Path)
+)
+paths = texts.filter(lambda text: text == "~" or not text.startswith("~")).map(Path)  # ~name needs a user
 configs = st.builds(
     TrainConfig,
     dataset=st.sampled_from(config_module.DATASETS),
@@ -323,6 +348,11 @@ OTHER = {
     "config": Path("other.toml"),
     "dataset": "mnist",
     "data_dir": Path("there"),
+    "cache": Path("there"),
+    "validation_share": 0.2,
+    "test_share": 0.2,
+    "resize": "32x48:pad",
+    "skip_damaged": True,
     "model": "mlp",
     "model_settings": "hidden=50",
     "epochs": 61,
@@ -372,17 +402,9 @@ OTHER = {
     "trace": Path("trace.json"),
 }
 FREE = {
-    *("config", "run_dir", "resume", "data_dir", "epochs", "max_steps", "checkpoint_every", "keep_checkpoints"),
-    *(
-        "early_stopping",
-        "test_with",
-        "log_every",
-        "stall_warning",
-        "detect_hangs",
-        "record_hashes",
-        "balance",
-        "on_nonfinite",
-    ),
+    *("config", "run_dir", "resume", "data_dir", "cache", "epochs", "max_steps", "checkpoint_every"),
+    *("keep_checkpoints", "early_stopping", "test_with", "log_every", "stall_warning", "detect_hangs"),
+    *("record_hashes", "balance", "on_nonfinite"),
     *("verify_every", "audit", "threads_per_rank", "trace"),
 }
 
@@ -467,6 +489,9 @@ def test_all_differences_are_named_and_a_setting_that_an_older_version_lacked_ha
         (["--data-dir", "/nonexistent"], "--data-dir has no effect with --dataset digits: give --dataset mnist, or"),
         (["--dataset=npz:a.npz", "--data-dir=b"], "--data-dir has no effect with --dataset npz:a.npz"),
         (["--dataset=folder:a", "--data-dir=b"], "--data-dir has no effect with --dataset folder:a"),
+        (["--resize", "32"], "--resize has no effect with --dataset digits: it is for image files"),
+        (["--dataset=npz:a.npz", "--skip-damaged"], "--skip-damaged has no effect with --dataset npz:a.npz"),
+        (["--dataset=folder:a", "--resize=0"], "--resize '0': expected a height and a width from 1 to 4096 pixels"),
         (
             ["--lr-step-epochs", "5"],
             "--lr-step-epochs has no effect with --schedule constant: give --schedule step, or",
@@ -511,8 +536,17 @@ def test_a_wrong_flag_is_reported_in_one_line(arguments, said):
     ],
     ids=lambda text: text.replace("\n", " "),
 )
-def test_a_wrong_file_is_reported_in_one_line(text, said, tmp_path):
-    assert said in refused("--config", written(tmp_path, text))
+def test_a_wrong_file_is_reported_in_one_line_that_names_it(text, said, tmp_path):
+    path = written(tmp_path, text)
+    message = refused("--config", path)
+    assert said in message
+    assert f"the config file {path}" in message
+
+
+def test_a_wrong_flag_is_not_blamed_on_the_file(tmp_path):
+    path = written(tmp_path, "epochs = 3\nbatch_size = 64")
+    assert str(path) not in refused("--config", path, "--epochs", "0")
+    assert str(path) not in refused("--config", path, "--lr", "0")
 
 
 @pytest.mark.parametrize(
@@ -537,3 +571,62 @@ def test_a_setting_of_another_type_in_a_script_is_refused(settings, message):
 def test_a_script_may_give_whole_learning_rates_and_paths_as_strings():
     config = TrainConfig(lr=1, run_dir="somewhere", max_steps=None).checked()
     assert (config.lr, config.run_dir) == (1, "somewhere")
+
+
+# the home folder
+
+#: The flags of a text that is a path or ends in one; each is tried with `~/x`, or with this value.
+PATH_TEXTS = {
+    "train": {"dataset": ["npz:~/x", "folder:~/x", "~/x.py:f"], "model": ["~/x.py:f"], "resume": [], "init_from": []},
+    "evaluate": {"dataset": ["npz:~/x", "~/x.py:f"], "model": ["~/x.py:f"]},
+    "report": {"dataset": ["npz:~/x", "~/x.py:f"], "model": ["~/x.py:f"]},
+    "bench": {"model": ["~/x.py:f"]},
+}
+
+
+def path_settings():
+    """Yield each command with each of its flags that can hold a path, and a value with `~`."""
+    for name, module in COMMANDS.items():
+        command = importlib.import_module(module).COMMAND
+        for setting, kind in typing.get_type_hints(command.settings).items():
+            in_groups = setting in itertools.chain(*command.groups.values())
+            is_path = kind is Path or Path in typing.get_args(kind)
+            if in_groups and (is_path or setting in PATH_TEXTS.get(name, {})):
+                for text in PATH_TEXTS.get(name, {}).get(setting) or ["~/x"]:
+                    yield pytest.param(command, setting, text, id=f"{name} {setting} {text}")
+
+
+@pytest.mark.parametrize(("command", "setting", "text"), [*path_settings()])
+def test_a_tilde_is_the_home_folder_in_each_path_of_each_command(command, setting, text, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    name = command.flags[setting].name if setting in command.flags else ""
+    words = [text] if name and not name.startswith("-") else [f"{name or flag(setting)}={text}"]
+    given = command.given(words)[setting]
+    assert given == ([text.replace("~", "/home/ada")] if isinstance(given, list) else text.replace("~", "/home/ada"))
+
+
+def test_a_tilde_in_a_file_or_a_script_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    path = written(tmp_path, 'dataset = "folder:~/photos"\ninit_from = "~/run"')
+    for config in (parsed("--config", path), TrainConfig(dataset="folder:~/photos", init_from="~/run").checked()):
+        assert (config.dataset, config.init_from) == ("folder:/home/ada/photos", "/home/ada/run")
+    assert TrainConfig(run_dir=Path("~/x")).checked().run_dir == Path("/home/ada/x")
+    assert run_folder(["--run-dir", "~/x"]) == (Path("/home/ada/x"), False)
+
+
+def test_other_texts_with_a_tilde_are_kept():
+    for text in ("npz:a~/b", "./~/x", "a~", "npz:./~/x"):
+        assert expand_home("--dataset", text) == text
+
+
+@pytest.mark.parametrize("home", [None, ""])
+def test_an_unknown_home_folder_is_reported_in_one_line(home, monkeypatch):
+    def no_user(_):
+        raise KeyError
+
+    monkeypatch.setattr("pwd.getpwuid", no_user)
+    monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
+    message = "--run-dir '~/x': the home folder ~ is unknown: set HOME, or give the whole path"
+    assert refused("--run-dir=~/x") == message
+    said = refused("--dataset", "folder:~no-such-user/x")
+    assert "there is no user 'no-such-user'; for a file of this name, give ./~no-such-user/x" in said

@@ -30,7 +30,7 @@ COMMAND = Command(
         "results": ("out", "trace"),
     },
     flags={
-        "model": Flag(value="MODEL", names=MODELS),
+        "model": Flag(value="MODEL", names=MODELS, is_path=True),
         "input_shape": Flag(name="--input", value="HxWxC", parse=parse_shape),
         "dataset": Flag(value="NAME", names=DATASETS),
         "optimizer": Flag(value="NAME", names=OPTIMIZERS),

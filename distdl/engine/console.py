@@ -1,17 +1,23 @@
 """The console: the text that a run prints. Only the coordinator prints.
 
-It prints plain lines. In one process on a terminal it also keeps a live line below them. Under a launcher nobody can
-tell whether a pipe leads to a terminal. A full disk costs only the lines that do not fit. If nobody reads any longer
+It prints plain lines, and the progress within an epoch. In one process on a terminal the progress is a live line below
+the plain lines. Elsewhere it is a line every ten seconds: under a launcher nobody can tell whether a pipe leads to a
+terminal. A full disk costs only the lines that do not fit. If nobody reads any longer
 (a closed pipe, a lost terminal under `nohup`), the training continues without output.
 """
 
+import math
 import sys
 import time
+from collections.abc import Callable
 
+from distdl.config import TrainConfig
+from distdl.engine.printed_lines import progress_line
 from distdl.errors import one_line
 from distdl.job.streams import FULL, write
 
 SECONDS_BETWEEN_UPDATES = 0.1
+SECONDS_BETWEEN_LINES = 10.0
 CLEAR_LINE = "\r\x1b[K"
 
 
@@ -21,10 +27,13 @@ class Console:
     lost: str | None = None
     """The reason if a full disk has swallowed a line."""
 
-    def __init__(self, *, live: bool) -> None:
+    def __init__(self, *, live: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._live = live and sys.stdout is not None and sys.stdout.isatty()
         self._live_shown = False
-        self._next_update = 0.0
+        self._epoch = 0
+        self._begun = self._next_update = 0.0
+        self._steps_before = 0
 
     def line(self, text: str = "") -> None:
         """Print a line."""
@@ -40,12 +49,30 @@ class Console:
         write(sys.stderr, f"distdl: warning: {one_line(text)}\n")
         self._live_shown = False
 
-    def live(self, epoch: int, epochs: int, step: int, steps: int, loss: float) -> None:
-        """Rewrite the live line: the step within the epoch, and the loss of the latest step."""
-        if not self._live or time.monotonic() < self._next_update:
+    def progress(self, config: TrainConfig, step: int, steps_per_epoch: int, loss: float) -> None:
+        """Show the progress after a step, if it is time for it; the loss is that of the step alone.
+
+        The rate and the remaining time follow from the steps since the epoch's first one.
+        """
+        now = self._clock()
+        epoch, position = (step - 1) // steps_per_epoch + 1, (step - 1) % steps_per_epoch + 1
+        if epoch != self._epoch:
+            self._epoch, self._begun, self._steps_before = epoch, now, step
+            if not self._live:
+                self._next_update = now + SECONDS_BETWEEN_LINES
+        if now < self._next_update or (position == steps_per_epoch and not self._live):
             return
-        self._next_update = time.monotonic() + SECONDS_BETWEEN_UPDATES
-        done = 24 * step // steps
-        bar = "#" * done + "-" * (24 - done)
-        write(sys.stdout, f"{CLEAR_LINE}epoch {epoch}/{epochs} [{bar}] step {step}/{steps} loss {loss:.4f}")
+        self._next_update = now + (SECONDS_BETWEEN_UPDATES if self._live else SECONDS_BETWEEN_LINES)
+        steps, seconds = step - self._steps_before, now - self._begun
+        rate = remaining = None
+        if steps and seconds:
+            last_step = min(config.epoch_count * steps_per_epoch, config.max_steps or math.inf)
+            rate, remaining = steps * config.batch_size / seconds, (last_step - step) * seconds / steps
+        text = progress_line(
+            f"{epoch}/{config.epoch_count}", position, steps_per_epoch, loss, rate, remaining, bar=self._live
+        )
+        if not self._live:
+            self.line(text)
+            return
+        write(sys.stdout, f"{CLEAR_LINE}{text}")
         self._live_shown = True

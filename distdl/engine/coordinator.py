@@ -26,7 +26,7 @@ from distdl.engine.events import RunListener
 from distdl.engine.keeper import CheckpointKeeper
 from distdl.engine.logbook import Logbook
 from distdl.engine.metrics import Sums
-from distdl.engine.printed_lines import describe_shares, epoch_line, plateau_line, result_lines
+from distdl.engine.printed_lines import describe_shares, epoch_line, next_commands, plateau_line, result_lines
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.files import indented_json, remove_temporaries, write_durably
@@ -86,6 +86,7 @@ class Coordinator(RunListener):
         self._shares_to_print: Sequence[int] | None = None
         self._print_shares_after = 0.0
         self._warn_of_skips_after = 0.0
+        self._spent: Spent | None = None
 
     # -- the run folder
 
@@ -168,15 +169,13 @@ class Coordinator(RunListener):
                 self.console.warning(f"the checkpoint was made with {what} {was}, this run has {now}: bits may differ")
 
     def stepped(self, state: TrainingState, batch: Sums, learning_rate: float) -> None:  # noqa: ARG002
-        """Print new shares, and update the live line."""
+        """Print new shares, and the progress."""
         self.keeper.settle(wait=False)
         if self._shares_to_print is not None and time.monotonic() >= self._print_shares_after:
             self.console.line(f"balance: {describe_shares(self._shares_to_print)} from step {state.step + 1} on")
             self._shares_to_print = None
             self._print_shares_after = time.monotonic() + SECONDS_BETWEEN_SHARES
-        steps = self.logbook.steps_per_epoch
-        epoch, position = divmod(state.step - 1, steps)
-        self.console.live(epoch + 1, self.config.epoch_count, position + 1, steps, batch.loss)
+        self.console.progress(self.config, state.step, self.logbook.steps_per_epoch, batch.loss)
 
     def skipped(self, state: TrainingState, fault: Fault) -> None:
         """Warn of the skipped update, at most once in some seconds."""
@@ -195,6 +194,7 @@ class Coordinator(RunListener):
         record = {"step": state.step, "epoch": epoch, **spent.named(), **counted, "time": time.time()}
         self.logbook.timing(record)
         rate = counted["samples"] / seconds if seconds else 0.0
+        self._spent = spent
         self.console.line(epoch_line(epoch, self.config.epoch_count, state.epoch_sums, validation, spent, rate))
         if cut := plateau_line(self.config, state, self.logbook.steps_per_epoch):
             self.console.line(cut)
@@ -209,10 +209,14 @@ class Coordinator(RunListener):
             self.console.line(f"stopped after step {state.step}; --resume {self.folder} continues")
         for line in result_lines(self.config, test, summary):
             self.console.line(line)
+        if self._spent is not None and len(self._spent.compute) > 1:
+            self.console.line(f"last epoch: {self._spent}")
         if skipped := state.progress.skipped_steps:
             self.console.warning(f"steps skipped, of {state.step}: {skipped}; see metrics.jsonl")
         self._write(self.folder / "summary.json", indented_json(summary))
         self.console.line(f"run folder: {self.folder}")
+        for line in () if test is None else next_commands(self.config, self.folder):
+            self.console.line(line)
         self.console.line(f"weights sha256: {summary['weights_sha256']}")
 
     # -- work for the trainer

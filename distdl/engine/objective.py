@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from distdl.config import TrainConfig, flag_of
 from distdl.data import Dataset, PreparedDataset
+from distdl.data.signature import Signature
 from distdl.errors import UserError
 from distdl.nn import make_loss
 from distdl.nn.losses import LossFunction
@@ -24,7 +25,7 @@ LOSSES_OF_SETTING = {
 BLOCK = 256
 
 
-def check_objective(config: TrainConfig, data: Dataset | PreparedDataset) -> None:
+def check_objective(config: TrainConfig, data: Dataset | PreparedDataset | Signature) -> None:
     """Raise `UserError` for a setting that does not fit the loss."""
     loss = data.loss_named(config.loss)
     for name in _settings_given(config):

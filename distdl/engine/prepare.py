@@ -118,10 +118,10 @@ class Preparation:
             on_rank_0(communicator, partial(check_output, config.trace, "--trace"))
         start = on_rank_0(communicator, lambda: find_start(config, self.folder, after_failure=self.is_repeated))
 
-        data = self._share_data(communicator)
+        data = self._share_data(communicator, start)
         state = together(communicator, lambda: self._build_state(data))
         check_equal_networks(communicator, config.model, state.network)
-        facts = RunFacts(config, describe(communicator), from_rank_0(communicator, data.sha256), data.signature())
+        facts = RunFacts(config, describe(communicator, data), from_rank_0(communicator, data.sha256), data.signature())
         steps_per_epoch = batch_order.steps_per_epoch(len(data.parts.training), config.batch_size)
         on_rank_0(communicator, lambda: self._restore(state, start, facts.data_sha256, steps_per_epoch))
         state.send_from_rank_0(communicator)
@@ -134,9 +134,10 @@ class Preparation:
         trainer.open(facts, self.folder, logbook, console, self.coordinator)
         return trainer
 
-    def _share_data(self, communicator: Communicator) -> PreparedDataset:
+    def _share_data(self, communicator: Communicator, start: StartingPoint | None) -> PreparedDataset:
         """Read and split the dataset on rank 0; return it on all ranks, one copy per host. Collective."""
-        arrays = on_rank_0(communicator, lambda: read_data(self.config, self.dataset).to_arrays())
+        sha256 = start.found.header().data_sha256 if start is not None and start.found is not None else None
+        arrays = on_rank_0(communicator, lambda: read_data(self.config, self.dataset, sha256).to_arrays())
         fault_point("data")
         shared = share_arrays(communicator, arrays or {})
         fault_point("data", when="after")
@@ -210,16 +211,19 @@ class Preparation:
     def introduce(self, trainer: Trainer) -> None:
         """Print the banner on rank 0, and tell all listeners of the start."""
         if trainer.communicator.rank == 0:
-            console, parameters = trainer.console, trainer.state.network.parameter_count
-            environment = trainer.facts.environment
-            for line in banner_of(self.config, trainer.data, parameters, environment, trainer.communicator):
+            console, data, network = trainer.console, trainer.data, trainer.state.network
+            for line in banner_of(self.config, data, network, trainer.facts.environment, trainer.communicator):
                 console.line(line)
+            for note in data.notes:
+                console.warning(note)
             if self.transferred is not None:
                 for complaint in self.transferred.complaints:
                     console.warning(f"{complaint}; the one before it is used")
                 console.line(str(self.transferred))
             if frozen := sum(where.stop - where.start for where in trainer.state.optimizer.frozen):
-                console.line(f"frozen: {frozen:,} of {parameters:,} parameters (--freeze {self.config.freeze})")
+                console.line(
+                    f"frozen: {frozen:,} of {network.parameter_count:,} parameters (--freeze {self.config.freeze})"
+                )
         for listener in trainer.listeners:
             listener.started()
 
@@ -237,7 +241,13 @@ def names_from_script(config: TrainConfig, build_network: BuildNetwork | None, d
     return config if dataset is None else replace(config, dataset=dataset.name)
 
 
-def read_data(config: TrainConfig, dataset: Dataset | None) -> PreparedDataset:
-    """Load the dataset, split it, and measure its training part."""
-    dataset = load_dataset(config.dataset, config.data_dir) if dataset is None else dataset.checked()
-    return PreparedDataset.prepare(dataset, config.seed, standardize_targets=config.standardize_targets)
+def read_data(config: TrainConfig, dataset: Dataset | None, data_sha256: str | None = None) -> PreparedDataset:
+    """Load the dataset, split it, and measure its training part; `data_sha256` is the hash in a checkpoint, if any."""
+    dataset = dataset.checked() if dataset else load_dataset(config.dataset, config.data_dir, config.image_options)
+    return PreparedDataset.prepare(
+        dataset.for_training(config.loss),
+        config.seed,
+        shares=(config.validation_share, config.test_share),
+        data_sha256=data_sha256,
+        standardize_targets=config.standardize_targets,
+    )

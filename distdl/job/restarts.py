@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
-from distdl.config import flag_of, run_folder_of
+from distdl.config import expand_home, flag_of, run_folder_of
 from distdl.errors import EXIT_DEFECT, EXIT_INTERRUPTED, FINAL_EXIT_CODES, UserError
 from distdl.job import streams
 from distdl.job.launched_by import remove_session_folder
@@ -98,13 +98,13 @@ def run_folder(flags: Sequence[str]) -> tuple[Path, bool]:
 
 
 def _value_of(name: str, flags: Sequence[str]) -> str | None:
-    """Return the value of the last ``--name value`` or ``--name=value``."""
+    """Return the path of the last ``--name value`` or ``--name=value``."""
     value = None
     for position, word in enumerate(flags):
         flag, equals, after = word.partition("=")
         if flag.replace("_", "-") == flag_of(name):
             value = after if equals else next(iter(flags[position + 1 :]), value)
-    return value
+    return None if value is None else expand_home(flag_of(name), value)
 
 
 class _Job:

@@ -37,6 +37,8 @@ def test_fields_of_a_later_version_are_ignored():
         {"image_shape": [8, 0, 3]},
         {"image_shape": None},
         {"pixels": "float64"},
+        {"pixels": {}},
+        {"task": []},
         {"mean": [0.5, 1.0]},
         {"mean": [0.5, 1.0, float("nan")]},
         {"deviation": [1.0, 2.0, 0.0]},
@@ -48,6 +50,7 @@ def test_fields_of_a_later_version_are_ignored():
         {**NUMBERS, "target_deviation": (1.0, 0.0)},
         {**NUMBERS, "target_mean": (float("inf"), 0.0)},
         {**NUMBERS, "target_mean": 5},
+        {"resize": "8x9:zoom"},
     ],
 )
 def test_a_signature_that_cannot_be_used_is_refused(changed):
@@ -65,10 +68,10 @@ def test_an_incomplete_signature_is_refused(name):
 
 def test_the_signature_of_a_dataset_has_its_exact_normalization_and_its_names():
     images = np.random.default_rng(0).integers(0, 256, (40, 4, 5, 3), np.uint8)
-    dataset = Dataset("mine", images, np.arange(40) % 2, 2, None, ("cat", "dog")).checked()
+    dataset = Dataset("mine", images, np.arange(40) % 2, 2, None, ("cat", "dog"), resize="4x5:pad").checked()
     data = PreparedDataset.from_arrays(PreparedDataset.prepare(dataset, seed=0).to_arrays())
     found = data.signature()
     assert (found.task, found.outputs, found.names) == ("classification", 2, ("cat", "dog"))
-    assert (found.image_shape, found.pixels) == ((4, 5, 3), "uint8")
+    assert (found.image_shape, found.pixels, found.resize) == ((4, 5, 3), "uint8", "4x5:pad")
     assert np.array_equal(np.array(found.mean, np.float32), data.normalization.mean)
     assert np.array_equal(np.array(found.deviation, np.float32), data.normalization.deviation)

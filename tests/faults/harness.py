@@ -215,8 +215,8 @@ class Job:
         raise Hang(f"no {what} within {seconds:.0f} s\n{self._stacks()}\n{self._outcome(-1)}")
 
     def wait_for_training(self) -> bool:
-        """Wait for the banner's line on failures. It is printed when all ranks are ready to train."""
-        return self.wait_until(lambda: "survives failures" in self.output(), "banner")
+        """Wait for the banner's line on the batch. It is printed when all ranks are ready to train."""
+        return self.wait_until(lambda: "micro-batches of" in self.output(), "banner")
 
     def wait_for_step(self, step: int) -> bool:
         """Wait for the record of a step; needs ``--log-every 1``."""

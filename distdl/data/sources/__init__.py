@@ -12,6 +12,7 @@ from distdl.data.sources.folder import load_folder
 from distdl.data.sources.mnist import load_fashion_mnist, load_mnist
 from distdl.data.sources.npz import load_npz
 from distdl.errors import unknown_name
+from distdl.image_options import ImageOptions
 
 __all__ = ["FROM_PATH", "SOURCES", "Dataset", "load"]
 
@@ -22,13 +23,16 @@ SOURCES: dict[str, Callable[[Path | None], Dataset]] = {
     "fashion-mnist": load_fashion_mnist,
 }
 #: The datasets at a path, by the prefix of the path.
-FROM_PATH: dict[str, Callable[[Path], Dataset]] = {"npz:": load_npz, "folder:": load_folder}
+FROM_PATH: dict[str, Callable[[Path, ImageOptions], Dataset]] = {
+    "npz:": lambda path, _options: load_npz(path),
+    "folder:": load_folder,
+}
 
 
-def load(name: str, data_dir: Path | None) -> Dataset:
+def load(name: str, data_dir: Path | None, options: ImageOptions | None = None) -> Dataset:
     """Return the dataset of that name; ``npz:PATH`` and ``folder:PATH`` name a user's own.
 
-    `data_dir` is the folder with the files of a published dataset; None: download them.
+    `data_dir` is the folder with the files of a published dataset; None: download them. `options` are for image files.
 
     Raises `UserError` if the name is unknown or a file cannot be read, `DamagedFileError` if a file is damaged.
 
@@ -37,7 +41,7 @@ def load(name: str, data_dir: Path | None) -> Dataset:
     """
     for prefix, load_path in FROM_PATH.items():
         if name.startswith(prefix):
-            return load_path(Path(name.removeprefix(prefix)))
+            return load_path(Path(name.removeprefix(prefix)), options or ImageOptions())
     if name not in SOURCES:
         raise unknown_name("dataset", name, SOURCES)
     return SOURCES[name](data_dir)
