@@ -270,11 +270,11 @@ def test_a_failure_is_known_from_any_communicator_that_is_revoked_or_has_lost_a_
     monkeypatch.setattr(mpi, "survives_failures", lambda: survives)
     related = mpi._Related()
     for is_revoked, failed in ((False, 0), (revoked, lost)):
-        group = SimpleNamespace(Get_size=lambda failed=failed: failed)
-        comm = SimpleNamespace(
-            Is_revoked=lambda is_revoked=is_revoked: is_revoked, Get_failed=lambda group=group: group
-        )
-        related.comms.append(SimpleNamespace(**calls))
+        group, comm = SimpleNamespace(), SimpleNamespace()
+        group.Get_size = lambda failed=failed: failed
+        comm.Get_failed = lambda group=group: group
+        comm.Is_revoked = lambda is_revoked=is_revoked: is_revoked
+        related.comms.append(comm)
     assert related.has_failed() is (survives and (revoked or lost > 0))
 
 
