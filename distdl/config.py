@@ -21,7 +21,7 @@ from distdl.image_options import ImageOptions, Resize
 from distdl.model_settings import parse_model_settings
 from distdl.transforms import Transforms
 
-DATASETS = ("digits", "mnist", "fashion-mnist")
+DATASETS = ("digits", "mnist", "fashion-mnist", "kmnist", "cifar10")
 #: Prefixes of a dataset that is the user's own file or folder.
 FROM_PATH = ("npz:", "folder:", "csv:")
 MODELS = (
@@ -112,7 +112,7 @@ class TrainConfig:
     one subfolder of images per class; csv:FILE.csv: paths and labels; or your own file.py:function or
     package.module:function."""
     data_dir: Path | None = None
-    """Folder of the dataset's files; by default mnist and fashion-mnist are downloaded into the user's cache."""
+    """Folder of the dataset's files; by default published datasets are downloaded into the user's cache."""
     resize: str | None = None
     """Size for all image files, such as 32 or 32x48 (height x width). If an image has other proportions, its middle is
     cut out; 32x48:pad adds black borders instead, 32x48:stretch changes the proportions."""

@@ -463,7 +463,10 @@ def test_all_differences_are_named_and_a_setting_that_an_older_version_lacked_ha
         (["--optimizer", "SGD"], "did you mean 'sgd'?"),
         (["--model", "MLP"], "did you mean 'mlp'?"),
         (["--model", "simple_convent"], "did you mean 'simple_convnet'?"),
-        (["--dataset", "mnits"], "expected one of digits, fashion-mnist, mnist; did you mean 'mnist'?"),
+        (
+            ["--dataset", "mnits"],
+            "expected one of cifar10, digits, fashion-mnist, kmnist, mnist; did you mean 'mnist'?",
+        ),
         (["--optimizer", "rmsporp"], "unknown optimizer 'rmsporp': expected one of"),
         (["--schedule", "cosin"], "did you mean 'cosine'?"),
         (["--lr", "1e308", "--lr-base-batch", "1"], "--lr-base-batch 1 makes --lr 1e+308 infinite"),
