@@ -6,7 +6,6 @@ N images, H height, W width, C channels.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from distdl.data.labels import natural_order
 from distdl.data.signature import Signature
 from distdl.data.sources.images import SUFFIXES, pillow, read_image
 from distdl.data.sources.npz import load_images
@@ -37,11 +37,6 @@ class UnusedInput:
     name: str
     reason: str
     is_damaged: bool
-
-
-def natural_order(name: str) -> list[tuple[int, str]]:
-    """Return a sort key by which ``img2`` is before ``img10``."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split("([0-9]+)", name)]
 
 
 class Inputs(ABC):
