@@ -5,7 +5,7 @@ meanwhile, the survivors begin the preparation again, in the same run folder.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from distdl.engine.storage.run_folder import StartingPoint, find_start
 from distdl.engine.summary import Summary
 from distdl.engine.timing import balance
 from distdl.engine.trainer import Trainer
-from distdl.engine.user_code import BuildNetwork, check_equal_networks, load_dataset, network_builder
+from distdl.engine.user_code import BuildNetwork, check_equal_networks, names_from_script, network_builder, read_data
 from distdl.errors import UserError
 from distdl.job.warden import Warden
 from distdl.optim import optimizer_class
@@ -231,28 +231,3 @@ class Preparation:
                 )
         for listener in trainer.listeners:
             listener.started()
-
-
-def names_from_script(config: TrainConfig, build_network: BuildNetwork | None, dataset: Dataset | None) -> TrainConfig:
-    """Return the config with the names of the model and dataset that a script has given."""
-    if build_network is not None:
-        name = getattr(build_network, "__qualname__", type(build_network).__qualname__)
-        config = replace(config, model=f"{build_network.__module__}:{name}")
-    if dataset is not None and not isinstance(dataset, Dataset):
-        raise UserError(
-            f"the dataset is a {type(dataset).__name__}, expected a distdl.data.sources.Dataset(name, images, labels, "
-            "classes, test_start)"
-        )
-    return config if dataset is None else replace(config, dataset=dataset.name)
-
-
-def read_data(config: TrainConfig, dataset: Dataset | None, data_sha256: str | None = None) -> PreparedDataset:
-    """Load the dataset, split it, and measure its training part; `data_sha256` is the hash in a checkpoint, if any."""
-    dataset = dataset.checked() if dataset else load_dataset(config.dataset, config.data_dir, config.image_options)
-    return PreparedDataset.prepare(
-        dataset.for_training(config.loss),
-        config.seed,
-        shares=(config.validation_share, config.test_share),
-        data_sha256=data_sha256,
-        standardize_targets=config.standardize_targets,
-    )

@@ -101,7 +101,7 @@ def test_the_message_names_the_need_the_memory_and_the_remedies(memory_of):
 
 def test_a_suggested_micro_batch_fits(run, need, memory_of):
     memory_of(host=need / 4)
-    with pytest.raises(UserError, match="give --micro-batch-size (2|4),") as caught:
+    with pytest.raises(UserError, match=r"give --micro-batch-size (2|4),") as caught:
         check_memory(CONFIG, *run, Ranks("a"))
     size = int(str(caught.value).split("--micro-batch-size ")[1].split(",")[0])
     smaller = TrainConfig(model="resnet20", batch_size=64, micro_batch_size=size).checked()
