@@ -59,21 +59,6 @@ def test_a_missed_last_checkpoint_is_an_error(tmp_path):
         small_run(OneProcess(), tmp_path / "run")
 
 
-def test_old_checkpoints_that_cannot_be_removed_give_a_warning_and_training_continues(tmp_path, capsys, monkeypatch):
-    expected = small_run(OneProcess(), tmp_path / "plain")
-
-    def refuse(*_):
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(checkpoints, "remove_old", refuse)
-    assert small_run(OneProcess(), tmp_path / "run", checkpoint_every=3) == expected
-    folder = tmp_path / "run" / "checkpoints"
-    assert capsys.readouterr().err.splitlines() == [
-        f"distdl: warning: cannot remove old checkpoints after step {step} from {folder}: Read-only file system"
-        for step in (3, 6)
-    ]
-
-
 def test_the_run_folder_holds_the_documented_files(tmp_path):
     folder = tmp_path / "run"
     summary = train(small_config(folder), OneProcess(), dataset=piece_of_digits(94))
