@@ -218,10 +218,10 @@ class Dataset(_Labelled):
         try:
             yield
         except Unfit as error:
-            raise self._wrong(error.given, error.expected) from None
+            raise self._wrong(error.given, error.expected, error.remedy) from None
 
-    def _wrong(self, given: str, expected: str) -> UserError:
-        return UserError(f"the dataset {self.name!r} has {given}; expected {expected}; correct the dataset")
+    def _wrong(self, given: str, expected: str, remedy: str = "correct the dataset") -> UserError:
+        return UserError(f"the dataset {self.name!r} has {given}; expected {expected}; {remedy}")
 
 
 def _note_of_constant(channels: Sequence[int], first: NDArray[Any]) -> str:

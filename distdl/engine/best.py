@@ -5,14 +5,13 @@ smaller. An equal score is not better. Early stopping, the plateau schedule, the
 share this rule.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from distdl.config import TrainConfig
-from distdl.engine.console import Console
 from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
@@ -53,11 +52,12 @@ def stops_early(config: TrainConfig, state: TrainingState, steps_per_epoch: int)
 
 @contextmanager
 def weights_to_score(
-    config: TrainConfig, communicator: Communicator, state: TrainingState, folder: Path, console: Console
+    config: TrainConfig, communicator: Communicator, state: TrainingState, folder: Path, warn: Callable[[str], None]
 ) -> Iterator[int]:
     """Give the network, inside the ``with`` block, the weights that `--test-with` selects; yield their step.
 
-    Collective. Rank 0 reads the best checkpoint. If it cannot be read, the last weights are scored, after a warning.
+    Collective. Rank 0 reads the best checkpoint. If it cannot be read, `warn` gets the reason, and the last weights are
+    scored.
     """
     network, best = state.network, state.progress.best_step
     if config.test_with == "last" or best is None or best == state.step:
@@ -72,7 +72,7 @@ def weights_to_score(
             weights = {name: array for name, array in tensors.items() if name in dict(into)}
             checkpoints.restore(Checkpoint(weights, {}), into, str(path))
         except UserError as error:
-            console.warning(f"{error}; --test-with best scores the last weights instead")
+            warn(f"{error}; --test-with best scores the last weights instead")
             return state.step
         return best
 

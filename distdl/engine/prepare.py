@@ -4,7 +4,8 @@ All errors in what the user gave are found here and agreed by all ranks, before 
 meanwhile, the survivors begin the preparation again, in the same run folder.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from distdl.engine.coordinator import Coordinator, RunFacts
 from distdl.engine.environment import describe, numerics
 from distdl.engine.fault_injection import fault_point
 from distdl.engine.logbook import Logbook
+from distdl.engine.memory import check_memory, check_room_for_dataset
 from distdl.engine.metrics import Sums
 from distdl.engine.printed_lines import banner_of
 from distdl.engine.requirements import check_moments, check_outputs, check_ranks, outputs_of, restore
@@ -27,7 +29,7 @@ from distdl.engine.storage.run_folder import StartingPoint, find_start
 from distdl.engine.summary import Summary
 from distdl.engine.timing import balance
 from distdl.engine.trainer import Trainer
-from distdl.engine.user_code import BuildNetwork, check_equal_networks, load_dataset, network_builder
+from distdl.engine.user_code import BuildNetwork, check_equal_networks, names_from_script, network_builder, read_data
 from distdl.errors import UserError
 from distdl.job.warden import Warden
 from distdl.optim import optimizer_class
@@ -99,6 +101,7 @@ class Preparation:
     is_repeated: bool = False
     coordinator: Coordinator | None = None
     transferred: transfer.Transfer | None = None
+    warnings: Sequence[str] = ()
 
     def prepared_trainer(self, communicator: Communicator) -> Trainer:
         """Return an opened trainer. If the user's input is wrong, leave no files. Collective."""
@@ -121,6 +124,7 @@ class Preparation:
         data = self._share_data(communicator, start)
         state = together(communicator, lambda: self._build_state(data))
         check_equal_networks(communicator, config.model, state.network)
+        self.warnings = check_memory(config, data, state, communicator)
         facts = RunFacts(config, describe(communicator, data), from_rank_0(communicator, data.sha256), data.signature())
         steps_per_epoch = batch_order.steps_per_epoch(len(data.parts.training), config.batch_size)
         on_rank_0(communicator, lambda: self._restore(state, start, facts.data_sha256, steps_per_epoch))
@@ -139,6 +143,7 @@ class Preparation:
         sha256 = start.found.header().data_sha256 if start is not None and start.found is not None else None
         arrays = on_rank_0(communicator, lambda: read_data(self.config, self.dataset, sha256).to_arrays())
         fault_point("data")
+        check_room_for_dataset(communicator, arrays)
         shared = share_arrays(communicator, arrays or {})
         fault_point("data", when="after")
         return PreparedDataset.from_arrays(shared)
@@ -214,8 +219,8 @@ class Preparation:
             console, data, network = trainer.console, trainer.data, trainer.state.network
             for line in banner_of(self.config, data, network, trainer.facts.environment, trainer.communicator):
                 console.line(line)
-            for note in data.notes:
-                console.warning(note)
+            for warning in (*data.notes, *self.warnings):
+                console.warning(warning)
             if self.transferred is not None:
                 for complaint in self.transferred.complaints:
                     console.warning(f"{complaint}; the one before it is used")
@@ -226,28 +231,3 @@ class Preparation:
                 )
         for listener in trainer.listeners:
             listener.started()
-
-
-def names_from_script(config: TrainConfig, build_network: BuildNetwork | None, dataset: Dataset | None) -> TrainConfig:
-    """Return the config with the names of the model and dataset that a script has given."""
-    if build_network is not None:
-        name = getattr(build_network, "__qualname__", type(build_network).__qualname__)
-        config = replace(config, model=f"{build_network.__module__}:{name}")
-    if dataset is not None and not isinstance(dataset, Dataset):
-        raise UserError(
-            f"the dataset is a {type(dataset).__name__}, expected a distdl.data.sources.Dataset(name, images, labels, "
-            "classes, test_start)"
-        )
-    return config if dataset is None else replace(config, dataset=dataset.name)
-
-
-def read_data(config: TrainConfig, dataset: Dataset | None, data_sha256: str | None = None) -> PreparedDataset:
-    """Load the dataset, split it, and measure its training part; `data_sha256` is the hash in a checkpoint, if any."""
-    dataset = dataset.checked() if dataset else load_dataset(config.dataset, config.data_dir, config.image_options)
-    return PreparedDataset.prepare(
-        dataset.for_training(config.loss),
-        config.seed,
-        shares=(config.validation_share, config.test_share),
-        data_sha256=data_sha256,
-        standardize_targets=config.standardize_targets,
-    )

@@ -305,7 +305,7 @@ class Trainer:
 
     def _score_test(self) -> None:
         fault_point("test", owner=self.state)
-        weights = best.weights_to_score(self.config, self.communicator, self.state, self.folder, self.console)
+        weights = best.weights_to_score(self.config, self.communicator, self.state, self.folder, self.console.warning)
         with committed(self.communicator), weights as step:
             test = self.evaluate(self.data.parts.test)
             fault_point("test", when="after", owner=test)

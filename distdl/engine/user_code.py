@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from distdl.config import is_own
-from distdl.data import Dataset, sources
+from distdl.config import TrainConfig, is_own
+from distdl.data import Dataset, PreparedDataset, sources
 from distdl.errors import PeerLost, UserError
 from distdl.image_options import ImageOptions
 from distdl.model_settings import parse_model_settings
@@ -102,6 +102,31 @@ def load_dataset(dataset: str, data_dir: Path | None, options: ImageOptions | No
         return loaded.checked()
     except UserError as error:
         raise UserError(f"{function}: {error}") from None
+
+
+def names_from_script(config: TrainConfig, build_network: BuildNetwork | None, dataset: Dataset | None) -> TrainConfig:
+    """Return the config with the names of the model and dataset that a script has given."""
+    if build_network is not None:
+        name = getattr(build_network, "__qualname__", type(build_network).__qualname__)
+        config = replace(config, model=f"{build_network.__module__}:{name}")
+    if dataset is not None and not isinstance(dataset, Dataset):
+        raise UserError(
+            f"the dataset is a {type(dataset).__name__}, expected a distdl.data.sources.Dataset(name, images, labels, "
+            "classes, test_start)"
+        )
+    return config if dataset is None else replace(config, dataset=dataset.name)
+
+
+def read_data(config: TrainConfig, dataset: Dataset | None, data_sha256: str | None = None) -> PreparedDataset:
+    """Load the dataset, split it, and measure its training part; `data_sha256` is the hash in a checkpoint, if any."""
+    dataset = dataset.checked() if dataset else load_dataset(config.dataset, config.data_dir, config.image_options)
+    return PreparedDataset.prepare(
+        dataset.for_training(config.loss),
+        config.seed,
+        shares=(config.validation_share, config.test_share),
+        data_sha256=data_sha256,
+        standardize_targets=config.standardize_targets,
+    )
 
 
 def names_match(one: str, other: str) -> bool:

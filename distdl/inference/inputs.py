@@ -15,6 +15,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from distdl.data.labels import natural_order
 from distdl.data.signature import Signature
 from distdl.data.sources.folder import is_junk, natural_order
 from distdl.data.sources.images import SUFFIXES, pillow, read_image

@@ -328,6 +328,25 @@ def test_a_freed_communicator_frees_that_of_its_host(host):
     assert len(related.comms) == 2 - len(freed)
 
 
+@pytest.mark.parametrize("survives", [True, False])
+@pytest.mark.parametrize(("revoked", "lost"), [(False, 0), (True, 0), (False, 1)])
+def test_a_failure_is_known_from_any_communicator_that_is_revoked_or_has_lost_a_rank(
+    revoked, lost, survives, monkeypatch
+):
+    mpi = pytest.importorskip("distdl.parallel.mpi", exc_type=(ImportError, RuntimeError))
+    monkeypatch.setattr(mpi, "MPI", SimpleNamespace(COMM_SELF=SimpleNamespace(Iprobe=lambda: None)))
+    monkeypatch.setattr(mpi, "SECONDS_TO_BE_NOTIFIED", 0.001)
+    monkeypatch.setattr(mpi, "survives_failures", lambda: survives)
+    related = mpi._Related()
+    for is_revoked, failed in ((False, 0), (revoked, lost)):
+        group, comm = SimpleNamespace(), SimpleNamespace()
+        group.Get_size = lambda failed=failed: failed
+        comm.Get_failed = lambda group=group: group
+        comm.Is_revoked = lambda is_revoked=is_revoked: is_revoked
+        related.comms.append(comm)
+    assert related.has_failed() is (survives and (revoked or lost > 0))
+
+
 def test_an_error_that_each_rank_finds_alone_is_not_agreed(monkeypatch):
     monkeypatch.setitem(sys.modules, "distdl.parallel.mpi", None)
     monkeypatch.delattr("distdl.parallel.mpi", raising=False)
