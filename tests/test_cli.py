@@ -378,6 +378,7 @@ GROUPS = {
     "mpirun": ["flags"],
     "verify": ["flags"],
     "evaluate": ["runs", "data", "results"],
+    "predict": ["what", "results", "code and old checkpoints"],
     "report": ["flags"],
     "search": ["search", "run"],
     "bench": ["training", "measurement", "results"],
