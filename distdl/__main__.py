@@ -18,6 +18,7 @@ COMMANDS = {
     "mpirun": "distdl.mpirun",
     "verify": "distdl.verify",
     "evaluate": "distdl.evaluate",
+    "predict": "distdl.predict",
     "report": "distdl.report",
     "search": "distdl.search.__main__",
     "bench": "distdl.bench.__main__",

@@ -11,18 +11,19 @@ import json
 import math
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from distdl.errors import UserError, unknown_name
+from distdl.image_options import ImageOptions, Resize
 from distdl.model_settings import parse_model_settings
 from distdl.transforms import Transforms
 
 DATASETS = ("digits", "mnist", "fashion-mnist")
 #: Prefixes of a dataset that is the user's own file or folder.
-FROM_PATH = ("npz:", "folder:")
+FROM_PATH = ("npz:", "folder:", "csv:")
 MODELS = (
     *("logistic", "mlp", "simple_convnet", "deep_convnet", "lenet", "alexnet"),
     *("vgg11", "vgg16", "googlenet", "resnet18", "resnet20", "resnet50"),
@@ -30,7 +31,7 @@ MODELS = (
 OptimizerName = Literal["adam", "adamw", "momentum", "nesterov", "adagrad", "rmsprop", "sgd"]
 OPTIMIZERS: tuple[str, ...] = typing.get_args(OptimizerName)
 LossName = Literal["auto", "cross_entropy", "binary_cross_entropy", "mean_squared_error"]
-ScheduleName = Literal["constant", "step", "cosine"]
+ScheduleName = Literal["constant", "step", "cosine", "plateau"]
 ReductionName = Literal["tree", "allreduce"]
 REDUCTIONS: tuple[str, ...] = typing.get_args(ReductionName)
 
@@ -50,16 +51,19 @@ OTHER_NAMES = {
     **dict.fromkeys(("out", "output", "output_dir", "save_dir", "log_dir"), "run_dir"),
 }
 
+SHARES = ("validation_share", "test_share")
+LOSS_SETTINGS = ("label_smoothing", "class_weights", "standardize_targets")
 #: The groups of `--help`, with all settings.
 GROUPS = {
-    "data": ("dataset", "data_dir", "batch_size", "augment"),
-    "model": ("model", "model_settings", "init_from", "freeze", "loss"),
+    "data": ("dataset", "data_dir", "resize", "skip_damaged", "csv_columns", "cache", *SHARES, "batch_size", "augment"),
+    "model": ("model", "model_settings", "init_from", "freeze", "loss", *LOSS_SETTINGS),
     "optimizer": (
         *("optimizer", "lr", "lr_base_batch", "schedule", "warmup_steps", "lr_step_epochs", "lr_step_factor"),
-        *("weight_decay", "l1_decay", "clip_norm"),
+        *("plateau_patience", "plateau_factor"),
+        *("momentum", "beta1", "beta2", "epsilon", "weight_decay", "l1_decay", "clip_norm"),
     ),
     "run and checkpoints": (
-        *("config", "run_dir", "resume", "epochs", "max_steps", "early_stopping", "seed"),
+        *("config", "run_dir", "resume", "dry_run", "epochs", "max_steps", "early_stopping", "test_with", "seed"),
         *("checkpoint_every", "keep_checkpoints", "log_every", "trace"),
     ),
     "faults": ("on_nonfinite", "verify_every", "audit", "record_hashes", "stall_warning", "detect_hangs"),
@@ -69,15 +73,27 @@ GROUPS = {
 #: Settings that a resumed run may change. They affect neither the weights at a step nor the meaning of the weights.
 FREE_TO_CHANGE_ON_RESUME = frozenset(
     {
-        *("config", "run_dir", "resume", "data_dir", "epochs", "max_steps", "early_stopping"),
+        *("config", "run_dir", "resume", "dry_run", "data_dir", "cache", "epochs", "max_steps", "early_stopping"),
+        "test_with",
         *("checkpoint_every", "keep_checkpoints", "log_every", "stall_warning", "detect_hangs", "record_hashes"),
         *("threads_per_rank", "balance", "on_nonfinite", "verify_every", "audit", "trace"),
     }
 )
+#: Settings that have an effect only with some choices of another setting.
+NEEDS = {
+    "momentum": ("optimizer", ("momentum", "nesterov")),
+    "beta1": ("optimizer", ("adam", "adamw")),
+    "beta2": ("optimizer", ("adam", "adamw", "rmsprop")),
+    "epsilon": ("optimizer", ("adam", "adamw", "rmsprop", "adagrad")),
+    "lr_step_epochs": ("schedule", ("step",)),
+    "lr_step_factor": ("schedule", ("step",)),
+    "plateau_patience": ("schedule", ("plateau",)),
+    "plateau_factor": ("schedule", ("plateau",)),
+}
 #: Settings of the start of a run. A config file may not hold them.
-NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace"})
+NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace", "dry_run"})
 #: Settings that are a path, or end in one.
-PATHS = ("config", "data_dir", "run_dir", "resume", "trace", "init_from", "dataset", "model")
+PATHS = ("config", "data_dir", "cache", "run_dir", "resume", "trace", "init_from", "dataset", "model")
 #: No BLAS starts more threads than this.
 MOST_THREADS = 1024
 #: The largest whole number of a setting, except of the seed. A float represents every whole number up to it.
@@ -94,9 +110,25 @@ class TrainConfig:
     """TOML file of settings, named as the flags but with underscores; flags override the file."""
     dataset: str = "digits"
     """Data to train on; digits: 1,797 real 8x8 images, included; npz:FILE.npz: arrays images and labels; folder:PATH:
-    one subfolder of images per class; or your own file.py:function or package.module:function."""
+    one subfolder of images per class; csv:FILE.csv: paths and labels; or your own file.py:function or
+    package.module:function."""
     data_dir: Path | None = None
     """Folder of the dataset's files; by default mnist and fashion-mnist are downloaded into the user's cache."""
+    resize: str | None = None
+    """Size for all image files, such as 32 or 32x48 (height x width). If an image has other proportions, its middle is
+    cut out; 32x48:pad adds black borders instead, 32x48:stretch changes the proportions."""
+    skip_damaged: bool = False
+    """Leave out image files that cannot be used, and list them; otherwise they are refused."""
+    csv_columns: str | None = None
+    """Columns of a csv: dataset: that of the paths and that of the labels, such as file,species; several label columns
+    are numbers to predict. By default the columns with usual names, such as path and label."""
+    cache: Path | None = None
+    """Folder for decoded image files: they are decoded once and then mapped, for images that do not fit into memory."""
+    validation_share: float | None = None
+    """Share of the samples to validate on, if the dataset has no validation part; by default 0.15, or 0.1 of the
+    others if it has a test part."""
+    test_share: float | None = None
+    """Share of the samples to test on, if the dataset has no test part; by default 0.15."""
     model: str = "simple_convnet"
     """Network to train; or your own file.py:function or package.module:function."""
     model_settings: str | None = None
@@ -114,12 +146,26 @@ class TrainConfig:
     """Samples of one forward and backward pass, the unit that is dealt to ranks; it never depends on their number."""
     loss: LossName = "auto"
     """Loss function to minimize; auto: cross_entropy for labels, mean_squared_error for numbers."""
+    label_smoothing: float = 0.0
+    """Share of a label that is spread evenly over all classes, for cross_entropy; validation uses the plain loss."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weights of the classes in the training loss; balanced: in inverse proportion to their number of labels."""
+    standardize_targets: bool = False
+    """Train on numbers with mean 0 and deviation 1 over the training part; predictions have the given units."""
     optimizer: OptimizerName = "adam"
     """Rule of the weight update."""
     lr: float | None = None
     """Learning rate; by default 0.001 for adam, adamw and rmsprop, and 0.01 for the others."""
     lr_base_batch: int | None = None
     """Batch size that the learning rate is meant for; with another --batch-size the rate scales in proportion."""
+    momentum: float = 0.9
+    """Share of the previous direction that momentum and nesterov keep."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients, for adam and adamw."""
+    beta2: float | None = None
+    """Decay of the mean of squared gradients; by default 0.999 for adam and adamw, and 0.99 for rmsprop."""
+    epsilon: float | None = None
+    """Number added to the root that a step is divided by; by default 1e-10 for adagrad, and 1e-8 for the others."""
     weight_decay: float = 0.0
     """Factor of the L2 penalty on weights (not on biases); for adamw, of its decoupled decay."""
     l1_decay: float = 0.0
@@ -128,13 +174,17 @@ class TrainConfig:
     """Largest Euclidean norm of the gradient; a longer gradient is scaled down to it."""
     schedule: ScheduleName = "constant"
     """Course of the learning rate; step: multiplied by lr-step-factor every lr-step-epochs; cosine: along a cosine
-    to 0."""
+    to 0; plateau: multiplied by plateau-factor after plateau-patience epochs without a better validation."""
     warmup_steps: int = 0
     """First steps, in which the learning rate rises linearly to the value of the schedule."""
     lr_step_epochs: int = 5
     """Epochs between two changes of the step schedule."""
     lr_step_factor: float = 0.1
     """Factor of each change of the step schedule."""
+    plateau_patience: int = 10
+    """Epochs without a better validation after which the plateau schedule reduces the learning rate."""
+    plateau_factor: float = 0.1
+    """Factor of each reduction of the plateau schedule."""
     augment: str | None = None
     """Random changes of training images, such as rotate=10,shift=2; also scale=0.1, crop=2, flip, brightness=0.1.
     Labels of pixels move with the image; a pixel from beyond the edge has no label and does not count."""
@@ -146,8 +196,12 @@ class TrainConfig:
     """Stop with a checkpoint after this step of the whole run; a resume without the flag continues."""
     early_stopping: int = 0
     """Stop after this many epochs without a better validation accuracy; 0: never."""
+    test_with: Literal["last", "best"] = "last"
+    """Weights that are scored on the test part at the end; best: those of the best validation."""
     resume: str | None = None
     """Checkpoint or run folder to continue from; auto: the newest intact checkpoint in --run-dir, if there is one."""
+    dry_run: bool = False
+    """Check everything and print the plan: classes, memory, steps, time, identical images; write nothing."""
     checkpoint_every: int = 0
     """Steps between checkpoints, in addition to the one at the end of each epoch; 0: none."""
     keep_checkpoints: int = 3
@@ -192,6 +246,8 @@ class TrainConfig:
         _check_ranges(config)
         if config.augment is not None:
             Transforms.parse(config.augment)
+        if config.resize is not None:
+            config = dataclasses.replace(config, resize=str(Resize.parse(config.resize)))
         parse_model_settings(config.model_settings)
         _check_final_learning_rate(config)
         for name in set(PATHS) - {"config", "dataset", "model"}:
@@ -204,6 +260,14 @@ class TrainConfig:
         if self.resume == "auto" and self.run_dir is None:
             raise UserError("--resume auto looks for checkpoints in --run-dir: give that folder too")
         return config
+
+    @property
+    def image_options(self) -> ImageOptions:
+        """The settings for image files; without effect for another dataset."""
+        resize = self.resize if reads_image_files(self.dataset) else None
+        return ImageOptions(
+            resize=resize, skip_damaged=self.skip_damaged, csv_columns=self.csv_columns, cache=self.cache
+        )
 
     @property
     def epoch_count(self) -> int:
@@ -223,6 +287,12 @@ class TrainConfig:
         return self.learning_rate * (1 if self.lr_base_batch is None else self.batch_size / self.lr_base_batch)
 
     @property
+    def optimizer_settings(self) -> dict[str, float]:
+        """The settings of the chosen optimizer alone; those that have its own default are absent."""
+        names = [name for name, (other, choices) in NEEDS.items() if other == "optimizer" and self.optimizer in choices]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
     def micro_batches(self) -> int:
         """The number of micro-batches in a full batch: the largest number of ranks that can share the work."""
         return -(-self.batch_size // self.micro_batch_size)
@@ -236,7 +306,7 @@ class TrainConfig:
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> TrainConfig:
         """Return the config that `to_json` turned into these values. An absent setting has its default."""
-        names = ("config", "data_dir", "run_dir", "trace")
+        names = ("config", "data_dir", "cache", "run_dir", "trace")
         paths = {name: Path(values[name]) for name in names if values.get(name) is not None}
         return TrainConfig(**{**values, **paths})
 
@@ -300,25 +370,40 @@ def check_kind(name: str, value: object, kind: Any) -> None:
         raise UserError(f"{flag_of(name)} must be {expected}, not {value!r}")
 
 
+def without_effect(config: TrainConfig, name: str, before: str = "") -> str | None:
+    """Return why a setting has no effect with the other settings, and the remedy; None if it has one.
+
+    `before` is the text before the suggested flag.
+    """
+    other, choices = NEEDS.get(name, ("", ()))
+    if not choices or getattr(config, other) in choices:
+        return None
+    needed = " or ".join(choices)
+    return f"has no effect with {flag_of(other)} {getattr(config, other)}: give {before}{flag_of(other)} {needed}"
+
+
 def _check_ranges(config: TrainConfig) -> None:
 
-    def at_least(least: int, *names: str) -> None:
+    def must_be(expected: str, holds: Callable[[float], bool], *names: str) -> None:
         for name in names:
-            if getattr(config, name) is not None and getattr(config, name) < least:
-                raise UserError(f"{flag_of(name)} must be at least {least}, not {getattr(config, name)}")
+            value = getattr(config, name)
+            if value is not None and not holds(value):
+                raise UserError(f"{flag_of(name)} must be {expected}, not {value}")
+
+    def at_least(least: int, *names: str) -> None:
+        must_be(f"at least {least}", lambda value: not value < least, *names)
 
     at_least(1, "epochs", "batch_size", "micro_batch_size", "lr_step_epochs", "keep_checkpoints", "threads_per_rank")
-    if config.threads_per_rank > MOST_THREADS:
-        raise UserError(f"--threads-per-rank must be at most {MOST_THREADS}, not {config.threads_per_rank}")
+    must_be(f"at most {MOST_THREADS}", lambda value: value <= MOST_THREADS, "threads_per_rank")
     at_least(0, "seed", "checkpoint_every", "log_every", "weight_decay", "verify_every", "audit", "stall_warning")
     at_least(0, "l1_decay", "warmup_steps", "early_stopping")
-    at_least(1, "max_steps", "lr_base_batch")
-    for name in ("lr", "lr_step_factor", "clip_norm"):
-        if getattr(config, name) is not None and not getattr(config, name) > 0:
-            raise UserError(f"{flag_of(name)} must be above 0, not {getattr(config, name)}")
-    for name in ("lr", "weight_decay", "l1_decay", "clip_norm", "lr_step_factor", "stall_warning"):
-        if not math.isfinite(getattr(config, name) or 0):
-            raise UserError(f"{flag_of(name)} must be a finite number, not {getattr(config, name)}")
+    at_least(1, "max_steps", "lr_base_batch", "plateau_patience")
+    must_be("above 0", lambda value: value > 0, "lr", "lr_step_factor", "clip_norm", "epsilon", *SHARES)
+    must_be("at least 0 and below 1", lambda value: 0 <= value < 1, "momentum", "beta1", "beta2", "label_smoothing")
+    finite = ("lr", "weight_decay", "l1_decay", "clip_norm", "lr_step_factor", "stall_warning", "epsilon")
+    must_be("above 0 and below 1", lambda value: 0 < value < 1, "plateau_factor")
+    must_be("a finite number", math.isfinite, *finite)
+    must_be("below 1, a share of the samples", lambda value: value < 1, *SHARES)
     seconds = config.detect_hangs  # a healthy rank may show no sign of life for a fraction of a second
     if seconds and not 1 <= seconds <= LONGEST_HANG:
         raise UserError(f"--detect-hangs must be 0, or from 1 to {LONGEST_HANG} seconds, not {seconds}")
@@ -365,6 +450,11 @@ def reads_data_dir(dataset: str) -> bool:
     return dataset != "digits" and not dataset.startswith(FROM_PATH)
 
 
+def reads_image_files(dataset: str) -> bool:
+    """Return whether a dataset consists of image files, which `--resize` and `--skip-damaged` are for."""
+    return dataset.startswith(("folder:", "csv:"))
+
+
 def check_model_name(model: str) -> None:
     """Raise `UserError` unless the text names one of our models or can name the user's own."""
     if is_own(model):
@@ -379,12 +469,24 @@ def check_dataset_name(dataset: str) -> None:
         _check_function_name("--dataset", dataset)
     elif dataset.startswith(FROM_PATH):
         if dataset in FROM_PATH or "\0" in dataset or not _is_utf8(dataset):
-            raise UserError(f"--dataset {dataset!r} does not name a file: give npz:FILE.npz or folder:PATH")
+            raise UserError(
+                f"--dataset {dataset!r} does not name a file: give npz:FILE.npz, folder:PATH or csv:FILE.csv"
+            )
     elif dataset not in DATASETS:
+        if prefix := _prefix_of_path(dataset):
+            raise UserError(f"--dataset {dataset!r} is the path of your own data: give --dataset {prefix}{dataset}")
         raise UserError(
-            f"{unknown_name('dataset', dataset, DATASETS)} (for your own, give npz:FILE.npz, "
-            "folder:PATH or file.py:function; a dataset that a script passed is known only to that script)"
+            f"{unknown_name('dataset', dataset, DATASETS)} (for your own, give npz:FILE.npz, folder:PATH, "
+            "csv:FILE.csv or file.py:function; a dataset that a script passed is known only to that script)"
         )
+
+
+def _prefix_of_path(dataset: str) -> str | None:
+    """Return the prefix that a path needs as a dataset, by its suffix or because it is a folder; None if it is none."""
+    suffix = Path(dataset).suffix.lower()
+    if suffix in {".npz", ".csv"} and "\0" not in dataset:
+        return f"{suffix[1:]}:"
+    return "folder:" if os.path.isdir(dataset) else None  # noqa: PTH112  raises nothing
 
 
 def _check_function_name(flag: str, name: str) -> None:

@@ -34,12 +34,15 @@ def open_mapped(path: Path) -> MappedArray:
 
 
 def release_pages(array: NDArray[Any]) -> None:
-    """Remove the pages of a mapped array from this process's memory; a later access maps them again.
+    """Remove the pages of an array in a mapped file from this process's memory; a later access maps them again.
 
-    Any other array stays as it is.
+    The array may be a part of the file's. Any other array stays as it is.
     """
-    if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):
-        array.base.madvise(mmap.MADV_DONTNEED)
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(array, np.memmap) and isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 @contextmanager

@@ -31,10 +31,11 @@ class Optimizer(ABC):
 
     In `decay_slices` (weights, not biases) `weight_decay` λ adds λw to the gradient, and `l1` adds ``l1 sign(w)``. The
     slices in `frozen`, ascending, keep their bits. `state` holds the vectors that must survive a step, by name, each as
-    long as the parameters.
+    long as the parameters. `settings` replace the class attributes of these names: the constants of the rule.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ()
+    setting_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -45,7 +46,11 @@ class Optimizer(ABC):
         decay_slices: Sequence[slice] = (),
         frozen: Sequence[slice] = (),
         dtype: Any = np.float32,
+        **settings: float,
     ) -> None:
+        if unknown := settings.keys() - {*self.setting_names}:
+            raise TypeError(f"{type(self).__name__} has no setting {', '.join(sorted(unknown))}")
+        vars(self).update(settings)
         self.weight_decay, self.l1, self.frozen = weight_decay, l1, tuple(frozen)
         self.decay_slices = tuple(where for where in decay_slices if where not in self.frozen)
         starts, stops = [0, *(where.stop for where in frozen)], [*(where.start for where in frozen), size]
@@ -101,6 +106,7 @@ class Momentum(Optimizer):
     """
 
     state_names = ("momentum_buffer",)  # checkpoints of earlier versions have the book's v as "velocity"
+    setting_names = ("momentum",)
     momentum = 0.9
 
     def _rule(self, w: Vector, g: Vector, state: State, learning_rate: float, step: int, scratch: Vector) -> None:
@@ -115,6 +121,7 @@ class Nesterov(Optimizer):
     """Nesterov's accelerated gradient, as in PyTorch: v ← αv + g, w ← w - η(g + αv) with α = 0.9 (book 6.1.4)."""
 
     state_names = ("velocity",)
+    setting_names = ("momentum",)
     momentum = 0.9
 
     def _rule(self, w: Vector, g: Vector, state: State, learning_rate: float, step: int, scratch: Vector) -> None:
@@ -131,6 +138,7 @@ class AdaGrad(Optimizer):
     """AdaGrad (Duchi, Hazan and Singer 2011; book 6.1.5): h ← h + g², w ← w - ηg / (√h + ε) with ε = 1e-10."""
 
     state_names = ("sum_of_squares",)
+    setting_names = ("epsilon",)
     epsilon = 1e-10
 
     def _rule(self, w: Vector, g: Vector, state: State, learning_rate: float, step: int, scratch: Vector) -> None:
@@ -144,13 +152,14 @@ class RMSProp(Optimizer):
     """RMSProp (Tieleman and Hinton 2012; book 6.1.5): h ← βh + (1-β)g², w ← w - ηg / (√h + ε), β = 0.99, ε = 1e-8."""
 
     state_names = ("mean_of_squares",)
-    beta, epsilon = 0.99, 1e-8
+    setting_names = ("beta2", "epsilon")
+    beta2, epsilon = 0.99, 1e-8
 
     def _rule(self, w: Vector, g: Vector, state: State, learning_rate: float, step: int, scratch: Vector) -> None:
         h = state["mean_of_squares"]
-        h *= self.beta
+        h *= self.beta2
         np.multiply(g, g, out=scratch)
-        scratch *= 1 - self.beta
+        scratch *= 1 - self.beta2
         h += scratch
         _divided_step(w, g, h, self.epsilon, learning_rate, scratch)
 
@@ -172,6 +181,7 @@ class Adam(Optimizer):
     """
 
     state_names = ("first_moment", "second_moment")
+    setting_names = ("beta1", "beta2", "epsilon")
     beta1, beta2, epsilon = 0.9, 0.999, 1e-8
 
     def _rule(self, w: Vector, g: Vector, state: State, learning_rate: float, step: int, scratch: Vector) -> None:

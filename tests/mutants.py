@@ -9,10 +9,10 @@ A mutant is killed if a test fails. The run prints the diff of each survivor, an
 survivor shows a missing test, unless the mutant is equivalent: it changes nothing that a user could observe. Add an
 equivalent mutant, with the reason, to `tests/mutants_equivalent.txt`. It then no longer counts.
 
-The run works in a temporary copy of the repository. For each mutant it runs test files until one fails: the file that
-mirrors the module, the other files of that folder, the files that mention the module, and some end-to-end files. It
-leaves out files that fail without a mutant, or take longer than `--longest`. Use an environment with Open MPI: other
-MPIs skip most tests of recovery.
+The run works in a temporary copy of the repository. For each mutant it runs test files until one fails: the doctests of
+the module, the file that mirrors the module, the other files of that folder, the files that mention the module, and
+some end-to-end files. It leaves out files that fail without a mutant, or take longer than `--longest`. Use an
+environment with Open MPI: other MPIs skip most tests of recovery.
 
 It mutates comparisons, boundaries, `and`/`or`, conditions, arithmetic, numbers, booleans and statements. It does not
 mutate docstrings, annotations, messages, assertions, constants in capitals and `__main__` guards.
@@ -212,10 +212,12 @@ def is_deletable(node: ast.AST, *, is_nested: bool) -> bool:
 
 
 def tests_of(path: Path, root: Path) -> list[str]:
-    """Return the test files for a module of the package, in the order in which they run."""
+    """Return the files with tests for a module, in the order in which they run; first its own doctests."""
     module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
     package, _, name = module.rpartition(".")
     folder = Path("tests", *path.parts[1:-1])
+    while not (root / folder).is_dir():
+        folder = folder.parent
     mention = re.compile(rf"{re.escape(module)}\b|from {re.escape(package)} import (\([^)]*|[^\n]*)\b{name}\b")
     own, beside, others = [], [], []
     for file in sorted(root.glob("tests/**/test_*.py"), key=lambda file: file.stat().st_size):
@@ -226,7 +228,7 @@ def tests_of(path: Path, root: Path) -> list[str]:
             (own if file.stem == f"test_{name}" else beside).append(str(relative))
         elif mention.search(file.read_text()):
             others.append(str(relative))
-    return [*own, *beside, *others, *END_TO_END]
+    return [str(path), *own, *beside, *others, *END_TO_END]
 
 
 class Copy:

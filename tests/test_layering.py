@@ -18,7 +18,7 @@ PACKAGE = Path(distdl.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("*.py"))
 
 ROOT = "distdl"  # distdl/__init__.py itself
-BOTTOM = {"errors", "rng", "arrays", "host_memory", "mapped_files", "transforms", "model_settings"}
+BOTTOM = {"errors", "rng", "arrays", "host_memory", "mapped_files", "transforms", "model_settings", "image_options"}
 MIDDLE = {"nn", "optim", "schedules", "data", "parallel", "job"}
 #: Packages that use the engine. bench and search never import each other.
 USES = {"inference", "bench", "search"}
@@ -54,7 +54,7 @@ def may_import(unit, other):
     if unit in BOTTOM:
         return other in BOTTOM | {ROOT}
     if unit == "config":
-        return other in {ROOT, "errors", "transforms", "model_settings"}
+        return other in {ROOT, "errors", "transforms", "model_settings", "image_options"}
     if unit in MIDDLE:
         return other in BOTTOM | {ROOT, unit} | {"parallel": {"job"}, "job": {"config"}}.get(unit, set())
     if unit == "engine":

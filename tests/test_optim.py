@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from distdl import optim
+from distdl.config import NEEDS, TrainConfig
 from distdl.engine.state import TrainingState
 from distdl.engine.storage.checkpoints import Checkpoint, restore
 from distdl.errors import UserError
@@ -28,57 +29,57 @@ def textbook_sgd(w, gradients, rates, decay):
     return w
 
 
-def textbook_momentum(w, gradients, rates, decay):
+def textbook_momentum(w, gradients, rates, decay, momentum=0.9):
     """Follow the formula in PyTorch's documentation."""
     v = np.zeros_like(w)
     for g, lr in zip(gradients, rates, strict=True):
-        v = 0.9 * v + (g + decay * w)
+        v = momentum * v + (g + decay * w)
         w = w - lr * v
     return w
 
 
-def textbook_nesterov(w, gradients, rates, decay):
+def textbook_nesterov(w, gradients, rates, decay, momentum=0.9):
     """Follow the formula in PyTorch's documentation."""
     v = np.zeros_like(w)
     for g, lr in zip(gradients, rates, strict=True):
         gradient = g + decay * w
-        v = 0.9 * v + gradient
-        w = w - lr * (gradient + 0.9 * v)
+        v = momentum * v + gradient
+        w = w - lr * (gradient + momentum * v)
     return w
 
 
-def textbook_adagrad(w, gradients, rates, decay):
+def textbook_adagrad(w, gradients, rates, decay, epsilon=1e-10):
     h = np.zeros_like(w)
     for g, lr in zip(gradients, rates, strict=True):
         gradient = g + decay * w
         h = h + gradient**2
-        w = w - lr * gradient / (np.sqrt(h) + 1e-10)
+        w = w - lr * gradient / (np.sqrt(h) + epsilon)
     return w
 
 
-def textbook_rmsprop(w, gradients, rates, decay):
+def textbook_rmsprop(w, gradients, rates, decay, beta2=0.99, epsilon=1e-8):
     h = np.zeros_like(w)
     for g, lr in zip(gradients, rates, strict=True):
         gradient = g + decay * w
-        h = 0.99 * h + (1 - 0.99) * gradient**2
-        w = w - lr * gradient / (np.sqrt(h) + 1e-8)
+        h = beta2 * h + (1 - beta2) * gradient**2
+        w = w - lr * gradient / (np.sqrt(h) + epsilon)
     return w
 
 
-def textbook_adam(w, gradients, rates, decay, decoupled=0.0):
+def textbook_adam(w, gradients, rates, decay, decoupled=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8):
     m, v = np.zeros_like(w), np.zeros_like(w)
     for t, (g, lr) in enumerate(zip(gradients, rates, strict=True), start=1):
         gradient = g + decay * w
-        m = 0.9 * m + (1 - 0.9) * gradient
-        v = 0.999 * v + (1 - 0.999) * gradient**2
-        m_hat = m / (1 - 0.9**t)
-        v_hat = v / (1 - 0.999**t)
-        w = w - lr * decoupled * w - lr * m_hat / (np.sqrt(v_hat) + 1e-8)
+        m = beta1 * m + (1 - beta1) * gradient
+        v = beta2 * v + (1 - beta2) * gradient**2
+        m_hat = m / (1 - beta1**t)
+        v_hat = v / (1 - beta2**t)
+        w = w - lr * decoupled * w - lr * m_hat / (np.sqrt(v_hat) + epsilon)
     return w
 
 
-def textbook_adamw(w, gradients, rates, decay):
-    return textbook_adam(w, gradients, rates, 0.0, decoupled=decay)
+def textbook_adamw(w, gradients, rates, decay, **settings):
+    return textbook_adam(w, gradients, rates, 0.0, decoupled=decay, **settings)
 
 
 TEXTBOOK = {
@@ -89,6 +90,16 @@ TEXTBOOK = {
     "rmsprop": textbook_rmsprop,
     "adam": textbook_adam,
     "adamw": textbook_adamw,
+}
+#: Other constants of each rule than its own.
+SETTINGS = {
+    "sgd": {},
+    "momentum": {"momentum": 0.5},
+    "nesterov": {"momentum": 0.0},
+    "adagrad": {"epsilon": 0.1},
+    "rmsprop": {"beta2": 0.5, "epsilon": 0.01},
+    "adam": {"beta1": 0.5, "beta2": 0.9, "epsilon": 0.01},
+    "adamw": {"beta1": 0.0, "beta2": 0.0, "epsilon": 1e-3},
 }
 STATE = {
     "sgd": [],
@@ -133,7 +144,7 @@ every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
 def test_every_optimizer_is_in_the_tables_of_these_tests():
-    for table in (TEXTBOOK, STATE, PARABOLA, VALLEY, ROSENBROCK):
+    for table in (TEXTBOOK, SETTINGS, STATE, PARABOLA, VALLEY, ROSENBROCK):
         assert set(table) == set(OPTIMIZERS)
 
 
@@ -159,16 +170,20 @@ def run(name, start, gradients, lr, **settings):
 @every_optimizer
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1], ids=["no decay", "decay"])
+@pytest.mark.parametrize("settings", [{}, SETTINGS], ids=["its own constants", "others"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 2e-5), (np.float64, 1e-12)], ids=["f4", "f8"])
-def test_fifty_steps_with_changing_rates_equal_the_textbooks(name, size, weight_decay, dtype, tolerance):
+def test_fifty_steps_with_changing_rates_equal_the_textbooks(name, size, weight_decay, settings, dtype, tolerance):
+    settings = settings.get(name, {})
     start, gradients = gradients_of(size, dtype)
     decay_slices = (slice(0, size // 3), slice(size // 2, size))
-    got, _ = run(name, start, gradients, RATES, weight_decay=weight_decay, decay_slices=decay_slices)
+    got, _ = run(name, start, gradients, RATES, weight_decay=weight_decay, decay_slices=decay_slices, **settings)
 
     decay = np.zeros(size)
     for where in decay_slices:
         decay[where] = weight_decay
-    oracle = TEXTBOOK[name](start.astype(np.float64), [g.astype(np.float64) for g in gradients], RATES, decay)
+    oracle = TEXTBOOK[name](
+        start.astype(np.float64), [g.astype(np.float64) for g in gradients], RATES, decay, **settings
+    )
     moved = np.abs(oracle - start).max()
     assert moved > 1e-3 or size == 1
     np.testing.assert_allclose(got, oracle, rtol=tolerance, atol=tolerance * max(1.0, moved) / 10)
@@ -377,6 +392,22 @@ def test_an_update_works_in_place_and_allocates_almost_nothing(name):
         tracemalloc.stop()
     assert (w != start).any()
     assert all(now is then for now, then in zip(optimizer.state.values(), vectors, strict=True))
+
+
+@every_optimizer
+def test_the_config_passes_on_exactly_the_settings_of_the_rule(name):
+    """So a flag without effect is refused, and no other flag is."""
+    effective = {setting for setting, (other, choices) in NEEDS.items() if other == "optimizer" and name in choices}
+    assert effective == set(OPTIMIZERS[name].setting_names) == set(SETTINGS[name])
+    plain, given = TrainConfig(optimizer=name), TrainConfig(optimizer=name, **SETTINGS[name])
+    assert given.optimizer_settings == SETTINGS[name]
+    made = OPTIMIZERS[name](3, **plain.optimizer_settings)
+    assert all(getattr(made, setting) == getattr(OPTIMIZERS[name], setting) for setting in effective)
+
+
+def test_a_setting_of_another_rule_is_refused():
+    with pytest.raises(TypeError, match="SGD has no setting momentum"):
+        OPTIMIZERS["sgd"](3, momentum=0.9)
 
 
 def test_an_unknown_optimizer_is_an_error_that_lists_the_known():

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.arrays import sha256_of_arrays
-from distdl.data.normalization import Normalization, measure
-from distdl.data.signature import Signature, Task
-from distdl.data.split import Rows, Shares, Split, split
+from distdl.data.image_shapes import canonical_images
+from distdl.data.labels import RENUMBER, Unfit, canonical, check_classes, classes_missing_in, for_loss, refuse_numbers
+from distdl.data.normalization import Normalization, constant_channels, measure
+from distdl.data.signature import Signature, Task, default_loss
+from distdl.data.split import DEFAULT_SHARE, Rows, Shares, Split, split
 from distdl.errors import UserError
 from distdl.rng import Key
 
@@ -49,7 +52,7 @@ class _Labelled:
     @property
     def default_loss(self) -> str:
         """The name of the loss for such targets."""
-        return "cross_entropy" if self.targets_per_sample else "mean_squared_error"
+        return default_loss(self.task)
 
     def loss_named(self, name: str) -> str:
         """Return the name of the loss that ``--loss name`` selects."""
@@ -64,9 +67,9 @@ class Dataset(_Labelled):
 
     name: str
     images: NDArray[Any]
-    """(N, H, W, C), uint8 or float32."""
+    """(N, H, W, C), uint8 or float32. `checked` converts other floats."""
     labels: NDArray[Any]
-    """Integers in 0 .. classes-1, (N,) or (N, H, W); or float32 (N, D)."""
+    """Integers in 0 .. classes-1, (N,) or (N, H, W); or float32 (N, D). `checked` converts other forms to these."""
     classes: int
     """The number of classes; D for regression."""
     test_start: int | None
@@ -77,26 +80,81 @@ class Dataset(_Labelled):
     """Warnings about the data for the user; a run prints them."""
     validation_start: int | None = None
     """The first row of the dataset's own validation part, which lies before the test part; None: it has none."""
+    resize: str | None = None
+    """How image files of any size became these images, as `--resize` says; None: they had this size."""
+    skipped_files: tuple[str, ...] = ()
+    """Files that `--skip-damaged` left out, each with the reason."""
 
     def sha256(self) -> str:
         """Return the hash of images and labels."""
         return sha256_of_arrays([("images", self.images), ("labels", self.labels)])
 
+    @classmethod
+    def from_labels(
+        cls,
+        name: str,
+        images: NDArray[Any],
+        labels: NDArray[Any],
+        *,
+        test_start: int | None = None,
+        validation_start: int | None = None,
+        class_names: tuple[str, ...] | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> Dataset:
+        """Return a checked dataset; its labels or their names determine the number of classes. Raises `UserError`."""
+        known = 1 if class_names is None else len(class_names)
+        given = cls(name, images, labels, known, test_start, class_names, notes, validation_start)._canonical()
+        names, labels = given.class_names, given.labels
+        if labels.dtype.kind == "f":
+            classes = labels.shape[-1]
+        else:
+            classes = int(labels.max(initial=0)) + 1 if names is None else len(names)
+        return replace(given, classes=classes).checked()
+
+    def for_loss(self, loss: str) -> Dataset:
+        """Return a checked dataset with the labels that ``--loss loss`` needs.
+
+        Raises `UserError` if the labels may be classes or numbers and the loss does not decide.
+        """
+        if self.labels.dtype.kind != "f":
+            return self
+        with self._naming_it():
+            labels = for_loss(self.labels, loss)
+        if labels.dtype.kind == "f":
+            return self
+        given = replace(self, labels=labels, classes=int(labels.max()) + 1 if self.classes == 1 else self.classes)
+        return replace(given, labels=given._checked_labels())
+
+    def for_training(self, loss: str) -> Dataset:
+        """Return `for_loss`, with warnings about its classes; raise `UserError` if there are not two classes."""
+        dataset = self.for_loss(loss)
+        if dataset.task == "regression":
+            return dataset
+        with self._naming_it():
+            if dataset.task == "classification":
+                refuse_numbers(loss)
+            notes = check_classes(dataset.labels, dataset.classes, dataset.class_names)
+        return replace(dataset, notes=(*dataset.notes, *notes))
+
+    def _canonical(self) -> Dataset:
+        """Return the dataset with images and labels in the form of training, if that needs no choice."""
+        for kind, array in (("images", self.images), ("labels", self.labels)):
+            if not isinstance(array, np.ndarray):
+                raise self._wrong(f"{kind} of type {type(array).__name__}", f"a NumPy array: numpy.array({kind})")
+        with self._naming_it():
+            images, notes = canonical_images(self.images, len(self.labels) if self.labels.ndim else 0)
+            labels, names = canonical(self.labels, self.class_names, self.classes)
+        return replace(self, images=images, labels=labels, class_names=names, notes=(*self.notes, *notes))
+
     def checked(self) -> Dataset:
         """Return the dataset in the form that training needs (integer labels as int64). Check one from a script.
 
-        Raises `UserError` if a field differs from its description above.
+        Raises `UserError` if a field differs from its description above, and no conversion is obvious.
         """
+        return self._canonical()._checked()
+
+    def _checked(self) -> Dataset:
         images, labels, classes = self.images, self.labels, self.classes
-        for kind, array in (("images", images), ("labels", labels)):
-            if not isinstance(array, np.ndarray):
-                raise self._wrong(f"{kind} of type {type(array).__name__}", "a NumPy array")
-        if images.ndim != 4 or not images.size or images.dtype not in (np.uint8, np.float32):
-            raise self._wrong(
-                f"images {images.dtype} {images.shape}",
-                "uint8 or float32 (N, H, W, C): images[..., None] adds an axis for channels, "
-                "images.astype(np.float32) converts other numbers",
-            )
         count = len(images)
         if images.dtype == np.float32 and not np.isfinite(images).all():
             sample = int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))
@@ -130,7 +188,8 @@ class Dataset(_Labelled):
                 f"({count}, D), numbers for each image",
             )
         if not 0 <= labels.min() <= labels.max() < classes:
-            raise self._wrong(f"labels {labels.min()} to {labels.max()}", f"0 to {classes - 1} for {classes} classes")
+            expected = f"0 to {classes - 1} for {classes} classes: {RENUMBER}"
+            raise self._wrong(f"labels {labels.min()} to {labels.max()}", expected)
         return labels.astype(np.int64)
 
     def _checked_numbers(self) -> NDArray[np.float32]:
@@ -154,8 +213,29 @@ class Dataset(_Labelled):
         if len("".join(names).encode(errors="surrogateescape")) > MOST_NAME_BYTES:
             raise self._wrong("long class_names", f"at most {MOST_NAME_BYTES} bytes in all")
 
+    @contextmanager
+    def _naming_it(self) -> Iterator[None]:
+        try:
+            yield
+        except Unfit as error:
+            raise self._wrong(error.given, error.expected) from None
+
     def _wrong(self, given: str, expected: str) -> UserError:
         return UserError(f"the dataset {self.name!r} has {given}; expected {expected}; correct the dataset")
+
+
+def _note_of_constant(channels: Sequence[int], first: NDArray[Any]) -> str:
+    """Return the note about channels that are the same in all training images; `first` is a pixel (C,) of one.
+
+    Raises `UserError` if all channels are.
+    """
+    if len(channels) == len(first):
+        raise UserError(
+            f"every pixel of every training image has the value {', '.join(f'{value:g}' for value in first[:8])}: "
+            "expected images that differ; look at the files (transparent pixels are laid over white)"
+        )
+    named = f"channels {', '.join(map(str, channels))}" if len(channels) > 1 else f"channel {channels[0]}"
+    return f"{named} (of 0 to {len(first) - 1}) of the images holds one value in all training images: nothing to learn"
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,12 +251,42 @@ class PreparedDataset(_Labelled):
     class_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
     """Warnings about the data for the user."""
+    resize: str | None = None
+    target_normalization: Normalization | None = None
+    """Of the numbers to predict, measured on the training part alone. None: they are not standardized."""
+    skipped_files: tuple[str, ...] = ()
 
     @classmethod
     def prepare(
-        cls, dataset: Dataset, seed: int, *, shares: Shares = (None, None), stratified: bool = True
+        cls,
+        dataset: Dataset,
+        seed: int,
+        *,
+        shares: Shares = (None, None),
+        data_sha256: str | None = None,
+        standardize_targets: bool = False,
     ) -> PreparedDataset:
-        """Split a dataset (see `split`), and measure the pixels of its training part; raise `UserError`."""
+        """Split a dataset (see `split`), and measure the pixels of its training part; raise `UserError`.
+
+        With `standardize_targets` measure the numbers to predict too. `data_sha256` is the hash in a checkpoint. If an
+        earlier version split this dataset, that split is drawn again.
+        """
+        _check_shares(dataset, shares)
+        if standardize_targets and dataset.targets_per_sample:
+            raise UserError(
+                f"--standardize-targets is for numbers, and {dataset.name} has labels of classes: leave the flag out"
+            )
+        prepared = cls._split(dataset, seed, shares, standardize_targets=standardize_targets)
+        is_newly_stratified = dataset.labels.ndim == 1 and dataset.test_start and not dataset.validation_start
+        if data_sha256 is not None and is_newly_stratified and prepared.sha256() != data_sha256:
+            earlier = cls._split(dataset, seed, shares, stratified=False)
+            prepared = earlier if earlier.sha256() == data_sha256 else prepared
+        return prepared
+
+    @classmethod
+    def _split(
+        cls, dataset: Dataset, seed: int, shares: Shares, *, stratified: bool = True, standardize_targets: bool = False
+    ) -> PreparedDataset:
         parts = split(
             dataset.labels,
             dataset.test_start,
@@ -185,7 +295,18 @@ class PreparedDataset(_Labelled):
             shares=shares,
             stratified=stratified,
         )
+        if standardize_targets and dataset.targets_per_sample:
+            raise UserError(
+                f"--standardize-targets is for numbers, and {dataset.name} has labels of classes: leave the flag out"
+            )
         normalization = measure(dataset.images, parts.training)
+        notes = [*dataset.notes]
+        if constant := constant_channels(dataset.images, parts.training, normalization):
+            notes.append(_note_of_constant(constant, dataset.images[parts.training[0], 0, 0]))
+        if dataset.task == "classification":
+            notes += classes_missing_in(vars(parts), dataset.labels, dataset.classes, dataset.class_names)
+        if dataset.validation_start and not dataset.test_start:
+            notes.append(f"there is no test part: {len(parts.test)} of the training samples are the test part")
         return cls(
             dataset.images,
             dataset.labels,
@@ -193,7 +314,10 @@ class PreparedDataset(_Labelled):
             normalization,
             dataset.classes,
             class_names=dataset.class_names,
-            notes=dataset.notes,
+            notes=tuple(notes),
+            resize=dataset.resize,
+            target_normalization=measure(dataset.labels, parts.training) if standardize_targets else None,
+            skipped_files=dataset.skipped_files,
         )
 
     @classmethod
@@ -211,12 +335,15 @@ class PreparedDataset(_Labelled):
 
         `prefix` begins the names of the arrays that depend on the seed: one dict can hold the splits of several seeds.
         """
+        texts = [self.class_names, self.notes, self.resize, self.skipped_files]
         of_the_seed = vars(self.parts) | vars(self.normalization)
+        if self.target_normalization is not None:
+            of_the_seed |= {f"target_{name}": array for name, array in vars(self.target_normalization).items()}
         return {
             "images": self.images,
             "labels": self.labels,
             "classes": np.array([self.classes]),
-            "texts": np.frombuffer(json.dumps([self.class_names, self.notes]).encode(), np.uint8),
+            "texts": np.frombuffer(json.dumps(texts).encode(), np.uint8),
             **{f"{prefix}{name}": array for name, array in of_the_seed.items()},
         }
 
@@ -225,7 +352,8 @@ class PreparedDataset(_Labelled):
         """Return the dataset that `to_arrays` has written with this prefix."""
         parts = Split(*(arrays[f"{prefix}{name}"] for name in ("training", "validation", "test")))
         normalization = Normalization(arrays[f"{prefix}mean"], arrays[f"{prefix}deviation"])
-        names, notes = json.loads(arrays["texts"].tobytes())
+        names, notes, resize, skipped = json.loads(arrays["texts"].tobytes())
+        target_mean = arrays.get(f"{prefix}target_mean")
         return cls(
             arrays["images"],
             arrays["labels"],
@@ -234,11 +362,17 @@ class PreparedDataset(_Labelled):
             int(arrays["classes"][0]),
             class_names=None if names is None else tuple(names),
             notes=tuple(notes),
+            resize=resize,
+            target_normalization=None
+            if target_mean is None
+            else Normalization(target_mean, arrays[f"{prefix}target_deviation"]),
+            skipped_files=tuple(skipped),
         )
 
-    def signature(self, resize: str | None = None) -> Signature:
-        """Return the signature of a network that is trained on this dataset, with images prepared by `resize`."""
+    def signature(self) -> Signature:
+        """Return the signature of a network that is trained on this dataset."""
         height, width, channels = self.images.shape[1:]
+        targets = self.target_normalization
         return Signature(
             task=self.task,
             outputs=self.classes,
@@ -247,8 +381,15 @@ class PreparedDataset(_Labelled):
             pixels="uint8" if self.images.dtype == np.uint8 else "float32",
             mean=tuple(self.normalization.mean.tolist()),
             deviation=tuple(self.normalization.deviation.tolist()),
-            resize=resize,
+            resize=self.resize,
+            target_mean=None if targets is None else tuple(targets.mean.tolist()),
+            target_deviation=None if targets is None else tuple(targets.deviation.tolist()),
         )
+
+    def targets(self, rows: Rows) -> NDArray[Any]:
+        """Return the labels of some rows, as a loss compares them with outputs: numbers are standardized if asked."""
+        labels = self.labels[rows]
+        return labels if self.target_normalization is None else self.target_normalization.apply(labels)
 
     def sha256(self) -> str:
         """Return the hash of images, labels and split, the ``data_sha256`` of a checkpoint: 0.1 s for MNIST."""
@@ -257,3 +398,20 @@ class PreparedDataset(_Labelled):
     def samples(self, rows: Rows) -> dict[str, NDArray[Any]]:
         """Return the images, not normalized, and the labels of some rows."""
         return {"images": self.images[rows], "labels": self.labels[rows]}
+
+
+def _check_shares(dataset: Dataset, shares: Shares) -> None:
+    """Raise `UserError` if the user's share of a part has no effect, or if the shares leave no training part."""
+    drawn = 0.0
+    for part, share in zip(("validation", "test"), shares, strict=True):
+        if getattr(dataset, f"{part}_start") is None:
+            drawn += DEFAULT_SHARE if share is None else share
+        elif share is not None:
+            raise UserError(
+                f"--{part}-share {share} has no effect: {dataset.name} has its own {part} part; leave it out"
+            )
+    if drawn >= 1:
+        raise UserError(
+            f"--validation-share and --test-share take {drawn:g} of the samples (by default each is {DEFAULT_SHARE}): "
+            "expected less than 1, so that some are left for training; give smaller shares"
+        )

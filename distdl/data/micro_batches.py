@@ -37,7 +37,7 @@ class MicroBatches:
         return micro_batch_count(samples, self.micro_batch_size)
 
     def load(self, rows: Rows, index: int, key: Key | None = None) -> tuple[NDArray[np.float32], NDArray[Any]]:
-        """Return images (N, H, W, C), normalized, and labels (N, ...) of micro-batch `index` of the batch `rows`.
+        """Return images (N, H, W, C), normalized, and targets (N, ...) of micro-batch `index` of the batch `rows`.
 
         With a key they are augmented: labels of pixels move along. The next call with the same N overwrites the images.
         """
@@ -52,7 +52,7 @@ class MicroBatches:
         images = np.take(dataset.images, rows, axis=0, out=pixels, mode="clip")
         if self.loaded % MICRO_BATCHES_MAPPED == 0:
             release_pages(dataset.images)
-        labels = dataset.labels[rows]
+        labels = dataset.targets(rows)
         if key is not None and self.augmentation is not None:
             images = self.augmentation.apply(images, key, out=out)
             if labels.ndim == 3:

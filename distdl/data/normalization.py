@@ -1,4 +1,4 @@
-"""Mean and deviation of each channel, measured on the training part alone.
+"""Mean and deviation of each channel, measured on the training part alone; also those of the numbers to predict.
 
 For bytes the measurement is exact: it uses integer sums alone. A row gets the same bits in every batch.
 
@@ -42,6 +42,12 @@ class Normalization:
         np.subtract(images, self.mean, out=out, dtype=np.float32)
         return np.divide(out, self.deviation, out=out)
 
+    def undo(self, normalized: NDArray[Any]) -> NDArray[Any]:
+        """Return ``deviation · normalized + mean`` in the dtype of `normalized`: the opposite of `apply`."""
+        restored: NDArray[Any] = normalized * self.deviation.astype(normalized.dtype)
+        restored += self.mean.astype(normalized.dtype)
+        return restored
+
 
 def measure(images: NDArray[Any], rows: NDArray[np.int64]) -> Normalization:
     """Return mean and deviation of each channel over the given rows of `images` (N, H, W, C), uint8 or float32.
@@ -57,6 +63,17 @@ def measure(images: NDArray[Any], rows: NDArray[np.int64]) -> Normalization:
     deviation = np.sqrt(variance).astype(np.float32)
     deviation[deviation == 0] = 1
     return Normalization(mean.astype(np.float32), deviation)
+
+
+def constant_channels(images: NDArray[Any], rows: NDArray[np.int64], normalization: Normalization) -> list[int]:
+    """Return the channels that have one value in all the given rows; `normalization` is their measurement."""
+    candidates = np.flatnonzero(normalization.deviation == 1).tolist()
+    value = images[rows[0], 0, 0]
+    return [
+        channel
+        for channel in candidates
+        if all((block[:, channel] == value[channel]).all() for block in _blocks(images, rows))
+    ]
 
 
 def _blocks(images: NDArray[Any], rows: NDArray[np.int64]) -> Iterator[NDArray[Any]]:

@@ -20,6 +20,7 @@ from distdl.rng import Key
 Rows = NDArray[np.int64]
 #: The shares of the validation and the test part that the user gives; None: the default.
 Shares = tuple[float | None, float | None]
+DEFAULT_SHARE = 0.15
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,16 +57,13 @@ def split(
     with numbers, count as one class. `stratified=False` draws validation rows beside an own test part from all classes
     together, as versions before 0.2 did.
 
-    Raises `UserError` if a part would be empty, or if a share has no effect.
+    Raises `UserError` if a part would be empty.
 
     >>> parts = split(np.zeros(20, np.int64), None, Key(0))
     >>> len(parts.training), len(parts.validation), len(parts.test)
     (14, 3, 3)
     """
     count, own = len(labels), {"validation": validation_start, "test": test_start}
-    for (name, start), share in zip(own.items(), shares, strict=True):
-        if start is not None and share is not None:
-            raise UserError(f"--{name}-share {share} has no effect: the data has its own {name} part; leave it out")
     test_from = count if test_start is None else test_start
     own_from = test_from if validation_start is None else validation_start
     classes = labels[:own_from] if labels.ndim == 1 and stratified else np.zeros(own_from, np.int64)
@@ -108,7 +106,7 @@ def _drawn_beside_test(classes: NDArray[Any], share: float, key: Key) -> Split:
 
 def _drawn_by_class(classes: NDArray[Any], shares: Sequence[float | None], key: Key) -> Split:
     """Draw the validation and the test part from each class by itself."""
-    exact = [Fraction("0.15" if share is None else str(share)) for share in shares]
+    exact = [Fraction(str(DEFAULT_SHARE if share is None else share)) for share in shares]
     training, validation, test = [], [], []
     for label in np.unique(classes).tolist():
         rows = np.flatnonzero(classes == label).astype(np.int64, copy=False)

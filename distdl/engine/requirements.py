@@ -4,37 +4,57 @@ import numpy as np
 
 from distdl.config import TrainConfig
 from distdl.data import Dataset, PreparedDataset
+from distdl.data.signature import Signature, default_loss
+from distdl.engine.objective import check_objective
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.checkpoints import FoundCheckpoint
 from distdl.errors import DamagedFileError, UserError
 from distdl.nn import BatchNorm, Sequential
 
+#: The targets of a sample, for messages.
+TARGETS = {
+    "classification": "{} classes",
+    "segmentation": "{} classes for each pixel",
+    "regression": "{} numbers",
+}
 
-def outputs_of(config: TrainConfig, data: Dataset | PreparedDataset) -> tuple[int, ...]:
+
+def outputs_of(config: TrainConfig, data: Dataset | PreparedDataset | Signature) -> tuple[int, ...]:
     """Return the shape of the outputs of a sample that the data and the loss need."""
+    classes, shape = _classes_and_shape(data)
     if config.loss == "binary_cross_entropy":
-        if data.targets_per_sample != 1 or data.classes != 2:
+        if (data.task, classes) != ("classification", 2):
             raise UserError(
-                f"--loss binary_cross_entropy is for one label of two classes a sample: {config.dataset} has labels "
-                f"{data.labels.dtype} {data.labels.shape} of {data.classes} classes; leave the flag out"
+                f"--loss binary_cross_entropy is for one label of two classes a sample: {config.dataset} has "
+                f"{TARGETS[data.task].format(classes)}; leave the flag out"
             )
+        check_objective(config, data)
         return (1,)
-    if config.loss not in {"auto", data.default_loss}:
-        kind = "numbers" if data.targets_per_sample == 0 else "labels"
+    if config.loss not in {"auto", default_loss(data.task)}:
+        kind = "numbers" if data.task == "regression" else "labels"
         raise UserError(f"--loss {config.loss} does not fit {config.dataset}, which has {kind}; leave the flag out")
-    return (*(data.labels.shape[1:] if data.targets_per_sample else ()), data.classes)
+    check_objective(config, data)
+    return (*(shape[:2] if data.task == "segmentation" else ()), classes)
 
 
-def check_outputs(config: TrainConfig, output_shape: tuple[int, ...], data: PreparedDataset) -> None:
+def check_outputs(
+    config: TrainConfig, output_shape: tuple[int, ...], data: Dataset | PreparedDataset | Signature
+) -> None:
     """Raise `UserError` if the outputs of a network have another shape than the data and the loss need."""
     expected = outputs_of(config, data)
     if output_shape != expected:
-        what = "classes" if data.targets_per_sample else "numbers"
         raise UserError(
             f"the network {config.model} returns outputs {output_shape} for a sample, expected {expected}: "
-            f"{config.dataset} has {data.classes} {what}" + (" for each pixel" if len(expected) > 1 else "")
+            f"{config.dataset} has {TARGETS[data.task].format(_classes_and_shape(data)[0])}"
         )
+
+
+def _classes_and_shape(data: Dataset | PreparedDataset | Signature) -> tuple[int, tuple[int, ...]]:
+    """Return the number of classes, or of the numbers of a sample, and the shape of an image."""
+    if isinstance(data, Signature):
+        return data.outputs, data.image_shape
+    return data.classes, data.images.shape[1:]
 
 
 def check_moments(config: TrainConfig, network: Sequential) -> None:

@@ -18,3 +18,12 @@ def table(rows: Iterable[Sequence[str]], align: str = "", *, indent: str = "") -
         "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)) for row in rows
     )
     return [f"{indent}{line}".rstrip() for line in lines]
+
+
+def shortened(text: str, width: int) -> str:
+    """Return the text, or its beginning and an ellipsis if it is longer than `width`.
+
+    >>> shortened("cormorant", 9), shortened("cormorant", 5)
+    ('cormorant', 'corm…')
+    """
+    return text if len(text) <= width else text[: width - 1] + "…"

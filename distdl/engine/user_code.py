@@ -25,6 +25,7 @@ import numpy as np
 from distdl.config import is_own
 from distdl.data import Dataset, sources
 from distdl.errors import PeerLost, UserError
+from distdl.image_options import ImageOptions
 from distdl.model_settings import parse_model_settings
 from distdl.nn import Sequential, build_model
 from distdl.nn.arguments import show_shape
@@ -89,10 +90,10 @@ def network_builder(model: str, model_settings: str | None = None, given: BuildN
     return partial(_build_checked, str(function), partial(function, **settings), function.file)
 
 
-def load_dataset(dataset: str, data_dir: Path | None) -> Dataset:
+def load_dataset(dataset: str, data_dir: Path | None, options: ImageOptions | None = None) -> Dataset:
     """Return the dataset that `--dataset` names, ours or the user's; raise `UserError`."""
     if not is_own(dataset):
-        return sources.load(dataset, data_dir)
+        return sources.load(dataset, data_dir, options)
     function = find_function("--dataset", dataset)
     loaded = function(data_dir)
     if not isinstance(loaded, Dataset):

@@ -1,6 +1,9 @@
 """Load trained networks from their run folders or checkpoints.
 
 Rank 0 reads the files, and never writes to a run. The other ranks receive the weights and share the data.
+
+The signature in a checkpoint describes inputs and outputs, so a network needs no data. Only a checkpoint of an older
+version has no signature: then its training data gives it.
 """
 
 from collections.abc import Sequence
@@ -12,6 +15,7 @@ from numpy.typing import NDArray
 
 from distdl.config import DATASETS, FROM_PATH, TrainConfig, is_own, reads_data_dir
 from distdl.data import Dataset, PreparedDataset
+from distdl.data.signature import Signature
 from distdl.engine.prepare import read_data
 from distdl.engine.requirements import check_outputs, outputs_of
 from distdl.engine.state import TrainingState
@@ -28,7 +32,7 @@ from distdl.parallel import Communicator, from_rank_0, guard, on_rank_0, share_a
 
 @dataclass(frozen=True)
 class Trained:
-    """A network with the weights of a checkpoint, and the data that it was trained on."""
+    """A network with the weights of a checkpoint, and the data to score it on, if that is loaded."""
 
     given: Path
     """The run folder or checkpoint that the caller named."""
@@ -38,14 +42,26 @@ class Trained:
     step: int
     weights_sha256: str
     network: Sequential
-    data: PreparedDataset
+    signature: Signature
     complaints: tuple[str, ...]
     """The damage of newer checkpoints."""
+    loaded: PreparedDataset | None = None
+
+    @property
+    def data(self) -> PreparedDataset:
+        """The data that it was trained on, or other data to score it on."""
+        assert self.loaded is not None, f"{self.given} was loaded without data"
+        return self.loaded
 
     @property
     def loss_name(self) -> str:
         """The name of the loss that the network was trained with."""
-        return self.data.loss_named(self.config.loss)
+        return self.signature.loss_named(self.config.loss)
+
+    def in_units_of_labels(self, numbers: NDArray[Any]) -> NDArray[Any]:
+        """Return the outputs of a regression in the units of the labels, if it was trained on standardized targets."""
+        targets = self.signature.target_normalization
+        return numbers if targets is None else targets.undo(numbers)
 
 
 @dataclass(frozen=True)
@@ -59,8 +75,9 @@ class _Source:
 
     def to_json(self) -> list[Any]:
         """Return the facts for the other ranks."""
-        path, _, complaints = self.found
-        return [str(self.given), str(path), self.config.to_json(), self.header.step, complaints]
+        (path, _, complaints), signature = self.found, self.header.signature
+        described = None if signature is None else signature.to_json()
+        return [str(self.given), str(path), self.config.to_json(), self.header.step, complaints, described]
 
 
 def load(
@@ -72,10 +89,12 @@ def load(
     build_network: BuildNetwork | None = None,
     dataset: Dataset | str | None = None,
     models: Sequence[str] = (),
+    with_data: bool = True,
 ) -> list[Trained]:
     """Return the networks of checkpoints, or of run folders: of each the newest intact checkpoint, or the `best`.
 
     - `communicator`: `world()` by default. Only rank 0 reads files and dataset.
+    - `with_data`: also load the data that they were trained on. It must be one dataset.
     - `data_dir` and `dataset` replace the settings of the run. `dataset` may be a name as for ``--dataset``.
     - `build_network` builds a network from user code. Without it, one of the functions `models`
       (``file.py:function``) does, if the run was trained with it. No code runs because a file names it.
@@ -87,14 +106,16 @@ def load(
     with guard(communicator):
         sources = on_rank_0(communicator, lambda: [_read(path, best=best) for path in given]) or []
         facts = from_rank_0(communicator, lambda: [one.to_json() for one in sources])
-        configs = [TrainConfig.from_json(config) for _, _, config, _, _ in facts]
+        configs = [TrainConfig.from_json(config) for _, _, config, *_ in facts]
         together(communicator, lambda: _refuse_unused_models(models, configs))
-        arrays = on_rank_0(communicator, lambda: _data_arrays(sources, data_dir, dataset)) or {}
-        shared = share_arrays(communicator, arrays)
-        data = [PreparedDataset.from_arrays(shared, f"{config.seed} ") for config in configs]
+        data = _share_data(sources, communicator, configs, data_dir, dataset, with_data=with_data)
+        signatures = [
+            Signature.from_json(facts[i][5]) if facts[i][5] is not None else data[i].signature()
+            for i in range(len(facts))
+        ]
         networks = together(
             communicator,
-            lambda: [_build(configs[i], facts[i][1], data[i], build_network, models) for i in range(len(facts))],
+            lambda: [_build(configs[i], facts[i][1], signatures[i], build_network, models) for i in range(len(facts))],
         )
         for config, network in zip(configs, networks, strict=True):
             check_equal_networks(communicator, config.model, network)
@@ -103,9 +124,37 @@ def load(
             communicator.bcast(network.parameters)
             communicator.bcast(network.buffers)
     return [
-        Trained(Path(name), Path(path), configs[i], step, receipts[i], networks[i], data[i], tuple(complaints))
-        for i, (name, path, _, step, complaints) in enumerate(facts)
+        Trained(
+            *(Path(name), Path(path), configs[i], step, receipts[i], networks[i], signatures[i], tuple(complaints)),
+            loaded=data[i] if with_data else None,
+        )
+        for i, (name, path, _, step, complaints, _) in enumerate(facts)
     ]
+
+
+def refuse_unlike_members(trained: Sequence[Trained]) -> None:
+    """Raise `UserError` unless the networks can be used as an ensemble: no run twice, and all with one signature."""
+    first, seen = trained[0], dict[str, Path]()
+    for one in trained:
+        if one.weights_sha256 in seen:
+            raise UserError(
+                f"{seen[one.weights_sha256]} and {one.given} have the same weights: an ensemble needs different "
+                "networks; leave one out"
+            )
+        seen[one.weights_sha256] = one.given
+        for name in ("task", "outputs", "names", "image_shape", "pixels", "resize"):
+            its, expected = getattr(one.signature, name), getattr(first.signature, name)
+            if its != expected:
+                what = "names of the classes" if name == "names" else name.replace("_", " ")
+                raise UserError(
+                    f"{one.given} has other {what} than {first.given}: {_shown(its)}, expected {_shown(expected)}; use "
+                    "them one by one"
+                )
+
+
+def _shown(value: object) -> str:
+    text = "x".join(map(str, value)) if isinstance(value, tuple) and isinstance(value[0], int) else str(value)
+    return text if len(text) < 80 else text[:79] + "…"
 
 
 def _read(given: Path, *, best: bool) -> _Source:
@@ -133,6 +182,35 @@ def _read(given: Path, *, best: bool) -> _Source:
     return _Source(given, found, header, config)
 
 
+def _share_data(
+    sources: Sequence[_Source],
+    communicator: Communicator,
+    configs: Sequence[TrainConfig],
+    data_dir: Path | None,
+    dataset: Dataset | str | None,
+    *,
+    with_data: bool,
+) -> list[PreparedDataset]:
+    """Return the data of each run on every rank; none if it is needed neither for itself nor for a signature."""
+
+    def read() -> dict[str, NDArray[Any]]:
+        old = [one for one in sources if one.header.signature is None]
+        if with_data:
+            return _data_arrays(sources, data_dir, dataset)
+        if not old:
+            return {}
+        try:
+            return _data_arrays(sources, data_dir, dataset)
+        except UserError as error:
+            raise type(error)(
+                f"{old[0].found.path} is of an older version of distdl, which stored no signature, so it needs its "
+                f"data: {error}; or resume it for one more epoch, which stores the signature"
+            ) from None
+
+    shared = share_arrays(communicator, on_rank_0(communicator, read) or {})
+    return [PreparedDataset.from_arrays(shared, _preparation(config)) for config in configs] if shared else []
+
+
 def _data_arrays(
     sources: Sequence[_Source], data_dir: Path | None, dataset: Dataset | str | None
 ) -> dict[str, NDArray[Any]]:
@@ -145,21 +223,27 @@ def _data_arrays(
                 "expected one dataset; evaluate them one by one"
             )
     loaded = _load_dataset(first, data_dir, dataset)
-    of_seed: dict[int, PreparedDataset] = {}
+    prepared: dict[str, PreparedDataset] = {}
     for one in sources:
-        seed = one.config.seed
-        if seed not in of_seed:
-            of_seed[seed] = read_data(one.config, loaded)
-        if one.header.data_sha256 != of_seed[seed].sha256():
+        name = _preparation(one.config)
+        if name not in prepared:
+            prepared[name] = read_data(one.config, loaded, one.header.data_sha256)
+        if one.header.data_sha256 != prepared[name].sha256():
             flag = "--dataset" if one.config.dataset.startswith(FROM_PATH) else "--data-dir"
             raise UserError(
                 f"{one.found.path} was trained on other images or labels than {loaded.name} has here, or with another "
                 f"split: give the same data by {flag}"
             )
     arrays: dict[str, NDArray[Any]] = {}
-    for seed, data in of_seed.items():
-        arrays |= data.to_arrays(f"{seed} ")
+    for name, data in prepared.items():
+        arrays |= data.to_arrays(name)
     return arrays
+
+
+def _preparation(config: TrainConfig) -> str:
+    """Return a text that is the same for runs that prepare a dataset in the same way."""
+    names = ("seed", "standardize_targets", "validation_share", "test_share", "loss")
+    return " ".join(str(getattr(config, name)) for name in names) + " "
 
 
 def _load_dataset(first: _Source, data_dir: Path | None, dataset: Dataset | str | None) -> Dataset:
@@ -174,11 +258,24 @@ def _load_dataset(first: _Source, data_dir: Path | None, dataset: Dataset | str 
         raise UserError(f"{what}; if you trust that code, add --dataset {trained_on}")
     if data_dir is not None and not reads_data_dir(trained_on):
         raise UserError(f"--data-dir has no effect with {trained_on}, which {first.given} was trained on: leave it out")
-    return load_dataset(dataset or trained_on, data_dir or first.config.data_dir)
+    name, folder = dataset or trained_on, data_dir or first.config.data_dir
+    prefix = next((prefix for prefix in FROM_PATH if name.startswith(prefix)), None)
+    place = folder if prefix is None else Path(name.removeprefix(prefix))
+    if place is not None and not place.exists():
+        flag = "--data-dir FOLDER" if prefix is None else f"--dataset {prefix}PATH"
+        raise UserError(
+            f"the data of {first.given} ({name}) is not here: there is no {place.absolute()}; give its place by "
+            f"{flag}; distdl.predict, and distdl.evaluate --on other data, do not need it"
+        )
+    return load_dataset(name, folder, first.config.image_options)
 
 
 def _build(
-    config: TrainConfig, path: str, data: PreparedDataset, build_network: BuildNetwork | None, models: Sequence[str]
+    config: TrainConfig,
+    path: str,
+    signature: Signature,
+    build_network: BuildNetwork | None,
+    models: Sequence[str],
 ) -> Sequential:
     name, given = config.model, build_network if is_own(config.model) else None
     if is_own(name) and given is None:
@@ -189,11 +286,16 @@ def _build(
                 f"cannot build the network of {path}: it was trained with a model from user code; if you trust that "
                 f"code, add --model {model}, or in a script give build_network to distdl.inference.load.load()"
             )
-    height, width, channels = data.images.shape[1:]
     try:
         build = network_builder(name, config.model_settings, given)
-        network = build((height, width, channels), outputs_of(config, data)[-1])
-        check_outputs(config, network.output_shape, data)
+        network = build(signature.image_shape, outputs_of(config, signature)[-1])
+        check_outputs(config, network.output_shape, signature)
+    except MemoryError:
+        shape = "x".join(map(str, signature.image_shape))
+        raise UserError(
+            f"there is not enough memory for the network of {path}, {name} on images of {shape}: use a machine with "
+            "more memory, or fewer ranks"
+        ) from None
     except UserError as error:
         raise UserError(
             f"cannot build the network of {path}: {error}; evaluate a network from a script in a script, with "

@@ -71,14 +71,16 @@ def evaluate(trained: Sequence[Trained], part: Part, communicator: Communicator 
         together(communicator, lambda: _refuse_other_rows(trained, part, rows))
         scored = [_score(one, rows[0], communicator) for one in trained]
     labels, scores = trained[0].data.labels[rows[0]], [score for score, _ in scored]
-    mean = _probabilities(trained[0], scored[0][1])
+    mean = probabilities_of(trained[0], scored[0][1])
     for one, (_, outputs) in zip(trained[1:], scored[1:], strict=True):
-        mean += _probabilities(one, outputs)
+        mean += probabilities_of(one, outputs)
     mean /= len(trained)
     if len(trained) == 1:
-        return Evaluation(rows[0], labels, scores, scores[0], mean, _predictions(trained[0], scored[0][1]))
+        return Evaluation(rows[0], labels, scores, scores[0], mean, predictions_of(trained[0], scored[0][1]))
     if not trained[0].data.targets_per_sample:
         error = mean - labels
+        if (targets := trained[0].data.target_normalization) is not None:  # in the units of the members' losses
+            error /= targets.deviation
         return Evaluation(rows[0], labels, scores, Score(float((error * error).mean()), 0, 0), mean, mean)
     predictions = mean.argmax(axis=-1)
     of_labels = np.take_along_axis(mean, labels[..., np.newaxis], axis=-1)
@@ -109,11 +111,11 @@ def _score(one: Trained, rows: NDArray[np.int64], communicator: Communicator) ->
     return Score(sums.loss, int(sums.counts[0]), sums.samples * one.data.targets_per_sample), outputs
 
 
-def _probabilities(one: Trained, outputs: NDArray[np.float32]) -> NDArray[np.float64]:
+def probabilities_of(one: Trained, outputs: NDArray[np.float32]) -> NDArray[np.float64]:
     """Return the probability of each class, (N, ..., K), in float64; for regression the outputs."""
     exact = outputs.astype(np.float64)
     if one.loss_name == "mean_squared_error":
-        return exact
+        return one.in_units_of_labels(exact)
     if one.loss_name == "binary_cross_entropy":
         exact = np.concatenate([np.zeros_like(exact), exact], axis=-1)  # the sigmoid is the softmax of 0 and the logit
     with np.errstate(invalid="ignore"):  # half precision may give infinite logits
@@ -122,10 +124,10 @@ def _probabilities(one: Trained, outputs: NDArray[np.float32]) -> NDArray[np.flo
     return probabilities
 
 
-def _predictions(one: Trained, outputs: NDArray[np.float32]) -> NDArray[Any]:
+def predictions_of(one: Trained, outputs: NDArray[np.float32]) -> NDArray[Any]:
     """Return the predictions of a single network: the class of the greatest output, (N, ...), or the numbers."""
     if one.loss_name == "mean_squared_error":
-        return outputs
+        return one.in_units_of_labels(outputs)
     if one.loss_name == "binary_cross_entropy":
         return np.greater(outputs[:, 0], 0).astype(np.int64)
     classes: NDArray[np.int64] = outputs.argmax(axis=-1)

@@ -7,7 +7,7 @@ divides by the batch size afterwards. The arithmetic is float64.
 """
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -51,12 +51,18 @@ class SoftmaxCrossEntropy(_StoredGradient):
     Its gradient is ``softmax(z) - onehot(labels)``. The row maximum is subtracted first, so nothing overflows.
     Source: sections 3.5, 4.2 and 5.6.3, appendix A; for pixels section 8.4 and Long et al. 2015.
 
+    `label_smoothing` ε replaces ``onehot(labels)`` by ``(1 - ε) onehot(labels) + ε / K``: Szegedy et al. 2016, section
+    7 of the paper. `class_weights` (K,) multiply the loss of each label by the weight of its class.
+
     >>> loss = SoftmaxCrossEntropy()
     >>> loss.forward(np.zeros((2, 2)), np.array([0, 1]))
     1.3862943611198906
     >>> loss.backward().tolist()
     [[-0.5, 0.5], [0.5, -0.5]]
     """
+
+    def __init__(self, *, label_smoothing: float = 0.0, class_weights: Array | None = None) -> None:
+        self.label_smoothing, self.class_weights = label_smoothing, class_weights
 
     def forward(self, outputs: Array, targets: Array) -> float:
         """Return the summed loss of logits (N, ..., K) and class labels (N, ...).
@@ -81,6 +87,14 @@ class SoftmaxCrossEntropy(_StoredGradient):
         gradient = exponentials / sums
         gradient[rows, columns] -= 1
         losses = np.log(sums[:, 0]) - shifted[rows, columns]
+        if self.label_smoothing:
+            gradient[rows, columns] += self.label_smoothing
+            gradient -= self.label_smoothing / K
+            losses += self.label_smoothing * (shifted[rows, columns] - shifted.mean(axis=1))
+        if self.class_weights is not None:
+            weights = self.class_weights[columns]
+            gradient *= weights.reshape(-1, 1)
+            losses *= weights
         if targets.size and targets.min() == NO_LABEL:
             counted = targets.reshape(N, each) != NO_LABEL
             share = counted / np.maximum(counted.sum(axis=1, keepdims=True), 1)
@@ -103,11 +117,15 @@ class SigmoidCrossEntropy(_StoredGradient):
 
     ``loss = sum over n of log(1 + exp(z[n])) - labels[n] z[n]``, computed as ``max(z, 0) - labels z + log(1 +
     exp(-|z|))``, which does not overflow. Its gradient is ``sigmoid(z) - labels``.
+    `class_weights` (2,) multiply the loss of each label by the weight of its class.
     Source: Ng's course, week 2; section 3.2.4 has the sigmoid.
 
     >>> SigmoidCrossEntropy().forward(np.zeros((2, 1)), np.array([0, 1]))
     1.3862943611198906
     """
+
+    def __init__(self, *, class_weights: Array | None = None) -> None:
+        self.class_weights = class_weights
 
     def forward(self, outputs: Array, targets: Array) -> float:
         """Return the summed loss of logits (N, 1) and class labels (N,), which are 0 or 1."""
@@ -120,8 +138,12 @@ class SigmoidCrossEntropy(_StoredGradient):
         z = outputs[:, 0].astype(np.float64)
         small = np.exp(-np.abs(z))
         sigmoid = np.where(z >= 0, 1, small) / (1 + small)
-        self._store(sigmoid - targets, outputs)
-        return float((np.maximum(z, 0) - targets * z + np.log1p(small)).sum())
+        gradient, losses = sigmoid - targets, np.maximum(z, 0) - targets * z + np.log1p(small)
+        if self.class_weights is not None:
+            weights = self.class_weights[targets]
+            gradient, losses = gradient * weights, losses * weights
+        self._store(gradient, outputs)
+        return float(losses.sum())
 
     def count_correct(self, outputs: Array, targets: Array) -> int:
         """Return the number of samples with a logit above 0 and label 1, or any other logit and label 0."""
@@ -159,11 +181,14 @@ LOSSES: dict[str, type[LossFunction]] = {
 }
 
 
-def make_loss(name: str) -> LossFunction:
-    """Return the loss with this name; raise `UserError`, listing the known ones, for an unknown name."""
+def make_loss(name: str, **settings: Any) -> LossFunction:
+    """Return the loss with this name and these settings.
+
+    Raises `UserError`, listing the known ones, for an unknown name.
+    """
     if name not in LOSSES:
         raise unknown_name("loss", name, LOSSES)
-    return LOSSES[name]()
+    return LOSSES[name](**settings)
 
 
 def count_correct(logits: Array, labels: Array) -> int:

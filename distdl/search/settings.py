@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from distdl.config import FREE_TO_CHANGE_ON_RESUME, OTHER_NAMES, TrainConfig, flag_of
+from distdl.config import FREE_TO_CHANGE_ON_RESUME, OTHER_NAMES, TrainConfig, flag_of, without_effect
 from distdl.errors import UserError, unknown_name
 
 METHODS = ("random", "halving")
@@ -25,7 +25,7 @@ MOST = 2**20
 WITHOUT_EFFECT = (
     *("config", "run_dir", "resume", "data_dir", "max_steps", "checkpoint_every", "keep_checkpoints", "log_every"),
     *("stall_warning", "detect_hangs", "record_hashes", "threads_per_rank", "balance", "verify_every", "audit"),
-    "trace",
+    *("trace", "dry_run"),
 )
 
 
@@ -195,11 +195,8 @@ class SearchSettings:
         for name in names:
             if names.count(name) > 1:
                 raise UserError(f"--range {flag_name(name)} is given {names.count(name)} times: give it once")
-            if name in {"lr_step_epochs", "lr_step_factor"} and self.config.schedule != "step":
-                raise UserError(
-                    f"--range {flag_name(name)} has no effect with --schedule {self.config.schedule}: give "
-                    "-- --schedule step, or leave it out"
-                )
+            if reason := without_effect(self.config, name, before="-- "):
+                raise UserError(f"--range {flag_name(name)} {reason}, or leave it out")
         for _ in self.extremes():
             pass
 

@@ -175,7 +175,9 @@ class _Search:
             return "", 0, [], 0
         config = self._settings.config
         if self._dataset is None:
-            self._dataset = replace(load_dataset(config.dataset, config.data_dir), name=config.dataset)
+            self._dataset = replace(
+                load_dataset(config.dataset, config.data_dir, config.image_options), name=config.dataset
+            )
         self._dataset = data = self._dataset.checked()
         training = split.split(data.labels, data.test_start, Key(config.seed)).training
         return data.sha256(), len(training), list(data.images.shape[1:]), outputs_of(config, data)[-1]

@@ -12,7 +12,6 @@ import pytest
 
 from distdl.bench.benchmark import benchmark
 from distdl.bench.layers import Stopwatch
-from distdl.bench.measure import ScalingCase, Workbench, measure_scaling
 from distdl.bench.settings import BenchSettings, Interconnect
 from distdl.inference import figures
 from distdl.job.mpirun_command import mpirun_command
@@ -116,16 +115,6 @@ def test_without_out_the_results_go_to_a_new_folder_under_runs(tmp_path):
     folders = list((tmp_path / "runs").iterdir())
     assert len(folders) == 2
     assert all(folder.name.endswith("mlp-bench") or "mlp-bench-" in folder.name for folder in folders)
-
-
-def test_without_steps_a_measurement_takes_about_a_second_after_a_warm_up():
-    settings = replace(TINY, steps=None).checked()
-    bench = Workbench(settings, OneProcess(), [1])
-    assert bench.steps >= 5
-    assert bench.warm_up_steps == max(3, round(bench.steps / 3))
-    bench.steps = 7
-    (measured,) = measure_scaling(bench, [ScalingCase("strong", 1, 16, 4)], lambda _: None)
-    assert [len(one.step_seconds) for one in measured.measurements] == [7, 7]
 
 
 def test_layers_alone_need_no_scaling(tmp_path, capsys):
@@ -237,17 +226,6 @@ def test_invalid_settings_are_refused_in_one_line_with_exit_code_2(tmp_path, run
         assert said in errors[0]
         assert "Traceback" not in done.stderr
         assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.mpi(min_size=2)
-def test_every_measurement_starts_again_and_unused_ranks_wait(communicator):
-    bench = Workbench(TINY, communicator, (1, 2))
-    cases = [ScalingCase("strong", 1, 16, 4), ScalingCase("strong", 2, 16, 4)]
-    measured = measure_scaling(bench, cases, lambda text: None)
-    for one in measured:
-        assert len(one.measurements) == (2 if communicator.rank < one.case.ranks else 0)
-    receipts = {run.weights_sha256 for one in measured for run in one.measurements}
-    assert len(receipts) == (1 if communicator.rank < 2 else 0)
 
 
 @pytest.mark.mpi(min_size=2)

@@ -20,6 +20,8 @@ LABELS = np.array([0, 1, 2, 0, 1, 2], np.uint8)
 GIVEN = Dataset("mine", IMAGES, LABELS, classes=3, test_start=4)
 NAN = IMAGES.copy()
 NAN[2, 1, 1] = np.nan
+NUMBERS = np.zeros((6, 3), np.float32)
+NUMBERS[5, 1] = np.inf
 
 
 def test_a_correct_dataset_is_accepted_with_int64_labels():
@@ -38,12 +40,20 @@ def test_a_correct_dataset_is_accepted_with_int64_labels():
         ({"images": IMAGES.tolist()}, "images of type list; expected a NumPy array"),
         ({"labels": [0, 1]}, "labels of type list; expected a NumPy array"),
         ({"images": IMAGES[..., 0]}, "images float32 (6, 4, 3); expected uint8 or float32 (N, H, W, C)"),
-        ({"images": IMAGES.astype(np.float64)}, "images float64 (6, 4, 3, 1); expected uint8 or float32"),
+        ({"images": IMAGES.astype(np.int64)}, "images int64 (6, 4, 3, 1); expected uint8 or float32"),
+        ({"images": np.zeros((6, 3, 9, 8))}, "images (6, 3, 9, 8), which are 3 pixels high and 9 wide with 8 channels"),
         ({"images": IMAGES[:0], "labels": LABELS[:0]}, "images float32 (0, 4, 3, 1); expected"),
         ({"images": NAN}, "NaN or infinity in images, first in sample 2; expected finite"),
         ({"labels": LABELS[:5]}, "labels uint8 (5,); expected 6 integers"),
-        ({"labels": LABELS[:, None]}, "labels uint8 (6, 1); expected 6 integers"),
-        ({"labels": LABELS.astype(np.float32)}, "labels float32 (6,); expected 6 integers"),
+        ({"labels": LABELS[:, None, None]}, "labels uint8 (6, 1, 1); expected 6 integers"),
+        ({"labels": LABELS / 2}, "labels float32 (6, 1); expected (6, 3), as many numbers for each image"),
+        ({"labels": LABELS + 0j}, "labels complex128 (6,); expected integers, floats, texts or True/False"),
+        (
+            {"labels": NUMBERS[:, :2]},
+            "labels float32 (6, 2); expected (6, 3), as many numbers for each image",
+        ),
+        ({"labels": NUMBERS[:5]}, "labels float32 (5, 3); expected (6, 3)"),
+        ({"labels": NUMBERS}, "NaN or infinity in labels, first in sample 5; expected finite numbers"),
         ({"labels": LABELS + 1}, "labels 1 to 3; expected 0 to 2 for 3 classes"),
         ({"labels": LABELS.astype(np.int64) - 1}, "labels -1 to 1; expected 0 to 2"),
         ({"classes": 2}, "labels 0 to 2; expected 0 to 1"),
@@ -64,6 +74,24 @@ def test_a_wrong_dataset_is_one_line_before_anything_is_written(wrong, said, tmp
         train(config, OneProcess(), dataset=replace(GIVEN, **wrong))
     assert str(error.value).startswith(f"the dataset 'mine' has {said}")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"images": IMAGES.astype(np.float64)}, {}),
+        ({"labels": LABELS[:, None]}, {}),
+        ({"labels": LABELS.astype(np.float64)}, {}),
+        ({"labels": np.array(["a", "b", "c"])[LABELS]}, {"class_names": ("a", "b", "c")}),
+        ({"labels": np.eye(3)[LABELS]}, {"labels": np.eye(3, dtype=np.float32)[LABELS]}),
+    ],
+    ids=str,
+)
+def test_a_script_may_give_arrays_in_the_forms_of_an_npz_file(given, expected):
+    checked = replace(GIVEN, **given).checked()
+    assert checked.images.dtype == np.float32
+    np.testing.assert_array_equal(checked.labels, expected.get("labels", LABELS), strict=False)
+    assert checked.class_names == expected.get("class_names")
 
 
 # ------------------------------------------------------------------------------------------------- the prepared form
@@ -123,3 +151,30 @@ def test_rows_for_training_may_repeat_and_the_other_parts_are_empty():
     assert data.parts.training.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2]
     assert data.parts.validation.size == data.parts.test.size == 0
     assert data.samples(np.array([4, 1]))["labels"].tolist() == [1, 1]
+
+
+def mixed(channels, kind):
+    """Return images of 20 samples whose channels are constant or vary, in the given order."""
+    images = np.random.default_rng(0).integers(0, 9, (20, 4, 3, len(channels))).astype(kind)
+    images[..., [channel == "constant" for channel in channels]] = 7
+    return Dataset("mine", images, np.arange(20) % 2, 2, None).checked()
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_images_without_any_difference_are_refused(kind):
+    with pytest.raises(UserError, match=r"every pixel of every training image has the value 7, 7: expected"):
+        PreparedDataset.prepare(mixed(["constant"] * 2, kind), seed=0)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_a_channel_without_any_difference_is_noted(kind):
+    [note] = PreparedDataset.prepare(mixed(["varies", "constant", "varies"], kind), seed=0).notes
+    assert note.startswith("channel 1 (of 0 to 2) of the images holds one value")
+    assert PreparedDataset.prepare(mixed(["varies", "varies"], kind), seed=0).notes == ()
+
+
+def test_a_channel_of_deviation_one_is_not_taken_for_a_constant_one():
+    images = np.tile(np.array([3, 5], np.uint8), (20, 4, 1)).reshape(20, 4, 2, 1)
+    data = PreparedDataset.prepare(Dataset("mine", images, np.arange(20) % 2, 2, None).checked(), seed=0)
+    assert data.normalization.deviation.tolist() == [1]
+    assert data.notes == ()

@@ -102,16 +102,6 @@ def test_no_class_loses_all_its_training_rows_beside_an_own_test_part():
     assert (seeds_that_lose_a_class(), seeds_that_lose_a_class(stratified=False)) == (0, 61)
 
 
-def test_a_share_without_effect_is_refused():
-    labels = np.zeros(40, np.int64)
-    for starts, shares, said in (
-        ({"test_start": 30}, (None, 0.2), "--test-share 0.2 has no effect: the data has its own test part"),
-        ({"test_start": None, "validation_start": 30}, (0.2, None), "--validation-share 0.2 has no effect"),
-    ):
-        with pytest.raises(UserError, match=said):
-            split(labels, key=Key(0), shares=shares, **starts)
-
-
 @pytest.mark.parametrize("test_start", [None, 80])
 def test_split_depends_on_the_seed_alone(test_start):
     labels = np.arange(100) % 5

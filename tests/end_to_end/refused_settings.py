@@ -53,6 +53,7 @@ INTEGERS = {
     "batch_size": 1,
     "micro_batch_size": 1,
     "lr_step_epochs": 1,
+    "plateau_patience": 1,
     "seed": 0,
     "max_steps": 1,
     "checkpoint_every": 0,
@@ -68,6 +69,12 @@ FLOATS = {
     "l1_decay": ("-1", "-1e-300", "nan", "inf", "-inf", "1e999"),
     "clip_norm": ("0", "-1", "nan", "inf", "-inf", "1e999"),
     "lr_step_factor": ("0", "-0.5", "nan", "inf", "-inf", "1e999"),
+    "plateau_factor": ("0", "1", "-0.5", "nan", "inf"),
+    "momentum": ("-1e-300", "1", "nan", "inf"),
+    "beta1": ("-1", "1", "nan", "inf"),
+    "beta2": ("-1", "1.5", "nan", "1e999"),
+    "epsilon": ("0", "-1", "nan", "inf"),
+    "label_smoothing": ("-0.1", "1", "nan", "inf"),
     "stall_warning": ("-1", "-1e-300", "nan", "inf", "-inf", "1e999"),
     "detect_hangs": ("-1", "0.5", "1e-300", "nan", "inf", "1e999", "86400.01"),
 }
@@ -86,7 +93,7 @@ def wrong_values(_workshop) -> Iterator[Case]:
         flag = flag_of(name)
         for value in (*NO_FLOATS, *values):
             yield Case(f"{flag}={value!r}", [f"{flag}={value}"], USER, [flag])
-    for name in config.FIELDS.keys() - {"record_hashes", "balance"}:
+    for name in config.FIELDS.keys() - {"record_hashes", "balance", "standardize_targets"}:
         flag = flag_of(name)
         yield Case(f"{flag} without value", ["--seed=1", flag], USER, [flag])
     for value in ("true", "yes", "0", "False"):

@@ -39,6 +39,11 @@ def pixelwise(shape, outputs):
 
 TASKS = {
     "regression": (pieces(center_of_the_ink, 2), flat(lambda: Affine(32), ReLU), {}),
+    "standardized regression": (
+        pieces(lambda *given: 1e6 - 1e3 * center_of_the_ink(*given), 2),
+        flat(lambda: Affine(32), ReLU),
+        {"standardize_targets": True},
+    ),
     "segmentation": (pieces(lambda images, _: (images > 8).astype(np.int64), 2), pixelwise, {}),
     "logistic regression": (pieces(lambda _, labels: labels % 2, 2), flat(), {"loss": "binary_cross_entropy"}),
     "classification": (pieces(lambda _, labels: labels, 10), flat(), {"loss": "cross_entropy"}),

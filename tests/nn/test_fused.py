@@ -174,6 +174,15 @@ def test_the_models_run_their_convolutions_as_one_chain():
     assert algorithms(build_model("simple_convnet", (28, 28, 1), 10))[0] == [PatchBlock]
 
 
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [("simple_convnet", {8: 16, 32: 12, 48: 5, 64: 4}), ("deep_convnet", {8: 16, 32: 16, 48: 9, 64: 5, 96: 4})],
+)
+def test_the_tile_size_never_changes_because_the_bits_depend_on_it(model, sizes):
+    found = {side: build_model(model, (side, side, 3), 10).stack.segments[0][-1].tile_size for side in sizes}
+    assert found == sizes
+
+
 def test_other_strides_kernels_and_derived_layers_run_as_plain_layers():
     class OwnConvolution(Conv2d):
         pass

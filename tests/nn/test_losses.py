@@ -1,5 +1,8 @@
 """Every loss is the sum over samples of its formula, with the gradient of this sum; both equal PyTorch's."""
 
+import math
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -33,11 +36,22 @@ CASES = {
     "numbers": (MeanSquaredError, normal(5, 3), 2 * normal(5, 3)[::-1]),
     "no samples": (SoftmaxCrossEntropy, normal(0, 4), labels(0, classes=4)),
 }
+WEIGHTS = np.array([0.5, 2.0, 0.0, 1.5])
+SMOOTHED = partial(SoftmaxCrossEntropy, label_smoothing=0.1)
+WEIGHTED = partial(SoftmaxCrossEntropy, class_weights=WEIGHTS)
+BOTH = partial(SoftmaxCrossEntropy, label_smoothing=0.3, class_weights=WEIGHTS)
+WEIGHTED_SIGMOID = partial(SigmoidCrossEntropy, class_weights=WEIGHTS[:2])
+#: The kind of loss, its outputs, its targets, and its settings.
+WITH_SETTINGS = {
+    f"{case}, {settings}": (kind, *CASES[case][1:])
+    for settings, kind in {"smoothed": SMOOTHED, "weighted": WEIGHTED, "both": BOTH}.items()
+    for case in ("labels", "a label per pixel", "some pixels without a label", "no samples")
+} | {"two classes, weighted": (WEIGHTED_SIGMOID, *CASES["two classes"][1:])}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | WITH_SETTINGS)
 def test_the_gradient_belongs_to_the_value(case):
-    kind, outputs, targets = CASES[case]
+    kind, outputs, targets = (CASES | WITH_SETTINGS)[case]
     loss, h = kind(), 1e-6
     loss.forward(outputs, targets)
     found = loss.backward()
@@ -73,6 +87,51 @@ def test_value_and_gradient_equal_pytorchs(case):
     loss = kind()
     assert loss.forward(outputs, targets) / len(outputs) == pytest.approx(value.item(), rel=1e-12)
     assert loss.backward() / len(outputs) == pytest.approx(theirs.grad.numpy(), abs=1e-12)
+
+
+def cross_entropy_by_the_formula(outputs, targets, label_smoothing=0.0, class_weights=None):
+    """Return the sum over samples of the mean over their labels of w[label] · -Σ q[k] log p[k], in plain Python."""
+    total = 0.0
+    for logits, of_sample in zip(outputs, targets, strict=True):
+        pairs = zip(logits.reshape(-1, logits.shape[-1]).tolist(), of_sample.reshape(-1).tolist(), strict=True)
+        losses = []
+        for z, label in pairs:
+            if label == NO_LABEL:
+                continue
+            logarithm = math.log(sum(map(math.exp, z)))
+            spread = label_smoothing / len(z)
+            loss = -sum(((k == label) * (1 - label_smoothing) + spread) * (z[k] - logarithm) for k in range(len(z)))
+            losses.append(loss * (1 if class_weights is None else class_weights[label]))
+        total += sum(losses) / max(len(losses), 1)
+    return total
+
+
+@pytest.mark.parametrize("case", WITH_SETTINGS)
+def test_smoothing_and_weights_follow_their_formula(case):
+    kind, outputs, targets = WITH_SETTINGS[case]
+    if kind is WEIGHTED_SIGMOID:
+        outputs = np.concatenate([np.zeros_like(outputs), outputs], axis=1)
+    expected = cross_entropy_by_the_formula(outputs, targets, **kind.keywords)
+    assert kind().forward(WITH_SETTINGS[case][1], targets) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", [SoftmaxCrossEntropy, SigmoidCrossEntropy])
+def test_weights_of_1_give_the_bits_of_the_plain_loss(kind):
+    _, outputs, targets = CASES["labels" if kind is SoftmaxCrossEntropy else "two classes"]
+    plain, weighted = kind(), kind(class_weights=np.ones(4))
+    assert plain.forward(outputs, targets) == weighted.forward(outputs, targets)
+    assert plain.backward().tobytes() == weighted.backward().tobytes()
+
+
+def test_smoothing_equals_pytorchs():
+    torch = pytest.importorskip("torch")
+    _, outputs, targets = CASES["labels"]
+    theirs = torch.tensor(outputs, requires_grad=True)
+    value = torch.nn.functional.cross_entropy(theirs, torch.tensor(targets), label_smoothing=0.1, reduction="sum")
+    value.backward()
+    ours = SMOOTHED()
+    assert ours.forward(outputs, targets) == pytest.approx(value.item(), rel=1e-12)
+    assert ours.backward() == pytest.approx(theirs.grad.numpy(), abs=1e-12)
 
 
 def test_the_loss_of_a_sample_is_the_mean_over_its_pixels():

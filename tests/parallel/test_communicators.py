@@ -200,7 +200,7 @@ def test_all_ranks_map_an_array_in_a_file(communicator, tmp_path):
 def test_hosts_that_lack_the_file_get_it(lacking, communicator, tmp_path, monkeypatch):
     """As many simulated hosts as ranks."""
     if communicator.rank in lacking:
-        monkeypatch.setattr(shared_module, "_holds", lambda path, sha256: False)
+        monkeypatch.setattr(shared_module, "_holds", lambda path, count, sha256: False)
     monkeypatch.setattr(shared_module, "BLOCK_BYTES", 12)  # three rows
     assert_file_is_shared(communicator, shared_folder(communicator, tmp_path), host=OneProcess())
 
@@ -213,7 +213,7 @@ def test_a_host_without_room_for_the_file_is_an_error_on_every_rank(communicator
         raise UserError(f"cannot write to {path}: No space left on device")
 
     if communicator.rank == communicator.size - 1:
-        monkeypatch.setattr(shared_module, "_holds", lambda path, sha256: False)
+        monkeypatch.setattr(shared_module, "_holds", lambda path, count, sha256: False)
         monkeypatch.setattr(shared_module, "created", full)
     with pytest.raises(UserError, match=r"rows.npy: No space left on device"):
         assert_file_is_shared(communicator, folder, host=OneProcess())
@@ -230,7 +230,7 @@ def test_a_host_trusts_only_a_file_with_the_right_content(damage, tmp_path):
     elif damage is not None:
         content = path.read_bytes()
         path.write_bytes(content[:-1] + (b"\0" if damage == "altered" else b""))
-    assert shared_module._holds(path, sha256) == (damage is None)
+    assert shared_module._holds(path, 9, sha256) == (damage is None)
 
 
 def test_a_full_shared_memory_falls_back_to_the_temporary_folder(monkeypatch, tmp_path):
@@ -306,6 +306,26 @@ def test_many_trainings_on_several_hosts_do_not_exhaust_the_communicators(commun
         assert communicator._related.comms == before
     remove(communicator, shared_tmp_path)
     own.free()
+
+
+@pytest.mark.parametrize("host", ["a group of its own", "the same ranks", "not used"])
+def test_a_freed_communicator_frees_that_of_its_host(host):
+    """MPI has about two thousand communicators in all. They are simulated here, since a job may need no own group."""
+    mpi = pytest.importorskip("distdl.parallel.mpi", exc_type=(ImportError, RuntimeError))
+    freed, related = [], mpi._Related()
+
+    def simulated(name):
+        one = object.__new__(mpi.MpiCommunicator)
+        one._comm = SimpleNamespace(Free=lambda: freed.append(name))
+        one._related, one._own_host = related, None
+        related.comms.append(one._comm)
+        return one
+
+    part = simulated("part")
+    part._own_host = {"a group of its own": simulated("host"), "the same ranks": part, "not used": None}[host]
+    part.free()
+    assert freed == (["host", "part"] if host == "a group of its own" else ["part"])
+    assert len(related.comms) == 2 - len(freed)
 
 
 def test_an_error_that_each_rank_finds_alone_is_not_agreed(monkeypatch):

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distdl.data.dataset import Dataset
+from distdl.data.sources.csv_file import load_csv
 from distdl.data.sources.digits import load_digits
 from distdl.data.sources.folder import load_folder
 from distdl.data.sources.mnist import load_fashion_mnist, load_mnist
 from distdl.data.sources.npz import load_npz
 from distdl.errors import unknown_name
+from distdl.image_options import ImageOptions
 
 __all__ = ["FROM_PATH", "SOURCES", "Dataset", "load"]
 
@@ -22,13 +24,17 @@ SOURCES: dict[str, Callable[[Path | None], Dataset]] = {
     "fashion-mnist": load_fashion_mnist,
 }
 #: The datasets at a path, by the prefix of the path.
-FROM_PATH: dict[str, Callable[[Path], Dataset]] = {"npz:": load_npz, "folder:": load_folder}
+FROM_PATH: dict[str, Callable[[Path, ImageOptions], Dataset]] = {
+    "npz:": lambda path, _options: load_npz(path),
+    "folder:": load_folder,
+    "csv:": load_csv,
+}
 
 
-def load(name: str, data_dir: Path | None) -> Dataset:
-    """Return the dataset of that name; ``npz:PATH`` and ``folder:PATH`` name a user's own.
+def load(name: str, data_dir: Path | None, options: ImageOptions | None = None) -> Dataset:
+    """Return the dataset of that name; ``npz:FILE``, ``folder:PATH`` and ``csv:FILE`` name a user's own.
 
-    `data_dir` is the folder with the files of a published dataset; None: download them.
+    `data_dir` is the folder with the files of a published dataset; None: download them. `options` are for image files.
 
     Raises `UserError` if the name is unknown or a file cannot be read, `DamagedFileError` if a file is damaged.
 
@@ -37,7 +43,7 @@ def load(name: str, data_dir: Path | None) -> Dataset:
     """
     for prefix, load_path in FROM_PATH.items():
         if name.startswith(prefix):
-            return load_path(Path(name.removeprefix(prefix)))
+            return load_path(Path(name.removeprefix(prefix)), options or ImageOptions())
     if name not in SOURCES:
         raise unknown_name("dataset", name, SOURCES)
     return SOURCES[name](data_dir)

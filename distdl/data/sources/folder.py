@@ -1,150 +1,178 @@
 """A user's own images in a folder, with a folder for each class (`docs/data.md` describes the layout).
 
-The classes are numbered in the order of their names. The images have 8 bits a channel and one size; nothing is resized.
-If all are gray the dataset has one channel, otherwise three. Transparency and a camera's orientation are ignored. So
-are names that start with a dot, and files beside the folders of the classes. Any other file is refused. No file is
-trusted.
+The classes are numbered in natural order of their names: 2 before 10. If all images are gray the dataset has one
+channel, otherwise three. Files that systems leave in folders are ignored. So are other files than images beside the
+folders of the classes. Any other file is refused.
 """
 
-import importlib
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from distdl.data.dataset import Dataset
-from distdl.errors import DamagedFileError, DistdlError, UserError, quoted
+from distdl.data.sources.image_files import ListedFiles
+from distdl.data.sources.images import SUFFIXES, UnusableImageError, pillow
+from distdl.errors import UserError, quoted
+from distdl.image_options import ImageOptions
 
-FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".ppm", ".webp")
-PARTS = ("train", "test")
-GRAY, COLORS = {"1", "L", "LA"}, {"P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
+#: The folders of the parts of a dataset, in lower case.
+PARTS = {
+    "training": ("train", "training"),
+    "validation": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+PART_OF = {name: part for part, names in PARTS.items() for name in names}
+#: Names that systems give to files and folders of their own, in lower case; also names that start with a dot.
+JUNK = {
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
+    *("__macosx", "icon\r", "@eadir", "lost+found", "__pycache__"),
+}
+MOST_NAMES = 10
 
 
-def load_folder(path: Path) -> Dataset:
+def load_folder(path: Path, options: ImageOptions | None = None) -> Dataset:
     """Return the images in a folder, in the order of their names. So the same files give the same dataset anywhere.
 
     Raises `UserError` if Pillow or an image is missing or an image does not fit, `DamagedFileError` if one is damaged.
     """
-    pillow = _pillow()
-    parts = [_folders(path)]
-    if {folder.name for folder in parts[0]} == set(PARTS):
-        parts = [_folders(path / part) for part in PARTS]
-    names = [folder.name for folder in parts[0]]
-    files: list[Path] = []
-    labels: list[int] = []
-    starts = []
-    for classes in parts:
-        starts.append(len(files))
-        if [folder.name for folder in classes] != names:
-            other = min({folder.name for folder in classes} ^ set(names))
-            raise UserError(f"{quoted(path)} has the class {other!r} in one of train and test only: expected in both")
-        for label, folder in enumerate(classes):
-            found = _images_in(folder)
-            files += found
-            labels += [label] * len(found)
-    if len(names) < 2:
+    pillow()
+    notes: list[str] = []
+    parts = _parts(path, notes)
+    names = [folder.name for folder in parts["training"]]
+    listed = ListedFiles(f"folder:{path}", quoted(path), tuple(names), notes=notes)
+    for part, folders in parts.items():
+        for folder in folders:
+            images = _images_in(folder, listed.unusable)
+            if not images and part == "training":
+                raise UserError(f"{quoted(folder)} has no images: every folder is a class, and a class needs images")
+            listed.add(part, images, names.index(folder.name))
+    return listed.read(options or ImageOptions())
+
+
+def _parts(path: Path, notes: list[str]) -> dict[str, list[Path]]:
+    """Return the folders of the classes for each part; without folders of parts, all are for training."""
+    folders = _folders(path, notes)
+    by_part: dict[str, list[Path]] = {}
+    for folder in folders:
+        by_part.setdefault(PART_OF.get(folder.name.lower(), ""), []).append(folder)
+    others = by_part.pop("", [])
+    if len(by_part) < 2:
+        return {"training": _classes(path, folders)}
+    given = ", ".join(folder.name for one in by_part.values() for folder in one)
+    if "training" not in by_part:
+        raise UserError(f"{quoted(path)} has the parts {given}, but none for training: expected a folder train")
+    for part, found in by_part.items():
+        if len(found) > 1:
+            raise UserError(f"{quoted(path)} has {given}: expected one folder for the {part} part; join or move them")
+    if others:
         raise UserError(
-            f"{quoted(path)} has {len(names)} folders with images: expected one for each class, two or more, with the "
-            "images in them"
+            f"{quoted(path)} has the parts {given}, and also {_list(others)}: expected only train, val and test; move "
+            "the others elsewhere"
         )
-    try:
-        images = _decode(pillow, files)
-    except MemoryError:
-        raise UserError(f"there is not enough memory for {quoted(path)}: give a smaller dataset") from None
-    test_start = starts[1] if len(parts) > 1 else None
-    dataset = Dataset(f"folder:{path}", images, np.array(labels, np.int64), len(names), test_start, tuple(names))
-    return dataset.checked()
+    [training] = by_part.pop("training")
+    classes = _classes(training, _folders(training, notes))
+    others_of = {part: _classes_of_part(root, training, classes, notes) for part, [root] in by_part.items()}
+    return {"training": classes} | {part: others_of[part] for part in PARTS if part in others_of}
 
 
-def _pillow() -> Any:
-    try:
-        return importlib.import_module("PIL.Image")
-    except ImportError as error:
+def _classes_of_part(root: Path, training: Path, classes: list[Path], notes: list[str]) -> list[Path]:
+    """Return the folders of the classes of the validation or test part."""
+    found = _folders(root, notes)
+    if not found and _images_beside(root):
         raise UserError(
-            "reading images needs Pillow, which is not installed: pip install 'distdl-mpi[images]', or give arrays by "
-            "--dataset npz:FILE.npz"
-        ) from error
+            f"{quoted(root)} has images but no folders of classes: expected the classes of {training.name}; to train "
+            f"without it give --dataset folder:{training}, and then predict its images by python -m distdl.predict"
+        )
+    names = {folder.name for folder in classes}
+    if unknown := [folder for folder in found if folder.name not in names]:
+        raise UserError(
+            f"{quoted(root)} has {_list(unknown)}, which {training.name} has not: expected the same classes; correct "
+            "the names"
+        )
+    return found
 
 
-def _entries(folder: Path, belongs: Callable[[Path], bool]) -> dict[Path, bool]:
-    """Return the entries of a folder in the order of their names, each with the result of `belongs`."""
+def _classes(path: Path, folders: list[Path]) -> list[Path]:
+    """Return the folders of the classes in a folder, two or more."""
+    if len(folders) >= 2:
+        return folders
+    hint = ""
+    if folders and len(inner := _folders(folders[0], [])) >= 2:
+        hint = f"; did you mean folder:{folders[0]}, which has {_list(inner)}?"
+    elif beside := _images_beside(path):
+        hint = f"; it has {len(beside)} images itself: move each into a folder with the name of its class"
+    raise UserError(
+        f"{quoted(path)} has {len(folders)} folders with images: expected one for each class, two or more, with the "
+        f"images in them{hint}"
+    )
+
+
+def natural_order(name: str) -> tuple[tuple[int, str], ...]:
+    """Return a key that sorts numbers in names by their value.
+
+    >>> sorted(["b", "10", "2", "a10", "a9"], key=natural_order)
+    ['2', '10', 'a9', 'a10', 'b']
+    """
+    key = []
+    for place, piece in enumerate(re.split("([0-9]+)", name)):
+        number = piece.lstrip("0")
+        key.append((len(number), number) if place % 2 else (0, piece))
+    return (*key, (0, name))  # 01 after 1, always
+
+
+def _list(paths: Sequence[Path]) -> str:
+    more = len(paths) - MOST_NAMES
+    return ", ".join(repr(path.name) for path in paths[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Return the entries of a folder in the order of their names, without those of systems."""
     try:
-        return {entry: belongs(entry) for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")}
+        entries = sorted(folder.iterdir())
     except OSError as error:
         raise UserError(
             f"the folder of images {quoted(folder)} cannot be read ({error.strerror or error}): expected a folder for "
             "each class, with the images in them"
         ) from error
+    return [entry for entry in entries if not is_junk(entry.name)]
 
 
-def _folders(folder: Path) -> list[Path]:
-    return [entry for entry, is_folder in _entries(folder, Path.is_dir).items() if is_folder]
+def is_junk(name: str) -> bool:
+    """Return whether systems give this name to files and folders of their own."""
+    return name.startswith(".") or name.lower() in JUNK
 
 
-def _images_in(folder: Path) -> list[Path]:
-    files = _entries(folder, lambda entry: entry.suffix.lower() in SUFFIXES and entry.is_file())
-    for file, is_image in files.items():
-        if not is_image:
+def _is_image(entry: Path) -> bool:
+    return entry.suffix.lower() in SUFFIXES
+
+
+def _folders(folder: Path, notes: list[str]) -> list[Path]:
+    """Return the folders in a folder, in natural order; note images beside them."""
+    folders = [entry for entry in _entries(folder) if os.path.isdir(entry)]  # noqa: PTH112  raises nothing
+    if folders and (beside := _images_beside(folder)):
+        notes.append(f"{quoted(folder)} has images beside its folders, which are not used: {_list(beside)}")
+    return sorted(folders, key=lambda entry: natural_order(entry.name))
+
+
+def _images_beside(folder: Path) -> list[Path]:
+    return [entry for entry in _entries(folder) if _is_image(entry) and not os.path.isdir(entry)]  # noqa: PTH112
+
+
+def _images_in(folder: Path, unusable: dict[Path, UnusableImageError]) -> list[Path]:
+    """Return the images in the folder of a class; add the other files to `unusable`."""
+    images = []
+    for entry in _entries(folder):
+        if os.path.isdir(entry):  # noqa: PTH112
             raise UserError(
-                f"{quoted(file)} is not an image: expected only {', '.join(SUFFIXES)} in the folder of a class (every "
-                f"folder in {quoted(folder.parent)} is a class, except train and test)"
+                f"{quoted(entry)} is a folder in the folder of a class: expected only images; every folder in "
+                f"{quoted(folder.parent)} is a class, except train, val and test together. If the folders in "
+                f"{folder.name!r} are the classes, give folder:{folder}"
             )
-    if not files:
-        raise UserError(f"{quoted(folder)} has no images: every folder is a class, and a class needs images")
-    return list(files)
-
-
-def _decode(pillow: Any, files: list[Path]) -> NDArray[np.uint8]:
-    """Return the images (N, H, W, C). All headers are checked before any image is decoded."""
-    size, modes = None, set()
-    for file in files:
-        with _open(pillow, file) as image:
-            size = size or image.size
-            if image.size != size:
-                raise UserError(
-                    f"{quoted(file)} has {image.width}x{image.height} pixels, {quoted(files[0])} has "
-                    f"{size[0]}x{size[1]}: expected one size; resize them first"
-                )
-            if image.mode not in GRAY | COLORS or _is_deep(image):
-                raise UserError(f"{quoted(file)} has more than 8 bits a channel, or other numbers: expected 8 bits")
-            modes.add(image.mode)
-    mode, channels = ("L", 1) if modes <= GRAY else ("RGB", 3)
-    assert size is not None, "there is a file"
-    images = np.empty((len(files), size[1], size[0], channels), np.uint8)
-    for file, target in zip(files, images, strict=True):
-        with _open(pillow, file) as image:
-            target[...] = np.asarray(image.convert(mode)).reshape(target.shape)
+        if _is_image(entry):
+            images.append(entry)
+        else:
+            unusable[entry] = UnusableImageError(
+                f"it is not an image: expected only {', '.join(SUFFIXES)}", is_damaged=False
+            )
     return images
-
-
-def _is_deep(image: Any) -> bool:
-    """Return True if a channel has more than the 8 bits that Pillow would keep."""
-    _, _, _, how = image.tile[0] if image.tile else (None, None, None, ())
-    if image.format == "PPM":
-        return isinstance(how, tuple) and how[1] > 255
-    return image.format == "PNG" and ";16" in str(how)
-
-
-@contextmanager
-def _open(pillow: Any, file: Path) -> Iterator[Any]:
-    try:
-        stream = file.open("rb")
-    except OSError as error:
-        raise UserError(f"the image {quoted(file)} cannot be read: {error.strerror or error}") from error
-    try:
-        with stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about content that is ignored anyway
-            warnings.simplefilter("error", pillow.DecompressionBombWarning)
-            with pillow.open(stream, formats=FORMATS) as image:
-                yield image
-    except (DistdlError, MemoryError):
-        raise
-    except (pillow.DecompressionBombWarning, pillow.DecompressionBombError) as error:
-        raise UserError(f"{quoted(file)} has more pixels than Pillow accepts ({error}): resize it first") from error
-    except Exception as error:  # Pillow raises many kinds for bytes that are not an image
-        raise DamagedFileError(f"{quoted(file)} is damaged or not an image: {error}; write or copy it again") from error

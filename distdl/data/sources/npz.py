@@ -1,24 +1,38 @@
 """A user's own data in one ``.npz`` file, as `numpy.savez` and `numpy.savez_compressed` write it.
 
     images        (N, H, W) or (N, H, W, C), uint8 or floats (converted to float32)
-    labels        integers from 0, (N,) or one for each pixel (N, H, W); or floats, numbers to predict, (N, D)
-    test_images, test_labels    the test part, if the dataset has its own
+    labels        integers from 0, texts or True/False, (N,); or one for each pixel (N, H, W); or numbers to predict,
+                  floats (N, D)
+    val_images, val_labels, test_images, test_labels    the dataset's own parts, if it has them
+    class_names   texts (K,), if the labels are numbers
 
-The names of Keras, as in `NAMES`, are also accepted. The file is not trusted: nothing is unpickled, and memory is
-allocated only if an array's size agrees with the archive.
+Other words for images and labels, as in `WORDS`, are also accepted. Every array is used or refused. The file is not
+trusted: nothing is unpickled, and memory is allocated only if an array's size agrees with the archive.
 """
 
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from distdl.data.dataset import Dataset
+from distdl.data.image_shapes import canonical_images
+from distdl.data.labels import Unfit
 from distdl.errors import DamagedFileError, DistdlError, UserError, quoted
 
-NAMES = (("images", "labels", "test_images", "test_labels"), ("x_train", "y_train", "x_test", "y_test"))
+T = TypeVar("T")
+#: The words in the names of arrays, for images and labels and for the parts in the order of their rows.
+WORDS = {"images": ("images", "x", "data"), "labels": ("labels", "y", "target", "targets")}
+PARTS = {"training": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
+KIND_OF = {word: kind for kind, words in WORDS.items() for word in words}
+PART_OF = {word: part for part, words in PARTS.items() for word in words}
+ARRAY = re.compile(rf"(?:({'|'.join(PART_OF)})_)?({'|'.join(KIND_OF)})(?:_({'|'.join(PART_OF)}))?", re.IGNORECASE)
+CLASS_NAMES = "class_names"
+EXPECTED = "images and labels, optionally val_images, val_labels, test_images, test_labels and class_names"
 #: The largest expansion by deflate, a limit of the format.
 MOST_DEFLATED = 1032
 #: The compression methods of a zip file that NumPy uses: stored and deflated.
@@ -26,34 +40,61 @@ METHODS = (0, 8)
 
 
 def load_npz(path: Path) -> Dataset:
-    """Return the dataset in an ``.npz`` file. The largest label, or D, determines `classes`.
+    """Return the dataset in an ``.npz`` file. The labels, or `class_names`, determine the number of classes.
 
     Raises `UserError` if the file cannot be read or holds no such dataset, `DamagedFileError` if it is damaged.
     """
-    images, labels, *test = _read(path)
-    for part, (of_part, its_labels) in {"training": (images, labels), "test": test or (images, labels)}.items():
-        if len(of_part) != len(its_labels):
+    parts, class_names = _read(path, lambda archive: _contents(archive, path))
+    starts: dict[str, int] = {}
+    count = 0
+    for part, (images, labels) in parts.items():
+        if not (images.ndim and labels.ndim) or len(images) != len(labels) != images.shape[-1]:
             raise UserError(
-                f"the {part} part of {quoted(path)} has {len(of_part)} images and {len(its_labels)} labels: expected "
-                "equal numbers"
+                f"the {part} part of {quoted(path)} has {len(images) if images.ndim else 0} images and "
+                f"{len(labels) if labels.ndim else 0} labels: expected equal numbers"
             )
-    start = None
-    if test:
-        for what, array, of_test in (("images", images, test[0]), ("labels", labels, test[1])):
-            if array.shape[1:] != of_test.shape[1:] or array.dtype.kind != of_test.dtype.kind:
+        for what, array, first in zip(("images", "labels"), (images, labels), parts["training"], strict=True):
+            if array.shape[1:] != first.shape[1:] or _kind(array) != _kind(first):
                 raise UserError(
-                    f"{quoted(path)} has {what} {array.dtype} {array.shape} for training and {of_test.dtype} "
-                    f"{of_test.shape} for the test: expected one kind of number, and one shape except for the first "
+                    f"{quoted(path)} has {what} {first.dtype} {first.shape} for training and {array.dtype} "
+                    f"{array.shape} for the {part}: expected one kind of number, and one shape except for the first "
                     "axis"
                 )
-        start = len(images)
-        images, labels = np.concatenate([images, test[0]]), np.concatenate([labels, test[1]])
-    classes = labels.shape[-1] if labels.dtype.kind == "f" else int(labels.max(initial=0)) + 1
-    return Dataset(f"npz:{path}", images, labels, classes, start).checked()
+        starts[part] = count
+        count += len(images)
+    all_images, all_labels = (_joined([arrays[i] for arrays in parts.values()]) for i in (0, 1))
+    return Dataset.from_labels(
+        f"npz:{path}",
+        all_images[..., np.newaxis] if all_images.ndim == 3 else all_images,
+        all_labels,
+        test_start=starts.get("test"),
+        validation_start=starts.get("validation"),
+        class_names=class_names,
+        notes=_scale_notes({part: images for part, (images, _) in parts.items()}),
+    )
 
 
-def _read(path: Path) -> list[NDArray[Any]]:
-    """Return images (N, H, W, C) and labels of the training part, then those of the test part, if any."""
+def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _kind(array: NDArray[Any]) -> str:
+    return "iu" if array.dtype.kind in "iu" and array.dtype != np.uint8 else array.dtype.kind
+
+
+def _scale_notes(images: dict[str, NDArray[Any]]) -> tuple[str, ...]:
+    """Return a warning if the pixels of one part were divided by 255, and those of another were not."""
+    most = {part: float(np.abs(array).max(initial=0)) for part, array in images.items() if array.dtype.kind == "f"}
+    low, high = (choose(most, key=most.__getitem__, default="") for choose in (min, max))
+    if not most or most[high] < 50 * most[low]:
+        return ()
+    return (
+        f"the {high} images reach {most[high]:g} and the {low} images {most[low]:g}: divide all by the same number",
+    )
+
+
+def _read(path: Path, read: Callable[[NpzFile], T]) -> T:
+    """Return the result of `read` on the archive; its exceptions become errors that name the file."""
     if not path.is_file():
         what = "is not a regular file" if path.exists() else "does not exist"
         raise UserError(f"the data file {quoted(path)} {what}: give the path of an .npz file")
@@ -61,7 +102,7 @@ def _read(path: Path) -> list[NDArray[Any]]:
         with path.open("rb") as file:
             _check_is_zip(file, path)
             with np.load(file, allow_pickle=False) as archive:
-                return [_converted(archive, path, name) for name in _names_in(archive, path)]
+                return read(archive)
     except DistdlError:
         raise
     except MemoryError:
@@ -74,6 +115,18 @@ def _read(path: Path) -> list[NDArray[Any]]:
         ) from error
 
 
+def _contents(
+    archive: NpzFile, path: Path
+) -> tuple[dict[str, tuple[NDArray[Any], NDArray[Any]]], tuple[str, ...] | None]:
+    """Return images and labels of each part, and the names of the classes."""
+    names = _names_in(archive.files, path)
+    parts = {
+        part: (_floats_as_float32(_array(archive, path, images)), _array(archive, path, labels))
+        for part, (images, labels) in names.items()
+    }
+    return parts, _class_names(archive, path)
+
+
 def _check_is_zip(file: IO[bytes], path: Path) -> None:
     """Raise `UserError` for any other file: NumPy would read it as a single array, and trust its size."""
     if file.read(2) != b"PK":
@@ -81,33 +134,57 @@ def _check_is_zip(file: IO[bytes], path: Path) -> None:
     file.seek(0)
 
 
-def _names_in(archive: NpzFile, path: Path) -> list[str]:
-    """Return the names of the arrays to read, in the order of `NAMES`."""
-    present = set(archive.files)
-    for names in NAMES:
-        if present >= set(names[:2]):
-            tests = [name for name in names[2:] if name in present]
-            if len(tests) == 1:
-                other = next(name for name in names[2:] if name not in present)
-                raise UserError(f"{quoted(path)} has {tests[0]} but no {other}: give both, or neither")
-            return [*names[:2], *tests]
-    raise UserError(
-        f"{quoted(path)} holds {', '.join(map(repr, sorted(present)[:8])) or 'nothing'}; expected the arrays images "
-        "and labels, and test_images and test_labels if there is a test part: write it by numpy.savez"
-    )
+def _names_in(present: list[str], path: Path) -> dict[str, tuple[str, str]]:
+    """Return the names of images and labels of each part, in the order of `PARTS`.
+
+    Raises `UserError` for an array that has no place in the dataset.
+    """
+    found: dict[tuple[str, str], str] = {}
+    words: dict[str, str] = {}
+    unknown = []
+    for name in present:
+        match = ARRAY.fullmatch(name)
+        if name == CLASS_NAMES:
+            continue
+        if match is None or (match[1] and match[3]):
+            unknown.append(name)
+            continue
+        kind, part = KIND_OF[match[2].lower()], PART_OF[(match[1] or match[3] or "train").lower()]
+        if (part, kind) in found or match[2].lower() != words.setdefault(kind, match[2].lower()):
+            other = found.get((part, kind)) or next(name for (_, other), name in found.items() if other == kind)
+            named_twice = f"{quoted(path)} has {other} and {name}, named in two ways"
+            raise UserError(f"{named_twice}: rename or remove one; expected {EXPECTED}")
+        found[part, kind] = name
+    if not {("training", "images"), ("training", "labels")} <= found.keys():
+        names = ", ".join(map(repr, sorted(present)[:8])) or "nothing"
+        raise UserError(
+            f"{quoted(path)} holds {names}; expected the arrays {EXPECTED}: write them by "
+            "numpy.savez(file, images=…, labels=…)"
+        )
+    if unknown:
+        raise UserError(f"{quoted(path)} has the array {unknown[0]!r}: remove it, or rename it; expected {EXPECTED}")
+    for (part, kind), name in found.items():
+        [other] = {"images", "labels"} - {kind}
+        if (part, other) not in found:
+            missing = re.sub(words[kind], words[other], name, flags=re.IGNORECASE)
+            raise UserError(f"{quoted(path)} has {name} but no {missing}: give both, or neither")
+    return {part: (found[part, "images"], found[part, "labels"]) for part in PARTS if (part, "images") in found}
 
 
-def _converted(archive: NpzFile, path: Path, name: str) -> NDArray[Any]:
-    """Return an array with the axes and the dtype that training needs."""
-    array = _array(archive, path, name)
-    if array.dtype.kind not in "uif":
-        raise UserError(f"{name} of {quoted(path)} is {array.dtype}; expected integers or floats")
-    if array.dtype.kind == "f":
-        with np.errstate(over="ignore"):  # `Dataset.checked` reports values that become infinite in float32
-            array = array.astype(np.float32, copy=False)
-    if name in {names[place] for names in NAMES for place in (0, 2)}:
-        return array[..., np.newaxis] if array.ndim == 3 else array
-    return array[:, np.newaxis] if array.dtype.kind == "f" and array.ndim == 1 else array
+def _class_names(archive: NpzFile, path: Path) -> tuple[str, ...] | None:
+    if CLASS_NAMES not in archive.files:
+        return None
+    names = _array(archive, path, CLASS_NAMES)
+    if names.dtype.kind != "U" or names.ndim != 1:
+        raise UserError(
+            f"{CLASS_NAMES} of {quoted(path)} is {names.dtype} {names.shape}; expected texts, one for each class"
+        )
+    return tuple(names.tolist())
+
+
+def _floats_as_float32(array: NDArray[Any]) -> NDArray[Any]:
+    with np.errstate(over="ignore"):  # `Dataset.checked` reports values that become infinite in float32
+        return array.astype(np.float32, copy=False) if array.dtype.kind == "f" else array
 
 
 def _array(archive: NpzFile, path: Path, name: str) -> NDArray[Any]:
@@ -147,3 +224,33 @@ def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any], in
     if any(size < 0 for size in shape):
         raise ValueError(f"the shape {shape} has a negative number")
     return shape, is_fortran, dtype, stream.tell()
+
+
+def load_images(name: str) -> NDArray[Any]:
+    """Return the images (N, H, W, C) of an ``.npz`` file without labels: the array ``images``, or the only one.
+
+    ``FILE.npz:ARRAY`` names another array. Raises the errors of `load_npz`.
+    """
+    path, wanted = Path(name), None
+    if not path.exists() and ":" in name:
+        file, _, wanted = name.rpartition(":")
+        path = Path(file)
+    images = _read(path, lambda archive: _floats_as_float32(_array(archive, path, _images_name(archive, path, wanted))))
+    try:
+        return canonical_images(images[..., np.newaxis] if images.ndim == 3 else images)[0]
+    except Unfit as error:
+        raise UserError(f"{quoted(path)} has {error.given}: expected {error.expected}") from None
+
+
+def _images_name(archive: NpzFile, path: Path, wanted: str | None) -> str:
+    """Return the name of the array with the images."""
+    found = [wanted] if wanted else list(archive.files)
+    if wanted is None and len(found) > 1:
+        of_images = {name: ARRAY.fullmatch(name) for name in found}
+        found = [name for name, match in of_images.items() if match and KIND_OF[match[2].lower()] == "images"]
+    if len(found) != 1 or found[0] not in archive.files:
+        raise UserError(
+            f"{quoted(path)} holds {', '.join(map(repr, sorted(archive.files)[:8])) or 'nothing'}: name the array of "
+            f"images, as in npz:{path}:images"
+        )
+    return found[0]

@@ -71,8 +71,11 @@ REFUSED = {
         {"images": IMAGES, "labels": LABELS, "test_images": IMAGES[:, 1:], "test_labels": LABELS},
         "for training and uint8",
     ),
-    "words": ({"images": IMAGES, "labels": np.array(["a"] * 12)}, "labels .* <U1; expected integers or floats"),
-    "a single image": ({"images": IMAGES[0], "labels": LABELS[:3]}, r"images uint8 \(3, 4\)"),
+    "complex labels": (
+        {"images": IMAGES, "labels": LABELS + 0j},
+        "labels complex128 .*; expected integers, floats, te",
+    ),
+    "a single image": ({"images": IMAGES[0], "labels": LABELS[:3]}, r"flat images \(3, 4\)"),
     "labels below 0": ({"images": IMAGES, "labels": LABELS - 1}, "labels -1 to 1"),
     "images of int64": ({"images": IMAGES.astype(int), "labels": LABELS}, "images int64"),
     "an infinite pixel": ({"images": IMAGES + np.inf, "labels": LABELS}, "NaN or infinity in images"),

@@ -1,0 +1,64 @@
+"""Images as people save them: conversions without a choice, and shapes that cannot be images (N, H, W, C).
+
+Dimensions: N samples, H height, W width, C channels.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distdl.data.labels import Unfit
+
+#: The most channels of an image that a person sees.
+MOST_COLORS = 4
+#: The smallest side of an image for which flat pixels (N, H * W) are accepted; fewer pixels may be measurements.
+LEAST_SIDE = 8
+
+
+def canonical_images(images: NDArray[Any], samples: int | None = None) -> tuple[NDArray[Any], tuple[str, ...]]:
+    """Return images of so many samples as uint8 or float32 (N, H, W, C), and warnings; raise `Unfit`.
+
+    Flat images (N, D) of a square number D of pixels become square images with one channel.
+    """
+    if images.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # the check for finite pixels reports an overflow
+            images = images.astype(np.float32, copy=False)
+    if images.ndim > 2 and len(images) != samples == images.shape[-1]:
+        raise Unfit(
+            f"images {images.dtype} {images.shape}", "the samples on the first axis: numpy.moveaxis(images, -1, 0)"
+        )
+    notes: tuple[str, ...] = ()
+    if images.ndim == 2 and images.size:
+        images, notes = _from_flat(images)
+    if images.ndim != 4 or not images.size or images.dtype not in (np.uint8, np.float32):
+        raise Unfit(
+            f"images {images.dtype} {images.shape}",
+            "uint8 or float32 (N, H, W, C): images[..., None] adds an axis for channels, "
+            "images.astype(np.float32) converts other numbers",
+        )
+    _, height, width, channels = images.shape
+    is_square = height < width == channels
+    if channels > MOST_COLORS and (height <= MOST_COLORS or is_square):
+        raise Unfit(
+            f"images {images.shape}, which are {height} pixels high and {width} wide with {channels} channels",
+            "(N, H, W, C): numpy.moveaxis(images, 1, -1) moves the channels to the end, "
+            "images.swapaxes(1, 2) if the height is true",
+        )
+    return images, notes
+
+
+def _from_flat(images: NDArray[Any]) -> tuple[NDArray[Any], tuple[str, ...]]:
+    count, pixels = images.shape
+    side = math.isqrt(pixels)
+    if side**2 == pixels and side >= LEAST_SIDE:
+        note = f"images {images.shape} are read as {side}x{side} pixels with one channel"
+        return images.reshape(count, side, side, 1), (note,)
+    side = math.isqrt(pixels // 3)
+    if pixels % 3 == 0 and side**2 * 3 == pixels and side >= LEAST_SIDE:
+        of_channels = f"images.reshape(-1, 3, {side}, {side}).transpose(0, 2, 3, 1)"
+        expected = f"images.reshape(-1, {side}, {side}, 3) if the colors of a pixel are adjacent, or {of_channels}"
+    else:
+        expected = "images.reshape(-1, height, width, channels)"
+    raise Unfit(f"flat images {images.shape}", f"(N, H, W, C): {expected}")

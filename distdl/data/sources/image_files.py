@@ -1,0 +1,226 @@
+"""Many image files become one array. All files that cannot be used are named at once.
+
+Each file is opened once. The images are gray until the first that has colors; then the gray ones get three equal
+channels.
+
+Dimensions: N files, H height, W width, C channels.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distdl.data.dataset import Dataset
+from distdl.data.memory import available_bytes
+from distdl.data.sources import images
+from distdl.data.sources.image_cache import Decoded, Make, Pixels, read_cached
+from distdl.data.sources.images import OtherSizeError, UnusableImageError
+from distdl.errors import UserError, quoted
+from distdl.image_options import ImageOptions, Resize
+from distdl.mapped_files import release_pages
+
+#: The most names in a message.
+MOST_NAMES = 10
+#: The longest side of the size that a message suggests, and the number that both sides are multiples of.
+SUGGESTED_PIXELS, SUGGESTED_STEP = 128, 8
+
+#: The pages of a mapped file are released after this many images.
+IMAGES_MAPPED = 256
+
+
+@dataclass(eq=False)
+class ListedFiles:
+    """The files of a dataset with their labels, in the order of the parts: training, validation, test."""
+
+    name: str
+    source: str
+    """The name of the dataset in messages."""
+    class_names: tuple[str, ...]
+    is_regression: bool = False
+    notes: list[str] = field(default_factory=list)
+    unusable: dict[Path, UnusableImageError] = field(default_factory=dict)
+    """Files that are already known to be no images."""
+    files: list[Path] = field(default_factory=list)
+    labels: list[Any] = field(default_factory=list)
+    starts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, part: str, files: Sequence[Path], label: Any) -> None:
+        """Add files with one label, the number of a class or a list of numbers."""
+        self.starts.setdefault(part, len(self.files))
+        self.files += files
+        self.labels += [label] * len(files)
+
+    def read(self, options: ImageOptions) -> Dataset:
+        """Return the dataset; raise `UserError` or `DamagedFileError` as `read_image_files` does."""
+        count = len(self.files) + len(self.unusable)
+        found, rows, skipped = read_image_files(self.source, self.files, options, self.unusable)
+        labels = np.array(self.labels, np.float32 if self.is_regression else np.int64)[rows]
+        starts = {part: int(np.searchsorted(rows, start)) for part, start in self.starts.items()}
+        if skipped:
+            self.notes.append(f"--skip-damaged left out {len(skipped)} of {count} files: {_list(skipped)}")
+        if not self.is_regression:
+            self._check_classes(labels, starts)
+        return Dataset(
+            self.name,
+            found,
+            labels,
+            len(self.class_names),
+            starts.get("test"),
+            self.class_names,
+            tuple(self.notes),
+            starts.get("validation"),
+            None if options.resize is None else str(Resize.parse(options.resize)),
+            tuple(skipped),
+        ).checked()
+
+    def _check_classes(self, labels: NDArray[Any], starts: Mapping[str, int]) -> None:
+        """Raise `UserError` if a class or the part has lost all its images; note classes that other parts lack."""
+        ends = [*list(starts.values())[1:], len(labels)]
+        for (part, start), end in zip(starts.items(), ends, strict=True):
+            missing = sorted(set(range(len(self.class_names))) - set(labels[start:end].tolist()))
+            names = ", ".join(repr(self.class_names[label]) for label in missing[:MOST_NAMES])
+            names += f" and {len(missing) - MOST_NAMES} more" if len(missing) > MOST_NAMES else ""
+            if missing and (part == "training" or start == end):
+                raise UserError(f"{self.source} has no image for the {part} part of {names} that can be used; add some")
+            if missing:
+                self.notes.append(f"the {part} part of {self.source} has no image of the class {names}")
+
+
+def read_image_files(
+    source: str, files: Sequence[Path], options: ImageOptions, unusable: Mapping[Path, UnusableImageError]
+) -> Decoded:
+    """Return the images (n, H, W, C), the numbers (n,) of their files, and the other files, each with the reason.
+
+    `source` names the dataset in messages; `unusable` are further files. Raises `UserError` if images differ in size
+    and there is no `options.resize`, if memory does not suffice, or, unless `options.skip_damaged` is set, if a file
+    cannot be used; `DamagedFileError` if a file is damaged.
+    """
+    if options.cache is None:
+        return _decode_all(source, files, options, unusable)
+    colored = any(images.has_colors(file) for file in files)
+    return read_cached(
+        options.cache, files, options, lambda make: _decode_all(source, files, options, unusable, make, colored)
+    )
+
+
+def _decode_all(
+    source: str,
+    files: Sequence[Path],
+    options: ImageOptions,
+    unusable: Mapping[Path, UnusableImageError],
+    make: Make | None = None,
+    colored: bool = False,
+) -> Decoded:
+    """Decode all images into an array from `make`, by default in memory; if `colored`, with three channels."""
+    resize = None if options.resize is None else Resize.parse(options.resize)
+    unusable = dict(unusable)
+    rows: list[int] = []
+    found: Pixels | None = None
+    try:
+        for row, file in enumerate(files):
+            size = None if found is None else (found.shape[1], found.shape[2])
+            channels = 3 if colored or (found is not None and found.shape[3] == 3) else None
+            try:
+                pixels = images.decode(file, size=size, resize=resize, channels=channels)
+            except OtherSizeError:
+                raise _mixed_sizes(source, files, file) from None
+            except UnusableImageError as error:
+                unusable[file] = error
+                continue
+            if found is None:
+                found = make(len(files), pixels.shape) if make else _empty(source, len(files), pixels, resize)
+            elif pixels.shape[2] > found.shape[3]:
+                found = _with_colors(source, found, len(rows), pixels, resize)
+            found[len(rows)] = pixels
+            rows.append(row)
+            if row % IMAGES_MAPPED == 0:
+                release_pages(found)
+    except MemoryError:
+        raise UserError(f"there is not enough memory for {source}: give --resize, or --cache FOLDER") from None
+    if unusable and not options.skip_damaged:
+        raise _refusal(source, unusable, len(set(files) | set(unusable)))
+    if found is None:
+        raise UserError(f"{source} has no image that can be used")
+    skipped = [f"{quoted(file)} ({reason})" for file, reason in unusable.items()]
+    return found[: len(rows)], np.array(rows, np.int64), skipped
+
+
+def _list(texts: Sequence[str]) -> str:
+    more = len(texts) - MOST_NAMES
+    return "; ".join(texts[:MOST_NAMES]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _refusal(source: str, unusable: dict[Path, UnusableImageError], count: int) -> UserError:
+    """Return the error that names the files."""
+    if len(unusable) == 1:
+        [(file, reason)] = unusable.items()
+        error = reason.of(quoted(file))
+        return type(error)(f"{error}, or leave it out by --skip-damaged")
+    names = _list([f"{quoted(file)} ({error})" for file, error in unusable.items()])
+    worst = max(unusable.values(), key=lambda error: error.is_damaged)
+    return type(worst.of(""))(
+        f"{len(unusable)} of {count} files in {source} cannot be used: {names}; replace or remove them, or leave them "
+        "out by --skip-damaged"
+    )
+
+
+def _mixed_sizes(source: str, files: Sequence[Path], other: Path) -> UserError:
+    """Return the error for images of different sizes, with the usual size as a suggestion."""
+    sizes: dict[tuple[int, int], Path] = {}
+    every: list[tuple[int, int]] = []
+    for file in files:
+        try:
+            size = images.size_of(file)
+        except UnusableImageError:
+            continue
+        every.append(size)
+        sizes.setdefault(size, file)
+    (first, of_first), *_ = sizes.items()
+    second, of_second = next(((size, file) for size, file in sizes.items() if size != first), (first, other))
+    return UserError(
+        f"{source} has images of different sizes (height x width): {quoted(of_first)} has {first[0]}x{first[1]}, "
+        f"{quoted(of_second)} has {second[0]}x{second[1]}, {_of(len(sizes))} in all: expected one size; give "
+        f"--resize {_suggested(every)}"
+    )
+
+
+def _of(sizes: int) -> str:
+    return "one size and turned images" if sizes == 1 else f"{sizes} sizes"
+
+
+def _suggested(sizes: Sequence[tuple[int, int]]) -> str:
+    """Return a size with the usual ratio of the sides, in which a training on a CPU is still feasible.
+
+    >>> _suggested([(1500, 1000), (3000, 2000), (10, 10)]), _suggested([(16, 16), (17, 16)])
+    ('128x88', '16x16')
+    """
+    height, width = (statistics.median_low(sides) for sides in zip(*sizes, strict=True))
+    shrink = min(1, SUGGESTED_PIXELS / max(height, width))
+    rounded = [max(1, round(side * shrink / SUGGESTED_STEP)) * SUGGESTED_STEP for side in (height, width)]
+    return f"{rounded[0]}x{rounded[1]}"
+
+
+def _empty(source: str, count: int, pixels: Pixels, resize: Resize | None) -> Pixels:
+    """Return an array for `count` images such as `pixels`; raise `UserError` if memory does not suffice."""
+    needed, available = count * pixels.size, available_bytes()
+    if available is not None and needed > available:
+        height, width, channels = pixels.shape
+        smaller = "a smaller --resize" if resize else f"--resize {_suggested([(height, width)])}, for example"
+        raise UserError(
+            f"{count} images of {height}x{width}x{channels} (height x width x channels) in {source} need "
+            f"{needed / 1e9:.1f} GB of memory, but {available / 1e9:.1f} GB are available: give {smaller}, or "
+            "--cache FOLDER to keep them on a disk"
+        )
+    return np.empty((count, *pixels.shape), np.uint8)
+
+
+def _with_colors(source: str, found: Pixels, count: int, pixels: Pixels, resize: Resize | None) -> Pixels:
+    """Return the first `count` gray images with three channels, and room for the others."""
+    colored = _empty(source, len(found), pixels, resize)
+    colored[:count] = found[:count]  # one channel becomes three
+    return colored

@@ -1,0 +1,28 @@
+"""The parts of the report page that only special runs have."""
+
+import itertools
+import json
+
+import pytest
+
+from distdl.inference import report_page
+
+
+def test_failures_survived_are_listed_and_runs_without_any_have_no_such_part(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps({"recoveries": []}))
+    assert report_page._time(tmp_path) == []
+    recoveries = [{"step": 7, "lost_ranks": [0, 2], "ranks": 2}, {"step": 9, "lost_ranks": [1], "ranks": 1}]
+    (tmp_path / "summary.json").write_text(json.dumps({"recoveries": recoveries}))
+    heading, table = report_page._time(tmp_path)
+    assert heading == "<h2>Failures survived</h2>"
+    assert "<tr><th>step 7</th><td>ranks 0, 2 lost, 2 continued</td></tr>" in table
+    assert "<tr><th>step 9</th><td>ranks 1 lost, 1 continued</td></tr>" in table
+
+
+@pytest.mark.parametrize("count", range(1, 40))
+def test_a_few_layers_at_equal_distances_are_shown_with_the_last_one(count):
+    shown = list(report_page._some({f"layer_{number}": number for number in range(count)}).values())
+    assert len(shown) <= report_page.MOST_LAYERS
+    assert shown[-1] == count - 1
+    assert len({after - before for before, after in itertools.pairwise(shown)}) <= 1
+    assert shown == list(range(count)) or len(shown) > report_page.MOST_LAYERS // 2
