@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,8 +83,7 @@ def command(*arguments, program=predict):
 def predicted(*arguments):
     """Return the content of the JSON file of a command that succeeds."""
     assert command(*arguments, "--json=out.json")[::2] == (0, [])
-    with open("out.json", encoding="utf-8") as file:
-        return json.load(file)
+    return json.loads(Path("out.json").read_text(encoding="utf-8"))
 
 
 def probabilities(found):
@@ -147,7 +147,7 @@ def test_an_unusable_file_does_not_change_the_predictions_of_the_others(alone):
     assert found == {name: one for name, one in expected.items() if name != files[3]}
 
 
-# ------------------------------------------------------------------------------------------------------ without the data
+# ----------------------------------------------------------------------------------------------------- without the data
 
 
 def test_a_run_without_its_data_predicts_scores_other_data_and_has_a_report(alone):
