@@ -21,9 +21,9 @@ from distdl.image_options import ImageOptions, Resize
 from distdl.model_settings import parse_model_settings
 from distdl.transforms import Transforms
 
-DATASETS = ("digits", "mnist", "fashion-mnist")
+DATASETS = ("digits", "mnist", "fashion-mnist", "kmnist", "cifar10")
 #: Prefixes of a dataset that is the user's own file or folder.
-FROM_PATH = ("npz:", "folder:")
+FROM_PATH = ("npz:", "folder:", "csv:")
 MODELS = (
     *("logistic", "mlp", "simple_convnet", "deep_convnet", "lenet", "alexnet"),
     *("vgg11", "vgg16", "googlenet", "resnet18", "resnet20", "resnet50"),
@@ -31,7 +31,7 @@ MODELS = (
 OptimizerName = Literal["adam", "adamw", "momentum", "nesterov", "adagrad", "rmsprop", "sgd"]
 OPTIMIZERS: tuple[str, ...] = typing.get_args(OptimizerName)
 LossName = Literal["auto", "cross_entropy", "binary_cross_entropy", "mean_squared_error"]
-ScheduleName = Literal["constant", "step", "cosine"]
+ScheduleName = Literal["constant", "step", "cosine", "plateau"]
 ReductionName = Literal["tree", "allreduce"]
 REDUCTIONS: tuple[str, ...] = typing.get_args(ReductionName)
 
@@ -55,14 +55,15 @@ SHARES = ("validation_share", "test_share")
 LOSS_SETTINGS = ("label_smoothing", "class_weights", "standardize_targets")
 #: The groups of `--help`, with all settings.
 GROUPS = {
-    "data": ("dataset", "data_dir", "resize", "skip_damaged", *SHARES, "batch_size", "augment"),
+    "data": ("dataset", "data_dir", "resize", "skip_damaged", "csv_columns", "cache", *SHARES, "batch_size", "augment"),
     "model": ("model", "model_settings", "init_from", "freeze", "loss", *LOSS_SETTINGS),
     "optimizer": (
         *("optimizer", "lr", "lr_base_batch", "schedule", "warmup_steps", "lr_step_epochs", "lr_step_factor"),
+        *("plateau_patience", "plateau_factor"),
         *("momentum", "beta1", "beta2", "epsilon", "weight_decay", "l1_decay", "clip_norm"),
     ),
     "run and checkpoints": (
-        *("config", "run_dir", "resume", "epochs", "max_steps", "early_stopping", "seed"),
+        *("config", "run_dir", "resume", "epochs", "max_steps", "early_stopping", "test_with", "seed"),
         *("checkpoint_every", "keep_checkpoints", "log_every", "trace"),
     ),
     "faults": ("on_nonfinite", "verify_every", "audit", "record_hashes", "stall_warning", "detect_hangs"),
@@ -72,7 +73,7 @@ GROUPS = {
 #: Settings that a resumed run may change. They affect neither the weights at a step nor the meaning of the weights.
 FREE_TO_CHANGE_ON_RESUME = frozenset(
     {
-        *("config", "run_dir", "resume", "data_dir", "epochs", "max_steps", "early_stopping"),
+        *("config", "run_dir", "resume", "data_dir", "cache", "epochs", "max_steps", "early_stopping", "test_with"),
         *("checkpoint_every", "keep_checkpoints", "log_every", "stall_warning", "detect_hangs", "record_hashes"),
         *("threads_per_rank", "balance", "on_nonfinite", "verify_every", "audit", "trace"),
     }
@@ -85,11 +86,13 @@ NEEDS = {
     "epsilon": ("optimizer", ("adam", "adamw", "rmsprop", "adagrad")),
     "lr_step_epochs": ("schedule", ("step",)),
     "lr_step_factor": ("schedule", ("step",)),
+    "plateau_patience": ("schedule", ("plateau",)),
+    "plateau_factor": ("schedule", ("plateau",)),
 }
 #: Settings of the start of a run. A config file may not hold them.
 NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace"})
 #: Settings that are a path, or end in one.
-PATHS = ("config", "data_dir", "run_dir", "resume", "trace", "init_from", "dataset", "model")
+PATHS = ("config", "data_dir", "cache", "run_dir", "resume", "trace", "init_from", "dataset", "model")
 #: No BLAS starts more threads than this.
 MOST_THREADS = 1024
 #: The largest whole number of a setting, except of the seed. A float represents every whole number up to it.
@@ -106,14 +109,20 @@ class TrainConfig:
     """TOML file of settings, named as the flags but with underscores; flags override the file."""
     dataset: str = "digits"
     """Data to train on; digits: 1,797 real 8x8 images, included; npz:FILE.npz: arrays images and labels; folder:PATH:
-    one subfolder of images per class; or your own file.py:function or package.module:function."""
+    one subfolder of images per class; csv:FILE.csv: paths and labels; or your own file.py:function or
+    package.module:function."""
     data_dir: Path | None = None
-    """Folder of the dataset's files; by default mnist and fashion-mnist are downloaded into the user's cache."""
+    """Folder of the dataset's files; by default published datasets are downloaded into the user's cache."""
     resize: str | None = None
     """Size for all image files, such as 32 or 32x48 (height x width). If an image has other proportions, its middle is
     cut out; 32x48:pad adds black borders instead, 32x48:stretch changes the proportions."""
     skip_damaged: bool = False
     """Leave out image files that cannot be used, and list them; otherwise they are refused."""
+    csv_columns: str | None = None
+    """Columns of a csv: dataset: that of the paths and that of the labels, such as file,species; several label columns
+    are numbers to predict. By default the columns with usual names, such as path and label."""
+    cache: Path | None = None
+    """Folder for decoded image files: they are decoded once and then mapped, for images that do not fit into memory."""
     validation_share: float | None = None
     """Share of the samples to validate on, if the dataset has no validation part; by default 0.15, or 0.1 of the
     others if it has a test part."""
@@ -164,13 +173,17 @@ class TrainConfig:
     """Largest Euclidean norm of the gradient; a longer gradient is scaled down to it."""
     schedule: ScheduleName = "constant"
     """Course of the learning rate; step: multiplied by lr-step-factor every lr-step-epochs; cosine: along a cosine
-    to 0."""
+    to 0; plateau: multiplied by plateau-factor after plateau-patience epochs without a better validation."""
     warmup_steps: int = 0
     """First steps, in which the learning rate rises linearly to the value of the schedule."""
     lr_step_epochs: int = 5
     """Epochs between two changes of the step schedule."""
     lr_step_factor: float = 0.1
     """Factor of each change of the step schedule."""
+    plateau_patience: int = 10
+    """Epochs without a better validation after which the plateau schedule reduces the learning rate."""
+    plateau_factor: float = 0.1
+    """Factor of each reduction of the plateau schedule."""
     augment: str | None = None
     """Random changes of training images, such as rotate=10,shift=2; also scale=0.1, crop=2, flip, brightness=0.1.
     Labels of pixels move with the image; a pixel from beyond the edge has no label and does not count."""
@@ -182,6 +195,8 @@ class TrainConfig:
     """Stop with a checkpoint after this step of the whole run; a resume without the flag continues."""
     early_stopping: int = 0
     """Stop after this many epochs without a better validation accuracy; 0: never."""
+    test_with: Literal["last", "best"] = "last"
+    """Weights that are scored on the test part at the end; best: those of the best validation."""
     resume: str | None = None
     """Checkpoint or run folder to continue from; auto: the newest intact checkpoint in --run-dir, if there is one."""
     checkpoint_every: int = 0
@@ -247,7 +262,9 @@ class TrainConfig:
     def image_options(self) -> ImageOptions:
         """The settings for image files; without effect for another dataset."""
         resize = self.resize if reads_image_files(self.dataset) else None
-        return ImageOptions(resize=resize, skip_damaged=self.skip_damaged)
+        return ImageOptions(
+            resize=resize, skip_damaged=self.skip_damaged, csv_columns=self.csv_columns, cache=self.cache
+        )
 
     @property
     def epoch_count(self) -> int:
@@ -286,7 +303,7 @@ class TrainConfig:
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> TrainConfig:
         """Return the config that `to_json` turned into these values. An absent setting has its default."""
-        names = ("config", "data_dir", "run_dir", "trace")
+        names = ("config", "data_dir", "cache", "run_dir", "trace")
         paths = {name: Path(values[name]) for name in names if values.get(name) is not None}
         return TrainConfig(**{**values, **paths})
 
@@ -377,10 +394,11 @@ def _check_ranges(config: TrainConfig) -> None:
     must_be(f"at most {MOST_THREADS}", lambda value: value <= MOST_THREADS, "threads_per_rank")
     at_least(0, "seed", "checkpoint_every", "log_every", "weight_decay", "verify_every", "audit", "stall_warning")
     at_least(0, "l1_decay", "warmup_steps", "early_stopping")
-    at_least(1, "max_steps", "lr_base_batch")
+    at_least(1, "max_steps", "lr_base_batch", "plateau_patience")
     must_be("above 0", lambda value: value > 0, "lr", "lr_step_factor", "clip_norm", "epsilon", *SHARES)
     must_be("at least 0 and below 1", lambda value: 0 <= value < 1, "momentum", "beta1", "beta2", "label_smoothing")
     finite = ("lr", "weight_decay", "l1_decay", "clip_norm", "lr_step_factor", "stall_warning", "epsilon")
+    must_be("above 0 and below 1", lambda value: 0 < value < 1, "plateau_factor")
     must_be("a finite number", math.isfinite, *finite)
     must_be("below 1, a share of the samples", lambda value: value < 1, *SHARES)
     seconds = config.detect_hangs  # a healthy rank may show no sign of life for a fraction of a second
@@ -431,7 +449,7 @@ def reads_data_dir(dataset: str) -> bool:
 
 def reads_image_files(dataset: str) -> bool:
     """Return whether a dataset consists of image files, which `--resize` and `--skip-damaged` are for."""
-    return dataset.startswith("folder:")
+    return dataset.startswith(("folder:", "csv:"))
 
 
 def check_model_name(model: str) -> None:
@@ -448,12 +466,24 @@ def check_dataset_name(dataset: str) -> None:
         _check_function_name("--dataset", dataset)
     elif dataset.startswith(FROM_PATH):
         if dataset in FROM_PATH or "\0" in dataset or not _is_utf8(dataset):
-            raise UserError(f"--dataset {dataset!r} does not name a file: give npz:FILE.npz or folder:PATH")
+            raise UserError(
+                f"--dataset {dataset!r} does not name a file: give npz:FILE.npz, folder:PATH or csv:FILE.csv"
+            )
     elif dataset not in DATASETS:
+        if prefix := _prefix_of_path(dataset):
+            raise UserError(f"--dataset {dataset!r} is the path of your own data: give --dataset {prefix}{dataset}")
         raise UserError(
-            f"{unknown_name('dataset', dataset, DATASETS)} (for your own, give npz:FILE.npz, "
-            "folder:PATH or file.py:function; a dataset that a script passed is known only to that script)"
+            f"{unknown_name('dataset', dataset, DATASETS)} (for your own, give npz:FILE.npz, folder:PATH, "
+            "csv:FILE.csv or file.py:function; a dataset that a script passed is known only to that script)"
         )
+
+
+def _prefix_of_path(dataset: str) -> str | None:
+    """Return the prefix that a path needs as a dataset, by its suffix or because it is a folder; None if it is none."""
+    suffix = Path(dataset).suffix.lower()
+    if suffix in {".npz", ".csv"} and "\0" not in dataset:
+        return f"{suffix[1:]}:"
+    return "folder:" if os.path.isdir(dataset) else None  # noqa: PTH112  raises nothing
 
 
 def _check_function_name(flag: str, name: str) -> None:

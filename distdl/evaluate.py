@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from distdl import cli
 from distdl.cli import Command, Flag
-from distdl.inference.options import EvaluateOptions
+from distdl.inference.options import EvaluateOptions, part_of
 
 COMMAND = Command(
     program="python -m distdl.evaluate",
@@ -17,18 +17,20 @@ COMMAND = Command(
     settings=EvaluateOptions,
     examples=(
         "python -m distdl.evaluate my-run --confusion",
-        "python -m distdl.evaluate run-1 run-2 run-3 --json scores.json",
+        "python -m distdl.evaluate run-1 run-2 run-3 --on folder:new-photos",
         "mpirun -n 4 python -m distdl.evaluate my-run --part validation --best",
     ),
     groups={
         "runs": ("runs", "best", "model"),
-        "data": ("part", "dataset", "data_dir"),
+        "data": ("on", "part", "dataset", "data_dir"),
         "results": ("half", "confusion", "confusion_figure", "misclassified", "json"),
     },
     flags={
         "runs": Flag(name="RUN_OR_CHECKPOINT", repeated=True),
         "model": Flag(value="FILE.py:FUNCTION", is_path=True, repeated=True),
         "dataset": Flag(value="FILE.py:FUNCTION", is_path=True),
+        "on": Flag(value="SOURCE", is_path=True),
+        "part": Flag(value="test|validation|training", parse=part_of),
         "confusion_figure": Flag(value="FILE.png"),
         "misclassified": Flag(value="FILE.png"),
         "json": Flag(value="FILE"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from distdl.errors import UserError, one_line, unknown_name
@@ -68,5 +69,7 @@ class ImageOptions:
     """A text for `Resize.parse`; None: all images must have one size."""
     skip_damaged: bool = False
     """Leave out files that cannot be used; otherwise they are refused."""
+    cache: Path | None = None
+    """The folder for decoded images, which are mapped instead of loaded into memory; None: load them."""
     csv_columns: str | None = None
     """The columns of a CSV file with the path and the label, separated by commas; None: by their usual names."""

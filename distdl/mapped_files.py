@@ -22,6 +22,8 @@ from distdl.errors import UserError
 
 #: The suffix of a file that is not complete.
 PARTIAL = ".partial"
+#: A process keeps about this much of a mapped file in memory. One row may bring a huge page with it.
+KEPT_BYTES, HUGE_PAGE_BYTES = 2**28, 2**21
 MappedArray = np.memmap[Any, Any]
 
 
@@ -34,12 +36,20 @@ def open_mapped(path: Path) -> MappedArray:
 
 
 def release_pages(array: NDArray[Any]) -> None:
-    """Remove the pages of a mapped array from this process's memory; a later access maps them again.
+    """Remove the pages of an array in a mapped file from this process's memory; a later access maps them again.
 
-    Any other array stays as it is.
+    The array may be a part of the file's. Any other array stays as it is.
     """
-    if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):
-        array.base.madvise(mmap.MADV_DONTNEED)
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(array, np.memmap) and isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
+def rows_to_keep(array: NDArray[Any]) -> int:
+    """Return after how many rows, read in any order, the pages of a mapped array should be released."""
+    return max(1, KEPT_BYTES // (array[:1].nbytes + HUGE_PAGE_BYTES))
 
 
 @contextmanager

@@ -27,13 +27,13 @@ COMMAND = Command(
     },
     flags={
         "run": Flag(name="RUN"),
-        "inputs": Flag(name="IMAGES", repeated=True),
+        "inputs": Flag(name="IMAGES", is_path=True, repeated=True),
         "others": Flag(name="--with", value="RUN", repeated=True),
         "csv": Flag(value="FILE"),
         "json": Flag(value="FILE"),
         "masks": Flag(value="FOLDER"),
-        "model": Flag(value="FILE.py:FUNCTION", repeated=True),
-        "dataset": Flag(value="FILE.py:FUNCTION"),
+        "model": Flag(value="FILE.py:FUNCTION", is_path=True, repeated=True),
+        "dataset": Flag(value="FILE.py:FUNCTION", is_path=True),
     },
 )
 

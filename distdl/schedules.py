@@ -50,7 +50,7 @@ def warmed_up(schedule: Schedule, steps: int) -> Schedule:
     return lambda step: schedule(step) * min(step + 1, steps) / steps if step < steps else schedule(step)
 
 
-SCHEDULES = ("constant", "step", "cosine")
+SCHEDULES = ("constant", "step", "cosine", "plateau")
 
 
 def make_schedule(
@@ -58,9 +58,10 @@ def make_schedule(
 ) -> Schedule:
     """Return the schedule called `name`; raise `UserError`, listing the known ones, for an unknown name.
 
-    `every_steps` and `factor` belong to the step schedule; `total_steps` is the length of the cosine.
+    `every_steps` and `factor` belong to the step schedule; `total_steps` is the length of the cosine. The plateau
+    schedule is constant here: its reductions depend on validation, so the trainer multiplies them in.
     """
-    if name == "constant":
+    if name in {"constant", "plateau"}:
         schedule = constant(learning_rate)
     elif name == "step":
         schedule = step_decay(learning_rate, every_steps, factor)

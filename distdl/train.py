@@ -142,12 +142,14 @@ def _refuse_without_effect(config: TrainConfig, given: Mapping[str, Any]) -> Non
         raise UserError(
             f"--data-dir has no effect with --dataset {config.dataset}: give --dataset mnist, or leave it out"
         )
-    for name in ("resize", "skip_damaged"):
+    for name in ("resize", "skip_damaged", "cache"):
         if not reads_image_files(config.dataset) and name in given:
             raise UserError(
-                f"{flag_of(name)} has no effect with --dataset {config.dataset}: it is for image files (folder:PATH); "
-                "leave it out"
+                f"{flag_of(name)} has no effect with --dataset {config.dataset}: it is for image files (folder:PATH, "
+                "csv:FILE); leave it out"
             )
+    if not config.dataset.startswith("csv:") and "csv_columns" in given:
+        raise UserError(f"--csv-columns has no effect with --dataset {config.dataset}: give csv:FILE, or leave it out")
     for name in given:
         if reason := without_effect(config, name):
             raise UserError(f"{flag_of(name)} {reason}, or leave it out")

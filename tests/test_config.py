@@ -227,6 +227,19 @@ def test_switches_of_a_file_override_those_of_the_resumed_run(tmp_path):
     assert parsed("--resume", run, "--config", written(tmp_path, "record_hashes = false\n")).record_hashes is False
 
 
+def test_only_a_file_in_the_checkpoints_of_a_run_folder_belongs_to_a_run(tmp_path, monkeypatch):
+    run, other = tmp_path / "run", tmp_path / "other"
+    for path in (run / "checkpoints" / "x", run / "copies" / "x", other / "checkpoints" / "x", run / "config.toml"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert config_module.run_folder_of(run / "checkpoints" / "x") == run
+    assert config_module.run_folder_of(run / "copies" / "x") is None
+    assert config_module.run_folder_of(other / "checkpoints" / "x") is None
+    assert config_module.run_folder_of(run) == run
+    monkeypatch.chdir(run / "checkpoints")
+    assert config_module.run_folder_of(Path("x")) == run
+
+
 def test_auto_without_a_run_starts_from_the_defaults(tmp_path):
     config = parsed("--resume", "auto", "--run-dir", tmp_path / "new")
     assert config == dataclasses.replace(parsed(), resume="auto", run_dir=tmp_path / "new")
@@ -269,6 +282,8 @@ configs = st.builds(
     schedule=st.sampled_from(SCHEDULES),
     lr_step_epochs=st.integers(1, 10**6),
     lr_step_factor=st.floats(0, 1, exclude_min=True),
+    plateau_patience=st.integers(1, 10**6),
+    plateau_factor=st.floats(0, 1, exclude_min=True, exclude_max=True),
     augment=st.none() | st.sampled_from(["flip", "rotate=10,shift=2,scale=0.1,crop=2,flip,brightness=0.1"]),
     init_from=st.none() | paths.map(str),
     freeze=st.none() | st.sampled_from(["conv2d_1", "residual_1.body.conv2d_1.weight, affine_1.bias"]),
@@ -276,6 +291,7 @@ configs = st.builds(
     run_dir=st.none() | paths,
     max_steps=st.none() | st.integers(1, 10**15),
     early_stopping=st.integers(0, 10**6),
+    test_with=st.sampled_from(["last", "best"]),
     resume=st.none() | paths.map(str),
     checkpoint_every=st.integers(0, 10**6),
     keep_checkpoints=st.integers(1, 10**6),
@@ -332,10 +348,12 @@ OTHER = {
     "config": Path("other.toml"),
     "dataset": "mnist",
     "data_dir": Path("there"),
+    "cache": Path("there"),
     "validation_share": 0.2,
     "test_share": 0.2,
     "resize": "32x48:pad",
     "skip_damaged": True,
+    "csv_columns": "file,species",
     "model": "mlp",
     "model_settings": "hidden=50",
     "epochs": 61,
@@ -359,6 +377,8 @@ OTHER = {
     "warmup_steps": 3,
     "lr_step_epochs": 7,
     "lr_step_factor": 0.3,
+    "plateau_patience": 3,
+    "plateau_factor": 0.5,
     "augment": "flip",
     "init_from": "source",
     "freeze": "conv2d_1",
@@ -366,6 +386,7 @@ OTHER = {
     "run_dir": Path("run"),
     "max_steps": 5,
     "early_stopping": 3,
+    "test_with": "best",
     "resume": "run",
     "checkpoint_every": 7,
     "keep_checkpoints": 9,
@@ -382,8 +403,9 @@ OTHER = {
     "trace": Path("trace.json"),
 }
 FREE = {
-    *("config", "run_dir", "resume", "data_dir", "epochs", "max_steps", "checkpoint_every", "keep_checkpoints"),
-    *("early_stopping", "log_every", "stall_warning", "detect_hangs", "record_hashes", "balance", "on_nonfinite"),
+    *("config", "run_dir", "resume", "data_dir", "cache", "epochs", "max_steps", "checkpoint_every"),
+    *("keep_checkpoints", "early_stopping", "test_with", "log_every", "stall_warning", "detect_hangs"),
+    *("record_hashes", "balance", "on_nonfinite"),
     *("verify_every", "audit", "threads_per_rank", "trace"),
 }
 
@@ -441,7 +463,10 @@ def test_all_differences_are_named_and_a_setting_that_an_older_version_lacked_ha
         (["--optimizer", "SGD"], "did you mean 'sgd'?"),
         (["--model", "MLP"], "did you mean 'mlp'?"),
         (["--model", "simple_convent"], "did you mean 'simple_convnet'?"),
-        (["--dataset", "mnits"], "expected one of digits, fashion-mnist, mnist; did you mean 'mnist'?"),
+        (
+            ["--dataset", "mnits"],
+            "expected one of cifar10, digits, fashion-mnist, kmnist, mnist; did you mean 'mnist'?",
+        ),
         (["--optimizer", "rmsporp"], "unknown optimizer 'rmsporp': expected one of"),
         (["--schedule", "cosin"], "did you mean 'cosine'?"),
         (["--lr", "1e308", "--lr-base-batch", "1"], "--lr-base-batch 1 makes --lr 1e+308 infinite"),
@@ -468,6 +493,11 @@ def test_all_differences_are_named_and_a_setting_that_an_older_version_lacked_ha
         (["--data-dir", "/nonexistent"], "--data-dir has no effect with --dataset digits: give --dataset mnist, or"),
         (["--dataset=npz:a.npz", "--data-dir=b"], "--data-dir has no effect with --dataset npz:a.npz"),
         (["--dataset=folder:a", "--data-dir=b"], "--data-dir has no effect with --dataset folder:a"),
+        (["--csv-columns=a,b"], "--csv-columns has no effect with --dataset digits: give csv:FILE, or leave it out"),
+        (["--dataset=csv:"], "--dataset 'csv:' does not name a file: give npz:FILE.npz, folder:PATH or csv:FILE.csv"),
+        (["--dataset=a/b.npz"], "--dataset 'a/b.npz' is the path of your own data: give --dataset npz:a/b.npz"),
+        (["--dataset=list.CSV"], "give --dataset csv:list.CSV"),
+        (["--dataset=/"], "give --dataset folder:/"),
         (["--resize", "32"], "--resize has no effect with --dataset digits: it is for image files"),
         (["--dataset=npz:a.npz", "--skip-damaged"], "--skip-damaged has no effect with --dataset npz:a.npz"),
         (["--dataset=folder:a", "--resize=0"], "--resize '0': expected a height and a width from 1 to 4096 pixels"),
@@ -481,6 +511,11 @@ def test_all_differences_are_named_and_a_setting_that_an_older_version_lacked_ha
         ),
         (["--beta1=0.5", "--optimizer=rmsprop"], "--beta1 has no effect with --optimizer rmsprop: give --optimizer"),
         (["--epsilon=1", "--optimizer=sgd"], "--epsilon has no effect with --optimizer sgd"),
+        (
+            ["--plateau-patience", "3"],
+            "--plateau-patience has no effect with --schedule constant: give --schedule plateau",
+        ),
+        (["--schedule=plateau", "--plateau-factor=1"], "--plateau-factor must be above 0 and below 1, not 1.0"),
         (["--beta2", "1"], "--beta2 must be at least 0 and below 1, not 1.0"),
         (["--lr-step-factor=.1", "--schedule=cosine"], "--lr-step-factor has no effect with --schedule cosine"),
         (["--resume", "auto"], "--resume auto looks for checkpoints in --run-dir"),
@@ -526,7 +561,7 @@ def test_a_wrong_flag_is_not_blamed_on_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"schedule": "linear"}, r"unknown schedule 'linear': expected one of constant, cosine, step"),
+        ({"schedule": "linear"}, r"unknown schedule 'linear': expected one of constant, cosine, plateau, step"),
         ({"reduction": "tee"}, r"unknown reduction 'tee': .*did you mean 'tree'\?"),
         ({"optimizer": 3}, r"unknown optimizer '3'"),
         ({"epochs": "3"}, r"--epochs must be a whole number, not '3'"),

@@ -11,6 +11,7 @@ STEPS = [0, 1, 6, 7, 8, 13, 14, 21, 10_000]
 EXPECTED = {
     "constant": [0.5] * len(STEPS),
     "step": [0.5 * 0.1 ** (step // 7) for step in STEPS],
+    "plateau": [0.5] * len(STEPS),  # its reductions depend on validation
     "cosine": [0.25 * (1 + math.cos(math.pi * min(step, 20) / 20)) for step in STEPS],
 }
 
@@ -29,7 +30,9 @@ def test_the_rate_changes_after_every_steps_steps():
 
 
 def test_an_unknown_schedule_is_an_error_that_lists_the_known():
-    with pytest.raises(UserError, match=r"unknown schedule 'stpe': .* constant, cosine, step; did you mean 'step'\?"):
+    with pytest.raises(
+        UserError, match=r"unknown schedule 'stpe': .* constant, cosine, plateau, step; did you mean 'step'\?"
+    ):
         make_schedule("stpe", 0.1, every_steps=1, factor=0.1, total_steps=1)
 
 

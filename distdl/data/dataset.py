@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from distdl.arrays import sha256_of_arrays
 from distdl.data.image_shapes import canonical_images
 from distdl.data.labels import RENUMBER, Unfit, canonical, check_classes, classes_missing_in, for_loss, refuse_numbers
-from distdl.data.normalization import Normalization, measure
+from distdl.data.normalization import Normalization, constant_channels, measure
 from distdl.data.signature import Signature, Task, default_loss
 from distdl.data.split import DEFAULT_SHARE, Rows, Shares, Split, split
 from distdl.errors import UserError
@@ -82,6 +82,8 @@ class Dataset(_Labelled):
     """The first row of the dataset's own validation part, which lies before the test part; None: it has none."""
     resize: str | None = None
     """How image files of any size became these images, as `--resize` says; None: they had this size."""
+    skipped_files: tuple[str, ...] = ()
+    """Files that `--skip-damaged` left out, each with the reason."""
 
     def sha256(self) -> str:
         """Return the hash of images and labels."""
@@ -222,6 +224,20 @@ class Dataset(_Labelled):
         return UserError(f"the dataset {self.name!r} has {given}; expected {expected}; {remedy}")
 
 
+def _note_of_constant(channels: Sequence[int], first: NDArray[Any]) -> str:
+    """Return the note about channels that are the same in all training images; `first` is a pixel (C,) of one.
+
+    Raises `UserError` if all channels are.
+    """
+    if len(channels) == len(first):
+        raise UserError(
+            f"every pixel of every training image has the value {', '.join(f'{value:g}' for value in first[:8])}: "
+            "expected images that differ; look at the files (transparent pixels are laid over white)"
+        )
+    named = f"channels {', '.join(map(str, channels))}" if len(channels) > 1 else f"channel {channels[0]}"
+    return f"{named} (of 0 to {len(first) - 1}) of the images holds one value in all training images: nothing to learn"
+
+
 @dataclass(frozen=True, eq=False)
 class PreparedDataset(_Labelled):
     """A dataset as every rank has it: images and labels (shared by a host's ranks), split and normalization."""
@@ -238,6 +254,7 @@ class PreparedDataset(_Labelled):
     resize: str | None = None
     target_normalization: Normalization | None = None
     """Of the numbers to predict, measured on the training part alone. None: they are not standardized."""
+    skipped_files: tuple[str, ...] = ()
 
     @classmethod
     def prepare(
@@ -278,21 +295,29 @@ class PreparedDataset(_Labelled):
             shares=shares,
             stratified=stratified,
         )
-        notes = dataset.notes
+        if standardize_targets and dataset.targets_per_sample:
+            raise UserError(
+                f"--standardize-targets is for numbers, and {dataset.name} has labels of classes: leave the flag out"
+            )
+        normalization = measure(dataset.images, parts.training)
+        notes = [*dataset.notes]
+        if constant := constant_channels(dataset.images, parts.training, normalization):
+            notes.append(_note_of_constant(constant, dataset.images[parts.training[0], 0, 0]))
         if dataset.task == "classification":
-            notes += tuple(classes_missing_in(vars(parts), dataset.labels, dataset.classes, dataset.class_names))
+            notes += classes_missing_in(vars(parts), dataset.labels, dataset.classes, dataset.class_names)
         if dataset.validation_start and not dataset.test_start:
-            notes += (f"there is no test part: {len(parts.test)} of the training samples are the test part",)
+            notes.append(f"there is no test part: {len(parts.test)} of the training samples are the test part")
         return cls(
             dataset.images,
             dataset.labels,
             parts,
-            measure(dataset.images, parts.training),
+            normalization,
             dataset.classes,
             class_names=dataset.class_names,
-            notes=notes,
+            notes=tuple(notes),
             resize=dataset.resize,
             target_normalization=measure(dataset.labels, parts.training) if standardize_targets else None,
+            skipped_files=dataset.skipped_files,
         )
 
     @classmethod
@@ -310,6 +335,7 @@ class PreparedDataset(_Labelled):
 
         `prefix` begins the names of the arrays that depend on the seed: one dict can hold the splits of several seeds.
         """
+        texts = [self.class_names, self.notes, self.resize, self.skipped_files]
         of_the_seed = vars(self.parts) | vars(self.normalization)
         if self.target_normalization is not None:
             of_the_seed |= {f"target_{name}": array for name, array in vars(self.target_normalization).items()}
@@ -317,7 +343,7 @@ class PreparedDataset(_Labelled):
             "images": self.images,
             "labels": self.labels,
             "classes": np.array([self.classes]),
-            "texts": np.frombuffer(json.dumps([self.class_names, self.notes, self.resize]).encode(), np.uint8),
+            "texts": np.frombuffer(json.dumps(texts).encode(), np.uint8),
             **{f"{prefix}{name}": array for name, array in of_the_seed.items()},
         }
 
@@ -326,7 +352,7 @@ class PreparedDataset(_Labelled):
         """Return the dataset that `to_arrays` has written with this prefix."""
         parts = Split(*(arrays[f"{prefix}{name}"] for name in ("training", "validation", "test")))
         normalization = Normalization(arrays[f"{prefix}mean"], arrays[f"{prefix}deviation"])
-        names, notes, resize = json.loads(arrays["texts"].tobytes())
+        names, notes, resize, skipped = json.loads(arrays["texts"].tobytes())
         target_mean = arrays.get(f"{prefix}target_mean")
         return cls(
             arrays["images"],
@@ -340,6 +366,7 @@ class PreparedDataset(_Labelled):
             target_normalization=None
             if target_mean is None
             else Normalization(target_mean, arrays[f"{prefix}target_deviation"]),
+            skipped_files=tuple(skipped),
         )
 
     def signature(self) -> Signature:

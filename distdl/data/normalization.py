@@ -65,6 +65,17 @@ def measure(images: NDArray[Any], rows: NDArray[np.int64]) -> Normalization:
     return Normalization(mean.astype(np.float32), deviation)
 
 
+def constant_channels(images: NDArray[Any], rows: NDArray[np.int64], normalization: Normalization) -> list[int]:
+    """Return the channels that have one value in all the given rows; `normalization` is their measurement."""
+    candidates = np.flatnonzero(normalization.deviation == 1).tolist()
+    value = images[rows[0], 0, 0]
+    return [
+        channel
+        for channel in candidates
+        if all((block[:, channel] == value[channel]).all() for block in _blocks(images, rows))
+    ]
+
+
 def _blocks(images: NDArray[Any], rows: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
     """Yield the given rows as blocks (n·H·W, C): one image, or as many as fit into `BLOCK_ELEMENTS`."""
     channels = images.shape[-1]

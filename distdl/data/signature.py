@@ -13,6 +13,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from distdl.data.normalization import Normalization
+from distdl.errors import UserError
+from distdl.image_options import Resize
 
 Task = Literal["classification", "segmentation", "regression"]
 
@@ -92,7 +94,7 @@ class Signature:
         sizes, deviations = (*found.image_shape, found.outputs), (*found.deviation, *target_deviation)
         if not (
             found.task in get_args(Task)
-            and found.pixels in {"uint8", "float32"}
+            and found.pixels in ("uint8", "float32")
             and len(found.image_shape) == 3
             and all(type(size) is int and size > 0 for size in sizes)
             and len(found.mean) == len(found.deviation) == found.image_shape[2]
@@ -100,9 +102,16 @@ class Signature:
             and len(target_mean) in {0, found.outputs if found.task == "regression" else 0}
             and all(type(one) is float and math.isfinite(one) for one in (*found.mean, *target_mean, *deviations))
             and all(deviation > 0 for deviation in deviations)
-            and isinstance(found.resize, str | None)
+            and (found.resize is None or _is_resize(found.resize))
         ):
             raise ValueError("the signature has a value that is not valid")
         if names is not None and (len(names) != found.outputs or not all(isinstance(name, str) for name in names)):
             raise ValueError(f"the signature does not name {found.outputs} outputs")
         return found
+
+
+def _is_resize(value: object) -> bool:
+    try:
+        return isinstance(value, str) and bool(Resize.parse(value))
+    except UserError:
+        return False

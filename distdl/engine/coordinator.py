@@ -26,15 +26,13 @@ from distdl.engine.events import RunListener
 from distdl.engine.keeper import CheckpointKeeper
 from distdl.engine.logbook import Logbook
 from distdl.engine.metrics import Sums
-from distdl.engine.printed_lines import describe_shares, epoch_line, next_commands
+from distdl.engine.printed_lines import describe_shares, epoch_line, next_commands, plateau_line, result_lines
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
-from distdl.engine.storage.checkpoints import FoundCheckpoint
 from distdl.engine.storage.files import indented_json, remove_temporaries, write_durably
-from distdl.engine.storage.header import CheckpointHeader
-from distdl.engine.storage.run_folder import StartingPoint, lock_folder, locked_run_folder
+from distdl.engine.storage.run_folder import StartingPoint, copy_history, lock_folder, locked_run_folder
 from distdl.engine.timing.timeline import Spent
-from distdl.errors import DamagedFileError, UserError
+from distdl.errors import UserError
 
 #: Between two lines about shares, and between two warnings of skipped steps.
 SECONDS_BETWEEN_SHARES = 5.0
@@ -130,7 +128,7 @@ class Coordinator(RunListener):
             remove_temporaries(self.folder, self.folder / "checkpoints")
             header = None if start.found is None else start.found.header()
             if start.found is not None and header is not None:
-                self._copy_history(start.found, header, start.origin)
+                copy_history(self.folder, start.found, header, start.origin, self.console.warning)
             write_durably(self.folder / "config.toml", self.config.to_toml().encode())
             write_durably(self.folder / "env.json", indented_json(self.facts.environment))
             if header is not None:
@@ -146,31 +144,6 @@ class Coordinator(RunListener):
         with self._lock:
             self.keeper.close()
             self.logbook.close()
-
-    def _copy_history(self, found: FoundCheckpoint, header: CheckpointHeader, origin: Path | None) -> None:
-        """Copy the logs, the best checkpoint and the checkpoint itself into the folder, unless they are there.
-
-        Without them the run could not be resumed from this folder.
-        """
-        for name, length in header.log_bytes.items():
-            target = self.folder / f"{name}.jsonl"
-            source = target if origin is None else origin / target.name
-            if source.resolve() != target.resolve() and source.is_file():
-                write_durably(target, source.read_bytes()[:length])
-            if not target.is_file() or target.stat().st_size < length:
-                self.console.warning(f"{target} lacks records from before step {header.step}")
-        folder, best_step = self.folder / "checkpoints", header.progress.best_step
-        if best_step not in {None, header.step}:
-            target = checkpoints.path_of_step(folder, best_step)
-            best = found.path.with_name(target.name)
-            if best.is_file() and not target.exists():
-                try:
-                    checkpoints.write(target, checkpoints.read(best))
-                except DamagedFileError as error:
-                    self.console.warning(f"{error}; this best checkpoint is not copied")
-        target = checkpoints.path_of_step(folder, header.step)
-        if not target.exists():
-            checkpoints.write(target, found.checkpoint)
 
     # -- events
 
@@ -223,6 +196,8 @@ class Coordinator(RunListener):
         rate = counted["samples"] / seconds if seconds else 0.0
         self._spent = spent
         self.console.line(epoch_line(epoch, self.config.epoch_count, state.epoch_sums, validation, spent, rate))
+        if cut := plateau_line(self.config, state, self.logbook.steps_per_epoch):
+            self.console.line(cut)
 
     def recovered(self, what: str) -> None:
         """Print the recovery."""
@@ -232,9 +207,8 @@ class Coordinator(RunListener):
         """Write the summary and print the receipt."""
         if test is None:
             self.console.line(f"stopped after step {state.step}; --resume {self.folder} continues")
-        else:
-            score = f"loss: {test.loss:.6f}" if test.accuracy is None else f"accuracy: {test.accuracy:.2%}"
-            self.console.line(f"test {score}")
+        for line in result_lines(self.config, test, summary):
+            self.console.line(line)
         if self._spent is not None and len(self._spent.compute) > 1:
             self.console.line(f"last epoch: {self._spent}")
         if skipped := state.progress.skipped_steps:

@@ -12,6 +12,7 @@ import numpy as np
 import threadpoolctl
 
 import distdl
+from distdl.data import PreparedDataset
 from distdl.errors import UserError
 from distdl.parallel import Communicator, ranks_per_host
 
@@ -57,8 +58,8 @@ def kernel_family() -> str:
     return f"{', '.join(blas) or 'no known BLAS'}; {' '.join(simd.get('found', [])) or 'baseline'}"
 
 
-def describe(communicator: Communicator) -> dict[str, Any]:
-    """Return the content of ``env.json``. Collective."""
+def describe(communicator: Communicator, data: PreparedDataset | None = None) -> dict[str, Any]:
+    """Return the content of ``env.json``, with the notes about the data if it is given. Collective."""
     return {
         "ranks": communicator.size,
         "hosts": ranks_per_host(communicator),
@@ -71,6 +72,7 @@ def describe(communicator: Communicator) -> dict[str, Any]:
         ],
         "machine": os.uname().machine,
         "system": _system(),
+        **({} if data is None else {"data_notes": data.notes, "skipped_files": data.skipped_files}),
     }
 
 

@@ -64,8 +64,8 @@ class Logbook(RunListener):
         self._metrics(state, state.epoch_sums.named("train") | validation.named("validation"))
 
     def tested(self, state: TrainingState, test: Sums) -> None:
-        """Record the score of the test part."""
-        self._record("metrics", {"step": state.step, **test.named("test")})
+        """Record the score of the test part, with the step of the scored weights."""
+        self._record("metrics", {"step": state.progress.test_step, **test.named("test")})
 
     def checkpointed(self, *, previous_is_saved: bool) -> None:
         """Note that a checkpoint is being written; forget the lines that the previous one has brought to disk."""

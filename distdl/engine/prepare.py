@@ -4,6 +4,7 @@ All errors in what the user gave are found here and agreed by all ranks, before 
 meanwhile, the survivors begin the preparation again, in the same run folder.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from distdl.engine.coordinator import Coordinator, RunFacts
 from distdl.engine.environment import describe, numerics
 from distdl.engine.fault_injection import fault_point
 from distdl.engine.logbook import Logbook
+from distdl.engine.memory import check_memory, check_room_for_dataset
 from distdl.engine.metrics import Sums
 from distdl.engine.printed_lines import banner_of
 from distdl.engine.requirements import check_moments, check_outputs, check_ranks, outputs_of, restore
@@ -99,6 +101,7 @@ class Preparation:
     is_repeated: bool = False
     coordinator: Coordinator | None = None
     transferred: transfer.Transfer | None = None
+    warnings: Sequence[str] = ()
 
     def prepared_trainer(self, communicator: Communicator) -> Trainer:
         """Return an opened trainer. If the user's input is wrong, leave no files. Collective."""
@@ -121,7 +124,8 @@ class Preparation:
         data = self._share_data(communicator, start)
         state = together(communicator, lambda: self._build_state(data))
         check_equal_networks(communicator, config.model, state.network)
-        facts = RunFacts(config, describe(communicator), from_rank_0(communicator, data.sha256), data.signature())
+        self.warnings = check_memory(config, data, state, communicator)
+        facts = RunFacts(config, describe(communicator, data), from_rank_0(communicator, data.sha256), data.signature())
         steps_per_epoch = batch_order.steps_per_epoch(len(data.parts.training), config.batch_size)
         on_rank_0(communicator, lambda: self._restore(state, start, facts.data_sha256, steps_per_epoch))
         state.send_from_rank_0(communicator)
@@ -139,6 +143,7 @@ class Preparation:
         sha256 = start.found.header().data_sha256 if start is not None and start.found is not None else None
         arrays = on_rank_0(communicator, lambda: read_data(self.config, self.dataset, sha256).to_arrays())
         fault_point("data")
+        check_room_for_dataset(communicator, arrays)
         shared = share_arrays(communicator, arrays or {})
         fault_point("data", when="after")
         return PreparedDataset.from_arrays(shared)
@@ -214,8 +219,8 @@ class Preparation:
             console, data, network = trainer.console, trainer.data, trainer.state.network
             for line in banner_of(self.config, data, network, trainer.facts.environment, trainer.communicator):
                 console.line(line)
-            for note in data.notes:
-                console.warning(note)
+            for warning in (*data.notes, *self.warnings):
+                console.warning(warning)
             if self.transferred is not None:
                 for complaint in self.transferred.complaints:
                     console.warning(f"{complaint}; the one before it is used")

@@ -10,7 +10,9 @@ from typing import Any
 
 from distdl.config import TrainConfig, is_own
 from distdl.data import PreparedDataset
+from distdl.engine.best import ends_plateau, epochs_since_best
 from distdl.engine.metrics import Sums
+from distdl.engine.state import TrainingState
 from distdl.engine.timing.timeline import Spent
 from distdl.errors import one_line
 from distdl.nn import Dropout, Sequential
@@ -202,6 +204,57 @@ def _fitting(parts: Sequence[str], columns: int = COLUMNS) -> str:
             break
         line += f"  {part}"
     return line
+
+
+def plateau_line(config: TrainConfig, state: TrainingState, steps_per_epoch: int) -> str | None:
+    """Return the line of a reduced learning rate after the validation of this step; None if it stays."""
+    if not ends_plateau(config, state, steps_per_epoch):
+        return None
+    rates = (
+        config.scaled_learning_rate * config.plateau_factor ** (state.progress.plateau_cuts - one) for one in (1, 0)
+    )
+    epochs = epochs_since_best(state, steps_per_epoch)
+    return f"learning rate {' → '.join(f'{rate:.3g}' for rate in rates)}: no better validation for {_epochs(epochs)}"
+
+
+def result_lines(config: TrainConfig, test: Sums | None, summary: Mapping[str, Any]) -> list[str]:
+    """Return the lines about the end of a training: why it ended early, the best epoch, and the score on the test part.
+
+    `summary` is the content of ``summary.json``.
+    """
+    lines, best = [], summary["best_epoch"]
+    if summary["stopped_early"]:
+        lines.append(
+            f"stopped early after epoch {summary['epochs']}: no better validation for "
+            f"{_epochs(summary['epochs'] - best)} (--early-stopping {config.early_stopping}); best: epoch {best}"
+        )
+    if test is not None:
+        score = f"loss: {test.loss:.6f}" if test.accuracy is None else f"accuracy: {test.accuracy:.2%}"
+        lines.append(f"test {score}{_scored_weights(config, summary)}")
+    return lines
+
+
+def _scored_weights(config: TrainConfig, summary: Mapping[str, Any]) -> str:
+    """Return a phrase for the weights that the test part was scored with, if the user may be in doubt."""
+    epoch, best = summary["test_epoch"], summary["best_epoch"]
+    if config.test_with == "best":
+        return f" (best weights, epoch {epoch})" if epoch == best else f" (last weights, epoch {epoch})"
+    if summary["stopped_early"]:
+        return f" (last weights, epoch {epoch}; --test-with best scores epoch {best})"
+    return ""
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'s' if count > 1 else ''}"
+
+
+def recovery_line(lost: Sequence[int], when: str, ranks: int, seconds: float) -> str:
+    """Return the line of a recovery, after which `ranks` ranks continue."""
+    several = len(lost) > 1
+    return (
+        f"rank{'s' if several else ''} {', '.join(map(str, lost))} {'were' if several else 'was'} lost {when}; "
+        f"{ranks} rank{'s continue' if ranks > 1 else ' continues'} ({seconds:.2f} s)"
+    )
 
 
 def describe_shares(shares: Sequence[int]) -> str:

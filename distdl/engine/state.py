@@ -21,9 +21,7 @@ from distdl.parallel import Communicator
 
 @dataclass
 class TrainingState:
-    """The state of a training. `progress` holds the values that a run reports; of these only `skipped_steps` matters
-    for later weights.
-    """
+    """The state of a training. `progress` holds the values that a run reports; two of them affect later weights."""
 
     network: Sequential
     optimizer: Optimizer

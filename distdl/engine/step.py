@@ -161,7 +161,8 @@ class OptimizerStep:
             clip_by_norm(gradient, self.clip_norm)
         self.optimizer.update(network.parameters, gradient, learning_rate, update_number)
         if "statistics" in self.total:
-            network.update_buffers(self.total["statistics"])
+            share = min(1.0, self.samples / self.micro_batch_size)  # the moments of a few left-over samples count less
+            network.update_buffers(self.total["statistics"], share=share)
 
     def close(self) -> None:
         """Free the MPI resources of the reduction; the step is unusable afterwards. Collective."""

@@ -23,6 +23,12 @@ class Summary:
     test_loss: float | None
     """None if the training is not complete."""
     test_accuracy: float | None
+    best_epoch: int | None
+    """The epoch of the best validation; None if no epoch is validated."""
+    test_epoch: int | None
+    """The epoch of the weights that the test part was scored with: the last one, or with --test-with best the best."""
+    stopped_early: bool
+    """Whether --early-stopping has ended the training."""
     train_seconds: float
     samples_per_second: float
     weights_sha256: str
@@ -35,8 +41,9 @@ def summarize(
     state: TrainingState,
     test: Sums | None,
     *,
-    epochs: int,
+    steps_per_epoch: int,
     samples: int,
+    stopped_early: bool,
     recoveries: list[dict[str, Any]],
 ) -> Summary:
     """Compare the receipts of all ranks and return the summary; `samples` counts the samples trained. Collective."""
@@ -49,12 +56,15 @@ def summarize(
     return Summary(
         ranks=communicator.size,
         steps=state.step,
-        epochs=epochs,
+        epochs=state.step // steps_per_epoch,
         train_loss=progress.train_loss,
         validation_loss=progress.validation_loss,
         validation_accuracy=progress.validation_accuracy,
         test_loss=None if test is None else test.loss,
         test_accuracy=None if test is None else test.accuracy,
+        best_epoch=None if progress.best_step is None else progress.best_step // steps_per_epoch,
+        test_epoch=None if progress.test_step is None else progress.test_step // steps_per_epoch,
+        stopped_early=stopped_early,
         train_seconds=seconds,
         samples_per_second=samples / seconds if seconds else 0.0,
         weights_sha256=receipt,

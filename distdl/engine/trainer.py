@@ -22,6 +22,7 @@ from distdl.config import TrainConfig, is_own
 from distdl.data import MicroBatches, PreparedDataset, batch_order
 from distdl.data.augmentation import Augmentation
 from distdl.data.batch_order import BatchOrder
+from distdl.engine import best
 from distdl.engine.checks import corruption, nonfinite
 from distdl.engine.console import Console
 from distdl.engine.coordinator import Coordinator, RunFacts
@@ -31,6 +32,7 @@ from distdl.engine.fault_injection import FaultPoints, fault_point
 from distdl.engine.logbook import Logbook
 from distdl.engine.metrics import METRIC_FIELDS, Sums
 from distdl.engine.objective import training_loss
+from distdl.engine.printed_lines import recovery_line
 from distdl.engine.state import TrainingState
 from distdl.engine.step import OptimizerStep, StepObserver, supervised
 from distdl.engine.stop import StopRequest
@@ -214,11 +216,7 @@ class Trainer:
     @property
     def _stops_early(self) -> bool:
         """Whether validation has not improved for as many epochs as `--early-stopping` allows."""
-        best, patience = self.state.progress.best_step, self.config.early_stopping
-        epochs, steps = divmod(self.state.step, self.steps_per_epoch)
-        if not patience or best is None or steps:
-            return False
-        return epochs - best // self.steps_per_epoch >= patience
+        return best.stops_early(self.config, self.state, self.steps_per_epoch)
 
     # -- the phases
 
@@ -231,7 +229,8 @@ class Trainer:
         """Take one optimizer step and tell the listeners; `PeerLost` leaves the state as it was."""
         state, progress = self.state, self.state.progress
         rows = self._batch_order.rows(state.step)
-        key, learning_rate = self.key.of("training", state.step), self.schedule(state.step)
+        key = self.key.of("training", state.step)
+        learning_rate = self.schedule(state.step) * self.config.plateau_factor**progress.plateau_cuts
 
         def load(index: int) -> tuple[NDArray[np.float32], NDArray[Any]]:
             loaded = self.micro_batches.load(rows, index, key.of(index, "augmentation"))
@@ -267,7 +266,7 @@ class Trainer:
         self.phase = self._after_comparison()
 
     def _validate(self) -> None:
-        state, progress = self.state, self.state.progress
+        state = self.state
         if state.epoch_sums.samples == 0:
             raise self._not_finite(f"every step of epoch {state.step // self.steps_per_epoch} was skipped")
         fault_point("validation", owner=state)
@@ -277,11 +276,7 @@ class Trainer:
             spent = self.timeline.spent()
         fault_point("validation", when="committed", owner=validation)
         self._check_loss(validation, "validation")
-        if progress.best_score is None or validation.score > progress.best_score:
-            progress.best_step, progress.best_score = state.step, validation.score
-        progress.train_loss = state.epoch_sums.loss
-        progress.validation_loss = validation.loss
-        progress.validation_accuracy = validation.accuracy
+        best.note_validation(self.config, state, validation, self.steps_per_epoch)
         counted = {"samples": self._samples_since_epoch, **self._dealer.epoch_record()}
         self._samples_since_epoch = 0
         for listener in self.listeners:
@@ -310,12 +305,13 @@ class Trainer:
 
     def _score_test(self) -> None:
         fault_point("test", owner=self.state)
-        with committed(self.communicator):
+        weights = best.weights_to_score(self.config, self.communicator, self.state, self.folder, self.console.warning)
+        with committed(self.communicator), weights as step:
             test = self.evaluate(self.data.parts.test)
             fault_point("test", when="after", owner=test)
         fault_point("test", when="committed", owner=test)
         self._check_loss(test, "test")
-        self._test = test
+        self._test, self.state.progress.test_step = test, step
         for listener in self.listeners:
             listener.tested(self.state, test)
         self.phase = Phase.FINISH
@@ -329,8 +325,15 @@ class Trainer:
                     self.coordinator.write_trace(trace)
             epochs, steps = divmod(self.state.step, self.steps_per_epoch)
             samples = epochs * len(self.data.parts.training) + steps * self.config.batch_size
+            stopped_early = self._stops_early and self.state.step < self.total_steps
             summary = summarize(
-                self.communicator, self.state, self._test, epochs=epochs, samples=samples, recoveries=self.recoveries
+                self.communicator,
+                self.state,
+                self._test,
+                steps_per_epoch=self.steps_per_epoch,
+                samples=samples,
+                stopped_early=stopped_early,
+                recoveries=self.recoveries,
             )
             fault_point("finish", owner=self.state)
             for listener in self.listeners:
@@ -388,18 +391,14 @@ class Trainer:
         ranks, lost = self.communicator.size, recovery.lost_ranks
         in_step = self.phase is Phase.TRAIN and not during_preparation
         step = self.state.step + (1 if in_step else 0)
-        when = f"{'in' if in_step else 'after'} step {step}"
-        if during_preparation:
-            when = "during the preparation of the run"
+        when = (
+            "during the preparation of the run" if during_preparation else f"{'in' if in_step else 'after'} step {step}"
+        )
         self.recoveries.append(
             {"step": step, "lost_ranks": lost, "seconds": round(recovery.seconds, 6), "ranks": ranks}
         )
-        what = (
-            f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))} {'were' if len(lost) > 1 else 'was'} lost "
-            f"{when}; {ranks} rank{'s continue' if ranks > 1 else ' continues'} ({recovery.seconds:.2f} s)"
-        )
         for listener in self.listeners:
-            listener.recovered(what)
+            listener.recovered(recovery_line(lost, when, ranks, recovery.seconds))
 
     # -- details
 

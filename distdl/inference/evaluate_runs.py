@@ -6,16 +6,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distdl.config import flag_of
+from distdl.config import check_dataset_name, flag_of
 from distdl.engine.console import Console
 from distdl.engine.storage.files import check_output, indented_json, write_output
 from distdl.errors import UserError
 from distdl.inference import figures
-from distdl.inference.load import Trained, load
-from distdl.inference.options import EvaluateOptions, check_names
+from distdl.inference.class_scores import class_scores, number_scores
+from distdl.inference.fit import with_other_data
+from distdl.inference.load import Trained, load, refuse_unlike_members
+from distdl.inference.options import EvaluateOptions, Part, check_names
 from distdl.inference.score import Evaluation, evaluate, in_half_precision
-from distdl.inference.score_table import confusion_table, score_table, scores_json, summary_line
-from distdl.parallel import guard, on_rank_0, together, world
+from distdl.inference.score_table import (
+    class_table,
+    classes_json,
+    confusion_table,
+    number_table,
+    numbers_json,
+    score_table,
+    scores_json,
+    summary_line,
+)
+from distdl.parallel import Communicator, guard, on_rank_0, together, world
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,17 +38,36 @@ PICTURES = (".png", ".svg", ".pdf")
 def evaluate_runs(options: EvaluateOptions) -> None:
     """Score the networks of runs on all ranks. Rank 0 prints the scores. Collective. Raises `UserError`."""
     check_names(options)
+    if options.on is not None:
+        check_dataset_name(options.on)
     if options.confusion_figure or options.misclassified:
         figures.need_matplotlib()
     communicator = world()
     with guard(communicator):
         on_rank_0(communicator, lambda: _check_outputs(options))
-        best, data_dir, dataset, models = options.best, options.data_dir, options.dataset, options.model
-        trained = load(options.runs, communicator, best=best, data_dir=data_dir, dataset=dataset, models=models)
+        trained, part = _load(options, communicator)
         together(communicator, lambda: check_task(trained[0], options))
-        found = evaluate(trained, options.part, communicator)
-        half = evaluate(in_half_precision(trained), options.part, communicator) if options.half else None
+        found = evaluate(trained, part, communicator)
+        half = evaluate(in_half_precision(trained), part, communicator) if options.half else None
         on_rank_0(communicator, lambda: _show(options, trained, found, half))
+
+
+def _load(options: EvaluateOptions, communicator: Communicator) -> tuple[list[Trained], Part]:
+    """Return the networks with the data to score them on, and its part. Collective."""
+    of_training = options.data_dir if options.on is None else None
+    trained = load(
+        options.runs,
+        communicator,
+        best=options.best,
+        data_dir=of_training,
+        dataset=options.dataset,
+        models=options.model,
+        with_data=options.on is None,
+    )
+    together(communicator, lambda: refuse_unlike_members(trained))
+    if options.on is None:
+        return trained, options.part or "test"
+    return with_other_data(trained, options.on, options.data_dir, options.part, communicator), "test"
 
 
 def _show(options: EvaluateOptions, trained: Sequence[Trained], found: Evaluation, half: Evaluation | None) -> None:
@@ -46,26 +76,34 @@ def _show(options: EvaluateOptions, trained: Sequence[Trained], found: Evaluatio
     def write_figure(path: Path, figure: Figure, flag: str) -> None:
         write_output(path, figures.content_of(figure, path.suffix[1:].lower()), flag)
 
-    console, data = Console(live=False), trained[0].data
+    console, data, signature = Console(live=False), trained[0].data, trained[0].signature
+    part = options.part if options.on else options.part or "test"
     for complaint in (complaint for one in trained for complaint in one.complaints):
         console.warning(f"{complaint}; the one before it is used")
-    for line in score_table(trained, options.part, found, half):
+    for line in score_table(trained, part, found, half, options.on):
         console.line(line)
-    matrix = None
-    if data.targets_per_sample:
-        matrix = figures.confusion_matrix(found.labels, found.predictions, data.classes)
-        for line in confusion_table(matrix.tolist()) if options.confusion else ():
-            console.line(line)
+    numbers = scores_json(trained, part, found, half, options.on)
+    if signature.task == "regression":
+        of_numbers = number_scores(found.labels, found.predictions)
+        numbers |= numbers_json(of_numbers, signature) | {"confusion": None}
+        lines = number_table(of_numbers, signature)
+    else:
+        matrix = figures.confusion_matrix(found.labels, found.predictions, signature.outputs)
+        of_classes = class_scores(matrix)
+        numbers |= classes_json(of_classes, signature) | {"confusion": matrix.tolist()}
+        lines = class_table(of_classes, signature)
+        lines += confusion_table(matrix.tolist(), signature.names) if options.confusion else []
         if options.confusion_figure:
-            write_figure(options.confusion_figure, figures.confusion(matrix), "--confusion-figure")
+            write_figure(options.confusion_figure, figures.confusion(matrix, signature.names), "--confusion-figure")
+    for line in lines:
+        console.line(line)
     if options.misclassified:
-        figure = figures.misclassified(data.images[found.rows], found.labels, found.predictions)
+        images = data.images[found.rows]
+        figure = figures.misclassified(images, found.labels, found.predictions, signature.names)
         write_figure(options.misclassified, figure, "--misclassified")
     if options.json:
-        confusion = None if matrix is None else matrix.tolist()
-        numbers = scores_json(trained, options.part, found, half) | {"confusion": confusion}
         write_output(options.json, indented_json(numbers), "--json")
-    console.line(summary_line(options.part, found, half))
+    console.line(summary_line(part, found, half, options.on))
     if console.lost is not None:  # the scores are the result of this command
         raise UserError(f"the scores cannot be printed: {console.lost}; make room, or take them from --json FILE")
 
@@ -82,9 +120,13 @@ def _check_outputs(options: EvaluateOptions) -> None:
 
 def check_task(first: Trained, options: EvaluateOptions) -> None:
     """Raise `UserError` for a flag that does not fit the task of the networks."""
-    targets = first.data.targets_per_sample
-    for field, fits in (("confusion", targets > 0), ("confusion_figure", targets > 0), ("misclassified", targets == 1)):
+    task, name = first.signature.task, options.on or first.config.dataset
+    for field, fits in (
+        ("confusion", task != "regression"),
+        ("confusion_figure", task != "regression"),
+        ("misclassified", task == "classification"),
+    ):
         if getattr(options, field) and not fits:
             needs = "one label per image" if field == "misclassified" else "classes"
-            found = f"{first.config.dataset} has {'a label for each pixel' if targets else 'numbers'}"
+            found = f"{name} has {'numbers' if task == 'regression' else 'a label for each pixel'}"
             raise UserError(f"{flag_of(field)} is for {needs}: {found}; leave the flag out")

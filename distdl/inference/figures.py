@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distdl.engine.table import shortened
 from distdl.errors import DamagedFileError, UserError
 from distdl.nn import Sequential
 from distdl.nn.network_copies import layer_outputs
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, FigureBase
 
 INCHES_PER_IMAGE = 0.9
+#: The most characters of a class's name in a picture.
+LONGEST_NAME = 24
 #: A larger confusion matrix has no counts in its cells.
 MOST_COUNTS = 20
 
@@ -74,8 +77,19 @@ def confusion_matrix(labels: NDArray[Any], predictions: NDArray[Any], classes: i
            [0, 1]])
     """
     pairs = np.asarray(labels, np.int64) * classes + predictions
-    counts = np.bincount(pairs.reshape(-1), minlength=classes * classes)
+    counts = np.bincount(pairs[np.asarray(labels) >= 0], minlength=classes * classes)  # not NO_LABEL
     return counts.reshape(classes, classes).astype(np.int64, copy=False)
+
+
+def row_shares(matrix: NDArray[Any]) -> NDArray[np.float64]:
+    """Return a confusion matrix (K, K) with each row divided by its sum; a row of zeros stays as it is.
+
+    >>> row_shares(np.array([[3, 1], [0, 0]]))
+    array([[0.75, 0.25],
+           [0.  , 0.  ]])
+    """
+    shares: NDArray[np.float64] = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    return shares
 
 
 def records_of(log: Path) -> list[dict[str, Any]]:
@@ -163,7 +177,10 @@ def misclassified(
     shown = wrong[:most]
     figure = _figure(_columns(len(shown)) * 1.4, -(-max(len(shown), 1) // _columns(len(shown))) * 1.5)
     for axes, sample in zip(_grid(figure, len(shown)), shown.tolist(), strict=True):
-        actual, predicted = (str(k) if names is None else names[k] for k in (labels[sample], predictions[sample]))
+        actual, predicted = (
+            str(k) if names is None else shortened(names[k], LONGEST_NAME)
+            for k in (labels[sample], predictions[sample])
+        )
         _draw(axes, images[sample], f"{actual}, predicted {predicted}")
     first = f", the first {len(shown)}" if len(shown) < len(wrong) else ""
     figure.suptitle(f"{len(wrong)} of {len(labels)} misclassified{first}")
@@ -173,23 +190,27 @@ def misclassified(
 def confusion(matrix: NDArray[Any], names: Sequence[str] | None = None) -> Figure:
     """Return a confusion matrix (K, K): a row for each actual class, a column for each predicted class.
 
-    Colours show the mistakes. The correct predictions on the diagonal have none, since they are the most.
+    Colours show shares of a row: correct predictions, on the diagonal, in blue; mistakes in red. The darkest red is the
+    greatest share of mistakes. Cells have counts.
     """
     classes = len(matrix)
-    mistakes = np.where(np.eye(classes, dtype=bool), 0, matrix)
+    shares = row_shares(matrix)
+    is_correct = np.eye(classes, dtype=bool)
     figure = _figure(max(classes * 0.6, 4), max(classes * 0.6, 4))
     axes = figure.subplots()
-    axes.imshow(mistakes, cmap="Reds")
+    most = {"Blues": 1.0, "Reds": float(np.where(is_correct, 0, shares).max()) or 1.0}
+    for colours, hidden in (("Blues", ~is_correct), ("Reds", is_correct)):
+        axes.imshow(np.ma.masked_array(shares, hidden), cmap=colours, vmin=0, vmax=most[colours])
     if classes <= MOST_COUNTS:
         for row, column in np.ndindex(classes, classes):
-            dark = 2 * mistakes[row, column] > max(int(mistakes.max()), 1)
+            dark = 2 * shares[row, column] > most["Blues" if row == column else "Reds"]
             colour = "white" if dark else "black"
             axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=colour, fontsize=8)
     ticks = range(classes) if classes <= MOST_COUNTS or names is not None else None
     if ticks is not None:
-        labels = [str(k) if names is None else names[k] for k in ticks]
-        axes.set_xticks(ticks, labels, rotation=0 if names is None else 90)
-        axes.set_yticks(ticks, labels)
+        labels = [str(k) if names is None else shortened(names[k], LONGEST_NAME) for k in ticks]
+        axes.set_xticks(ticks, labels, rotation=0 if names is None else 90, parse_math=False)
+        axes.set_yticks(ticks, labels, parse_math=False)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("actual class")
     axes.set_title(f"{int(np.trace(matrix))} of {int(np.sum(matrix))} correct")
@@ -302,4 +323,4 @@ def _draw(axes: Axes, image: NDArray[Any], title: str = "") -> None:
         shown = scaled(shown[np.newaxis])[0]
     axes.imshow(shown if colours else shown[..., 0], cmap="gray", vmin=0, vmax=1)
     if title:
-        axes.set_title(title, fontsize=8)
+        axes.set_title(title, fontsize=8, parse_math=False)

@@ -5,14 +5,25 @@ N samples, H height, W width, C channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.data import Dataset
+from distdl.config import reads_data_dir
+from distdl.data import Dataset, PreparedDataset
 from distdl.data.signature import Signature
+from distdl.data.split import Split
+from distdl.engine.console import Console
+from distdl.engine.user_code import load_dataset
 from distdl.errors import UserError
+from distdl.image_options import ImageOptions
+from distdl.inference.load import Trained
+from distdl.inference.options import Part
+from distdl.parallel import Communicator, on_rank_0, share_arrays
 
 #: Brightness of red, green and blue, in 65536ths (ITU-R 601-2), as Pillow converts to gray.
 BRIGHTNESS = (19595, 38470, 7471)
@@ -88,3 +99,59 @@ def _places(names: tuple[str, ...], signature: Signature, data: str, what: str) 
             "correct their names"
         )
     return [known[name] for name in names]
+
+
+def with_other_data(
+    trained: Sequence[Trained], name: str, data_dir: Path | None, part: Part | None, communicator: Communicator
+) -> list[Trained]:
+    """Return the networks with other data to score them on, as their test part. Collective. Raises `UserError`.
+
+    `part` chooses a part that the data itself has; None: all samples. The normalization stays that of the training.
+    """
+    arrays = on_rank_0(communicator, lambda: _arrays_of(name, data_dir, part, trained[0].signature))
+    shared = share_arrays(communicator, arrays or {})
+    rows = shared["rows"]
+    return [
+        replace(
+            one,
+            loaded=PreparedDataset(
+                shared["images"],
+                shared["labels"],
+                Split(rows[:0], rows[:0], rows),
+                one.signature.normalization,
+                one.signature.outputs,
+                class_names=one.signature.names,
+                target_normalization=one.signature.target_normalization,
+            ),
+        )
+        for one in trained
+    ]
+
+
+def _arrays_of(name: str, data_dir: Path | None, part: Part | None, signature: Signature) -> dict[str, NDArray[Any]]:
+    if data_dir is not None and not reads_data_dir(name):
+        raise UserError(f"--data-dir has no effect with --on {name}: leave it out")
+    data = load_dataset(name, data_dir, ImageOptions(resize=signature.resize))
+    console, names = Console(live=False), signature.names
+    for note in data.notes:
+        console.warning(note)
+    if data.class_names is None and names is not None:
+        first = ", ".join(f"{k} is {names[k]}" for k in range(min(3, len(names)))) + (", …" if len(names) > 3 else "")
+        console.warning(f"{name} has no names of classes, so its labels are taken as numbers of the network's: {first}")
+    return {
+        "images": fitted(data.images, signature, name),
+        "labels": fitted_labels(data, signature),
+        "rows": _rows_of(data, part),
+    }
+
+
+def _rows_of(data: Dataset, part: Part | None) -> NDArray[np.int64]:
+    """Return the rows of a part that the data itself has; None: all rows."""
+    count = len(data.images)
+    test = count if data.test_start is None else data.test_start
+    validation = test if data.validation_start is None else data.validation_start
+    bounds = {None: (0, count), "training": (0, validation), "validation": (validation, test), "test": (test, count)}
+    start, stop = bounds[part]
+    if start == stop or (part == "training" and validation == count):
+        raise UserError(f"--part {part}: {data.name} has no {part} part of its own; leave the flag out for all samples")
+    return np.arange(start, stop, dtype=np.int64)

@@ -271,7 +271,7 @@ def _load_dataset(first: _Source, data_dir: Path | None, dataset: Dataset | str 
         flag = "--data-dir FOLDER" if prefix is None else f"--dataset {prefix}PATH"
         raise UserError(
             f"the data of {first.given} ({name}) is not here: there is no {place.absolute()}; give its place by "
-            f"{flag}. Only training and its scores need it: predict, and evaluate --on other data, do not"
+            f"{flag}; distdl.predict, and distdl.evaluate --on other data, do not need it"
         )
     return load_dataset(name, folder, first.config.image_options)
 

@@ -4,9 +4,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from distdl.config import check_dataset_name, check_model_name
+from distdl.config import check_dataset_name, check_kind, check_model_name
 
-Part = Literal["test", "validation"]
+Part = Literal["test", "validation", "training"]
+#: Other names of the parts.
+PARTS = {"train": "training", "val": "validation"}
+
+
+def part_of(text: str) -> str:
+    """Return the part that a text names; raise `UserError`.
+
+    >>> part_of("val"), part_of("test")
+    ('validation', 'test')
+    """
+    part = PARTS.get(text, text)
+    check_kind("part", part, Part)
+    return part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +40,11 @@ class EvaluateOptions(LoadOptions):
 
     runs: tuple[Path, ...]
     """Run folder or checkpoint; several form an ensemble."""
-    part: Part = "test"
-    """Part of the dataset to score."""
+    on: str | None = None
+    """Other labelled data to score instead, as for --dataset of training: npz:FILE.npz, folder:PATH …; the training
+    data is not needed."""
+    part: Part | None = None
+    """Part of the data to score; by default test, and with --on all samples."""
     best: bool = False
     """Of each run, use the checkpoint with the best validation accuracy."""
     half: bool = False

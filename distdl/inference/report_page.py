@@ -6,22 +6,26 @@ import base64
 import copy
 import html
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from distdl.config import TrainConfig
 from distdl.engine.console import Console
 from distdl.engine.storage.files import check_output, write_output
 from distdl.errors import DamagedFileError, UserError
 from distdl.inference import figures
+from distdl.inference.class_scores import class_scores, number_scores
 from distdl.inference.load import Trained, load
 from distdl.inference.options import ReportOptions, check_names
 from distdl.inference.score import Evaluation, evaluate
-from distdl.inference.score_table import score_text
+from distdl.inference.score_table import class_table, number_table, score_text
 from distdl.nn import Sequential
 from distdl.nn.network_copies import layer_outputs
-from distdl.parallel import guard, on_rank_0, world
+from distdl.parallel import Communicator, guard, on_rank_0, world
 from distdl.rng import Key
 
 if TYPE_CHECKING:
@@ -51,18 +55,39 @@ def write_report(options: ReportOptions) -> None:
         check_output(out, "--out")
 
     def write() -> None:
-        write_output(out, page_of(run, trained, found).encode(), "--out")
-        Console(live=False).line(f"report: {out}")
+        write_output(out, page_of(run, trained, found, why_not).encode(), "--out")
+        console = Console(live=False)
+        if why_not:
+            console.warning(f"the report has no parts that need the training data: {why_not}")
+        console.line(f"report: {out}")
 
     with guard(communicator):
         on_rank_0(communicator, check)
-        [trained] = load([run], communicator, data_dir=options.data_dir, dataset=options.dataset, models=options.model)
-        found = evaluate([trained], "test", communicator)
+        trained, why_not = _load(options, communicator)
+        found = None if why_not else evaluate([trained], "test", communicator)
         on_rank_0(communicator, write)
 
 
-def page_of(run: Path, trained: Trained, found: Evaluation) -> str:
-    """Return the page of a run folder, with its network and its score on the test part."""
+def _load(options: ReportOptions, communicator: Communicator) -> tuple[Trained, str | None]:
+    """Return the network of the run, and why its data is not loaded, if so. Collective.
+
+    Data that the command line names must be there.
+    """
+    runs, models = [options.run], options.model
+    if options.data_dir is None and options.dataset is None:
+        try:
+            return load(runs, communicator, models=models)[0], None
+        except UserError as error:
+            [trained] = load(runs, communicator, models=models, with_data=False)
+            return trained, str(error)
+    return load(runs, communicator, data_dir=options.data_dir, dataset=options.dataset, models=models)[0], None
+
+
+def page_of(run: Path, trained: Trained, found: Evaluation | None, why_not: str | None = None) -> str:
+    """Return the page of a run folder, with its network and its score on the test part.
+
+    Without a score, parts are absent; `why_not` is the reason.
+    """
     config = trained.config
     title = f"{config.model} on {config.dataset}"
     parts = [
@@ -70,7 +95,13 @@ def page_of(run: Path, trained: Trained, found: Evaluation) -> str:
         f"<p>{html.escape(str(run))}, step {trained.step:,}. Receipt: <code>weights sha256: "
         f"{trained.weights_sha256}</code></p>",
         "<h2>Result</h2>",
+        *(
+            [f"<p>Pictures and scores that need the training data are absent: {html.escape(why_not)}.</p>"]
+            if why_not
+            else []
+        ),
         _table(_scores(run, trained, found)),
+        *(_per_class(trained, found) if found else []),
         *(f"<h2>{html.escape(head)}</h2>{_picture(figure)}" for head, figure in _figures(run, trained, found)),
         *_time(run),
         "<h2>Settings</h2>",
@@ -96,36 +127,57 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_json().items() if value != usual[name]}
 
 
-def _scores(run: Path, trained: Trained, found: Evaluation) -> dict[str, Any]:
-    summary, score, parts = _json(run / "summary.json"), found.ensemble, trained.data.parts
-    rows = {
-        "test": "" if score.accuracy is None else score_text(score),
-        "test loss": f"{score.loss:.6g}",
-        "samples": f"{len(parts.training):,} training, {len(parts.validation):,} validation, {len(parts.test):,} test",
-        "parameters": f"{trained.network.parameter_count:,}",
-    }
-    for name in ("epochs", "steps", "train_loss", "validation_loss", "validation_accuracy", "train_seconds", "ranks"):
+def _scores(run: Path, trained: Trained, found: Evaluation | None) -> dict[str, Any]:
+    summary, rows = _json(run / "summary.json"), {"parameters": f"{trained.network.parameter_count:,}"}
+    names = ["epochs", "steps", "train_loss", "validation_loss", "validation_accuracy", "train_seconds", "ranks"]
+    if found:
+        score, parts = found.ensemble, trained.data.parts
+        samples = {name: f"{len(getattr(parts, name)):,} {name}" for name in ("training", "validation", "test")}
+        rows = {
+            "test": "" if score.accuracy is None else score_text(score),
+            "test loss": f"{score.loss:.6g}",
+            "samples": ", ".join(samples.values()),
+        } | rows
+    else:
+        names = ["test_accuracy", "test_loss", *names]
+    for name in names:
         if summary.get(name) is not None:
             value = summary[name]
             rows[name.replace("_", " ")] = f"{value:.6g}" if isinstance(value, float) else str(value)
     return {name: value for name, value in rows.items() if value}
 
 
-def _figures(run: Path, trained: Trained, found: Evaluation) -> Iterator[tuple[str, Figure]]:
+def _per_class(trained: Trained, found: Evaluation) -> list[str]:
+    """Return the part of the page with the scores of each class, or of each number of a regression."""
+    signature = trained.signature
+    if signature.task == "regression":
+        return ["<h3>Numbers</h3>", _lines(number_table(number_scores(found.labels, found.predictions), signature))]
+    scores = class_scores(_matrix(trained, found))
+    return ["<h3>Classes</h3>", _lines(class_table(scores, signature))]
+
+
+def _matrix(trained: Trained, found: Evaluation) -> NDArray[np.int64]:
+    return figures.confusion_matrix(found.labels, found.predictions, trained.signature.outputs)
+
+
+def _figures(run: Path, trained: Trained, found: Evaluation | None) -> Iterator[tuple[str, Figure]]:
     """Yield the pictures of this run, with their headings."""
-    data, networks = trained.data, _before_and_after(trained)
+    networks, task, names = _before_and_after(trained), trained.signature.task, trained.signature.names
     if epochs := _records(run / "metrics.jsonl", "validation_loss"):
         yield "Learning curves", figures.curves(epochs)
-    if data.targets_per_sample:
-        matrix = figures.confusion_matrix(found.labels, found.predictions, data.classes)
-        yield "Confusion matrix", figures.confusion(matrix)
-    if data.targets_per_sample == 1:
-        yield "Misclassified images", figures.misclassified(data.images[found.rows], found.labels, found.predictions)
-    images = data.normalization.apply(data.images[found.rows[:IMAGES_SHOWN]])
+    if found and task != "regression":
+        yield "Confusion matrix", figures.confusion(_matrix(trained, found), names)
+    if found and task == "classification":
+        images = trained.data.images[found.rows]
+        yield "Misclassified images", figures.misclassified(images, found.labels, found.predictions, names)
     if any(view.ndim == 4 for _, view in trained.network.named_parameters()):
         yield "Filters of the first convolution", figures.filters(networks)
-        yield "Feature maps of an image", figures.feature_maps(trained.network, images[0])
-    of_networks = {title: _some(layer_outputs(network, images)) for title, network in networks.items()}
+    if found is None:
+        return
+    shown = trained.signature.normalization.apply(trained.data.images[found.rows[:IMAGES_SHOWN]])
+    if any(view.ndim == 4 for _, view in trained.network.named_parameters()):
+        yield "Feature maps of an image", figures.feature_maps(trained.network, shown[0])
+    of_networks = {title: _some(layer_outputs(network, shown)) for title, network in networks.items()}
     yield "Activations of the layers", figures.activation_histograms(of_networks)
 
 
@@ -198,6 +250,10 @@ def _table(rows: Mapping[str, Any]) -> str:
         f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items()
     )
     return f"<table>{''.join(lines)}</table>"
+
+
+def _lines(lines: Sequence[str]) -> str:
+    return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
 
 
 def _picture(figure: Figure) -> str:

@@ -141,11 +141,17 @@ class Sequential:
         """Return each buffer's name and view, in the order of the layers."""
         return list(self._buffer_layout.views(self.buffers).items())
 
-    def update_buffers(self, statistics: Array) -> None:
-        """Update `buffers` once per step, given the sum of `statistics` over all micro-batches of the batch."""
+    def update_buffers(self, statistics: Array, *, share: float = 1.0) -> None:
+        """Update `buffers` once per step, given the sum of `statistics` over all micro-batches of the batch.
+
+        With a `share` below 1 they move only by this share of the way.
+        """
         if self.statistics.size:
             np.copyto(self.statistics, statistics)
+            before = self.buffers.copy() if share < 1 else None
             self.stack.update_buffers()
+            if before is not None:
+                self.buffers[...] = before + share * (self.buffers - before)
 
     def parts(self, samples: int) -> list[tuple[str, str, Products]]:
         """Return the name, the description and the matrix products of each part that `watch` hears of."""

@@ -60,8 +60,8 @@ def share_arrays(
     Only rank 0 reads its argument `arrays`. `host` is the group of ranks that share memory (default:
     ``communicator.host()``). Raises `UserError` on every rank if a host has no room for them.
 
-    An array in a file (`mapped_files.open_mapped`) is not copied into memory: all ranks map the file. A host that
-    cannot read it gets the same file.
+    An array in a file, or its first rows (`mapped_files.open_mapped`), is not copied into memory: all ranks map the
+    file. A host that lacks the file gets it.
     """
     host = communicator.host() if host is None else host
     in_files = {name: array for name, array in arrays.items() if isinstance(array, np.memmap)}
@@ -105,7 +105,7 @@ def _leaders(communicator: Communicator, host: Communicator) -> Communicator | N
     return communicator.split(0 if host.rank == 0 else None)
 
 
-def _share_file(communicator: Communicator, array: MappedArray | None, host: Communicator) -> MappedArray:
+def _share_file(communicator: Communicator, array: MappedArray | None, host: Communicator) -> NDArray[Any]:
     """Return the mapped file of rank 0 on every rank; write it on the hosts that lack it. Collective."""
     leaders = _leaders(communicator, host)
 
@@ -120,7 +120,7 @@ def _share_file(communicator: Communicator, array: MappedArray | None, host: Com
     def write_if_absent() -> None:
         if leaders is None:
             return
-        is_absent = leaders.rank > 0 and not _holds(path, sha256)
+        is_absent = leaders.rank > 0 and not _holds(path, shape[0], sha256)
         if any(leaders.allgather_json(is_absent)):
             with ExitStack() as files:
                 target = together(
@@ -130,13 +130,13 @@ def _share_file(communicator: Communicator, array: MappedArray | None, host: Com
         leaders.free()
 
     together(communicator, write_if_absent)
-    return together(communicator, lambda: _open(path))
+    return together(communicator, lambda: _open(path, shape[0]))
 
 
-def _holds(path: Path, sha256: str) -> bool:
-    """Return whether a file holds the array with this hash."""
+def _holds(path: Path, count: int, sha256: str) -> bool:
+    """Return whether the first `count` rows of a file have this hash."""
     try:
-        return sha256_of_arrays([("", open_mapped(path))]) == sha256
+        return sha256_of_arrays([("", open_mapped(path)[:count])]) == sha256
     except (OSError, ValueError):
         return False
 
@@ -161,9 +161,10 @@ def _send(
             release_pages(target)
 
 
-def _open(path: Path) -> MappedArray:
+def _open(path: Path, count: int) -> NDArray[Any]:
+    """Return the first `count` rows of the array in a file."""
     try:
-        return open_mapped(path)
+        return open_mapped(path)[:count]
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be mapped into memory: {error}; expected every rank of this machine to have access to it"

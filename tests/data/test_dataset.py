@@ -151,3 +151,30 @@ def test_rows_for_training_may_repeat_and_the_other_parts_are_empty():
     assert data.parts.training.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2]
     assert data.parts.validation.size == data.parts.test.size == 0
     assert data.samples(np.array([4, 1]))["labels"].tolist() == [1, 1]
+
+
+def mixed(channels, kind):
+    """Return images of 20 samples whose channels are constant or vary, in the given order."""
+    images = np.random.default_rng(0).integers(0, 9, (20, 4, 3, len(channels))).astype(kind)
+    images[..., [channel == "constant" for channel in channels]] = 7
+    return Dataset("mine", images, np.arange(20) % 2, 2, None).checked()
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_images_without_any_difference_are_refused(kind):
+    with pytest.raises(UserError, match=r"every pixel of every training image has the value 7, 7: expected"):
+        PreparedDataset.prepare(mixed(["constant"] * 2, kind), seed=0)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_a_channel_without_any_difference_is_noted(kind):
+    [note] = PreparedDataset.prepare(mixed(["varies", "constant", "varies"], kind), seed=0).notes
+    assert note.startswith("channel 1 (of 0 to 2) of the images holds one value")
+    assert PreparedDataset.prepare(mixed(["varies", "varies"], kind), seed=0).notes == ()
+
+
+def test_a_channel_of_deviation_one_is_not_taken_for_a_constant_one():
+    images = np.tile(np.array([3, 5], np.uint8), (20, 4, 1)).reshape(20, 4, 2, 1)
+    data = PreparedDataset.prepare(Dataset("mine", images, np.arange(20) % 2, 2, None).checked(), seed=0)
+    assert data.normalization.deviation.tolist() == [1]
+    assert data.notes == ()

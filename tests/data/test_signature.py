@@ -37,6 +37,8 @@ def test_fields_of_a_later_version_are_ignored():
         {"image_shape": [8, 0, 3]},
         {"image_shape": None},
         {"pixels": "float64"},
+        {"pixels": {}},
+        {"task": []},
         {"mean": [0.5, 1.0]},
         {"mean": [0.5, 1.0, float("nan")]},
         {"deviation": [1.0, 2.0, 0.0]},
@@ -48,6 +50,7 @@ def test_fields_of_a_later_version_are_ignored():
         {**NUMBERS, "target_deviation": (1.0, 0.0)},
         {**NUMBERS, "target_mean": (float("inf"), 0.0)},
         {**NUMBERS, "target_mean": 5},
+        {"resize": "8x9:zoom"},
     ],
 )
 def test_a_signature_that_cannot_be_used_is_refused(changed):

@@ -287,16 +287,22 @@ def test_the_data_may_have_moved_to_another_folder(mnist_runs, tmp_path):
 # -------------------------------------------------------------------------------------------------------- other tasks
 
 
+NUMBERS = {"regression", "standardized regression"}
+
+
 def with_batch_norm(shape, outputs):
     return Sequential([Conv2d(4, 3, padding=1), BatchNorm(), ReLU(), Flatten(), Affine(outputs)], shape)
 
 
-def plain_mean(task, outputs):
-    """Return the mean of the predictions of the members, and its loss, by their definitions."""
+def plain_mean(task, outputs, unit=1):
+    """Return the mean of the predictions of the members, and its loss, by their definitions.
+
+    `unit` is that of the errors of a regression.
+    """
     labels, members = outputs[0][1], [logits for logits, _ in outputs]
-    if task == "regression":
+    if task in NUMBERS:
         mean = sum(members) / len(members)
-        return mean, ((mean - labels) ** 2).mean()
+        return mean, (((mean - labels) / unit) ** 2).mean()
     if task == "logistic regression":
         positive = sum(1 / (1 + np.exp(-logits)) for logits in members) / len(members)
         mean = np.concatenate([1 - positive, positive], axis=1)
@@ -325,11 +331,13 @@ def test_every_task_is_scored_as_in_its_run_and_as_an_ensemble(task, tmp_path):
         assert one.weights_sha256 == summary["weights_sha256"]
         rows = one.data.parts.test
         images = one.data.normalization.apply(one.data.images[rows])
-        outputs.append((one.network.forward(images).astype(np.float64), dataset.labels[rows]))
-    mean, loss = plain_mean(name, outputs)
+        exact = one.network.forward(images).astype(np.float64)
+        outputs.append((one.in_units_of_labels(exact), dataset.labels[rows]))
+    deviation = trained[0].signature.target_deviation
+    mean, loss = plain_mean(name, outputs, 1 if deviation is None else np.array(deviation))
     assert np.allclose(found.probabilities, mean, rtol=1e-4, atol=1e-6)
     assert np.isclose(found.ensemble.loss, loss, rtol=1e-5)
-    if name == "regression":
+    if name in NUMBERS:
         assert found.ensemble.accuracy is None
         assert np.array_equal(found.predictions, found.probabilities)
     else:
@@ -339,7 +347,7 @@ def test_every_task_is_scored_as_in_its_run_and_as_an_ensemble(task, tmp_path):
     assert 0 < abs(half.ensemble.loss - found.ensemble.loss) < 0.02 * abs(found.ensemble.loss)
     alone = evaluate(trained[:1], "test", OneProcess())
     assert alone.ensemble == found.scores[0]
-    if name != "regression":
+    if name not in NUMBERS:
         assert int((alone.predictions == outputs[0][1]).sum()) == alone.ensemble.correct
 
 

@@ -106,9 +106,17 @@ def test_every_further_layer_gives_the_same_bits_on_any_ranks(communicator, shar
     assert_every_number_of_ranks_agrees(communicator, shared_tmp_path, **settings)
 
 
+#: The first epoch stays the best.
+STANDS_STILL = {"lr": 1e-6, "epochs": 3}
 #: Settings of training that change the bits, each with another optimizer, schedule or loss than the default.
 FURTHER_SETTINGS = {
     "momentum": {"optimizer": "momentum", "momentum": 0.5},
+    "plateau, and the best weights": {
+        "schedule": "plateau",
+        "plateau_patience": 1,
+        "test_with": "best",
+        **STANDS_STILL,
+    },
     "label smoothing": {"label_smoothing": 0.1},
     "class weights": {"class_weights": "balanced"},
     "betas and epsilon": {"optimizer": "adamw", "beta1": 0.8, "beta2": 0.9, "epsilon": 1e-4},

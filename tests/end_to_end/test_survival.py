@@ -101,6 +101,22 @@ def recoveries_of(folder):
     return [(one["step"], one["lost_ranks"], one["ranks"]) for one in summary_of(folder)["recoveries"]]
 
 
+@pytest.mark.parametrize("when", ["before", "after", "committed"])
+def test_the_best_weights_are_scored_after_rank_0_is_lost(run_job, tmp_path, ulfm, when):
+    """The first epoch stays the best, so the plateau schedule has reduced the rate too."""
+    settings = {"test_with": "best", "schedule": "plateau", "plateau_patience": 1, "lr": 1e-6, "epochs": 3}
+    weights, state, metrics = small_run(OneProcess(), tmp_path / "undisturbed", **SETTINGS, **settings)
+    faults = [fault(1, "step", nth=8), fault(0, "test", when=when)]
+    folder, done = run_with_faults(run_job, tmp_path, faults, 3, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = summary_of(folder)
+    assert (summary["weights_sha256"], summary["state_sha256"]) == (weights, state)
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
+    assert compared(summary) == compared(summary_of(tmp_path / "undisturbed"))
+    assert summary["test_epoch"] == summary["best_epoch"] == 1
+    assert "(best weights, epoch 1)" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("ranks", "faults", "recoveries"),
     [

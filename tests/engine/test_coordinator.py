@@ -59,6 +59,21 @@ def test_a_missed_last_checkpoint_is_an_error(tmp_path):
         small_run(OneProcess(), tmp_path / "run")
 
 
+def test_old_checkpoints_that_cannot_be_removed_give_a_warning_and_training_continues(tmp_path, capsys, monkeypatch):
+    expected = small_run(OneProcess(), tmp_path / "plain")
+
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(checkpoints, "remove_old", refuse)
+    assert small_run(OneProcess(), tmp_path / "run", checkpoint_every=3) == expected
+    folder = tmp_path / "run" / "checkpoints"
+    assert capsys.readouterr().err.splitlines() == [
+        f"distdl: warning: cannot remove old checkpoints after step {step} from {folder}: Read-only file system"
+        for step in (3, 6)
+    ]
+
+
 def test_the_run_folder_holds_the_documented_files(tmp_path):
     folder = tmp_path / "run"
     summary = train(small_config(folder), OneProcess(), dataset=piece_of_digits(94))
@@ -82,6 +97,9 @@ def test_the_run_folder_holds_the_documented_files(tmp_path):
         "validation_accuracy",
         "test_loss",
         "test_accuracy",
+        "best_epoch",
+        "test_epoch",
+        "stopped_early",
         "train_seconds",
         "samples_per_second",
         "weights_sha256",
@@ -89,6 +107,7 @@ def test_the_run_folder_holds_the_documented_files(tmp_path):
         "recoveries",
     }
     assert written["steps"] == 6
+    assert written["samples_per_second"] == pytest.approx(2 * 85 / written["train_seconds"])
     timing = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in timing] == [1, 2]
 
@@ -408,6 +427,16 @@ def test_a_checkpoint_is_resumed_from_inside_its_folder(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "straight"]
 
 
+def test_a_resume_into_the_folder_of_another_run_is_refused_and_changes_nothing(tmp_path):
+    for name in ("run", "other"):
+        small_run(OneProcess(), tmp_path / name, max_steps=2)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    checkpoint = checkpoints.path_of_step(tmp_path / "run" / "checkpoints", 2)
+    with pytest.raises(UserError, match="other exists and is not empty"):
+        small_run(OneProcess(), tmp_path / "other", resume=str(checkpoint))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_a_resumed_run_has_no_summary_before_it_ends(tmp_path):
     small_run(OneProcess(), tmp_path / "run", max_steps=2)
     assert (tmp_path / "run" / "summary.json").is_file()
@@ -467,7 +496,7 @@ def test_another_numpy_and_other_kernels_give_warnings(tmp_path, monkeypatch, ca
     assert capsys.readouterr().err == ""
     described["versions"]["numpy"] = "9.9"
     described["kernel_families"] = ["Haswell", "Zen"]
-    monkeypatch.setattr(engine_run, "describe", lambda _: described)
+    monkeypatch.setattr(engine_run, "describe", lambda *_: described)
     small_run(OneProcess(), tmp_path / "run", resume="auto", max_steps=3)
     warnings = capsys.readouterr().err
     assert "the ranks run different kernels (Haswell and Zen)" in warnings

@@ -16,6 +16,7 @@ from distdl.engine.logbook import Logbook
 from distdl.engine.metrics import Sums
 from distdl.engine.storage import run_folder
 from distdl.engine.storage.files import TEMPORARY_SUFFIX
+from distdl.engine.storage.header import RunProgress
 from distdl.engine.timing.timeline import Spent
 from distdl.errors import UserError
 
@@ -31,7 +32,9 @@ def sums(loss):
 
 
 def state(step):
-    return SimpleNamespace(step=step, epoch_sums=sums(step / 7), named_arrays=lambda: [("a", np.full(3, step))])
+    progress = RunProgress(test_step=step)
+    arrays = [("a", np.full(3, step))]
+    return SimpleNamespace(step=step, progress=progress, epoch_sums=sums(step / 7), named_arrays=lambda: arrays)
 
 
 def new_logbook(*, keeps):

@@ -7,7 +7,7 @@ import pytest
 
 from distdl.errors import UserError
 from distdl.inference import figures
-from distdl.nn import Affine, Conv2d, Flatten, ReLU, Sequential, build_model
+from distdl.nn import Affine, Conv2d, Flatten, ReLU, Residual, Sequential, build_model
 from distdl.nn.network_copies import layer_outputs
 from distdl.rng import Key
 
@@ -110,6 +110,14 @@ def test_feature_maps_are_the_input_and_the_channels_of_the_layer():
         assert np.array_equal(maps, figures.scaled(channels)[..., 0])
 
 
+def test_the_first_convolution_inside_another_layer_gives_the_maps_of_that_layer():
+    network = Sequential([Residual([Conv2d(3, 3, padding=1)], [Conv2d(3, 1)]), ReLU(), Flatten()], (8, 8, 1))
+    network.initialize(Key(0))
+    figure = figures.feature_maps(network, random(8, 8, 1).astype(np.float32))
+    assert figure.get_suptitle() == "residual_1"
+    assert len(drawn(figure)) == 1 + 3
+
+
 @pytest.mark.parametrize("layer", ["affine_1", "relu_7"])
 def test_a_layer_without_maps_is_named_together_with_those_that_have_maps(layer):
     with pytest.raises(UserError, match=f"{layer}.*conv2d_1, relu_1"):
@@ -134,16 +142,29 @@ def test_the_title_of_misclassified_counts_those_not_shown_and_also_none():
     assert (drawn(figure), figure.get_suptitle()) == ([], "0 of 9 misclassified")
 
 
-def test_confusion_shows_every_count_and_colours_the_mistakes():
-    matrix = np.array([[8, 1, 0], [2, 7, 0], [0, 0, 9]])
+def test_confusion_shows_every_count_and_colours_shares_of_each_row():
+    matrix = np.array([[8, 2, 0], [3, 1, 0], [0, 0, 0]])
     figure = figures.confusion(matrix, ["cat", "dog", "eel"])
     (axes,) = figure.axes
     assert {(text.get_position(), text.get_text()) for text in axes.texts} == {
         ((column, row), str(matrix[row, column])) for row in range(3) for column in range(3)
     }
-    assert np.array_equal(drawn(figure)[0], [[0, 1, 0], [2, 0, 0], [0, 0, 0]])
-    assert axes.get_title() == "24 of 27 correct"
+    correct, mistakes = (image.get_array() for image in axes.images)
+    assert correct.filled(-1).tolist() == [[0.8, -1, -1], [-1, 0.25, -1], [-1, -1, 0]]
+    assert mistakes.filled(-1).tolist() == [[-1, 0.2, 0], [0.75, -1, 0], [0, 0, -1]]
+    assert [image.get_clim() for image in axes.images] == [(0, 1), (0, 0.75)]
+    assert axes.get_title() == "9 of 14 correct"
     assert [label.get_text() for label in axes.get_yticklabels()] == ["cat", "dog", "eel"]
+
+
+def test_names_of_classes_are_shown_as_they_are_and_long_ones_shortened():
+    names = ["$a_1$", "a very long name of a class, too long for a picture"]
+    (axes,) = figures.confusion(np.eye(2, dtype=np.int64), names).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["$a_1$", "a very long name of a c…"]
+    figure = figures.misclassified(np.zeros((1, 2, 2, 1), np.uint8), np.array([0]), np.array([1]), names)
+    assert titles(figure)[0] == "$a_1$, predicted a very long name of a c…"
+    for text in (*axes.get_yticklabels(), figure.axes[0].title):
+        assert not text.get_parse_math()
 
 
 def test_a_large_confusion_matrix_has_no_counts_in_its_cells():

@@ -200,7 +200,7 @@ def test_all_ranks_map_an_array_in_a_file(communicator, tmp_path):
 def test_hosts_that_lack_the_file_get_it(lacking, communicator, tmp_path, monkeypatch):
     """As many simulated hosts as ranks."""
     if communicator.rank in lacking:
-        monkeypatch.setattr(shared_module, "_holds", lambda path, sha256: False)
+        monkeypatch.setattr(shared_module, "_holds", lambda path, count, sha256: False)
     monkeypatch.setattr(shared_module, "BLOCK_BYTES", 12)  # three rows
     assert_file_is_shared(communicator, shared_folder(communicator, tmp_path), host=OneProcess())
 
@@ -213,7 +213,7 @@ def test_a_host_without_room_for_the_file_is_an_error_on_every_rank(communicator
         raise UserError(f"cannot write to {path}: No space left on device")
 
     if communicator.rank == communicator.size - 1:
-        monkeypatch.setattr(shared_module, "_holds", lambda path, sha256: False)
+        monkeypatch.setattr(shared_module, "_holds", lambda path, count, sha256: False)
         monkeypatch.setattr(shared_module, "created", full)
     with pytest.raises(UserError, match=r"rows.npy: No space left on device"):
         assert_file_is_shared(communicator, folder, host=OneProcess())
@@ -230,7 +230,7 @@ def test_a_host_trusts_only_a_file_with_the_right_content(damage, tmp_path):
     elif damage is not None:
         content = path.read_bytes()
         path.write_bytes(content[:-1] + (b"\0" if damage == "altered" else b""))
-    assert shared_module._holds(path, sha256) == (damage is None)
+    assert shared_module._holds(path, 9, sha256) == (damage is None)
 
 
 def test_a_full_shared_memory_falls_back_to_the_temporary_folder(monkeypatch, tmp_path):
@@ -326,6 +326,25 @@ def test_a_freed_communicator_frees_that_of_its_host(host):
     part.free()
     assert freed == (["host", "part"] if host == "a group of its own" else ["part"])
     assert len(related.comms) == 2 - len(freed)
+
+
+@pytest.mark.parametrize("survives", [True, False])
+@pytest.mark.parametrize(("revoked", "lost"), [(False, 0), (True, 0), (False, 1)])
+def test_a_failure_is_known_from_any_communicator_that_is_revoked_or_has_lost_a_rank(
+    revoked, lost, survives, monkeypatch
+):
+    mpi = pytest.importorskip("distdl.parallel.mpi", exc_type=(ImportError, RuntimeError))
+    monkeypatch.setattr(mpi, "MPI", SimpleNamespace(COMM_SELF=SimpleNamespace(Iprobe=lambda: None)))
+    monkeypatch.setattr(mpi, "SECONDS_TO_BE_NOTIFIED", 0.001)
+    monkeypatch.setattr(mpi, "survives_failures", lambda: survives)
+    related = mpi._Related()
+    for is_revoked, failed in ((False, 0), (revoked, lost)):
+        group, comm = SimpleNamespace(), SimpleNamespace()
+        group.Get_size = lambda failed=failed: failed
+        comm.Get_failed = lambda group=group: group
+        comm.Is_revoked = lambda is_revoked=is_revoked: is_revoked
+        related.comms.append(comm)
+    assert related.has_failed() is (survives and (revoked or lost > 0))
 
 
 def test_an_error_that_each_rank_finds_alone_is_not_agreed(monkeypatch):

@@ -8,6 +8,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from pretended_ranks import Rank, World
 
 from distdl.errors import UserError
 from distdl.parallel import REDUCTIONS, Field, Layout, OneProcess, contiguous_shards, deal, loads_by_speed
@@ -126,6 +127,33 @@ def test_any_spread_over_hosts_gives_the_same_bits(communicator, small_bytes, sh
             assert_sums_are_exact(part, LAYOUTS[-1], contiguous_shards(8, part.size), reduction=reduction)
     communicator.barrier()
     assert not list(shared_memory.iterdir())
+
+
+class Host(Rank):
+    """A rank on a host of its own, simulated by a thread."""
+
+    def alltoallv(self, send, send_spans, receive, receive_spans):
+        sent = self._exchanged([send[start : start + length].copy() for start, length in send_spans])
+        for of_host, (start, length) in zip(sent, receive_spans, strict=True):
+            assert of_host[self.rank].size == length
+            receive[start : start + length] = of_host[self.rank]
+
+
+@pytest.mark.parametrize("small_bytes", [0, 2**30], ids=["by the leaders", "on every rank"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_simulated_hosts_give_the_same_bits(size, small_bytes, monkeypatch):
+    monkeypatch.setattr(reduction_module, "SMALL_BYTES", small_bytes)
+    world, layout = World([0.0] * size), LAYOUTS[-1]
+    world.ranks = [Host(rank, world) for rank in range(size)]
+    dealings = [contiguous_shards(leaves, size) for leaves in (2, 5, 8)]
+    dealings.append([tuple(range(rank, 7, size)) for rank in range(size)])
+
+    def work(rank):
+        reduction = REDUCTIONS["tree"](rank, layout, host=OneProcess())
+        for shards in dealings:
+            assert_sums_are_exact(rank, layout, shards, reduction=reduction)
+
+    world.run(work)
 
 
 @pytest.mark.mpi(min_size=2)
@@ -267,6 +295,26 @@ def test_allreduce_gives_the_same_sum_up_to_rounding(communicator):
             expected = oracle([leaf(layout, index) for index in range(leaves)])
             assert (total["counts"] == expected["counts"]).all()
             np.testing.assert_allclose(total["gradient"], expected["gradient"], rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("shard", [range(4), (0, 1, 4, 6, 7), ()], ids=str)
+def test_allreduce_gets_the_sum_of_all_tree_nodes_of_a_rank(shard, monkeypatch):
+    """The other ranks of this simulated job have zeros."""
+    layout, others, sent = LAYOUTS[-1], tuple(i for i in range(8) if i not in shard), []
+    communicator = OneProcess()
+    monkeypatch.setattr(communicator, "allreduce", lambda array: sent.append(array.copy()))
+    reduction = REDUCTIONS["allreduce"](communicator, layout)
+    for shards in ([range(8)], [shard, others]):  # buffers are reused
+        reduction.begin(shards)
+        for index in shards[0]:
+            reduction.add(index, leaf(layout, index))
+        sent.clear()
+        total = reduction.total()
+    expected = [leaf(layout, index) for index in shard]
+    assert total["counts"].tolist() == sum((one["counts"] for one in expected), np.zeros(3, np.int64)).tolist()
+    gradient = sum((one["gradient"] for one in expected), np.zeros(LENGTHS[-1]))
+    np.testing.assert_allclose(total["gradient"], gradient, rtol=1e-4, atol=1e-2)
+    assert [one.tobytes() for one in sent] == [field.tobytes() for field in total.values()]
 
 
 def test_shards_that_miss_a_leaf_are_a_defect():

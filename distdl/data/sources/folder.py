@@ -122,7 +122,12 @@ def _entries(folder: Path) -> list[Path]:
             f"the folder of images {quoted(folder)} cannot be read ({error.strerror or error}): expected a folder for "
             "each class, with the images in them"
         ) from error
-    return [entry for entry in entries if not entry.name.startswith(".") and entry.name.lower() not in JUNK]
+    return [entry for entry in entries if not is_junk(entry.name)]
+
+
+def is_junk(name: str) -> bool:
+    """Return whether systems give this name to files and folders of their own."""
+    return name.startswith(".") or name.lower() in JUNK
 
 
 def _is_image(entry: Path) -> bool:

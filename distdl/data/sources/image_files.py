@@ -16,18 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.data.dataset import Dataset
-from distdl.data.memory import available_bytes
 from distdl.data.sources import images
+from distdl.data.sources.image_cache import Decoded, Make, Pixels, read_cached
 from distdl.data.sources.images import OtherSizeError, UnusableImageError
 from distdl.errors import UserError, quoted
+from distdl.host_memory import available_bytes
 from distdl.image_options import ImageOptions, Resize
+from distdl.mapped_files import release_pages
 
 #: The most names in a message.
 MOST_NAMES = 10
 #: The longest side of the size that a message suggests, and the number that both sides are multiples of.
 SUGGESTED_PIXELS, SUGGESTED_STEP = 128, 8
 
-Pixels = NDArray[np.uint8]
+#: The pages of a mapped file are released after this many images.
+IMAGES_MAPPED = 256
 
 
 @dataclass(eq=False)
@@ -72,6 +75,7 @@ class ListedFiles:
             tuple(self.notes),
             starts.get("validation"),
             None if options.resize is None else str(Resize.parse(options.resize)),
+            tuple(skipped),
         ).checked()
 
     def _check_classes(self, labels: NDArray[Any], starts: Mapping[str, int]) -> None:
@@ -89,13 +93,30 @@ class ListedFiles:
 
 def read_image_files(
     source: str, files: Sequence[Path], options: ImageOptions, unusable: Mapping[Path, UnusableImageError]
-) -> tuple[Pixels, NDArray[np.int64], list[str]]:
+) -> Decoded:
     """Return the images (n, H, W, C), the numbers (n,) of their files, and the other files, each with the reason.
 
     `source` names the dataset in messages; `unusable` are further files. Raises `UserError` if images differ in size
     and there is no `options.resize`, if memory does not suffice, or, unless `options.skip_damaged` is set, if a file
     cannot be used; `DamagedFileError` if a file is damaged.
     """
+    if options.cache is None:
+        return _decode_all(source, files, options, unusable)
+    colored = any(images.has_colors(file) for file in files)
+    return read_cached(
+        options.cache, files, options, lambda make: _decode_all(source, files, options, unusable, make, colored)
+    )
+
+
+def _decode_all(
+    source: str,
+    files: Sequence[Path],
+    options: ImageOptions,
+    unusable: Mapping[Path, UnusableImageError],
+    make: Make | None = None,
+    colored: bool = False,
+) -> Decoded:
+    """Decode all images into an array from `make`, by default in memory; if `colored`, with three channels."""
     resize = None if options.resize is None else Resize.parse(options.resize)
     unusable = dict(unusable)
     rows: list[int] = []
@@ -103,7 +124,7 @@ def read_image_files(
     try:
         for row, file in enumerate(files):
             size = None if found is None else (found.shape[1], found.shape[2])
-            channels = None if found is None or found.shape[3] == 1 else 3
+            channels = 3 if colored or (found is not None and found.shape[3] == 3) else None
             try:
                 pixels = images.decode(file, size=size, resize=resize, channels=channels)
             except OtherSizeError:
@@ -112,13 +133,15 @@ def read_image_files(
                 unusable[file] = error
                 continue
             if found is None:
-                found = _empty(source, len(files), pixels, resize)
+                found = make(len(files), pixels.shape) if make else _empty(source, len(files), pixels, resize)
             elif pixels.shape[2] > found.shape[3]:
                 found = _with_colors(source, found, len(rows), pixels, resize)
             found[len(rows)] = pixels
             rows.append(row)
+            if row % IMAGES_MAPPED == 0:
+                release_pages(found)
     except MemoryError:
-        raise UserError(f"there is not enough memory for {source}: give a smaller dataset, or --resize") from None
+        raise UserError(f"there is not enough memory for {source}: give --resize, or --cache FOLDER") from None
     if unusable and not options.skip_damaged:
         raise _refusal(source, unusable, len(set(files) | set(unusable)))
     if found is None:
@@ -185,12 +208,13 @@ def _suggested(sizes: Sequence[tuple[int, int]]) -> str:
 def _empty(source: str, count: int, pixels: Pixels, resize: Resize | None) -> Pixels:
     """Return an array for `count` images such as `pixels`; raise `UserError` if memory does not suffice."""
     needed, available = count * pixels.size, available_bytes()
-    if available is not None and needed > available:
+    if needed > available:
         height, width, channels = pixels.shape
         smaller = "a smaller --resize" if resize else f"--resize {_suggested([(height, width)])}, for example"
         raise UserError(
             f"{count} images of {height}x{width}x{channels} (height x width x channels) in {source} need "
-            f"{needed / 1e9:.1f} GB of memory, but {available / 1e9:.1f} GB are available: give {smaller}"
+            f"{needed / 1e9:.1f} GB of memory, but {available / 1e9:.1f} GB are available: give {smaller}, or "
+            "--cache FOLDER to keep them on a disk"
         )
     return np.empty((count, *pixels.shape), np.uint8)
 

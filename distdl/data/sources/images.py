@@ -114,6 +114,15 @@ def size_of(file: Path | BinaryIO) -> tuple[int, int]:
         return image.height, image.width
 
 
+def has_colors(file: Path) -> bool:
+    """Return whether an image has three channels, as its first bytes say; False if it is no image."""
+    try:
+        with _open(file) as image:
+            return image.mode not in GRAY
+    except UnusableImageError:
+        return False
+
+
 class OtherSizeError(UnusableImageError):
     """An image has another size than expected."""
 
@@ -169,14 +178,16 @@ def _opened(file: Path) -> BinaryIO:
     except FileNotFoundError:
         what = "it is a link to a file that does not exist" if os.path.lexists(file) else "it does not exist"
         raise UnusableImageError(what, is_damaged=False) from None
-    except OSError as error:
-        raise UnusableImageError(f"it cannot be read ({error.strerror or error})", is_damaged=False) from error
+    except (OSError, ValueError) as error:  # ValueError: the path contains a NUL
+        reason = f"it cannot be read ({getattr(error, 'strerror', None) or error})"
+        raise UnusableImageError(reason, is_damaged=False) from error
 
 
 def _cause(stream: BinaryIO | None) -> str | None:
     """Return why a file is not an image, if its first bytes tell."""
+    if stream is None:
+        return None
     try:
-        assert stream is not None
         stream.seek(0)
         start = stream.read(512)
     except (OSError, ValueError, io.UnsupportedOperation):

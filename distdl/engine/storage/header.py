@@ -17,10 +17,13 @@ from distdl.data.signature import Signature
 from distdl.engine.storage.files import LOGS
 from distdl.errors import DamagedFileError
 
+#: Fields of the progress that earlier versions did not have, with their values then.
+ADDED_LATER = {"skipped_steps": 0, "plateau_cuts": 0, "test_step": None}
+
 
 @dataclass
 class RunProgress:
-    """The values that a run reports. Only `skipped_steps` affects later weights."""
+    """The values that a run reports. Only `skipped_steps` and `plateau_cuts` affect later weights."""
 
     train_loss: float | None = None
     validation_loss: float | None = None
@@ -30,20 +33,25 @@ class RunProgress:
     best_score: float | None = None
     """None until there is a best step."""
     skipped_steps: int = 0
+    plateau_cuts: int = 0
+    """How often the plateau schedule has reduced the learning rate."""
+    test_step: int | None = None
+    """The step of the weights that the test part was scored with."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the values; the best score only if there is a best step, skipped steps only if there are any.
+        """Return the values; the best score only if there is a best step, later fields only if they have a value.
 
         >>> RunProgress().to_json()["best_step"], RunProgress(best_step=3, best_score=0.5).to_json()["best_score"]
         (None, 0.5)
         """
-        absent = {"best_score": self.best_step is None, "skipped_steps": not self.skipped_steps}
-        return {name: value for name, value in asdict(self).items() if not absent.get(name)}
+        absent = {name for name, without in ADDED_LATER.items() if getattr(self, name) == without}
+        absent |= {"best_score"} if self.best_step is None else set()
+        return {name: value for name, value in asdict(self).items() if name not in absent}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RunProgress:
         """Return the progress that `to_json` gave; raise `ValueError` for a missing value or another type."""
-        given = {"skipped_steps": 0, **values}
+        given = {**ADDED_LATER, **values}
         if given.get("best_step") is None:
             given["best_score"] = None
         types = _types(cls)
@@ -108,7 +116,8 @@ class CheckpointHeader:
             raise damaged("log_bytes")
         if not all(isinstance(version, str) for version in header.versions.values()):
             raise damaged("versions")
-        if not (0 <= (progress.best_step or 0) <= step and 0 <= progress.skipped_steps <= step):
+        counts = (progress.best_step or 0, progress.skipped_steps, progress.plateau_cuts, progress.test_step or 0)
+        if not all(0 <= count <= step for count in counts):
             raise damaged("progress")
         return header
 

@@ -21,8 +21,9 @@ from typing import IO
 from distdl.config import TrainConfig, differences, run_folder_of
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.checkpoints import FoundCheckpoint
-from distdl.engine.storage.files import FOLDER_MODE, RUN_FILES, TEMPORARY_SUFFIX, opened_log
-from distdl.errors import UserError
+from distdl.engine.storage.files import FOLDER_MODE, RUN_FILES, TEMPORARY_SUFFIX, opened_log, write_durably
+from distdl.engine.storage.header import CheckpointHeader
+from distdl.errors import DamagedFileError, UserError
 
 #: The most characters of a purpose in a folder's name: the path of a user's own model may be too long for a name.
 LONGEST_NAME = 120
@@ -291,3 +292,35 @@ def lock_folder(folder: Path, *, owner_died: bool = False) -> IO[bytes]:
             lock.close()
             raise
         lock.close()  # a failed run removed the file before this lock: lock the next one
+
+
+def copy_history(
+    folder: Path,
+    found: FoundCheckpoint,
+    header: CheckpointHeader,
+    origin: Path | None,
+    warn: Callable[[str], None],
+) -> None:
+    """Copy the logs, the best checkpoint and the checkpoint itself into the folder, unless they are there.
+
+    Without them the run could not be resumed from this folder. `origin` is the run folder of the checkpoint.
+    """
+    for name, length in header.log_bytes.items():
+        target = folder / f"{name}.jsonl"
+        source = target if origin is None else origin / target.name
+        if source.resolve() != target.resolve() and source.is_file():
+            write_durably(target, source.read_bytes()[:length])
+        if not target.is_file() or target.stat().st_size < length:
+            warn(f"{target} lacks records from before step {header.step}")
+    inside, best_step = folder / "checkpoints", header.progress.best_step
+    if best_step not in {None, header.step}:
+        target = checkpoints.path_of_step(inside, best_step)
+        best = found.path.with_name(target.name)
+        if best.is_file() and not target.exists():
+            try:
+                checkpoints.write(target, checkpoints.read(best))
+            except DamagedFileError as error:
+                warn(f"{error}; this best checkpoint is not copied")
+    target = checkpoints.path_of_step(inside, header.step)
+    if not target.exists():
+        checkpoints.write(target, found.checkpoint)

@@ -1,5 +1,6 @@
 """A dataset of images in folders: classes in the order of their names; a misplaced file is one line."""
 
+import json
 import struct
 import sys
 import zlib
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from distdl import evaluate
+from distdl import train as train_command
 from distdl.config import TrainConfig
 from distdl.data.sources import image_files, load
 from distdl.engine import train
@@ -249,8 +251,23 @@ def test_skip_damaged_leaves_such_files_out_and_notes_them(tmp_path):
     assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
     [note] = data.notes
     assert note.startswith("--skip-damaged left out 4 of 10 files: ")
-    for name in ("empty.png", "page.jpg", "link.png", "notes.txt"):
+    for name, skipped in zip(("notes.txt", "empty.png", "page.jpg", "link.png"), data.skipped_files, strict=True):
         assert name in note
+        assert name in skipped
+
+
+def test_a_run_records_all_files_that_it_left_out(tmp_path, capsys):
+    images = RNG.integers(0, 256, (60, 8, 8), np.uint8)
+    folder = write(tmp_path / "data", images, [f"{'ab'[number % 2]}/{number}.png" for number in range(60)])
+    for number in range(12):
+        (folder / f"a/x{number:02}.png").write_bytes(b"")
+    arguments = [f"--dataset=folder:{folder}", "--skip-damaged", "--resize=4", "--model=mlp", "--epochs=1"]
+    assert train_command.main([*arguments, f"--run-dir={tmp_path / 'run'}"]) == 0
+    recorded = json.loads((tmp_path / "run/env.json").read_text())
+    assert [f"x{number:02}.png" in text for number, text in enumerate(recorded["skipped_files"])] == [True] * 12
+    assert "--skip-damaged left out 12 of 72 files" in recorded["data_notes"][0]
+    assert evaluate.main([str(tmp_path / "run")]) == 0  # reads the images in the same way
+    capsys.readouterr()
 
 
 def test_skip_damaged_keeps_the_borders_of_the_parts(tmp_path):

@@ -362,6 +362,18 @@ def test_later_checkpoints_of_another_run_do_not_displace_those_of_this_run(tmp_
     assert checkpoints.steps_in(tmp_path) == [2, 3]
 
 
+@pytest.mark.parametrize("length", range(8))  # the header is padded to a multiple of 8 bytes
+def test_a_header_of_the_largest_size_is_read(length, tmp_path, monkeypatch):
+    given = Checkpoint(small(1).tensors, {"text": "x" * length})
+    checkpoints.write(tmp_path / "x", given)
+    size = int.from_bytes((tmp_path / "x").read_bytes()[:8], "little")
+    monkeypatch.setattr(checkpoints, "LARGEST_HEADER_BYTES", size)
+    assert checkpoints.read(tmp_path / "x").header == given.header
+    monkeypatch.setattr(checkpoints, "LARGEST_HEADER_BYTES", size - 1)
+    with pytest.raises(DamagedFileError, match=f"announce a header of {size} bytes"):
+        checkpoints.read(tmp_path / "x")
+
+
 def test_a_header_with_nan_is_never_written(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         checkpoints.write(tmp_path / "x", Checkpoint({"w": np.zeros(1)}, {"loss": float("nan")}))

@@ -18,7 +18,10 @@ PROGRESS = {
     "train_seconds": 1.5,
     "best_score": -0.25,
     "skipped_steps": 2,
+    "plateau_cuts": 1,
+    "test_step": 3,
 }
+ADDED_LATER = {"skipped_steps", "plateau_cuts", "test_step"}
 RAW = {
     "step": 6,
     "config": {"seed": 0},
@@ -36,11 +39,12 @@ def test_a_header_is_the_same_json_after_it_was_read():
     assert header.progress.best_score == -0.25
 
 
-def test_the_json_of_a_progress_has_a_best_score_and_skipped_steps_only_if_there_are_any():
+def test_the_json_of_a_progress_has_a_best_score_and_later_fields_only_if_there_are_any():
     always = {"train_loss", "validation_loss", "validation_accuracy", "best_step", "train_seconds"}
     assert RunProgress().to_json().keys() == always
     assert RunProgress(best_step=2, best_score=0.5).to_json().keys() == always | {"best_score"}
-    assert RunProgress(skipped_steps=1).to_json().keys() == always | {"skipped_steps"}
+    for name in ADDED_LATER:
+        assert RunProgress(**{name: 1}).to_json().keys() == always | {name}
     assert RunProgress.from_json(RunProgress().to_json()) == RunProgress()
     assert RunProgress.from_json({**RunProgress().to_json(), "best_score": "x", "other": 1}) == RunProgress()
 
@@ -74,7 +78,7 @@ UNUSABLE = [
     *(("progress", {"progress": {**PROGRESS, name: value}}) for name in PROGRESS for value in ("x", [1], True)),
     *(
         ("progress", {"progress": {**PROGRESS, name: value}})
-        for name in ("best_step", "skipped_steps")
+        for name in ("best_step", "skipped_steps", "plateau_cuts", "test_step")
         for value in (-1, 7)
     ),
     *(("progress", {"progress": {**PROGRESS, name: 1}}) for name in ("train_loss", "train_seconds", "best_score")),
@@ -86,7 +90,7 @@ UNUSABLE = [
     *(
         ("progress", {"progress": {key: value for key, value in PROGRESS.items() if key != name}})
         for name in PROGRESS
-        if name != "skipped_steps"
+        if name not in ADDED_LATER
     ),
 ]
 
