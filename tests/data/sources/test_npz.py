@@ -144,7 +144,7 @@ REFUSED = {
     ),
     "complex labels": (
         {"images": IMAGES, "labels": LABELS + 0j},
-        "labels complex128 .*; expected integers, floats, te",
+        "labels complex128 .*; expected integers, floats",
     ),
     "a single image": ({"images": IMAGES[0], "labels": LABELS[:3]}, r"flat images \(3, 4\)"),
     "labels below 0": ({"images": IMAGES, "labels": LABELS - 1}, "labels -1 to 1"),
