@@ -198,7 +198,8 @@ class Arrays(Labels):
             elif what == 1:
                 arrays[rng.choice(self.NAMES)] = array[: rng.choice([None, 1, 0])] if array.ndim else array
             else:
-                with np.errstate(all="ignore"), warnings.catch_warnings(), suppress(ValueError, TypeError, OverflowError):
+                refused = suppress(ValueError, TypeError, OverflowError)
+                with np.errstate(all="ignore"), warnings.catch_warnings(), refused:
                     warnings.simplefilter("ignore")
                     arrays[name] = self._changed(rng, array, what)
         content = io.BytesIO()
