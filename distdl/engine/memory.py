@@ -23,6 +23,8 @@ from distdl.parallel import Communicator
 
 #: A run is refused if this share of its estimate does not fit.
 SURE_SHARE = 0.7
+#: About the memory of Python, NumPy and MPI in a rank. It is in use before the check.
+PROGRAM_BYTES = 60_000_000
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def check_room_for_dataset(communicator: Communicator, arrays: Mapping[str, NDAr
 def gigabytes(nbytes: float) -> str:
     """Return a number of bytes for a message.
 
-    >>> gigabytes(123_456_789_000), gigabytes(12_345_678)
-    ('123.5 GB', '12 MB')
+    >>> gigabytes(123_456_789_000), gigabytes(12_345_678), gigabytes(123_456)
+    ('123.5 GB', '12 MB', '0.1 MB')
     """
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.{0 if nbytes >= 1e7 else 1}f} MB"

@@ -17,10 +17,10 @@ from distdl.engine.console import Console
 from distdl.engine.coordinator import Coordinator, RunFacts
 from distdl.engine.environment import describe, numerics
 from distdl.engine.fault_injection import fault_point
+from distdl.engine.introduction import introduce
 from distdl.engine.logbook import Logbook
 from distdl.engine.memory import check_memory, check_room_for_dataset
 from distdl.engine.metrics import Sums
-from distdl.engine.printed_lines import banner_of
 from distdl.engine.requirements import check_moments, check_outputs, check_ranks, outputs_of, restore
 from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
@@ -56,11 +56,13 @@ def train(
     Collective. Raises `UserError` on every rank for errors in what the user gave, `DivergedError` if numbers are no
     longer finite. Any other exception on any rank ends the whole job.
     """
+    if config.dry_run:
+        raise UserError("dry_run trains nothing: call distdl.engine.dry_run with the same arguments, or leave it out")
     communicator = world() if communicator is None else communicator
     stop = StopRequest() if stop is None else stop
     with stop.listening(), guard(communicator):
         survivors = Survivors(communicator)
-        config = survivors.run(partial(_agree_on_config, config, build_network, dataset))
+        config = survivors.run(partial(agree_on_config, config, build_network, dataset))
         watchdog = survivors.run(partial(Watchdog, stall_seconds=config.stall_warning))
         this_rank = survivors.communicator.world_ranks[survivors.communicator.rank]
         with numerics(config.threads_per_rank), watchdog, Warden(f"rank {this_rank}", config.detect_hangs):
@@ -68,7 +70,7 @@ def train(
             trainer = survivors.run(preparation.prepared_trainer)
             watchdog.progress = lambda: trainer.work_done
             try:
-                preparation.introduce(trainer)
+                introduce(trainer, preparation.transferred, preparation.warnings)
                 for recovery in survivors.recoveries:
                     trainer.note(recovery, during_preparation=True)
                 return trainer.run()
@@ -76,7 +78,7 @@ def train(
                 trainer.close()
 
 
-def _agree_on_config(
+def agree_on_config(
     config: TrainConfig, build_network: BuildNetwork | None, dataset: Dataset | None, communicator: Communicator
 ) -> TrainConfig:
     """Return the checked config of rank 0 on all ranks. Collective."""
@@ -115,6 +117,16 @@ class Preparation:
             self.is_repeated = True
 
     def _prepare(self, communicator: Communicator) -> Trainer:
+        trainer, facts, start = self.build(communicator)
+        console = self.console = self.console or Console(live=communicator.size == 1)
+        logbook = Logbook(self.config, trainer.steps_per_epoch, console, keeps=communicator.survives_failures)
+        self._open_folder(communicator, facts, start, logbook)
+        assert self.folder is not None
+        trainer.open(facts, self.folder, logbook, console, self.coordinator)
+        return trainer
+
+    def build(self, communicator: Communicator) -> tuple[Trainer, RunFacts, StartingPoint | None]:
+        """Return a trainer before its first step, its facts, and on rank 0 the start; write nothing. Collective."""
         config = self.config
         together(communicator, lambda: check_ranks(config, communicator.size))
         if config.trace is not None:
@@ -130,13 +142,7 @@ class Preparation:
         on_rank_0(communicator, lambda: self._restore(state, start, facts.data_sha256, steps_per_epoch))
         state.send_from_rank_0(communicator)
 
-        console = self.console = self.console or Console(live=communicator.size == 1)
-        logbook = Logbook(config, steps_per_epoch, console, keeps=communicator.survives_failures)
-        trainer = Trainer(config, communicator, data, state, self.stop)  # first: if a host has no room, write nothing
-        self._open_folder(communicator, facts, start, logbook)
-        assert self.folder is not None
-        trainer.open(facts, self.folder, logbook, console, self.coordinator)
-        return trainer
+        return Trainer(config, communicator, data, state, self.stop), facts, start
 
     def _share_data(self, communicator: Communicator, start: StartingPoint | None) -> PreparedDataset:
         """Read and split the dataset on rank 0; return it on all ranks, one copy per host. Collective."""
@@ -212,22 +218,3 @@ class Preparation:
         if self.coordinator is not None:
             self.coordinator.close()
             self.coordinator = None
-
-    def introduce(self, trainer: Trainer) -> None:
-        """Print the banner on rank 0, and tell all listeners of the start."""
-        if trainer.communicator.rank == 0:
-            console, data, network = trainer.console, trainer.data, trainer.state.network
-            for line in banner_of(self.config, data, network, trainer.facts.environment, trainer.communicator):
-                console.line(line)
-            for warning in (*data.notes, *self.warnings):
-                console.warning(warning)
-            if self.transferred is not None:
-                for complaint in self.transferred.complaints:
-                    console.warning(f"{complaint}; the one before it is used")
-                console.line(str(self.transferred))
-            if frozen := sum(where.stop - where.start for where in trainer.state.optimizer.frozen):
-                console.line(
-                    f"frozen: {frozen:,} of {network.parameter_count:,} parameters (--freeze {self.config.freeze})"
-                )
-        for listener in trainer.listeners:
-            listener.started()

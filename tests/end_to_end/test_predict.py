@@ -83,8 +83,7 @@ def command(*arguments, program=predict):
 def predicted(*arguments):
     """Return the content of the JSON file of a command that succeeds."""
     assert command(*arguments, "--json=out.json")[::2] == (0, [])
-    with Path("out.json").open(encoding="utf-8") as file:
-        return json.load(file)
+    return json.loads(Path("out.json").read_text(encoding="utf-8"))
 
 
 def probabilities(found):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from pretended_ranks import Rank, World
 from small_runs import remove, small_run
 
 from distdl.arrays import sha256_of_arrays
@@ -273,6 +274,30 @@ def test_a_host_that_fails_leaves_no_file_on_any_host(what, communicator, monkey
     host.free()
     communicator.barrier()
     assert_no_new_file_since(before, communicator)
+
+
+class Host(Rank):
+    """A rank on a host of its own, simulated by a thread."""
+
+    def bcast_json(self, value, root=0):
+        return self._exchanged(value)[root]
+
+    def bcast(self, array, root=0):
+        array[...] = self._exchanged(array.copy())[root]
+
+
+def test_every_simulated_host_has_the_arrays_of_rank_0():
+    simulated = World([0.0] * 3)
+    simulated.ranks = [Host(rank, simulated) for rank in range(3)]
+
+    def work(rank):
+        return share_arrays(rank, ARRAYS if rank.rank == 0 else {}, host=OneProcess())
+
+    for shared in simulated.run(work):
+        assert shared.keys() == ARRAYS.keys()
+        for name, array in shared.items():
+            np.testing.assert_array_equal(array, ARRAYS[name])
+            assert (array.dtype, array.flags.writeable) == (ARRAYS[name].dtype, False)
 
 
 @pytest.mark.mpi(min_size=2)

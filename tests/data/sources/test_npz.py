@@ -144,7 +144,7 @@ REFUSED = {
     ),
     "complex labels": (
         {"images": IMAGES, "labels": LABELS + 0j},
-        "labels complex128 .*; expected integers, floats, te",
+        "labels complex128 .*; expected integers, floats",
     ),
     "a single image": ({"images": IMAGES[0], "labels": LABELS[:3]}, r"flat images \(3, 4\)"),
     "labels below 0": ({"images": IMAGES, "labels": LABELS - 1}, "labels -1 to 1"),
@@ -197,12 +197,18 @@ def test_an_array_header_that_declares_objects_is_refused(file):
         load(f"npz:{file}", None)
 
 
-def write_images(file, images):
+def test_an_array_that_is_not_stored_as_numpy_does_is_named(file):
+    write_images(file, npy((12, 3, 4), content=IMAGES.tobytes()), name="images")
+    with pytest.raises(UserError, match=r"has images in another form than numpy.savez writes it \(images.npy\)"):
+        load(f"npz:{file}", None)
+
+
+def write_images(file, images, name="images.npy"):
     """Write a dataset whose images have these bytes."""
     labels = io.BytesIO()
     np.save(labels, LABELS)
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("images.npy", images)
+        archive.writestr(name, images)
         archive.writestr("labels.npy", labels.getvalue())
 
 
