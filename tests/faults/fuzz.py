@@ -27,7 +27,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import ClassVar
 
@@ -198,16 +198,22 @@ class Arrays(Labels):
             elif what == 1:
                 arrays[rng.choice(self.NAMES)] = array[: rng.choice([None, 1, 0])] if array.ndim else array
             else:
-                refused = suppress(ValueError, TypeError, OverflowError)
-                with np.errstate(all="ignore"), warnings.catch_warnings(), refused:
-                    warnings.simplefilter("ignore")
-                    arrays[name] = self._changed(rng, array, what)
+                arrays[name] = self._changed(rng, array, what)
         content = io.BytesIO()
         np.savez(content, **arrays)
         self.changed = content.getvalue()
         write_files("data", {"mine.npz": self.changed})
 
     def _changed(self, rng: random.Random, array: np.ndarray, what: int) -> np.ndarray:
+        """Return the changed array; unchanged if NumPy cannot do it."""
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return self._changed_if_possible(rng, array, what)
+            except (ValueError, TypeError, OverflowError):
+                return array
+
+    def _changed_if_possible(self, rng: random.Random, array: np.ndarray, what: int) -> np.ndarray:
         if what == 2:
             return array.astype(rng.choice(self.DTYPES))
         if what == 3:
