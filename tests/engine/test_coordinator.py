@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from small_runs import piece_of_digits, small_config, small_run, warnings_in
 
+from distdl import nn
 from distdl.engine import prepare as engine_run
 from distdl.engine import train
 from distdl.engine.environment import describe
@@ -103,6 +104,12 @@ def test_a_used_folder_is_refused_and_not_changed(tmp_path):
     with pytest.raises(UserError, match="exists and is not empty"):
         small_run(OneProcess(), tmp_path / "run")
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_network_with_other_outputs_than_the_labels_need_is_refused_and_leaves_nothing(tmp_path):
+    with pytest.raises(UserError, match=r"outputs \(11,\) for a sample, expected \(10,\)"):
+        small_run(OneProcess(), tmp_path / "run", build_network=lambda shape, outputs: nn.mlp(shape, outputs + 1))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
