@@ -266,7 +266,7 @@ REFUSED = {
     "an array of other numbers": (["convnet", "float.npz"], USER, ["float32", "uint8"]),
     "no archive": (["convnet", "text.npz"], USER, ["text.npz", "not an .npz file"]),
     "the same run twice": (["convnet", "new", "--with=copy"], USER, ["convnet", "copy", "same weights"]),
-    "members of other classes": (["convnet", "new", "--with=other"], USER, ["other", "outputs: 4, expected 3"]),
+    "members of other classes": (["convnet", "new", "--with=other"], USER, ["other outputs", "4, expected 3"]),
     "files for a network of floats": (["floats", "new"], USER, ["floats", "npz:FILE.npz"]),
     "no class": (["convnet", "new", "--top=0"], USER, ["--top", "at least 1"]),
     "masks of whole images": (["convnet", "new", "--masks=m"], USER, ["--masks", "label pixels"]),
