@@ -63,7 +63,7 @@ GROUPS = {
         *("momentum", "beta1", "beta2", "epsilon", "weight_decay", "l1_decay", "clip_norm"),
     ),
     "run and checkpoints": (
-        *("config", "run_dir", "resume", "epochs", "max_steps", "early_stopping", "test_with", "seed"),
+        *("config", "run_dir", "resume", "dry_run", "epochs", "max_steps", "early_stopping", "test_with", "seed"),
         *("checkpoint_every", "keep_checkpoints", "log_every", "trace"),
     ),
     "faults": ("on_nonfinite", "verify_every", "audit", "record_hashes", "stall_warning", "detect_hangs"),
@@ -73,7 +73,8 @@ GROUPS = {
 #: Settings that a resumed run may change. They affect neither the weights at a step nor the meaning of the weights.
 FREE_TO_CHANGE_ON_RESUME = frozenset(
     {
-        *("config", "run_dir", "resume", "data_dir", "cache", "epochs", "max_steps", "early_stopping", "test_with"),
+        *("config", "run_dir", "resume", "dry_run", "data_dir", "cache", "epochs", "max_steps", "early_stopping"),
+        "test_with",
         *("checkpoint_every", "keep_checkpoints", "log_every", "stall_warning", "detect_hangs", "record_hashes"),
         *("threads_per_rank", "balance", "on_nonfinite", "verify_every", "audit", "trace"),
     }
@@ -90,7 +91,7 @@ NEEDS = {
     "plateau_factor": ("schedule", ("plateau",)),
 }
 #: Settings of the start of a run. A config file may not hold them.
-NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace"})
+NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace", "dry_run"})
 #: Settings that are a path, or end in one.
 PATHS = ("config", "data_dir", "cache", "run_dir", "resume", "trace", "init_from", "dataset", "model")
 #: No BLAS starts more threads than this.
@@ -199,6 +200,8 @@ class TrainConfig:
     """Weights that are scored on the test part at the end; best: those of the best validation."""
     resume: str | None = None
     """Checkpoint or run folder to continue from; auto: the newest intact checkpoint in --run-dir, if there is one."""
+    dry_run: bool = False
+    """Check everything and print the plan: classes, memory, steps, time, identical images; write nothing."""
     checkpoint_every: int = 0
     """Steps between checkpoints, in addition to the one at the end of each epoch; 0: none."""
     keep_checkpoints: int = 3

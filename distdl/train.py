@@ -159,9 +159,12 @@ def main(arguments: Sequence[str]) -> int:
     """Train with the settings of the command line; return the exit code."""
     config = parse(arguments)
     cli.set_blas_threads(config.threads_per_rank)
-    from distdl.engine import train  # noqa: PLC0415  NumPy reads the number of threads when it is loaded
+    from distdl.engine import dry_run, train  # noqa: PLC0415  NumPy reads the number of threads when it is loaded
 
-    train(config)
+    if config.dry_run:
+        dry_run(config)
+    else:
+        train(config)
     return 0
 
 

@@ -385,6 +385,7 @@ OTHER = {
     "seed": 1,
     "run_dir": Path("run"),
     "max_steps": 5,
+    "dry_run": True,
     "early_stopping": 3,
     "test_with": "best",
     "resume": "run",
@@ -403,7 +404,7 @@ OTHER = {
     "trace": Path("trace.json"),
 }
 FREE = {
-    *("config", "run_dir", "resume", "data_dir", "cache", "epochs", "max_steps", "checkpoint_every"),
+    *("config", "run_dir", "resume", "dry_run", "data_dir", "cache", "epochs", "max_steps", "checkpoint_every"),
     *("keep_checkpoints", "early_stopping", "test_with", "log_every", "stall_warning", "detect_hangs"),
     *("record_hashes", "balance", "on_nonfinite"),
     *("verify_every", "audit", "threads_per_rank", "trace"),

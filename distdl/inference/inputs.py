@@ -15,8 +15,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from distdl.data.labels import natural_order
 from distdl.data.signature import Signature
-from distdl.data.sources.folder import is_junk, natural_order
+from distdl.data.sources.folder import is_junk
 from distdl.data.sources.images import SUFFIXES, pillow, read_image
 from distdl.data.sources.npz import load_images
 from distdl.errors import DamagedFileError, UserError, quoted

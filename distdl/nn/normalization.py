@@ -129,7 +129,8 @@ class BatchNorm(Layer):
         sum_rows(dx, self.workspace, out=self.gradients["gamma"])
         sum_rows(d, self.workspace, out=self.gradients["beta"])
         if self.is_single:
-            return np.multiply(d, self.parameters["gamma"] * self.inverse, out=dx).reshape(dy.shape)
+            np.multiply(d, self.parameters["gamma"] * self.inverse, out=dx)
+            return dx.reshape(dy.shape)
         lines = self._lines(dx)
         np.multiply(self._lines(self.normalized), self._line(self.gradients["gamma"] / M), out=lines)
         np.subtract(self._lines(d), lines, out=lines)

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distdl.data.dataset import Dataset
-from distdl.data.sources.folder import PART_OF, PARTS, natural_order
+from distdl.data.labels import natural_order
+from distdl.data.sources.folder import PART_OF, PARTS
 from distdl.data.sources.image_files import ListedFiles
 from distdl.data.sources.images import pillow
 from distdl.errors import UserError, nearest, one_line, quoted

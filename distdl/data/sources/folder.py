@@ -6,11 +6,11 @@ folders of the classes. Any other file is refused.
 """
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from distdl.data.dataset import Dataset
+from distdl.data.labels import natural_order
 from distdl.data.sources.image_files import ListedFiles
 from distdl.data.sources.images import SUFFIXES, UnusableImageError, pillow
 from distdl.errors import UserError, quoted
@@ -106,19 +106,6 @@ def _classes(path: Path, folders: list[Path]) -> list[Path]:
         f"{quoted(path)} has {'1 folder' if folders else 'no folders'} with images: expected one for each class, two "
         f"or more, with the images in them{hint}"
     )
-
-
-def natural_order(name: str) -> tuple[tuple[int, str], ...]:
-    """Return a key that sorts numbers in names by their value.
-
-    >>> sorted(["b", "10", "2", "a10", "a9"], key=natural_order)
-    ['2', '10', 'a9', 'a10', 'b']
-    """
-    key = []
-    for place, piece in enumerate(re.split("([0-9]+)", name)):
-        number = piece.lstrip("0")
-        key.append((len(number), number) if place % 2 else (0, piece))
-    return (*key, (0, name))  # 01 after 1, always
 
 
 def _list(paths: Sequence[Path]) -> str:

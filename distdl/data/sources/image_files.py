@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.data.dataset import Dataset
-from distdl.data.memory import available_bytes
 from distdl.data.sources import images
 from distdl.data.sources.image_cache import Decoded, Make, Pixels, read_cached
 from distdl.data.sources.images import OtherSizeError, UnusableImageError
 from distdl.errors import UserError, quoted
+from distdl.host_memory import available_bytes
 from distdl.image_options import ImageOptions, Resize
 from distdl.mapped_files import release_pages
 
@@ -222,7 +222,7 @@ def _suggested(sizes: Sequence[tuple[int, int]]) -> str:
 def _empty(source: str, count: int, pixels: Pixels, resize: Resize | None) -> Pixels:
     """Return an array for `count` images such as `pixels`; raise `UserError` if memory does not suffice."""
     needed, available = count * pixels.size, available_bytes()
-    if available is not None and needed > available:
+    if needed > available:
         height, width, channels = pixels.shape
         smaller = "a smaller --resize" if resize else f"--resize {_suggested([(height, width)])}, for example"
         raise UserError(
