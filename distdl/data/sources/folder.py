@@ -103,8 +103,8 @@ def _classes(path: Path, folders: list[Path]) -> list[Path]:
     elif beside := _images_beside(path):
         hint = f"; it has {len(beside)} images itself: move each into a folder with the name of its class"
     raise UserError(
-        f"{quoted(path)} has {len(folders)} folders with images: expected one for each class, two or more, with the "
-        f"images in them{hint}"
+        f"{quoted(path)} has {'1 folder' if folders else 'no folders'} with images: expected one for each class, two "
+        f"or more, with the images in them{hint}"
     )
 
 
@@ -160,6 +160,6 @@ def _images_in(folder: Path, unusable: dict[Path, UnusableImageError]) -> list[P
             images.append(entry)
         else:
             unusable[entry] = UnusableImageError(
-                f"it is not an image: expected only {', '.join(SUFFIXES)}", is_damaged=False
+                f"it is not an image: expected only {', '.join(SUFFIXES[:4])} …", is_damaged=False
             )
     return images

@@ -31,6 +31,8 @@ SUGGESTED_PIXELS, SUGGESTED_STEP = 128, 8
 
 #: A dataset is dark if no pixel of about this many images reaches this value: 12 bits in 16 give 15.
 IMAGES_LOOKED_AT, DARK = 256, 16
+#: Images with a longer side make a training on CPUs slow.
+LARGE = 256
 #: The pages of a mapped file are released after this many images.
 IMAGES_MAPPED = 256
 
@@ -67,6 +69,12 @@ class ListedFiles:
             self.notes.append(f"--skip-damaged left out {len(skipped)} of {count} files: {_list(skipped)}")
         if not self.is_regression:
             self._check_classes(labels, starts)
+        if options.resize is None and max(found.shape[1:3]) > LARGE:
+            height, width = found.shape[1:3]
+            self.notes.append(
+                f"the images of {self.source} have {height}x{width} pixels, so the training is slow: --resize "
+                f"{_suggested([(height, width)])}, for example, makes them smaller"
+            )
         brightest = int(found[:: max(1, len(found) // IMAGES_LOOKED_AT)].max())
         if brightest < DARK:
             self.notes.append(
@@ -87,16 +95,13 @@ class ListedFiles:
         ).checked()
 
     def _check_classes(self, labels: NDArray[Any], starts: Mapping[str, int]) -> None:
-        """Raise `UserError` if a class or the part has lost all its images; note classes that other parts lack."""
+        """Raise `UserError` if a class has no image for training, or if a part has lost all its images."""
         ends = [*list(starts.values())[1:], len(labels)]
         for (part, start), end in zip(starts.items(), ends, strict=True):
             missing = sorted(set(range(len(self.class_names))) - set(labels[start:end].tolist()))
-            names = ", ".join(repr(self.class_names[label]) for label in missing[:MOST_NAMES])
-            names += f" and {len(missing) - MOST_NAMES} more" if len(missing) > MOST_NAMES else ""
             if missing and (part == "training" or start == end):
+                names = _list([repr(self.class_names[label]) for label in missing])
                 raise UserError(f"{self.source} has no image for the {part} part of {names} that can be used; add some")
-            if missing:
-                self.notes.append(f"the {part} part of {self.source} has no image of the class {names}")
 
 
 def read_image_files(
@@ -168,7 +173,8 @@ def _refusal(source: str, unusable: dict[Path, UnusableImageError], count: int) 
     if len(unusable) == 1:
         [(file, reason)] = unusable.items()
         error = reason.of(quoted(file))
-        return type(error)(f"{error}, or leave it out by --skip-damaged")
+        remedy = ", or leave it out" if reason.is_damaged else "; replace it, or leave it out"
+        return type(error)(f"{error}{remedy} by --skip-damaged")
     names = _list([f"{quoted(file)} ({error})" for file, error in unusable.items()])
     worst = max(unusable.values(), key=lambda error: error.is_damaged)
     return type(worst.of(""))(

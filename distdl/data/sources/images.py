@@ -11,6 +11,7 @@ Dimensions: N samples, H height, W width, C channels. Pillow's own sizes are (wi
 
 import importlib
 import io
+import logging
 import os
 import stat
 import sys
@@ -46,6 +47,9 @@ TRANSPARENT = {"LA", "La", "PA", "RGBA", "RGBa"}
 SIXTEEN_BITS = {"PNG", "PPM"}
 WHITE, BLACK = 255, 0
 STDERR = 2
+NOTHING = logging.NullHandler()
+#: A file of so few bytes for its pixels is damaged, or one color. Up to `FREE_PIXELS` any file is accepted.
+MOST_PIXELS_PER_BYTE, FREE_PIXELS = 1032, 2**20
 #: EXIF orientations that exchange height and width.
 TURNED = {5, 6, 7, 8}
 ORIENTATION = 0x0112
@@ -143,12 +147,14 @@ def _other_size(found: tuple[int, ...], expected: tuple[int, int]) -> OtherSizeE
 def pillow() -> Any:
     """Return the module PIL.Image; raise `UserError` if Pillow is not installed."""
     try:
-        return importlib.import_module("PIL.Image")
+        found = importlib.import_module("PIL.Image")
     except ImportError as error:
         raise UserError(
             "reading images needs Pillow, which is not installed: pip install 'distdl-mpi[images]', or give arrays by "
             "--dataset npz:FILE.npz"
         ) from error
+    logging.getLogger("PIL").addHandler(NOTHING)  # otherwise Python prints Pillow's log about damaged files
+    return found
 
 
 @contextmanager
@@ -161,13 +167,18 @@ def _open(file: Path | BinaryIO) -> Iterator[Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about content that is ignored anyway
             warnings.simplefilter("error", image_module.DecompressionBombWarning)
+            bytes_of_file = stream.seek(0, os.SEEK_END)
+            stream.seek(0)
             with image_module.open(stream, formats=FORMATS) as image:
+                _check_pixels(image, bytes_of_file)
                 yield image
     except (UnusableImageError, UserError, MemoryError):
         raise
     except (image_module.DecompressionBombWarning, image_module.DecompressionBombError) as error:
         reason = f"it has more pixels than Pillow accepts ({error}); make it smaller first"
         raise UnusableImageError(reason, is_damaged=False) from error
+    except image_module.UnidentifiedImageError as error:
+        raise UnusableImageError(_cause(stream) or f"its content is not {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow raises many kinds for bytes that are not an image
         raise UnusableImageError(_cause(stream) or str(error) or type(error).__name__) from error
     finally:
@@ -187,6 +198,11 @@ def _silent_libtiff() -> Iterator[None]:
         finally:
             os.dup2(kept, STDERR)
             os.close(kept)
+
+
+def _check_pixels(image: Any, bytes_of_file: int) -> None:
+    if image.width * image.height > FREE_PIXELS + MOST_PIXELS_PER_BYTE * bytes_of_file:
+        raise UnusableImageError(f"it cannot hold {image.height}x{image.width} pixels in {bytes_of_file} bytes")
 
 
 def _opened(file: Path) -> BinaryIO:

@@ -1,6 +1,7 @@
 """Every usual image file becomes the pixels that a viewer shows; a file that cannot be used says why."""
 
 import io
+import logging
 import os
 from contextlib import suppress
 
@@ -206,7 +207,7 @@ WHOLE_PNG = stream_of(COLORED, "PNG").getvalue()
         (b"version https://git-lfs.github.com/spec/v1\n", DamagedFileError, "git lfs pull"),
         (b"\0\0\0\x18ftypheic" + bytes(50), DamagedFileError, "it is HEIC"),
         (b"%PDF-1.4", DamagedFileError, "PDF"),
-        (b"hello", DamagedFileError, "cannot identify"),
+        (b"hello", DamagedFileError, "its content is not PNG, JPEG, "),
         (WHOLE_JPEG[:-200], DamagedFileError, "truncated"),
         (WHOLE_PNG[:-30], DamagedFileError, "is damaged or not an image: "),
         (animated("GIF"), UserError, "it has 3 pictures, expected one"),
@@ -215,6 +216,7 @@ WHOLE_PNG = stream_of(COLORED, "PNG").getvalue()
         (animated("WEBP"), UserError, "it has 3 pictures, expected one"),
         (stream_of(np.ones((6, 4), np.float32), "TIFF").getvalue(), UserError, "of the kind F"),
         (stream_of(np.ones((6, 4), np.int32), "TIFF").getvalue(), UserError, "of the kind I"),
+        (b"P5 9000 9000 255\n" + bytes(900), DamagedFileError, "it cannot hold 9000x9000 pixels in 917 bytes"),
         (b"P5 2000000 2000000 255\n", UserError, "more pixels than Pillow accepts"),
     ],
 )
@@ -228,12 +230,18 @@ def test_a_file_that_cannot_be_used_says_why(content, kind, reason, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_libtiff_prints_nothing_itself(tmp_path, capfd):
+def test_the_libraries_print_nothing_themselves(tmp_path, capfd):
     content = stream_of(RNG.integers(0, 256, (60, 40, 3), np.uint8), "TIFF", compression="tiff_lzw").getvalue()
     for place in range(20, 400, 7):  # some of these alterations make libtiff print
         (tmp_path / "x.tif").write_bytes(content[:place] + b"\xff\x00" + content[place + 2 :])
         with suppress(UserError):
             read_image(tmp_path / "x.tif", channels=3)
+    many_samples = content[:8] + content[8:].replace(
+        b"\x15\x01\x03\x00\x01\x00\x00\x00\x03", b"\x15\x01\x03\x00\x01\x00\x00\x00\x63"
+    )
+    with pytest.raises(UserError):
+        read_image(io.BytesIO(many_samples), channels=3)
+    assert logging.getLogger("PIL").handlers
     assert capfd.readouterr().err == ""
 
 
