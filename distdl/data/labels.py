@@ -174,10 +174,10 @@ def check_classes(labels: NDArray[Any], classes: int, names: Names) -> list[str]
         )
     missing = np.setdiff1d(np.arange(classes), found)
     if not missing.size:
-        return []
+        return _similar(names or ())
     none = f"class {missing[0]} has no sample" if missing.size == 1 else f"{missing.size} classes have no sample"
     if names is not None:
-        return [f"{none} ({_listed([names[i] for i in missing])})"]
+        return [f"{none} ({_listed([names[i] for i in missing])})", *_similar(names)]
     text = f"labels are {shown}, which gives {classes} classes: {none}"
     if found.tolist() == [0, 255]:
         return [f"{text}; labels // 255 gives the classes 0 and 1"]
@@ -187,6 +187,26 @@ def check_classes(labels: NDArray[Any], classes: int, names: Names) -> list[str]
     if found.tolist() == list(range(1, classes)):
         return [f"{text}; labels - 1 starts at 0"]
     return [f"{text}; {RENUMBER}"]
+
+
+def _similar(names: Sequence[str]) -> list[str]:
+    """Return a warning about names that differ only in spaces or capitals.
+
+    >>> _similar(["cat", "dog", "Cat "])
+    ["the classes 'cat' and 'Cat ' differ only in spaces or capitals"]
+    """
+    seen: dict[str, str] = {}
+    pairs = [(seen.setdefault(" ".join(name.split()).casefold(), name), name) for name in names]
+    return [
+        f"the classes {one!r} and {name!r} differ only in spaces or capitals" for one, name in pairs if one != name
+    ][:1]
+
+
+def about_numbers(labels: NDArray[Any]) -> list[str]:
+    """Return a warning if numbers to predict (N, D) may be the probabilities of classes."""
+    if labels.shape[1] < 2 or is_whole(labels) or labels.min() < 0 or np.abs(labels.sum(axis=1) - 1).max() > 1e-3:
+        return []
+    return ["the numbers of each image sum to 1 and are learned as numbers; for classes save labels.argmax(axis=1)"]
 
 
 def classes_missing_in(

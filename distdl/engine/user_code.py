@@ -41,6 +41,9 @@ EXPECTED = {
     "--dataset": "expected a function(data_dir) that returns a distdl.data.sources.Dataset",
 }
 
+#: The start of the name of a module that a file became.
+OWN_CODE = "own_code_"
+
 
 @dataclass(frozen=True)
 class UserFunction:
@@ -107,14 +110,21 @@ def load_dataset(dataset: str, data_dir: Path | None, options: ImageOptions | No
 def names_from_script(config: TrainConfig, build_network: BuildNetwork | None, dataset: Dataset | None) -> TrainConfig:
     """Return the config with the names of the model and dataset that a script has given."""
     if build_network is not None:
-        name = getattr(build_network, "__qualname__", type(build_network).__qualname__)
-        config = replace(config, model=f"{build_network.__module__}:{name}")
+        config = replace(config, model=_name_of(build_network))
     if dataset is not None and not isinstance(dataset, Dataset):
         raise UserError(
             f"the dataset is a {type(dataset).__name__}, expected a distdl.data.sources.Dataset(name, images, labels, "
             "classes, test_start)"
         )
     return config if dataset is None else replace(config, dataset=dataset.name)
+
+
+def _name_of(build_network: BuildNetwork) -> str:
+    """Return the name of a function that a script has given: package.module:function, or file.py:function."""
+    place, name = build_network.__module__, getattr(build_network, "__qualname__", type(build_network).__qualname__)
+    if place.startswith(OWN_CODE):
+        place = getattr(sys.modules.get(place), "__file__", None) or place
+    return f"{place}:{name}"
 
 
 def read_data(config: TrainConfig, dataset: Dataset | None, data_sha256: str | None = None) -> PreparedDataset:
@@ -198,7 +208,7 @@ def _import_file(flag: str, file: Path) -> ModuleType:
         what = "is not a regular file" if file.exists() else "does not exist"
         raise UserError(f"{flag}: the file {file} {what} (looked in {Path.cwd()}): give the path of a Python file")
     # The prefix keeps a file called random.py from replacing the module random.
-    spec = importlib.util.spec_from_file_location(f"own_code_{file.stem}", file)
+    spec = importlib.util.spec_from_file_location(f"{OWN_CODE}{file.stem}", file)
     assert spec is not None, "it ends in .py"
     assert spec.loader is not None, "it ends in .py"
     module = importlib.util.module_from_spec(spec)

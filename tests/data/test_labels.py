@@ -177,3 +177,12 @@ def test_a_dataset_of_one_source_may_be_prepared_for_several_losses():
     assert given.for_loss("cross_entropy").task == "classification"
     assert given.for_loss("mean_squared_error").task == "regression"
     assert replace(given).for_loss("cross_entropy").labels.tolist() == CLASSES.tolist()
+
+
+def test_names_that_are_almost_equal_and_numbers_that_are_probabilities_are_warnings():
+    [note] = prepared(np.array(["cat", "dog", "Cat ", "eel"])[CLASSES]).notes
+    assert note == "the classes 'Cat ' and 'cat' differ only in spaces or capitals"
+    smoothed = ONE_HOT * 0.9 + 0.025
+    [note] = prepared(smoothed).notes
+    assert "sum to 1 and are learned as numbers; for classes save labels.argmax(axis=1)" in note
+    assert prepared(smoothed * 2).notes == ()

@@ -27,7 +27,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import ClassVar
 
@@ -198,15 +198,22 @@ class Arrays(Labels):
             elif what == 1:
                 arrays[rng.choice(self.NAMES)] = array[: rng.choice([None, 1, 0])] if array.ndim else array
             else:
-                with np.errstate(all="ignore"), warnings.catch_warnings(), suppress(ValueError, TypeError, OverflowError):
-                    warnings.simplefilter("ignore")
-                    arrays[name] = self._changed(rng, array, what)
+                arrays[name] = self._changed(rng, array, what)
         content = io.BytesIO()
         np.savez(content, **arrays)
         self.changed = content.getvalue()
         write_files("data", {"mine.npz": self.changed})
 
     def _changed(self, rng: random.Random, array: np.ndarray, what: int) -> np.ndarray:
+        """Return the changed array; unchanged if NumPy cannot do it."""
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return self._changed_if_possible(rng, array, what)
+            except (ValueError, TypeError, OverflowError):
+                return array
+
+    def _changed_if_possible(self, rng: random.Random, array: np.ndarray, what: int) -> np.ndarray:
         if what == 2:
             return array.astype(rng.choice(self.DTYPES))
         if what == 3:
@@ -245,6 +252,93 @@ class Images(Kind):
 
     def is_valid(self) -> bool | None:
         return True if self.changed in self.wholes else None  # an image has no checksum over all of its bytes
+
+
+class Photos(Images):
+    """One of a user's own images, in another format than PNG, or of another kind."""
+
+    arguments: ClassVar = [*Images.arguments, "--resize=3x2"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        images = importlib.import_module("PIL.Image")
+        image = images.linear_gradient("L").resize((24, 16))
+        exif = images.Exif()
+        exif[0x0112] = 6
+        self.wholes = []
+        for mode, form, settings in (
+            *(("RGB", "JPEG", {"exif": exif}), ("CMYK", "JPEG", {}), ("RGB", "MPO", {})),
+            *(("P", "GIF", {}), ("RGB", "BMP", {}), ("1", "PPM", {}), ("RGB", "WEBP", {}), ("RGBA", "WEBP", {})),
+            *(("RGB", "TIFF", {}), ("RGBA", "TIFF", {"compression": "tiff_lzw"}), ("L", "TIFF", {"exif": exif})),
+            *(("I;16", "TIFF", {}), ("I;16", "PNG", {}), ("LA", "PNG", {"exif": exif}), ("I;16", "PPM", {})),
+        ):
+            content = io.BytesIO()
+            deep = images.fromarray(np.asarray(image).astype(np.uint16) * 257)
+            (deep if mode == "I;16" else image.convert(mode)).save(content, form, **settings)
+            self.wholes.append(content.getvalue())
+
+
+class Csv(Kind):
+    """A CSV file that lists a user's own images."""
+
+    arguments: ClassVar = [*Kind.arguments, "--dataset=csv:data/list.csv"]
+
+    def __init__(self) -> None:
+        image = importlib.import_module("PIL.Image").linear_gradient("L").resize((4, 4))
+        content = io.BytesIO()
+        image.save(content, "PNG")
+        write_files("data", {f"{number}.png": content.getvalue() for number in range(40)})
+        plain = "".join(f"{number}.png,{'ab'[number % 2]}\n" for number in range(40))
+        numbers = "".join(f"{number}.png;{number / 2}\r\n" for number in range(40))
+        parts = "".join(f"{number}.png\t{number % 3}\t{['train', 'val'][number > 30]}\n" for number in range(40))
+        texts = ("path,label\n" + plain, "\ufefffile;target\r\n" + numbers, "image\tclass\tsplit\n" + parts)
+        self.wholes = [text.encode() for text in texts]
+        self.words = [
+            b",",
+            b";",
+            b'"',
+            b"\n",
+            b"\r",
+            b"\0",
+            b"9" * 5000,
+            b"nan",
+            b"1e999",
+            b"../",
+            b"0.png,c\n",
+            b"\xff",
+        ]
+
+    def alter(self, rng: random.Random) -> None:
+        self.changed = altered(rng, rng.choice(self.wholes), self.words)
+        write_files("data", {"list.csv": self.changed})
+
+    def is_valid(self) -> bool | None:
+        return True if self.changed in self.wholes else None  # another label is also valid
+
+
+class Cifar(Kind):
+    """One of CIFAR-10's files."""
+
+    arguments: ClassVar = [*Kind.arguments, "--dataset=cifar10", "--data-dir=data"]
+
+    def __init__(self) -> None:
+        names = [*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"]
+        records = random.Random(0).randbytes(6 * 3072)
+        self.files = {
+            name: b"".join(bytes([label]) + records[3072 * place : 3072 * (place + 1)] for label in range(4))
+            for place, name in enumerate(names)
+        }
+        write_files("data", self.files)
+
+    def alter(self, rng: random.Random) -> None:
+        write_files("data", self.files)
+        name = rng.choice(sorted(self.files))
+        self.changed = altered(rng, self.files[name], [bytes(3073), self.files[name][:3073], b"\x0a"])
+        write_files("data", {name: self.changed})
+
+    def is_valid(self) -> bool:
+        labels = self.changed[::3073]
+        return len(self.changed) % 3073 == 0 and len(labels) > 0 and max(labels) < 10
 
 
 class Config(Kind):
@@ -397,6 +491,9 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "labels": Labels,
     "arrays": Arrays,
     "images": Images,
+    "photos": Photos,
+    "csv": Csv,
+    "cifar": Cifar,
     "config": Config,
     "checkpoint": Checkpoint,
     "sealed": Sealed,

@@ -13,9 +13,10 @@ import importlib
 import io
 import os
 import stat
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,6 +45,7 @@ TRANSPARENT = {"LA", "La", "PA", "RGBA", "RGBa"}
 #: The formats of which mode "I" holds 16 bits.
 SIXTEEN_BITS = {"PNG", "PPM"}
 WHITE, BLACK = 255, 0
+STDERR = 2
 #: EXIF orientations that exchange height and width.
 TURNED = {5, 6, 7, 8}
 ORIENTATION = 0x0112
@@ -97,7 +99,8 @@ def decode(
         mode = "L" if channels == 1 or (channels is None and image.mode in GRAY) else "RGB"
         if resize is not None:
             _decode_smaller(image, mode, resize)
-        image.load()
+        with _silent_libtiff() if image.format == "TIFF" else nullcontext():
+            image.load()
         found = _without_alpha(_upright(image), mode)
         if resize is not None:
             found = _resized(found, resize)
@@ -111,7 +114,10 @@ def size_of(file: Path | BinaryIO) -> tuple[int, int]:
     """Return height and width as the first bytes of a file give them; raise `UnusableImageError`."""
     with _open(file) as image:
         _check_kind(image)
-        return image.height, image.width
+        # The orientation of a PNG file may stand after its pixels. It is not worth decoding them.
+        is_known = image.format != "PNG" or "exif" in image.info
+        turned = is_known and _orientation(image) in TURNED
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def has_colors(file: Path) -> bool:
@@ -167,6 +173,20 @@ def _open(file: Path | BinaryIO) -> Iterator[Any]:
     finally:
         if isinstance(file, Path) and stream is not None:
             stream.close()
+
+
+@contextmanager
+def _silent_libtiff() -> Iterator[None]:
+    """Discard what libtiff prints about a damaged file; the error of Pillow says it too."""
+    sys.stderr.flush()
+    with Path(os.devnull).open("wb") as nothing:
+        kept = os.dup(STDERR)
+        os.dup2(nothing.fileno(), STDERR)
+        try:
+            yield
+        finally:
+            os.dup2(kept, STDERR)
+            os.close(kept)
 
 
 def _opened(file: Path) -> BinaryIO:
