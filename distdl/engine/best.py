@@ -5,14 +5,13 @@ smaller. An equal score is not better. Early stopping, the plateau schedule, the
 share this rule.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from distdl.config import TrainConfig
-from distdl.engine.console import Console
 from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
@@ -53,7 +52,7 @@ def stops_early(config: TrainConfig, state: TrainingState, steps_per_epoch: int)
 
 @contextmanager
 def weights_to_score(
-    config: TrainConfig, communicator: Communicator, state: TrainingState, folder: Path, console: Console
+    config: TrainConfig, communicator: Communicator, state: TrainingState, folder: Path, warn: Callable[[str], None]
 ) -> Iterator[int]:
     """Give the network, inside the ``with`` block, the weights that `--test-with` selects; yield their step.
 
@@ -72,7 +71,7 @@ def weights_to_score(
             weights = {name: array for name, array in tensors.items() if name in dict(into)}
             checkpoints.restore(Checkpoint(weights, {}), into, str(path))
         except UserError as error:
-            console.warning(f"{error}; --test-with best scores the last weights instead")
+            warn(f"{error}; --test-with best scores the last weights instead")
             return state.step
         return best
 

@@ -19,7 +19,7 @@ from distdl.engine.fault_injection import fault_point
 from distdl.engine.logbook import Logbook
 from distdl.engine.metrics import Sums
 from distdl.engine.printed_lines import banner_of
-from distdl.engine.requirements import check_moments, check_outputs, check_ranks, outputs_of, restore
+from distdl.engine.requirements import check_moments, check_outputs, check_ranks, outputs_of, restore, warnings_about
 from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
 from distdl.engine.storage.files import check_output
@@ -214,7 +214,8 @@ class Preparation:
             console, data, network = trainer.console, trainer.data, trainer.state.network
             for line in banner_of(self.config, data, network, trainer.facts.environment, trainer.communicator):
                 console.line(line)
-            for note in data.notes:
+            warnings = warnings_about(self.config, len(data.parts.training), network, trainer.communicator.size)
+            for note in (*data.notes, *warnings):
                 console.warning(note)
             if self.transferred is not None:
                 for complaint in self.transferred.complaints:
