@@ -10,7 +10,7 @@ from pathlib import Path
 
 import distdl
 from distdl import cli
-from distdl.errors import unknown_name
+from distdl.errors import UserError, nearest, unknown_name
 
 #: Each command and its module, in the order of ``distdl --help``.
 COMMANDS = {
@@ -37,7 +37,7 @@ def main() -> int:
 
 
 def _about(arguments: Sequence[str]) -> int:
-    """Print the version or the list of commands; raise `UserError` for an unknown command."""
+    """Print the version or the list of commands; raise `UserError` for anything else."""
     (name,) = arguments
     if name == "--version":
         sys.stdout.write(f"distdl {distdl.__version__}\n")
@@ -46,6 +46,11 @@ def _about(arguments: Sequence[str]) -> int:
         for command, module in COMMANDS.items():
             sys.stdout.write(f"  {command:10}{importlib.import_module(module).COMMAND.summary}\n")
         sys.stdout.write("\ndistdl COMMAND --help explains a command. distdl --version shows the version.\n")
+    elif name.startswith("-"):
+        near = nearest(name, ["--help", "--version"], {})
+        raise UserError(
+            f"unknown flag {name}: {f'did you mean {near}?' if near else 'distdl --help lists all commands'}"
+        )
     else:
         raise unknown_name("command", name, COMMANDS)
     return 0

@@ -231,6 +231,8 @@ class Command(Generic[Settings]):
         """Return the setting of a word, and the text in the same word, if any; raise `UserError`."""
         settings = self._settings.values()
         flag, equals, text = word.partition("=")
+        if flag == "--help":
+            raise UserError(f"--help takes no value: leave {equals + text!r} out")
         if word.startswith("--"):
             for setting in settings:
                 if setting.flag == "--" + flag[2:].replace("_", "-"):
@@ -245,6 +247,8 @@ class Command(Generic[Settings]):
             is_free = setting.properties.repeated or setting.name not in given
             if setting.is_positional and is_free and not _looks_like_a_flag(word):
                 return setting, word
+        if word.startswith("-n"):
+            raise UserError(f"unknown flag -n: to start 4 ranks, use mpirun -n 4 {self.program}{self._after_dashes}")
         raise UserError(f"unexpected argument {word!r}: --help lists all flags{self._after_dashes}")
 
 

@@ -21,9 +21,9 @@ from distdl.image_options import ImageOptions, Resize
 from distdl.model_settings import parse_model_settings
 from distdl.transforms import Transforms
 
-DATASETS = ("digits", "mnist", "fashion-mnist")
+DATASETS = ("digits", "mnist", "fashion-mnist", "kmnist", "cifar10")
 #: Prefixes of a dataset that is the user's own file or folder.
-FROM_PATH = ("npz:", "folder:")
+FROM_PATH = ("npz:", "folder:", "csv:")
 MODELS = (
     *("logistic", "mlp", "simple_convnet", "deep_convnet", "lenet", "alexnet"),
     *("vgg11", "vgg16", "googlenet", "resnet18", "resnet20", "resnet50"),
@@ -62,7 +62,7 @@ OTHER_CHOICES = {
 }
 #: The groups of `--help`, with all settings.
 GROUPS = {
-    "data": ("dataset", "data_dir", "resize", "skip_damaged", "cache", *SHARES, "batch_size", "augment"),
+    "data": ("dataset", "data_dir", "resize", "skip_damaged", "csv_columns", "cache", *SHARES, "batch_size", "augment"),
     "model": ("model", "model_settings", "init_from", "freeze", "loss", *LOSS_SETTINGS),
     "optimizer": (
         *("optimizer", "lr", "lr_base_batch", "schedule", "warmup_steps", "lr_step_epochs", "lr_step_factor"),
@@ -70,7 +70,7 @@ GROUPS = {
         *("momentum", "beta1", "beta2", "epsilon", "weight_decay", "l1_decay", "clip_norm"),
     ),
     "run and checkpoints": (
-        *("config", "run_dir", "resume", "epochs", "max_steps", "early_stopping", "test_with", "seed"),
+        *("config", "run_dir", "resume", "dry_run", "epochs", "max_steps", "early_stopping", "test_with", "seed"),
         *("checkpoint_every", "keep_checkpoints", "log_every", "trace"),
     ),
     "faults": ("on_nonfinite", "verify_every", "audit", "record_hashes", "stall_warning", "detect_hangs"),
@@ -80,7 +80,8 @@ GROUPS = {
 #: Settings that a resumed run may change. They affect neither the weights at a step nor the meaning of the weights.
 FREE_TO_CHANGE_ON_RESUME = frozenset(
     {
-        *("config", "run_dir", "resume", "data_dir", "cache", "epochs", "max_steps", "early_stopping", "test_with"),
+        *("config", "run_dir", "resume", "dry_run", "data_dir", "cache", "epochs", "max_steps", "early_stopping"),
+        "test_with",
         *("checkpoint_every", "keep_checkpoints", "log_every", "stall_warning", "detect_hangs", "record_hashes"),
         *("threads_per_rank", "balance", "on_nonfinite", "verify_every", "audit", "trace"),
     }
@@ -97,7 +98,7 @@ NEEDS = {
     "plateau_factor": ("schedule", ("plateau",)),
 }
 #: Settings of the start of a run. A config file may not hold them.
-NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace"})
+NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace", "dry_run"})
 #: Settings that are a path, or end in one.
 PATHS = ("config", "data_dir", "cache", "run_dir", "resume", "trace", "init_from", "dataset", "model")
 #: No BLAS starts more threads than this.
@@ -116,14 +117,18 @@ class TrainConfig:
     """TOML file of settings, named as the flags but with underscores; flags override the file."""
     dataset: str = "digits"
     """Data to train on; digits: 1,797 real 8x8 images, included; npz:FILE.npz: arrays images and labels; folder:PATH:
-    one subfolder of images per class; or your own file.py:function or package.module:function."""
+    one subfolder of images per class; csv:FILE.csv: paths and labels; or your own file.py:function or
+    package.module:function."""
     data_dir: Path | None = None
-    """Folder of the dataset's files; by default mnist and fashion-mnist are downloaded into the user's cache."""
+    """Folder of the dataset's files; by default published datasets are downloaded into the user's cache."""
     resize: str | None = None
     """Size for all image files, such as 32 or 32x48 (height x width). If an image has other proportions, its middle is
     cut out; 32x48:pad adds black borders instead, 32x48:stretch changes the proportions."""
     skip_damaged: bool = False
     """Leave out image files that cannot be used, and list them; otherwise they are refused."""
+    csv_columns: str | None = None
+    """Columns of a csv: dataset: that of the paths and that of the labels, such as file,species; several label columns
+    are numbers to predict. By default the columns with usual names, such as path and label."""
     cache: Path | None = None
     """Folder for decoded image files: they are decoded once and then mapped, for images that do not fit into memory."""
     validation_share: float | None = None
@@ -202,6 +207,8 @@ class TrainConfig:
     """Weights that are scored on the test part at the end; best: those of the best validation."""
     resume: str | None = None
     """Checkpoint or run folder to continue from; auto: the newest intact checkpoint in --run-dir, if there is one."""
+    dry_run: bool = False
+    """Check everything and print the plan: classes, memory, steps, time, identical images; write nothing."""
     checkpoint_every: int = 0
     """Steps between checkpoints, in addition to the one at the end of each epoch; 0: none."""
     keep_checkpoints: int = 3
@@ -265,7 +272,9 @@ class TrainConfig:
     def image_options(self) -> ImageOptions:
         """The settings for image files; without effect for another dataset."""
         resize = self.resize if reads_image_files(self.dataset) else None
-        return ImageOptions(resize=resize, skip_damaged=self.skip_damaged, cache=self.cache)
+        return ImageOptions(
+            resize=resize, skip_damaged=self.skip_damaged, csv_columns=self.csv_columns, cache=self.cache
+        )
 
     @property
     def epoch_count(self) -> int:
@@ -451,7 +460,7 @@ def reads_data_dir(dataset: str) -> bool:
 
 def reads_image_files(dataset: str) -> bool:
     """Return whether a dataset consists of image files, which `--resize` and `--skip-damaged` are for."""
-    return dataset.startswith("folder:")
+    return dataset.startswith(("folder:", "csv:"))
 
 
 def check_model_name(model: str) -> None:
@@ -468,12 +477,24 @@ def check_dataset_name(dataset: str) -> None:
         _check_function_name("--dataset", dataset)
     elif dataset.startswith(FROM_PATH):
         if dataset in FROM_PATH or "\0" in dataset or not _is_utf8(dataset):
-            raise UserError(f"--dataset {dataset!r} does not name a file: give npz:FILE.npz or folder:PATH")
+            raise UserError(
+                f"--dataset {dataset!r} does not name a file: give npz:FILE.npz, folder:PATH or csv:FILE.csv"
+            )
     elif dataset not in DATASETS:
+        if prefix := _prefix_of_path(dataset):
+            raise UserError(f"--dataset {dataset!r} is the path of your own data: give --dataset {prefix}{dataset}")
         raise UserError(
-            f"{unknown_name('dataset', dataset, DATASETS)} (for your own, give npz:FILE.npz, "
-            "folder:PATH or file.py:function; a dataset that a script passed is known only to that script)"
+            f"{unknown_name('dataset', dataset, DATASETS)} (for your own, give npz:FILE.npz, folder:PATH, "
+            "csv:FILE.csv or file.py:function; a dataset that a script passed is known only to that script)"
         )
+
+
+def _prefix_of_path(dataset: str) -> str | None:
+    """Return the prefix that a path needs as a dataset, by its suffix or because it is a folder; None if it is none."""
+    suffix = Path(dataset).suffix.lower()
+    if suffix in {".npz", ".csv"} and "\0" not in dataset:
+        return f"{suffix[1:]}:"
+    return "folder:" if os.path.isdir(dataset) else None  # noqa: PTH112  raises nothing
 
 
 def _check_function_name(flag: str, name: str) -> None:

@@ -22,6 +22,8 @@ from distdl.errors import UserError
 
 #: The suffix of a file that is not complete.
 PARTIAL = ".partial"
+#: A process keeps about this much of a mapped file in memory. One row may bring a huge page with it.
+KEPT_BYTES, HUGE_PAGE_BYTES = 2**28, 2**21
 MappedArray = np.memmap[Any, Any]
 
 
@@ -43,6 +45,11 @@ def release_pages(array: NDArray[Any]) -> None:
         base = base.base
     if isinstance(array, np.memmap) and isinstance(base, mmap.mmap):
         base.madvise(mmap.MADV_DONTNEED)
+
+
+def rows_to_keep(array: NDArray[Any]) -> int:
+    """Return after how many rows, read in any order, the pages of a mapped array should be released."""
+    return max(1, KEPT_BYTES // (array[:1].nbytes + HUGE_PAGE_BYTES))
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     command = _command_of(options, flags)
     if options.dry_run:
         sys.stdout.write(f"{command.shell_line()}\n")
-    elif options.restarts and not {"-h", "--help"} & set(flags):
+    elif options.restarts and not {"-h", "--help", "--dry-run", "--dry_run"} & set(flags):
         return run_until_done(lambda flags: _start_of(_command_of(options, flags)), flags, options.restarts)
     else:
         remove_session_folder(os.getpid())  # mpirun keeps this process number

@@ -13,7 +13,7 @@ from distdl.inference.options import PredictOptions
 
 COMMAND = Command(
     program="python -m distdl.predict",
-    summary="Predict images with a trained network, or with several as an ensemble. Needs no training data.",
+    summary="Predict images with trained networks, without the training data.",
     settings=PredictOptions,
     examples=(
         "python -m distdl.predict my-run photo.jpg more-photos --csv classes.csv",

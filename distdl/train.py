@@ -145,9 +145,11 @@ def _refuse_without_effect(config: TrainConfig, given: Mapping[str, Any]) -> Non
     for name in ("resize", "skip_damaged", "cache"):
         if not reads_image_files(config.dataset) and name in given:
             raise UserError(
-                f"{flag_of(name)} has no effect with --dataset {config.dataset}: it is for image files (folder:PATH); "
-                "leave it out"
+                f"{flag_of(name)} has no effect with --dataset {config.dataset}: it is for image files (folder:PATH, "
+                "csv:FILE); leave it out"
             )
+    if not config.dataset.startswith("csv:") and "csv_columns" in given:
+        raise UserError(f"--csv-columns has no effect with --dataset {config.dataset}: give csv:FILE, or leave it out")
     for name in given:
         if reason := without_effect(config, name):
             raise UserError(f"{flag_of(name)} {reason}, or leave it out")
@@ -157,9 +159,12 @@ def main(arguments: Sequence[str]) -> int:
     """Train with the settings of the command line; return the exit code."""
     config = parse(arguments)
     cli.set_blas_threads(config.threads_per_rank)
-    from distdl.engine import train  # noqa: PLC0415  NumPy reads the number of threads when it is loaded
+    from distdl.engine import dry_run, train  # noqa: PLC0415  NumPy reads the number of threads when it is loaded
 
-    train(config)
+    if config.dry_run:
+        dry_run(config)
+    else:
+        train(config)
     return 0
 
 

@@ -23,7 +23,7 @@ from distdl.job.launched_by import read_launch
 from distdl.job.mpirun_command import environment_for, mpirun_command
 
 #: Flags of distdl.train that this command sets itself.
-OURS = ("--run-dir", "--resume", "--record-hashes", "--log-every")
+OURS = ("--run-dir", "--dry-run", "--resume", "--record-hashes", "--log-every")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -224,7 +224,7 @@ def tests_of(path: Path, root: Path) -> list[str]:
         relative = file.relative_to(root)
         if str(relative) in END_TO_END or relative.parts[1] == "faults":
             continue
-        if relative.parent == folder:
+        if relative.parent == folder or folder in relative.parents[:-2]:
             (own if file.stem == f"test_{name}" else beside).append(str(relative))
         elif mention.search(file.read_text()):
             others.append(str(relative))

@@ -16,7 +16,7 @@ import pytest
 
 import distdl
 from distdl import __main__ as console
-from distdl import cli
+from distdl import cli, train
 from distdl.cli import Command, Flag
 from distdl.errors import DamagedFileError, DistdlError, PeerLost, UserError
 from distdl.job import held_signals
@@ -332,6 +332,7 @@ def test_a_command_line_becomes_an_object(line, expected):
         ("here -n 2 --nam x", "unknown flag --nam: did you mean --name? (flags of another program go after --)"),
         ("here -n 2 --hidden 3", "unknown flag --hidden: "),
         ("here -n 2 -x", "unexpected argument '-x'"),
+        ("here -n 2 --help=3", "--help takes no value: leave '=3' out"),
         ("here -n 2 --", "unknown flag --: leave it out"),
     ],
 )
@@ -378,6 +379,7 @@ GROUPS = {
     "mpirun": ["flags"],
     "verify": ["flags"],
     "evaluate": ["runs", "data", "results"],
+    "predict": ["what", "results", "code and old checkpoints"],
     "report": ["flags"],
     "search": ["search", "run"],
     "bench": ["training", "measurement", "results"],
@@ -427,6 +429,24 @@ def test_the_console_command_runs_each_command(name, distdl_command):
     wrong = distdl_command(name, "--nonsense")
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("distdl: error: unknown flag --nonsense: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("--verison", "did you mean --version?"), ("--hepl", "did you mean --help?"), ("--x", "distdl --help lists all")],
+)
+def test_an_unknown_flag_of_the_console_command_is_reported_with_the_nearest(name, said, distdl_command):
+    done = distdl_command(name)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"distdl: error: unknown flag {name}: {said}")
+
+
+def test_the_launchers_flag_leads_to_the_launcher():
+    for words in (["-n", "4"], ["-n4"]):
+        with pytest.raises(
+            UserError, match=r"unknown flag -n: to start 4 ranks, use mpirun -n 4 python -m distdl\.train"
+        ):
+            train.COMMAND.parse(words)
 
 
 def test_an_unknown_command_is_reported_with_the_nearest(distdl_command):

@@ -20,7 +20,16 @@ from numpy.typing import NDArray
 
 from distdl.arrays import sha256_of_arrays
 from distdl.data.image_shapes import canonical_images
-from distdl.data.labels import RENUMBER, Unfit, canonical, check_classes, classes_missing_in, for_loss, refuse_numbers
+from distdl.data.labels import (
+    RENUMBER,
+    Unfit,
+    about_numbers,
+    canonical,
+    check_classes,
+    classes_missing_in,
+    for_loss,
+    refuse_numbers,
+)
 from distdl.data.normalization import Normalization, constant_channels, measure
 from distdl.data.signature import Signature, Task, default_loss
 from distdl.data.split import DEFAULT_SHARE, Rows, Shares, Split, split
@@ -129,7 +138,7 @@ class Dataset(_Labelled):
         """Return `for_loss`, with warnings about its classes; raise `UserError` if there are not two classes."""
         dataset = self.for_loss(loss)
         if dataset.task == "regression":
-            return dataset
+            return replace(dataset, notes=(*dataset.notes, *about_numbers(dataset.labels)))
         with self._naming_it():
             if dataset.task == "classification":
                 refuse_numbers(loss)
@@ -218,10 +227,10 @@ class Dataset(_Labelled):
         try:
             yield
         except Unfit as error:
-            raise self._wrong(error.given, error.expected) from None
+            raise self._wrong(error.given, error.expected, error.remedy) from None
 
-    def _wrong(self, given: str, expected: str) -> UserError:
-        return UserError(f"the dataset {self.name!r} has {given}; expected {expected}; correct the dataset")
+    def _wrong(self, given: str, expected: str, remedy: str = "correct the dataset") -> UserError:
+        return UserError(f"the dataset {self.name!r} has {given}; expected {expected}; {remedy}")
 
 
 def _note_of_constant(channels: Sequence[int], first: NDArray[Any]) -> str:

@@ -21,15 +21,18 @@ MANY_CLASSES = 1000
 #: More distinct labels than this are ids, if most of them have one sample.
 MANY_DISTINCT = 20
 RENUMBER = "numpy.unique(labels, return_inverse=True)[1] numbers the classes 0, 1, …"
-AS_CLASSES, AS_NUMBERS = "--loss cross_entropy (they are classes)", "--loss mean_squared_error (predict the numbers)"
+AS_NUMBERS = "--loss mean_squared_error to predict the numbers"
 
 
 class Unfit(ValueError):  # noqa: N818  it describes the data
-    """The data does not fit: what it has, and what is expected."""
+    """The data does not fit: what it has, what is expected, and the remedy."""
 
-    def __init__(self, given: str, expected: str) -> None:
-        super().__init__(given, expected)
-        self.given, self.expected = given, expected
+    def __init__(self, given: str, expected: str, remedy: str = "correct the dataset") -> None:
+        super().__init__(given, expected, remedy)
+        self.given, self.expected, self.remedy = given, expected, remedy
+
+    def __str__(self) -> str:
+        return f"{self.given}; expected {self.expected}; {self.remedy}"
 
 
 def canonical(labels: NDArray[Any], names: Names = None, classes: int = 1) -> tuple[NDArray[Any], Names]:
@@ -78,21 +81,24 @@ def _numbered(labels: NDArray[Any], names: Names) -> tuple[NDArray[Any], Names]:
     if "" in texts:
         sample = int(np.argmin(labels.astype(bool)))
         raise Unfit(f"an empty label, first in sample {sample}", "a text for each image")
-    names = tuple(sorted(texts, key=natural)) if names is None else names
+    names = tuple(sorted(texts, key=natural_order)) if names is None else names
     if unknown := [text for text in texts if text not in names]:
         raise Unfit(f"labels {_listed(unknown)}, which class_names does not list", "a name for each class")
     place = np.array([names.index(text) for text in texts], np.int64)
     return place[numbers], names
 
 
-def natural(text: str) -> tuple[Any, ...]:
-    """Return the sort key in which 2 comes before 10.
+def natural_order(name: str) -> tuple[tuple[int, str], ...]:
+    """Return a key that sorts numbers in names by their value.
 
-    >>> sorted(["10", "b", "2", "a10", "a9"], key=natural)
+    >>> sorted(["b", "10", "2", "a10", "a9"], key=natural_order)
     ['2', '10', 'a9', 'a10', 'b']
     """
-    parts = re.split(r"([0-9]+)", text)
-    return (*((int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)), text)
+    key = []
+    for place, piece in enumerate(re.split("([0-9]+)", name)):
+        number = piece.lstrip("0")
+        key.append((len(number), number) if place % 2 else (0, piece))
+    return (*key, (0, name))  # 01 after 1, always
 
 
 def is_whole(labels: NDArray[Any]) -> bool:
@@ -127,9 +133,12 @@ def for_loss(labels: NDArray[Any], loss: str) -> NDArray[Any]:
         if labels.shape[1] == 1 and _fits_int(labels):
             return labels[:, 0].astype(np.int64)
     elif labels.shape[1] == 1 or one_hot:
-        raise Unfit(what, f"{AS_CLASSES} or {AS_NUMBERS}")
+        expected = "a --loss that says whether they are classes or numbers"
+        raise Unfit(what, expected, f"give --loss cross_entropy for classes, or {AS_NUMBERS}")
     what = f"{labels.shape[1]} whole numbers as labels of each image"
-    raise Unfit(what, f"{AS_NUMBERS}, or one class for each image (several classes for one image are not supported)")
+    raise Unfit(
+        what, "one class for each image (several are not supported)", f"correct the labels, or give {AS_NUMBERS}"
+    )
 
 
 def refuse_numbers(loss: str) -> None:
@@ -137,7 +146,8 @@ def refuse_numbers(loss: str) -> None:
     if loss == "mean_squared_error":
         raise Unfit(
             "labels of classes, which --loss mean_squared_error does not fit",
-            "no --loss for classes, or labels.astype(numpy.float32) to predict the numbers themselves",
+            "another loss",
+            "leave --loss out, or save labels.astype(numpy.float32) to predict the numbers",
         )
 
 
@@ -151,20 +161,23 @@ def check_classes(labels: NDArray[Any], classes: int, names: Names) -> list[str]
         only = int(found[0]) if names is None else names[found[0]]
         raise Unfit(f"the single class {only!r}", "samples of two classes or more")
     shown = _listed(found.tolist())
-    predict = "to predict them as numbers, save labels.astype(numpy.float32) and add --loss mean_squared_error"
+    renumber = "numpy.unique(labels, return_inverse=True)[1]"
+    predict = f"save labels.astype(numpy.float32) and give {AS_NUMBERS}"
     if labels.ndim == 1 and found.size > MANY_DISTINCT and 2 * found.size > len(labels):
-        raise Unfit(f"{found.size} different labels ({shown}) for {len(labels)} samples", f"few classes; {predict}")
+        given = f"{found.size} different labels ({shown}) for {len(labels)} samples"
+        raise Unfit(given, "several samples of each class", f"correct the labels, or {predict}")
     if names is None and classes > MANY_CLASSES and classes > 10 * found.size:
         raise Unfit(
             f"labels that give {classes} classes, of which {found.size} have samples ({shown})",
-            f"labels 0 to {found.size - 1} for {found.size} classes: {RENUMBER}; {predict}",
+            f"labels 0 to {found.size - 1} for {found.size} classes",
+            f"save {renumber}, or {predict}",
         )
     missing = np.setdiff1d(np.arange(classes), found)
     if not missing.size:
-        return []
+        return _similar(names or ())
     none = f"class {missing[0]} has no sample" if missing.size == 1 else f"{missing.size} classes have no sample"
     if names is not None:
-        return [f"{none} ({_listed([names[i] for i in missing])})"]
+        return [f"{none} ({_listed([names[i] for i in missing])})", *_similar(names)]
     text = f"labels are {shown}, which gives {classes} classes: {none}"
     if found.tolist() == [0, 255]:
         return [f"{text}; labels // 255 gives the classes 0 and 1"]
@@ -174,6 +187,26 @@ def check_classes(labels: NDArray[Any], classes: int, names: Names) -> list[str]
     if found.tolist() == list(range(1, classes)):
         return [f"{text}; labels - 1 starts at 0"]
     return [f"{text}; {RENUMBER}"]
+
+
+def _similar(names: Sequence[str]) -> list[str]:
+    """Return a warning about names that differ only in spaces or capitals.
+
+    >>> _similar(["cat", "dog", "Cat "])
+    ["the classes 'cat' and 'Cat ' differ only in spaces or capitals"]
+    """
+    seen: dict[str, str] = {}
+    pairs = [(seen.setdefault(" ".join(name.split()).casefold(), name), name) for name in names]
+    return [
+        f"the classes {one!r} and {name!r} differ only in spaces or capitals" for one, name in pairs if one != name
+    ][:1]
+
+
+def about_numbers(labels: NDArray[Any]) -> list[str]:
+    """Return a warning if numbers to predict (N, D) may be the probabilities of classes."""
+    if labels.shape[1] < 2 or is_whole(labels) or labels.min() < 0 or np.abs(labels.sum(axis=1) - 1).max() > 1e-3:
+        return []
+    return ["the numbers of each image sum to 1 and are learned as numbers; for classes save labels.argmax(axis=1)"]
 
 
 def classes_missing_in(

@@ -14,11 +14,8 @@ from distdl.data.augmentation import Augmentation
 from distdl.data.batch_order import micro_batch, micro_batch_count
 from distdl.data.dataset import PreparedDataset
 from distdl.data.split import Rows
-from distdl.mapped_files import release_pages
+from distdl.mapped_files import release_pages, rows_to_keep
 from distdl.rng import Key
-
-#: After this many micro-batches the pages of a mapped file are released.
-MICRO_BATCHES_MAPPED = 64
 
 
 @dataclass(eq=False)
@@ -50,7 +47,7 @@ class MicroBatches:
         pixels, out = self._buffers[len(rows)]
         # The modes but "raise" write without a temporary copy. No row is out of range.
         images = np.take(dataset.images, rows, axis=0, out=pixels, mode="clip")
-        if self.loaded % MICRO_BATCHES_MAPPED == 0:
+        if self.loaded % max(1, rows_to_keep(dataset.images) // self.micro_batch_size) == 0:
             release_pages(dataset.images)
         labels = dataset.targets(rows)
         if key is not None and self.augmentation is not None:

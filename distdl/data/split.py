@@ -54,8 +54,8 @@ def split(
     - `shares` replaces these shares. The seed draws the rows.
 
     Every class keeps its share of each part, and at least one row for training. Samples with a label for each pixel, or
-    with numbers, count as one class. `stratified=False` draws validation rows beside an own test part from all classes
-    together, as versions before 0.2 did.
+    with numbers, count as one class. `stratified=False` ignores the classes, as earlier versions did beside an own test
+    part.
 
     Raises `UserError` if a part would be empty.
 
@@ -83,7 +83,7 @@ def split(
             whole = f"{count} samples" + "".join(f", the {n} part from row {own[n]}" for n in own if own[n] is not None)
             raise UserError(
                 f"the {name} part would be empty: the dataset has {whole}; "
-                "expected enough for training, validation and test; give a larger dataset"
+                "expected enough for training, validation and test; give a larger dataset, or other shares"
             )
     return parts
 

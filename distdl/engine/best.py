@@ -56,7 +56,8 @@ def weights_to_score(
 ) -> Iterator[int]:
     """Give the network, inside the ``with`` block, the weights that `--test-with` selects; yield their step.
 
-    Collective. Rank 0 reads the best checkpoint. If it cannot be read, the last weights are scored, after a warning.
+    Collective. Rank 0 reads the best checkpoint. If it cannot be read, `warn` gets the reason, and the last weights are
+    scored.
     """
     network, best = state.network, state.progress.best_step
     if config.test_with == "last" or best is None or best == state.step:

@@ -26,7 +26,7 @@ from distdl.engine.events import RunListener
 from distdl.engine.keeper import CheckpointKeeper
 from distdl.engine.logbook import Logbook
 from distdl.engine.metrics import Sums
-from distdl.engine.printed_lines import describe_shares, epoch_line, next_commands, plateau_line, result_lines
+from distdl.engine.printed_lines import describe_shares, epoch_line, last_lines, plateau_line, result_lines
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.files import indented_json, remove_temporaries, write_durably
@@ -205,19 +205,13 @@ class Coordinator(RunListener):
 
     def finished(self, state: TrainingState, test: Sums | None, summary: Mapping[str, Any]) -> None:
         """Write the summary and print the receipt."""
-        if test is None:
-            self.console.line(f"stopped after step {state.step}; --resume {self.folder} continues")
-        for line in result_lines(self.config, test, summary):
+        for line in result_lines(self.config, self.folder, test, summary, self._spent):
             self.console.line(line)
-        if self._spent is not None and len(self._spent.compute) > 1:
-            self.console.line(f"last epoch: {self._spent}")
         if skipped := state.progress.skipped_steps:
             self.console.warning(f"steps skipped, of {state.step}: {skipped}; see metrics.jsonl")
         self._write(self.folder / "summary.json", indented_json(summary))
-        self.console.line(f"run folder: {self.folder}")
-        for line in () if test is None else next_commands(self.config, self.folder):
+        for line in last_lines(self.config, self.folder, summary, is_complete=test is not None):
             self.console.line(line)
-        self.console.line(f"weights sha256: {summary['weights_sha256']}")
 
     # -- work for the trainer
 

@@ -4,7 +4,8 @@ All errors in what the user gave are found here and agreed by all ranks, before 
 meanwhile, the survivors begin the preparation again, in the same run folder.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from distdl.engine.console import Console
 from distdl.engine.coordinator import Coordinator, RunFacts
 from distdl.engine.environment import describe, numerics
 from distdl.engine.fault_injection import fault_point
+from distdl.engine.introduction import introduce
 from distdl.engine.logbook import Logbook
+from distdl.engine.memory import check_memory, check_room_for_dataset
 from distdl.engine.metrics import Sums
-from distdl.engine.printed_lines import banner_of
-from distdl.engine.requirements import check_moments, check_outputs, check_ranks, outputs_of, restore, warnings_about
+from distdl.engine.requirements import check_moments, check_outputs, check_ranks, outputs_of, restore
 from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
 from distdl.engine.storage.files import check_output
@@ -27,7 +29,7 @@ from distdl.engine.storage.run_folder import StartingPoint, find_start
 from distdl.engine.summary import Summary
 from distdl.engine.timing import balance
 from distdl.engine.trainer import Trainer
-from distdl.engine.user_code import BuildNetwork, check_equal_networks, load_dataset, network_builder
+from distdl.engine.user_code import BuildNetwork, check_equal_networks, names_from_script, network_builder, read_data
 from distdl.errors import UserError
 from distdl.job.warden import Warden
 from distdl.optim import optimizer_class
@@ -54,11 +56,13 @@ def train(
     Collective. Raises `UserError` on every rank for errors in what the user gave, `DivergedError` if numbers are no
     longer finite. Any other exception on any rank ends the whole job.
     """
+    if config.dry_run:
+        raise UserError("dry_run trains nothing: call distdl.engine.dry_run with the same arguments, or leave it out")
     communicator = world() if communicator is None else communicator
     stop = StopRequest() if stop is None else stop
     with stop.listening(), guard(communicator):
         survivors = Survivors(communicator)
-        config = survivors.run(partial(_agree_on_config, config, build_network, dataset))
+        config = survivors.run(partial(agree_on_config, config, build_network, dataset))
         watchdog = survivors.run(partial(Watchdog, stall_seconds=config.stall_warning))
         this_rank = survivors.communicator.world_ranks[survivors.communicator.rank]
         with numerics(config.threads_per_rank), watchdog, Warden(f"rank {this_rank}", config.detect_hangs):
@@ -66,7 +70,7 @@ def train(
             trainer = survivors.run(preparation.prepared_trainer)
             watchdog.progress = lambda: trainer.work_done
             try:
-                preparation.introduce(trainer)
+                introduce(trainer, preparation.transferred, preparation.warnings)
                 for recovery in survivors.recoveries:
                     trainer.note(recovery, during_preparation=True)
                 return trainer.run()
@@ -74,7 +78,7 @@ def train(
                 trainer.close()
 
 
-def _agree_on_config(
+def agree_on_config(
     config: TrainConfig, build_network: BuildNetwork | None, dataset: Dataset | None, communicator: Communicator
 ) -> TrainConfig:
     """Return the checked config of rank 0 on all ranks. Collective."""
@@ -99,6 +103,7 @@ class Preparation:
     is_repeated: bool = False
     coordinator: Coordinator | None = None
     transferred: transfer.Transfer | None = None
+    warnings: Sequence[str] = ()
 
     def prepared_trainer(self, communicator: Communicator) -> Trainer:
         """Return an opened trainer. If the user's input is wrong, leave no files. Collective."""
@@ -112,6 +117,16 @@ class Preparation:
             self.is_repeated = True
 
     def _prepare(self, communicator: Communicator) -> Trainer:
+        trainer, facts, start = self.build(communicator)
+        console = self.console = self.console or Console(live=communicator.size == 1)
+        logbook = Logbook(self.config, trainer.steps_per_epoch, console, keeps=communicator.survives_failures)
+        self._open_folder(communicator, facts, start, logbook)
+        assert self.folder is not None
+        trainer.open(facts, self.folder, logbook, console, self.coordinator)
+        return trainer
+
+    def build(self, communicator: Communicator) -> tuple[Trainer, RunFacts, StartingPoint | None]:
+        """Return a trainer before its first step, its facts, and on rank 0 the start; write nothing. Collective."""
         config = self.config
         together(communicator, lambda: check_ranks(config, communicator.size))
         if config.trace is not None:
@@ -121,24 +136,20 @@ class Preparation:
         data = self._share_data(communicator, start)
         state = together(communicator, lambda: self._build_state(data))
         check_equal_networks(communicator, config.model, state.network)
+        self.warnings = check_memory(config, data, state, communicator)
         facts = RunFacts(config, describe(communicator, data), from_rank_0(communicator, data.sha256), data.signature())
         steps_per_epoch = batch_order.steps_per_epoch(len(data.parts.training), config.batch_size)
         on_rank_0(communicator, lambda: self._restore(state, start, facts.data_sha256, steps_per_epoch))
         state.send_from_rank_0(communicator)
 
-        console = self.console = self.console or Console(live=communicator.size == 1)
-        logbook = Logbook(config, steps_per_epoch, console, keeps=communicator.survives_failures)
-        trainer = Trainer(config, communicator, data, state, self.stop)  # first: if a host has no room, write nothing
-        self._open_folder(communicator, facts, start, logbook)
-        assert self.folder is not None
-        trainer.open(facts, self.folder, logbook, console, self.coordinator)
-        return trainer
+        return Trainer(config, communicator, data, state, self.stop), facts, start
 
     def _share_data(self, communicator: Communicator, start: StartingPoint | None) -> PreparedDataset:
         """Read and split the dataset on rank 0; return it on all ranks, one copy per host. Collective."""
         sha256 = start.found.header().data_sha256 if start is not None and start.found is not None else None
         arrays = on_rank_0(communicator, lambda: read_data(self.config, self.dataset, sha256).to_arrays())
         fault_point("data")
+        check_room_for_dataset(communicator, arrays)
         shared = share_arrays(communicator, arrays or {})
         fault_point("data", when="after")
         return PreparedDataset.from_arrays(shared)
@@ -207,48 +218,3 @@ class Preparation:
         if self.coordinator is not None:
             self.coordinator.close()
             self.coordinator = None
-
-    def introduce(self, trainer: Trainer) -> None:
-        """Print the banner on rank 0, and tell all listeners of the start."""
-        if trainer.communicator.rank == 0:
-            console, data, network = trainer.console, trainer.data, trainer.state.network
-            for line in banner_of(self.config, data, network, trainer.facts.environment, trainer.communicator):
-                console.line(line)
-            warnings = warnings_about(self.config, len(data.parts.training), network, trainer.communicator.size)
-            for note in (*data.notes, *warnings):
-                console.warning(note)
-            if self.transferred is not None:
-                for complaint in self.transferred.complaints:
-                    console.warning(f"{complaint}; the one before it is used")
-                console.line(str(self.transferred))
-            if frozen := sum(where.stop - where.start for where in trainer.state.optimizer.frozen):
-                console.line(
-                    f"frozen: {frozen:,} of {network.parameter_count:,} parameters (--freeze {self.config.freeze})"
-                )
-        for listener in trainer.listeners:
-            listener.started()
-
-
-def names_from_script(config: TrainConfig, build_network: BuildNetwork | None, dataset: Dataset | None) -> TrainConfig:
-    """Return the config with the names of the model and dataset that a script has given."""
-    if build_network is not None:
-        name = getattr(build_network, "__qualname__", type(build_network).__qualname__)
-        config = replace(config, model=f"{build_network.__module__}:{name}")
-    if dataset is not None and not isinstance(dataset, Dataset):
-        raise UserError(
-            f"the dataset is a {type(dataset).__name__}, expected a distdl.data.sources.Dataset(name, images, labels, "
-            "classes, test_start)"
-        )
-    return config if dataset is None else replace(config, dataset=dataset.name)
-
-
-def read_data(config: TrainConfig, dataset: Dataset | None, data_sha256: str | None = None) -> PreparedDataset:
-    """Load the dataset, split it, and measure its training part; `data_sha256` is the hash in a checkpoint, if any."""
-    dataset = dataset.checked() if dataset else load_dataset(config.dataset, config.data_dir, config.image_options)
-    return PreparedDataset.prepare(
-        dataset.for_training(config.loss),
-        config.seed,
-        shares=(config.validation_share, config.test_share),
-        data_sha256=data_sha256,
-        standardize_targets=config.standardize_targets,
-    )

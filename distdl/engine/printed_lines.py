@@ -175,6 +175,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def last_lines(config: TrainConfig, folder: Path, summary: Mapping[str, Any], *, is_complete: bool) -> list[str]:
+    """Return the last lines: the run folder, the commands for a completely trained network, and the receipt."""
+    commands = next_commands(config, folder) if is_complete else []
+    return [f"run folder: {folder}", *commands, f"weights sha256: {summary['weights_sha256']}"]
+
+
 def next_commands(config: TrainConfig, folder: Path) -> list[str]:
     """Return the lines that name the commands for a trained network."""
     model = ""
@@ -217,12 +223,16 @@ def plateau_line(config: TrainConfig, state: TrainingState, steps_per_epoch: int
     return f"learning rate {' → '.join(f'{rate:.3g}' for rate in rates)}: no better validation for {_epochs(epochs)}"
 
 
-def result_lines(config: TrainConfig, test: Sums | None, summary: Mapping[str, Any]) -> list[str]:
+def result_lines(
+    config: TrainConfig, folder: Path, test: Sums | None, summary: Mapping[str, Any], spent: Spent | None = None
+) -> list[str]:
     """Return the lines about the end of a training: why it ended early, the best epoch, and the score on the test part.
 
-    `summary` is the content of ``summary.json``.
+    `summary` is the content of ``summary.json``, `spent` the time of the last epoch.
     """
     lines, best = [], summary["best_epoch"]
+    if test is None:
+        lines.append(f"stopped after step {summary['steps']}; --resume {folder} continues")
     if summary["stopped_early"]:
         lines.append(
             f"stopped early after epoch {summary['epochs']}: no better validation for "
@@ -231,6 +241,8 @@ def result_lines(config: TrainConfig, test: Sums | None, summary: Mapping[str, A
     if test is not None:
         score = f"loss: {test.loss:.6f}" if test.accuracy is None else f"accuracy: {test.accuracy:.2%}"
         lines.append(f"test {score}{_scored_weights(config, summary)}")
+    if spent is not None and len(spent.compute) > 1:
+        lines.append(f"last epoch: {spent}")
     return lines
 
 

@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from distdl.config import is_own
-from distdl.data import Dataset, sources
+from distdl.config import TrainConfig, is_own
+from distdl.data import Dataset, PreparedDataset, sources
 from distdl.errors import PeerLost, UserError
 from distdl.image_options import ImageOptions
 from distdl.model_settings import parse_model_settings
@@ -40,6 +40,9 @@ EXPECTED = {
     "--model": "expected a function(input_shape, classes) that returns nn.Sequential(layers, input_shape)",
     "--dataset": "expected a function(data_dir) that returns a distdl.data.sources.Dataset",
 }
+
+#: The start of the name of a module that a file became.
+OWN_CODE = "own_code_"
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,38 @@ def load_dataset(dataset: str, data_dir: Path | None, options: ImageOptions | No
         return loaded.checked()
     except UserError as error:
         raise UserError(f"{function}: {error}") from None
+
+
+def names_from_script(config: TrainConfig, build_network: BuildNetwork | None, dataset: Dataset | None) -> TrainConfig:
+    """Return the config with the names of the model and dataset that a script has given."""
+    if build_network is not None:
+        config = replace(config, model=_name_of(build_network))
+    if dataset is not None and not isinstance(dataset, Dataset):
+        raise UserError(
+            f"the dataset is a {type(dataset).__name__}, expected a distdl.data.sources.Dataset(name, images, labels, "
+            "classes, test_start)"
+        )
+    return config if dataset is None else replace(config, dataset=dataset.name)
+
+
+def _name_of(build_network: BuildNetwork) -> str:
+    """Return the name of a function that a script has given: package.module:function, or file.py:function."""
+    place, name = build_network.__module__, getattr(build_network, "__qualname__", type(build_network).__qualname__)
+    if place.startswith(OWN_CODE):
+        place = getattr(sys.modules.get(place), "__file__", None) or place
+    return f"{place}:{name}"
+
+
+def read_data(config: TrainConfig, dataset: Dataset | None, data_sha256: str | None = None) -> PreparedDataset:
+    """Load the dataset, split it, and measure its training part; `data_sha256` is the hash in a checkpoint, if any."""
+    dataset = dataset.checked() if dataset else load_dataset(config.dataset, config.data_dir, config.image_options)
+    return PreparedDataset.prepare(
+        dataset.for_training(config.loss),
+        config.seed,
+        shares=(config.validation_share, config.test_share),
+        data_sha256=data_sha256,
+        standardize_targets=config.standardize_targets,
+    )
 
 
 def names_match(one: str, other: str) -> bool:
@@ -173,7 +208,7 @@ def _import_file(flag: str, file: Path) -> ModuleType:
         what = "is not a regular file" if file.exists() else "does not exist"
         raise UserError(f"{flag}: the file {file} {what} (looked in {Path.cwd()}): give the path of a Python file")
     # The prefix keeps a file called random.py from replacing the module random.
-    spec = importlib.util.spec_from_file_location(f"own_code_{file.stem}", file)
+    spec = importlib.util.spec_from_file_location(f"{OWN_CODE}{file.stem}", file)
     assert spec is not None, "it ends in .py"
     assert spec.loader is not None, "it ends in .py"
     module = importlib.util.module_from_spec(spec)

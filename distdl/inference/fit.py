@@ -20,6 +20,7 @@ from distdl.data.split import Split
 from distdl.engine.console import Console
 from distdl.engine.user_code import load_dataset
 from distdl.errors import UserError
+from distdl.image_options import ImageOptions
 from distdl.inference.load import Trained
 from distdl.inference.options import Part
 from distdl.parallel import Communicator, on_rank_0, share_arrays
@@ -130,7 +131,7 @@ def with_other_data(
 def _arrays_of(name: str, data_dir: Path | None, part: Part | None, signature: Signature) -> dict[str, NDArray[Any]]:
     if data_dir is not None and not reads_data_dir(name):
         raise UserError(f"--data-dir has no effect with --on {name}: leave it out")
-    data = load_dataset(name, data_dir)
+    data = load_dataset(name, data_dir, ImageOptions(resize=signature.resize))
     console, names = Console(live=False), signature.names
     for note in data.notes:
         console.warning(note)

@@ -6,7 +6,6 @@ N images, H height, W width, C channels.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from distdl.data.labels import natural_order
 from distdl.data.signature import Signature
+from distdl.data.sources.folder import is_junk
 from distdl.data.sources.images import SUFFIXES, pillow, read_image
 from distdl.data.sources.npz import load_images
 from distdl.errors import DamagedFileError, UserError, quoted
@@ -37,11 +38,6 @@ class UnusedInput:
     name: str
     reason: str
     is_damaged: bool
-
-
-def natural_order(name: str) -> list[tuple[int, str]]:
-    """Return a sort key by which ``img2`` is before ``img10``."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split("([0-9]+)", name)]
 
 
 class Inputs(ABC):
@@ -143,12 +139,12 @@ def _from_stdin() -> list[str]:
 
 
 def _files_in(folder: str) -> Iterator[tuple[str, bool]]:
-    """Yield all files of a folder and its subfolders, and whether the name is that of an image. Skip hidden files."""
+    """Yield all files of a folder and its subfolders, and if the name is that of an image. Skip files of systems."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"the folder {quoted(Path(error.filename))} cannot be read: {error.strerror}") from None
 
     for place, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted((name for name in folders if not name.startswith(".")), key=natural_order)
-        for name in sorted((name for name in files if not name.startswith(".")), key=natural_order):
+        folders[:] = sorted((name for name in folders if not is_junk(name)), key=natural_order)
+        for name in sorted((name for name in files if not is_junk(name)), key=natural_order):
             yield str(Path(place) / name), name.lower().endswith(SUFFIXES)

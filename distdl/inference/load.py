@@ -16,14 +16,20 @@ from numpy.typing import NDArray
 from distdl.config import DATASETS, FROM_PATH, TrainConfig, is_own, reads_data_dir
 from distdl.data import Dataset, PreparedDataset
 from distdl.data.signature import Signature
-from distdl.engine.prepare import read_data
 from distdl.engine.requirements import check_outputs, outputs_of
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.checkpoints import FoundCheckpoint
 from distdl.engine.storage.header import CheckpointHeader
 from distdl.engine.storage.run_folder import find_checkpoint
-from distdl.engine.user_code import BuildNetwork, check_equal_networks, load_dataset, names_match, network_builder
+from distdl.engine.user_code import (
+    BuildNetwork,
+    check_equal_networks,
+    load_dataset,
+    names_match,
+    network_builder,
+    read_data,
+)
 from distdl.errors import UserError
 from distdl.nn import Sequential
 from distdl.optim import optimizer_class
@@ -265,7 +271,7 @@ def _load_dataset(first: _Source, data_dir: Path | None, dataset: Dataset | str 
         flag = "--data-dir FOLDER" if prefix is None else f"--dataset {prefix}PATH"
         raise UserError(
             f"the data of {first.given} ({name}) is not here: there is no {place.absolute()}; give its place by "
-            f"{flag}. Only training and its scores need it: predict, and evaluate --on other data, do not"
+            f"{flag}; distdl.predict, and distdl.evaluate --on other data, do not need it"
         )
     return load_dataset(name, folder, first.config.image_options)
 

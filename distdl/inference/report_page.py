@@ -151,9 +151,9 @@ def _per_class(trained: Trained, found: Evaluation) -> list[str]:
     """Return the part of the page with the scores of each class, or of each number of a regression."""
     signature = trained.signature
     if signature.task == "regression":
-        return ["<h2>Numbers</h2>", _lines(number_table(number_scores(found.labels, found.predictions), signature))]
+        return ["<h3>Numbers</h3>", _lines(number_table(number_scores(found.labels, found.predictions), signature))]
     scores = class_scores(_matrix(trained, found))
-    return ["<h2>Classes</h2>", _lines(class_table(scores, signature))]
+    return ["<h3>Classes</h3>", _lines(class_table(scores, signature))]
 
 
 def _matrix(trained: Trained, found: Evaluation) -> NDArray[np.int64]:

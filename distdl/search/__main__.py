@@ -19,7 +19,7 @@ from distdl.job.launched_by import read_launch
 from distdl.search.settings import METHODS, SEARCHABLE, SearchSettings, parse_range
 
 #: Flags of distdl.train that the search sets for each trial.
-OURS = ("--run-dir", "--resume", "--max-steps", "--keep-checkpoints", "--trace")
+OURS = ("--run-dir", "--dry-run", "--resume", "--max-steps", "--keep-checkpoints", "--trace")
 
 COMMAND = Command(
     program="python -m distdl.search",

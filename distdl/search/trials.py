@@ -17,11 +17,10 @@ from distdl.config import TrainConfig, is_own
 from distdl.data import Dataset, batch_order, split
 from distdl.engine import train
 from distdl.engine.console import Console
-from distdl.engine.prepare import names_from_script
 from distdl.engine.requirements import outputs_of
 from distdl.engine.stop import StopRequest
 from distdl.engine.storage.files import indented_json
-from distdl.engine.user_code import BuildNetwork, check_equal_networks, load_dataset, network_builder
+from distdl.engine.user_code import BuildNetwork, check_equal_networks, load_dataset, names_from_script, network_builder
 from distdl.errors import DistdlError, DivergedError, Stopped, UserError
 from distdl.inference import figures
 from distdl.nn import Sequential

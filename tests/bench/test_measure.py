@@ -2,13 +2,40 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from distdl.bench.measure import ScalingCase, Workbench, measure_scaling
+from distdl.bench import layers
+from distdl.bench.measure import ScalingCase, Workbench, measure_scaling, scaling_cases
 from distdl.bench.settings import BenchSettings
+from distdl.nn.layers import Product
 from distdl.parallel import OneProcess
 
 TINY = BenchSettings(model="mlp", input_shape=(8, 8, 1), batch_size=16, micro_batch_size=4, steps=2, repetitions=2)
+
+
+def test_shares_of_a_batch_are_measured_on_one_rank():
+    """They tell how the time of a step depends on its micro-batches."""
+    cases = scaling_cases(replace(TINY, batch_size=24), [1, 2, 4])
+    assert [case for case in cases if case.kind == "share"] == [
+        ScalingCase("share", 1, 12, 3),
+        ScalingCase("share", 1, 4, 1),
+    ]
+    assert scaling_cases(replace(TINY, scaling="none"), [1]) == []
+
+
+def test_products_are_timed_on_ordinary_numbers(monkeypatch):
+    """Memory may hold numbers for which a processor is slow."""
+    matmul, seen = np.matmul, []
+
+    def checked(left, right, *, out):
+        seen.append(np.isfinite(left).all() and np.isfinite(right).all())
+        return matmul(left, right, out=out)
+
+    monkeypatch.setattr(layers, "aligned_empty", lambda shape: np.full(shape, np.nan, np.float32))
+    monkeypatch.setattr(np, "matmul", checked)
+    assert layers.product_seconds(Product(3, 5, 7)) > 0
+    assert all(seen)
 
 
 def test_without_steps_a_measurement_takes_about_a_second_after_a_warm_up():

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from bad_inputs import TINY, TRAIN_LABELS, changes, mnist_files, picture, without_launcher, write_files
 
@@ -128,6 +129,7 @@ def used_folder(tmp_path_factory):
     files = mnist_files()
     write_files(folder / "mislabelled", {**files, TRAIN_LABELS: files[TRAIN_LABELS][:-1] + b"\x63"})
     (folder / "file").write_text("x")
+    np.savez(folder / "images.npz", images=np.zeros((2, 4, 4), np.uint8))
     (folder / "broken.py").write_text("def net(input_shape, classes):\n    raise ValueError('no weights')\n")
     for name in ("run", "torn"):
         flags = [*TINY, "--epochs=1", "--dataset=mnist", "--data-dir=data", f"--run-dir={name}"]
@@ -243,6 +245,7 @@ def test_a_training_continues_without_a_reader(output, tmp_path):
 UNREAD = {
     "bench": ["--model=mlp", "--input=8x8x1", "--steps=2", "--repetitions=1", "--out={out}"],
     "evaluate": ["run", "--data-dir=data", "--json={out}"],
+    "predict": ["run", "images.npz", "--data-dir=data", "--csv={out}"],
     "report": ["run", "--data-dir=data", "--out={out}.html"],
     "search": ["--range=lr=0.001:0.01", "--rounds=1", "--trials=2", "--out={out}", "--", *TINY, "--epochs=1"],
     "verify": ["--ranks=1,2", "--", *TINY, "--epochs=1"],

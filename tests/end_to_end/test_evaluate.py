@@ -20,7 +20,7 @@ from distdl.data.batch_order import micro_batch
 from distdl.engine import train
 from distdl.engine.storage import checkpoints
 from distdl.errors import UserError
-from distdl.inference import evaluate_runs, score_table
+from distdl.inference import class_scores, evaluate_runs, score_table
 from distdl.inference.load import load
 from distdl.inference.score import Score, evaluate, in_half_precision
 from distdl.job.launched_by import read_launch
@@ -379,6 +379,139 @@ def test_regression_is_scored_by_its_loss_and_has_no_confusion_matrix(tmp_path):
             evaluate_runs.check_task(trained[0], shown.COMMAND.parse([str(tmp_path), flag]))
 
 
+# --------------------------------------------------------------------------------------------- other data, parts, names
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    """Return a folder with a run on three named classes, and other data in which the classes have another order."""
+    folder = tmp_path_factory.mktemp("named")
+    digits = piece_of_digits(VERY_RAGGED)
+    rows = np.flatnonzero(digits.labels < 3)
+    images, labels = digits.images[rows], digits.labels[rows]
+    names = np.array(["cat", "dog", "a class with a name that is too long for a table of 80 columns"])
+    np.savez(folder / "data.npz", images=images, labels=names[labels])
+    np.savez(folder / "new.npz", images=images, labels=2 - labels, class_names=names[::-1])
+    np.savez(folder / "cats.npz", images=images[labels == 0], labels=names[labels[labels == 0]])
+    np.savez(folder / "fox.npz", images=images, labels=np.array(["cat", "fox", "dog"])[labels])
+    np.savez(folder / "numbers.npz", images=images, labels=(labels + 1) % 3)  # in natural order of the names
+    parts = {"test_images": images[:9], "test_labels": labels[:9], "val_images": images[:7], "val_labels": labels[:7]}
+    np.savez(folder / "parts.npz", images=images, labels=labels, **parts)
+    train(small_config(folder / "run", dataset=f"npz:{folder}/data.npz", epochs=1), OneProcess())
+    return folder
+
+
+@alone
+def test_other_data_is_scored_with_the_normalization_of_the_training(runs, tmp_path, capsys, monkeypatch):
+    """The test part as a file of its own has the score of the test part, to the last bit."""
+    [trained] = load([runs / "convnet"], OneProcess())
+    rows = trained.data.parts.test
+    np.savez(tmp_path / "new.npz", images=trained.data.images[rows], labels=trained.data.labels[rows])
+    flags = [runs / "convnet", "--on=npz:new.npz", "--json=numbers.json"]
+    code, out, err = command(flags, tmp_path, capsys, monkeypatch)
+    [member] = json.loads((tmp_path / "numbers.json").read_text())["members"]
+    assert (code, err) == (0, "")
+    assert member["loss"] == summary_of(runs / "convnet")["test_loss"]
+    assert member["accuracy"] == summary_of(runs / "convnet")["test_accuracy"]
+    assert out.splitlines()[-1].startswith("accuracy on npz:new.npz: ")
+
+
+@alone
+def test_classes_of_other_data_are_matched_by_name(named, capsys, monkeypatch):
+    numbers = {}
+    for name in ("data", "new", "numbers", "cats"):
+        flags = ["run", f"--on=npz:{name}.npz", f"--json={name}.json"]
+        code, _, err = command(flags, named, capsys, monkeypatch)
+        assert code == 0
+        assert ("warning: npz:numbers.npz has no names of classes" in err) == (name == "numbers")
+        numbers[name] = json.loads((named / f"{name}.json").read_text())
+    assert numbers["new"]["confusion"] == numbers["data"]["confusion"] == numbers["numbers"]["confusion"]
+    cats = numbers["data"]["class_names"].index("cat")
+    for actual, row in enumerate(numbers["cats"]["confusion"]):
+        assert row == (numbers["data"]["confusion"][cats] if actual == cats else [0, 0, 0])
+
+
+@alone
+def test_scores_of_classes_have_their_names_and_are_those_of_the_confusion_matrix(named, capsys, monkeypatch):
+    code, out, _ = command(["run", "--confusion", "--json=numbers.json"], named, capsys, monkeypatch)
+    numbers = json.loads((named / "numbers.json").read_text())
+    expected = class_scores.class_scores(np.array(numbers["confusion"]))
+    assert code == 0
+    assert [one.pop("class") for one in numbers["per_class"]] == numbers["class_names"]
+    assert numbers["per_class"] == [vars(one) for one in expected]
+    assert numbers["balanced_accuracy"] == class_scores.balanced_accuracy(expected)
+    assert numbers["macro_f1"] == class_scores.macro_f1(expected)
+    lines = out.splitlines()[3:]
+    assert max(map(len, lines)) <= 80
+    rows = [line.split("  ")[0] for line in lines]
+    assert rows[:4] == ["class", "a class with a name that is too…", "cat", "dog"]
+    assert [line.split()[-3:] for line in lines[1:4]] == [
+        [f"{one.precision:.2%}" if one.precision is not None else "–", f"{one.recall:.2%}", f"{one.f1:.2%}"]
+        for one in expected
+    ]
+
+
+@alone
+@pytest.mark.parametrize(("given", "part"), [("val", "validation"), ("train", "training"), ("training", "training")])
+def test_each_part_can_be_scored_also_by_its_short_name(runs, given, part, tmp_path, capsys, monkeypatch):
+    code, out, _ = command([runs / "mlp", f"--part={given}"], tmp_path, capsys, monkeypatch)
+    [trained] = load([runs / "mlp"], OneProcess())
+    expected = evaluate([trained], part, OneProcess()).ensemble
+    assert code == 0
+    said = f"{part} accuracy: {expected.accuracy:.2%} ({expected.correct} of {len(getattr(trained.data.parts, part))})"
+    assert out.splitlines()[-1] == said
+
+
+@alone
+@pytest.mark.parametrize(("part", "samples"), [("train", None), ("val", 7), ("test", 9)])
+def test_a_part_of_other_data_is_its_own(named, part, samples, capsys, monkeypatch):
+    flags = ["run", "--on=npz:parts.npz", f"--part={part}", "--json=parts.json"]
+    assert command(flags, named, capsys, monkeypatch)[0] == 0
+    with np.load(named / "parts.npz") as arrays:
+        expected = samples or len(arrays["images"])
+    assert json.loads((named / "parts.json").read_text())["samples"] == expected
+
+
+OTHER_DATA_REFUSED = {
+    "an unknown class": (["--on=npz:fox.npz"], ["npz:fox.npz", "'fox'", "cat, dog"]),
+    "no part of its own": (["--on=npz:new.npz", "--part=test"], ["--part test", "npz:new.npz", "leave the flag out"]),
+    "no such file": (["--on=npz:none.npz"], ["none.npz", "does not exist"]),
+    "no such source": (["--on=mnits"], ["mnits", "mnist"]),
+    "a folder that is not read": (["--on=npz:new.npz", "--data-dir=."], ["--data-dir", "--on npz:new.npz"]),
+    "a run twice": (["run", "--on=npz:new.npz"], ["run and run", "same weights"]),
+}
+
+
+@alone
+@pytest.mark.parametrize("what", OTHER_DATA_REFUSED)
+def test_other_data_that_does_not_fit_is_refused_in_one_line(what, named, capsys, monkeypatch):
+    flags, words = OTHER_DATA_REFUSED[what]
+    code, out, err = command(["run", *flags], named, capsys, monkeypatch)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert [word for word in words if word not in err] == []
+
+
+@alone
+def test_numbers_have_mean_absolute_error_and_r2(tmp_path):
+    dataset, build_network, _ = TASKS["regression"]
+    run_task(OneProcess(), tmp_path / "run", "regression", epochs=8)
+    [trained] = load([tmp_path / "run"], OneProcess(), dataset=dataset, build_network=build_network)
+    found = evaluate([trained], "test", OneProcess())
+    scores = class_scores.number_scores(found.labels, found.predictions)
+    numbers = score_table.numbers_json(scores, trained.signature)
+    for place, one in enumerate(numbers["per_number"]):
+        errors = [float(p) - float(t) for p, t in zip(found.predictions[:, place], found.labels[:, place], strict=True)]
+        assert one["number"] == str(place)
+        assert np.isclose(one["mean_absolute_error"], sum(map(abs, errors)) / len(errors))
+        targets = found.labels[:, place].tolist()
+        total = sum((target - sum(targets) / len(targets)) ** 2 for target in targets)
+        assert np.isclose(one["r2"], 1 - sum(error**2 for error in errors) / total)
+    [_, *rows] = score_table.number_table(scores, trained.signature)
+    assert [row.split() for row in rows] == [
+        [str(place), f"{one.mean_absolute_error:.6g}", f"{one.r2:.4f}"] for place, one in enumerate(scores)
+    ]
+
+
 # ------------------------------------------------------------------------------------------------------- output, files
 
 
@@ -485,6 +618,7 @@ def wrong(runs, mnist_runs, tmp_path_factory):
     with_header(newest, folder / "another version", config={**config, "warp": 9})
     with_header(newest, folder / "impossible", config={**config, "batch_size": 0})
     with_header(newest, folder / "no data", data_sha256=None)
+    with_header(newest, folder / "relative", config={**config, "dataset": "npz:gone/data.npz"})
     with_header(newest, folder / "not validated" / "checkpoints" / newest.name, progress=progress)
     (folder / "linked" / "checkpoints").mkdir(parents=True)
     (folder / "linked" / "checkpoints" / newest.name).symlink_to(newest)
@@ -495,6 +629,8 @@ USER, DAMAGED = 2, 3
 REFUSED = {
     "nothing to evaluate": ([], USER, ["RUN_OR_CHECKPOINT", "--help"]),
     "an unknown flag": (["mlp", "--hlaf"], USER, ["--hlaf"]),
+    "a run twice": (["mlp", "mlp"], USER, ["mlp and mlp", "same weights"]),
+    "data that is not here": (["relative"], USER, ["relative", "npz:gone/data.npz", "/gone/data.npz", "npz:PATH"]),
     "an unknown part": (["mlp", "--part=tests"], USER, ["'tests'", "validation", "did you mean 'test'"]),
     "no such folder": (["nowhere"], USER, ["nowhere", "no such checkpoint or run folder"]),
     "a folder without checkpoints": (["empty"], USER, ["empty/checkpoints", "expected a run folder"]),

@@ -16,7 +16,7 @@ from distdl import cli, evaluate, train
 from distdl.config import TrainConfig
 from distdl.data.sources import Dataset
 from distdl.engine import train as train_from_a_script
-from distdl.engine.user_code import architecture_sha256, check_equal_networks
+from distdl.engine.user_code import architecture_sha256, check_equal_networks, find_function, names_from_script
 from distdl.errors import UserError
 from distdl.job.launched_by import read_launch
 from distdl.nn import build_model
@@ -96,6 +96,12 @@ def test_a_model_of_a_file_has_the_receipt_of_the_equal_built_in_model(folder):
     assert receipt("--run-dir=whole", f"--model={folder}/models/good.py:net") == ours
     assert changes(before, picture(folder / "models")) == [], "no compiled files"
     assert "sizes" not in {name for name in sys.modules if name.startswith("own_code_")}
+
+
+def test_a_function_that_a_script_takes_from_a_file_has_the_name_of_the_file(folder):
+    function = find_function("--model", "models/good.py:net").function
+    config = names_from_script(TrainConfig(), function, None)
+    assert config.model == f"{folder}/models/good.py:net"
 
 
 def test_a_model_file_in_deep_folders_gives_a_run_folder_with_a_valid_name(folder):

@@ -97,6 +97,31 @@ def test_a_page_omits_sections_that_do_not_apply_to_the_run(runs):
     ]
 
 
+def test_a_run_without_its_data_has_a_page_without_the_parts_that_need_it(runs, tmp_path):
+    shutil.copytree(runs / "numbers", tmp_path / "run")
+    (runs / "<b>.npz").rename(runs / "gone.npz")
+    try:
+        code, out, err = outcome(tmp_path / "run")
+    finally:
+        (runs / "gone.npz").rename(runs / "<b>.npz")
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert (code, out) == (0, f"report: {tmp_path}/run/report.html\n")
+    assert len(err.splitlines()) == 1
+    assert f"there is no {runs}/<b>.npz" in err
+    assert "Pictures and scores that need the training data are absent: the data of " in page
+    assert heads(page)[:3] == ["Result", "Learning curves", "Filters of the first convolution"]
+    assert f"{json.loads((tmp_path / 'run/summary.json').read_text())['test_loss']:.6g}" in page
+    assert outcome(tmp_path / "run", f"--dataset=npz:{tmp_path}/nowhere.npz")[0] == 2
+
+
+def test_the_page_has_the_scores_of_each_class(digits):
+    table = re.search(r"<h3>Classes</h3>\s<pre>(.*?)</pre>", digits, re.DOTALL)[1].splitlines()
+    assert table[0].split() == ["class", "samples", "precision", "recall", "F1"]
+    assert [line.split()[0] for line in table[1:11]] == [str(k) for k in range(10)]
+    assert sum(int(line.split()[1]) for line in table[1:11]) == 269
+    assert table[11].startswith("balanced accuracy: ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

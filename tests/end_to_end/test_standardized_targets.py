@@ -9,7 +9,7 @@ from small_runs import piece_of_digits, small_config
 from distdl.config import TrainConfig
 from distdl.data.split import split
 from distdl.engine import train
-from distdl.engine.prepare import read_data
+from distdl.engine.user_code import read_data
 from distdl.errors import UserError
 from distdl.inference.load import load
 from distdl.inference.score import evaluate

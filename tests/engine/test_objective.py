@@ -9,7 +9,7 @@ from distdl.config import TrainConfig
 from distdl.data import Dataset
 from distdl.engine import objective, train
 from distdl.engine.objective import balanced_weights, training_loss
-from distdl.engine.prepare import read_data
+from distdl.engine.user_code import read_data
 from distdl.errors import UserError
 from distdl.nn import Affine, Flatten, Sequential, SoftmaxCrossEntropy
 from distdl.parallel import OneProcess
@@ -112,7 +112,7 @@ def test_balanced_weights_find_a_rare_class(tmp_path):
     assert found(class_weights="balanced") > 0.6 > 0.4 > found()
 
 
-NUMBERS = {"labels": np.zeros((100, 2), np.float32), "classes": 2}
+NUMBERS = {"labels": np.full((100, 2), 0.5, np.float32), "classes": 2}
 
 
 @pytest.mark.parametrize(

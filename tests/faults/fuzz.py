@@ -23,6 +23,7 @@ import tempfile
 import time
 import tomllib
 import traceback
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -138,9 +139,14 @@ class Npz(Kind):
         images = np.arange(40 * 4 * 4, dtype=np.uint8).reshape(40, 4, 4)
         self.wholes = []
         for save in (np.savez, np.savez_compressed):
-            content = io.BytesIO()
-            save(content, images=images, labels=np.arange(40) % 10)
-            self.wholes.append(content.getvalue())
+            for arrays in self.datasets(images, np.arange(40) % 10):
+                content = io.BytesIO()
+                save(content, **arrays)
+                self.wholes.append(content.getvalue())
+
+    def datasets(self, images: np.ndarray, labels: np.ndarray) -> list[dict[str, np.ndarray]]:
+        """Return the arrays of valid files."""
+        return [{"images": images, "labels": labels}]
 
     def alter(self, rng: random.Random) -> None:
         whole = rng.choice(self.wholes)
@@ -150,6 +156,74 @@ class Npz(Kind):
 
     def is_valid(self) -> bool | None:
         return True if self.changed in self.wholes else None  # a changed time in an archive is also valid
+
+
+class Labels(Npz):
+    """A user's own data set with other forms of labels, names of classes, and a validation part."""
+
+    def datasets(self, images: np.ndarray, labels: np.ndarray) -> list[dict[str, np.ndarray]]:
+        names = np.array([f"class {i}" for i in range(10)])
+        parts = {"x_train": images[:20], "x_val": images[20:30], "x_test": images[30:]}
+        return [
+            {"images": images, "labels": names[labels]},
+            {"images": images, "labels": labels > 4},
+            {"images": images / 255, "labels": np.eye(2)[labels % 2]},
+            {"images": images, "labels": labels[:, None] * 1.0},
+            {"images": images, "labels": labels.astype(np.uint8), "class_names": names},
+            {**parts, "y_train": labels[:20], "y_val": labels[20:30], "y_test": labels[30:]},
+        ]
+
+    arguments: ClassVar = [*Npz.arguments, "--loss=cross_entropy"]
+
+
+class Arrays(Labels):
+    """A correct archive whose arrays have other names, types, shapes or values."""
+
+    NAMES = (
+        *("images", "labels", "val_images", "val_labels", "test_images", "test_labels", "class_names"),
+        *("x_train", "y_train", "X_TEST", "y_test", "data", "target", "arr_0", "", "a/b", "images.npy"),
+    )
+    DTYPES = ("u1", "i1", ">i8", "u8", "f2", "f4", ">f8", "?", "U3", "S2", "c8", "M8[s]", "O", "V3", "f16")
+    VALUES = (0, 1, -1, 255, 2**31, 2**63 - 1, 0.5, 1e300, float("nan"), float("inf"))
+
+    def alter(self, rng: random.Random) -> None:
+        with np.load(io.BytesIO(rng.choice(self.wholes))) as archive:
+            arrays = dict(archive)
+        for _ in range(rng.choice([1, 1, 2, 3])):
+            name = rng.choice(sorted(arrays))
+            what = rng.randrange(6)
+            array = arrays[name]
+            if what == 0:
+                arrays[rng.choice(self.NAMES)] = arrays.pop(name)
+            elif what == 1:
+                arrays[rng.choice(self.NAMES)] = array[: rng.choice([None, 1, 0])] if array.ndim else array
+            else:
+                arrays[name] = self._changed(rng, array, what)
+        content = io.BytesIO()
+        np.savez(content, **arrays)
+        self.changed = content.getvalue()
+        write_files("data", {"mine.npz": self.changed})
+
+    def _changed(self, rng: random.Random, array: np.ndarray, what: int) -> np.ndarray:
+        """Return the changed array; unchanged if NumPy cannot do it."""
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return self._changed_if_possible(rng, array, what)
+            except (ValueError, TypeError, OverflowError):
+                return array
+
+    def _changed_if_possible(self, rng: random.Random, array: np.ndarray, what: int) -> np.ndarray:
+        if what == 2:
+            return array.astype(rng.choice(self.DTYPES))
+        if what == 3:
+            shape = [rng.choice([1, 2, 3, 4, 16, 40, 49, -1]) for _ in range(rng.randrange(6))]
+            return array.reshape(shape)
+        if what == 4:
+            return array.transpose(rng.sample(range(array.ndim), array.ndim))
+        changed = array.copy()
+        changed.reshape(-1)[: rng.choice([1, 7, None])] = rng.choice(self.VALUES)
+        return changed
 
 
 class Images(Kind):
@@ -178,6 +252,93 @@ class Images(Kind):
 
     def is_valid(self) -> bool | None:
         return True if self.changed in self.wholes else None  # an image has no checksum over all of its bytes
+
+
+class Photos(Images):
+    """One of a user's own images, in another format than PNG, or of another kind."""
+
+    arguments: ClassVar = [*Images.arguments, "--resize=3x2"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        images = importlib.import_module("PIL.Image")
+        image = images.linear_gradient("L").resize((24, 16))
+        exif = images.Exif()
+        exif[0x0112] = 6
+        self.wholes = []
+        for mode, form, settings in (
+            *(("RGB", "JPEG", {"exif": exif}), ("CMYK", "JPEG", {}), ("RGB", "MPO", {})),
+            *(("P", "GIF", {}), ("RGB", "BMP", {}), ("1", "PPM", {}), ("RGB", "WEBP", {}), ("RGBA", "WEBP", {})),
+            *(("RGB", "TIFF", {}), ("RGBA", "TIFF", {"compression": "tiff_lzw"}), ("L", "TIFF", {"exif": exif})),
+            *(("I;16", "TIFF", {}), ("I;16", "PNG", {}), ("LA", "PNG", {"exif": exif}), ("I;16", "PPM", {})),
+        ):
+            content = io.BytesIO()
+            deep = images.fromarray(np.asarray(image).astype(np.uint16) * 257)
+            (deep if mode == "I;16" else image.convert(mode)).save(content, form, **settings)
+            self.wholes.append(content.getvalue())
+
+
+class Csv(Kind):
+    """A CSV file that lists a user's own images."""
+
+    arguments: ClassVar = [*Kind.arguments, "--dataset=csv:data/list.csv"]
+
+    def __init__(self) -> None:
+        image = importlib.import_module("PIL.Image").linear_gradient("L").resize((4, 4))
+        content = io.BytesIO()
+        image.save(content, "PNG")
+        write_files("data", {f"{number}.png": content.getvalue() for number in range(40)})
+        plain = "".join(f"{number}.png,{'ab'[number % 2]}\n" for number in range(40))
+        numbers = "".join(f"{number}.png;{number / 2}\r\n" for number in range(40))
+        parts = "".join(f"{number}.png\t{number % 3}\t{['train', 'val'][number > 30]}\n" for number in range(40))
+        texts = ("path,label\n" + plain, "\ufefffile;target\r\n" + numbers, "image\tclass\tsplit\n" + parts)
+        self.wholes = [text.encode() for text in texts]
+        self.words = [
+            b",",
+            b";",
+            b'"',
+            b"\n",
+            b"\r",
+            b"\0",
+            b"9" * 5000,
+            b"nan",
+            b"1e999",
+            b"../",
+            b"0.png,c\n",
+            b"\xff",
+        ]
+
+    def alter(self, rng: random.Random) -> None:
+        self.changed = altered(rng, rng.choice(self.wholes), self.words)
+        write_files("data", {"list.csv": self.changed})
+
+    def is_valid(self) -> bool | None:
+        return True if self.changed in self.wholes else None  # another label is also valid
+
+
+class Cifar(Kind):
+    """One of CIFAR-10's files."""
+
+    arguments: ClassVar = [*Kind.arguments, "--dataset=cifar10", "--data-dir=data"]
+
+    def __init__(self) -> None:
+        names = [*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"]
+        records = random.Random(0).randbytes(6 * 3072)
+        self.files = {
+            name: b"".join(bytes([label]) + records[3072 * place : 3072 * (place + 1)] for label in range(4))
+            for place, name in enumerate(names)
+        }
+        write_files("data", self.files)
+
+    def alter(self, rng: random.Random) -> None:
+        write_files("data", self.files)
+        name = rng.choice(sorted(self.files))
+        self.changed = altered(rng, self.files[name], [bytes(3073), self.files[name][:3073], b"\x0a"])
+        write_files("data", {name: self.changed})
+
+    def is_valid(self) -> bool:
+        labels = self.changed[::3073]
+        return len(self.changed) % 3073 == 0 and len(labels) > 0 and max(labels) < 10
 
 
 class Config(Kind):
@@ -327,7 +488,12 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "IDX": Idx,
     "gzip": Gzip,
     "npz": Npz,
+    "labels": Labels,
+    "arrays": Arrays,
     "images": Images,
+    "photos": Photos,
+    "csv": Csv,
+    "cifar": Cifar,
     "config": Config,
     "checkpoint": Checkpoint,
     "sealed": Sealed,

@@ -21,7 +21,10 @@ FULL = os.environ.get("DISTDL_FULL") == "1" or os.environ.get("DISTDL_FAULTS") =
 COUNT = 500
 SEED = int(os.environ.get("DISTDL_FAULTS_SEED", "0"))
 SEEDS = range(SEED, SEED + 20) if FULL else [SEED]
-KINDS = ["IDX", "gzip", "npz", "images", "config", "checkpoint", "sealed"]
+KINDS = [
+    *("IDX", "gzip", "npz", "labels", "arrays", "images", "photos", "csv", "cifar"),
+    *("config", "checkpoint", "sealed"),
+]
 SECONDS = 280  # prevents hanging
 
 

@@ -19,6 +19,15 @@ def test_failures_survived_are_listed_and_runs_without_any_have_no_such_part(tmp
     assert "<tr><th>step 9</th><td>ranks 1 lost, 1 continued</td></tr>" in table
 
 
+def test_the_time_of_a_run_is_that_of_its_epochs(tmp_path):
+    shares = {"compute_share": 0.5, "reduction_share": 0.25, "wait_share": 0.25}
+    records = [{"train_seconds": 1.0, **shares}, {"other": 1}, {"train_seconds": 3.0, **shares, "compute_share": 0.7}]
+    (tmp_path / "timing.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    heading, table = report_page._time(tmp_path)
+    assert heading == "<h2>Where the time went</h2>"
+    assert "<tr><th>training</th><td>4.0 s in 2 epochs</td></tr><tr><th>compute</th><td>65.0%</td></tr>" in table
+
+
 @pytest.mark.parametrize("count", range(1, 40))
 def test_a_few_layers_at_equal_distances_are_shown_with_the_last_one(count):
     shown = list(report_page._some({f"layer_{number}": number for number in range(count)}).values())

@@ -180,7 +180,7 @@ def test_the_first_of_equal_logits_is_the_prediction():
 
 @pytest.mark.parametrize(
     ("initializer", "std"),
-    [(Normal(0.01), 0.01), (Normal(1.0), 1.0), (Xavier(), 1 / 20), (He(), math.sqrt(2) / 20)],
+    [(Normal(), 0.01), (Normal(0.02), 0.02), (Normal(1.0), 1.0), (Xavier(), 1 / 20), (He(), math.sqrt(2) / 20)],
 )
 def test_initializers_have_the_standard_deviation_of_the_book(initializer, std):
     w = initializer(Key(0), (400, 250), 400)

@@ -13,6 +13,7 @@ from distdl.nn import (
     Branches,
     Constant,
     Conv2d,
+    ConvTranspose2d,
     Dropout,
     Flatten,
     Layer,
@@ -381,10 +382,27 @@ def test_no_input_gradient_is_computed_if_no_layer_in_front_has_parameters():
         pytest.fail("backward continued in front of the first parameters")
 
     layers[0].backward = never
-    layers[1]._turned_convolution = never
     network.forward(normal((2, 6, 6, 1), dtype=np.float32))
     network.backward(normal((2, 3), "d", np.float32))
     assert network.gradients.any()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        *(Conv2d(2, 3), Conv2d(2, 3, stride=2), Conv2d(2, 3, bias=False), ConvTranspose2d(2, 3)),
+        *(Affine(3), Residual([Conv2d(2, 3, padding=1)], [Conv2d(2, 1)]), Branches([Conv2d(2, 1)], [Conv2d(3, 1)])),
+    ],
+    ids=str,
+)
+def test_the_first_layer_with_parameters_returns_no_input_gradient(layer):
+    layers = [layer] if not isinstance(layer, Affine) else [Flatten(), layer]
+    network = Sequential(layers, (6, 6, 1), form="plain")
+    network.initialize(Key(0))
+    dy = normal((2, *network.output_shape), "d", np.float32)
+    network.forward(normal((2, 6, 6, 1), dtype=np.float32))
+    assert layer.backward(dy) is None
+    assert all(gradient.any() for _, gradient in network.named_gradients())
 
 
 def test_a_layer_draws_from_the_key_of_its_name():

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from pretended_ranks import Rank, World
 from small_runs import remove, small_run
 
 from distdl.arrays import sha256_of_arrays
@@ -275,6 +276,30 @@ def test_a_host_that_fails_leaves_no_file_on_any_host(what, communicator, monkey
     assert_no_new_file_since(before, communicator)
 
 
+class Host(Rank):
+    """A rank on a host of its own, simulated by a thread."""
+
+    def bcast_json(self, value, root=0):
+        return self._exchanged(value)[root]
+
+    def bcast(self, array, root=0):
+        array[...] = self._exchanged(array.copy())[root]
+
+
+def test_every_simulated_host_has_the_arrays_of_rank_0():
+    simulated = World([0.0] * 3)
+    simulated.ranks = [Host(rank, simulated) for rank in range(3)]
+
+    def work(rank):
+        return share_arrays(rank, ARRAYS if rank.rank == 0 else {}, host=OneProcess())
+
+    for shared in simulated.run(work):
+        assert shared.keys() == ARRAYS.keys()
+        for name, array in shared.items():
+            np.testing.assert_array_equal(array, ARRAYS[name])
+            assert (array.dtype, array.flags.writeable) == (ARRAYS[name].dtype, False)
+
+
 @pytest.mark.mpi(min_size=2)
 def test_many_trainings_do_not_exhaust_the_communicators_of_mpi(communicator, monkeypatch):
     from distdl.parallel.mpi import MpiCommunicator
@@ -326,6 +351,25 @@ def test_a_freed_communicator_frees_that_of_its_host(host):
     part.free()
     assert freed == (["host", "part"] if host == "a group of its own" else ["part"])
     assert len(related.comms) == 2 - len(freed)
+
+
+@pytest.mark.parametrize("survives", [True, False])
+@pytest.mark.parametrize(("revoked", "lost"), [(False, 0), (True, 0), (False, 1)])
+def test_a_failure_is_known_from_any_communicator_that_is_revoked_or_has_lost_a_rank(
+    revoked, lost, survives, monkeypatch
+):
+    mpi = pytest.importorskip("distdl.parallel.mpi", exc_type=(ImportError, RuntimeError))
+    monkeypatch.setattr(mpi, "MPI", SimpleNamespace(COMM_SELF=SimpleNamespace(Iprobe=lambda: None)))
+    monkeypatch.setattr(mpi, "SECONDS_TO_BE_NOTIFIED", 0.001)
+    monkeypatch.setattr(mpi, "survives_failures", lambda: survives)
+    related = mpi._Related()
+    for is_revoked, failed in ((False, 0), (revoked, lost)):
+        group, comm = SimpleNamespace(), SimpleNamespace()
+        group.Get_size = lambda failed=failed: failed
+        comm.Get_failed = lambda group=group: group
+        comm.Is_revoked = lambda is_revoked=is_revoked: is_revoked
+        related.comms.append(comm)
+    assert related.has_failed() is (survives and (revoked or lost > 0))
 
 
 def test_an_error_that_each_rank_finds_alone_is_not_agreed(monkeypatch):

@@ -1,13 +1,14 @@
 """The folder of a search."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from distdl.config import TrainConfig
-from distdl.errors import UserError
-from distdl.search.folder import SEARCH, SearchFolder, choose_folder, read_results
+from distdl.errors import DamagedFileError, UserError
+from distdl.search.folder import RESULTS, SEARCH, SearchFolder, choose_folder, read_results
+from distdl.search.procedure import TrialResult, trials_of_round
 from distdl.search.settings import Range, SearchSettings
 
 SETTINGS = SearchSettings(
@@ -46,3 +47,20 @@ def test_a_search_is_continued_with_the_same_settings_only(tmp_path):
     assert read_results(tmp_path, SETTINGS, ours) == []
     with pytest.raises(UserError, match="seed is 3 here and 0 there; give the same"):
         read_results(tmp_path, SETTINGS, {**ours, "seed": 3})
+
+
+def test_saved_results_are_read_again_and_a_line_of_another_kind_is_damage(tmp_path):
+    ours = SETTINGS.to_json()
+    outcome = {"steps": 6, "validation_loss": 0.5, "validation_accuracy": 0.9, "test_accuracy": None}
+    results = [
+        TrialResult(**asdict(trial), **outcome, weights_sha256="0" * 64) for trial in trials_of_round(SETTINGS, 1, [])
+    ]
+    folder = SearchFolder(tmp_path, ours=False)
+    folder.write(SEARCH, json.dumps(ours).encode())
+    folder.save(results)
+    folder.close()
+    assert read_results(tmp_path, SETTINGS, ours) == results
+    for line in ("[1]", "{}"):
+        (tmp_path / RESULTS).write_text(f"{line}\n")
+        with pytest.raises(DamagedFileError, match=r"results.jsonl is damaged: line 1"):
+            read_results(tmp_path, SETTINGS, ours)

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distdl.data.dataset import Dataset
+from distdl.data.sources.cifar10 import load_cifar10
+from distdl.data.sources.csv_file import load_csv
 from distdl.data.sources.digits import load_digits
 from distdl.data.sources.folder import load_folder
-from distdl.data.sources.mnist import load_fashion_mnist, load_mnist
+from distdl.data.sources.mnist import load_fashion_mnist, load_kmnist, load_mnist
 from distdl.data.sources.npz import load_npz
 from distdl.errors import unknown_name
 from distdl.image_options import ImageOptions
@@ -21,16 +23,19 @@ SOURCES: dict[str, Callable[[Path | None], Dataset]] = {
     "digits": load_digits,
     "mnist": load_mnist,
     "fashion-mnist": load_fashion_mnist,
+    "kmnist": load_kmnist,
+    "cifar10": load_cifar10,
 }
 #: The datasets at a path, by the prefix of the path.
 FROM_PATH: dict[str, Callable[[Path, ImageOptions], Dataset]] = {
     "npz:": lambda path, _options: load_npz(path),
     "folder:": load_folder,
+    "csv:": load_csv,
 }
 
 
 def load(name: str, data_dir: Path | None, options: ImageOptions | None = None) -> Dataset:
-    """Return the dataset of that name; ``npz:PATH`` and ``folder:PATH`` name a user's own.
+    """Return the dataset of that name; ``npz:FILE``, ``folder:PATH`` and ``csv:FILE`` name a user's own.
 
     `data_dir` is the folder with the files of a published dataset; None: download them. `options` are for image files.
 

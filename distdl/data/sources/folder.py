@@ -6,11 +6,11 @@ folders of the classes. Any other file is refused.
 """
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from distdl.data.dataset import Dataset
+from distdl.data.labels import natural_order
 from distdl.data.sources.image_files import ListedFiles
 from distdl.data.sources.images import SUFFIXES, UnusableImageError, pillow
 from distdl.errors import UserError, quoted
@@ -108,19 +108,6 @@ def _classes(path: Path, folders: list[Path]) -> list[Path]:
     )
 
 
-def natural_order(name: str) -> tuple[tuple[int, str], ...]:
-    """Return a key that sorts numbers in names by their value.
-
-    >>> sorted(["b", "10", "2", "a10", "a9"], key=natural_order)
-    ['2', '10', 'a9', 'a10', 'b']
-    """
-    key = []
-    for place, piece in enumerate(re.split("([0-9]+)", name)):
-        number = piece.lstrip("0")
-        key.append((len(number), number) if place % 2 else (0, piece))
-    return (*key, (0, name))  # 01 after 1, always
-
-
 def _list(paths: Sequence[Path]) -> str:
     more = len(paths) - MOST_NAMES
     return ", ".join(repr(path.name) for path in paths[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
@@ -135,7 +122,12 @@ def _entries(folder: Path) -> list[Path]:
             f"the folder of images {quoted(folder)} cannot be read ({error.strerror or error}): expected a folder for "
             "each class, with the images in them"
         ) from error
-    return [entry for entry in entries if not entry.name.startswith(".") and entry.name.lower() not in JUNK]
+    return [entry for entry in entries if not is_junk(entry.name)]
+
+
+def is_junk(name: str) -> bool:
+    """Return whether systems give this name to files and folders of their own."""
+    return name.startswith(".") or name.lower() in JUNK
 
 
 def _is_image(entry: Path) -> bool:

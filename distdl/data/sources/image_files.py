@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.data.dataset import Dataset
-from distdl.data.memory import available_bytes
 from distdl.data.sources import images
 from distdl.data.sources.image_cache import Decoded, Make, Pixels, read_cached
 from distdl.data.sources.images import OtherSizeError, UnusableImageError
 from distdl.errors import UserError, quoted
+from distdl.host_memory import available_bytes
 from distdl.image_options import ImageOptions, Resize
 from distdl.mapped_files import release_pages
 
@@ -29,6 +29,8 @@ MOST_NAMES = 10
 #: The longest side of the size that a message suggests, and the number that both sides are multiples of.
 SUGGESTED_PIXELS, SUGGESTED_STEP = 128, 8
 
+#: A dataset is dark if no pixel of about this many images reaches this value: 12 bits in 16 give 15.
+IMAGES_LOOKED_AT, DARK = 256, 16
 #: The pages of a mapped file are released after this many images.
 IMAGES_MAPPED = 256
 
@@ -65,6 +67,12 @@ class ListedFiles:
             self.notes.append(f"--skip-damaged left out {len(skipped)} of {count} files: {_list(skipped)}")
         if not self.is_regression:
             self._check_classes(labels, starts)
+        brightest = int(found[:: max(1, len(found) // IMAGES_LOOKED_AT)].max())
+        if brightest < DARK:
+            self.notes.append(
+                f"the pixels of {self.source} are very dark, at most {brightest} of 255: if the files have 16 bits a "
+                "channel but use fewer, scale them up first"
+            )
         return Dataset(
             self.name,
             found,
@@ -208,7 +216,7 @@ def _suggested(sizes: Sequence[tuple[int, int]]) -> str:
 def _empty(source: str, count: int, pixels: Pixels, resize: Resize | None) -> Pixels:
     """Return an array for `count` images such as `pixels`; raise `UserError` if memory does not suffice."""
     needed, available = count * pixels.size, available_bytes()
-    if available is not None and needed > available:
+    if needed > available:
         height, width, channels = pixels.shape
         smaller = "a smaller --resize" if resize else f"--resize {_suggested([(height, width)])}, for example"
         raise UserError(

@@ -13,9 +13,10 @@ import importlib
 import io
 import os
 import stat
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,6 +45,7 @@ TRANSPARENT = {"LA", "La", "PA", "RGBA", "RGBa"}
 #: The formats of which mode "I" holds 16 bits.
 SIXTEEN_BITS = {"PNG", "PPM"}
 WHITE, BLACK = 255, 0
+STDERR = 2
 #: EXIF orientations that exchange height and width.
 TURNED = {5, 6, 7, 8}
 ORIENTATION = 0x0112
@@ -97,7 +99,8 @@ def decode(
         mode = "L" if channels == 1 or (channels is None and image.mode in GRAY) else "RGB"
         if resize is not None:
             _decode_smaller(image, mode, resize)
-        image.load()
+        with _silent_libtiff() if image.format == "TIFF" else nullcontext():
+            image.load()
         found = _without_alpha(_upright(image), mode)
         if resize is not None:
             found = _resized(found, resize)
@@ -111,7 +114,10 @@ def size_of(file: Path | BinaryIO) -> tuple[int, int]:
     """Return height and width as the first bytes of a file give them; raise `UnusableImageError`."""
     with _open(file) as image:
         _check_kind(image)
-        return image.height, image.width
+        # The orientation of a PNG file may stand after its pixels. It is not worth decoding them.
+        is_known = image.format != "PNG" or "exif" in image.info
+        turned = is_known and _orientation(image) in TURNED
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def has_colors(file: Path) -> bool:
@@ -169,6 +175,20 @@ def _open(file: Path | BinaryIO) -> Iterator[Any]:
             stream.close()
 
 
+@contextmanager
+def _silent_libtiff() -> Iterator[None]:
+    """Discard what libtiff prints about a damaged file; the error of Pillow says it too."""
+    sys.stderr.flush()
+    with Path(os.devnull).open("wb") as nothing:
+        kept = os.dup(STDERR)
+        os.dup2(nothing.fileno(), STDERR)
+        try:
+            yield
+        finally:
+            os.dup2(kept, STDERR)
+            os.close(kept)
+
+
 def _opened(file: Path) -> BinaryIO:
     try:
         # Opening a pipe would block forever.
@@ -178,14 +198,16 @@ def _opened(file: Path) -> BinaryIO:
     except FileNotFoundError:
         what = "it is a link to a file that does not exist" if os.path.lexists(file) else "it does not exist"
         raise UnusableImageError(what, is_damaged=False) from None
-    except OSError as error:
-        raise UnusableImageError(f"it cannot be read ({error.strerror or error})", is_damaged=False) from error
+    except (OSError, ValueError) as error:  # ValueError: the path contains a NUL
+        reason = f"it cannot be read ({getattr(error, 'strerror', None) or error})"
+        raise UnusableImageError(reason, is_damaged=False) from error
 
 
 def _cause(stream: BinaryIO | None) -> str | None:
     """Return why a file is not an image, if its first bytes tell."""
+    if stream is None:
+        return None
     try:
-        assert stream is not None
         stream.seek(0)
         start = stream.read(512)
     except (OSError, ValueError, io.UnsupportedOperation):

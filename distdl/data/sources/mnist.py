@@ -1,47 +1,26 @@
-"""MNIST (handwritten digits) and Fashion-MNIST (clothes): four IDX files each, from a folder or downloaded.
+"""MNIST (handwritten digits), Fashion-MNIST (clothes) and KMNIST (Japanese characters): four IDX files each, from a
+folder or downloaded.
 
-Both have 60,000 images of 28x28 pixels, 0 .. 255, in ten classes, and 10,000 more, their test part.
+All have 60,000 images of 28x28 pixels, 0 .. 255, in ten classes, and 10,000 more, their test part.
 
 Sources: Y. LeCun, C. Cortes, C. J. C. Burges, *The MNIST database of handwritten digits*, 1998; H. Xiao, K. Rasul,
 R. Vollgraf, *Fashion-MNIST: a novel image dataset for benchmarking machine learning algorithms*, 2017,
-https://github.com/zalandoresearch/fashion-mnist (MIT licence).
+https://github.com/zalandoresearch/fashion-mnist (MIT licence); T. Clanuwat et al., *Deep learning for classical
+Japanese literature*, 2018, https://github.com/rois-codh/kmnist (CC BY-SA 4.0).
 """
 
-import functools
-import importlib
-import textwrap
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distdl.data.dataset import Dataset
+from distdl.data.sources.downloads import Published, download_all
 from distdl.data.sources.idx import read_idx
 from distdl.errors import DamagedFileError, UserError, quoted
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"
-#: The start of every URL of a download, redirects included.
-DOWNLOADS_FROM = "https://"
-MOST_REDIRECTS = 5
-TIMEOUT_SECONDS = 30
-BLOCK_BYTES = 2**16
-
-
-@dataclass(frozen=True)
-class Published:
-    """A dataset of four gzipped files, as first published, and its mirrors."""
-
-    name: str
-    title: str
-    mirrors: tuple[str, ...]
-    files: dict[str, tuple[int, str]]
-    """Bytes and sha256 of each file, in the order in which they are read."""
-    class_names: tuple[str, ...] | None = None
-    """None: the classes are the digits."""
-
 
 MNIST = Published(
     "mnist",
@@ -72,6 +51,18 @@ FASHION_MNIST = Published(
         *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
     ),
 )
+KMNIST = Published(
+    "kmnist",
+    "KMNIST",
+    ("https://codh.rois.ac.jp/kmnist/dataset/kmnist/",),
+    {
+        TRAIN_IMAGES: (18_165_135, "51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4"),
+        TRAIN_LABELS: (29_497, "e38f9ebcd0f3ebcdec7fc8eabdcdaef93bb0df8ea12bee65224341c8183d8e17"),
+        TEST_IMAGES: (3_041_136, "edd7a857845ad6bb1d0ba43fe7e794d164fe2dce499a1694695a792adfac43c5"),
+        TEST_LABELS: (5_120, "20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c"),
+    },
+    ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+)
 
 
 def load_mnist(data_dir: Path | None) -> Dataset:
@@ -84,6 +75,11 @@ def load_fashion_mnist(data_dir: Path | None) -> Dataset:
     return _load(FASHION_MNIST, data_dir)
 
 
+def load_kmnist(data_dir: Path | None) -> Dataset:
+    """Return KMNIST."""
+    return _load(KMNIST, data_dir)
+
+
 def _load(published: Published, data_dir: Path | None) -> Dataset:
     """Read the four files from `data_dir`, each plain or gzipped (``.gz``); without `data_dir` download them.
 
@@ -91,7 +87,7 @@ def _load(published: Published, data_dir: Path | None) -> Dataset:
     checked at every start. Raises `UserError` if a file cannot be read or does not fit the others, `DamagedFileError`
     if a file is damaged.
     """
-    paths = _download_all(published) if data_dir is None else _find_in(data_dir, published)
+    paths = download_all(published) if data_dir is None else _find_in(data_dir, published)
     train_images, train_labels = _read_pair(paths[0], paths[1])
     test_images, test_labels = _read_pair(paths[2], paths[3])
     if train_images.shape[1:] != test_images.shape[1:]:
@@ -128,76 +124,35 @@ def _read_pair(images_path: Path, labels_path: Path) -> tuple[NDArray[np.uint8],
 
 
 def _find_in(data_dir: Path, published: Published) -> list[Path]:
-    """Return the paths of the four files in a folder."""
+    """Return the paths of the four files in a folder, or in the folder ``raw`` of torchvision in it."""
     try:
-        present = {path.name for path in data_dir.iterdir()}
+        list(data_dir.iterdir())
     except OSError as error:
         raise UserError(
             f"the data folder {quoted(data_dir)} cannot be read ({error.strerror or error}): "
             f"expected a folder with the four {published.title} files; give another --data-dir"
         ) from error
     plain = [name.removesuffix(".gz") for name in published.files]
-    missing = [name for name in plain if not {name, f"{name}.gz"} & present]
+    folders = (data_dir, data_dir / "raw", data_dir / published.title.replace("-", "") / "raw")
+    found = [[_find(folder, name) for name in plain] for folder in folders]
+    paths = max(found, key=lambda of_folder: sum(path is not None for path in of_folder))
+    missing = [name for name, path in zip(plain, paths, strict=True) if path is None]
     if missing:
         raise UserError(
             f"the data folder {quoted(data_dir)} lacks {', '.join(missing)}: expected the four {published.title} "
             "files, plain or gzipped (.gz at the end of the name); give another --data-dir, or none to download them"
         )
-    return [data_dir / (name if name in present else f"{name}.gz") for name in plain]
+    return [path for path in paths if path is not None]
 
 
-def _download_all(published: Published) -> list[Path]:
-    """Return the paths of the four files in the user's cache folder; download the missing ones."""
-    try:
-        pooch = importlib.import_module("pooch")
-    except ImportError as error:
-        raise UserError(
-            f"downloading {published.title} needs pooch, which is not installed: pip install 'distdl-mpi[data]', "
-            "or give the folder with the four files by --data-dir"
-        ) from error
-    return [_download(pooch, published, name) for name in published.files]
+def _find(folder: Path, name: str) -> Path | None:
+    """Return the path of a file in a folder, plain or gzipped; None if there is none.
 
-
-def _download(pooch: Any, published: Published, name: str) -> Path:
-    """Return the path of one file, from the cache or from the first mirror that has it intact."""
-    cache = pooch.os_cache("distdl") / published.name
-    size, sha256 = published.files[name]
-    fetch = functools.partial(_fetch, size)
-    failures = []
-    for mirror in published.mirrors:
-        try:
-            return Path(pooch.retrieve(mirror + name, f"sha256:{sha256}", fname=name, path=cache, downloader=fetch))
-        except (OSError, ValueError) as error:  # the internet access or the disk; another sha256
-            failures.append(f"{mirror}: {textwrap.shorten(str(error), 160)}")
-    raise UserError(
-        f"{name} could not be downloaded to {quoted(cache)} ({'; '.join(failures)}): expected internet access and "
-        f"free space there; or fetch the four {published.title} files elsewhere and give their folder by --data-dir"
-    )
-
-
-def _fetch(size: int, url: str, output: str, _pooch: Any) -> None:
-    """Download exactly `size` bytes from `url` to the file `output`, over HTTPS only, redirects included.
-
-    pooch calls it, and compares the sha256. Raises `OSError` or `ValueError` if the download fails or is too long.
+    Some copies are named ``train-images.idx3-ubyte``, or have a folder with the name of the file.
     """
-    requests = importlib.import_module("requests")  # pooch needs it too
-    with requests.Session() as session:
-        for _ in range(MOST_REDIRECTS):
-            if not url.startswith(DOWNLOADS_FROM):
-                raise ValueError(f"it redirects to {url}, which does not start with {DOWNLOADS_FROM}")
-            response = session.get(url, stream=True, timeout=TIMEOUT_SECONDS, allow_redirects=False)
-            if not response.is_redirect:
-                break
-            url = response.next.url
-        else:
-            raise ValueError(f"it redirects more than {MOST_REDIRECTS} times")
-        response.raise_for_status()
-        missing = size
-        with Path(output).open("wb") as file:
-            for block in response.iter_content(BLOCK_BYTES):
-                missing -= len(block)
-                if missing < 0:
-                    raise ValueError(f"it is longer than the {size} bytes expected")
-                file.write(block)
-        if missing:
-            raise ValueError(f"it ends {missing} of {size} bytes early")
+    try:
+        present = {path.name.lower(): path for path in sorted(folder.iterdir()) if not path.is_dir()}
+    except OSError:
+        return None
+    other = name.replace("-idx", ".idx")
+    return next((present[one] for one in (name, f"{name}.gz", other, f"{other}.gz") if one in present), None)

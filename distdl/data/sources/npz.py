@@ -75,11 +75,16 @@ def load_npz(path: Path) -> Dataset:
 
 
 def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    if len(arrays) == 1:
+        return arrays[0]
+    dtypes = {array.dtype for array in arrays}
+    if len(dtypes) > 1 and _kind(arrays[0]) == "i":  # NumPy turns signed and unsigned numbers of 64 bits into floats
+        arrays = [array.astype(np.int64) for array in arrays]
+    return np.concatenate(arrays)
 
 
 def _kind(array: NDArray[Any]) -> str:
-    return "iu" if array.dtype.kind in "iu" and array.dtype != np.uint8 else array.dtype.kind
+    return "i" if array.dtype.kind in "iu" else array.dtype.kind
 
 
 def _scale_notes(images: dict[str, NDArray[Any]]) -> tuple[str, ...]:
@@ -204,7 +209,7 @@ def _array(archive: NpzFile, path: Path, name: str) -> NDArray[Any]:
         if dtype.hasobject:
             raise UserError(
                 f"{name} of {quoted(path)} holds Python objects instead of numbers (arrays of different sizes "
-                "cause this): give one array"
+                "cause this): give one array; for labels, labels.astype(str)"
             )
         announced = dtype.itemsize * int(np.prod(shape, dtype=object))
         if announced != member.file_size - start:
@@ -239,7 +244,7 @@ def load_images(name: str) -> NDArray[Any]:
     try:
         return canonical_images(images[..., np.newaxis] if images.ndim == 3 else images)[0]
     except Unfit as error:
-        raise UserError(f"{quoted(path)} has {error.given}: expected {error.expected}") from None
+        raise UserError(f"{quoted(path)} has {error}") from None
 
 
 def _images_name(archive: NpzFile, path: Path, wanted: str | None) -> str:

@@ -290,6 +290,15 @@ def test_a_class_that_loses_all_its_images_is_named(tmp_path):
     assert "has no image that can be used" in refusal(tmp_path, skip_damaged=True)
 
 
+def test_images_of_16_bits_that_use_12_are_noted(tmp_path):
+    write(
+        tmp_path, RNG.integers(0, 4096, (6, 5, 4)).astype(np.uint16), [f"{'ab'[row % 2]}/{row}.png" for row in range(6)]
+    )
+    [note] = loaded(tmp_path).notes
+    assert "are very dark, at most 15 of 255" in note
+    assert loaded(write(tmp_path / "usual", GRAY)).notes == ()
+
+
 def test_more_images_than_memory_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(image_files, "available_bytes", lambda: 6 * 5 * 4 - 1)
     message = refusal(write(tmp_path, GRAY))

@@ -2,6 +2,7 @@
 
 import io
 import os
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -225,6 +226,15 @@ def test_a_file_that_cannot_be_used_says_why(content, kind, reason, tmp_path):
     assert str(caught.value).startswith(repr(str(tmp_path / "x.jpg")))
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_libtiff_prints_nothing_itself(tmp_path, capfd):
+    content = stream_of(RNG.integers(0, 256, (60, 40, 3), np.uint8), "TIFF", compression="tiff_lzw").getvalue()
+    for place in range(20, 400, 7):  # some of these alterations make libtiff print
+        (tmp_path / "x.tif").write_bytes(content[:place] + b"\xff\x00" + content[place + 2 :])
+        with suppress(UserError):
+            read_image(tmp_path / "x.tif", channels=3)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_path_that_is_no_file_says_why(tmp_path):

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distdl.data.sources import load, mnist
+from distdl.data.sources import downloads, load, mnist
 from distdl.errors import DamagedFileError, UserError
 
 
@@ -117,6 +117,36 @@ def test_a_missing_folder_is_named(tmp_path):
         assert not isinstance(caught.value, DamagedFileError)
 
 
+@pytest.mark.parametrize(
+    ("dataset", "place", "rename"),
+    [
+        ("mnist", "raw", str),
+        ("mnist", "MNIST/raw", str),
+        ("fashion-mnist", "FashionMNIST/raw", str),
+        ("kmnist", "KMNIST/raw", str),
+        ("mnist", ".", lambda name: name.replace("-idx", ".idx")),
+        ("mnist", ".", lambda name: name.replace(".gz", ".GZ")),
+        ("kmnist", "raw", lambda name: name.replace("-idx", ".idx")),
+    ],
+)
+def test_files_under_other_usual_names_are_found(dataset, place, rename, tmp_path):
+    write_mnist(tmp_path / "written", ["train_images", "test_labels"])
+    folder = tmp_path / "data" / place
+    folder.mkdir(parents=True)
+    for file in (tmp_path / "written").iterdir():
+        file.rename(folder / rename(file.name))
+    data = load(dataset, tmp_path / "data")
+    assert np.array_equal(data.images[..., 0], np.concatenate([TRAIN_IMAGES, TEST_IMAGES]))
+    assert (data.name, data.test_start) == (dataset, 6)
+
+
+def test_a_folder_with_the_name_of_a_file_is_not_taken_for_it(tmp_path):
+    for file in list(write_mnist(tmp_path).iterdir()):
+        file.rename(tmp_path / file.name.replace("-idx", ".idx"))
+        (tmp_path / file.name).mkdir()
+    assert len(load("mnist", tmp_path).images) == 8
+
+
 def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
     def refuse(_path):
         raise PermissionError(13, "Permission denied")
@@ -190,9 +220,9 @@ def mirror(tmp_path, monkeypatch):
     folder = write_mnist(tmp_path / "mirror", ALL)
     contents = {name: (folder / name).read_bytes() for name in mnist.MNIST.files}
     files = {name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in contents.items()}
-    for name in ("MNIST", "FASHION_MNIST"):
+    for name in ("MNIST", "FASHION_MNIST", "KMNIST"):
         monkeypatch.setattr(mnist, name, replace(getattr(mnist, name), files=files))
-    monkeypatch.setattr(mnist, "DOWNLOADS_FROM", "http://127.0.0.1")  # only HTTPS except in these tests
+    monkeypatch.setattr(downloads, "DOWNLOADS_FROM", "http://127.0.0.1")  # only HTTPS except in these tests
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return folder
@@ -200,7 +230,7 @@ def mirror(tmp_path, monkeypatch):
 
 def ask(monkeypatch, *urls):
     """Make these the mirrors."""
-    for name in ("MNIST", "FASHION_MNIST"):
+    for name in ("MNIST", "FASHION_MNIST", "KMNIST"):
         monkeypatch.setattr(mnist, name, replace(getattr(mnist, name), mirrors=urls))
 
 
@@ -371,11 +401,11 @@ def test_endless_redirects_are_refused(monkeypatch):
     assert asked.asked == 5
 
 
-@pytest.mark.parametrize("published", [mnist.MNIST, mnist.FASHION_MNIST], ids=lambda one: one.name)
+@pytest.mark.parametrize("published", [mnist.MNIST, mnist.FASHION_MNIST, mnist.KMNIST], ids=lambda one: one.name)
 def test_every_mirror_is_reached_over_https_and_every_file_is_pinned(published):
-    assert mnist.DOWNLOADS_FROM == "https://"
+    assert downloads.DOWNLOADS_FROM == "https://"
     assert list(published.files) == list(mnist.MNIST.files)
-    assert len(published.mirrors) >= 2
+    assert len(published.mirrors) >= (1 if published is mnist.KMNIST else 2)
     assert all(url.startswith("https://") and url.endswith("/") for url in published.mirrors)
     sizes, digests = zip(*published.files.values(), strict=True)
     assert min(sizes) > 4000

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from injected import write_checkpoints_at_once
-from small_runs import piece_of_digits, small_config, small_run
+from small_runs import piece_of_digits, small_config, small_run, warnings_in
 
 from distdl.engine import train
 from distdl.engine.fault_injection import fail_at, forget
@@ -137,7 +137,7 @@ def test_a_missed_checkpoint_is_reported_at_the_next_step(tmp_path, monkeypatch,
 
     def look(state):
         """Before each step, record the errors of the step before it."""
-        reported[state.step] = capsys.readouterr().err
+        reported[state.step] = "".join(f"{line}\n" for line in warnings_in(capsys.readouterr().err))
 
     write_checkpoints_at_once(monkeypatch)
     fail_at("checkpoint-write", rank=0, step=3, action=refusing(28, "No space left on device"))
@@ -155,7 +155,7 @@ def test_the_third_miss_ends_the_run_at_the_next_checkpoint_even_if_it_was_repor
     fail_at("checkpoint-write", rank=0, nth=None, action=refusing(5, "Input/output error"))
     with pytest.raises(UserError, match=r"cannot write the checkpoint after step 3 .*make room and use --resume"):
         small_run(OneProcess(), tmp_path / "run", checkpoint_every=1)
-    warnings = capsys.readouterr().err.splitlines()
+    warnings = warnings_in(capsys.readouterr().err)
     ends = ["training continues", "training continues", "training ends at the next one"]
     assert [line.rpartition(", ")[2] for line in warnings] == ends
 
@@ -177,7 +177,7 @@ def test_old_checkpoints_that_cannot_be_removed_give_a_warning_and_the_new_one_i
     monkeypatch.setattr(checkpoints, "remove_old", refused)
     small_run(OneProcess(), tmp_path / "run", checkpoint_every=1)
     assert checkpoints.steps_in(tmp_path / "run" / "checkpoints") == [1, 2, 3, 4, 5, 6]
-    warnings = capsys.readouterr().err.splitlines()
+    warnings = warnings_in(capsys.readouterr().err)
     assert len(warnings) == 6
     assert all("cannot remove old checkpoints" in line and "Operation not permitted" in line for line in warnings)
 
