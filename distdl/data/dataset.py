@@ -169,7 +169,7 @@ class Dataset(_Labelled):
             sample = int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))
             raise self._wrong(f"NaN or infinity in images, first in sample {sample}", "finite pixels")
         if not isinstance(classes, int | np.integer) or not 1 <= classes <= MOST_CLASSES:
-            raise self._wrong(f"classes {classes!r}", "an int, the number of classes")
+            raise self._wrong(f"classes {classes!r}", f"an int up to {MOST_CLASSES}, the greatest label + 1")
         labels = self._checked_numbers() if labels.dtype == np.float32 and labels.ndim == 2 else self._checked_labels()
         test_start = self._checked_start("test", count)
         validation_start = self._checked_start("validation", count if test_start is None else test_start)

@@ -226,13 +226,13 @@ def classes_missing_in(
 
 
 def _listed(values: Sequence[object]) -> str:
-    """Return the values as a text, shortened if there are many.
+    """Return different values, numbers in ascending order, as a text, shortened if there are many.
 
     >>> _listed([0, 7]), _listed([*range(1, 11)]), _listed(["a", "b", "c", "d", "e", "f", "g"])
     ('0, 7', '1 to 10', 'a, b, c, d, e and 2 more')
     """
     numbers = [value for value in values if isinstance(value, int)]
-    if len(numbers) == len(values) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+    if len(numbers) == len(values) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
         return f"{numbers[0]} to {numbers[-1]}"
     more = f" and {len(values) - 5} more" if len(values) > 5 else ""
     return ", ".join(map(str, values[:5])) + more
