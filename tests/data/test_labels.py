@@ -140,6 +140,11 @@ def test_classes_without_samples_are_a_warning_with_the_fix(labels, said):
     assert prepared(labels).classes == int(labels.max()) + 1
 
 
+def test_a_script_may_state_more_classes_than_have_samples():
+    stated = Dataset("mine", IMAGES, CLASSES + 5, classes=10, test_start=None)
+    assert stated.checked().for_training("auto").notes == ()
+
+
 def test_a_class_that_a_part_lacks_is_a_warning():
     labels = np.where(np.arange(40) < 30, CLASSES % 2, CLASSES)
     data = prepared(labels, test_start=30, class_names=IN_ORDER)

@@ -9,8 +9,8 @@ from distdl.config import TrainConfig
 from distdl.data import Dataset
 from distdl.data.batch_order import BatchOrder
 from distdl.engine import train
-from distdl.engine.prepare import read_data
 from distdl.engine.requirements import ragged_batch_note
+from distdl.engine.user_code import read_data
 from distdl.inference.load import load
 from distdl.inference.score import evaluate
 from distdl.nn import Affine, BatchNorm, Flatten, ReLU, Sequential
