@@ -21,7 +21,7 @@ from distdl.data.dataset import Dataset
 from distdl.data.labels import natural_order
 from distdl.data.sources.folder import PART_OF, PARTS
 from distdl.data.sources.image_files import ListedFiles
-from distdl.data.sources.images import pillow
+from distdl.data.sources.images import SUFFIXES, pillow
 from distdl.errors import UserError, nearest, one_line, quoted
 from distdl.image_options import ImageOptions
 
@@ -214,10 +214,14 @@ def _order(name: str) -> tuple[object, ...]:
 
 
 def _file(folder: Path, text: str) -> Path:
-    """Return the path of an image; a path of Windows has the other slash."""
+    """Return the path of an image. A path of Windows has the other slash; some tables leave the suffix out."""
     file = folder / text
+    if "\0" in text or os.path.lexists(file):
+        return file
     other = folder / text.replace("\\", "/")
-    return file if file == other or "\0" in text or os.path.lexists(file) else other
+    with_suffix = [] if other.suffix else [Path(f"{other}{suffix}") for suffix in SUFFIXES]
+    found = [one for one in with_suffix if os.path.lexists(one)]
+    return found[0] if len(found) == 1 else other
 
 
 def _check_once(path: Path, files: Sequence[Path], rows: Rows, notes: list[str]) -> None:

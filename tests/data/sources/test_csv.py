@@ -53,8 +53,9 @@ CATS = ("cat", "dog", "cat", "dog", "cat", "dog")
         table(*(f' "{label}"' for label in CATS)).replace(', "', ',"'),
         table(*CATS).replace("images/", "images\\"),
         table(*CATS).replace("images/", "./images/"),
+        table(*CATS).replace(".png", ""),
     ],
-    ids=["plain", "blank line", "CRLF", "BOM", "semicolon", "tab", "blanks", "quotes", "Windows", "dot"],
+    ids=["plain", "blank line", "CRLF", "BOM", "semicolon", "tab", "blanks", "quotes", "Windows", "dot", "no suffix"],
 )
 def test_paths_and_labels_are_read_in_the_order_of_the_file(text, folder):
     data = loaded(folder, text)
@@ -123,6 +124,11 @@ def test_images_are_resized(folder):
     Image.fromarray(PIXELS[0, :3]).save(folder / NAMES[0])
     assert "give --resize" in refusal(folder, table(*CATS))
     assert loaded(folder, table(*CATS), resize="3x2").images.shape == (6, 3, 2, 1)
+
+
+def test_a_name_without_suffix_that_fits_two_files_is_refused(folder):
+    Image.fromarray(PIXELS[0]).save(folder / "images/0.jpg")
+    assert "0' cannot be used: it does not exist" in refusal(folder, table(*CATS).replace(".png", ""))
 
 
 def test_an_image_that_is_listed_twice_is_noted_or_refused(folder):
