@@ -210,6 +210,10 @@ def test_too_little_memory_for_the_network_is_reported_in_one_line(used_folder, 
         header = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (count, 1500, 1500))
         (tmp_path / "large" / name).write_bytes(header)
         os.truncate(tmp_path / "large" / name, 16 + count * 1500 * 1500)
+        with (tmp_path / "large" / name).open("r+b") as file:
+            for start in range(count):
+                file.seek(16 + start * 1500 * 1500)
+                file.write(b"\xff")  # otherwise all pixels are equal, which is refused first
 
     def little_memory():
         resource.setrlimit(resource.RLIMIT_AS, (2 * 2**30, 2 * 2**30))

@@ -61,7 +61,7 @@ def printed(tmp_path_factory):
 @pytest.fixture(scope="module")
 def promised():
     """Return the last lines of a first run, as README shows them."""
-    return [line.strip() for line in re.search(r"ends like this:\n\n((?: {4}.*\n)+)", README)[1].splitlines()]
+    return [line[4:] for line in re.search(r"ends like this:\n\n((?: {4}.*\n)+)", README)[1].splitlines()]
 
 
 def form(lines):

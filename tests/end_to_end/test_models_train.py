@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from bad_inputs import mnist_files, write_files
+from refusals import FEW_SAMPLES
 
 from distdl import cli, config, engine, train
 from distdl.job.launched_by import read_launch
@@ -20,7 +21,7 @@ def test_a_model_trains_for_an_epoch(model, tmp_path, monkeypatch, capsys):
     flags = [f"--model={model}", "--dataset=mnist", f"--data-dir={data}", "--epochs=1", "--log-every=1"]
     code = cli.run(train.main, [*flags, "--batch-size=8", "--micro-batch-size=4", f"--run-dir={tmp_path}/run"])
     out, err = capsys.readouterr()
-    assert (code, err) == (0, "")
+    assert (code, [line for line in err.splitlines() if not FEW_SAMPLES.search(line)]) == (0, [])
     assert f"{model} (" in out
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [np.isfinite(record["loss"]) for record in records if "loss" in record] == [True, True]

@@ -474,7 +474,7 @@ def test_a_wrong_dataset_is_one_line_that_names_it(name, words, data):
 def test_evaluate_calls_only_the_function_of_the_training(data):
     (data / "same.py").write_text(GOOD.replace("nn.ReLU", "nn.Sigmoid"))
     receipt("--run-dir=ours", "--model=mlp")
-    receipt("--run-dir=own", "--model=models/good.py:net")
+    receipt("--run-dir=own", "--model=models/good.py:net", "--lr=0.002")
     for runs, model, said in (
         (["ours"], "same.py:net", "--model same.py:net: the runs were trained with mlp"),
         (["own"], "same.py:net", "the runs were trained with models/good.py:net"),
