@@ -66,7 +66,9 @@ def test_a_trial_prints_only_its_warnings_even_on_a_terminal(monkeypatch, capsys
     (first, _) = trials_of_round(SETTINGS, 1, [])
     console = _WarningsOnly(first)
     console.line("epoch 1/2")
-    console.live(1, 2, 1, 2, 0.5)
+    console._clock = iter((0.0, 60.0)).__next__
+    for step in (1, 2):
+        console.progress(SETTINGS.config, step, 10, 0.5)
     console.warning("the disk is full")
     assert sys.stdout.getvalue() == ""
     assert capsys.readouterr().err == f"distdl: warning: {first.run_folder}: the disk is full\n"
