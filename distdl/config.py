@@ -53,6 +53,13 @@ OTHER_NAMES = {
 
 SHARES = ("validation_share", "test_share")
 LOSS_SETTINGS = ("label_smoothing", "class_weights", "standardize_targets")
+#: Other libraries' names of our choices. They are suggested, never accepted.
+OTHER_CHOICES = {
+    **dict.fromkeys(("mse", "l2", "squared_error", "regression"), "mean_squared_error"),
+    **dict.fromkeys(("ce", "crossentropy", "categorical_crossentropy", "softmax", "nll"), "cross_entropy"),
+    **dict.fromkeys(("bce", "binary_crossentropy", "sigmoid", "logistic"), "binary_cross_entropy"),
+    **dict.fromkeys(("reducelronplateau", "reduce_on_plateau"), "plateau"),
+}
 #: The groups of `--help`, with all settings.
 GROUPS = {
     "data": ("dataset", "data_dir", "resize", "skip_damaged", "csv_columns", "cache", *SHARES, "batch_size", "augment"),
@@ -360,7 +367,8 @@ def check_kind(name: str, value: object, kind: Any) -> None:
     choices = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         if value not in choices:
-            raise unknown_name(f"value of {flag_of(name)}" if "_" in name else name, str(value), choices)
+            kind_of_name = f"value of {flag_of(name)}" if "_" in name else name
+            raise unknown_name(kind_of_name, str(value), choices, OTHER_CHOICES)
         return
     kinds = set(choices or (kind,))
     allowed = kinds | ({int} if float in kinds else set()) | ({str} if Path in kinds else set())

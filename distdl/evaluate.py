@@ -22,7 +22,7 @@ COMMAND = Command(
     ),
     groups={
         "runs": ("runs", "best", "model"),
-        "data": ("on", "part", "dataset", "data_dir"),
+        "data": ("on", "skip_damaged", "part", "dataset", "data_dir"),
         "results": ("half", "confusion", "confusion_figure", "misclassified", "json"),
     },
     flags={

@@ -28,7 +28,9 @@ from distdl.data.labels import (
     check_classes,
     classes_missing_in,
     for_loss,
+    missing_classes,
     refuse_numbers,
+    similar_names,
 )
 from distdl.data.normalization import Normalization, constant_channels, measure
 from distdl.data.signature import Signature, Task, default_loss
@@ -118,7 +120,7 @@ class Dataset(_Labelled):
             classes = labels.shape[-1]
         else:
             classes = int(labels.max(initial=0)) + 1 if names is None else len(names)
-        return replace(given, classes=classes).checked()
+        return replace(given, classes=classes).checked()._noting_missing_classes()
 
     def for_loss(self, loss: str) -> Dataset:
         """Return a checked dataset with the labels that ``--loss loss`` needs.
@@ -132,7 +134,7 @@ class Dataset(_Labelled):
         if labels.dtype.kind == "f":
             return self
         given = replace(self, labels=labels, classes=int(labels.max()) + 1 if self.classes == 1 else self.classes)
-        return replace(given, labels=given._checked_labels())
+        return replace(given, labels=given._checked_labels())._noting_missing_classes()
 
     def for_training(self, loss: str) -> Dataset:
         """Return `for_loss`, with warnings about its classes; raise `UserError` if there are not two classes."""
@@ -142,8 +144,14 @@ class Dataset(_Labelled):
         with self._naming_it():
             if dataset.task == "classification":
                 refuse_numbers(loss)
-            notes = check_classes(dataset.labels, dataset.classes, dataset.class_names)
-        return replace(dataset, notes=(*dataset.notes, *notes))
+            check_classes(dataset.labels, dataset.classes, dataset.class_names)
+        return replace(dataset, notes=(*dataset.notes, *similar_names(dataset.class_names or ())))
+
+    def _noting_missing_classes(self) -> Dataset:
+        """Return the dataset with a warning about classes without samples, if its labels determine the classes."""
+        if self.task == "regression":
+            return self
+        return replace(self, notes=(*self.notes, *missing_classes(self.labels, self.classes, self.class_names)))
 
     def _canonical(self) -> Dataset:
         """Return the dataset with images and labels in the form of training, if that needs no choice."""
@@ -169,7 +177,7 @@ class Dataset(_Labelled):
             sample = int(np.argmin(np.isfinite(images).all(axis=(1, 2, 3))))
             raise self._wrong(f"NaN or infinity in images, first in sample {sample}", "finite pixels")
         if not isinstance(classes, int | np.integer) or not 1 <= classes <= MOST_CLASSES:
-            raise self._wrong(f"classes {classes!r}", "an int, the number of classes")
+            raise self._wrong(f"classes {classes!r}", f"an int up to {MOST_CLASSES}, the greatest label + 1")
         labels = self._checked_numbers() if labels.dtype == np.float32 and labels.ndim == 2 else self._checked_labels()
         test_start = self._checked_start("test", count)
         validation_start = self._checked_start("validation", count if test_start is None else test_start)

@@ -151,12 +151,20 @@ def refuse_numbers(loss: str) -> None:
         )
 
 
-def check_classes(labels: NDArray[Any], classes: int, names: Names) -> list[str]:
-    """Return warnings about classes without samples; raise `Unfit` for a single class, or labels that are ids."""
+def _present(labels: NDArray[Any], classes: int) -> NDArray[Any]:
+    """Return the classes that have samples, ascending."""
     if classes > labels.size + MANY_CLASSES:  # a count of each class would need much memory
-        found = np.unique(labels)
-    else:
-        found = np.flatnonzero(np.bincount(labels.reshape(-1), minlength=classes))
+        return np.unique(labels)
+    return np.flatnonzero(np.bincount(labels.reshape(-1), minlength=classes))
+
+
+def _are_ids(found: NDArray[Any], classes: int, names: Names) -> bool:
+    return names is None and classes > MANY_CLASSES and classes > 10 * found.size
+
+
+def check_classes(labels: NDArray[Any], classes: int, names: Names) -> None:
+    """Raise `Unfit` for a single class, or labels that are ids instead of classes."""
+    found = _present(labels, classes)
     if found.size == 1:
         only = int(found[0]) if names is None else names[found[0]]
         raise Unfit(f"the single class {only!r}", "samples of two classes or more")
@@ -166,18 +174,23 @@ def check_classes(labels: NDArray[Any], classes: int, names: Names) -> list[str]
     if labels.ndim == 1 and found.size > MANY_DISTINCT and 2 * found.size > len(labels):
         given = f"{found.size} different labels ({shown}) for {len(labels)} samples"
         raise Unfit(given, "several samples of each class", f"correct the labels, or {predict}")
-    if names is None and classes > MANY_CLASSES and classes > 10 * found.size:
+    if _are_ids(found, classes, names):
         raise Unfit(
             f"labels that give {classes} classes, of which {found.size} have samples ({shown})",
             f"labels 0 to {found.size - 1} for {found.size} classes",
             f"save {renumber}, or {predict}",
         )
-    missing = np.setdiff1d(np.arange(classes), found)
-    if not missing.size:
-        return _similar(names or ())
+
+
+def missing_classes(labels: NDArray[Any], classes: int, names: Names) -> list[str]:
+    """Return a warning about classes without samples, if there are any and `check_classes` accepts the labels."""
+    found = _present(labels, classes)
+    if found.size in {1, classes} or _are_ids(found, classes, names):
+        return []
+    missing, shown = np.setdiff1d(np.arange(classes), found), _listed(found.tolist())
     none = f"class {missing[0]} has no sample" if missing.size == 1 else f"{missing.size} classes have no sample"
     if names is not None:
-        return [f"{none} ({_listed([names[i] for i in missing])})", *_similar(names)]
+        return [f"{none} ({_listed([names[i] for i in missing])})"]
     text = f"labels are {shown}, which gives {classes} classes: {none}"
     if found.tolist() == [0, 255]:
         return [f"{text}; labels // 255 gives the classes 0 and 1"]
@@ -189,10 +202,10 @@ def check_classes(labels: NDArray[Any], classes: int, names: Names) -> list[str]
     return [f"{text}; {RENUMBER}"]
 
 
-def _similar(names: Sequence[str]) -> list[str]:
+def similar_names(names: Sequence[str]) -> list[str]:
     """Return a warning about names that differ only in spaces or capitals.
 
-    >>> _similar(["cat", "dog", "Cat "])
+    >>> similar_names(["cat", "dog", "Cat "])
     ["the classes 'cat' and 'Cat ' differ only in spaces or capitals"]
     """
     seen: dict[str, str] = {}
@@ -226,13 +239,13 @@ def classes_missing_in(
 
 
 def _listed(values: Sequence[object]) -> str:
-    """Return the values as a text, shortened if there are many.
+    """Return different values, numbers in ascending order, as a text, shortened if there are many.
 
     >>> _listed([0, 7]), _listed([*range(1, 11)]), _listed(["a", "b", "c", "d", "e", "f", "g"])
     ('0, 7', '1 to 10', 'a, b, c, d, e and 2 more')
     """
     numbers = [value for value in values if isinstance(value, int)]
-    if len(numbers) == len(values) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+    if len(numbers) == len(values) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
         return f"{numbers[0]} to {numbers[-1]}"
     more = f" and {len(values) - 5} more" if len(values) > 5 else ""
     return ", ".join(map(str, values[:5])) + more

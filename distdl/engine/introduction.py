@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from distdl.engine.printed_lines import banner_of
+from distdl.engine.requirements import warnings_about
 from distdl.engine.trainer import Trainer
 from distdl.engine.transfer import Transfer
 
@@ -13,7 +14,8 @@ def introduce(trainer: Trainer, transferred: Transfer | None, warnings: Sequence
         config, console, data, network = trainer.config, trainer.console, trainer.data, trainer.state.network
         for line in banner_of(config, data, network, trainer.facts.environment, trainer.communicator):
             console.line(line)
-        for warning in (*data.notes, *warnings):
+        about_settings = warnings_about(config, len(data.parts.training), network, trainer.communicator.size)
+        for warning in (*data.notes, *warnings, *about_settings):
             console.warning(warning)
         if transferred is not None:
             for complaint in transferred.complaints:

@@ -1,9 +1,14 @@
-"""Requirements: config, dataset, network, ranks and checkpoint must fit each other. Each check raises `UserError`."""
+"""Requirements: config, dataset, network, ranks and checkpoint must fit each other. Each check raises `UserError`.
+
+`warnings_about` returns warnings instead.
+"""
 
 import numpy as np
 
 from distdl.config import TrainConfig
 from distdl.data import Dataset, PreparedDataset
+from distdl.data.batch_order import micro_batch_count
+from distdl.data.batch_order import steps_per_epoch as steps_per_epoch_of
 from distdl.data.signature import Signature, default_loss
 from distdl.engine.objective import check_objective
 from distdl.engine.state import TrainingState
@@ -64,8 +69,58 @@ def check_moments(config: TrainConfig, network: Sequential) -> None:
     if any(isinstance(layer, BatchNorm) and layer.pixels == 1 for layer in network.every_layer()):
         raise UserError(
             f"the network {config.model} normalizes each feature over a micro-batch (BatchNorm); with "
-            "--micro-batch-size 1 the result is always 0: give 2 or more"
+            "--micro-batch-size 1 it has a single number, which has no deviation: give 2 or more"
         )
+
+
+def warnings_about(config: TrainConfig, training_samples: int, network: Sequential, ranks: int) -> list[str]:
+    """Return warnings about settings that are valid, but hardly what the user wants."""
+    warnings = []
+    batch_size, size = config.batch_size, config.micro_batch_size
+    if batch_size > training_samples:
+        leaves = micro_batch_count(training_samples, size)
+        idle = f"; {ranks - leaves} of {ranks} ranks compute nothing" if ranks > leaves else ""
+        warnings.append(
+            f"--batch-size {batch_size} is larger than the training part: every step has its {training_samples} "
+            f"samples, {leaves} micro-batch{'es' if leaves > 1 else ''}{idle}"
+        )
+    steps = config.epoch_count * steps_per_epoch_of(training_samples, batch_size)
+    if config.warmup_steps >= steps:
+        warnings.append(
+            f"--warmup-steps {config.warmup_steps} is not less than the {steps} steps of the run: the learning rate "
+            "rises until the end"
+        )
+    if any(isinstance(layer, BatchNorm) for layer in network.every_layer()):
+        note = ragged_batch_note(training_samples, batch_size, size)
+        warnings += [] if note is None else [note]
+    return warnings
+
+
+def ragged_batch_note(training_samples: int, batch_size: int, micro_batch_size: int) -> str | None:
+    """Return a warning if the last batch of an epoch has too few samples for batch normalization, otherwise None.
+
+    It suggests the nearest batch size whose last batch is at least half full.
+
+    >>> ragged_batch_note(270, 67, 16)
+    'the last batch of each epoch has 2 samples, too few for batch normalization; with --batch-size 68 it has 66'
+    >>> ragged_batch_note(257, 128, 16)
+    'the last batch of each epoch has 1 sample, too few for batch normalization; with --batch-size 144 it has 113'
+    >>> ragged_batch_note(270, 128, 16) is None
+    True
+    """
+    left = training_samples % batch_size
+    few = left < micro_batch_size and left <= max(2, micro_batch_size // 4)
+    if not left or not few or batch_size > training_samples:
+        return None
+    unit = micro_batch_size if batch_size % micro_batch_size == 0 else 1
+    sizes = range(batch_size % unit + unit, training_samples + 1, unit)
+    good = [size for size in sizes if not training_samples % size or 2 * (training_samples % size) >= size]
+    text = f"the last batch of each epoch has {left} sample{'s' if left > 1 else ''}, too few for batch normalization"
+    if not good:
+        return text
+    best = min(good, key=lambda size: (abs(size - batch_size), size))
+    leaves = training_samples % best
+    return f"{text}; with --batch-size {best} it {f'has {leaves}' if leaves else 'is full'}"
 
 
 def check_ranks(config: TrainConfig, ranks: int) -> None:

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from distdl.config import TrainConfig
+from distdl.data import batch_order
+from distdl.engine import best
 from distdl.engine.checks.corruption import corruption_found, odd_ones_out
 from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
@@ -40,23 +43,28 @@ def summarize(
     communicator: Communicator,
     state: TrainingState,
     test: Sums | None,
+    config: TrainConfig,
     *,
-    steps_per_epoch: int,
-    samples: int,
-    stopped_early: bool,
+    training_samples: int,
     recoveries: list[dict[str, Any]],
 ) -> Summary:
-    """Compare the receipts of all ranks and return the summary; `samples` counts the samples trained. Collective."""
+    """Compare the receipts of all ranks and return the summary. Collective.
+
+    `training_samples` is the size of the training part.
+    """
     receipt = state.weights_sha256()
     receipts = communicator.allgather_json(receipt)
     if len(set(receipts)) > 1:
         raise corruption_found(communicator, odd_ones_out(receipts), "the weights differ at the end")
     progress = state.progress
     seconds = progress.train_seconds
+    steps_per_epoch = batch_order.steps_per_epoch(training_samples, config.batch_size)
+    epochs, steps = divmod(state.step, steps_per_epoch)
+    samples = epochs * training_samples + steps * config.batch_size
     return Summary(
         ranks=communicator.size,
         steps=state.step,
-        epochs=state.step // steps_per_epoch,
+        epochs=epochs,
         train_loss=progress.train_loss,
         validation_loss=progress.validation_loss,
         validation_accuracy=progress.validation_accuracy,
@@ -64,7 +72,7 @@ def summarize(
         test_accuracy=None if test is None else test.accuracy,
         best_epoch=None if progress.best_step is None else progress.best_step // steps_per_epoch,
         test_epoch=None if progress.test_step is None else progress.test_step // steps_per_epoch,
-        stopped_early=stopped_early,
+        stopped_early=epochs < config.epoch_count and best.stops_early(config, state, steps_per_epoch),
         train_seconds=seconds,
         samples_per_second=samples / seconds if seconds else 0.0,
         weights_sha256=receipt,

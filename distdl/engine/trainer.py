@@ -132,7 +132,8 @@ class Trainer:
         """Build everything that depends on the group of ranks; raise `UserError` on all if a host has no room."""
         config, communicator, state = self.config, self.communicator, self.state
         rank, ranks = communicator.rank, communicator.size
-        self._dealer = BalancedDealer(rank, ranks, config.micro_batches) if config.balance else Dealer(ranks)
+        leaves = self.micro_batches.count(min(config.batch_size, len(self.data.parts.training)))
+        self._dealer = BalancedDealer(rank, ranks, leaves) if config.balance else Dealer(ranks)
         self.timeline = Timeline(communicator)
         self._trace = None if config.trace is None else Trace(self.timeline)
         self._finite_check = nonfinite.FiniteCheck(config, state, self._save_micro_batch)
@@ -323,16 +324,12 @@ class Trainer:
                 trace = self._trace.gather(self.state.step)
                 if self.coordinator is not None and trace is not None:
                     self.coordinator.write_trace(trace)
-            epochs, steps = divmod(self.state.step, self.steps_per_epoch)
-            samples = epochs * len(self.data.parts.training) + steps * self.config.batch_size
-            stopped_early = self._stops_early and self.state.step < self.total_steps
             summary = summarize(
                 self.communicator,
                 self.state,
                 self._test,
-                steps_per_epoch=self.steps_per_epoch,
-                samples=samples,
-                stopped_early=stopped_early,
+                self.config,
+                training_samples=len(self.data.parts.training),
                 recoveries=self.recoveries,
             )
             fault_point("finish", owner=self.state)

@@ -54,6 +54,8 @@ def evaluate_runs(options: EvaluateOptions) -> None:
 
 def _load(options: EvaluateOptions, communicator: Communicator) -> tuple[list[Trained], Part]:
     """Return the networks with the data to score them on, and its part. Collective."""
+    if options.skip_damaged and options.on is None:
+        raise UserError("--skip-damaged has no effect without --on: give --on folder:PATH, or leave it out")
     of_training = options.data_dir if options.on is None else None
     trained = load(
         options.runs,
@@ -67,7 +69,7 @@ def _load(options: EvaluateOptions, communicator: Communicator) -> tuple[list[Tr
     together(communicator, lambda: refuse_unlike_members(trained))
     if options.on is None:
         return trained, options.part or "test"
-    return with_other_data(trained, options.on, options.data_dir, options.part, communicator), "test"
+    return with_other_data(trained, options, communicator), "test"
 
 
 def _show(options: EvaluateOptions, trained: Sequence[Trained], found: Evaluation, half: Evaluation | None) -> None:

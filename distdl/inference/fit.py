@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.config import reads_data_dir
+from distdl.config import reads_data_dir, reads_image_files
 from distdl.data import Dataset, PreparedDataset
 from distdl.data.signature import Signature
 from distdl.data.split import Split
@@ -22,7 +21,7 @@ from distdl.engine.user_code import load_dataset
 from distdl.errors import UserError
 from distdl.image_options import ImageOptions
 from distdl.inference.load import Trained
-from distdl.inference.options import Part
+from distdl.inference.options import EvaluateOptions, Part
 from distdl.parallel import Communicator, on_rank_0, share_arrays
 
 #: Brightness of red, green and blue, in 65536ths (ITU-R 601-2), as Pillow converts to gray.
@@ -101,14 +100,12 @@ def _places(names: tuple[str, ...], signature: Signature, data: str, what: str) 
     return [known[name] for name in names]
 
 
-def with_other_data(
-    trained: Sequence[Trained], name: str, data_dir: Path | None, part: Part | None, communicator: Communicator
-) -> list[Trained]:
-    """Return the networks with other data to score them on, as their test part. Collective. Raises `UserError`.
+def with_other_data(trained: Sequence[Trained], options: EvaluateOptions, communicator: Communicator) -> list[Trained]:
+    """Return the networks with the data of `--on` as their test part. Collective. Raises `UserError`.
 
-    `part` chooses a part that the data itself has; None: all samples. The normalization stays that of the training.
+    `--part` chooses a part that the data itself has; None: all samples. The normalization stays that of the training.
     """
-    arrays = on_rank_0(communicator, lambda: _arrays_of(name, data_dir, part, trained[0].signature))
+    arrays = on_rank_0(communicator, lambda: _arrays_of(options, trained[0].signature))
     shared = share_arrays(communicator, arrays or {})
     rows = shared["rows"]
     return [
@@ -128,10 +125,15 @@ def with_other_data(
     ]
 
 
-def _arrays_of(name: str, data_dir: Path | None, part: Part | None, signature: Signature) -> dict[str, NDArray[Any]]:
-    if data_dir is not None and not reads_data_dir(name):
+def _arrays_of(options: EvaluateOptions, signature: Signature) -> dict[str, NDArray[Any]]:
+    name = options.on
+    assert name is not None
+    if options.data_dir is not None and not reads_data_dir(name):
         raise UserError(f"--data-dir has no effect with --on {name}: leave it out")
-    data = load_dataset(name, data_dir, ImageOptions(resize=signature.resize))
+    if options.skip_damaged and not reads_image_files(name):
+        raise UserError(f"--skip-damaged has no effect with --on {name}: it is for image files; leave it out")
+    image_options = ImageOptions(resize=signature.resize, skip_damaged=options.skip_damaged)
+    data = load_dataset(name, options.data_dir, image_options)
     console, names = Console(live=False), signature.names
     for note in data.notes:
         console.warning(note)
@@ -141,7 +143,7 @@ def _arrays_of(name: str, data_dir: Path | None, part: Part | None, signature: S
     return {
         "images": fitted(data.images, signature, name),
         "labels": fitted_labels(data, signature),
-        "rows": _rows_of(data, part),
+        "rows": _rows_of(data, options.part),
     }
 
 

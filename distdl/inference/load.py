@@ -269,9 +269,11 @@ def _load_dataset(first: _Source, data_dir: Path | None, dataset: Dataset | str 
     place = folder if prefix is None else Path(name.removeprefix(prefix))
     if place is not None and not place.exists():
         flag = "--data-dir FOLDER" if prefix is None else f"--dataset {prefix}PATH"
+        needless = "; distdl.predict, and distdl.evaluate --on other data, do not need it"
+        hint = needless if first.header.signature else ""
         raise UserError(
             f"the data of {first.given} ({name}) is not here: there is no {place.absolute()}; give its place by "
-            f"{flag}; distdl.predict, and distdl.evaluate --on other data, do not need it"
+            f"{flag}{hint}"
         )
     return load_dataset(name, folder, first.config.image_options)
 

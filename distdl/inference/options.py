@@ -43,6 +43,8 @@ class EvaluateOptions(LoadOptions):
     on: str | None = None
     """Other labelled data to score instead, as for --dataset of training: npz:FILE.npz, folder:PATH …; the training
     data is not needed."""
+    skip_damaged: bool = False
+    """With --on, leave out image files that cannot be used, and list them; otherwise they are refused."""
     part: Part | None = None
     """Part of the data to score; by default test, and with --on all samples."""
     best: bool = False

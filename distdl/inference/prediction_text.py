@@ -54,7 +54,7 @@ class Lines:
 
     def __init__(self, signature: Signature, names: Sequence[str], top: int) -> None:
         self._signature = signature
-        self._width = min(max(len(one_line(name)) for name in names), LONGEST_NAME)
+        self._width = min(max(len(_printable(name)) for name in names), LONGEST_NAME)
         outputs = [one_line(signature.name_of(output)) for output in range(signature.outputs)]
         shown = min(top, signature.outputs)
         room = (COLUMNS - self._width) // shown - len("   100.00%")
@@ -69,7 +69,12 @@ class Lines:
             text = f"{value:12.6g}" if is_regression else f"{value:7.2%}"
             is_named = not is_regression or self._signature.names is not None
             cells.append(f"{self._outputs[output]} {text}" if is_named else text)
-        return "  ".join([one_line(prediction.name).ljust(self._width), *cells])
+        return "  ".join([_printable(prediction.name).ljust(self._width), *cells])
+
+
+def _printable(name: str) -> str:
+    """Return the name of a file, with control characters escaped."""
+    return name if name.isprintable() else one_line(name)
 
 
 def predictions_csv(predictions: Iterable[Prediction], signature: Signature, top: int) -> bytes:

@@ -23,8 +23,8 @@ class BatchNorm(Layer):
     running moments instead. Once per step these become ``(1 - momentum) running + momentum batch``, with the mean and
     the unbiased variance of the whole batch, from the sums that the ranks add up. Gamma and beta do not decay.
 
-    A single number has no variance. So a micro-batch with one number per channel is normalized by the running moments,
-    which are constants for its gradient; and a batch with one number per channel does not change them.
+    A single number is its own mean. So a micro-batch with one number per channel becomes beta, and a batch with one
+    does not change the running moments.
 
     Sources: section 6.3; Ioffe and Szegedy 2015; Hoffer et al. 2017 ("ghost" batches). Momentum is as in PyTorch.
     """
@@ -89,10 +89,6 @@ class BatchNorm(Layer):
         mean64, variance64 = mean.astype(np.float64), variance.astype(np.float64)
         self.statistics["mean"][:-1], self.statistics["mean"][-1] = M * mean64, M
         self.statistics["variance"][:] = M * (variance64 + mean64 * mean64)
-        self.is_single = M == 1
-        if self.is_single:
-            np.subtract(rows, self.buffers["mean"], out=centred)
-            variance = self.buffers["variance"]
         self.inverse = (1 / np.sqrt(variance + self.epsilon)).astype(rows.dtype, copy=False)
         lines = self._lines(centred)
         lines *= self._line(self.inverse)
@@ -128,9 +124,6 @@ class BatchNorm(Layer):
         np.multiply(d, self.normalized, out=dx)
         sum_rows(dx, self.workspace, out=self.gradients["gamma"])
         sum_rows(d, self.workspace, out=self.gradients["beta"])
-        if self.is_single:
-            np.multiply(d, self.parameters["gamma"] * self.inverse, out=dx)
-            return dx.reshape(dy.shape)
         lines = self._lines(dx)
         np.multiply(self._lines(self.normalized), self._line(self.gradients["gamma"] / M), out=lines)
         np.subtract(self._lines(d), lines, out=lines)

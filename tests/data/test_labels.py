@@ -109,6 +109,8 @@ def test_numbers_with_decimals_are_a_regression():
         (np.full(40, "cat"), "auto", "the single class 'cat'"),
         (MASKS * 0, "auto", "the single class 0"),
         (CLASSES * 10_000_019, "auto", r"labels that give 30000058 classes, of which 4 have samples \(0, 10000019, "),
+        (np.where(CLASSES > 2, 2**31 - 2, CLASSES), "auto", "labels that give 2147483647 classes"),
+        (np.where(CLASSES > 2, 2**62, CLASSES), "auto", "classes 4611686018427387905; expected an int"),
         (np.arange(40) + 7, "auto", r"40 different labels \(7 to 46\) for 40 samples"),
         (np.where(CLASSES, "cat", ""), "auto", "an empty label, first in sample 0"),
         (np.array([b"\xff", b"a"])[CLASSES % 2], "auto", "labels of bytes that are not UTF-8"),
@@ -136,6 +138,11 @@ def test_classes_without_samples_are_a_warning_with_the_fix(labels, said):
     [note] = prepared(labels).notes
     assert said in note
     assert prepared(labels).classes == int(labels.max()) + 1
+
+
+def test_a_script_may_state_more_classes_than_have_samples():
+    stated = Dataset("mine", IMAGES, CLASSES + 5, classes=10, test_start=None)
+    assert stated.checked().for_training("auto").notes == ()
 
 
 def test_a_class_that_a_part_lacks_is_a_warning():

@@ -472,12 +472,33 @@ def test_a_part_of_other_data_is_its_own(named, part, samples, capsys, monkeypat
     assert json.loads((named / "parts.json").read_text())["samples"] == expected
 
 
+@alone
+@pytest.mark.parametrize("skip", [True, False])
+def test_damaged_images_of_other_data_are_left_out_only_if_asked(skip, named, capsys, monkeypatch):
+    image = pytest.importorskip("PIL.Image")
+    with np.load(named / "parts.npz") as arrays:
+        shape = arrays["images"].shape[1:3]
+    for name in ("cat", "dog"):
+        (named / "files" / name).mkdir(parents=True, exist_ok=True)
+        for k in range(3):
+            image.new("L", shape[::-1], 40 * k).save(named / "files" / name / f"{k}.png")
+    (named / "files" / "cat" / "broken.png").write_bytes(b"")
+    flags = ["run", "--on=folder:files", "--json=files.json", *["--skip-damaged"] * skip]
+    code, _, err = command(flags, named, capsys, monkeypatch)
+    assert "broken.png" in err
+    assert code == (0 if skip else 3)
+    if skip:
+        assert json.loads((named / "files.json").read_text())["samples"] == 6
+
+
 OTHER_DATA_REFUSED = {
     "an unknown class": (["--on=npz:fox.npz"], ["npz:fox.npz", "'fox'", "cat, dog"]),
     "no part of its own": (["--on=npz:new.npz", "--part=test"], ["--part test", "npz:new.npz", "leave the flag out"]),
     "no such file": (["--on=npz:none.npz"], ["none.npz", "does not exist"]),
     "no such source": (["--on=mnits"], ["mnits", "mnist"]),
     "a folder that is not read": (["--on=npz:new.npz", "--data-dir=."], ["--data-dir", "--on npz:new.npz"]),
+    "damage in arrays": (["--on=npz:new.npz", "--skip-damaged"], ["--skip-damaged", "npz:new.npz", "leave it out"]),
+    "damage in its own data": (["--skip-damaged"], ["--skip-damaged", "--on folder:PATH"]),
     "a run twice": (["run", "--on=npz:new.npz"], ["run and run", "same weights"]),
 }
 

@@ -182,6 +182,7 @@ def test_a_checkpoint_of_an_older_version_needs_its_data_once(shop, tmp_path, mo
     assert "older version" in told
     assert "--dataset folder:PATH" in told
     assert "resume it" in told
+    assert "do not need it" not in told
     assert predicted("old", "moved/test", "--dataset=folder:moved")["members"][0]["run"] == "old"
 
 

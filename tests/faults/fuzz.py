@@ -210,7 +210,7 @@ class Arrays(Labels):
             warnings.simplefilter("ignore")
             try:
                 return self._changed_if_possible(rng, array, what)
-            except (ValueError, TypeError, OverflowError):
+            except (ValueError, TypeError, OverflowError, RuntimeError):
                 return array
 
     def _changed_if_possible(self, rng: random.Random, array: np.ndarray, what: int) -> np.ndarray:

@@ -83,6 +83,27 @@ def test_sums_of_micro_batches_give_the_running_moments_of_the_batch():
     assert buffers["batchnorm_1.variance"] == pytest.approx(0.9 + 0.1 * rows.var(axis=0, ddof=1))
 
 
+def test_with_a_share_the_moments_move_only_so_far():
+    moved, whole = network_of(), network_of()
+    for network, share in ((moved, 0.25), (whole, 1.0)):
+        network.forward(2 + 3 * normal((5, 4, 5, 2)), training=True)
+        network.update_buffers(network.statistics.copy(), share=share)
+    before = network_of().buffers
+    assert moved.buffers == pytest.approx(before + 0.25 * (whole.buffers - before), rel=1e-12)
+    assert (moved.buffers != before).any()
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 1, 3)])
+def test_a_single_number_becomes_beta_and_does_not_change_the_running_moments(shape):
+    layer = built(BatchNorm(), shape)
+    x = normal((1, *shape))
+    y = layer.forward(x, training=True, key=None)
+    assert y.reshape(-1).tolist() == layer.parameters["beta"].tolist()
+    before = {name: array.copy() for name, array in layer.buffers.items()}
+    layer.update_buffers()
+    assert all(np.array_equal(layer.buffers[name], before[name]) for name in before)
+
+
 def test_gamma_and_beta_do_not_decay_and_the_parameters_keep_their_names():
     network = network_of()
     decayed = {

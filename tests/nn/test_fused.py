@@ -1,5 +1,7 @@
 """The fast form gives the results of the plain layers, for every shape that it supports."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -181,6 +183,19 @@ def test_the_models_run_their_convolutions_as_one_chain():
 def test_the_tile_size_never_changes_because_the_bits_depend_on_it(model, sizes):
     found = {side: build_model(model, (side, side, 3), 10).stack.segments[0][-1].tile_size for side in sizes}
     assert found == sizes
+
+
+def test_the_first_convolution_keeps_only_its_planes_patches_and_outputs():
+    """8 planes (one for each channel), 9 patches (with that of the bias), the product and the output."""
+    network = Sequential([Conv2d(1, 1)], (64, 64, 8))
+    assert algorithms(network) == [[PatchBlock]]
+    x = np.zeros((4, 64, 64, 8), np.float32)
+    tracemalloc.start()
+    try:
+        network.forward(x)
+        assert tracemalloc.get_traced_memory()[0] < 1.05 * (8 + 9 + 1 + 1) * x[..., 0].nbytes
+    finally:
+        tracemalloc.stop()
 
 
 def test_other_strides_kernels_and_derived_layers_run_as_plain_layers():

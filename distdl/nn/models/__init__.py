@@ -42,8 +42,10 @@ def build_model(name: str, input_shape: Shape, classes: int, /, **settings: Any)
         raise unknown_name("model", name, MODELS)
     if classes < 1:
         raise UserError(f"{classes} classes given, expected at least 1")
-    known = list(inspect.signature(MODELS[name]).parameters)[2:]
-    for setting in settings:
+    known = set(list(inspect.signature(MODELS[name]).parameters)[2:]) - {"dtype"}
+    for setting in settings.keys() - {"dtype"}:
+        if not known:
+            raise UserError(f"the model {name} has no settings, and {setting} is given: leave it out")
         if setting not in known:
-            raise unknown_name(f"setting of the model {name}", setting, [one for one in known if one != "dtype"])
+            raise unknown_name(f"setting of the model {name}", setting, known)
     return MODELS[name](input_shape, classes, **settings)
