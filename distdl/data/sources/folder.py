@@ -113,16 +113,24 @@ def _list(paths: Sequence[Path]) -> str:
     return ", ".join(repr(path.name) for path in paths[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-def _entries(folder: Path) -> list[Path]:
-    """Return the entries of a folder in the order of their names, without those of systems."""
+def _entries(folder: Path) -> dict[Path, bool]:
+    """Return the entries of a folder in the order of their names, without those of systems; True for a folder."""
     try:
-        entries = sorted(folder.iterdir())
+        with os.scandir(folder) as found:
+            entries = sorted((entry for entry in found if not is_junk(entry.name)), key=lambda entry: entry.name)
     except OSError as error:
         raise UserError(
             f"the folder of images {quoted(folder)} cannot be read ({error.strerror or error}): expected a folder for "
             "each class, with the images in them"
         ) from error
-    return [entry for entry in entries if not is_junk(entry.name)]
+    return {folder / entry.name: _is_folder(entry) for entry in entries}
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads nowhere
+        return False
 
 
 def is_junk(name: str) -> bool:
@@ -136,21 +144,23 @@ def _is_image(entry: Path) -> bool:
 
 def _folders(folder: Path, notes: list[str]) -> list[Path]:
     """Return the folders in a folder, in natural order; note images beside them."""
-    folders = [entry for entry in _entries(folder) if os.path.isdir(entry)]  # noqa: PTH112  raises nothing
-    if folders and (beside := _images_beside(folder)):
+    entries = _entries(folder)
+    folders = [entry for entry, is_folder in entries.items() if is_folder]
+    beside = [entry for entry, is_folder in entries.items() if _is_image(entry) and not is_folder]
+    if folders and beside:
         notes.append(f"{quoted(folder)} has images beside its folders, which are not used: {_list(beside)}")
     return sorted(folders, key=lambda entry: natural_order(entry.name))
 
 
 def _images_beside(folder: Path) -> list[Path]:
-    return [entry for entry in _entries(folder) if _is_image(entry) and not os.path.isdir(entry)]  # noqa: PTH112
+    return [entry for entry, is_folder in _entries(folder).items() if _is_image(entry) and not is_folder]
 
 
 def _images_in(folder: Path, unusable: dict[Path, UnusableImageError]) -> list[Path]:
     """Return the images in the folder of a class; add the other files to `unusable`."""
     images = []
-    for entry in _entries(folder):
-        if os.path.isdir(entry):  # noqa: PTH112
+    for entry, is_folder in _entries(folder).items():
+        if is_folder:
             raise UserError(
                 f"{quoted(entry)} is a folder in the folder of a class: expected only images; every folder in "
                 f"{quoted(folder.parent)} is a class, except train, val and test together. If the folders in "

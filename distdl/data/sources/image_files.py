@@ -113,12 +113,13 @@ def read_image_files(
     and there is no `options.resize`, if memory does not suffice, or, unless `options.skip_damaged` is set, if a file
     cannot be used; `DamagedFileError` if a file is damaged.
     """
-    if options.cache is None:
-        return _decode_all(source, files, options, unusable)
-    colored = any(images.has_colors(file) for file in files)
-    return read_cached(
-        options.cache, files, options, lambda make: _decode_all(source, files, options, unusable, make, colored)
-    )
+    with images.strict_warnings():
+        if options.cache is None:
+            return _decode_all(source, files, options, unusable)
+        colored = any(images.has_colors(file) for file in files)
+        return read_cached(
+            options.cache, files, options, lambda make: _decode_all(source, files, options, unusable, make, colored)
+        )
 
 
 def _decode_all(

@@ -47,12 +47,15 @@ TRANSPARENT = {"LA", "La", "PA", "RGBA", "RGBa"}
 SIXTEEN_BITS = {"PNG", "PPM"}
 WHITE, BLACK = 255, 0
 STDERR = 2
-NOTHING = logging.NullHandler()
+LOGGER, NOTHING = logging.getLogger("PIL"), logging.NullHandler()
 #: A file of so few bytes for its pixels is damaged, or one color. Up to `FREE_PIXELS` any file is accepted.
 MOST_PIXELS_PER_BYTE, FREE_PIXELS = 1032, 2**20
 #: EXIF orientations that exchange height and width.
 TURNED = {5, 6, 7, 8}
 ORIENTATION = 0x0112
+#: The formats, and the notes in `image.info`, of which Pillow reads the orientation.
+ORIENTED = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "PPM", "GIF"}
+NOTES = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 #: A JPEG file is decoded at 1/2, 1/4 or 1/8 of its size if that is at least this factor above the resized one. Pillow
 #: uses the same factor for thumbnails.
 GAP = 2.0
@@ -83,9 +86,9 @@ def read_image(
     `DamagedFileError` if it is damaged.
     """
     name = quoted(file) if isinstance(file, Path) else "the image"
-    pillow()
     try:
-        return decode(file, size=size, resize=resize, channels=channels)
+        with strict_warnings():
+            return decode(file, size=size, resize=resize, channels=channels)
     except UnusableImageError as error:
         raise error.of(name) from None
     except MemoryError:
@@ -95,7 +98,10 @@ def read_image(
 def decode(
     file: Path | BinaryIO, *, size: tuple[int, int] | None = None, resize: Resize | None = None, channels: int | None
 ) -> NDArray[np.uint8]:
-    """Return the pixels as `read_image` does, but raise `UnusableImageError`. `channels` None: 1 if gray, else 3."""
+    """Return the pixels as `read_image` does, but raise `UnusableImageError`. `channels` None: 1 if gray, else 3.
+
+    Call it within `strict_warnings`.
+    """
     with _open(file) as image:
         _check_kind(image)
         if size is not None and resize is None and sorted(image.size) != sorted(size):
@@ -118,9 +124,7 @@ def size_of(file: Path | BinaryIO) -> tuple[int, int]:
     """Return height and width as the first bytes of a file give them; raise `UnusableImageError`."""
     with _open(file) as image:
         _check_kind(image)
-        # The orientation of a PNG file may stand after its pixels. It is not worth decoding them.
-        is_known = image.format != "PNG" or "exif" in image.info
-        turned = is_known and _orientation(image) in TURNED
+        turned = _orientation(image) in TURNED  # for a PNG file it may stand after the pixels, and stays unknown
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
@@ -153,8 +157,19 @@ def pillow() -> Any:
             "reading images needs Pillow, which is not installed: pip install 'distdl-mpi[images]', or give arrays by "
             "--dataset npz:FILE.npz"
         ) from error
-    logging.getLogger("PIL").addHandler(NOTHING)  # otherwise Python prints Pillow's log about damaged files
+    if NOTHING not in LOGGER.handlers:
+        LOGGER.addHandler(NOTHING)  # otherwise Python prints Pillow's log about damaged files
     return found
+
+
+@contextmanager
+def strict_warnings() -> Iterator[None]:
+    """Make Pillow's warning of too many pixels an error, and ignore those about content that is ignored anyway."""
+    too_many = pillow().DecompressionBombWarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", too_many)
+        yield
 
 
 @contextmanager
@@ -164,14 +179,10 @@ def _open(file: Path | BinaryIO) -> Iterator[Any]:
     stream: BinaryIO | None = None
     try:
         stream = _opened(file) if isinstance(file, Path) else file
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about content that is ignored anyway
-            warnings.simplefilter("error", image_module.DecompressionBombWarning)
-            bytes_of_file = stream.seek(0, os.SEEK_END)
-            stream.seek(0)
-            with image_module.open(stream, formats=FORMATS) as image:
-                _check_pixels(image, bytes_of_file)
-                yield image
+        bytes_of_file = _bytes_of(stream)
+        with image_module.open(stream, formats=FORMATS) as image:
+            _check_pixels(image, bytes_of_file)
+            yield image
     except (UnusableImageError, UserError, MemoryError):
         raise
     except (image_module.DecompressionBombWarning, image_module.DecompressionBombError) as error:
@@ -203,6 +214,12 @@ def _silent_libtiff() -> Iterator[None]:
 def _check_pixels(image: Any, bytes_of_file: int) -> None:
     if image.width * image.height > FREE_PIXELS + MOST_PIXELS_PER_BYTE * bytes_of_file:
         raise UnusableImageError(f"it cannot hold {image.height}x{image.width} pixels in {bytes_of_file} bytes")
+
+
+def _bytes_of(stream: BinaryIO) -> int:
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    return size
 
 
 def _opened(file: Path) -> BinaryIO:
@@ -252,6 +269,8 @@ def _check_kind(image: Any) -> None:
 
 def _orientation(image: Any) -> int:
     """Return the EXIF orientation, 1 to 8; 1 if there is none or it cannot be read."""
+    if image.format in ORIENTED and not NOTES & image.info.keys():
+        return 1  # faster
     try:
         found = image.getexif().get(ORIENTATION, 1)
     except Exception:  # noqa: BLE001  a damaged note of the camera does not damage the image
@@ -284,7 +303,7 @@ def _without_alpha(image: Any, mode: str) -> Any:
         background = pillow().new("RGBA", picture.size, (WHITE, WHITE, WHITE, 255))
         background.alpha_composite(picture)
         return background.convert("RGB").convert(mode)
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _decode_smaller(image: Any, mode: str, resize: Resize) -> None:
