@@ -20,7 +20,8 @@ def test_a_model_trains_for_an_epoch(model, tmp_path, monkeypatch, capsys):
     flags = [f"--model={model}", "--dataset=mnist", f"--data-dir={data}", "--epochs=1", "--log-every=1"]
     code = cli.run(train.main, [*flags, "--batch-size=8", "--micro-batch-size=4", f"--run-dir={tmp_path}/run"])
     out, err = capsys.readouterr()
-    assert (code, err) == (0, "")
+    # Twelve images of ten classes: some parts lack a class.
+    assert (code, [line for line in err.splitlines() if " sample (" not in line]) == (0, [])
     assert f"{model} (" in out
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [np.isfinite(record["loss"]) for record in records if "loss" in record] == [True, True]
