@@ -154,7 +154,7 @@ class Dataset(_Labelled):
         return replace(self, notes=(*self.notes, *missing_classes(self.labels, self.classes, self.class_names)))
 
     def earlier_forms(self) -> Iterator[tuple[Dataset, bool]]:
-        """Yield this dataset as earlier versions used it, where that differs; with the argument `stratified` of `split`.
+        """Yield this dataset as earlier versions used it, if that differs, with the argument `stratified` of `split`.
 
         - They drew the validation part beside an own test part without regard to the classes.
         - They numbered the classes of a folder in plain order of their names: 10 before 2.
