@@ -25,6 +25,8 @@ PARTIAL = ".partial"
 #: A process keeps about this much of a mapped file in memory. One row may bring a huge page with it.
 KEPT_BYTES, HUGE_PAGE_BYTES = 2**28, 2**21
 MappedArray = np.memmap[Any, Any]
+#: An attribute of the arrays that `open_mapped` returns.
+OPENED_HERE = "opened_by_distdl"
 
 
 def open_mapped(path: Path) -> MappedArray:
@@ -32,18 +34,36 @@ def open_mapped(path: Path) -> MappedArray:
     array = open_memmap(path, mode="r")
     if isinstance(array.base, mmap.mmap):
         array.base.madvise(mmap.MADV_RANDOM)  # batches take rows in a random order: do not read ahead
+    vars(array)[OPENED_HERE] = True
     return array
+
+
+def is_first_rows_of_file(array: NDArray[Any]) -> bool:
+    """Return whether an array is that of `open_mapped`, or its first rows: then other processes can map the file.
+
+    A mapped array from a user's code is not: it may be any part of a file, or have changes that the file lacks.
+    """
+    whole: Any = array
+    while isinstance(whole.base, np.memmap):
+        whole = whole.base
+    return (
+        isinstance(array, np.memmap)
+        and OPENED_HERE in vars(whole)
+        and array.flags.c_contiguous
+        and (array.dtype, array.shape[1:]) == (whole.dtype, whole.shape[1:])
+        and array.ctypes.data == whole.ctypes.data
+    )
 
 
 def release_pages(array: NDArray[Any]) -> None:
     """Remove the pages of an array in a mapped file from this process's memory; a later access maps them again.
 
-    The array may be a part of the file's. Any other array stays as it is.
+    The array may be a part of the file's. Any other array stays as it is, and so does one with changes of its own.
     """
     base: Any = array
     while isinstance(base, np.ndarray):
         base = base.base
-    if isinstance(array, np.memmap) and isinstance(base, mmap.mmap):
+    if isinstance(array, np.memmap) and isinstance(base, mmap.mmap) and array.mode != "c":
         base.madvise(mmap.MADV_DONTNEED)
 
 

@@ -153,6 +153,29 @@ class Dataset(_Labelled):
             return self
         return replace(self, notes=(*self.notes, *missing_classes(self.labels, self.classes, self.class_names)))
 
+    def earlier_forms(self) -> Iterator[tuple[Dataset, bool]]:
+        """Yield this dataset as earlier versions used it, if that differs, with the argument `stratified` of `split`.
+
+        - They drew the validation part beside an own test part without regard to the classes.
+        - They numbered the classes of a folder in plain order of their names: 10 before 2.
+        """
+        if self.validation_start is not None:  # no earlier version had such a part
+            return
+        is_stratified = self.labels.ndim > 1 or self.test_start is None
+        if not is_stratified:
+            yield self, False
+        names = self.class_names
+        if names is not None and self.name.startswith("folder:") and tuple(sorted(names)) != names:
+            yield self._in_plain_order(names), is_stratified
+
+    def _in_plain_order(self, names: tuple[str, ...]) -> Dataset:
+        """Return the dataset of a folder with its classes, and the rows of each part, in plain order of the names."""
+        ordered = sorted(names)
+        labels = np.array([ordered.index(name) for name in names], np.int64)[self.labels]
+        is_test = np.arange(len(labels)) >= (len(labels) if self.test_start is None else self.test_start)
+        rows = np.lexsort((labels, is_test))  # equal labels keep their order
+        return replace(self, images=self.images[rows], labels=labels[rows], class_names=tuple(ordered))
+
     def _canonical(self) -> Dataset:
         """Return the dataset with images and labels in the form of training, if that needs no choice."""
         for kind, array in (("images", self.images), ("labels", self.labels)):
@@ -286,7 +309,7 @@ class PreparedDataset(_Labelled):
         """Split a dataset (see `split`), and measure the pixels of its training part; raise `UserError`.
 
         With `standardize_targets` measure the numbers to predict too. `data_sha256` is the hash in a checkpoint. If an
-        earlier version split this dataset, that split is drawn again.
+        earlier version prepared this dataset in another way, it is prepared in that way.
         """
         _check_shares(dataset, shares)
         if standardize_targets and dataset.targets_per_sample:
@@ -294,11 +317,10 @@ class PreparedDataset(_Labelled):
                 f"--standardize-targets is for numbers, and {dataset.name} has labels of classes: leave the flag out"
             )
         prepared = cls._split(dataset, seed, shares, standardize_targets=standardize_targets)
-        is_newly_stratified = dataset.labels.ndim == 1 and dataset.test_start and not dataset.validation_start
-        if data_sha256 is not None and is_newly_stratified and prepared.sha256() != data_sha256:
-            earlier = cls._split(dataset, seed, shares, stratified=False)
-            prepared = earlier if earlier.sha256() == data_sha256 else prepared
-        return prepared
+        if data_sha256 is None or prepared.sha256() == data_sha256:
+            return prepared
+        forms = (cls._split(form, seed, shares, stratified=flag) for form, flag in dataset.earlier_forms())
+        return next((earlier for earlier in forms if earlier.sha256() == data_sha256), prepared)
 
     @classmethod
     def _split(
@@ -312,10 +334,6 @@ class PreparedDataset(_Labelled):
             shares=shares,
             stratified=stratified,
         )
-        if standardize_targets and dataset.targets_per_sample:
-            raise UserError(
-                f"--standardize-targets is for numbers, and {dataset.name} has labels of classes: leave the flag out"
-            )
         normalization = measure(dataset.images, parts.training)
         notes = [*dataset.notes]
         if constant := constant_channels(dataset.images, parts.training, normalization):

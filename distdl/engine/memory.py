@@ -18,6 +18,7 @@ from distdl.data.batch_order import micro_batch_count
 from distdl.engine.state import TrainingState
 from distdl.errors import UserError
 from distdl.host_memory import available_bytes, available_to_this_process
+from distdl.mapped_files import is_first_rows_of_file
 from distdl.nn.working_memory import working_bytes
 from distdl.parallel import Communicator
 
@@ -115,7 +116,7 @@ def check_room_for_dataset(communicator: Communicator, arrays: Mapping[str, NDAr
 
     Only rank 0 reads `arrays`. Arrays in files need no memory.
     """
-    in_memory = [array.nbytes for array in (arrays or {}).values() if not hasattr(array, "filename")]
+    in_memory = [array.nbytes for array in (arrays or {}).values() if not is_first_rows_of_file(array)]
     nbytes = communicator.bcast_json(sum(in_memory))
     for host, left in communicator.allgather_json([socket.gethostname(), min(available_bytes(), 2.0**62)]):
         if nbytes > left:

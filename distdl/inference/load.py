@@ -83,7 +83,14 @@ class _Source:
         """Return the facts for the other ranks."""
         (path, _, complaints), signature = self.found, self.header.signature
         described = None if signature is None else signature.to_json()
-        return [str(self.given), str(path), self.config.to_json(), self.header.step, complaints, described]
+        config = self.config.to_json()
+        return [str(self.given), str(path), config, self.header.step, complaints, described, self.preparation]
+
+    @property
+    def preparation(self) -> str:
+        """A text that is the same for runs that prepare a dataset in the same way."""
+        names = ("seed", "standardize_targets", "validation_share", "test_share", "loss")
+        return " ".join([*(str(getattr(self.config, name)) for name in names), self.header.data_sha256, ""])
 
 
 def load(
@@ -114,7 +121,8 @@ def load(
         facts = from_rank_0(communicator, lambda: [one.to_json() for one in sources])
         configs = [TrainConfig.from_json(config) for _, _, config, *_ in facts]
         together(communicator, lambda: _refuse_unused_models(models, configs))
-        data = _share_data(sources, communicator, configs, data_dir, dataset, with_data=with_data)
+        preparations = [preparation for *_, preparation in facts]
+        data = _share_data(sources, communicator, preparations, data_dir, dataset, with_data=with_data)
         signatures = [
             Signature.from_json(facts[i][5]) if facts[i][5] is not None else data[i].signature()
             for i in range(len(facts))
@@ -134,7 +142,7 @@ def load(
             *(Path(name), Path(path), configs[i], step, receipts[i], networks[i], signatures[i], tuple(complaints)),
             loaded=data[i] if with_data else None,
         )
-        for i, (name, path, _, step, complaints, _) in enumerate(facts)
+        for i, (name, path, _, step, complaints, *_) in enumerate(facts)
     ]
 
 
@@ -191,7 +199,7 @@ def _read(given: Path, *, best: bool) -> _Source:
 def _share_data(
     sources: Sequence[_Source],
     communicator: Communicator,
-    configs: Sequence[TrainConfig],
+    preparations: Sequence[str],
     data_dir: Path | None,
     dataset: Dataset | str | None,
     *,
@@ -214,7 +222,7 @@ def _share_data(
             ) from None
 
     shared = share_arrays(communicator, on_rank_0(communicator, read) or {})
-    return [PreparedDataset.from_arrays(shared, _preparation(config)) for config in configs] if shared else []
+    return [PreparedDataset.from_arrays(shared, one) for one in preparations] if shared else []
 
 
 def _data_arrays(
@@ -231,7 +239,7 @@ def _data_arrays(
     loaded = _load_dataset(first, data_dir, dataset)
     prepared: dict[str, PreparedDataset] = {}
     for one in sources:
-        name = _preparation(one.config)
+        name = one.preparation
         if name not in prepared:
             prepared[name] = read_data(one.config, loaded, one.header.data_sha256)
         if one.header.data_sha256 != prepared[name].sha256():
@@ -240,16 +248,15 @@ def _data_arrays(
                 f"{one.found.path} was trained on other images or labels than {loaded.name} has here, or with another "
                 f"split: give the same data by {flag}"
             )
+        if prepared[name].class_names != prepared[first.preparation].class_names:
+            raise UserError(
+                f"{one.given} numbers the classes in another order than {first.given}, because a version of distdl "
+                "before the natural order trained one of them: evaluate them one by one"
+            )
     arrays: dict[str, NDArray[Any]] = {}
     for name, data in prepared.items():
         arrays |= data.to_arrays(name)
     return arrays
-
-
-def _preparation(config: TrainConfig) -> str:
-    """Return a text that is the same for runs that prepare a dataset in the same way."""
-    names = ("seed", "standardize_targets", "validation_share", "test_share", "loss")
-    return " ".join(str(getattr(config, name)) for name in names) + " "
 
 
 def _load_dataset(first: _Source, data_dir: Path | None, dataset: Dataset | str | None) -> Dataset:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from distdl.arrays import ALIGNMENT_BYTES, BLOCK_BYTES, sha256_of_arrays
 from distdl.errors import UserError
 from distdl.job import leftovers
-from distdl.mapped_files import MappedArray, created, open_mapped, release_pages
+from distdl.mapped_files import MappedArray, created, is_first_rows_of_file, open_mapped, release_pages
 from distdl.parallel.agreement import from_rank_0, together
 from distdl.parallel.communicator import Bytes, Communicator
 
@@ -60,11 +60,11 @@ def share_arrays(
     Only rank 0 reads its argument `arrays`. `host` is the group of ranks that share memory (default:
     ``communicator.host()``). Raises `UserError` on every rank if a host has no room for them.
 
-    An array in a file, or its first rows (`mapped_files.open_mapped`), is not copied into memory: all ranks map the
-    file. A host that lacks the file gets it.
+    An array of `mapped_files.open_mapped`, or its first rows, is not copied into memory: all ranks map the file. A host
+    that lacks the file gets it.
     """
     host = communicator.host() if host is None else host
-    in_files = {name: array for name, array in arrays.items() if isinstance(array, np.memmap)}
+    in_files = {name: array for name, array in arrays.items() if is_first_rows_of_file(array)}
     arrays = {name: array for name, array in arrays.items() if name not in in_files}
     in_memory = _share_in_memory(communicator, arrays, host)
     names = communicator.bcast_json(list(in_files))
@@ -105,12 +105,12 @@ def _leaders(communicator: Communicator, host: Communicator) -> Communicator | N
     return communicator.split(0 if host.rank == 0 else None)
 
 
-def _share_file(communicator: Communicator, array: MappedArray | None, host: Communicator) -> NDArray[Any]:
+def _share_file(communicator: Communicator, array: NDArray[Any] | None, host: Communicator) -> NDArray[Any]:
     """Return the mapped file of rank 0 on every rank; write it on the hosts that lack it. Collective."""
     leaders = _leaders(communicator, host)
 
     def described() -> list[Any]:
-        assert array is not None
+        assert isinstance(array, np.memmap)
         sha256 = "" if leaders is None else sha256_of_arrays([("", array)])
         return [str(Path(str(array.filename)).absolute()), array.dtype.str, list(array.shape), sha256]
 
@@ -143,7 +143,7 @@ def _holds(path: Path, count: int, sha256: str) -> bool:
 
 def _send(
     leaders: Communicator,
-    array: MappedArray | None,
+    array: NDArray[Any] | None,
     target: MappedArray | None,
     shape: Sequence[int],
     dtype: str,

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from small_runs import piece_of_digits, proof, remove, small_config, sub_world
 
+from distdl.config import TrainConfig
 from distdl.data import PreparedDataset
-from distdl.data.sources import load
+from distdl.data.sources import folder, load
 from distdl.engine import train
 from distdl.errors import UserError
 from distdl.inference.load import load as load_runs
@@ -14,8 +15,8 @@ from distdl.parallel import OneProcess
 SHARES = {"validation_share": 0.3, "test_share": 0.2}
 
 
-def run(communicator, folder, dataset, **settings):
-    config = small_config(folder, model="mlp", **settings)
+def run(communicator, run_dir, dataset, **settings):
+    config = small_config(run_dir, model="mlp", **settings)
     summary = train(config, communicator, dataset=dataset)
     communicator.barrier()
     return summary
@@ -31,9 +32,9 @@ def test_shares_give_the_same_bits_on_any_ranks_and_after_a_resume(communicator,
     for size in {2, communicator.size}:
         part = sub_world(communicator, size) if size <= communicator.size else None
         if part is not None:
-            folder = shared_tmp_path / str(size)
-            run(part, folder, dataset, max_steps=size + 1, **settings)
-            found = proof(folder, run(part, folder, dataset, resume="auto", **settings))
+            run_dir = shared_tmp_path / str(size)
+            run(part, run_dir, dataset, max_steps=size + 1, **settings)
+            found = proof(run_dir, run(part, run_dir, dataset, resume="auto", **settings))
             if part.rank == 0:
                 assert found == expected, f"{size} ranks"
         communicator.barrier()
@@ -88,3 +89,42 @@ def test_a_run_that_an_earlier_version_split_is_resumed_and_evaluated_with_its_s
     run(OneProcess(), tmp_path / "new", dataset)
     [trained] = load_runs([tmp_path / "new"], OneProcess(), dataset=dataset)
     assert trained.data.sha256() == PreparedDataset.prepare(dataset, trained.config.seed).sha256()
+    both = load_runs([tmp_path / "part", tmp_path / "new"], OneProcess(), dataset=dataset)  # each has its own split
+    assert [one.data.sha256() for one in both] == [
+        PreparedDataset._split(dataset, trained.config.seed, (None, None), stratified=stratified).sha256()
+        for stratified in (False, True)
+    ]
+
+
+@pytest.mark.parametrize("parts", [("",), ("train", "test")])
+def test_a_run_of_an_earlier_version_keeps_the_plain_order_of_the_classes_of_its_folder(parts, tmp_path, monkeypatch):
+    """Earlier versions put class 10 before class 2. Their checkpoints have no signature."""
+    image = pytest.importorskip("PIL.Image")
+    names = ["2", "10", "1"]
+    for part in parts:
+        for k, name in enumerate(names):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for i in range(10):
+                color = (80 * k, 20 * i, 10 * len(part))
+                image.new("RGB", (6, 6), color).save(tmp_path / "images" / part / name / f"{i}.png")
+    settings = {"model": "mlp", "dataset": f"folder:{tmp_path / 'images'}", "batch_size": 16, "epochs": 4}
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "natural_order", str)
+        patch.setattr(PreparedDataset, "signature", lambda self: None)
+        now = PreparedDataset._split.__func__
+        earlier = classmethod(lambda cls, *given, **more: now(cls, *given, **{**more, "stratified": False}))
+        if len(parts) > 1:
+            patch.setattr(PreparedDataset, "_split", earlier)
+        expected = train(TrainConfig(**settings, run_dir=tmp_path / "whole"), OneProcess())
+        train(TrainConfig(**settings, run_dir=tmp_path / "part", max_steps=2), OneProcess())
+    [trained] = load_runs([tmp_path / "part"], OneProcess(), with_data=False)
+    assert trained.signature.names == ("1", "10", "2")
+    resumed = train(TrainConfig(**settings, run_dir=tmp_path / "part", resume="auto"), OneProcess())
+    assert resumed.weights_sha256 == expected.weights_sha256
+    [trained] = load_runs([tmp_path / "part"], OneProcess())
+    assert trained.signature.names == trained.data.class_names == ("1", "10", "2")
+    assert trained.data.images[trained.data.labels == 2][0, 0, 0, 0] == 0  # the colour of class 2
+    train(TrainConfig(**settings, run_dir=tmp_path / "new"), OneProcess())
+    for runs in (["part", "new"], ["new", "part"]):
+        with pytest.raises(UserError, match=r"numbers the classes in another order"):
+            load_runs([tmp_path / name for name in runs], OneProcess())

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from distdl.engine import memory
 from distdl.engine.memory import check_memory, check_room_for_dataset, need_of
 from distdl.engine.state import TrainingState
 from distdl.errors import UserError
+from distdl.mapped_files import created, open_mapped
 from distdl.nn import build_model
 from distdl.optim import optimizer_class
 
@@ -120,7 +120,7 @@ def test_only_the_last_rank_has_arrays_for_ragged_micro_batches_and_rank_0_copie
     assert needs[0].checkpoint == needs[0].state > 0 == needs[1].checkpoint
 
 
-def test_a_dataset_that_does_not_fit_is_refused(memory_of):
+def test_a_dataset_that_does_not_fit_is_refused(memory_of, tmp_path):
     arrays = {"images": np.zeros((10, 100, 100, 10), np.uint8), "labels": np.zeros(10, np.int64)}
     memory_of(host=1.1 * MB)
     check_room_for_dataset(Ranks("a", "b"), arrays)
@@ -129,5 +129,9 @@ def test_a_dataset_that_does_not_fit_is_refused(memory_of):
         UserError, match=r"the dataset needs 1.0 MB of memory on the host a, which has 0.9 MB: give .*resize"
     ):
         check_room_for_dataset(Ranks("a", "b"), arrays)
-    mapped = {"images": SimpleNamespace(filename="images.npy", nbytes=10 * MB)}
-    check_room_for_dataset(Ranks("a"), mapped)
+    with created(tmp_path / "images.npy", (10 * MB,), np.uint8):
+        pass
+    check_room_for_dataset(Ranks("a"), {"images": open_mapped(tmp_path / "images.npy")})
+    of_the_user = np.load(tmp_path / "images.npy", mmap_mode="r")
+    with pytest.raises(UserError, match=r"the dataset needs 10 MB of memory"):  # it is copied
+        check_room_for_dataset(Ranks("a"), {"images": of_the_user})

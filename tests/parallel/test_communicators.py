@@ -15,7 +15,7 @@ from small_runs import remove, small_run
 from distdl.arrays import sha256_of_arrays
 from distdl.errors import DamagedFileError, UserError
 from distdl.job.processes import Process
-from distdl.mapped_files import created, open_mapped
+from distdl.mapped_files import created, open_mapped, release_pages
 from distdl.parallel import OneProcess, guard, ranks_per_host, share_arrays, together, world
 from distdl.parallel import shared as shared_module
 
@@ -181,6 +181,32 @@ def assert_file_is_shared(communicator, folder, **keywords):
         assert np.array_equal(shared[name], array)
     communicator.barrier()
     assert [path.name for path in folder.iterdir()] == ["rows.npy"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        *(lambda rows: rows[:5], lambda rows: rows[3:], lambda rows: rows[::2], lambda rows: rows[:, ::-1]),
+        *(lambda rows: rows[:, :2], lambda rows: rows.view(np.int8), lambda rows: rows.astype(np.float32)),
+        *(lambda rows: rows[[4, 2]], lambda rows: rows[..., np.newaxis], lambda rows: rows.T, np.asarray),
+    ],
+)
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_any_part_of_an_array_in_a_file_arrives_as_it_is(part, is_ours, tmp_path):
+    np.save(tmp_path / "rows.npy", np.arange(36, dtype=np.uint8).reshape(9, 4))
+    opened = open_mapped(tmp_path / "rows.npy") if is_ours else np.load(tmp_path / "rows.npy", mmap_mode="r")
+    given = part(opened)
+    shared = share_arrays(OneProcess(), {"rows": given})["rows"]
+    assert (shared.dtype, shared.shape) == (given.dtype, given.shape)
+    assert np.array_equal(shared, given)
+
+
+def test_changes_to_a_mapped_array_that_its_file_lacks_arrive(tmp_path):
+    np.save(tmp_path / "rows.npy", np.zeros((9, 4), np.uint8))
+    given = np.load(tmp_path / "rows.npy", mmap_mode="c")
+    given += 7
+    release_pages(given)
+    assert (share_arrays(OneProcess(), {"rows": given})["rows"] == 7).all()
 
 
 def shared_folder(communicator, tmp_path):

@@ -30,13 +30,19 @@ Make = Callable[[int, tuple[int, ...]], Pixels]
 
 
 def read_cached(
-    folder: Path, files: Sequence[Path], options: ImageOptions, decode: Callable[[Make], Decoded]
+    folder: Path,
+    files: Sequence[Path],
+    others: Sequence[Path],
+    options: ImageOptions,
+    decode: Callable[[Make], Decoded],
 ) -> Decoded:
     """Return what `decode` returns, with the images in a mapped file; call it only if the cache lacks the images.
 
+    `others` are the files beside the images, which `decode` refuses or lists.
+
     Raises `UserError` if the cache cannot be written.
     """
-    path = folder.absolute() / f"{_key(files, options)}.npy"
+    path = folder.absolute() / f"{_key(files, others, options)}.npy"
     facts = path.with_suffix(".json")
     with suppress(OSError, ValueError):
         rows, skipped = json.loads(facts.read_text(encoding="utf-8"))
@@ -56,10 +62,15 @@ def read_cached(
         raise UserError(f"cannot use {path}: {error.strerror or error}; give another folder by --cache") from error
 
 
-def _key(files: Sequence[Path], options: ImageOptions) -> str:
-    """Return a hash of the content of the files, and of all that determines their pixels."""
+def _key(files: Sequence[Path], others: Sequence[Path], options: ImageOptions) -> str:
+    """Return a hash of the content of the files, and of all that determines their pixels and the list of other files.
+
+    That list names files. So their names count if files may be left out.
+    """
     pillow: Any = images.pillow()
-    digest = hashlib.sha256(json.dumps([FORMAT, pillow.__version__, options.resize, options.skip_damaged]).encode())
+    named = [*map(str, others), *(map(str, files) if options.skip_damaged else ())]
+    facts = [FORMAT, pillow.__version__, options.resize, options.skip_damaged, named]
+    digest = hashlib.sha256(json.dumps(facts).encode())
     for file in files:
         content = b""
         if file.is_file():  # opening a pipe would block

@@ -116,10 +116,23 @@ def read_image_files(
     with images.strict_warnings():
         if options.cache is None:
             return _decode_all(source, files, options, unusable)
-        colored = any(images.has_colors(file) for file in files)
-        return read_cached(
-            options.cache, files, options, lambda make: _decode_all(source, files, options, unusable, make, colored)
-        )
+        colored = {row for row, file in enumerate(files) if images.has_colors(file)}
+
+        def decode(make: Make) -> Decoded:
+            decoded = _decode_all(source, files, options, unusable, make, colored=bool(colored))
+            if colored and colored.isdisjoint(decoded[1].tolist()):
+                raise _NoColorsError
+            return decoded
+
+        try:
+            return read_cached(options.cache, files, [*unusable], options, decode)
+        except _NoColorsError:
+            colored.clear()
+            return read_cached(options.cache, files, [*unusable], options, decode)
+
+
+class _NoColorsError(Exception):
+    """All files with colors are damaged, so the images are gray."""
 
 
 def _decode_all(
@@ -128,6 +141,7 @@ def _decode_all(
     options: ImageOptions,
     unusable: Mapping[Path, UnusableImageError],
     make: Make | None = None,
+    *,
     colored: bool = False,
 ) -> Decoded:
     """Decode all images into an array from `make`, by default in memory; if `colored`, with three channels."""

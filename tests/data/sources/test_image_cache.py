@@ -70,6 +70,40 @@ def test_files_left_out_stay_left_out(tmp_path):
         assert len(cached.images) == 23
 
 
+def test_a_damaged_file_with_colors_leaves_gray_images_gray(tmp_path):
+    make_folder(tmp_path / "images", ("L", "L"))
+    random = np.random.default_rng(0).integers(0, 256, (6, 7, 3), np.uint8)
+    broken = tmp_path / "images" / "b" / "03.png"
+    Image.fromarray(random).save(broken)
+    broken.write_bytes(broken.read_bytes()[:80])
+    plain = read(tmp_path, skip_damaged=True)
+    for _ in range(2):
+        cached = read(tmp_path, skip_damaged=True, cache=tmp_path / "cache")
+        assert cached.images.shape == plain.images.shape == (23, 6, 7, 1)
+        assert cached.sha256() == plain.sha256()
+    [kept] = (tmp_path / "cache").glob("*.npy*")
+    assert np.load(kept).shape[-1] == 1
+
+
+def test_a_file_that_is_no_image_is_refused_or_listed_as_without_a_cache(tmp_path):
+    make_folder(tmp_path / "images")
+    (tmp_path / "images" / "b" / "03.png").write_bytes(b"\0\0")
+    read(tmp_path, skip_damaged=True, cache=tmp_path / "cache")
+    (tmp_path / "images" / "b" / "03.png").unlink()
+    read(tmp_path, cache=tmp_path / "cache")
+    (tmp_path / "images" / "a" / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"notes\.txt"):
+        read(tmp_path, cache=tmp_path / "cache")
+    for name in ("images", "moved"):
+        (tmp_path / "images").rename(tmp_path / name)
+        plain, cached = (
+            load(f"folder:{tmp_path / name}", None, ImageOptions(skip_damaged=True, cache=cache))
+            for cache in (None, tmp_path / "cache")
+        )
+        assert cached.skipped_files == plain.skipped_files
+        assert name in plain.skipped_files[0]
+
+
 @pytest.mark.parametrize("damage", ["facts lost", "images lost", "images cut", "facts cut"])
 def test_a_damaged_cache_is_made_again(damage, tmp_path):
     make_folder(tmp_path / "images")
