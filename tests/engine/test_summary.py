@@ -2,12 +2,15 @@
 
 import pytest
 
+from distdl.config import TrainConfig
 from distdl.engine.state import TrainingState
 from distdl.engine.summary import summarize
 from distdl.errors import CorruptionError
 from distdl.nn import build_model
 from distdl.optim import optimizer_class
 from distdl.parallel import OneProcess
+
+CONFIG = TrainConfig(model="mlp").checked()
 
 
 class ThreeRanks(OneProcess):
@@ -28,9 +31,9 @@ def test_the_receipts_of_all_ranks_are_compared_at_the_end(other):
     state = TrainingState(network, optimizer_class("sgd")(network.parameters.size))
     ranks = ThreeRanks(other)
     if other is None:
-        summary = summarize(ranks, state, None, steps_per_epoch=1, samples=7, stopped_early=False, recoveries=[])
+        summary = summarize(ranks, state, None, CONFIG, training_samples=7, recoveries=[])
         assert (summary.ranks, summary.weights_sha256) == (3, state.weights_sha256())
         assert summary.samples_per_second == 0, "no step was timed"
     else:
         with pytest.raises(CorruptionError, match=r"silent corruption on rank 2 .*the weights differ at the end"):
-            summarize(ranks, state, None, steps_per_epoch=1, samples=7, stopped_early=False, recoveries=[])
+            summarize(ranks, state, None, CONFIG, training_samples=7, recoveries=[])
