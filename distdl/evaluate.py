@@ -22,7 +22,7 @@ COMMAND = Command(
     ),
     groups={
         "runs": ("runs", "best", "model"),
-        "data": ("on", "skip_damaged", "part", "dataset", "data_dir"),
+        "data": ("on", "skip_damaged", "csv_columns", "part", "dataset", "data_dir"),
         "results": ("half", "confusion", "confusion_figure", "misclassified", "json"),
     },
     flags={
@@ -30,6 +30,7 @@ COMMAND = Command(
         "model": Flag(value="FILE.py:FUNCTION", is_path=True, repeated=True),
         "dataset": Flag(value="FILE.py:FUNCTION", is_path=True),
         "on": Flag(value="SOURCE", is_path=True),
+        "csv_columns": Flag(value="PATH,LABEL"),
         "part": Flag(value="test|validation|training", parse=part_of),
         "confusion_figure": Flag(value="FILE.png"),
         "misclassified": Flag(value="FILE.png"),

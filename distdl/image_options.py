@@ -73,3 +73,5 @@ class ImageOptions:
     """The folder for decoded images, which are mapped instead of loaded into memory; None: load them."""
     csv_columns: str | None = None
     """The columns of a CSV file with the path and the label, separated by commas; None: by their usual names."""
+    channels: int | None = None
+    """1 for gray images, 3 for colors; None: 1 if all files are gray, otherwise 3."""

@@ -56,6 +56,12 @@ class Signature:
         return str(output) if self.names is None else self.names[output]
 
     @property
+    def channels_of_files(self) -> int | None:
+        """The channels of an image file as the network takes it; None: it takes no image files."""
+        channels = self.image_shape[2]
+        return channels if self.pixels == "uint8" and channels in {1, 3} else None
+
+    @property
     def normalization(self) -> Normalization:
         """The normalization of the images."""
         return Normalization(np.array(self.mean, np.float32), np.array(self.deviation, np.float32))

@@ -56,6 +56,8 @@ def _load(options: EvaluateOptions, communicator: Communicator) -> tuple[list[Tr
     """Return the networks with the data to score them on, and its part. Collective."""
     if options.skip_damaged and options.on is None:
         raise UserError("--skip-damaged has no effect without --on: give --on folder:PATH, or leave it out")
+    if options.csv_columns is not None and options.on is None:
+        raise UserError("--csv-columns has no effect without --on: give --on csv:FILE, or leave it out")
     of_training = options.data_dir if options.on is None else None
     trained = load(
         options.runs,

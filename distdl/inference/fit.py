@@ -132,7 +132,14 @@ def _arrays_of(options: EvaluateOptions, signature: Signature) -> dict[str, NDAr
         raise UserError(f"--data-dir has no effect with --on {name}: leave it out")
     if options.skip_damaged and not reads_image_files(name):
         raise UserError(f"--skip-damaged has no effect with --on {name}: it is for image files; leave it out")
-    image_options = ImageOptions(resize=signature.resize, skip_damaged=options.skip_damaged)
+    if options.csv_columns is not None and not name.startswith("csv:"):
+        raise UserError(f"--csv-columns has no effect with --on {name}: give --on csv:FILE, or leave it out")
+    image_options = ImageOptions(
+        resize=signature.resize,
+        skip_damaged=options.skip_damaged,
+        csv_columns=options.csv_columns,
+        channels=signature.channels_of_files,
+    )
     data = load_dataset(name, options.data_dir, image_options)
     console, names = Console(live=False), signature.names
     for note in data.notes:

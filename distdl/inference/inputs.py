@@ -109,6 +109,11 @@ def _refuse_files(signature: Signature) -> None:
             "the network was trained on arrays of floats, and image files have whole numbers from 0 to 255: give "
             "npz:FILE.npz, with images prepared as for the training"
         )
+    if signature.channels_of_files is None:
+        raise UserError(
+            f"the network was trained on images of {signature.image_shape[2]} channels, and image files have 1 or 3: "
+            "give npz:FILE.npz, with images prepared as for the training"
+        )
     pillow()
 
 

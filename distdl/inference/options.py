@@ -45,6 +45,8 @@ class EvaluateOptions(LoadOptions):
     data is not needed."""
     skip_damaged: bool = False
     """With --on, leave out image files that cannot be used, and list them; otherwise they are refused."""
+    csv_columns: str | None = None
+    """With --on csv:FILE, columns of the paths and of the labels, such as file,species; by default the usual names."""
     part: Part | None = None
     """Part of the data to score; by default test, and with --on all samples."""
     best: bool = False

@@ -499,6 +499,8 @@ OTHER_DATA_REFUSED = {
     "a folder that is not read": (["--on=npz:new.npz", "--data-dir=."], ["--data-dir", "--on npz:new.npz"]),
     "damage in arrays": (["--on=npz:new.npz", "--skip-damaged"], ["--skip-damaged", "npz:new.npz", "leave it out"]),
     "damage in its own data": (["--skip-damaged"], ["--skip-damaged", "--on folder:PATH"]),
+    "columns of arrays": (["--on=npz:new.npz", "--csv-columns=a,b"], ["--csv-columns", "npz:new.npz", "leave it out"]),
+    "columns of its own data": (["--csv-columns=a,b"], ["--csv-columns", "--on csv:FILE"]),
     "a run twice": (["run", "--on=npz:new.npz"], ["run and run", "same weights"]),
 }
 

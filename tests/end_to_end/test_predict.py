@@ -248,6 +248,8 @@ def wrong(alone):
     train(small_config(alone / "other", epochs=1), OneProcess(), dataset=other)
     floats = dataclasses.replace(other, images=other.images.astype(np.float32))
     train(small_config(alone / "floats", epochs=1), OneProcess(), dataset=floats)
+    four = dataclasses.replace(other, images=np.repeat(other.images, 4, axis=3))
+    train(small_config(alone / "four", epochs=1), OneProcess(), dataset=four)
     return alone
 
 
@@ -269,6 +271,7 @@ REFUSED = {
     "the same run twice": (["convnet", "new", "--with=copy"], USER, ["convnet", "copy", "same weights"]),
     "members of other classes": (["convnet", "new", "--with=other"], USER, ["other outputs", "4, expected 3"]),
     "files for a network of floats": (["floats", "new"], USER, ["floats", "npz:FILE.npz"]),
+    "files for a network of four channels": (["four", "new"], USER, ["4 channels", "npz:FILE.npz"]),
     "no class": (["convnet", "new", "--top=0"], USER, ["--top", "at least 1"]),
     "masks of whole images": (["convnet", "new", "--masks=m"], USER, ["--masks", "label pixels"]),
     "one file for two": (["convnet", "new", "--csv=a", "--json=a"], USER, ["--csv", "--json", "same file"]),

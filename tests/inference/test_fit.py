@@ -8,7 +8,9 @@ import pytest
 from distdl.data import Dataset
 from distdl.data.signature import Signature
 from distdl.errors import UserError
-from distdl.inference.fit import _rows_of, fitted, fitted_labels
+from distdl.inference.fit import _arrays_of, _rows_of, fitted, fitted_labels
+from distdl.inference.inputs import ImageFiles
+from distdl.inference.options import EvaluateOptions
 
 NAMED = Signature("classification", 3, ("cat", "dog", "eel"), (4, 5, 1), "uint8", (0.0,), (1.0,))
 NUMBERED = dataclasses.replace(NAMED, names=None)
@@ -122,3 +124,29 @@ def test_a_part_is_one_of_the_datas_own(starts, part, expected):
             _rows_of(given, part)
     else:
         assert _rows_of(given, part).tolist() == list(expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("source", ["folder", "csv"])
+def test_image_files_are_scored_with_the_pixels_that_a_prediction_uses(source, channels, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    random = np.random.default_rng(0)
+    files = []
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        for kind in ("jpg", "png"):
+            pixels = np.kron(random.integers(0, 256, (5, 7, 3), np.uint8), np.ones((20, 20, 1), np.uint8))
+            files.append(tmp_path / label / f"a.{kind}")
+            image.fromarray(pixels).save(files[-1])
+    lines = [f"{path.relative_to(tmp_path)},{path.parent.name},{n}" for n, path in enumerate(files)]
+    (tmp_path / "table.csv").write_text("\n".join(["one,two,three", *lines]))
+    given = {"folder": f"folder:{tmp_path}", "csv": f"csv:{tmp_path / 'table.csv'}"}[source]
+    signature = dataclasses.replace(
+        NAMED, image_shape=(9, 8, channels), mean=(0.0,) * channels, deviation=(1.0,) * channels, resize="9x8:crop"
+    )
+    columns = "one,two" if source == "csv" else None
+    scored = _arrays_of(EvaluateOptions(runs=(), on=given, csv_columns=columns), signature)
+    predicted = np.empty((4, 9, 8, channels), np.uint8)
+    assert not ImageFiles([str(file) for file in files], signature).read(0, predicted)
+    assert np.array_equal(scored["images"], predicted)
+    assert scored["labels"].tolist() == [0, 0, 1, 1]

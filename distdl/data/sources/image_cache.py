@@ -69,7 +69,7 @@ def _key(files: Sequence[Path], others: Sequence[Path], options: ImageOptions) -
     """
     pillow: Any = images.pillow()
     named = [*map(str, others), *(map(str, files) if options.skip_damaged else ())]
-    facts = [FORMAT, pillow.__version__, options.resize, options.skip_damaged, named]
+    facts = [FORMAT, pillow.__version__, options.resize, options.channels, options.skip_damaged, named]
     digest = hashlib.sha256(json.dumps(facts).encode())
     for file in files:
         content = b""

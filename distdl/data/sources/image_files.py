@@ -116,7 +116,7 @@ def read_image_files(
     with images.strict_warnings():
         if options.cache is None:
             return _decode_all(source, files, options, unusable)
-        colored = {row for row, file in enumerate(files) if images.has_colors(file)}
+        colored = {row for row, file in enumerate(files) if options.channels is None and images.has_colors(file)}
 
         def decode(make: Make) -> Decoded:
             decoded = _decode_all(source, files, options, unusable, make, colored=bool(colored))
@@ -152,7 +152,7 @@ def _decode_all(
     try:
         for row, file in enumerate(files):
             size = None if found is None else (found.shape[1], found.shape[2])
-            channels = 3 if colored or (found is not None and found.shape[3] == 3) else None
+            channels = 3 if colored or (found is not None and found.shape[3] == 3) else options.channels
             try:
                 pixels = images.decode(file, size=size, resize=resize, channels=channels)
             except OtherSizeError:
