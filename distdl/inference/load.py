@@ -282,7 +282,10 @@ def _load_dataset(first: _Source, data_dir: Path | None, dataset: Dataset | str 
             f"the data of {first.given} ({name}) is not here: there is no {place.absolute()}; give its place by "
             f"{flag}{hint}"
         )
-    return load_dataset(name, folder, first.config.image_options)
+    options = first.config.image_options
+    if options.cache is not None and not options.cache.is_dir():  # the run has moved: make no cache elsewhere
+        options = replace(options, cache=None)
+    return load_dataset(name, folder, options)
 
 
 def _build(

@@ -1,5 +1,7 @@
 """The split of a run: by shares that the user gives, on any number of ranks, and as an earlier version drew it."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from small_runs import piece_of_digits, proof, remove, small_config, sub_world
@@ -128,3 +130,19 @@ def test_a_run_of_an_earlier_version_keeps_the_plain_order_of_the_classes_of_its
     for runs in (["part", "new"], ["new", "part"]):
         with pytest.raises(UserError, match=r"numbers the classes in another order"):
             load_runs([tmp_path / name for name in runs], OneProcess())
+
+
+def test_a_run_that_moved_away_from_its_cache_is_scored_without_one(tmp_path, monkeypatch):
+    image = pytest.importorskip("PIL.Image")
+    for k, name in enumerate(("cat", "dog")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(8):
+            image.new("RGB", (6, 6), (80 * k, 20 * i, 0)).save(tmp_path / "images" / name / f"{i}.png")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    settings = {"model": "mlp", "dataset": "folder:images", "batch_size": 16, "epochs": 1, "cache": Path("cache")}
+    train(TrainConfig(**settings, run_dir=tmp_path / "elsewhere" / "run"), OneProcess())
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    [trained] = load_runs([Path("run")], OneProcess(), dataset=f"folder:{tmp_path / 'images'}")
+    assert not isinstance(trained.data.images, np.memmap)
+    assert [path.name for path in Path().iterdir()] == ["run"]
