@@ -39,8 +39,8 @@ from distdl.errors import UserError
 from distdl.rng import Key
 
 MOST_CLASSES = 2**31 - 1
-#: All names of classes together; a checkpoint stores them in its header.
-MOST_NAME_BYTES = 2**18
+#: All names of classes together, as JSON within JSON: a checkpoint stores them so in its header.
+MOST_NAME_BYTES = 2**19
 
 
 class _Labelled:
@@ -250,8 +250,8 @@ class Dataset(_Labelled):
             return
         if len(names) != self.classes or len(set(names)) != len(names) or not all(isinstance(n, str) for n in names):
             raise self._wrong(f"{len(names)} class_names", f"{self.classes} different texts, one for each class")
-        if len("".join(names).encode(errors="surrogateescape")) > MOST_NAME_BYTES:
-            raise self._wrong("long class_names", f"at most {MOST_NAME_BYTES} bytes in all")
+        if len(json.dumps(json.dumps(names))) > MOST_NAME_BYTES:
+            raise self._wrong("long class_names", f"at most {MOST_NAME_BYTES} bytes of JSON in all")
 
     @contextmanager
     def _naming_it(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Datasets: the checks of a script's dataset, and the prepared form that all ranks share."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from distdl.data.normalization import measure
 from distdl.data.sources import load
 from distdl.data.split import split
 from distdl.engine import train
+from distdl.engine.storage.checkpoints import LARGEST_HEADER_BYTES
 from distdl.errors import UserError
 from distdl.parallel import OneProcess
 from distdl.rng import Key
@@ -178,3 +180,19 @@ def test_a_channel_of_deviation_one_is_not_taken_for_a_constant_one():
     data = PreparedDataset.prepare(Dataset("mine", images, np.arange(20) % 2, 2, None).checked(), seed=0)
     assert data.normalization.deviation.tolist() == [1]
     assert data.notes == ()
+
+
+@pytest.mark.parametrize("letter", ["a", "\x01", "é", '"', "\\", "\udcff", "𝄞"])
+def test_names_that_are_accepted_fit_into_the_header_of_a_checkpoint(letter):
+    """The header holds them as JSON within JSON, which writes most letters longer."""
+    images, labels = np.zeros((4, 8, 8), np.uint8)[..., np.newaxis], np.array([0, 1, 0, 1])
+    accepted = []
+    for length in (2**power for power in range(20)):
+        names = (letter * length, "b")
+        given = Dataset("x", images, labels, 2, None, names)
+        if len(json.dumps(json.dumps(names))) <= LARGEST_HEADER_BYTES // 2:
+            accepted.append(given.checked())
+        else:
+            with pytest.raises(UserError, match="long class_names"):
+                given.checked()
+    assert len(accepted) > 14
