@@ -174,7 +174,7 @@ class Preparation:
         except MemoryError:
             raise UserError(
                 f"there is not enough memory for --model {config.model} on images of {height}x{width}x{channels}: "
-                "use smaller images, or fewer ranks on this machine"
+                "use smaller images (--resize), or fewer ranks on this machine"
             ) from None
         check_outputs(config, network.output_shape, data)
         check_moments(config, network)

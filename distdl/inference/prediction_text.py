@@ -23,7 +23,7 @@ COLUMNS = 80
 #: A longer name of a file does not move the columns of the others.
 LONGEST_NAME = 40
 #: Names of classes have at least this many characters, if they are as long.
-LEAST_CLASS = 4
+LEAST_CLASS = 10
 
 
 @dataclass(frozen=True)
