@@ -1,7 +1,8 @@
 """A cache of decoded images (`--cache FOLDER`), for data larger than memory: the images stay in a mapped file.
 
 The name of the file is a hash of the content of all image files and of the options. So a second start maps the file
-without decoding, and changed images get a new file. distdl removes no file of a cache. Delete the folder at any time.
+without decoding, and changed images get a new file. Names of files count only if files are left out, which are listed.
+distdl removes no file of a cache. Delete the folder at any time.
 """
 
 import hashlib
