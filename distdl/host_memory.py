@@ -7,6 +7,7 @@ without a message. So a program that knows its needs compares them with these nu
 import math
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -29,6 +30,23 @@ def available_to_this_process(root: Path = Path("/")) -> float:
         if soft != resource.RLIM_INFINITY:
             left.append(max(soft - 1024 * status.get(used, 0), 0))
     return min(left)
+
+
+@contextmanager
+def allocations_limited(room: float | None = None) -> Iterator[None]:
+    """Let an allocation of more than `room` bytes, by default all that are available, raise `MemoryError`.
+
+    Without this, the kernel may promise memory that it does not have, and later kill a process without a message.
+    """
+    room = available_bytes() if room is None else room
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = 1024 * _fields(Path("/proc/self/status")).get("VmSize", 0) + min(room, 2**62)
+    if soft == resource.RLIM_INFINITY or limit < soft:
+        resource.setrlimit(resource.RLIMIT_AS, (int(limit), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:

@@ -6,7 +6,7 @@ import resource
 import pytest
 
 from distdl import host_memory
-from distdl.host_memory import available_bytes, available_to_this_process
+from distdl.host_memory import allocations_limited, available_bytes, available_to_this_process
 
 MIB = 2**20
 MACHINE = "MemTotal: 9000000 kB\nMemAvailable: 1048576 kB\nSwapFree: 0 kB\n"
@@ -105,3 +105,14 @@ def test_the_limits_of_the_process_count(limited, expected, tmp_path, monkeypatc
     monkeypatch.setattr(host_memory.resource, "getrlimit", limit)
     status = f"Name: python\nVmSize: {400 * 1024} kB\nVmData: {100 * 1024} kB\n"
     assert available_to_this_process(tree(tmp_path, {"proc/self/status": status})) == expected * MIB
+
+
+def test_an_allocation_beyond_the_memory_of_the_host_is_an_error_instead_of_an_end_by_the_kernel():
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with allocations_limited(100 * MIB):
+        assert len(bytearray(10 * MIB)) == 10 * MIB
+        with pytest.raises(MemoryError):
+            bytearray(1000 * MIB)
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
+    with allocations_limited(math.inf):
+        assert len(bytearray(200 * MIB)) == 200 * MIB

@@ -31,6 +31,7 @@ from distdl.engine.timing import balance
 from distdl.engine.trainer import Trainer
 from distdl.engine.user_code import BuildNetwork, check_equal_networks, names_from_script, network_builder, read_data
 from distdl.errors import UserError
+from distdl.host_memory import allocations_limited
 from distdl.job.warden import Warden
 from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, Survivors, from_rank_0, guard, on_rank_0, share_arrays, together, world
@@ -161,16 +162,17 @@ class Preparation:
             Transforms.parse(config.augment).check_fit(height, width)
         build = network_builder(config.model, config.model_settings, self.build_network)
         try:
-            network = build((height, width, channels), outputs_of(config, data)[-1])
-            network.initialize(Key(config.seed).of("initialization"))
-            optimizer = optimizer_class(config.optimizer)(
-                network.parameters.size,
-                weight_decay=config.weight_decay,
-                l1=config.l1_decay,
-                decay_slices=network.decay_slices,
-                frozen=transfer.frozen_slices(network, config.freeze),
-                **config.optimizer_settings,
-            )
+            with allocations_limited():
+                network = build((height, width, channels), outputs_of(config, data)[-1])
+                network.initialize(Key(config.seed).of("initialization"))
+                optimizer = optimizer_class(config.optimizer)(
+                    network.parameters.size,
+                    weight_decay=config.weight_decay,
+                    l1=config.l1_decay,
+                    decay_slices=network.decay_slices,
+                    frozen=transfer.frozen_slices(network, config.freeze),
+                    **config.optimizer_settings,
+                )
         except MemoryError:
             raise UserError(
                 f"there is not enough memory for --model {config.model} on images of {height}x{width}x{channels}: "

@@ -175,13 +175,13 @@ def misclassified(
     """
     wrong = np.flatnonzero(np.asarray(labels) != predictions)
     shown = wrong[:most]
-    figure = _figure(_columns(len(shown)) * 1.4, -(-max(len(shown), 1) // _columns(len(shown))) * 1.5)
+    figure = _figure(_columns(len(shown)) * 1.4, -(-max(len(shown), 1) // _columns(len(shown))) * 1.6)
     for axes, sample in zip(_grid(figure, len(shown)), shown.tolist(), strict=True):
         actual, predicted = (
             str(k) if names is None else shortened(names[k], LONGEST_NAME)
             for k in (labels[sample], predictions[sample])
         )
-        _draw(axes, images[sample], f"{actual}, predicted {predicted}")
+        _draw(axes, images[sample], f"{actual},\npredicted {predicted}")
     first = f", the first {len(shown)}" if len(shown) < len(wrong) else ""
     figure.suptitle(f"{len(wrong)} of {len(labels)} misclassified{first}")
     return figure

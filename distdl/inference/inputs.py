@@ -124,6 +124,8 @@ def _listed(given: Sequence[str]) -> tuple[list[str], list[str]]:
     names, skipped = list[str](), list[str]()
     for one in given:
         for name in _from_stdin() if one == STDIN else [one.removeprefix(FOLDER)]:
+            if (Path(name) / "config.toml").is_file() and (Path(name) / "checkpoints").is_dir():
+                raise UserError(f"{name!r} is a run folder: for an ensemble give --with {name}; otherwise leave it out")
             if Path(name).is_dir():
                 for found, is_image in _files_in(name):
                     (names if is_image else skipped).append(found)

@@ -268,6 +268,7 @@ REFUSED = {
     "an array of another size": (["convnet", "large.npz"], USER, ["9x8", "8x8"]),
     "an array of other numbers": (["convnet", "float.npz"], USER, ["float32", "uint8"]),
     "no archive": (["convnet", "text.npz"], USER, ["text.npz", "not an .npz file"]),
+    "a run among the images": (["convnet", "copy", "new"], USER, ["copy", "run folder", "--with copy"]),
     "the same run twice": (["convnet", "new", "--with=copy"], USER, ["convnet", "copy", "same weights"]),
     "members of other classes": (["convnet", "new", "--with=other"], USER, ["other outputs", "4, expected 3"]),
     "files for a network of floats": (["floats", "new"], USER, ["floats", "npz:FILE.npz"]),

@@ -129,9 +129,9 @@ def test_misclassified_shows_only_misclassified_images_with_both_names():
     labels, predictions = np.array([0, 1, 2, 0, 1]), np.array([0, 2, 2, 1, 1])
     figure = figures.misclassified(images, labels, predictions, ["cat", "dog", "eel"])
     assert figure.get_suptitle() == "2 of 5 misclassified"
-    assert titles(figure)[:2] == ["dog, predicted eel", "cat, predicted dog"]
+    assert titles(figure)[:2] == ["dog,\npredicted eel", "cat,\npredicted dog"]
     assert np.array_equal(drawn(figure), figures.scaled(images[[1, 3]])[..., 0])
-    assert titles(figures.misclassified(images, labels, predictions))[:2] == ["1, predicted 2", "0, predicted 1"]
+    assert titles(figures.misclassified(images, labels, predictions))[:2] == ["1,\npredicted 2", "0,\npredicted 1"]
 
 
 def test_the_title_of_misclassified_counts_those_not_shown_and_also_none():
@@ -162,7 +162,7 @@ def test_names_of_classes_are_shown_as_they_are_and_long_ones_shortened():
     (axes,) = figures.confusion(np.eye(2, dtype=np.int64), names).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["$a_1$", "a very long name of a c…"]
     figure = figures.misclassified(np.zeros((1, 2, 2, 1), np.uint8), np.array([0]), np.array([1]), names)
-    assert titles(figure)[0] == "$a_1$, predicted a very long name of a c…"
+    assert titles(figure)[0] == "$a_1$,\npredicted a very long name of a c…"
     for text in (*axes.get_yticklabels(), figure.axes[0].title):
         assert not text.get_parse_math()
 
