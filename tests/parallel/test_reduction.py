@@ -4,6 +4,7 @@ import itertools
 import os
 import random
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
