@@ -28,6 +28,11 @@ class MicroBatches:
     #: The number of micro-batches loaded so far.
     loaded: int = field(default=0, init=False)
     _buffers: dict[int, tuple[NDArray[Any], NDArray[np.float32]]] = field(default_factory=dict, init=False)
+    _release_after: int = field(init=False)
+    """Micro-batches between two releases of the pages of a mapped file."""
+
+    def __post_init__(self) -> None:
+        self._release_after = max(1, rows_to_keep(self.dataset.images) // self.micro_batch_size)
 
     def count(self, samples: int) -> int:
         """Return the number of micro-batches in a batch of `samples` samples; the last one may be ragged."""
@@ -47,7 +52,7 @@ class MicroBatches:
         pixels, out = self._buffers[len(rows)]
         # The modes but "raise" write without a temporary copy. No row is out of range.
         images = np.take(dataset.images, rows, axis=0, out=pixels, mode="clip")
-        if self.loaded % max(1, rows_to_keep(dataset.images) // self.micro_batch_size) == 0:
+        if self.loaded % self._release_after == 0:
             release_pages(dataset.images)
         labels = dataset.targets(rows)
         if key is not None and self.augmentation is not None:
