@@ -77,9 +77,7 @@ class StopRequest(StepObserver):
     def error(self, step: int) -> Stopped:
         """Return the error that every rank raises; the state after `step` has been saved."""
         return Stopped(
-            f"stopped by {self.agreed} after step {step}, which is saved: the same command with --resume continues "
-            f"(exit code {Stopped.exit_code})",
-            agreed=True,
+            f"stopped by {self.agreed} after step {step}, which is saved (exit code {Stopped.exit_code})", agreed=True
         )
 
     def _hear(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
