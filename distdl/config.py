@@ -490,7 +490,7 @@ def check_dataset_name(dataset: str) -> None:
 
 
 def _prefix_of_path(dataset: str) -> str | None:
-    """Return the prefix that a path needs as a dataset, by its suffix or because it is a folder; None if it is none."""
+    """Return the prefix that this path needs as a dataset; None if the text is not such a path."""
     suffix = Path(dataset).suffix.lower()
     if suffix in {".npz", ".csv"} and "\0" not in dataset:
         return f"{suffix[1:]}:"

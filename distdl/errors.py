@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 EXIT_DEFECT = 1
@@ -78,6 +78,16 @@ def one_line(text: str) -> str:
 def quoted(path: Path) -> str:
     """Return the path in quotes, with control characters escaped, so that a message stays one line."""
     return repr(os.fspath(path))
+
+
+def listed(texts: Sequence[str], most: int, separator: str = ", ") -> str:
+    """Return the first texts, and the number of the others if there are more than `most`.
+
+    >>> listed(["a", "b", "c"], 2), listed(["a", "b", "c"], 2, "; "), listed(["a", "b"], 2)
+    ('a, b and 1 more', 'a; b; and 1 more', 'a, b')
+    """
+    more = f"{separator.strip(', ')} and {len(texts) - most} more" if len(texts) > most else ""
+    return separator.join(texts[:most]) + more
 
 
 def unknown_name(kind: str, given: str, known: Iterable[str], other: Mapping[str, str] | None = None) -> UserError:

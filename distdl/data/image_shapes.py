@@ -18,7 +18,7 @@ LEAST_SIDE = 8
 
 
 def canonical_images(images: NDArray[Any], samples: int | None = None) -> tuple[NDArray[Any], tuple[str, ...]]:
-    """Return images of so many samples as uint8 or float32 (N, H, W, C), and warnings; raise `Unfit`.
+    """Return images as uint8 or float32 (N, H, W, C), with warnings; raise `Unfit`. `samples` is N, if it is known.
 
     Flat images (N, D) of a square number D of pixels become square images with one channel.
     """

@@ -14,12 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distdl.errors import listed
+
 Names = tuple[str, ...] | None
 CLASSIFICATION_LOSSES = ("cross_entropy", "binary_cross_entropy")
 #: More classes than this are labels that are ids, if few of them have samples.
 MANY_CLASSES = 1000
 #: More distinct labels than this are ids, if most of them have one sample.
 MANY_DISTINCT = 20
+#: The most values in a message.
+MOST_VALUES = 5
 RENUMBER = "numpy.unique(labels, return_inverse=True)[1] numbers the classes 0, 1, …"
 AS_NUMBERS = "--loss mean_squared_error to predict the numbers"
 
@@ -247,5 +251,4 @@ def _listed(values: Sequence[object]) -> str:
     numbers = [value for value in values if isinstance(value, int)]
     if len(numbers) == len(values) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
         return f"{numbers[0]} to {numbers[-1]}"
-    more = f" and {len(values) - 5} more" if len(values) > 5 else ""
-    return ", ".join(map(str, values[:5])) + more
+    return listed(list(map(str, values)), MOST_VALUES)

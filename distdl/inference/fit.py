@@ -18,7 +18,7 @@ from distdl.data.signature import Signature
 from distdl.data.split import Split
 from distdl.engine.console import Console
 from distdl.engine.user_code import load_dataset
-from distdl.errors import UserError
+from distdl.errors import UserError, listed
 from distdl.image_options import ImageOptions
 from distdl.inference.load import Trained
 from distdl.inference.options import EvaluateOptions, Part
@@ -91,7 +91,7 @@ def _places(names: tuple[str, ...], signature: Signature, data: str, what: str) 
     known = {signature.name_of(output): output for output in range(signature.outputs)}
     unknown = [name for name in names if name not in known]
     if unknown:
-        shown = ", ".join(map(repr, unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        shown = listed(list(map(repr, unknown)), most=5)
         expected = ", ".join(list(known)[:20]) + (" …" if len(known) > 20 else "")
         raise UserError(
             f"{data} has {what} that the network does not know: {shown}; expected {expected}; leave them out, or "

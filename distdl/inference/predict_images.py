@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from distdl.engine.console import Console
 from distdl.engine.storage.files import check_output, indented_json, write_output
-from distdl.errors import EXIT_DAMAGED, EXIT_USER, UserError
+from distdl.errors import EXIT_DAMAGED, EXIT_USER, UserError, listed
 from distdl.inference.inputs import Inputs, UnusedInput, find_inputs
 from distdl.inference.load import Trained, load, refuse_unlike_members
 from distdl.inference.options import PredictOptions, check_names
@@ -81,8 +81,8 @@ class _Output:
         for complaint in (complaint for one in self._members for complaint in one.complaints):
             self._console.warning(f"{complaint}; the one before it is used")
         if skipped := self._inputs.skipped:
-            more = f" and {len(skipped) - MOST_NAMED} more" if len(skipped) > MOST_NAMED else ""
-            self._console.warning(f"skipped, because the name is not that of an image: {', '.join(skipped[:5])}{more}")
+            names = listed(skipped, MOST_NAMED)
+            self._console.warning(f"skipped, because the name is not that of an image: {names}")
 
     def add(self, block: Block) -> None:
         """Print the predictions of a block, and keep them for the files."""

@@ -13,7 +13,7 @@ from distdl.data.dataset import Dataset
 from distdl.data.labels import natural_order
 from distdl.data.sources.image_files import ListedFiles
 from distdl.data.sources.images import SUFFIXES, UnusableImageError, pillow
-from distdl.errors import UserError, quoted
+from distdl.errors import UserError, listed, quoted
 from distdl.image_options import ImageOptions
 
 #: The folders of the parts of a dataset, in lower case.
@@ -109,8 +109,7 @@ def _classes(path: Path, folders: list[Path]) -> list[Path]:
 
 
 def _list(paths: Sequence[Path]) -> str:
-    more = len(paths) - MOST_NAMES
-    return ", ".join(repr(path.name) for path in paths[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+    return listed([repr(path.name) for path in paths], MOST_NAMES)
 
 
 def _entries(folder: Path) -> dict[Path, bool]:

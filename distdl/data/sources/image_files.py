@@ -19,7 +19,7 @@ from distdl.data.dataset import Dataset
 from distdl.data.sources import images
 from distdl.data.sources.image_cache import Decoded, Make, Pixels, read_cached
 from distdl.data.sources.images import OtherSizeError, UnusableImageError
-from distdl.errors import UserError, quoted
+from distdl.errors import UserError, listed, quoted
 from distdl.host_memory import available_bytes
 from distdl.image_options import ImageOptions, Resize
 from distdl.mapped_files import release_pages
@@ -179,8 +179,7 @@ def _decode_all(
 
 
 def _list(texts: Sequence[str]) -> str:
-    more = len(texts) - MOST_NAMES
-    return "; ".join(texts[:MOST_NAMES]) + (f"; and {more} more" if more > 0 else "")
+    return listed(texts, MOST_NAMES, "; ")
 
 
 def _refusal(source: str, unusable: dict[Path, UnusableImageError], count: int) -> UserError:
