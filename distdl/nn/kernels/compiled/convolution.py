@@ -6,7 +6,7 @@ import numpy as np
 
 from distdl.nn.activations import ReLU
 from distdl.nn.convolution import Conv2d
-from distdl.nn.kernels.compiled import winograd
+from distdl.nn.kernels.compiled import direct, products, winograd
 from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.layers import Array, Layer
 from distdl.nn.pooling import MaxPool2d
@@ -25,7 +25,7 @@ def convolution_at(layers: Sequence[Layer], names: Sequence[str]) -> CompiledLay
     taken = layers[: 1 + relu + pool]
     if conv.window.kernel == (3, 3) and conv.window.stride == (1, 1) and min(conv.output_size) > 2:
         return WinogradConvolution(taken, names[0], relu=relu, pool=pool)
-    return None
+    return DirectConvolution(taken, names[0], relu=relu, pool=pool)
 
 
 class WinogradConvolution(CompiledLayers):
@@ -83,4 +83,84 @@ class WinogradConvolution(CompiledLayers):
             self._tiles_of_block(), self.OH, self.OW, *self.conv.window.padding, self.relu, self.pool, wanted,
         )  # fmt: skip
         winograd.weight_gradient(dU, self.conv.gradients["weight"])
+        return dx if wanted else None
+
+
+class DirectConvolution(CompiledLayers):
+    """Any other convolution, ReLU and 2x2 max-pooling; see `direct`."""
+
+    def __init__(self, layers: Sequence[Layer], name: str, *, relu: bool, pool: bool) -> None:
+        super().__init__(layers, name)
+        conv = layers[0]
+        assert isinstance(conv, Conv2d)
+        self.conv, self.relu, self.pool = conv, relu, pool
+        self.window = (*conv.window.kernel, *conv.window.stride, *conv.window.padding)
+        (self.H, self.W), (self.OH, self.OW) = conv.size, conv.output_size
+        self.C, self.F = conv.channels, conv.filters
+        self.output_shape = (self.OH // 2, self.OW // 2, self.F) if pool else (self.OH, self.OW, self.F)
+        #: Without pooling, the pixels of a 1x1 convolution are images of their own.
+        self.by_points = self.window == (1, 1, 1, 1, 0, 0) and not pool
+        if self.by_points:
+            self.H = self.W = self.OH = self.OW = 1
+
+    def _block(self, N: int) -> tuple[int, bool]:
+        """Return the number of images of a block, and whether the rows of products are pixels of one image."""
+        by_pixels = not self.by_points and (N < 6 or self.OW >= 16)
+        floats = self.H * self.W * self.C + self.OH * self.OW * self.F
+        block = 2**18 // floats if by_pixels else max(24, 2**18 // floats // 24 * 24)
+        return max(1, min(block, N)), by_pixels
+
+    def _packed(self) -> Array:
+        """Return the packed weights; a single block of columns is its own packed form."""
+        weight = self.conv.parameters["weight"].reshape(-1, self.F)
+        if products.block_width(0, self.F) == self.F:
+            return weight.reshape(-1)
+        return self.workspace.array("packed", (weight.size,))
+
+    def _transposed(self) -> Array:
+        return self.workspace.array("transposed", (self.conv.parameters["weight"].size,))
+
+    def _winners(self, N: int) -> Array:
+        windows = N * self.output_shape[0] * self.output_shape[1] if self.pool else 0
+        return self.workspace.array("winners", (windows * -(-self.F // 16), 3), dtype=np.uint16)
+
+    def prepare(self) -> None:
+        weight, packed = self.conv.parameters["weight"], self._packed()
+        if not np.may_share_memory(weight, packed):
+            products.pack(weight.reshape(-1, self.F), packed)
+        if self.conv.needs_input_gradient:
+            direct.pack_for_input_gradient(
+                weight, self.conv.window.stride, self.conv.window.padding, self._transposed()
+            )
+
+    def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
+        N = len(x)
+        self.x, self.y = x, self.workspace.array("y", (N, *self.output_shape))
+        images = x.reshape(-1, self.H, self.W, self.C)
+        y = self.y.reshape(len(images), *(1, 1) if self.by_points else self.output_shape[:2], self.F)
+        block, by_pixels = self._block(len(images))
+        rows = max(2, 2**16 // (self.OW * self.F * block) // 2 * 2)
+        scratch = self.workspace.array("scratch", (block * rows * self.OW * self.F if self.pool else 0,))
+        bias = self.conv.parameters["bias"] if self.conv.bias else y.reshape(-1)
+        direct.forward(
+            images, self._packed(), bias, y, self._winners(N), scratch, self.window, (self.OH, self.OW), block, rows,
+            by_pixels, self.conv.bias, self.relu, self.pool,
+        )  # fmt: skip
+        return self.y
+
+    def _backward(self, dy: Array) -> Array | None:
+        wanted = self.conv.needs_input_gradient
+        dx = self.workspace.array("dx", self.x.shape if wanted else (0, 0, 0, 0))
+        images = self.x.reshape(-1, self.H, self.W, self.C)
+        block, by_pixels = self._block(len(images))
+        floats = direct.backward_scratch(
+            self.window, (self.OH, self.OW), block, self.C, self.F, self.relu or self.pool
+        )
+        bias = self.conv.gradients["bias"] if self.conv.bias else self.workspace.array("d_bias", (self.F,))
+        weight = self.conv.gradients["weight"]
+        direct.backward(
+            images, self._transposed(), dy.reshape(len(images), -1, 1, self.F), self.y, self._winners(len(dy)), weight,
+            bias, dx, self.workspace.array("gradient scratch", (floats,)), self.window, (self.OH, self.OW), block,
+            by_pixels, self.relu, self.pool, wanted,
+        )  # fmt: skip
         return dx if wanted else None
