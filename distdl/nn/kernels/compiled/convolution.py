@@ -108,6 +108,8 @@ class DirectConvolution(CompiledLayers):
         by_pixels = not self.by_points and (N < 6 or self.OW >= 16)
         floats = self.H * self.W * self.C + self.OH * self.OW * self.F
         block = 2**18 // floats if by_pixels else max(24, 2**18 // floats // 24 * 24)
+        import os
+        if self.by_points and "PB" in os.environ: block = int(os.environ["PB"])
         return max(1, min(block, N)), by_pixels
 
     def _packed(self) -> Array:

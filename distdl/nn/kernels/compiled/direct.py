@@ -22,21 +22,24 @@ from distdl.nn.kernels.compiled.products import block_width, packed_product, pro
 from distdl.nn.kernels.compiled.simd import (
     greater,
     greater_equal,
-    load,
     load_lanes,
     maximum,
     select,
     splat,
-    store,
+    load_number,
+    store_number,
     store_lanes,
 )
 
-#: Below this number of channels, the gradient of the weights uses patches.
+#: Below this number of channels, the gradient of the weights counts zeros outside of the image.
 FEW = 16
 #: From this number of output pixels on, it takes one image at a time.
 MANY_PIXELS = 128
-#: Floats of the patches of one product.
-PATCHES = 16384
+#: From this number of channels on, it copies the pixels: PANEL channels of COPIES pixels lie together.
+MANY_CHANNELS = 64
+PANEL, COPIES = 48, 128
+#: Floats of the stripes of one product, or more for a large image.
+STRIPES = 8192
 
 f4 = np.float32
 
@@ -251,67 +254,99 @@ def _weight_gradient(x, count, H, W, C, d, OH, OW, F, window, d_weights, scratch
     """Set (or with `add`, add to) the gradient of the weights that of `count` images x, given d (count, OH, OW, F)."""
     FH, FW, SH, SW, PH, PW = window
     if C < FEW:
-        _weight_gradient_by_patches(x, count, H, W, C, d, OH, OW, F, window, d_weights, scratch, add)
+        _weight_gradient_of_few(x, count, H, W, C, d, OH, OW, F, window, d_weights, scratch, add)
         return
-    one_by_one = OH * OW >= MANY_PIXELS
-    copies, d_copies = scratch, scratch + 4 * count * OH * OW * C
+    one_by_one = OH * OW >= MANY_PIXELS and C < MANY_CHANNELS
     for first in range(0, count, 1 if one_by_one else count):
         for i in range(FH):
             h0, h1 = _outputs(i, SH, PH, H, OH)
             for j in range(FW):
                 w0, w1 = _outputs(j, SW, PW, W, OW)
-                to = d_weights + 4 * (i * FW + j) * C * F
+                A = x + 4 * ((first * H + h0 * SH - PH + i) * W + w0 * SW - PW + j) * C
+                B, to = d + 4 * ((first * OH + h0) * OW + w0) * F, d_weights + 4 * (i * FW + j) * C * F
                 again = 1 if add or first > 0 else 0
                 if one_by_one:
-                    A = x + 4 * ((first * H + h0 * SH - PH + i) * W + w0 * SW - PW + j) * C
-                    B = d + 4 * ((first * OH + h0) * OW + w0) * F
-                    product(
-                        A, 1, SH * W * C, SW * C, B, OW * F, F, to, F, h1 - h0, C, w1 - w0, F, again
-                    )
-                    continue
-                A, B, K = copies, d_copies, count * (h1 - h0) * (w1 - w0)
-                if K == count * OH * OW:  # no copy is needed
-                    B = d
-                    if SH == 1 and SW == 1 and OH == H and OW == W:
-                        A = x
-                k = 0
-                if A != x:
-                    for n in range(count):
-                        for h in range(h0, h1):
-                            for w in range(w0, w1):
-                                pixel = (n * H + h * SH - PH + i) * W + w * SW - PW + j
-                                _copy(x, pixel * C, copies, k * C, C)
-                                if B != d:
-                                    _copy(d, ((n * OH + h) * OW + w) * F, d_copies, k * F, F)
-                                k += 1
-                product(A, 1, 0, C, B, 0, F, to, F, 1, C, K, F, again)
+                    product(A, 1, SH * W * C, SW * C, B, OW * F, F, to, F, h1 - h0, C, w1 - w0, F, again)
+                else:
+                    strides = (H * W * C, SH * W * C, SW * C, OH * OW * F, OW * F, F)
+                    _product_of_copies(A, B, strides, count, h1 - h0, w1 - w0, C, F, to, scratch, again)
 
 
 @kernel
-def _weight_gradient_by_patches(x, count, H, W, C, d, OH, OW, F, window, d_weights, scratch, add):
-    FH, FW, SH, SW, PH, PW = window
-    size, width = FH * FW * C, FW * C
-    block, pixels = max(1, PATCHES // size), count * OH * OW
-    for p0 in range(0, pixels, block):
-        K = min(block, pixels - p0)
+def _product_of_copies(A, B, strides, N, H, W, C, F, to, scratch, add):
+    """Set C (+)= A' B, both with N H W rows, at these strides of n, h and w; copies lie close together in the cache."""
+    a_n, a_h, a_w, b_n, b_h, b_w = strides
+    columns = scratch + 4 * COPIES * C
+    total = N * H * W
+    if total == 0 and not add:
+        product(A, 0, 0, 0, B, 0, 0, to, F, 0, C, 0, F, 0)
+    n = h = w = 0
+    for first in range(0, total, COPIES):
+        K = min(COPIES, total - first)
         for k in range(K):
-            p = p0 + k
-            n, h, w = p // (OH * OW), p // OW % OH * SH - PH, p % OW * SW - PW
-            at = k * size
-            inside = 0 <= w and w + FW <= W
+            source = A + 4 * (n * a_n + h * a_h + w * a_w)
+            for c in range(0, C, PANEL):
+                width = min(PANEL, C - c)
+                _copy(source, c, scratch, c * COPIES + k * width, width)
+            source = B + 4 * (n * b_n + h * b_h + w * b_w)
+            f = 0
+            while f < F:
+                width = block_width(f, F)
+                _copy(source, f, columns, f * COPIES + k * width, width)
+                f += width
+            w += 1
+            if w == W:
+                w, h = 0, h + 1
+                if h == H:
+                    h, n = 0, n + 1
+        for c in range(0, C, PANEL):
+            M = min(PANEL, C - c)
+            left, rows = scratch + 4 * c * COPIES, to + 4 * c * F
+            packed_product(left, 1, 0, M, columns, COPIES, 0, 0, 1, rows, F, 1, M, K, F, 1 if add or first > 0 else 0)
+
+
+@njit(inline="always")
+def _padded_rows(rows, F):
+    """Return this number of rows or a few more, so that they are cut into large tiles."""
+    step = 16 if F <= 16 else 4 if F <= 32 else 2
+    return -(-rows // step) * step
+
+
+@kernel
+def _weight_gradient_of_few(x, count, H, W, C, d, OH, OW, F, window, d_weights, scratch, add):
+    """Do the same for few channels.
+
+    The FH rows of an image under a row of the output are stored as (w, i, c), with zeros outside of the image. So a
+    patch (j, i, c) is contiguous, and it overlaps with the next one.
+    """
+    FH, FW, SH, SW, PH, PW = window
+    size, pixel = FH * FW * C, FH * C
+    M, columns = _padded_rows(size, F), (OW - 1) * SW + FW
+    stripe = columns * pixel
+    sums, stripes = scratch, scratch + 4 * M * F
+    block, rows = max(1, STRIPES // stripe), count * OH
+    for first in range(0, rows, block):
+        some = min(block, rows - first)
+        for row in range(first, first + some):
+            n, h = row // OH, row % OH * SH - PH
             for i in range(FH):
-                from_ = ((n * H + h + i) * W + w) * C
-                if inside and 0 <= h + i < H:
-                    for c in range(0, width, 16):  # what follows overwrites the lanes beyond the width
-                        store(scratch, at + c, load_lanes(x, from_ + c, width - c))
-                else:
-                    for c in range(0, width, 16):
-                        store(scratch, at + c, splat(f4(0)))
-                    if 0 <= h + i < H:
-                        j0, j1 = max(0, -w), min(FW, W - w)
-                        _copy(x, from_ + j0 * C, scratch, at + j0 * C, (j1 - j0) * C)
-                at += width
-        product(scratch, 1, 0, size, d + 4 * p0 * F, 0, F, d_weights, F, 1, size, K, F, 1 if add or p0 > 0 else 0)
+                source = x + 4 * ((n * H + h + i) * W - PW) * C
+                to = stripes + 4 * ((row - first) * stripe + i * C)
+                inside = 0 <= h + i < H
+                w_in, w_out = min(columns, PW) if inside else columns, min(columns, W + PW)
+                for c in range(C):
+                    for w in range(w_in):
+                        store_number(to, w * pixel + c, f4(0))
+                    for w in range(w_in, w_out):
+                        store_number(to, w * pixel + c, load_number(source, w * C + c))
+                    for w in range(max(w_in, w_out), columns):
+                        store_number(to, w * pixel + c, f4(0))
+        again = 1 if add or first > 0 else 0
+        at = d + 4 * first * OW * F
+        product(stripes, 1, stripe, SW * pixel, at, OW * F, F, sums, F, some, M, OW, F, again)
+    for i in range(FH):
+        for j in range(FW):
+            _copy(sums, (j * FH + i) * C * F, d_weights, (i * FW + j) * C * F, C * F)
 
 
 @kernel
@@ -367,9 +402,10 @@ def backward_scratch(window, size, block, C, F, masked):
     pixels = block * size[0] * size[1]
     rest = 0
     if C < FEW:
-        rest = max(PATCHES, FH * FW * C) + 16
-    elif size[0] * size[1] < MANY_PIXELS:
-        rest = pixels * (C + F)
+        stripe = ((size[1] - 1) * window[3] + FW) * FH * C
+        rest = _padded_rows.py_func(FH * FW * C, F) * F + max(STRIPES, stripe) + 16
+    else:
+        rest = COPIES * (C + F)
     return rest + (pixels * F if masked else 0)
 
 
