@@ -430,7 +430,7 @@ def backward(
         count = min(block, N - n0)
         d, rest = dy + 4 * n0 * OH * OW * F, scratch
         if relu or pool:
-            d, rest = scratch, scratch + 4 * count * OH * OW * F
+            d, rest = scratch, scratch + 4 * block * OH * OW * F
         _output_gradient(dy, y, winners_, n0, count, OH, OW, F, relu, pool, d, d_bias)
         images = x + 4 * n0 * H * W * C
         _weight_gradient(images, count, H, W, C, d, OH, OW, F, window, d_weights, rest, 1 if n0 else 0)
