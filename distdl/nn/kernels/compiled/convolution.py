@@ -7,6 +7,7 @@ import numpy as np
 from distdl.nn.activations import ReLU
 from distdl.nn.convolution import Conv2d
 from distdl.nn.kernels.compiled import winograd
+from distdl.nn.kernels.compiled.arrays import scratch
 from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.layers import Array, Layer
 from distdl.nn.pooling import MaxPool2d
@@ -44,28 +45,26 @@ class WinogradConvolution(CompiledLayers):
         return 48 if self.C * self.F <= 128 * 128 else 128
 
     def _scratch(self) -> Array:
-        return self.workspace.array(
-            "scratch", (winograd.SMALL_SCRATCH + 36 * self._tiles_of_block() * (self.C + self.F),)
-        )
+        return self.kept.array("scratch", (winograd.SMALL_SCRATCH + 36 * self._tiles_of_block() * (self.C + self.F),))
 
     def _transformed(self, name: str) -> Array:
-        return self.workspace.array(name, (36 * self.C * self.F,))
+        return self.kept.array(name, (36 * self.C * self.F,))
 
     def _winners(self, N: int) -> Array:
         windows = N * self.output_size[0] * self.output_size[1] if self.pool else 0
-        return self.workspace.array("winners", (windows * -(-self.F // 16), 3), dtype=np.uint16)
+        return self.kept.array("winners", (windows * -(-self.F // 16), 3), dtype=np.uint16)
 
     def prepare(self) -> None:
         weight = self.conv.parameters["weight"]
         winograd.transform_weights(weight, self._transformed("U"))
         if self.conv.needs_input_gradient:
-            transposed = self.workspace.array("transposed", (3, 3, self.F, self.C))
+            transposed = scratch("gradient of weights", weight.size).reshape(3, 3, self.F, self.C)
             np.copyto(transposed, weight.swapaxes(2, 3))
             winograd.transform_weights(transposed, self._transformed("UT"))
 
     def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         self.x = x
-        self.y = self.workspace.array("y", (len(x), *self.output_size, self.F))
+        self.y = self.kept.array("y", (len(x), *self.output_size, self.F))
         bias = self.conv.parameters["bias"] if self.conv.bias else self.y.reshape(-1)
         winograd.forward(
             x, self._transformed("U"), bias, self.y, self._winners(len(x)), self._scratch(), self._tiles_of_block(),
@@ -75,9 +74,9 @@ class WinogradConvolution(CompiledLayers):
 
     def _backward(self, dy: Array) -> Array | None:
         wanted = self.conv.needs_input_gradient
-        dx = self.workspace.array("dx", self.x.shape if wanted else (0, 0, 0, 0))
-        dU = self.workspace.array("dU", (36, self.C, self.F))
-        bias = self.conv.gradients["bias"] if self.conv.bias else self.workspace.array("d_bias", (self.F,))
+        dx = self.gradients.take(self.x.shape if wanted else (0, 0, 0, 0))
+        dU = scratch("gradient of weights", 36 * self.C * self.F).reshape(36, self.C, self.F)
+        bias = self.conv.gradients["bias"] if self.conv.bias else scratch("gradient of bias", self.F)
         winograd.backward(
             self.x, self._transformed("UT"), dy, self.y, self._winners(len(dy)), dU, bias, dx, self._scratch(),
             self._tiles_of_block(), self.OH, self.OW, *self.conv.window.padding, self.relu, self.pool, wanted,
