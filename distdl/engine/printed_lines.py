@@ -177,18 +177,23 @@ def duration(seconds: float) -> str:
 
 def last_lines(config: TrainConfig, folder: Path, summary: Mapping[str, Any], *, is_complete: bool) -> list[str]:
     """Return the last lines: the run folder, the commands for a completely trained network, and the receipt."""
-    commands = next_commands(config, folder) if is_complete else []
+    best = config.test_with == "best" and summary["test_epoch"] == summary["best_epoch"]
+    commands = next_commands(config, folder, best=best) if is_complete else []
     return [f"run folder: {folder}", *commands, f"weights sha256: {summary['weights_sha256']}"]
 
 
-def next_commands(config: TrainConfig, folder: Path) -> list[str]:
-    """Return the lines that name the commands for a trained network."""
+def next_commands(config: TrainConfig, folder: Path, *, best: bool = False) -> list[str]:
+    """Return the lines that name the commands for a trained network; `best`: its best weights are the scored ones."""
     model = ""
     if is_own(config.model):
         own = "FILE.py:FUNCTION" if config.model.startswith("__main__:") else shlex.quote(config.model)
         model = f" --model {own}"
     run = shlex.quote(str(folder))
-    return ["next:", f"  python -m distdl.report {run}{model}", f"  python -m distdl.predict {run} FILES{model}"]
+    return [
+        "next:",
+        f"  python -m distdl.report {run}{model}",
+        f"  python -m distdl.predict {run} FILES{' --best' if best else ''}{model}",
+    ]
 
 
 def _percent(share: float | None) -> str:

@@ -304,3 +304,7 @@ def test_the_last_lines_name_the_commands_for_the_trained_network():
     for model, flag in (("net.py:build", "net.py:build"), ("__main__:build", "FILE.py:FUNCTION")):
         lines = next_commands(dataclasses.replace(config, model=model), Path("run"))[1:]
         assert all(line.endswith(f" --model {flag}") for line in lines)
+    assert next_commands(config, Path("run"), best=True)[1:] == [
+        "  python -m distdl.report run",
+        "  python -m distdl.predict run FILES --best",
+    ]
