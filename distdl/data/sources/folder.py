@@ -12,7 +12,7 @@ from pathlib import Path
 from distdl.data.dataset import Dataset
 from distdl.data.labels import natural_order
 from distdl.data.sources.image_files import ListedFiles
-from distdl.data.sources.images import SUFFIXES, UnusableImageError, pillow
+from distdl.data.sources.images import UnusableImageError, has_image_name, not_an_image, pillow
 from distdl.errors import UserError, listed, quoted
 from distdl.image_options import ImageOptions
 
@@ -137,22 +137,18 @@ def is_junk(name: str) -> bool:
     return name.startswith(".") or name.lower() in JUNK
 
 
-def _is_image(entry: Path) -> bool:
-    return entry.suffix.lower() in SUFFIXES
-
-
 def _folders(folder: Path, notes: list[str]) -> list[Path]:
     """Return the folders in a folder, in natural order; note images beside them."""
     entries = _entries(folder)
     folders = [entry for entry, is_folder in entries.items() if is_folder]
-    beside = [entry for entry, is_folder in entries.items() if _is_image(entry) and not is_folder]
+    beside = [entry for entry, is_folder in entries.items() if has_image_name(entry) and not is_folder]
     if folders and beside:
         notes.append(f"{quoted(folder)} has images beside its folders, which are not used: {_list(beside)}")
     return sorted(folders, key=lambda entry: natural_order(entry.name))
 
 
 def _images_beside(folder: Path) -> list[Path]:
-    return [entry for entry, is_folder in _entries(folder).items() if _is_image(entry) and not is_folder]
+    return [entry for entry, is_folder in _entries(folder).items() if has_image_name(entry) and not is_folder]
 
 
 def _images_in(folder: Path, unusable: dict[Path, UnusableImageError]) -> list[Path]:
@@ -165,10 +161,8 @@ def _images_in(folder: Path, unusable: dict[Path, UnusableImageError]) -> list[P
                 f"{quoted(folder.parent)} is a class, except train, val and test together. If the folders in "
                 f"{folder.name!r} are the classes, give folder:{folder}"
             )
-        if _is_image(entry):
+        if has_image_name(entry):
             images.append(entry)
         else:
-            unusable[entry] = UnusableImageError(
-                f"it is not an image: expected only {', '.join(SUFFIXES[:4])} …", is_damaged=False
-            )
+            unusable[entry] = not_an_image()
     return images
