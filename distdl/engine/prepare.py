@@ -148,7 +148,7 @@ class Preparation:
     def _share_data(self, communicator: Communicator, start: StartingPoint | None) -> PreparedDataset:
         """Read and split the dataset on rank 0; return it on all ranks, one copy per host. Collective."""
         sha256 = start.found.header().data_sha256 if start is not None and start.found is not None else None
-        arrays = on_rank_0(communicator, lambda: read_data(self.config, self.dataset, sha256).to_arrays())
+        arrays = self.stop.on_rank_0(communicator, lambda: read_data(self.config, self.dataset, sha256).to_arrays())
         fault_point("data")
         check_room_for_dataset(communicator, arrays)
         shared = share_arrays(communicator, arrays or {})
