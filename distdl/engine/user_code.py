@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from distdl.config import TrainConfig, is_own
+from distdl.config import FROM_PATH, TrainConfig, is_own
 from distdl.data import Dataset, PreparedDataset, sources
 from distdl.errors import PeerLost, UserError
 from distdl.image_options import ImageOptions
@@ -129,6 +129,8 @@ def _name_of(build_network: BuildNetwork) -> str:
 
 def read_data(config: TrainConfig, dataset: Dataset | None, data_sha256: str | None = None) -> PreparedDataset:
     """Load the dataset, split it, and measure its training part; `data_sha256` is the hash in a checkpoint, if any."""
+    if dataset is None and data_sha256 is not None:
+        _check_place(config.dataset)
     dataset = dataset.checked() if dataset else load_dataset(config.dataset, config.data_dir, config.image_options)
     return PreparedDataset.prepare(
         dataset.for_training(config.loss),
@@ -137,6 +139,16 @@ def read_data(config: TrainConfig, dataset: Dataset | None, data_sha256: str | N
         data_sha256=data_sha256,
         standardize_targets=config.standardize_targets,
     )
+
+
+def _check_place(name: str) -> None:
+    """Raise `UserError` if the files of a run that continues have moved."""
+    prefix = next((prefix for prefix in FROM_PATH if name.startswith(prefix)), None)
+    if prefix is not None and not (place := Path(name.removeprefix(prefix))).exists():
+        raise UserError(
+            f"the data of the run ({name}) is not here: there is no {place.absolute()}; give its place by --dataset "
+            f"{prefix}PATH"
+        )
 
 
 def names_match(one: str, other: str) -> bool:
