@@ -75,3 +75,5 @@ class ImageOptions:
     """The columns of a CSV file with the path and the label, separated by commas; None: by their usual names."""
     channels: int | None = None
     """1 for gray images, 3 for colors; None: 1 if all files are gray, otherwise 3."""
+    least_classes: int = 2
+    """The fewest folders of classes; a network that knows the class can be scored on one."""
