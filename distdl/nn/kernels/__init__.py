@@ -1,0 +1,61 @@
+"""Kernels: the implementations of the computations of a network.
+
+All kernels compute the same networks:
+
+- `PLAIN` runs every layer as its class is written. It is the oracle of the others.
+- `NUMPY` is the definition: chains of convolutions in NumPy (`chains`), all other layers as written.
+- `compiled.COMPILED`: numba compiles them. Their bits do not depend on the CPU.
+
+A `LayerStack` asks its kernels at each layer for an implementation of this layer and some that follow (`FusedLayers`).
+A layer without such an implementation runs as written. No other code knows which kernels are in use.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Self
+
+from distdl.nn.kernels.chains import Chain, chain_at
+from distdl.nn.kernels.fused_layers import FusedLayers
+from distdl.nn.layers import Array, Layer
+
+__all__ = ["NUMPY", "PLAIN", "Chain", "FusedLayers", "Kernels"]
+
+
+class Kernels(ABC):
+    """The implementation of the computations of networks; `name` is that of the setting."""
+
+    name: str
+
+    @abstractmethod
+    def fuse(self, layers: Sequence[Layer], names: Sequence[str]) -> tuple[FusedLayers | None, int]:
+        """Return an implementation of the first of these layers and its number of layers; or None and 1.
+
+        The layers have their parameters. Classes are compared exactly: a derived class may compute something else.
+        """
+
+    def for_network(self) -> Self:
+        """Return the kernels for one network: itself, unless they keep arrays."""
+        return self
+
+    def begin_backward(self) -> None:  # noqa: B027
+        """Declare that no gradient of an earlier pass is in use any more."""
+
+    def release(self, gradient: Array) -> None:  # noqa: B027
+        """Declare that the gradient with respect to a layer's input or output is no longer in use."""
+
+
+class _Plain(Kernels):
+    name = "plain"
+
+    def fuse(self, layers: Sequence[Layer], names: Sequence[str]) -> tuple[FusedLayers | None, int]:
+        return None, 1
+
+
+class _NumPy(Kernels):
+    name = "numpy"
+
+    def fuse(self, layers: Sequence[Layer], names: Sequence[str]) -> tuple[FusedLayers | None, int]:
+        return chain_at(layers, names)
+
+
+PLAIN, NUMPY = _Plain(), _NumPy()
