@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distdl.config import TrainConfig, is_own
+from distdl.config import GROUPS, TrainConfig, flag_of, is_own
 from distdl.data import PreparedDataset
 from distdl.engine.best import ends_plateau, epochs_since_best
 from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
+from distdl.engine.table import shortened as cut
 from distdl.engine.timing.timeline import Spent
-from distdl.errors import one_line
+from distdl.errors import listed, one_line
 from distdl.nn import Dropout, Sequential
 from distdl.parallel import Communicator
 
@@ -23,6 +24,23 @@ COLUMNS = 80
 MOST_RANKS_LISTED = 16
 #: The longest name of a dataset or model in the banner; of a longer one it shows the end.
 LONGEST_NAME = 48
+#: The longest option in the banner, and the settings that other lines show or that the weights do not depend on.
+LONGEST_OPTION = 60
+NAMED_ELSEWHERE = {
+    *(
+        "dataset",
+        "data_dir",
+        "resize",
+        "skip_damaged",
+        "csv_columns",
+        "cache",
+        "batch_size",
+        "model",
+        "init_from",
+        "freeze",
+    ),
+    *("optimizer", "lr"),
+}
 #: The widest bar of the live line.
 WIDEST_BAR = 24
 
@@ -51,6 +69,7 @@ def banner_of(
             f"{config.optimizer} lr {config.lr:g}",
             f"seed {config.seed}",
         ],
+        [options_of(config)],
         [
             f"{_counted(ranks, 'rank')} × {_counted(threads, 'thread')}",
             environment["communicator"],
@@ -69,6 +88,22 @@ def banner_of(
     if any(isinstance(layer, Dropout) and layer.ratio > 0 for layer in network.every_layer()):
         paragraphs.append(["train accuracy and loss are measured during training, with dropout on"])
     return [line for facts in paragraphs for line in lines_of(facts)]
+
+
+def options_of(config: TrainConfig) -> str:
+    """Return a phrase of one line for the settings that change the training and that the banner does not name yet.
+
+    >>> options_of(TrainConfig(augment="flip", label_smoothing=0.1, standardize_targets=True).checked())
+    'with --augment flip --label-smoothing 0.1 --standardize-targets'
+    """
+    usual, flags = TrainConfig(dataset=config.dataset, optimizer=config.optimizer).checked(), []
+    for name in (*GROUPS["data"], *GROUPS["model"], *GROUPS["optimizer"], "early_stopping", "test_with"):
+        value = getattr(config, name)
+        if name not in NAMED_ELSEWHERE and value != getattr(usual, name):
+            flag = flag_of(name) if value is True else f"{flag_of(name)} {shlex.quote(one_line(str(value)))}"
+            flags.append(cut(flag, LONGEST_OPTION))
+    texts = (f"with {listed(flags, most, ' ')}" for most in range(len(flags), 0, -1))
+    return next((text for text in texts if width(text) <= COLUMNS), "")
 
 
 def task_of(data: PreparedDataset) -> str:

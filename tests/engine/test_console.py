@@ -214,6 +214,37 @@ NUMBERS = PreparedDataset.for_training_only(IMAGES, np.zeros((4, 3), np.float32)
 
 
 @pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, None),
+        ({"optimizer": "momentum", "lr": 0.5, "batch_size": 64, "seed": 3, "max_steps": 2, "verify_every": 1}, None),
+        ({"augment": "flip,crop=2"}, "with --augment flip,crop=2"),
+        ({"optimizer": "momentum", "momentum": 0.8}, "with --momentum 0.8"),
+        (
+            {"schedule": "cosine", "class_weights": "balanced", "label_smoothing": 0.1},
+            "with --label-smoothing 0.1 --class-weights balanced --schedule cosine",
+        ),
+        (
+            {"augment": "rotate=10,shift=2,flip", "label_smoothing": 0.1, "clip_norm": 1.0, "l1_decay": 0.25},
+            "with --augment rotate=10,shift=2,flip --label-smoothing 0.1 and 2 more",
+        ),
+        (
+            {"model": "mlp", "model_settings": f"hidden={'-'.join(['100'] * 30)}", "test_with": "best"},
+            f"with --model-settings hidden=100{'-100' * 8}… and 1 more",
+        ),
+        (
+            {"standardize_targets": True, "loss": "mean_squared_error"},
+            "with --loss mean_squared_error --standardize-targets",
+        ),
+    ],
+)
+def test_one_line_of_the_banner_names_the_options_of_the_training(settings, said):
+    lines = banner(of_digits(), **settings)
+    assert [line for line in lines if line.startswith("with ")] == ([] if said is None else [said])
+    assert len(lines) - len(banner(of_digits())) == (said is not None)
+
+
+@pytest.mark.parametrize(
     ("data", "names", "said"),
     [
         (of_digits(), ("a", *map(str, range(9))), "classification · 10 classes: a, 0, 1, 2, 3, 4, 5, 6, 7, 8"),
