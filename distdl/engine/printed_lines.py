@@ -27,19 +27,8 @@ LONGEST_NAME = 48
 #: The longest option in the banner, and the settings that other lines show or that the weights do not depend on.
 LONGEST_OPTION = 60
 NAMED_ELSEWHERE = {
-    *(
-        "dataset",
-        "data_dir",
-        "resize",
-        "skip_damaged",
-        "csv_columns",
-        "cache",
-        "batch_size",
-        "model",
-        "init_from",
-        "freeze",
-    ),
-    *("optimizer", "lr"),
+    *("dataset", "data_dir", "resize", "skip_damaged", "csv_columns", "cache", "batch_size"),
+    *("model", "init_from", "freeze", "optimizer", "lr"),
 }
 #: The widest bar of the live line.
 WIDEST_BAR = 24
@@ -272,15 +261,16 @@ def result_lines(
     """
     lines, best = [], summary["best_epoch"]
     if test is None:
-        lines.append(f"stopped after step {summary['steps']}; --resume {folder} continues")
+        stopped, resume = f"stopped after step {summary['steps']}", f"--resume {folder}"
+        line = f"{stopped}; {resume} continues"
+        lines += [line] if width(line) <= COLUMNS else [f"{stopped}; to continue:", f"  {resume}"]
     if summary["stopped_early"]:
-        lines.append(
-            f"stopped early after epoch {summary['epochs']}: no better validation for "
-            f"{_epochs(summary['epochs'] - best)} (--early-stopping {config.early_stopping}); best: epoch {best}"
-        )
+        since = _epochs(summary["epochs"] - best)
+        lines.append(f"stopped early after epoch {summary['epochs']}: no better validation for {since}")
+        lines.append(f"best: epoch {best} (--early-stopping {config.early_stopping})")
     if test is not None:
         score = f"loss: {test.loss:.6f}" if test.accuracy is None else f"accuracy: {test.accuracy:.2%}"
-        lines.append(f"test {score}{_scored_weights(config, summary)}")
+        lines += lines_of([f"test {score}{_scored_weights(config, summary)}"])
     if spent is not None and len(spent.compute) > 1:
         lines.append(f"last epoch: {spent}")
     return lines

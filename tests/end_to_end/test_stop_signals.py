@@ -86,7 +86,7 @@ def test_a_signal_to_mpirun_saves_the_step_and_resume_gives_the_undisturbed_rece
     process.send_signal(number)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 75, error
-    assert f"stopped after step {STEP}; --resume {tmp_path / 'run'} continues" in out
+    assert f"stopped after step {STEP}; to continue:\n  --resume {tmp_path / 'run'}\n" in out
     told = [line for line in error.splitlines() if line.startswith("distdl: ")]
     assert told == [f"distdl: stopped by {number.name} after step {STEP}, which is saved (exit code 75)"]
     assert "Traceback" not in error

@@ -19,7 +19,15 @@ from distdl.data import PreparedDataset
 from distdl.data.sources import load
 from distdl.engine.console import CLEAR_LINE, Console
 from distdl.engine.metrics import Sums
-from distdl.engine.printed_lines import banner_of, epoch_line, next_commands, progress_line, shares_of, width
+from distdl.engine.printed_lines import (
+    banner_of,
+    epoch_line,
+    next_commands,
+    progress_line,
+    result_lines,
+    shares_of,
+    width,
+)
 from distdl.engine.timing.timeline import Spent
 from distdl.parallel import contiguous_shards
 
@@ -323,6 +331,33 @@ def test_the_line_of_the_progress_fits_79_columns(epoch, step, loss, rate, secon
         line = progress_line(f"{epoch}/9999", step, 10**6, loss, rate, seconds, bar=bar)
         assert len(line) <= 79
         assert f"step {step}/1000000" in line
+
+
+ENDED = {"steps": 10**6, "epochs": 12345, "best_epoch": 12295, "test_epoch": 12345, "stopped_early": True}
+
+
+LONG = "/scratch/" + "/".join(["long"] * 30)
+
+
+@pytest.mark.parametrize(
+    ("folder", "is_tested", "first"),
+    [
+        ("runs/a", False, ["stopped after step 1000000; --resume runs/a continues"]),
+        (LONG, False, ["stopped after step 1000000; to continue:", f"  --resume {LONG}"]),
+        (LONG, True, []),
+    ],
+)
+def test_the_lines_of_the_end_fit_80_columns_and_break_no_path(folder, is_tested, first):
+    test = Sums()
+    test.set(1.0, 8, 8)
+    lines = result_lines(TrainConfig(early_stopping=50), Path(folder), test if is_tested else None, ENDED)
+    assert lines[: len(first) + 2] == [
+        *first,
+        "stopped early after epoch 12345: no better validation for 50 epochs",
+        "best: epoch 12295 (--early-stopping 50)",
+    ]
+    assert max(width(line) for line in lines if LONG not in line) <= 80
+    assert " ".join(" ".join(lines).split()).count("scores epoch 12295") == is_tested
 
 
 def test_the_last_lines_name_the_commands_for_the_trained_network():
