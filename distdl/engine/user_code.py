@@ -26,6 +26,7 @@ from distdl.config import FROM_PATH, TrainConfig, is_own
 from distdl.data import Dataset, PreparedDataset, sources
 from distdl.errors import PeerLost, UserError
 from distdl.image_options import ImageOptions
+from distdl.job.streams import say_line
 from distdl.model_settings import parse_model_settings
 from distdl.nn import Sequential, build_model
 from distdl.nn.arguments import show_shape
@@ -131,7 +132,8 @@ def read_data(config: TrainConfig, dataset: Dataset | None, data_sha256: str | N
     """Load the dataset, split it, and measure its training part; `data_sha256` is the hash in a checkpoint, if any."""
     if dataset is None and data_sha256 is not None:
         _check_place(config.dataset)
-    dataset = dataset.checked() if dataset else load_dataset(config.dataset, config.data_dir, config.image_options)
+    options = replace(config.image_options, say=say_line)
+    dataset = dataset.checked() if dataset else load_dataset(config.dataset, config.data_dir, options)
     return PreparedDataset.prepare(
         dataset.for_training(config.loss),
         config.seed,
