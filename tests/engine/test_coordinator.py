@@ -488,7 +488,7 @@ def test_another_numpy_and_other_kernels_give_warnings(tmp_path, monkeypatch, ca
     assert warnings_in(capsys.readouterr().err) == []
     described["versions"]["numpy"] = "9.9"
     described["kernel_families"] = ["Haswell", "Zen"]
-    monkeypatch.setattr(engine_run, "describe", lambda *_: described)
+    monkeypatch.setattr(engine_run, "describe", lambda *_, **__: described)
     small_run(OneProcess(), tmp_path / "run", resume="auto", max_steps=3)
     warnings = "\n".join(warnings_in(capsys.readouterr().err))
     assert "the ranks run different kernels (Haswell and Zen)" in warnings
