@@ -27,8 +27,6 @@ class Composite(LayerGroup):
 
     def build(self, input_shape: Shape, dtype: DTypeLike) -> Shape:
         self.input_shape = super().build(input_shape, dtype)
-        for _, stack in self.members:
-            stack.form = self.form
         return self._joined_shape([stack.build(input_shape, dtype) for _, stack in self.members])
 
     def bind(self, vectors: Vectors) -> None:

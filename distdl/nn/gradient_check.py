@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.errors import UserError
+from distdl.nn.kernels import PLAIN
 from distdl.nn.layers import Array, Layer, Shape
 from distdl.nn.losses import LossFunction, SoftmaxCrossEntropy
 from distdl.nn.network import Sequential
@@ -103,7 +104,7 @@ def check_layer(
     True
     """
     key = key or Key(0).of("check_layer")
-    network = Sequential([layer], input_shape, dtype=np.float64, form="plain")
+    network = Sequential([layer], input_shape, dtype=np.float64, kernels=PLAIN)
     network.bind(needs_input_gradient=True)
     network.initialize(key)
     network.parameters += 0.1 * key.of("noise").normal(network.parameters.size)

@@ -1,7 +1,6 @@
 """Layers that run one after another: the layers of a network, or of one branch of a composite.
 
-In the fast form a stack runs convolutions, with the ReLU and the pooling that follow them, as chains of fused blocks
-(see `distdl.nn.fused`). In the plain form it runs every layer as written.
+The kernels of a stack decide which layers run together (see `distdl.nn.kernels`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,12 +11,12 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from distdl.errors import UserError
-from distdl.nn.fused import Chain, chain_at
+from distdl.nn.kernels import NUMPY, FusedLayers, Kernels
 from distdl.nn.layers import Array, BufferSpec, Layer, ParameterSpec, Products, Shape, Vectors, Watch
 from distdl.rng import Key
 
-Segment: TypeAlias = tuple[str, Layer, Shape, Chain | None]
-"""Layers that run together: name, layer and output shape of the first one, and the chain of fused blocks, if any."""
+Segment: TypeAlias = tuple[str, Layer, Shape, FusedLayers | None]
+"""Layers that run together: name, layer and output shape of the first one, and their implementation by the kernels."""
 
 
 class LayerGroup(Layer):
@@ -27,6 +26,15 @@ class LayerGroup(Layer):
     """
 
     members: Sequence[tuple[str, Layer]]
+    kernels: Kernels = NUMPY
+    """Set before `bind`, also for the groups inside."""
+
+    def use(self, kernels: Kernels) -> None:
+        """Choose the kernels of all stacks inside; `bind` follows."""
+        self.kernels = kernels
+        for _, member in self.members:
+            if isinstance(member, LayerGroup):
+                member.use(kernels)
 
     def every_layer(self) -> Iterator[Layer]:
         """Yield all layers inside, each one before the layers that it is made of; stacks themselves do not count."""
@@ -81,7 +89,6 @@ class LayerStack(LayerGroup):
         shape = super().build(input_shape, dtype)
         self.shapes: list[Shape] = []
         for name, layer in self.members:
-            layer.form = self.form
             try:
                 shape = layer.build(shape, dtype)
             except UserError as error:
@@ -103,24 +110,22 @@ class LayerStack(LayerGroup):
     def _segments(self) -> Iterator[Segment]:
         start = 0
         while start < len(self.layers):
-            chain, taken = None, 1
-            if self.form == "fast":
-                chain, taken = chain_at(self.layers[start:], self.names[start:])
-            yield self.names[start], self.layers[start], self.shapes[start], chain
+            fused, taken = self.kernels.fuse(self.layers[start:], self.names[start:])
+            yield self.names[start], self.layers[start], self.shapes[start], fused
             start += taken
 
     def prepare(self) -> None:
         super().prepare()
-        for *_, chain in self.segments:
-            if chain is not None:
-                chain.prepare()
+        for *_, fused in self.segments:
+            if fused is not None:
+                fused.prepare()
 
     def forward(self, x: Array, *, training: bool, key: Key | None, watch: Watch | None = None) -> Array:
         """Return the last layer's output; a layer called ``dropout_1`` draws from ``key.of("dropout_1")``."""
-        for name, layer, shape, chain in self.segments:
+        for name, layer, shape, fused in self.segments:
             x = np.ascontiguousarray(x)
-            if chain is not None:
-                x = chain.forward(x, watch=watch)
+            if fused is not None:
+                x = fused.forward(x, training=training, key=key, watch=watch)
                 continue
             x = layer.forward(x, training=training, key=None if key is None else key.of(name))
             if x.shape[1:] != shape:
@@ -132,11 +137,11 @@ class LayerStack(LayerGroup):
     def backward(self, dy: Array, *, watch: Watch | None = None) -> Array | None:
         """Set the gradients of all layers; return that of the input, or None if it is not needed."""
         d: Array | None = dy
-        for name, layer, _, chain in reversed(self.segments):
+        for name, layer, _, fused in reversed(self.segments):
             assert d is not None, "only a layer without need of an input gradient may return None"
             d = np.ascontiguousarray(d)
-            if chain is not None:
-                d = chain.backward(d, watch=watch)
+            if fused is not None:
+                d = fused.backward(d, watch=watch)
             else:
                 d = layer.backward(d)
                 if watch:

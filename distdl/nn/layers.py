@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -30,7 +30,6 @@ from distdl.rng import Key
 
 Array: TypeAlias = NDArray[Any]
 Shape: TypeAlias = tuple[int, ...]
-Form = Literal["fast", "plain"]
 Watch = Callable[[str, str | None], None]
 
 
@@ -137,8 +136,6 @@ class Layer:
     statistics: Mapping[str, Array]
     needs_input_gradient = True
     """False if no layer in front has parameters: `backward` may then return None."""
-    form: Form = "fast"
-    """Set before `build`: how a layer that is made of others runs them."""
 
     def build(self, input_shape: Shape, dtype: DTypeLike) -> Shape:
         """Prepare for inputs of this shape, without N; return the shape of the output, without N.

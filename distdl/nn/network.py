@@ -17,8 +17,9 @@ from numpy.typing import DTypeLike
 from distdl.arrays import ALIGNMENT_BYTES, aligned_zeros
 from distdl.errors import UserError
 from distdl.nn.arguments import as_whole
+from distdl.nn.kernels import NUMPY, Kernels
 from distdl.nn.layer_stack import LayerStack, list_of_layers
-from distdl.nn.layers import Array, BufferSpec, Form, Layer, ParameterSpec, Products, Shape, Vectors, Watch
+from distdl.nn.layers import Array, BufferSpec, Layer, ParameterSpec, Products, Shape, Vectors, Watch
 from distdl.rng import Key
 
 
@@ -46,8 +47,7 @@ class Sequential:
     among the layers of this class: ``conv2d_1``, ``affine_2``. A parameter is named after its layer:
     ``conv2d_1.weight``.
 
-    In the fast form, the default, convolutions run with the ReLU and the 2x2 max-pooling that follow them as chains of
-    fused blocks (see `distdl.nn.fused`). In the plain form every layer runs as written; this is the oracle.
+    `kernels` compute the layers; see `distdl.nn.kernels`.
 
     `parameters` and `gradients` are the flat vectors. `slices` tells the slice of each parameter by name, and
     `decay_slices` lists those to which weight decay applies. `parameter_count` excludes the padding.
@@ -70,7 +70,7 @@ class Sequential:
     """
 
     def __init__(
-        self, layers: Sequence[Layer], input_shape: Shape, *, dtype: DTypeLike = np.float32, form: Form = "fast"
+        self, layers: Sequence[Layer], input_shape: Shape, *, dtype: DTypeLike = np.float32, kernels: Kernels = NUMPY
     ) -> None:
         self.layers = list_of_layers("Sequential", layers)
         self.dtype = np.dtype(dtype)
@@ -86,7 +86,7 @@ class Sequential:
         #: None as the name when a pass begins. A fused block is one part and runs once per tile.
         self.watch: Watch | None = None
         self._promises = 0
-        self.stack.form = form
+        self.stack.use(kernels)
         self.output_shape = self.stack.build(self.input_shape, self.dtype)
 
         self._parameter_specs = self.stack.parameter_specs()
@@ -123,6 +123,11 @@ class Sequential:
         self.stack.bind(self._vectors)
         self._prepared = False
 
+    def use(self, kernels: Kernels) -> None:
+        """Compute all layers with these kernels from now on."""
+        self.stack.use(kernels)
+        self.bind(needs_input_gradient=self.stack.needs_input_gradient)
+
     def views(self, flat: Array) -> list[tuple[str, Array]]:
         """Return each parameter's name with its view of `flat`, a vector with the layout of `parameters`."""
         if flat.shape != self.parameters.shape:
@@ -156,11 +161,8 @@ class Sequential:
     def parts(self, samples: int) -> list[tuple[str, str, Products]]:
         """Return the name, the description and the matrix products of each part that `watch` hears of."""
         found = []
-        for name, layer, _, chain in self.stack.segments:
-            if chain is None:
-                found.append((name, str(layer), layer.products(samples)))
-            else:
-                found += [(block.name, str(block), block.conv.products(samples)) for block in chain.blocks]
+        for name, layer, _, fused in self.stack.segments:
+            found += [(name, str(layer), layer.products(samples))] if fused is None else fused.parts(samples)
         return found
 
     def initialize(self, key: Key) -> None:

@@ -82,8 +82,8 @@ def _each_followed(layers: Sequence[Layer], make: Callable[[], Layer]) -> list[L
 
 
 def _copy_with(network: Sequential, layers: Sequence[Layer]) -> Sequential:
-    """Return a network of these layers with the parameters, buffers and form of `network`."""
-    made = Sequential(layers, network.input_shape, dtype=network.dtype, form=network.layers[0].form)
+    """Return a network of these layers with the parameters, buffers and kernels of `network`."""
+    made = Sequential(layers, network.input_shape, dtype=network.dtype, kernels=network.stack.kernels)
     np.copyto(made.parameters, network.parameters)
     np.copyto(made.buffers, network.buffers)
     return made

@@ -14,7 +14,7 @@ from typing import Any
 from distdl.nn.activations import LeakyReLU, ReLU
 from distdl.nn.composites import Branches, Composite
 from distdl.nn.convolution import Conv2d, ConvTranspose2d
-from distdl.nn.fused import Block, Chain, PatchBlock, WinogradBlock
+from distdl.nn.kernels.chains import Block, Chain, PatchBlock, WinogradBlock
 from distdl.nn.layer_stack import LayerStack
 from distdl.nn.layers import Affine, Dropout, Flatten, Layer, Shape
 from distdl.nn.network import Sequential
@@ -65,13 +65,14 @@ def _tile_sizes(N: int, largest: int) -> set[int]:
 
 def _of_stack(stack: LayerStack, shape: Shape) -> Elements:
     found = Elements()
-    for _, layer, output, chain in stack.segments:
-        if chain is None:
+    for _, layer, output, fused in stack.segments:
+        if fused is None:
             found += _of_layer(layer, shape, output)
             shape = output
         else:
-            found += _of_chain(chain)
-            shape = (*chain.blocks[-1].output_size, chain.blocks[-1].F)
+            assert isinstance(fused, Chain)
+            found += _of_chain(fused)
+            shape = (*fused.blocks[-1].output_size, fused.blocks[-1].F)
     return found
 
 

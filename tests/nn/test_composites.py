@@ -19,6 +19,7 @@ from distdl.nn import (
     Tanh,
     check_layer,
 )
+from distdl.nn.kernels import NUMPY, PLAIN
 from distdl.rng import Key
 
 from .oracles import normal, relative_error
@@ -50,7 +51,7 @@ def test_both_forms_of_a_network_with_a_composite_agree(name):
     def layers():
         return [Conv2d(3, 3, padding=1), ReLU(), COMPOSITES[name](), ReLU(), GlobalAvgPool2d(), Affine(4)]
 
-    fast, plain = (Sequential(layers(), (6, 6, 2), dtype=np.float64, form=form) for form in ("fast", "plain"))
+    fast, plain = (Sequential(layers(), (6, 6, 2), dtype=np.float64, kernels=kernels) for kernels in (NUMPY, PLAIN))
     fast.initialize(Key(2))
     x, dy = normal((5, 6, 6, 2)), normal((5, 4), "dy")
     plain.parameters[...] = fast.parameters
@@ -105,12 +106,12 @@ def test_parameters_and_buffers_are_named_after_the_branch_and_the_layer():
     assert all((view != (name.endswith("variance"))).any() for name, view in network.named_buffers())
 
 
-@pytest.mark.parametrize("form", ["fast", "plain"])
-def test_a_single_branch_gives_the_bits_of_its_layers(form):
+@pytest.mark.parametrize("kernels", [NUMPY, PLAIN])
+def test_a_single_branch_gives_the_bits_of_its_layers(kernels):
     def layers():
         return [Conv2d(2, 3, padding=1), Tanh()]
 
-    alone, inside = (Sequential(given, (4, 5, 3), form=form) for given in (layers(), [Branches(layers())]))
+    alone, inside = (Sequential(given, (4, 5, 3), kernels=kernels) for given in (layers(), [Branches(layers())]))
     alone.initialize(Key(0))
     inside.parameters[...] = alone.parameters
     x, dy = normal((3, 4, 5, 3), dtype=np.float32), normal((3, 4, 5, 2), "dy", np.float32)

@@ -22,7 +22,8 @@ from distdl.nn import (
     SoftmaxCrossEntropy,
     build_model,
 )
-from distdl.nn.fused import PatchBlock, WinogradBlock
+from distdl.nn.kernels import PLAIN
+from distdl.nn.kernels.chains import PatchBlock, WinogradBlock
 from distdl.rng import Key
 
 NETWORKS = {
@@ -82,7 +83,7 @@ def outcome(network, x, dy=None, **keywords):
 
 def both_forms(layers, shape, dtype=np.float64):
     fast = Sequential(layers(), shape, dtype=dtype)
-    plain = Sequential(layers(), shape, dtype=dtype, form="plain")
+    plain = Sequential(layers(), shape, dtype=dtype, kernels=PLAIN)
     fast.initialize(Key(2))
     fast.parameters += 0.1 * Key(3).normal(fast.parameters.size)
     plain.parameters[:] = fast.parameters
@@ -154,7 +155,7 @@ def test_a_single_sample_of_few_channels_gives_the_results_of_the_plain_layers(c
 def test_the_convnets_agree_with_their_plain_form_in_float32(model, shape, N):
     network = build_model(model, shape, 10)
     network.initialize(Key(5))
-    plain = Sequential(MODELS[model](shape, 10).layers, shape, dtype=np.float64, form="plain")
+    plain = Sequential(MODELS[model](shape, 10).layers, shape, dtype=np.float64, kernels=PLAIN)
     for (_, target), (_, source) in zip(plain.named_parameters(), network.named_parameters(), strict=True):
         target[...] = source
     x = random("x", N, *shape).astype(np.float32)

@@ -27,6 +27,7 @@ from distdl.nn import (
     build_model,
     numerical_gradient,
 )
+from distdl.nn.kernels import NUMPY, PLAIN
 from distdl.rng import Key
 
 from .oracles import built, normal, relative_error
@@ -287,12 +288,12 @@ def back_layers():
     return [ReLU(), Conv2d(4, 3, padding=1), Residual([Conv2d(4, 1)]), Flatten(), Affine(3)]
 
 
-@pytest.mark.parametrize("form", ["fast", "plain"])
+@pytest.mark.parametrize("kernels", [NUMPY, PLAIN])
 @pytest.mark.parametrize(
     "layers", [front_layers, back_layers, lambda: [Residual([ReLU()])], lambda: [Branches([], [])]]
 )
-def test_backward_returns_the_input_gradient_if_bind_asks_for_it(layers, form):
-    network = Sequential(layers(), (6, 4, 2), dtype=np.float64, form=form)
+def test_backward_returns_the_input_gradient_if_bind_asks_for_it(layers, kernels):
+    network = Sequential(layers(), (6, 4, 2), dtype=np.float64, kernels=kernels)
     network.initialize(Key(0))
     x = normal((3, 6, 4, 2))
     dy = normal(network.forward(x).shape, "dy")
@@ -397,7 +398,7 @@ def test_no_input_gradient_is_computed_if_no_layer_in_front_has_parameters():
 )
 def test_the_first_layer_with_parameters_returns_no_input_gradient(layer):
     layers = [layer] if not isinstance(layer, Affine) else [Flatten(), layer]
-    network = Sequential(layers, (6, 6, 1), form="plain")
+    network = Sequential(layers, (6, 6, 1), kernels=PLAIN)
     network.initialize(Key(0))
     dy = normal((2, *network.output_shape), "d", np.float32)
     network.forward(normal((2, 6, 6, 1), dtype=np.float32))

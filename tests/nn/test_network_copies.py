@@ -16,13 +16,14 @@ from distdl.nn import (
     build_model,
 )
 from distdl.nn.composites import Composite
+from distdl.nn.kernels import NUMPY, PLAIN
 from distdl.nn.network_copies import HalfStorage, half_precision, layer_outputs
 from distdl.rng import Key
 
 MODELS = ["mlp", "simple_convnet", "deep_convnet", "composites"]
 
 
-def network_of(model, form="fast"):
+def network_of(model, kernels=NUMPY):
     """Return a network with random weights and random running moments, if it has any."""
     if model == "composites":
         layers = [
@@ -37,7 +38,7 @@ def network_of(model, form="fast"):
         ]
     else:
         layers = build_model(model, (8, 8, 1), 10).layers
-    network = Sequential(layers, (8, 8, 1), form=form)
+    network = Sequential(layers, (8, 8, 1), kernels=kernels)
     network.initialize(Key(3).of("initialization"))
     for name, view in network.named_buffers():
         view[...] = Key(4).of(name.replace("/", " ")).uniform(view.size).reshape(view.shape) + 0.1
@@ -83,7 +84,7 @@ def plainly(layers, x):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_half_precision_rounds_weights_input_and_outputs_of_layers_only(model):
-    network = network_of(model, "plain")
+    network = network_of(model, PLAIN)
     found = half_precision(network).forward(images()).copy()
     for vector in (network.parameters, network.buffers):
         vector[...] = rounded(vector)
@@ -127,7 +128,7 @@ def test_numbers_beyond_float16_become_infinite_without_an_error():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_layer_outputs_are_the_outputs_of_the_layers(model):
-    network = network_of(model, "plain")
+    network = network_of(model, PLAIN)
     x, expected = images(), {}
     for layer, name in zip(network.layers, network.layer_names, strict=True):
         x = layer.forward(np.ascontiguousarray(x), training=False, key=None).copy()

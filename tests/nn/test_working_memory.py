@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from distdl import nn
+from distdl.nn.kernels import NUMPY, PLAIN
 from distdl.nn.layers import Workspace
 from distdl.nn.working_memory import working_bytes
 from distdl.rng import Key
@@ -70,9 +71,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize("layers", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("form", ["fast", "plain"])
-def test_the_estimate_of_each_kind_of_layer_is_right_within_a_third(layers, form):
-    network = nn.Sequential(layers, (24, 20, 3), form=form)
+@pytest.mark.parametrize("kernels", [NUMPY, PLAIN])
+def test_the_estimate_of_each_kind_of_layer_is_right_within_a_third(layers, kernels):
+    network = nn.Sequential(layers, (24, 20, 3), kernels=kernels)
     assert working_bytes(network, TRAINING, EVALUATION) == pytest.approx(made_by(network), rel=0.33)
 
 

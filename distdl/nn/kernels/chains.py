@@ -1,4 +1,4 @@
-"""The fast form of convolutional parts: blocks of convolution, ReLU and 2x2 max-pooling, connected in chains.
+"""The NumPy form of convolutional parts: blocks of convolution, ReLU and 2x2 max-pooling, connected in chains.
 
 The plain layers copy every patch and walk over every activation several times. A block computes the same with less
 work and in long contiguous runs. It writes its output in the layout that the next block reads.
@@ -29,9 +29,11 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from distdl.nn.activations import ReLU
 from distdl.nn.convolution import Conv2d
-from distdl.nn.layers import Array, Layer, Watch, Workspace
+from distdl.nn.kernels.fused_layers import FusedLayers
+from distdl.nn.layers import Array, Layer, Products, Watch, Workspace
 from distdl.nn.pooling import MaxPool2d
 from distdl.nn.windows import Window
+from distdl.rng import Key
 
 Parity: TypeAlias = tuple[int, int]
 PARITIES: tuple[Parity, ...] = ((0, 0), (0, 1), (1, 0), (1, 1))
@@ -448,7 +450,7 @@ def _overlap(v: Sequence[Array], *, even: Array, odd: Array, axis: int) -> None:
     even[1:-1] += v0[1:]
 
 
-class Chain:
+class Chain(FusedLayers):
     """Blocks in a row, run over tiles of a few samples so that their working set stays in the cache.
 
     The shapes alone determine the tile's size. Images enter and leave as (N, H, W, C).
@@ -461,11 +463,14 @@ class Chain:
         largest = max(block.bytes_per_sample for block in blocks)
         self.tile_size = min(max(TILE_BYTES // largest, 4), LARGEST_TILE)
 
+    def parts(self, samples: int) -> list[tuple[str, str, Products]]:
+        return [(block.name, str(block), block.conv.products(samples)) for block in self.blocks]
+
     def prepare(self) -> None:
         for block in self.blocks:
             block.prepare()
 
-    def forward(self, x: Array, *, watch: Watch | None = None) -> Array:
+    def forward(self, x: Array, *, training: bool, key: Key | None, watch: Watch | None = None) -> Array:
         """Return the last block's output; `watch` is called with a block's name after each tile."""
         y = self._own.array("y", (len(x), *self.blocks[-1].output_size, self.blocks[-1].F))
         for tile, rows in self._tiles_of(len(x)):

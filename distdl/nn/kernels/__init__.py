@@ -1,0 +1,50 @@
+"""Kernels: the implementations of the computations of a network.
+
+All kernels compute the same networks:
+
+- `PLAIN` runs every layer as its class is written. It is the oracle of the others.
+- `NUMPY` is the definition: chains of convolutions in NumPy (`chains`), all other layers as written.
+- ``compiled_kernels()`` returns kernels that numba compiles (`compiled`). Their bits do not depend on the CPU.
+
+A `LayerStack` asks its kernels at each layer for an implementation of this layer and some that follow (`FusedLayers`).
+A layer without such an implementation runs as written. No other code knows which kernels are in use.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from distdl.nn.kernels.chains import Chain, chain_at
+from distdl.nn.kernels.fused_layers import FusedLayers
+from distdl.nn.layers import Layer
+
+__all__ = ["NUMPY", "PLAIN", "Chain", "FusedLayers", "Kernels"]
+
+
+class Kernels(ABC):
+    """The implementation of the computations of networks; `name` is that of the setting."""
+
+    name: str
+
+    @abstractmethod
+    def fuse(self, layers: Sequence[Layer], names: Sequence[str]) -> tuple[FusedLayers | None, int]:
+        """Return an implementation of the first of these layers and its number of layers; or None and 1.
+
+        The layers have their parameters. Classes are compared exactly: a derived class may compute something else.
+        """
+
+
+class _Plain(Kernels):
+    name = "plain"
+
+    def fuse(self, layers: Sequence[Layer], names: Sequence[str]) -> tuple[FusedLayers | None, int]:
+        return None, 1
+
+
+class _NumPy(Kernels):
+    name = "numpy"
+
+    def fuse(self, layers: Sequence[Layer], names: Sequence[str]) -> tuple[FusedLayers | None, int]:
+        return chain_at(layers, names)
+
+
+PLAIN, NUMPY = _Plain(), _NumPy()

@@ -1,0 +1,42 @@
+"""Compiled kernels: the same networks, computed by code that numba compiles for the CPU of the host.
+
+The formulas alone determine the bits, not the CPU: each kernel's docstring states the order of its operations, and an
+oracle in plain NumPy follows it. Sums are single chains, or chains whose number the shapes determine.
+
+Two kinds of files:
+
+- kernels, functions of arrays: `simd` (vectors), `products`, `winograd`
+- implementations of layers, which call kernels: `convolution`
+
+Arrays of kernels are C-contiguous float32; an argument that ends in ``_`` is an array, the same name without it is the
+address of its first element.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from distdl.nn.convolution import Conv2d
+from distdl.nn.kernels import FusedLayers, Kernels
+from distdl.nn.kernels.compiled.base import CompiledLayers
+from distdl.nn.kernels.compiled.convolution import convolution_at
+from distdl.nn.layers import Layer
+
+#: For each class of layers, the function that returns the implementation at the first of the given layers, if any.
+_IMPLEMENTATIONS: dict[type[Layer], Callable[[Sequence[Layer], Sequence[str]], CompiledLayers | None]] = {
+    Conv2d: convolution_at,
+}
+
+
+class _Compiled(Kernels):
+    name = "compiled"
+
+    def fuse(self, layers: Sequence[Layer], names: Sequence[str]) -> tuple[FusedLayers | None, int]:
+        find = _IMPLEMENTATIONS.get(type(layers[0]))
+        if find is None or layers[0].workspace.dtype != np.float32:
+            return None, 1
+        fused = find(layers, names)
+        return (None, 1) if fused is None else (fused, len(fused.layers))
+
+
+COMPILED = _Compiled()
