@@ -5,6 +5,7 @@ alone (`distdl.bench.measure.TrainingSteps`). Each micro-batch is converted from
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import socket
@@ -28,6 +29,7 @@ from distdl.engine.state import TrainingState
 from distdl.errors import UserError
 from distdl.job.mpirun_command import environment_for, mpirun_command
 from distdl.nn import build_model
+from distdl.nn.kernels import NUMPY
 from distdl.optim import optimizer_class
 from distdl.parallel import world
 from distdl.rng import Key
@@ -52,16 +54,23 @@ def random_images(samples):
 
 def training_steps(job, communicator):
     """Return the trainer's steps of a job."""
-    kernels = {"kernels": job.kernels} if job.kernels else {}
-    config = TrainConfig(
-        model=job.model, batch_size=job.batch_size, micro_batch_size=job.micro_batch_size, **kernels
-    ).checked()
+    config = TrainConfig(model=job.model, batch_size=job.batch_size, micro_batch_size=job.micro_batch_size).checked()
     images, labels = random_images(job.batch_size * job.steps)
     data = PreparedDataset.for_training_only(images[..., np.newaxis], labels, classes=10)
     network = build_model(job.model, data.images.shape[1:], data.classes)
+    network.use(kernels_of(job))
     network.initialize(Key(0).of("initialization"))
     optimizer = optimizer_class("adam")(network.parameters.size, decay_slices=network.decay_slices)
     return TrainingSteps(config, communicator, data, TrainingState(network, optimizer))
+
+
+def kernels_of(job):
+    """Return our kernels; by default the compiled ones, if numba is installed."""
+    if job.kernels == "numpy" or (job.kernels is None and importlib.util.find_spec("numba") is None):
+        return NUMPY
+    from distdl.nn.kernels.compiled import COMPILED  # noqa: PLC0415  it needs numba
+
+    return COMPILED
 
 
 def our_side(address, job):
@@ -77,7 +86,7 @@ def our_side(address, job):
                 "about": about,
                 "forms": ["distdl"],
                 "parameters": training.state.network.parameter_count,
-                "kernels": "numpy",
+                "kernels": kernels_of(job).name,
             }
             while True:
                 print(json.dumps(answer), file=lines, flush=True)
