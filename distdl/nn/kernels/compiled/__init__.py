@@ -16,17 +16,22 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from distdl.nn.activations import Sigmoid, Softmax, Tanh
 from distdl.nn.convolution import Conv2d
 from distdl.nn.kernels import FusedLayers, Kernels
 from distdl.nn.kernels.compiled.affine import affine_at
 from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.kernels.compiled.convolution import convolution_at
+from distdl.nn.kernels.compiled.sigmoids import sigmoid_at
 from distdl.nn.layers import Affine, Layer
 
 #: For each class of layers, the function that returns the implementation at the first of the given layers, if any.
 _IMPLEMENTATIONS: dict[type[Layer], Callable[[Sequence[Layer], Sequence[str]], CompiledLayers | None]] = {
     Affine: affine_at,
     Conv2d: convolution_at,
+    Sigmoid: sigmoid_at,
+    Softmax: sigmoid_at,
+    Tanh: sigmoid_at,
 }
 
 

@@ -149,9 +149,8 @@ class CompiledAffine(CompiledLayers):
         dx = self.workspace.array("dx", (N if wanted else 0, D))
         d = self.workspace.array("d", (N if self.relu else 0, K))
         scratch = self.workspace.array("scratch", (scratch_size(N, D, K),))
-        gradients = self.affine.gradients
+        weight, gradients = self.affine.parameters["weight"], self.affine.gradients
         backward(
-            self.x, self.affine.parameters["weight"], self.y, dy, d, gradients["weight"], gradients["bias"], dx, scratch,
-            self.relu, wanted,
+            self.x, weight, self.y, dy, d, gradients["weight"], gradients["bias"], dx, scratch, self.relu, wanted
         )  # fmt: skip
         return dx if wanted else None
