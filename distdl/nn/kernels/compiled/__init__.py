@@ -20,10 +20,11 @@ from distdl.nn.activations import Sigmoid, Softmax, Tanh
 from distdl.nn.convolution import Conv2d
 from distdl.nn.kernels import FusedLayers, Kernels
 from distdl.nn.kernels.compiled.affine import affine_at
+from distdl.nn.kernels.compiled.arrays import GradientArrays
 from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.kernels.compiled.convolution import convolution_at
 from distdl.nn.kernels.compiled.sigmoids import sigmoid_at
-from distdl.nn.layers import Affine, Layer
+from distdl.nn.layers import Affine, Array, Layer
 
 #: For each class of layers, the function that returns the implementation at the first of the given layers, if any.
 _IMPLEMENTATIONS: dict[type[Layer], Callable[[Sequence[Layer], Sequence[str]], CompiledLayers | None]] = {
@@ -38,12 +39,27 @@ _IMPLEMENTATIONS: dict[type[Layer], Callable[[Sequence[Layer], Sequence[str]], C
 class _Compiled(Kernels):
     name = "compiled"
 
+    def __init__(self) -> None:
+        self._gradients = GradientArrays()
+
+    def for_network(self) -> "_Compiled":
+        return _Compiled()
+
+    def begin_backward(self) -> None:
+        self._gradients.release_all()
+
+    def release(self, gradient: Array) -> None:
+        self._gradients.release(gradient)
+
     def fuse(self, layers: Sequence[Layer], names: Sequence[str]) -> tuple[FusedLayers | None, int]:
         find = _IMPLEMENTATIONS.get(type(layers[0]))
         if find is None or layers[0].workspace.dtype != np.float32:
             return None, 1
         fused = find(layers, names)
-        return (None, 1) if fused is None else (fused, len(fused.layers))
+        if fused is None:
+            return None, 1
+        fused.gradients = self._gradients
+        return fused, len(fused.layers)
 
 
 COMPILED = _Compiled()

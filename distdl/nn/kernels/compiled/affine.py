@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from distdl.nn.activations import ReLU
+from distdl.nn.kernels.compiled.arrays import scratch
 from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.kernels.compiled.jit import kernel
 from distdl.nn.kernels.compiled.products import (
@@ -24,6 +25,7 @@ from distdl.nn.kernels.compiled.products import (
     transpose,
 )
 from distdl.nn.kernels.compiled.simd import greater, load_lanes, maximum, select, splat, store_lanes
+from distdl.nn.kernels.fused_layers import Elements
 from distdl.nn.layers import Affine, Array, Layer
 from distdl.rng import Key
 
@@ -37,6 +39,8 @@ PANEL_ROWS = 64
 FEW_SAMPLES, FEW_ROWS = 8, 16
 #: Inputs whose weight gradient is computed at a time: a multiple of the rows of a tile.
 INPUTS = 48
+#: Samples that `backward` takes at a time.
+SAMPLES = 64
 
 
 @kernel
@@ -68,56 +72,60 @@ def forward(x_, W_, b_, y_, panel_, relu):
             store_lanes(y, n * K + k, v, K - k)
 
 
-def scratch_size(N: int, D: int, K: int) -> int:
+def scratch_size(D: int, K: int) -> int:
     """Return the number of floats of scratch that `backward` needs."""
-    return N * (INPUTS + D + 2 * K)
+    return SAMPLES * (2 * INPUTS + D + 3 * K)
 
 
 @kernel
-def backward(x_, W_, y_, dy_, d_, dW_, db_, dx_, scratch_, relu, wanted):
-    """Write dW, db and, if `wanted`, dx. d (N, K) is scratch, used with `relu` only."""
+def backward(x_, W_, y_, dy_, dW_, db_, dx_, scratch_, relu, wanted):
+    """Write dW, db and, if `wanted`, dx."""
     N, D = x_.shape
     K = W_.shape[1]
-    x, W, y, dy, dW, db, dx = (
+    x, W, y, dW, db, dx, inputs = (
         x_.ctypes.data,
         W_.ctypes.data,
         y_.ctypes.data,
-        dy_.ctypes.data,
         dW_.ctypes.data,
         db_.ctypes.data,
         dx_.ctypes.data,
+        scratch_.ctypes.data,
     )
+    results, masked = inputs + 4 * SAMPLES * INPUTS, inputs + 8 * SAMPLES * INPUTS
+    packed, rest = masked + 4 * SAMPLES * K, masked + 8 * SAMPLES * K
     db_[:] = 0
-    d = d_.ctypes.data if relu else dy
     zero = splat(f4(0))
-    for n in range(N):
-        for k in range(0, K, 16):
-            lanes, o = K - k, n * K + k
-            v = load_lanes(dy, o, lanes)
-            if relu:
-                v = select(greater(load_lanes(y, o, lanes), zero), v, zero)
-                store_lanes(d, o, v, lanes)
-            store_lanes(db, k, load_lanes(db, k, lanes) + v, lanes)
+    transposes_weights = wanted and min(N, SAMPLES) * (D + K) >= D * K
+    if transposes_weights:
+        transpose(W, K, D, K, rest, D)
+    for n in range(0, N, SAMPLES):
+        M, add = min(SAMPLES, N - n), 1 if n else 0
+        d = dy_.ctypes.data + 4 * n * K
+        for m in range(M):
+            for k in range(0, K, 16):
+                lanes, o = K - k, m * K + k
+                v = load_lanes(d, o, lanes)
+                if relu:
+                    v = select(greater(load_lanes(y, n * K + o, lanes), zero), v, zero)
+                    store_lanes(masked, o, v, lanes)
+                store_lanes(db, k, load_lanes(db, k, lanes) + v, lanes)
+        if relu:
+            d = masked
 
-    inputs = scratch_.ctypes.data
-    packed = inputs + 4 * N * INPUTS
-    pack_rows(d, K, N, K, packed)
-    for i in range(0, D, INPUTS):
-        count = min(INPUTS, D - i)
-        copy_rows(x + 4 * i, D, N, count, inputs, INPUTS)
-        packed_product(inputs, 1, 0, INPUTS, packed, N, 0, 0, 1, dW + 4 * i * K, K, 1, count, N, K, 0)
+        pack_rows(d, K, M, K, packed)
+        for i in range(0, D, INPUTS):
+            count = min(INPUTS, D - i)
+            copy_rows(x + 4 * (n * D + i), D, M, count, inputs, INPUTS)
+            packed_product(inputs, 1, 0, INPUTS, packed, M, 0, 0, 1, dW + 4 * i * K, K, 1, count, M, K, add)
 
-    if wanted:
-        rest = packed + 4 * N * K
-        if D * K <= N * (D + K):
-            transpose(W, K, D, K, rest, D)
-            product(d, K, 0, 1, rest, 0, D, dx, D, 1, N, K, D, 0)
-        else:  # dx' = W d': it is cheaper to transpose d and dx than W
-            dxT = rest + 4 * N * K
-            transpose(d, K, N, K, rest, N)
+        if transposes_weights:
+            product(d, K, 0, 1, rest, 0, D, dx + 4 * n * D, D, 1, M, K, D, 0)
+        elif wanted:  # dx' = W d': it is cheaper to transpose d and dx than W
+            transpose(d, K, M, K, rest, M)
             for i in range(0, D, INPUTS):
-                product(W + 4 * i * K, K, 0, 1, rest, 0, N, dxT + 4 * i * N, N, 1, min(INPUTS, D - i), K, N, 0)
-            transpose(dxT, N, D, N, dx, D)
+                count = min(INPUTS, D - i)
+                product(W + 4 * i * K, K, 0, 1, rest, 0, M, results, M, 1, count, K, M, 0)
+                transpose(results, M, count, M, dx + 4 * (n * D + i), D)
 
 
 def affine_at(layers: Sequence[Layer], names: Sequence[str]) -> CompiledLayers:
@@ -130,27 +138,26 @@ class CompiledAffine(CompiledLayers):
     """An affine layer, and the ReLU that follows."""
 
     def __init__(self, layers: Sequence[Layer], name: str, *, relu: bool) -> None:
-        super().__init__(layers, name)
         affine = layers[0]
         assert isinstance(affine, Affine)
         self.affine, self.relu = affine, relu
+        super().__init__(layers, name, (affine.outputs,))
+
+    def elements(self) -> Elements:
+        D, K, wanted = self.affine.inputs, self.affine.outputs, self.affine.needs_input_gradient
+        return Elements(kept=K, gradient=D * wanted, scratch=PANEL_ROWS * 64 + scratch_size(D, K))
 
     def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
-        self.x = x
-        self.y = self.workspace.array("y", (len(x), self.affine.outputs))
-        panel = self.workspace.array("panel", (PANEL_ROWS * 64,))
-        parameters = self.affine.parameters
+        self.x, self.y = x, self.kept.array("y", (len(x), self.affine.outputs))
+        parameters, panel = self.affine.parameters, scratch("panel", PANEL_ROWS * 64)
         forward(x, parameters["weight"], parameters["bias"], self.y, panel, self.relu)
         return self.y
 
     def _backward(self, dy: Array) -> Array | None:
-        wanted = self.affine.needs_input_gradient
-        N, D, K = len(dy), self.affine.inputs, self.affine.outputs
-        dx = self.workspace.array("dx", (N if wanted else 0, D))
-        d = self.workspace.array("d", (N if self.relu else 0, K))
-        scratch = self.workspace.array("scratch", (scratch_size(N, D, K),))
-        weight, gradients = self.affine.parameters["weight"], self.affine.gradients
+        affine, wanted = self.affine, self.affine.needs_input_gradient
+        dx = self.gradients.take(self.x.shape if wanted else (0, 0))
         backward(
-            self.x, weight, self.y, dy, d, gradients["weight"], gradients["bias"], dx, scratch, self.relu, wanted
+            self.x, affine.parameters["weight"], self.y, dy, affine.gradients["weight"], affine.gradients["bias"], dx,
+            scratch("affine", scratch_size(affine.inputs, affine.outputs)), self.relu, wanted,
         )  # fmt: skip
         return dx if wanted else None

@@ -77,10 +77,11 @@ def exp(x):
 
 @njit(inline="always")
 def log(x):
-    """Return the natural logarithm: ``n ln 2 + log(1 + f)`` for ``x = 2^n (1 + f)``, 1 + f from sqrt(1/2) to sqrt(2).
+    """Return the natural logarithm.
 
-    A subnormal x is first multiplied by 2^23. Then ``y = fma(n, LN2_LOW, f³ p(f; LOG))`` with ``f³ = f² f`` and
-    ``f² = f f``; ``y = fma(-1/2, f², y)``; the result is ``fma(n, LN2_HIGH, f + y)``.
+    ``x = 2^n (1 + f)`` with 1 + f from sqrt(1/2) to sqrt(2); a subnormal x is first multiplied by 2^23. Then
+    ``y = fma(n, LN2_LOW, f³ p(f; LOG))`` with ``f³ = f² f`` and ``f² = f f``; ``y = fma(-1/2, f², y)``; the result is
+    ``fma(n, LN2_HIGH, f + y)``.
     """
     zero, one, inf = splat(f4(0)), splat(f4(1)), splat(f4(np.inf))
     small = greater(splat(LEAST_NORMAL), x)
@@ -100,8 +101,7 @@ def log(x):
     y = fma(splat(f4(-0.5)), square, y)
     y = fma(n, splat(LN2_HIGH), f + y)
     y = select(greater(inf, x), y, x)  # also NaN
-    y = select(greater(x, zero), y, select(greater_equal(x, zero), splat(f4(-np.inf)), splat(f4(np.nan))))
-    return y
+    return select(greater(x, zero), y, select(greater_equal(x, zero), splat(f4(-np.inf)), splat(f4(np.nan))))
 
 
 @njit(inline="always")

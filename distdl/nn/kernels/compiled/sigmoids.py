@@ -11,6 +11,7 @@ The order of operations:
 M rows, K elements of a row.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -22,6 +23,7 @@ from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.kernels.compiled.functions import exp
 from distdl.nn.kernels.compiled.jit import kernel
 from distdl.nn.kernels.compiled.simd import load, load_lanes, maximum, splat, store, store_lanes
+from distdl.nn.kernels.fused_layers import Elements
 from distdl.nn.layers import Array, Layer
 from distdl.rng import Key
 
@@ -88,7 +90,7 @@ def _greatest(x, row_, o, K, lanes_):
 def _greatest_number(numbers_):
     greatest = numbers_[0]
     for number in numbers_[1:]:
-        if not number <= greatest and greatest == greatest:  # noqa: PLR0124 - a NaN stays
+        if not number <= greatest and greatest == greatest:  # a NaN stays
             greatest = number
     return greatest
 
@@ -129,7 +131,7 @@ def softmax_backward(y_, dy_, dx_):
 
 def sigmoid_at(layers: Sequence[Layer], names: Sequence[str]) -> CompiledLayers:
     """Return the implementation of the sigmoid, tanh or softmax at the first of these layers."""
-    return CompiledActivation(layers[:1], names[0], *_KERNELS[type(layers[0])])
+    return CompiledActivation(layers[0], names[0], *_KERNELS[type(layers[0])])
 
 
 _KERNELS: dict[type[Layer], tuple[Callable[..., None], Callable[..., None], bool]] = {
@@ -143,25 +145,24 @@ class CompiledActivation(CompiledLayers):
     """A layer whose gradient follows from its output; its kernels take all elements, or `by_row` the last axis."""
 
     def __init__(
-        self,
-        layers: Sequence[Layer],
-        name: str,
-        forward: Callable[..., None],
-        backward: Callable[..., None],
-        by_row: bool,
+        self, layer: Layer, name: str, forward: Callable[..., None], backward: Callable[..., None], by_row: bool
     ) -> None:
-        super().__init__(layers, name)
+        super().__init__([layer], name, layer.input_shape)
         self._kernels, self._by_row = (forward, backward), by_row
+
+    def elements(self) -> Elements:
+        size = math.prod(self.output_shape)
+        return Elements(kept=size, gradient=size)
 
     def _flat(self, x: Array) -> Array:
         return x.reshape(-1, x.shape[-1]) if self._by_row else x.reshape(-1)
 
     def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
-        self.y = self.workspace.array("y", x.shape)
+        self.y = self.kept.array("y", x.shape)
         self._kernels[0](self._flat(x), self._flat(self.y))
         return self.y
 
     def _backward(self, dy: Array) -> Array:
-        dx = self.workspace.array("dx", dy.shape)
+        dx = self.gradients.take(dy.shape)
         self._kernels[1](self._flat(self.y), self._flat(dy), self._flat(dx))
         return dx
