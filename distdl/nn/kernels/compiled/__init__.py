@@ -23,8 +23,10 @@ from distdl.nn.kernels.compiled.affine import affine_at
 from distdl.nn.kernels.compiled.arrays import GradientArrays
 from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.kernels.compiled.convolution import convolution_at
+from distdl.nn.kernels.compiled.losses import compiled_loss
 from distdl.nn.kernels.compiled.sigmoids import sigmoid_at
 from distdl.nn.layers import Affine, Array, Layer
+from distdl.nn.losses import LossFunction
 
 #: For each class of layers, the function that returns the implementation at the first of the given layers, if any.
 _IMPLEMENTATIONS: dict[type[Layer], Callable[[Sequence[Layer], Sequence[str]], CompiledLayers | None]] = {
@@ -50,6 +52,9 @@ class _Compiled(Kernels):
 
     def release(self, gradient: Array) -> None:
         self._gradients.release(gradient)
+
+    def loss(self, loss: LossFunction) -> LossFunction:
+        return compiled_loss(loss)
 
     def fuse(self, layers: Sequence[Layer], names: Sequence[str]) -> tuple[FusedLayers | None, int]:
         find = _IMPLEMENTATIONS.get(type(layers[0]))
