@@ -25,8 +25,10 @@ from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.kernels.compiled.convolution import convolution_at
 from distdl.nn.kernels.compiled.losses import compiled_loss
 from distdl.nn.kernels.compiled.sigmoids import sigmoid_at
+from distdl.nn.kernels.compiled.upsampling import upsampling_at
 from distdl.nn.layers import Affine, Array, Layer
 from distdl.nn.losses import LossFunction
+from distdl.nn.upsampling import Upsample2d
 
 #: For each class of layers, the function that returns the implementation at the first of the given layers, if any.
 _IMPLEMENTATIONS: dict[type[Layer], Callable[[Sequence[Layer], Sequence[str]], CompiledLayers | None]] = {
@@ -35,6 +37,7 @@ _IMPLEMENTATIONS: dict[type[Layer], Callable[[Sequence[Layer], Sequence[str]], C
     Sigmoid: sigmoid_at,
     Softmax: sigmoid_at,
     Tanh: sigmoid_at,
+    Upsample2d: upsampling_at,
 }
 
 
