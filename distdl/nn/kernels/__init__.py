@@ -17,6 +17,7 @@ from typing import Self
 from distdl.nn.kernels.chains import Chain, chain_at
 from distdl.nn.kernels.fused_layers import FusedLayers
 from distdl.nn.layers import Array, Layer
+from distdl.nn.losses import LossFunction
 
 __all__ = ["NUMPY", "PLAIN", "Chain", "FusedLayers", "Kernels"]
 
@@ -32,6 +33,10 @@ class Kernels(ABC):
 
         The layers have their parameters. Classes are compared exactly: a derived class may compute something else.
         """
+
+    def loss(self, loss: LossFunction) -> LossFunction:
+        """Return the implementation of this loss: it itself, as written, unless the kernels have another one."""
+        return loss
 
     def for_network(self) -> Self:
         """Return the kernels for one network: itself, unless they keep arrays."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from distdl.nn.kernels.compiled.arrays import GradientArrays, KeptArrays
 from distdl.nn.kernels.fused_layers import FusedLayers
-from distdl.nn.layers import Array, Layer, Products, Watch
+from distdl.nn.layers import Array, Layer, Products, Shape, Watch
 from distdl.rng import Key
 
 
@@ -17,8 +17,8 @@ class CompiledLayers(FusedLayers):
 
     gradients: GradientArrays
 
-    def __init__(self, layers: Sequence[Layer], name: str) -> None:
-        self.layers, self.name = list(layers), name
+    def __init__(self, layers: Sequence[Layer], name: str, output_shape: Shape) -> None:
+        self.layers, self.name, self.output_shape = list(layers), name, output_shape
         self.kept = KeptArrays()
 
     def __str__(self) -> str:

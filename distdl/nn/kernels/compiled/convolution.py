@@ -1,5 +1,6 @@
 """Compiled convolutions, with the ReLU and the 2x2 max-pooling that follow them."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ from distdl.nn.convolution import Conv2d
 from distdl.nn.kernels.compiled import winograd
 from distdl.nn.kernels.compiled.arrays import scratch
 from distdl.nn.kernels.compiled.base import CompiledLayers
+from distdl.nn.kernels.fused_layers import Elements
 from distdl.nn.layers import Array, Layer
 from distdl.nn.pooling import MaxPool2d
 from distdl.nn.windows import Window
@@ -33,12 +35,22 @@ class WinogradConvolution(CompiledLayers):
     """A 3x3 convolution with stride 1, ReLU and 2x2 max-pooling by F(4x4, 3x3); see `winograd`."""
 
     def __init__(self, layers: Sequence[Layer], name: str, *, relu: bool, pool: bool) -> None:
-        super().__init__(layers, name)
         conv = layers[0]
         assert isinstance(conv, Conv2d)
         self.conv, self.relu, self.pool = conv, relu, pool
         self.C, self.F, (self.OH, self.OW) = conv.channels, conv.filters, conv.output_size
         self.output_size = (self.OH // 2, self.OW // 2) if pool else (self.OH, self.OW)
+        super().__init__(layers, name, (*self.output_size, self.F))
+
+    def elements(self) -> Elements:
+        tiles = winograd.SMALL_SCRATCH + 36 * self._tiles_of_block() * (self.C + self.F)
+        transformed = 36 * self.C * self.F
+        return Elements(
+            kept=math.prod(self.output_shape) * (1 + self.pool * 3 / 32),
+            of_weights=transformed * (1 + self.conv.needs_input_gradient),
+            gradient=math.prod(self.conv.size) * self.C * self.conv.needs_input_gradient,
+            scratch=tiles + transformed + self.F,
+        )
 
     def _tiles_of_block(self) -> int:
         """Return P: many tiles if the transformed weights are too large for the cache."""
