@@ -171,6 +171,7 @@ class Preparation:
                     l1=config.l1_decay,
                     decay_slices=network.decay_slices,
                     frozen=transfer.frozen_slices(network, config.freeze),
+                    fused=network.stack.kernels.optimizer_rule(config.optimizer),
                     **config.optimizer_settings,
                 )
         except MemoryError:

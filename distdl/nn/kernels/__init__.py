@@ -11,11 +11,12 @@ A layer without such an implementation runs as written. No other code knows whic
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from distdl.nn.kernels.chains import Chain, chain_at
 from distdl.nn.kernels.fused_layers import FusedLayers
-from distdl.nn.layers import Layer
+from distdl.nn.layers import Array, Layer
 
 __all__ = ["NUMPY", "PLAIN", "Chain", "FusedLayers", "Kernels"]
 
@@ -24,6 +25,8 @@ class Kernels(ABC):
     """The implementation of the computations of networks; `name` is that of the setting."""
 
     name: str
+    norm: Callable[[Array], float] | None = None
+    """Computes the Euclidean norm of a vector, if the kernels have an implementation of their own."""
 
     @abstractmethod
     def fuse(self, layers: Sequence[Layer], names: Sequence[str]) -> tuple[FusedLayers | None, int]:
@@ -31,6 +34,13 @@ class Kernels(ABC):
 
         The layers have their parameters. Classes are compared exactly: a derived class may compute something else.
         """
+
+    def optimizer_rule(self, name: str) -> Callable[[Any], Callable[..., None]] | None:
+        """Return an implementation of the updates of an optimizer, with the same bits; None if there is none.
+
+        It takes the optimizer and returns its update: see ``distdl.optim.Optimizer``.
+        """
+        return None
 
 
 class _Plain(Kernels):

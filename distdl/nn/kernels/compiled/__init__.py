@@ -6,7 +6,7 @@ oracle in plain NumPy follows it. Sums are single chains, or chains whose number
 Two kinds of files:
 
 - kernels, functions of arrays: `simd` (vectors), `products`, `winograd`
-- implementations of layers, which call kernels: `convolution`
+- implementations of layers, which call kernels: `convolution`; those of optimizers, in `optimizers`
 
 Arrays of kernels are C-contiguous float32; an argument that ends in ``_`` is an array, the same name without it is the
 address of its first element.
@@ -18,6 +18,7 @@ import numpy as np
 
 from distdl.nn.convolution import Conv2d
 from distdl.nn.kernels import FusedLayers, Kernels
+from distdl.nn.kernels.compiled import optimizers
 from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.kernels.compiled.convolution import convolution_at
 from distdl.nn.layers import Layer
@@ -30,6 +31,8 @@ _IMPLEMENTATIONS: dict[type[Layer], Callable[[Sequence[Layer], Sequence[str]], C
 
 class _Compiled(Kernels):
     name = "compiled"
+    norm = staticmethod(optimizers.norm)
+    optimizer_rule = staticmethod(optimizers.optimizer_rule)
 
     def fuse(self, layers: Sequence[Layer], names: Sequence[str]) -> tuple[FusedLayers | None, int]:
         find = _IMPLEMENTATIONS.get(type(layers[0]))
