@@ -4,7 +4,7 @@ All kernels compute the same networks:
 
 - `PLAIN` runs every layer as its class is written. It is the oracle of the others.
 - `NUMPY` is the definition: chains of convolutions in NumPy (`chains`), all other layers as written.
-- ``compiled_kernels()`` returns kernels that numba compiles (`compiled`). Their bits do not depend on the CPU.
+- `compiled.COMPILED`: numba compiles them. Their bits do not depend on the CPU.
 
 A `LayerStack` asks its kernels at each layer for an implementation of this layer and some that follow (`FusedLayers`).
 A layer without such an implementation runs as written. No other code knows which kernels are in use.
@@ -13,6 +13,8 @@ A layer without such an implementation runs as written. No other code knows whic
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
+from collections.abc import Sequence
+from typing import Self
 
 from distdl.nn.kernels.chains import Chain, chain_at
 from distdl.nn.kernels.fused_layers import FusedLayers
@@ -25,6 +27,8 @@ class Kernels(ABC):
     """The implementation of the computations of networks; `name` is that of the setting."""
 
     name: str
+    portable = False
+    """Whether the formulas alone determine the bits, not the CPU."""
     norm: Callable[[Array], float] | None = None
     """Computes the Euclidean norm of a vector, if the kernels have an implementation of their own."""
 
@@ -41,6 +45,16 @@ class Kernels(ABC):
         It takes the optimizer and returns its update: see ``distdl.optim.Optimizer``.
         """
         return None
+
+    def for_network(self) -> Self:
+        """Return the kernels for one network: itself, unless they keep arrays."""
+        return self
+
+    def begin_backward(self) -> None:  # noqa: B027
+        """Declare that no gradient of an earlier pass is in use any more."""
+
+    def release(self, gradient: Array) -> None:  # noqa: B027
+        """Declare that the gradient with respect to a layer's input or output is no longer in use."""
 
 
 class _Plain(Kernels):
