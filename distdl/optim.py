@@ -235,9 +235,7 @@ def euclidean_norm(vector: Vector) -> float:
     return norm if math.isfinite(norm) else float(np.linalg.norm(vector.astype(np.float64)))  # the squares overflow
 
 
-def clip_by_norm(
-    gradient: Vector, largest: float, norm_of: Callable[[Vector], float] | None = None
-) -> float:
+def clip_by_norm(gradient: Vector, largest: float, norm_of: Callable[[Vector], float] | None = None) -> float:
     """Scale the flat gradient in place so that its norm is at most `largest`; return its norm before.
 
     The factor is ``largest / (norm + 1e-6)``, as in PyTorch's ``clip_grad_norm_``. Not in the book. Source: Pascanu,

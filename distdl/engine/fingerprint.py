@@ -11,8 +11,10 @@ The operations are those that the results of the run consist of:
   unless the network has layers of the user.
 """
 
+import math
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from hashlib import blake2b
 from typing import Any, TypeAlias
 
@@ -21,10 +23,11 @@ from numpy.typing import NDArray
 
 from distdl.config import TrainConfig
 from distdl.data import PreparedDataset
-from distdl.engine.objective import training_loss
 from distdl.engine.state import TrainingState
+from distdl.engine.storage.header import CheckpointHeader
+from distdl.engine.storage.run_folder import StartingPoint
 from distdl.errors import UserError
-from distdl.nn import Sequential
+from distdl.nn import Sequential, make_loss
 from distdl.nn.layer_stack import LayerGroup
 from distdl.nn.layers import Layer
 from distdl.optim import optimizer_class
@@ -36,13 +39,13 @@ Fingerprint: TypeAlias = dict[str, str]
 Array: TypeAlias = NDArray[Any]
 
 #: Limits of the products: rows, terms of a sum, columns, and how many different ones.
-MOST_ROWS, MOST_TERMS, MOST_COLUMNS, MOST_PRODUCTS = 32, 2048, 128, 20
+MOST_ROWS, MOST_TERMS, MOST_COLUMNS, MOST_PRODUCTS = 16, 2048, 64, 16
 #: Terms of the products that every network gets: BLAS may sum each length in another order.
 TERMS = (9, 64, 500, 1000, 2048)
 #: Samples of a layer, and the most operations on them in all; a larger layer is left out.
-SAMPLES, MOST_OPERATIONS = 2, 5e8
-#: Elements of a result that are hashed.
-MOST_ELEMENTS = 2**16
+SAMPLES, MOST_OPERATIONS = 2, 2e8
+#: Elements of a result that are hashed, and different pseudo-random numbers.
+MOST_ELEMENTS, NUMBERS = 2**14, 2**16
 _KEY = Key(0).of("fingerprint")
 
 
@@ -68,29 +71,62 @@ def first_difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str 
     return next((name for name in ours if name in theirs and ours[name] != theirs[name]), None)
 
 
-def compare_ranks(communicator: Communicator, ours: Fingerprint) -> tuple[Fingerprint, list[str]]:
-    """Return the fingerprint of rank 0, and a text for each host with ranks that differ from it. Collective."""
+def bits_of_ranks(communicator: Communicator, ours: Fingerprint, must_be_same: bool) -> dict[str, Any]:
+    """Return the part of ``env.json`` about the bits: the fingerprint of rank 0, and a text for ranks that differ.
+
+    Collective. With `must_be_same`, raises `UserError` on every rank if a rank differs.
+    """
     hosts = communicator.allgather_json(socket.gethostname())
     digests = communicator.allgather_json(blake2b(repr(ours).encode(), digest_size=16).hexdigest())
     if len(set(digests)) == 1:
-        return ours, []
+        return {"fingerprint": ours, "ranks_that_differ": []}
     first, *others = communicator.allgather_json(ours)
     of_host: dict[tuple[str, str], list[int]] = {}
     for rank, found in enumerate(others, start=1):
         name = first_difference(first, found)
         if name is not None:
             of_host.setdefault((hosts[rank], name), []).append(rank)
-    return first, [
-        f"{_counted(ranks)} on {host} and rank 0 on {hosts[0]} compute other bits, first in: {name}"
+    different = [
+        f"{_named(ranks)} on {host} and rank 0 on {hosts[0]} compute other bits, first in: {name}"
         for (host, name), ranks in of_host.items()
     ]
+    if different and must_be_same:
+        raise UserError(f"--require-same-bits: {different[0]}; give hosts of one kind, or leave the flag out")
+    return {"fingerprint": first, "ranks_that_differ": different}
 
 
-def check_same_bits(config: TrainConfig, different: Sequence[str], found: Mapping[str, Any] | None) -> None:
-    """Raise `UserError` if `--require-same-bits` is given, and bits differ or the checkpoint `found` shows none."""
+def change_of_bits(before: CheckpointHeader, environment: Mapping[str, Any]) -> str | None:
+    """Return what differs between the run that wrote a checkpoint and this one; None if nothing is known to differ.
+
+    A checkpoint of an earlier version has only the name of its kernel family.
+    """
+    now = " and ".join(environment["kernel_families"])
+    if before.fingerprint is None or "fingerprint" not in environment:
+        same = before.kernel_family == now
+        return None if same else f"the checkpoint was made with the kernels {before.kernel_family}, this run has {now}"
+    name = first_difference(before.fingerprint, environment["fingerprint"])
+    if name is None:
+        return None
+    where = "" if before.kernel_family == now else f" ({before.kernel_family}; here {now})"
+    return f"the run that wrote the checkpoint{where} computed other bits than this one, first in: {name}"
 
 
-def _counted(ranks: Sequence[int]) -> str:
+def check_same_bits(start: StartingPoint | None, environment: Mapping[str, Any]) -> None:
+    """Raise `UserError` if a checkpoint to resume from does not show the bits of this run: ``--require-same-bits``."""
+    if start is None or start.found is None:
+        return
+    header = start.found.header()
+    change = change_of_bits(header, environment)
+    if change is None and header.fingerprint is None:
+        change = "an earlier version wrote the checkpoint, without a fingerprint"
+    if change is not None:
+        raise UserError(
+            f"--require-same-bits: cannot resume from {start.found.path}: {change}; resume where it was made, or "
+            "leave the flag out"
+        )
+
+
+def _named(ranks: Sequence[int]) -> str:
     shown = ", ".join(map(str, ranks[:4])) + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 
@@ -102,41 +138,47 @@ def _hash(results: Iterable[Array]) -> str:
     return digest.hexdigest()
 
 
-def _numbers(name: str, *shape: int) -> NDArray[np.float32]:
-    """Return pseudo-random numbers from -1 to 1; the same ones again after `MOST_ELEMENTS`."""
-    size = int(np.prod(shape))
-    words = _KEY.of(name).half_words(min(size, MOST_ELEMENTS))
-    return np.resize((words >> 8).astype(np.float32) * np.float32(2.0**-23) - np.float32(1), shape)
+def _numbers(start: int, *shape: int) -> NDArray[np.float32]:
+    """Return the pseudo-random numbers from position `start` on; they repeat from there."""
+    return np.resize(_pool()[start:], shape)
+
+
+@cache
+def _pool() -> NDArray[np.float32]:
+    """Return numbers from -1 to 1, with 24 random bits each."""
+    words = _KEY.half_words(NUMBERS)
+    return (words >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1)
 
 
 def _loss(config: TrainConfig, data: PreparedDataset, network: Sequential) -> list[Array]:
     rows = data.parts.training[:8]
-    loss = training_loss(config, data)
-    outputs = _numbers("outputs", len(rows), *network.output_shape).astype(network.dtype)
+    loss = make_loss(data.loss_named(config.loss))
+    outputs = _numbers(0, len(rows), *network.output_shape).astype(network.dtype)
     value = loss.forward(outputs, data.targets(rows))
     return [np.array(value, np.float64), loss.backward()]
 
 
 def _updates(config: TrainConfig, network: Sequential) -> list[Array]:
     """Return the parameters and the state after three updates."""
+    settings: dict[str, Any] = config.optimizer_settings
     optimizer = optimizer_class(config.optimizer)(
         100,
         weight_decay=config.weight_decay,
         l1=config.l1_decay,
         decay_slices=[slice(0, 70)],
         fused=network.stack.kernels.optimizer_rule(config.optimizer),
-        **config.optimizer_settings,
+        **settings,
     )
-    w = _numbers("parameters", 100)
+    w = _numbers(0, 100)
     for step in range(1, 4):
-        optimizer.update(w, _numbers(f"gradient {step}", 100), config.scaled_learning_rate, step)
+        optimizer.update(w, _numbers(100 * step, 100), config.scaled_learning_rate, step)
     return [w, *optimizer.state.values()]
 
 
 def _of_network(network: Sequential, samples: int) -> Iterator[tuple[str, list[Array]]]:
     kernels, own = network.stack.kernels, not any(map(_is_foreign, network.every_layer()))
     if kernels.norm is not None:
-        yield "norm", [np.array(kernels.norm(_numbers("gradient", 5000)))]
+        yield "norm", [np.array(kernels.norm(_numbers(0, 5000)))]
     if kernels.portable:
         yield from _layers(network)
     if not (kernels.portable and own):
@@ -150,20 +192,66 @@ def _is_foreign(layer: Layer) -> bool:
 
 def _layers(network: Sequential) -> Iterator[tuple[str, list[Array]]]:
     """Yield the results of the layers: outputs, input gradient and gradients of the parameters."""
-    left, shape = MOST_OPERATIONS, network.input_shape
-    for name, layers, output_shape, run in network.stack.runs():
-        inner = [inside for layer in layers for inside in _all_inside(layer)]
-        cost = _operations(layers) + 20 * SAMPLES * (int(np.prod(shape)) + int(np.prod(output_shape)))
-        if cost <= left and not any(map(_is_foreign, inner)):
+    stack, left, shape = network.stack, MOST_OPERATIONS, network.input_shape
+    starts = [stack.names.index(name) for name, *_ in stack.segments]
+    for (name, layer, first_shape, fused), start, stop in zip(
+        stack.segments, starts, [*starts[1:], len(stack.layers)], strict=True
+    ):
+        layers, names = stack.layers[start:stop], stack.names[start:stop]
+        output_shape = first_shape if fused is None else fused.output_shape
+        cost = _operations(layers) + 20 * SAMPLES * (math.prod(shape) + math.prod(output_shape))
+        if cost <= left and not any(map(_is_foreign, _inside(layers))):
             left -= cost
+            x, dy = (
+                _numbers(start, SAMPLES, *sizes).astype(network.dtype, copy=False)
+                for start, sizes in ((0, shape), (7, output_shape))
+            )
+            run = fused or layer
             run.prepare()
-            x = _numbers(f"inputs of {name}", SAMPLES, *shape).astype(network.dtype)
-            y = run.forward(x, training=True, key=_KEY)
-            results = [y.copy()]
-            dx = run.backward(_numbers(f"outputs of {name}", *y.shape).astype(network.dtype))
-            results += [] if dx is None else [dx]
-            results += [gradient for key, gradient in network.named_gradients() if key.startswith(f"{name}.")]
-            yield f"{name} ({' + '.join(map(str, layers))})", results
+            key = _KEY if fused is not None else _KEY.of(name)
+            y, dx = run.forward(x, training=True, key=key).copy(), run.backward(dy)
+            gradients = [one for at, one in network.named_gradients() if at.startswith(tuple(f"{n}." for n in names))]
+            yield f"{name} ({' + '.join(map(str, layers))})", [y, *([] if dx is None else [dx]), *gradients]
+            for gradient in gradients:
+                gradient.fill(0)
+            stack.kernels.begin_backward()
         shape = output_shape
-    network.gradients.fill(0)
     network.statistics.fill(0)
+
+
+def _inside(layers: Sequence[Layer]) -> Iterator[Layer]:
+    for layer in layers:
+        yield layer
+        if isinstance(layer, LayerGroup):
+            yield from layer.every_layer()
+
+
+def _operations(layers: Sequence[Layer]) -> int:
+    """Return the operations of the products of these layers."""
+    each = [layer.products(SAMPLES) for layer in layers]
+    return sum(product.operations for products in each for product in (*products.forward, *products.backward))
+
+
+def _products(network: Sequential, samples: int) -> Iterator[tuple[str, list[Array]]]:
+    """Yield products with the sizes in use and with `TERMS`, each of plain and transposed matrices."""
+    sizes = dict.fromkeys(
+        (min(product.M, MOST_ROWS), min(product.K, MOST_TERMS), min(product.N, MOST_COLUMNS))
+        for *_, products in network.parts(samples)
+        for product in (*products.forward, *products.backward)
+    )
+    for M, K, N in dict.fromkeys([*((16, K, 16) for K in TERMS), *list(sizes)[:MOST_PRODUCTS]]):
+        a, b = _numbers(0, M, K), _numbers(7, K, N)
+        a_, b_ = np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
+        yield f"product ({M},{K})×({K},{N})", [a @ b, a_.T @ b, a @ b_.T]
+
+
+def _functions() -> Iterator[tuple[str, list[Array]]]:
+    """Yield the results of NumPy's functions whose bits may depend on the CPU."""
+    x = _numbers(0, 5000)
+    positive = np.abs(x) + np.float32(0.01)
+    yield "exp", [np.exp(x), np.exp(x.astype(np.float64))]
+    yield "log", [np.log(positive), np.log(positive.astype(np.float64))]
+    yield "tanh", [np.tanh(x)]
+    yield "power", [np.power(positive, np.float32(-0.75))]
+    yield "sum", [x.sum(keepdims=True), x.reshape(50, 100).sum(axis=0), x.reshape(50, 100).mean(axis=1)]
+    yield "sum of squares", [np.array(np.vdot(x, x))]

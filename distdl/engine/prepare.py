@@ -17,6 +17,7 @@ from distdl.engine.console import Console
 from distdl.engine.coordinator import Coordinator, RunFacts
 from distdl.engine.environment import describe, numerics
 from distdl.engine.fault_injection import fault_point
+from distdl.engine.fingerprint import bits_of_ranks, check_same_bits, fingerprint
 from distdl.engine.introduction import introduce
 from distdl.engine.logbook import Logbook
 from distdl.engine.memory import check_memory, check_room_for_dataset
@@ -138,7 +139,11 @@ class Preparation:
         state = together(communicator, lambda: self._build_state(data))
         check_equal_networks(communicator, config.model, state.network)
         self.warnings = check_memory(config, data, state, communicator)
-        facts = RunFacts(config, describe(communicator, data), from_rank_0(communicator, data.sha256), data.signature())
+        bits = together(communicator, lambda: fingerprint(config, data, state))
+        environment = describe(communicator, data) | bits_of_ranks(communicator, bits, config.require_same_bits)
+        if config.require_same_bits:
+            on_rank_0(communicator, lambda: check_same_bits(start, environment))
+        facts = RunFacts(config, environment, from_rank_0(communicator, data.sha256), data.signature())
         steps_per_epoch = batch_order.steps_per_epoch(len(data.parts.training), config.batch_size)
         on_rank_0(communicator, lambda: self._restore(state, start, facts.data_sha256, steps_per_epoch))
         state.send_from_rank_0(communicator)

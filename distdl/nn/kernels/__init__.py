@@ -12,9 +12,7 @@ A layer without such an implementation runs as written. No other code knows whic
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
-from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 from distdl.nn.kernels.chains import Chain, chain_at
 from distdl.nn.kernels.fused_layers import FusedLayers

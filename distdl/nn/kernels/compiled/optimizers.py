@@ -26,28 +26,28 @@ def _numbers(*numbers: float) -> list[np.float32]:
     return [np.float32(number) for number in numbers]
 
 
-def _sgd(o: Any, w: Any, g: Any, segments: Any, rate: float, step: int) -> None:
+def _sgd(o: Any, segments: Any, w: Any, g: Any, rate: float, step: int) -> None:
     updates.sgd(w, g, segments, *_numbers(o.weight_decay, o.l1, rate))
 
 
-def _momentum(o: Any, w: Any, g: Any, segments: Any, rate: float, step: int) -> None:
+def _momentum(o: Any, segments: Any, w: Any, g: Any, rate: float, step: int) -> None:
     updates.momentum(w, g, o.state["momentum_buffer"], segments, *_numbers(o.weight_decay, o.l1, rate, o.momentum))
 
 
-def _nesterov(o: Any, w: Any, g: Any, segments: Any, rate: float, step: int) -> None:
+def _nesterov(o: Any, segments: Any, w: Any, g: Any, rate: float, step: int) -> None:
     updates.nesterov(w, g, o.state["velocity"], segments, *_numbers(o.weight_decay, o.l1, rate, o.momentum))
 
 
-def _adagrad(o: Any, w: Any, g: Any, segments: Any, rate: float, step: int) -> None:
+def _adagrad(o: Any, segments: Any, w: Any, g: Any, rate: float, step: int) -> None:
     updates.squares(w, g, o.state["sum_of_squares"], segments, *_numbers(o.weight_decay, o.l1, rate, 1, 1, o.epsilon))
 
 
-def _rmsprop(o: Any, w: Any, g: Any, segments: Any, rate: float, step: int) -> None:
+def _rmsprop(o: Any, segments: Any, w: Any, g: Any, rate: float, step: int) -> None:
     numbers = _numbers(o.weight_decay, o.l1, rate, o.beta2, 1 - o.beta2, o.epsilon)
     updates.squares(w, g, o.state["mean_of_squares"], segments, *numbers)
 
 
-def _adam(o: Any, w: Any, g: Any, segments: Any, rate: float, step: int, decay: float | None = None) -> None:
+def _adam(o: Any, segments: Any, w: Any, g: Any, rate: float, step: int, decay: float | None = None) -> None:
     """Take a step of Adam; with a factor `decay`, of AdamW."""
     root, corrected = o.corrections(rate, step)
     numbers = _numbers(
@@ -57,8 +57,8 @@ def _adam(o: Any, w: Any, g: Any, segments: Any, rate: float, step: int, decay: 
     updates.adam(w, g, o.state["first_moment"], o.state["second_moment"], segments, decay is not None, *numbers)
 
 
-def _adamw(o: Any, w: Any, g: Any, segments: Any, rate: float, step: int) -> None:
-    _adam(o, w, g, segments, rate, step, decay=1 - rate * o.weight_decay)
+def _adamw(o: Any, segments: Any, w: Any, g: Any, rate: float, step: int) -> None:
+    _adam(o, segments, w, g, rate, step, decay=1 - rate * o.weight_decay)
 
 
 #: The name of an optimizer is that of its class in lower case.
@@ -76,18 +76,12 @@ _RULES: dict[str, Callable[..., None]] = {
 def optimizer_rule(name: str) -> Callable[[Any], Callable[..., None]] | None:
     """Return a function from an optimizer of this name to its update; see ``distdl.optim.Optimizer``."""
     apply = _RULES.get(name)
-    return None if apply is None else lambda optimizer: partial(_update, apply, optimizer, _segments(optimizer))
-
-
-def _update(
-    apply: Callable[..., None], optimizer: Any, segments: Any, w: Any, g: Any, rate: float, step: int
-) -> None:
-    apply(optimizer, w, g, segments, rate, step)
+    return None if apply is None else lambda optimizer: partial(apply, optimizer, _segments(optimizer))
 
 
 def _segments(optimizer: Any) -> NDArray[np.int64]:
-    """Return start, stop and mode of each range of elements that are updated alike."""
-    mode = (updates.DECAY if optimizer.weight_decay else 0) | (updates.L1 if optimizer.l1 else 0)
+    """Return start, stop and mode of each range of elements that are updated alike; see `updates`."""
+    mode = bool(optimizer.weight_decay) + 2 * bool(optimizer.l1)
     decayed = optimizer.decay_slices if mode else ()
     cuts = sorted({end for where in (*optimizer.updated, *decayed) for end in (where.start, where.stop)})
 

@@ -5,8 +5,8 @@ Each element gets the operations of the rule in `distdl.optim`, in its order: th
 Legend: w parameters, g gradient, lambda_ weight decay, rate learning rate; the others are the settings and the state of
 the optimizer. Numbers are rounded to float32 first, as NumPy does.
 
-`segments_` (n, 3) lists start, stop and mode of ranges of elements. The modes: `DECAY` adds ``lambda_ w`` to the
-gradient, `L1` adds ``l1 sign(w)``, 3 does both. For AdamW, `DECAY` multiplies w by `lambda_` instead.
+`segments_` (n, 3) lists start, stop and mode of ranges of elements. Mode 1 adds ``lambda_ w`` to the gradient, mode 2
+adds ``l1 sign(w)``, mode 3 adds both. For AdamW, modes 1 and 3 multiply w by `lambda_` instead.
 """
 
 import numpy as np
