@@ -71,10 +71,10 @@ def first_difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str 
     return next((name for name in ours if name in theirs and ours[name] != theirs[name]), None)
 
 
-def bits_of_ranks(communicator: Communicator, ours: Fingerprint, must_be_same: bool) -> dict[str, Any]:
+def bits_of_ranks(communicator: Communicator, ours: Fingerprint) -> dict[str, Any]:
     """Return the part of ``env.json`` about the bits: the fingerprint of rank 0, and a text for ranks that differ.
 
-    Collective. With `must_be_same`, raises `UserError` on every rank if a rank differs.
+    Collective.
     """
     hosts = communicator.allgather_json(socket.gethostname())
     digests = communicator.allgather_json(blake2b(repr(ours).encode(), digest_size=16).hexdigest())
@@ -90,8 +90,6 @@ def bits_of_ranks(communicator: Communicator, ours: Fingerprint, must_be_same: b
         f"{_named(ranks)} on {host} and rank 0 on {hosts[0]} compute other bits, first in: {name}"
         for (host, name), ranks in of_host.items()
     ]
-    if different and must_be_same:
-        raise UserError(f"--require-same-bits: {different[0]}; give hosts of one kind, or leave the flag out")
     return {"fingerprint": first, "ranks_that_differ": different}
 
 
@@ -112,7 +110,9 @@ def change_of_bits(before: CheckpointHeader, environment: Mapping[str, Any]) -> 
 
 
 def check_same_bits(start: StartingPoint | None, environment: Mapping[str, Any]) -> None:
-    """Raise `UserError` if a checkpoint to resume from does not show the bits of this run: ``--require-same-bits``."""
+    """Raise `UserError` unless all ranks and the checkpoint to resume from show the same bits: `require_same_bits`."""
+    for different in environment["ranks_that_differ"]:
+        raise UserError(f"--require-same-bits: {different}; give hosts of one kind, or leave the flag out")
     if start is None or start.found is None:
         return
     header = start.found.header()

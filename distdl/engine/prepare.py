@@ -140,7 +140,7 @@ class Preparation:
         check_equal_networks(communicator, config.model, state.network)
         self.warnings = check_memory(config, data, state, communicator)
         bits = together(communicator, lambda: fingerprint(config, data, state))
-        environment = describe(communicator, data) | bits_of_ranks(communicator, bits, config.require_same_bits)
+        environment = describe(communicator, data) | bits_of_ranks(communicator, bits)
         if config.require_same_bits:
             on_rank_0(communicator, lambda: check_same_bits(start, environment))
         facts = RunFacts(config, environment, from_rank_0(communicator, data.sha256), data.signature())

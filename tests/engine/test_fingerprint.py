@@ -10,7 +10,7 @@ from small_runs import piece_of_digits, small_config, small_run, warnings_in
 
 from distdl.data import PreparedDataset
 from distdl.engine import prepare
-from distdl.engine.fingerprint import bits_of_ranks, change_of_bits, fingerprint, first_difference
+from distdl.engine.fingerprint import bits_of_ranks, change_of_bits, check_same_bits, fingerprint, first_difference
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.header import CheckpointHeader
@@ -73,7 +73,7 @@ def test_only_operations_that_enter_the_results_count():
     portable = list(fingerprint(*prepared(kernels=Portable())))
     assert [name.split(" ")[0] for name in portable[3:]] == [
         *("conv2d_1", "batchnorm_1", "relu_1", "flatten_1", "affine_1")
-    ]  # fmt: skip
+    ]
     foreign = Foreign()
     with_own = list(fingerprint(*prepared(foreign, kernels=Portable())))
     assert foreign.calls == 0
@@ -116,11 +116,12 @@ class FourRanks(OneProcess):
 
 def test_ranks_that_differ_are_named_with_their_hosts_and_the_first_operation():
     ours = {"exp": "1", "sum": "2", "tanh": "3"}
-    assert bits_of_ranks(OneProcess(), ours, must_be_same=True) == {"fingerprint": ours, "ranks_that_differ": []}
+    assert bits_of_ranks(OneProcess(), ours) == {"fingerprint": ours, "ranks_that_differ": []}
     text = "ranks 1, 3 on b and rank 0 on a compute other bits, first in: sum"
-    assert bits_of_ranks(FourRanks(), ours, must_be_same=False) == {"fingerprint": ours, "ranks_that_differ": [text]}
+    found = bits_of_ranks(FourRanks(), ours)
+    assert found == {"fingerprint": ours, "ranks_that_differ": [text]}
     with pytest.raises(UserError, match=f"^--require-same-bits: {text}; give hosts of one kind, or leave the flag out"):
-        bits_of_ranks(FourRanks(), ours, must_be_same=True)
+        check_same_bits(None, found)
 
 
 @pytest.mark.mpi(min_size=2)
