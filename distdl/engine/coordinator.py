@@ -23,11 +23,11 @@ from distdl.data.signature import Signature
 from distdl.engine.checks.nonfinite import Fault
 from distdl.engine.console import Console
 from distdl.engine.events import RunListener
-from distdl.engine.fingerprint import change_of_bits
 from distdl.engine.keeper import CheckpointKeeper
 from distdl.engine.logbook import Logbook
 from distdl.engine.metrics import Sums
 from distdl.engine.printed_lines import describe_shares, epoch_line, last_lines, plateau_line, result_lines
+from distdl.engine.same_bits import change_of_bits
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.files import indented_json, remove_temporaries, write_durably

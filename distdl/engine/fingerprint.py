@@ -5,15 +5,15 @@ compared between the ranks, with the checkpoint that a run resumes from, and wit
 
 The operations are those that the results of the run consist of:
 
-- the initial weights, the loss and the optimizer;
+- normal numbers, which initial weights consist of, the loss and the optimizer;
 - with NumPy's kernels, the products in use (`MOST_ROWS` rows of them) and some others, and NumPy's functions;
 - with kernels whose bits do not depend on the CPU, the layers in use on two samples. No product of BLAS is among them,
   unless the network has layers of the user.
 """
 
 import math
-import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from hashlib import blake2b
 from typing import Any, TypeAlias
@@ -23,15 +23,10 @@ from numpy.typing import NDArray
 
 from distdl.config import TrainConfig
 from distdl.data import PreparedDataset
-from distdl.engine.state import TrainingState
-from distdl.engine.storage.header import CheckpointHeader
-from distdl.engine.storage.run_folder import StartingPoint
-from distdl.errors import UserError
 from distdl.nn import Sequential, make_loss
 from distdl.nn.layer_stack import LayerGroup
 from distdl.nn.layers import Layer
 from distdl.optim import optimizer_class
-from distdl.parallel import Communicator
 from distdl.rng import Key
 
 #: The hash of each operation by its name, in order.
@@ -49,15 +44,15 @@ MOST_ELEMENTS, NUMBERS = 2**14, 2**16
 _KEY = Key(0).of("fingerprint")
 
 
-def fingerprint(config: TrainConfig, data: PreparedDataset, state: TrainingState) -> Fingerprint:
-    """Return the fingerprint of this rank; `state` has the initial weights. Its gradients are zero afterwards."""
+def fingerprint(config: TrainConfig, data: PreparedDataset, network: Sequential) -> Fingerprint:
+    """Return the fingerprint of this rank. It does not depend on the weights, and leaves zeros in the gradients."""
     return {
         name: _hash(results)
         for name, results in (
-            ("initial weights", [state.network.parameters]),
-            ("loss", _loss(config, data, state.network)),
-            (f"optimizer {config.optimizer}", _updates(config, state.network)),
-            *_of_network(state.network, config.micro_batch_size),
+            ("normal numbers", [_KEY.normal(1000)]),
+            ("loss", _loss(config, data, network)),
+            (f"optimizer {config.optimizer}", _updates(config, network)),
+            *_of_network(network, config.micro_batch_size),
         )
     }
 
@@ -69,66 +64,6 @@ def first_difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str 
     'sum'
     """
     return next((name for name in ours if name in theirs and ours[name] != theirs[name]), None)
-
-
-def bits_of_ranks(communicator: Communicator, ours: Fingerprint) -> dict[str, Any]:
-    """Return the part of ``env.json`` about the bits: the fingerprint of rank 0, and a text for ranks that differ.
-
-    Collective.
-    """
-    hosts = communicator.allgather_json(socket.gethostname())
-    digests = communicator.allgather_json(blake2b(repr(ours).encode(), digest_size=16).hexdigest())
-    if len(set(digests)) == 1:
-        return {"fingerprint": ours, "ranks_that_differ": []}
-    first, *others = communicator.allgather_json(ours)
-    of_host: dict[tuple[str, str], list[int]] = {}
-    for rank, found in enumerate(others, start=1):
-        name = first_difference(first, found)
-        if name is not None:
-            of_host.setdefault((hosts[rank], name), []).append(rank)
-    different = [
-        f"{_named(ranks)} on {host} and rank 0 on {hosts[0]} compute other bits, first in: {name}"
-        for (host, name), ranks in of_host.items()
-    ]
-    return {"fingerprint": first, "ranks_that_differ": different}
-
-
-def change_of_bits(before: CheckpointHeader, environment: Mapping[str, Any]) -> str | None:
-    """Return what differs between the run that wrote a checkpoint and this one; None if nothing is known to differ.
-
-    A checkpoint of an earlier version has only the name of its kernel family.
-    """
-    now = " and ".join(environment["kernel_families"])
-    if before.fingerprint is None or "fingerprint" not in environment:
-        same = before.kernel_family == now
-        return None if same else f"the checkpoint was made with the kernels {before.kernel_family}, this run has {now}"
-    name = first_difference(before.fingerprint, environment["fingerprint"])
-    if name is None:
-        return None
-    where = "" if before.kernel_family == now else f" ({before.kernel_family}; here {now})"
-    return f"the run that wrote the checkpoint{where} computed other bits than this one, first in: {name}"
-
-
-def check_same_bits(start: StartingPoint | None, environment: Mapping[str, Any]) -> None:
-    """Raise `UserError` unless all ranks and the checkpoint to resume from show the same bits: `require_same_bits`."""
-    for different in environment["ranks_that_differ"]:
-        raise UserError(f"--require-same-bits: {different}; give hosts of one kind, or leave the flag out")
-    if start is None or start.found is None:
-        return
-    header = start.found.header()
-    change = change_of_bits(header, environment)
-    if change is None and header.fingerprint is None:
-        change = "an earlier version wrote the checkpoint, without a fingerprint"
-    if change is not None:
-        raise UserError(
-            f"--require-same-bits: cannot resume from {start.found.path}: {change}; resume where it was made, or "
-            "leave the flag out"
-        )
-
-
-def _named(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:4])) + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
 
 
 def _hash(results: Iterable[Array]) -> str:
@@ -207,16 +142,31 @@ def _layers(network: Sequential) -> Iterator[tuple[str, list[Array]]]:
                 for start, sizes in ((0, shape), (7, output_shape))
             )
             run = fused or layer
-            run.prepare()
             key = _KEY if fused is not None else _KEY.of(name)
-            y, dx = run.forward(x, training=True, key=key).copy(), run.backward(dy)
-            gradients = [one for at, one in network.named_gradients() if at.startswith(tuple(f"{n}." for n in names))]
+            parameters, gradients = (
+                [one for at, one in found if at.startswith(tuple(f"{n}." for n in names))]
+                for found in (network.named_parameters(), network.named_gradients())
+            )
+            with _pseudo_random(parameters):
+                run.prepare()
+                y, dx = run.forward(x, training=True, key=key).copy(), run.backward(dy)
             yield f"{name} ({' + '.join(map(str, layers))})", [y, *([] if dx is None else [dx]), *gradients]
             for gradient in gradients:
                 gradient.fill(0)
             stack.kernels.begin_backward()
         shape = output_shape
     network.statistics.fill(0)
+
+
+@contextmanager
+def _pseudo_random(parameters: Sequence[Array]) -> Iterator[None]:
+    """Give the parameters other values inside the block."""
+    before = [parameter.copy() for parameter in parameters]
+    for parameter in parameters:
+        parameter[...] = _numbers(11, *parameter.shape)
+    yield
+    for parameter, values in zip(parameters, before, strict=True):
+        parameter[...] = values
 
 
 def _inside(layers: Sequence[Layer]) -> Iterator[Layer]:

@@ -5,7 +5,7 @@ meanwhile, the survivors begin the preparation again, in the same run folder.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,12 +17,12 @@ from distdl.engine.console import Console
 from distdl.engine.coordinator import Coordinator, RunFacts
 from distdl.engine.environment import describe, numerics
 from distdl.engine.fault_injection import fault_point
-from distdl.engine.fingerprint import bits_of_ranks, check_same_bits, fingerprint
 from distdl.engine.introduction import introduce
 from distdl.engine.logbook import Logbook
 from distdl.engine.memory import check_memory, check_room_for_dataset
 from distdl.engine.metrics import Sums
 from distdl.engine.requirements import check_moments, check_outputs, check_ranks, outputs_of, restore
+from distdl.engine.same_bits import compared_bits
 from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
 from distdl.engine.storage.files import check_output
@@ -120,6 +120,8 @@ class Preparation:
 
     def _prepare(self, communicator: Communicator) -> Trainer:
         trainer, facts, start = self.build(communicator)
+        bits = compared_bits(communicator, self.config, trainer.data, trainer.state.network, facts.environment, start)
+        facts = replace(facts, environment=bits)
         console = self.console = self.console or Console(live=communicator.size == 1)
         logbook = Logbook(self.config, trainer.steps_per_epoch, console, keeps=communicator.survives_failures)
         self._open_folder(communicator, facts, start, logbook)
@@ -139,11 +141,7 @@ class Preparation:
         state = together(communicator, lambda: self._build_state(data))
         check_equal_networks(communicator, config.model, state.network)
         self.warnings = check_memory(config, data, state, communicator)
-        bits = together(communicator, lambda: fingerprint(config, data, state))
-        environment = describe(communicator, data) | bits_of_ranks(communicator, bits)
-        if config.require_same_bits:
-            on_rank_0(communicator, lambda: check_same_bits(start, environment))
-        facts = RunFacts(config, environment, from_rank_0(communicator, data.sha256), data.signature())
+        facts = RunFacts(config, describe(communicator, data), from_rank_0(communicator, data.sha256), data.signature())
         steps_per_epoch = batch_order.steps_per_epoch(len(data.parts.training), config.batch_size)
         on_rank_0(communicator, lambda: self._restore(state, start, facts.data_sha256, steps_per_epoch))
         state.send_from_rank_0(communicator)

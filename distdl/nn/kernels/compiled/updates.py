@@ -150,7 +150,7 @@ def sum_of_squares(vector_, partial_):
             rest = load_lanes(x, at + chain, stop - at - chain)
             store_lanes(partial, chain, fma(rest, rest, load(partial, chain)), WIDTH)
         for chain in range(CHAINS):
-            total += float(partial_[chain])
+            total += np.float64(partial_[chain])
     return total
 
 
@@ -159,5 +159,5 @@ def wide_sum_of_squares(vector_):
     """Return the sum of the squares in float64, one chain in ascending order: for squares that overflow float32."""
     total = 0.0
     for x in vector_:
-        total += float(x) * float(x)
+        total += np.float64(x) * np.float64(x)
     return total
