@@ -87,7 +87,7 @@ def _pool() -> NDArray[np.float32]:
 
 def _loss(config: TrainConfig, data: PreparedDataset, network: Sequential) -> list[Array]:
     rows = data.parts.training[:8]
-    loss = make_loss(data.loss_named(config.loss))
+    loss = network.stack.kernels.loss(make_loss(data.loss_named(config.loss)))
     outputs = _numbers(0, len(rows), *network.output_shape).astype(network.dtype)
     value = loss.forward(outputs, data.targets(rows))
     return [np.array(value, np.float64), loss.backward()]

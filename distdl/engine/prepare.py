@@ -19,7 +19,7 @@ from distdl.engine.environment import describe, numerics
 from distdl.engine.fault_injection import fault_point
 from distdl.engine.introduction import introduce
 from distdl.engine.logbook import Logbook
-from distdl.engine.memory import check_memory, check_room_for_dataset
+from distdl.engine.memory import check_memory, check_resized, check_room_for_dataset
 from distdl.engine.metrics import Sums
 from distdl.engine.requirements import check_moments, check_outputs, check_ranks, outputs_of, restore
 from distdl.engine.same_bits import compared_bits
@@ -133,6 +133,7 @@ class Preparation:
         """Return a trainer before its first step, its facts, and on rank 0 the start; write nothing. Collective."""
         config = self.config
         together(communicator, lambda: check_ranks(config, communicator.size))
+        on_rank_0(communicator, lambda: check_resized(config))
         if config.trace is not None:
             on_rank_0(communicator, partial(check_output, config.trace, "--trace"))
         start = on_rank_0(communicator, lambda: find_start(config, self.folder, after_failure=self.is_repeated))
@@ -141,7 +142,8 @@ class Preparation:
         state = together(communicator, lambda: self._build_state(data))
         check_equal_networks(communicator, config.model, state.network)
         self.warnings = check_memory(config, data, state, communicator)
-        facts = RunFacts(config, describe(communicator, data), from_rank_0(communicator, data.sha256), data.signature())
+        environment = describe(communicator, data, dataset=config.dataset)
+        facts = RunFacts(config, environment, from_rank_0(communicator, data.sha256), data.signature())
         steps_per_epoch = batch_order.steps_per_epoch(len(data.parts.training), config.batch_size)
         on_rank_0(communicator, lambda: self._restore(state, start, facts.data_sha256, steps_per_epoch))
         state.send_from_rank_0(communicator)
@@ -151,7 +153,7 @@ class Preparation:
     def _share_data(self, communicator: Communicator, start: StartingPoint | None) -> PreparedDataset:
         """Read and split the dataset on rank 0; return it on all ranks, one copy per host. Collective."""
         sha256 = start.found.header().data_sha256 if start is not None and start.found is not None else None
-        arrays = on_rank_0(communicator, lambda: read_data(self.config, self.dataset, sha256).to_arrays())
+        arrays = self.stop.on_rank_0(communicator, lambda: read_data(self.config, self.dataset, sha256).to_arrays())
         fault_point("data")
         check_room_for_dataset(communicator, arrays)
         shared = share_arrays(communicator, arrays or {})

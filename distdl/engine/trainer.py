@@ -93,7 +93,9 @@ class Trainer:
         self.state = state
         self.stop = stop
         self.key = Key(config.seed)
-        self.loss, self._training_loss = make_loss(data.loss_named(config.loss)), training_loss(config, data)
+        implementation = state.network.stack.kernels.loss
+        self.loss = implementation(make_loss(data.loss_named(config.loss)))
+        self._training_loss = implementation(training_loss(config, data))
         self._batch_order = BatchOrder(data.parts.training, config.batch_size, self.key)
         self.steps_per_epoch = self._batch_order.steps_per_epoch
         self.schedule = make_schedule(

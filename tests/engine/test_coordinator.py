@@ -488,7 +488,7 @@ def test_another_numpy_gives_a_warning(tmp_path, monkeypatch, capsys):
     assert warnings_in(capsys.readouterr().err) == []
     described["versions"]["numpy"] = "9.9"
     described["kernel_families"] = ["Haswell", "Zen"]
-    monkeypatch.setattr(engine_run, "describe", lambda *_: described)
+    monkeypatch.setattr(engine_run, "describe", lambda *_, **__: described)
     small_run(OneProcess(), tmp_path / "run", resume="auto", max_steps=3)
     warnings = "\n".join(warnings_in(capsys.readouterr().err))
     assert f"made with NumPy {np.__version__}, this run has 9.9: bits may differ" in warnings

@@ -31,7 +31,10 @@ def test_a_training_with_compiled_kernels_has_one_receipt_on_every_cpu(tmp_path)
     pytest.importorskip("numba")
     found = {}
     for number, family in enumerate(("its own", "Haswell")):
-        cache = {"XDG_CACHE_HOME": str(tmp_path / f"{number}"), "NUMBA_CACHE_DIR": str(tmp_path / f"{number}" / "numba")}
+        cache = {
+            "XDG_CACHE_HOME": str(tmp_path / f"{number}"),
+            "NUMBA_CACHE_DIR": str(tmp_path / f"{number}" / "numba"),
+        }
         found[family] = json.loads(output_as(family, HERE / "training.py", **cache).splitlines()[-1])
     own, other = found.values()
     assert first_difference(own["fingerprint"], other["fingerprint"]) is None

@@ -17,6 +17,7 @@ from typing import Any, Self
 from distdl.nn.kernels.chains import Chain, chain_at
 from distdl.nn.kernels.fused_layers import FusedLayers
 from distdl.nn.layers import Array, Layer
+from distdl.nn.losses import LossFunction
 
 __all__ = ["NUMPY", "PLAIN", "Chain", "FusedLayers", "Kernels"]
 
@@ -43,6 +44,10 @@ class Kernels(ABC):
         It takes the optimizer and returns its update: see ``distdl.optim.Optimizer``.
         """
         return None
+
+    def loss(self, loss: LossFunction) -> LossFunction:
+        """Return the implementation of this loss: it itself, as written, unless the kernels have another one."""
+        return loss
 
     def for_network(self) -> Self:
         """Return the kernels for one network: itself, unless they keep arrays."""

@@ -16,17 +16,29 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from distdl.nn.activations import Sigmoid, Softmax, Tanh
 from distdl.nn.convolution import Conv2d
 from distdl.nn.kernels import FusedLayers, Kernels
 from distdl.nn.kernels.compiled import optimizers
+from distdl.nn.kernels.compiled.affine import affine_at
 from distdl.nn.kernels.compiled.arrays import GradientArrays
 from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.kernels.compiled.convolution import convolution_at
-from distdl.nn.layers import Array, Layer
+from distdl.nn.kernels.compiled.losses import compiled_loss
+from distdl.nn.kernels.compiled.sigmoids import sigmoid_at
+from distdl.nn.kernels.compiled.upsampling import upsampling_at
+from distdl.nn.layers import Affine, Array, Layer
+from distdl.nn.losses import LossFunction
+from distdl.nn.upsampling import Upsample2d
 
 #: For each class of layers, the function that returns the implementation at the first of the given layers, if any.
 _IMPLEMENTATIONS: dict[type[Layer], Callable[[Sequence[Layer], Sequence[str]], CompiledLayers | None]] = {
+    Affine: affine_at,
     Conv2d: convolution_at,
+    Sigmoid: sigmoid_at,
+    Softmax: sigmoid_at,
+    Tanh: sigmoid_at,
+    Upsample2d: upsampling_at,
 }
 
 
@@ -47,6 +59,9 @@ class _Compiled(Kernels):
 
     def release(self, gradient: Array) -> None:
         self._gradients.release(gradient)
+
+    def loss(self, loss: LossFunction) -> LossFunction:
+        return compiled_loss(loss)
 
     def fuse(self, layers: Sequence[Layer], names: Sequence[str]) -> tuple[FusedLayers | None, int]:
         find = _IMPLEMENTATIONS.get(type(layers[0]))
