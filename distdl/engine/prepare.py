@@ -5,7 +5,7 @@ meanwhile, the survivors begin the preparation again, in the same run folder.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from distdl.engine.logbook import Logbook
 from distdl.engine.memory import check_memory, check_resized, check_room_for_dataset
 from distdl.engine.metrics import Sums
 from distdl.engine.requirements import check_moments, check_outputs, check_ranks, outputs_of, restore
+from distdl.engine.same_bits import compared_bits
 from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
 from distdl.engine.storage.files import check_output
@@ -119,6 +120,8 @@ class Preparation:
 
     def _prepare(self, communicator: Communicator) -> Trainer:
         trainer, facts, start = self.build(communicator)
+        bits = compared_bits(communicator, self.config, trainer.data, trainer.state.network, facts.environment, start)
+        facts = replace(facts, environment=bits)
         console = self.console = self.console or Console(live=communicator.size == 1)
         logbook = Logbook(self.config, trainer.steps_per_epoch, console, keeps=communicator.survives_failures)
         self._open_folder(communicator, facts, start, logbook)
@@ -173,6 +176,7 @@ class Preparation:
                     l1=config.l1_decay,
                     decay_slices=network.decay_slices,
                     frozen=transfer.frozen_slices(network, config.freeze),
+                    fused=network.stack.kernels.optimizer_rule(config.optimizer),
                     **config.optimizer_settings,
                 )
         except MemoryError:
