@@ -1,5 +1,6 @@
 """Compiled convolutions, with the ReLU and the 2x2 max-pooling that follow them."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,7 +8,9 @@ import numpy as np
 from distdl.nn.activations import ReLU
 from distdl.nn.convolution import Conv2d
 from distdl.nn.kernels.compiled import direct, products, winograd
+from distdl.nn.kernels.compiled.arrays import scratch
 from distdl.nn.kernels.compiled.base import CompiledLayers
+from distdl.nn.kernels.fused_layers import Elements
 from distdl.nn.layers import Array, Layer
 from distdl.nn.pooling import MaxPool2d
 from distdl.nn.windows import Window
@@ -32,40 +35,48 @@ class WinogradConvolution(CompiledLayers):
     """A 3x3 convolution with stride 1, ReLU and 2x2 max-pooling by F(4x4, 3x3); see `winograd`."""
 
     def __init__(self, layers: Sequence[Layer], name: str, *, relu: bool, pool: bool) -> None:
-        super().__init__(layers, name)
         conv = layers[0]
         assert isinstance(conv, Conv2d)
         self.conv, self.relu, self.pool = conv, relu, pool
         self.C, self.F, (self.OH, self.OW) = conv.channels, conv.filters, conv.output_size
         self.output_size = (self.OH // 2, self.OW // 2) if pool else (self.OH, self.OW)
+        super().__init__(layers, name, (*self.output_size, self.F))
+
+    def elements(self) -> Elements:
+        tiles = winograd.SMALL_SCRATCH + 36 * self._tiles_of_block() * (self.C + self.F)
+        transformed = 36 * self.C * self.F
+        return Elements(
+            kept=math.prod(self.output_shape) * (1 + self.pool * 3 / 32),
+            of_weights=transformed * (1 + self.conv.needs_input_gradient),
+            gradient=math.prod(self.conv.size) * self.C * self.conv.needs_input_gradient,
+            scratch=tiles + transformed + self.F,
+        )
 
     def _tiles_of_block(self) -> int:
         """Return P: many tiles if the transformed weights are too large for the cache."""
         return 48 if self.C * self.F <= 128 * 128 else 128
 
     def _scratch(self) -> Array:
-        return self.workspace.array(
-            "scratch", (winograd.SMALL_SCRATCH + 36 * self._tiles_of_block() * (self.C + self.F),)
-        )
+        return self.kept.array("scratch", (winograd.SMALL_SCRATCH + 36 * self._tiles_of_block() * (self.C + self.F),))
 
     def _transformed(self, name: str) -> Array:
-        return self.workspace.array(name, (36 * self.C * self.F,))
+        return self.kept.array(name, (36 * self.C * self.F,))
 
     def _winners(self, N: int) -> Array:
         windows = N * self.output_size[0] * self.output_size[1] if self.pool else 0
-        return self.workspace.array("winners", (windows * -(-self.F // 16), 3), dtype=np.uint16)
+        return self.kept.array("winners", (windows * -(-self.F // 16), 3), dtype=np.uint16)
 
     def prepare(self) -> None:
         weight = self.conv.parameters["weight"]
         winograd.transform_weights(weight, self._transformed("U"))
         if self.conv.needs_input_gradient:
-            transposed = self.workspace.array("transposed", (3, 3, self.F, self.C))
+            transposed = scratch("gradient of weights", weight.size).reshape(3, 3, self.F, self.C)
             np.copyto(transposed, weight.swapaxes(2, 3))
             winograd.transform_weights(transposed, self._transformed("UT"))
 
     def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         self.x = x
-        self.y = self.workspace.array("y", (len(x), *self.output_size, self.F))
+        self.y = self.kept.array("y", (len(x), *self.output_size, self.F))
         bias = self.conv.parameters["bias"] if self.conv.bias else self.y.reshape(-1)
         winograd.forward(
             x, self._transformed("U"), bias, self.y, self._winners(len(x)), self._scratch(), self._tiles_of_block(),
@@ -75,9 +86,9 @@ class WinogradConvolution(CompiledLayers):
 
     def _backward(self, dy: Array) -> Array | None:
         wanted = self.conv.needs_input_gradient
-        dx = self.workspace.array("dx", self.x.shape if wanted else (0, 0, 0, 0))
-        dU = self.workspace.array("dU", (36, self.C, self.F))
-        bias = self.conv.gradients["bias"] if self.conv.bias else self.workspace.array("d_bias", (self.F,))
+        dx = self.gradients.take(self.x.shape if wanted else (0, 0, 0, 0))
+        dU = scratch("gradient of weights", 36 * self.C * self.F).reshape(36, self.C, self.F)
+        bias = self.conv.gradients["bias"] if self.conv.bias else scratch("gradient of bias", self.F)
         winograd.backward(
             self.x, self._transformed("UT"), dy, self.y, self._winners(len(dy)), dU, bias, dx, self._scratch(),
             self._tiles_of_block(), self.OH, self.OW, *self.conv.window.padding, self.relu, self.pool, wanted,
@@ -90,79 +101,79 @@ class DirectConvolution(CompiledLayers):
     """Any other convolution, ReLU and 2x2 max-pooling; see `direct`."""
 
     def __init__(self, layers: Sequence[Layer], name: str, *, relu: bool, pool: bool) -> None:
-        super().__init__(layers, name)
         conv = layers[0]
         assert isinstance(conv, Conv2d)
         self.conv, self.relu, self.pool = conv, relu, pool
-        self.window = (*conv.window.kernel, *conv.window.stride, *conv.window.padding)
-        (self.H, self.W), (self.OH, self.OW) = conv.size, conv.output_size
-        self.C, self.F = conv.channels, conv.filters
-        self.output_shape = (self.OH // 2, self.OW // 2, self.F) if pool else (self.OH, self.OW, self.F)
-        #: Without pooling, the pixels of a 1x1 convolution are images of their own.
-        self.by_points = self.window == (1, 1, 1, 1, 0, 0) and not pool
-        if self.by_points:
-            self.H = self.W = self.OH = self.OW = 1
+        window = conv.window
+        self.window = (*window.kernel, *window.stride, *window.padding)
+        OH, OW = conv.output_size
+        super().__init__(layers, name, (OH // 2, OW // 2, conv.filters) if pool else (OH, OW, conv.filters))
+        # Without pooling, the pixels of a 1x1 convolution are images of their own.
+        self.pointwise = self.window == (1, 1, 1, 1, 0, 0) and not pool
+        self.image = (1, 1, conv.channels) if self.pointwise else (*conv.size, conv.channels)
+        self.output = (1, 1, conv.filters) if self.pointwise else (OH, OW, conv.filters)
 
-    def _block(self, N: int) -> tuple[int, bool]:
-        """Return the number of images of a block, and whether the rows of products are pixels of one image."""
-        by_pixels = not self.by_points and (N < 6 or self.OW >= 16)
-        floats = self.H * self.W * self.C + self.OH * self.OW * self.F
-        block = 2**18 // floats if by_pixels else max(24, 2**18 // floats // 24 * 24)
-        import os
-        if self.by_points and "PB" in os.environ: block = int(os.environ["PB"])
-        return max(1, min(block, N)), by_pixels
+    def elements(self) -> Elements:
+        weights = math.prod(self.conv.window.kernel) * self.conv.channels * self.conv.filters
+        one_block = products.block_width(0, self.conv.filters) == self.conv.filters
+        block, _ = direct.block_of(self.image, self.output, 2**30)
+        return Elements(
+            kept=math.prod(self.output_shape) * (1 + self.pool * 3 / 32),
+            of_weights=weights * (1 - one_block + self.conv.needs_input_gradient),
+            gradient=math.prod(self.conv.size) * self.conv.channels * self.conv.needs_input_gradient,
+            scratch=self._scratch_size(block) + self.conv.filters,
+        )
+
+    def _scratch_size(self, block: int) -> int:
+        """Return the larger of the sizes of both passes."""
+        forward = math.prod((block, direct.rows_of_block(self.output, block), *self.output[1:])) if self.pool else 0
+        masked = self.relu or self.pool
+        backward: int = direct.backward_scratch(self.window, self.image, self.output, block, masked)
+        return max(forward, backward)
 
     def _packed(self) -> Array:
-        """Return the packed weights; a single block of columns is its own packed form."""
-        weight = self.conv.parameters["weight"].reshape(-1, self.F)
-        if products.block_width(0, self.F) == self.F:
+        """Return the array of the packed weights; weights that are one block of columns are packed as they are."""
+        weight = self.conv.parameters["weight"]
+        if products.block_width(0, self.conv.filters) == self.conv.filters:
             return weight.reshape(-1)
-        return self.workspace.array("packed", (weight.size,))
+        return self.kept.array("packed", (weight.size,))
 
     def _transposed(self) -> Array:
-        return self.workspace.array("transposed", (self.conv.parameters["weight"].size,))
+        return self.kept.array("transposed", (self.conv.parameters["weight"].size,))
 
     def _winners(self, N: int) -> Array:
         windows = N * self.output_shape[0] * self.output_shape[1] if self.pool else 0
-        return self.workspace.array("winners", (windows * -(-self.F // 16), 3), dtype=np.uint16)
+        return self.kept.array("winners", (windows * -(-self.conv.filters // 16), 3), dtype=np.uint16)
 
     def prepare(self) -> None:
         weight, packed = self.conv.parameters["weight"], self._packed()
-        if not np.may_share_memory(weight, packed):
-            products.pack(weight.reshape(-1, self.F), packed)
+        if packed.ctypes.data != weight.ctypes.data:
+            products.pack(weight.reshape(-1, self.conv.filters), packed)
         if self.conv.needs_input_gradient:
-            direct.pack_for_input_gradient(
-                weight, self.conv.window.stride, self.conv.window.padding, self._transposed()
-            )
+            direct.pack_for_input_gradient(weight, self.window, self._transposed())
 
     def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
-        N = len(x)
-        self.x, self.y = x, self.workspace.array("y", (N, *self.output_shape))
-        images = x.reshape(-1, self.H, self.W, self.C)
-        y = self.y.reshape(len(images), *(1, 1) if self.by_points else self.output_shape[:2], self.F)
-        block, by_pixels = self._block(len(images))
-        rows = max(2, 2**16 // (self.OW * self.F * block) // 2 * 2)
-        scratch = self.workspace.array("scratch", (block * rows * self.OW * self.F if self.pool else 0,))
+        self.x, self.y = x, self.kept.array("y", (len(x), *self.output_shape))
+        images = x.reshape(-1, *self.image)
+        y = self.y.reshape(len(images), *self.output) if self.pointwise else self.y
+        block, by_pixels = direct.block_of(self.image, self.output, len(images))
         bias = self.conv.parameters["bias"] if self.conv.bias else y.reshape(-1)
         direct.forward(
-            images, self._packed(), bias, y, self._winners(N), scratch, self.window, (self.OH, self.OW), block, rows,
-            by_pixels, self.conv.bias, self.relu, self.pool,
+            images, self._packed(), bias, y, self._winners(len(x)), scratch("convolution", self._scratch_size(block)),
+            self.window, self.output[:2], block, direct.rows_of_block(self.output, block), by_pixels, self.conv.bias,
+            self.relu, self.pool,
         )  # fmt: skip
         return self.y
 
     def _backward(self, dy: Array) -> Array | None:
         wanted = self.conv.needs_input_gradient
-        dx = self.workspace.array("dx", self.x.shape if wanted else (0, 0, 0, 0))
-        images = self.x.reshape(-1, self.H, self.W, self.C)
-        block, by_pixels = self._block(len(images))
-        floats = direct.backward_scratch(
-            self.window, (self.OH, self.OW), block, self.C, self.F, self.relu or self.pool
-        )
-        bias = self.conv.gradients["bias"] if self.conv.bias else self.workspace.array("d_bias", (self.F,))
-        weight = self.conv.gradients["weight"]
+        dx = self.gradients.take(self.x.shape if wanted else (0, 0, 0, 0))
+        images = self.x.reshape(-1, *self.image)
+        block, by_pixels = direct.block_of(self.image, self.output, len(images))
+        bias = self.conv.gradients["bias"] if self.conv.bias else scratch("gradient of bias", self.conv.filters)
         direct.backward(
-            images, self._transposed(), dy.reshape(len(images), -1, 1, self.F), self.y, self._winners(len(dy)), weight,
-            bias, dx, self.workspace.array("gradient scratch", (floats,)), self.window, (self.OH, self.OW), block,
-            by_pixels, self.relu, self.pool, wanted,
+            images, self._transposed(), dy, self.y, self._winners(len(dy)), self.conv.gradients["weight"], bias, dx,
+            scratch("convolution", self._scratch_size(block)), self.window, self.output[:2], block, by_pixels,
+            self.relu, self.pool, wanted,
         )  # fmt: skip
         return dx if wanted else None

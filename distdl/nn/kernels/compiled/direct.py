@@ -18,19 +18,21 @@ import numpy as np
 from numba import njit
 
 from distdl.nn.kernels.compiled.jit import kernel
-from distdl.nn.kernels.compiled.products import block_width, packed_product, product
+from distdl.nn.kernels.compiled.products import block_width, packed_product, product, transpose
 from distdl.nn.kernels.compiled.simd import (
     greater,
     greater_equal,
     load_lanes,
+    load_number,
     maximum,
     select,
     splat,
-    load_number,
-    store_number,
     store_lanes,
+    store_number,
 )
 
+#: Floats of the images of a block that the second-level cache holds, as a guide.
+CACHE = 2**18
 #: Below this number of channels, the gradient of the weights counts zeros outside of the image.
 FEW = 16
 #: From this number of output pixels on, it takes one image at a time.
@@ -150,6 +152,24 @@ def _finish_pooled(rows, OW, y, windows, PW, F, bias, has_bias, relu, winners_, 
             if relu:
                 v = maximum(v, zero)
             store_lanes(y, w * F + f, v, lanes)
+
+
+def block_of(image, output, N):
+    """Return the number of images of a block, and whether the rows of products are pixels of one image."""
+    H, W, C = image
+    OH, OW, F = output
+    by_pixels = OW > 1 and (N < 6 or OW >= 16)
+    images = CACHE // (H * W * C + OH * OW * F)
+    if H == W == 1:
+        images = 96
+    elif not by_pixels:
+        images = max(24, images // 24 * 24)
+    return max(1, min(images, N)), by_pixels
+
+
+def rows_of_block(output, block):
+    """Return the number of rows of images that `forward` computes at a time, an even one."""
+    return max(2, CACHE // 4 // (output[1] * output[2] * block) // 2 * 2)
 
 
 @kernel
@@ -350,29 +370,26 @@ def _weight_gradient_of_few(x, count, H, W, C, d, OH, OW, F, window, d_weights, 
 
 
 @kernel
-def pack_for_input_gradient(weights_, stride, padding, packed_):
+def pack_for_input_gradient(weights_, window, packed_):
     """Write the matrices of `_input_gradient` to `packed`, one for each of the SH SW classes of pixels.
 
     The pixels of class (a, b) are ``h % SH = a``, ``w % SW = b``. They use the elements i of the kernel for which SH
     divides ``a + PH - i``, in descending order, and j alike: the matrix is (elements, F) times (C).
     """
-    FH, FW, C, F = weights_.shape
-    at = 0
-    for a in range(stride[0]):
-        ia = (a + padding[0]) % stride[0]
-        for b in range(stride[1]):
-            jb = (b + padding[1]) % stride[1]
+    _, _, C, F = weights_.shape
+    FH, FW, SH, SW, PH, PW = window
+    weights, to = weights_.ctypes.data, packed_.ctypes.data
+    for a in range(SH):
+        ia = (a + PH) % SH
+        for b in range(SW):
+            jb = (b + PW) % SW
             n = 0
             while n < C:
                 width = block_width(n, C)
-                for i in range(ia + (FH - 1 - ia) // stride[0] * stride[0], -1, -stride[0]):
-                    for j in range(jb + (FW - 1 - jb) // stride[1] * stride[1], -1, -stride[1]):
-                        for f0 in range(0, F, 16):
-                            some = min(16, F - f0)
-                            for c in range(width):
-                                for f in range(some):
-                                    packed_[at + f * width + c] = weights_[i, j, n + c, f0 + f]
-                            at += some * width
+                for i in range(ia + (FH - 1 - ia) // SH * SH, -1, -SH):
+                    for j in range(jb + (FW - 1 - jb) // SW * SW, -1, -SW):
+                        transpose(weights + 4 * ((i * FW + j) * C + n) * F, F, width, F, to, width)
+                        to += 4 * F * width
                 n += width
 
 
@@ -390,28 +407,40 @@ def _input_gradient(d, count, OH, OW, F, packed, C, window, dx, H, W, by_pixels)
             part = (FA, FB, 1, 1, FA - 1 - (a + PH) // SH, FB - 1 - (b + PW) // SW)
             to = dx + 4 * (a * W + b) * C
             if rows > 0 and columns > 0:
-                _rows(
-                    d, count, OH, OW, F, at, C, part, to, H * W * C, SH * W * C, SW * C, 0, rows, columns, by_pixels
-                )
+                _rows(d, count, OH, OW, F, at, C, part, to, H * W * C, SH * W * C, SW * C, 0, rows, columns, by_pixels)
             at += 4 * FA * FB * F * C
 
 
-def backward_scratch(window, size, block, C, F, masked):
+def backward_scratch(window, image, output, block, masked):
     """Return the number of floats that `backward` needs; `masked` with ReLU or pooling."""
-    FH, FW, *_ = window
-    pixels = block * size[0] * size[1]
-    rest = 0
+    FH, FW, _, SW, _, _ = window
+    C, (OH, OW, F) = image[2], output
     if C < FEW:
-        stripe = ((size[1] - 1) * window[3] + FW) * FH * C
+        stripe = ((OW - 1) * SW + FW) * FH * C
         rest = _padded_rows.py_func(FH * FW * C, F) * F + max(STRIPES, stripe) + 16
     else:
         rest = COPIES * (C + F)
-    return rest + (pixels * F if masked else 0)
+    return rest + (block * OH * OW * F if masked else 0)
 
 
 @kernel
 def backward(
-    x_, packed_, dy_, y_, winners_, d_weights_, d_bias_, dx_, scratch_, window, size, block, by_pixels, relu, pool, wanted
+    x_,
+    packed_,
+    dy_,
+    y_,
+    winners_,
+    d_weights_,
+    d_bias_,
+    dx_,
+    scratch_,
+    window,
+    size,
+    block,
+    by_pixels,
+    relu,
+    pool,
+    wanted,
 ):
     """Write the gradients of the weights and the bias and, if `wanted`, that of x.
 
