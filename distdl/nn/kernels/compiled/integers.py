@@ -48,49 +48,41 @@ def to_float(typing: Any, x: Any) -> Any:
     return vector(integers), lambda context, builder, kind, given: builder.sitofp(given[0], _FLOATS)
 
 
-def _with_constant(operation: Any, name: str) -> None:
-    """Define the operation of integers and a Python integer, the same for each lane."""
+@intrinsic
+def splat_integer(typing: Any, number: Any) -> Any:
+    """Return a vector that has the lowest 32 bits of this integer in each lane."""
 
-    @intrinsic
-    def generated(typing: Any, x: Any, number: Any) -> Any:
-        def generate(context: Any, builder: Any, kind: Any, given: Any) -> Any:
-            first = builder.insert_element(
-                ir.Constant(_INTEGERS, ir.Undefined), builder.trunc(given[1], _I32), ir.Constant(_I32, 0)
-            )
-            every = builder.shuffle_vector(first, first, ir.Constant(_INTEGERS, [0] * WIDTH))
-            return getattr(builder, name)(given[0], every)
+    def generate(context: Any, builder: Any, kind: Any, given: Any) -> Any:
+        undefined = ir.Constant(_INTEGERS, ir.Undefined)
+        first = builder.insert_element(undefined, builder.trunc(given[0], _I32), ir.Constant(_I32, 0))
+        return builder.shuffle_vector(first, undefined, ir.Constant(_INTEGERS, [0] * WIDTH))
 
-        return integers(integers, types.int64), generate
-
-    def typed(x, y):
-        if isinstance(x, IntegersType) and isinstance(y, types.Integer):
-            return lambda x, y: generated(x, y)  # noqa: PLW0108
-        return None
-
-    overload(operation)(typed)
+    return integers(types.int64), generate
 
 
-for _operation, _name in (
-    (operator.lshift, "shl"),
-    (operator.rshift, "ashr"),
-    (operator.and_, "and_"),
-    (operator.add, "add"),
-):
-    _with_constant(_operation, _name)
+def _define(operation: Any, name: str) -> None:
+    """Define the operation of integers and integers, or one Python integer for all lanes on the right."""
 
-
-def _of_two(operation: Any, name: str) -> None:
     @intrinsic
     def generated(typing: Any, x: Any, y: Any) -> Any:
         return integers(integers, integers), lambda context, builder, kind, given: getattr(builder, name)(*given)
 
     def typed(x, y):
-        if isinstance(x, IntegersType) and isinstance(y, IntegersType):
-            return lambda x, y: generated(x, y)  # noqa: PLW0108
-        return None
+        if not isinstance(x, IntegersType):
+            return None
+        if isinstance(y, types.Integer):
+            return lambda x, y: generated(x, splat_integer(y))
+        return lambda x, y: generated(x, y)  # noqa: PLW0108
 
     overload(operation)(typed)
 
 
-for _operation, _name in ((operator.sub, "sub"), (operator.or_, "or_")):
-    _of_two(_operation, _name)
+for _operation, _name in (
+    (operator.add, "add"),
+    (operator.sub, "sub"),
+    (operator.and_, "and_"),
+    (operator.or_, "or_"),
+    (operator.lshift, "shl"),
+    (operator.rshift, "ashr"),
+):
+    _define(_operation, _name)
