@@ -60,7 +60,8 @@ def training_steps(job, communicator):
     network = build_model(job.model, data.images.shape[1:], data.classes)
     network.use(kernels_of(job))
     network.initialize(Key(0).of("initialization"))
-    optimizer = optimizer_class("adam")(network.parameters.size, decay_slices=network.decay_slices)
+    fused = network.stack.kernels.optimizer_rule("adam")
+    optimizer = optimizer_class("adam")(network.parameters.size, decay_slices=network.decay_slices, fused=fused)
     return TrainingSteps(config, communicator, data, TrainingState(network, optimizer))
 
 

@@ -260,7 +260,9 @@ class Workbench:
         ).checked()
         count = case.batch_size * (self.warm_up_steps + self.steps)  # one epoch; images repeat if there are fewer
         rows = np.arange(count, dtype=np.int64) % len(self._dataset.images)
-        state = TrainingState(self.network, optimizer_class(config.optimizer)(self.network.parameters.size))
+        fused = self.network.stack.kernels.optimizer_rule(config.optimizer)
+        optimizer = optimizer_class(config.optimizer)(self.network.parameters.size, fused=fused)
+        state = TrainingState(self.network, optimizer)
         return TrainingSteps(config, world, self._dataset.with_training_rows(rows), state)
 
     def measure(self, case: ScalingCase) -> Measurement | None:
