@@ -19,11 +19,14 @@ import numpy as np
 from distdl.nn.convolution import Conv2d
 from distdl.nn.kernels import FusedLayers, Kernels
 from distdl.nn.kernels.compiled.base import CompiledLayers
+from distdl.nn.kernels.compiled.batch_norm import batch_norm_at
 from distdl.nn.kernels.compiled.convolution import convolution_at
 from distdl.nn.layers import Layer
+from distdl.nn.normalization import BatchNorm
 
 #: For each class of layers, the function that returns the implementation at the first of the given layers, if any.
 _IMPLEMENTATIONS: dict[type[Layer], Callable[[Sequence[Layer], Sequence[str]], CompiledLayers | None]] = {
+    BatchNorm: batch_norm_at,
     Conv2d: convolution_at,
 }
 

@@ -44,6 +44,10 @@ def _pointer(builder: Any, address: Any, offset: Any, kind: Any) -> Any:
     return builder.inttoptr(builder.add(address, bytes_), kind.as_pointer())
 
 
+def _numbered(builder: Any, address: Any, index: Any, kind: Any, size: int) -> Any:
+    return builder.inttoptr(builder.add(address, builder.mul(index, ir.Constant(_I64, size))), kind.as_pointer())
+
+
 def _load(builder: Any, address: Any, offset: Any, kind: Any = _VECTOR) -> Any:
     return builder.load(_pointer(builder, address, offset, kind), align=4, typ=kind)
 
@@ -220,6 +224,30 @@ def select(typing: Any, bits: Any, x: Any, y: Any) -> Any:
         return builder.select(builder.bitcast(given[0], _MASK), given[1], given[2])
 
     return vector(types.uint16, vector, vector), generate
+
+
+@intrinsic
+def load_bits(typing: Any, address: Any, index: Any) -> Any:
+    """Return the 16 bits of this index in an array of uint16, given by its address.
+
+    A kernel that passes the array itself to an inlined function counts references at each call, which is slow.
+    """
+
+    def generate(context: Any, builder: Any, kind: Any, given: Any) -> Any:
+        return builder.load(_numbered(builder, given[0], given[1], _I16, 2), align=2, typ=_I16)
+
+    return types.uint16(types.int64, types.int64), generate
+
+
+@intrinsic
+def store_bits(typing: Any, address: Any, index: Any, bits: Any) -> Any:
+    """Write the 16 bits of this index; see `load_bits`."""
+
+    def generate(context: Any, builder: Any, kind: Any, given: Any) -> Any:
+        builder.store(given[2], _numbered(builder, given[0], given[1], _I16, 2), align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.uint16), generate
 
 
 def tile_product(rows: int, vectors: int, *, masked: bool) -> Any:
