@@ -16,18 +16,27 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from distdl.nn.composites import Branches, Residual
 from distdl.nn.convolution import Conv2d
 from distdl.nn.kernels import FusedLayers, Kernels
 from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.kernels.compiled.batch_norm import batch_norm_at
+from distdl.nn.kernels.compiled.composites import branches_at, residual_at
 from distdl.nn.kernels.compiled.convolution import convolution_at
+from distdl.nn.kernels.compiled.pooling import average_pool_at, global_average_pool_at, max_pool_at
 from distdl.nn.layers import Layer
 from distdl.nn.normalization import BatchNorm
+from distdl.nn.pooling import AvgPool2d, GlobalAvgPool2d, MaxPool2d
 
 #: For each class of layers, the function that returns the implementation at the first of the given layers, if any.
 _IMPLEMENTATIONS: dict[type[Layer], Callable[[Sequence[Layer], Sequence[str]], CompiledLayers | None]] = {
+    AvgPool2d: average_pool_at,
     BatchNorm: batch_norm_at,
+    Branches: branches_at,
     Conv2d: convolution_at,
+    GlobalAvgPool2d: global_average_pool_at,
+    MaxPool2d: max_pool_at,
+    Residual: residual_at,
 }
 
 
