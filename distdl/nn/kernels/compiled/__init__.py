@@ -6,7 +6,7 @@ oracle in plain NumPy follows it. Sums are single chains, or chains whose number
 Two kinds of files:
 
 - kernels, functions of arrays: `simd` (vectors), `products`, `winograd`
-- implementations of layers, which call kernels: `convolution`
+- implementations of layers, with the kernels that only they call: `convolution`, `batch_norm`, `composites`, …
 
 Arrays of kernels are C-contiguous float32; an argument that ends in ``_`` is an array, the same name without it is the
 address of its first element.
@@ -16,16 +16,19 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from distdl.nn.activations import LeakyReLU, ReLU
 from distdl.nn.composites import Branches, Residual
 from distdl.nn.convolution import Conv2d
 from distdl.nn.kernels import FusedLayers, Kernels
+from distdl.nn.kernels.compiled.activations import dropout_at, leaky_relu_at, relu_at
 from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.kernels.compiled.batch_norm import batch_norm_at
 from distdl.nn.kernels.compiled.composites import branches_at, residual_at
 from distdl.nn.kernels.compiled.convolution import convolution_at
+from distdl.nn.kernels.compiled.local_response_norm import local_response_norm_at
 from distdl.nn.kernels.compiled.pooling import average_pool_at, global_average_pool_at, max_pool_at
-from distdl.nn.layers import Layer
-from distdl.nn.normalization import BatchNorm
+from distdl.nn.layers import Dropout, Layer
+from distdl.nn.normalization import BatchNorm, LocalResponseNorm
 from distdl.nn.pooling import AvgPool2d, GlobalAvgPool2d, MaxPool2d
 
 #: For each class of layers, the function that returns the implementation at the first of the given layers, if any.
@@ -34,8 +37,12 @@ _IMPLEMENTATIONS: dict[type[Layer], Callable[[Sequence[Layer], Sequence[str]], C
     BatchNorm: batch_norm_at,
     Branches: branches_at,
     Conv2d: convolution_at,
+    Dropout: dropout_at,
     GlobalAvgPool2d: global_average_pool_at,
+    LeakyReLU: leaky_relu_at,
+    LocalResponseNorm: local_response_norm_at,
     MaxPool2d: max_pool_at,
+    ReLU: relu_at,
     Residual: residual_at,
 }
 
