@@ -71,8 +71,9 @@ def _output(x, addend, y, bits, i, mean, scale, beta, lanes, add, relu):
     store_lanes(y, i, v, lanes)
 
 
-@njit(inline="always")
-def _write_output(x_, addend_, y_, bits_, lines_, add, relu):
+@kernel
+def write_output(x_, addend_, y_, bits_, lines_, add, relu):
+    """Write y for the lines of mean, scale and beta; see `forward`."""
     x, addend, y, lines = x_.ctypes.data, addend_.ctypes.data, y_.ctypes.data, lines_.ctypes.data
     bits, size, L = bits_.ctypes.data, x_.size, lines_.shape[1]
     whole = size // L * L
@@ -136,7 +137,7 @@ def forward(
     _fill_lines(lines_, 0, channels_[0])
     _fill_lines(lines_, 1, channels_[2])
     _fill_lines(lines_, 2, beta_)
-    _write_output(x_, addend_, y_, bits_, lines_, add, relu)
+    write_output(x_, addend_, y_, bits_, lines_, add, relu)
 
 
 @kernel
@@ -149,7 +150,7 @@ def evaluate(x_, addend_, mean_, variance_, gamma_, beta_, y_, bits_, lines_, ch
     _fill_lines(lines_, 0, channels_[0])
     _fill_lines(lines_, 1, channels_[2])
     _fill_lines(lines_, 2, beta_)
-    _write_output(x_, addend_, y_, bits_, lines_, add, relu)
+    write_output(x_, addend_, y_, bits_, lines_, add, relu)
 
 
 @njit(inline="always")
