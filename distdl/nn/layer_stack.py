@@ -139,13 +139,15 @@ class LayerStack(LayerGroup):
         d: Array | None = dy
         for name, layer, _, fused in reversed(self.segments):
             assert d is not None, "only a layer without need of an input gradient may return None"
-            d = np.ascontiguousarray(d)
+            d_output = d = np.ascontiguousarray(d)
             if fused is not None:
                 d = fused.backward(d, watch=watch)
             else:
                 d = layer.backward(d)
                 if watch:
                     watch("backward", name)
+            if not np.may_share_memory(d_output, dy) and (d is None or not np.may_share_memory(d_output, d)):
+                self.kernels.release(d_output)
             if not layer.needs_input_gradient:
                 return None
         return d

@@ -86,7 +86,7 @@ class Sequential:
         #: None as the name when a pass begins. A fused block is one part and runs once per tile.
         self.watch: Watch | None = None
         self._promises = 0
-        self.stack.use(kernels)
+        self.stack.use(kernels.for_network())
         self.output_shape = self.stack.build(self.input_shape, self.dtype)
 
         self._parameter_specs = self.stack.parameter_specs()
@@ -125,7 +125,7 @@ class Sequential:
 
     def use(self, kernels: Kernels) -> None:
         """Compute all layers with these kernels from now on."""
-        self.stack.use(kernels)
+        self.stack.use(kernels.for_network())
         self.bind(needs_input_gradient=self.stack.needs_input_gradient)
 
     def views(self, flat: Array) -> list[tuple[str, Array]]:
@@ -213,6 +213,7 @@ class Sequential:
         """
         if self.watch:
             self.watch("backward", None)
+        self.stack.kernels.begin_backward()
         return self.stack.backward(d_outputs, watch=self.watch)
 
 

@@ -8,13 +8,12 @@ N samples of a micro-batch; sizes are numbers of elements of one sample, such as
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from distdl.nn.activations import LeakyReLU, ReLU
 from distdl.nn.composites import Branches, Composite
 from distdl.nn.convolution import Conv2d, ConvTranspose2d
-from distdl.nn.kernels.chains import Block, Chain, PatchBlock, WinogradBlock
+from distdl.nn.kernels.fused_layers import Elements
 from distdl.nn.layer_stack import LayerStack
 from distdl.nn.layers import Affine, Dropout, Flatten, Layer, Shape
 from distdl.nn.network import Sequential
@@ -23,27 +22,9 @@ from distdl.nn.pooling import AvgPool2d, GlobalAvgPool2d, MaxPool2d
 from distdl.nn.upsampling import Upsample2d
 from distdl.nn.windows import Pair
 
-
-@dataclass(frozen=True)
-class Elements:
-    """Elements of working arrays: for each sample, those of a forward pass and those that a backward pass adds.
-
-    `of_weights` do not depend on the samples. `of_tiles` has the elements, for each sample of a tile, of the arrays
-    that the tiles of a chain share, and the largest tile.
-    """
-
-    forward: float = 0
-    backward: float = 0
-    of_weights: float = 0
-    of_tiles: tuple[tuple[float, int], ...] = ()
-
-    def __add__(self, other: "Elements") -> "Elements":
-        return Elements(
-            self.forward + other.forward,
-            self.backward + other.backward,
-            self.of_weights + other.of_weights,
-            self.of_tiles + other.of_tiles,
-        )
+#: Compiled layers share the arrays of their gradients; at most this many are in use at a time: of the output and the
+#: input of a layer, and of a shortcut.
+GRADIENTS_IN_USE = 3
 
 
 def working_bytes(network: Sequential, training: set[int], evaluation: set[int]) -> int:
@@ -51,8 +32,10 @@ def working_bytes(network: Sequential, training: set[int], evaluation: set[int])
 
     `training` and `evaluation` hold the numbers N of the micro-batches that occur in training and in evaluation.
     """
-    elements = _of_stack(network.stack, network.input_shape)
+    elements = elements_of_stack(network.stack, network.input_shape)
     numbers = elements.of_weights + elements.forward * sum(training | evaluation) + elements.backward * sum(training)
+    numbers += elements.kept * max(training | evaluation) + GRADIENTS_IN_USE * elements.gradient * max(training)
+    numbers += elements.scratch
     for shared, largest in elements.of_tiles:
         numbers += shared * sum({size for N in training | evaluation for size in _tile_sizes(N, largest)})
     return int(numbers * network.dtype.itemsize)
@@ -63,23 +46,23 @@ def _tile_sizes(N: int, largest: int) -> set[int]:
     return {N // count, -(-N // count)}
 
 
-def _of_stack(stack: LayerStack, shape: Shape) -> Elements:
+def elements_of_stack(stack: LayerStack, shape: Shape) -> Elements:
+    """Return the elements of the working arrays of all layers of a stack, given the shape of its input."""
     found = Elements()
     for _, layer, output, fused in stack.segments:
         if fused is None:
             found += _of_layer(layer, shape, output)
             shape = output
         else:
-            assert isinstance(fused, Chain)
-            found += _of_chain(fused)
-            shape = (*fused.blocks[-1].output_size, fused.blocks[-1].F)
+            found += fused.elements()
+            shape = fused.output_shape
     return found
 
 
 def _of_layer(layer: Layer, input_shape: Shape, output_shape: Shape) -> Elements:
     x, y = math.prod(input_shape), math.prod(output_shape)
     if isinstance(layer, Composite):
-        inside = sum((_of_stack(stack, input_shape) for _, stack in layer.members), Elements())
+        inside = sum((elements_of_stack(stack, input_shape) for _, stack in layer.members), Elements())
         return inside + Elements(y, x * layer.needs_input_gradient + y * isinstance(layer, Branches))
     if isinstance(layer, MaxPool2d | AvgPool2d):
         return _of_pooling(layer, input_shape, y)
@@ -140,28 +123,3 @@ _KINDS: dict[type[Layer], Callable[[Any, int, int], Elements]] = {
     Flatten: lambda *_: Elements(),
     Affine: lambda layer, x, y: Elements(y, x * layer.needs_input_gradient),
 }
-
-
-def _of_chain(chain: Chain) -> Elements:
-    """Return the elements of fused blocks: arrays of each tile, and arrays that all tiles share."""
-    first, last = chain.blocks[0], chain.blocks[-1]
-    y = math.prod(last.output_size) * last.F
-    x = first.H * first.W * first.C * first.conv.needs_input_gradient
-    each = [_of_block(block) for block in chain.blocks]
-    of_weights = sum(3 * 16 * b.C * b.F if isinstance(b, WinogradBlock) else 2 * b.K * b.lanes for b in chain.blocks)
-    shared = sum(of_tiles for _, of_tiles in each)
-    return Elements(y + sum(of_tile for of_tile, _ in each), x, of_weights, ((shared, chain.tile_size),))
-
-
-def _of_block(block: Block) -> tuple[float, float]:
-    """Return the elements of a sample in the arrays of a tile, and in those that all tiles share."""
-    tiles, C, F, lanes = block.TH * block.TW, block.C, block.F, block.lanes
-    pooled = math.prod(block.output_size) * lanes * block.pool
-    each, shared = 4 * tiles * lanes + 3 * pooled, 3.75 * pooled + 1.25 * tiles * lanes
-    if isinstance(block, PatchBlock):
-        FH, FW = block.conv.window.kernel
-        planes = C * 4 * (block.TH + FH // 2) * (block.TW + FW // 2)
-        return each + planes + (block.K + 1) * 4 * tiles, shared + 4 * tiles * lanes
-    assert isinstance(block, WinogradBlock)
-    planes, wide = 4 * (block.TH + 1) * (block.TW + 1) * C, block.TH * (block.TW + 1) * C
-    return each + planes + 16 * tiles * C, shared + 2 * wide + 8 * tiles * F + 16 * tiles * F + planes + 8 * wide

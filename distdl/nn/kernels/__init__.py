@@ -4,7 +4,7 @@ All kernels compute the same networks:
 
 - `PLAIN` runs every layer as its class is written. It is the oracle of the others.
 - `NUMPY` is the definition: chains of convolutions in NumPy (`chains`), all other layers as written.
-- ``compiled_kernels()`` returns kernels that numba compiles (`compiled`). Their bits do not depend on the CPU.
+- `compiled.COMPILED`: numba compiles them. Their bits do not depend on the CPU.
 
 A `LayerStack` asks its kernels at each layer for an implementation of this layer and some that follow (`FusedLayers`).
 A layer without such an implementation runs as written. No other code knows which kernels are in use.
@@ -12,10 +12,11 @@ A layer without such an implementation runs as written. No other code knows whic
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Self
 
 from distdl.nn.kernels.chains import Chain, chain_at
 from distdl.nn.kernels.fused_layers import FusedLayers
-from distdl.nn.layers import Layer
+from distdl.nn.layers import Array, Layer
 
 __all__ = ["NUMPY", "PLAIN", "Chain", "FusedLayers", "Kernels"]
 
@@ -31,6 +32,16 @@ class Kernels(ABC):
 
         The layers have their parameters. Classes are compared exactly: a derived class may compute something else.
         """
+
+    def for_network(self) -> Self:
+        """Return the kernels for one network: itself, unless they keep arrays."""
+        return self
+
+    def begin_backward(self) -> None:  # noqa: B027
+        """Declare that no gradient of an earlier pass is in use any more."""
+
+    def release(self, gradient: Array) -> None:  # noqa: B027
+        """Declare that the gradient with respect to a layer's input or output is no longer in use."""
 
 
 class _Plain(Kernels):

@@ -20,6 +20,7 @@ tiles of this output along its axes, PH and PW the padding or the pooled output,
 """
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -29,7 +30,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from distdl.nn.activations import ReLU
 from distdl.nn.convolution import Conv2d
-from distdl.nn.kernels.fused_layers import FusedLayers
+from distdl.nn.kernels.fused_layers import Elements, FusedLayers
 from distdl.nn.layers import Array, Layer, Products, Watch, Workspace
 from distdl.nn.pooling import MaxPool2d
 from distdl.nn.windows import Window
@@ -462,6 +463,17 @@ class Chain(FusedLayers):
         self._own = Workspace(blocks[0].dtype)
         largest = max(block.bytes_per_sample for block in blocks)
         self.tile_size = min(max(TILE_BYTES // largest, 4), LARGEST_TILE)
+        self.output_shape = (*blocks[-1].output_size, blocks[-1].F)
+
+    def elements(self) -> Elements:
+        """Return the elements of arrays of each tile, and of arrays that all tiles share."""
+        first, last = self.blocks[0], self.blocks[-1]
+        y = math.prod(last.output_size) * last.F
+        x = first.H * first.W * first.C * first.conv.needs_input_gradient
+        each = [_of_block(block) for block in self.blocks]
+        of_weights = sum(3 * 16 * b.C * b.F if isinstance(b, WinogradBlock) else 2 * b.K * b.lanes for b in self.blocks)
+        shared = sum(of_tiles for _, of_tiles in each)
+        return Elements(y + sum(of_tile for of_tile, _ in each), x, of_weights, ((shared, self.tile_size),))
 
     def parts(self, samples: int) -> list[tuple[str, str, Products]]:
         return [(block.name, str(block), block.conv.products(samples)) for block in self.blocks]
@@ -544,3 +556,17 @@ def _algorithm_for(layer: Layer) -> type[Block] | None:
     if layer.window.kernel == (3, 3) and (layer.needs_input_gradient or layer.channels >= FEW_CHANNELS):
         return WinogradBlock
     return None if layer.needs_input_gradient else PatchBlock
+
+
+def _of_block(block: Block) -> tuple[float, float]:
+    """Return the elements of a sample in the arrays of a tile, and in those that all tiles share."""
+    tiles, C, F, lanes = block.TH * block.TW, block.C, block.F, block.lanes
+    pooled = math.prod(block.output_size) * lanes * block.pool
+    each, shared = 4 * tiles * lanes + 3 * pooled, 3.75 * pooled + 1.25 * tiles * lanes
+    if isinstance(block, PatchBlock):
+        FH, FW = block.conv.window.kernel
+        planes = C * 4 * (block.TH + FH // 2) * (block.TW + FW // 2)
+        return each + planes + (block.K + 1) * 4 * tiles, shared + 4 * tiles * lanes
+    assert isinstance(block, WinogradBlock)
+    planes, wide = 4 * (block.TH + 1) * (block.TW + 1) * C, block.TH * (block.TW + 1) * C
+    return each + planes + 16 * tiles * C, shared + 2 * wide + 8 * tiles * F + 16 * tiles * F + planes + 8 * wide

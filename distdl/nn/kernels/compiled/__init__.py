@@ -21,13 +21,14 @@ from distdl.nn.composites import Branches, Residual
 from distdl.nn.convolution import Conv2d
 from distdl.nn.kernels import FusedLayers, Kernels
 from distdl.nn.kernels.compiled.activations import dropout_at, leaky_relu_at, relu_at
+from distdl.nn.kernels.compiled.arrays import GradientArrays
 from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.kernels.compiled.batch_norm import batch_norm_at
 from distdl.nn.kernels.compiled.composites import branches_at, residual_at
 from distdl.nn.kernels.compiled.convolution import convolution_at
 from distdl.nn.kernels.compiled.local_response_norm import local_response_norm_at
 from distdl.nn.kernels.compiled.pooling import average_pool_at, global_average_pool_at, max_pool_at
-from distdl.nn.layers import Dropout, Layer
+from distdl.nn.layers import Array, Dropout, Layer
 from distdl.nn.normalization import BatchNorm, LocalResponseNorm
 from distdl.nn.pooling import AvgPool2d, GlobalAvgPool2d, MaxPool2d
 
@@ -50,12 +51,27 @@ _IMPLEMENTATIONS: dict[type[Layer], Callable[[Sequence[Layer], Sequence[str]], C
 class _Compiled(Kernels):
     name = "compiled"
 
+    def __init__(self) -> None:
+        self._gradients = GradientArrays()
+
+    def for_network(self) -> "_Compiled":
+        return _Compiled()
+
+    def begin_backward(self) -> None:
+        self._gradients.release_all()
+
+    def release(self, gradient: Array) -> None:
+        self._gradients.release(gradient)
+
     def fuse(self, layers: Sequence[Layer], names: Sequence[str]) -> tuple[FusedLayers | None, int]:
         find = _IMPLEMENTATIONS.get(type(layers[0]))
         if find is None or layers[0].workspace.dtype != np.float32:
             return None, 1
         fused = find(layers, names)
-        return (None, 1) if fused is None else (fused, len(fused.layers))
+        if fused is None:
+            return None, 1
+        fused.gradients = self._gradients
+        return fused, len(fused.layers)
 
 
 COMPILED = _Compiled()

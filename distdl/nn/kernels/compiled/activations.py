@@ -7,6 +7,7 @@
   is that of `Key.mask`.
 """
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -24,6 +25,7 @@ from distdl.nn.kernels.compiled.simd import (
     splat,
     store_lanes,
 )
+from distdl.nn.kernels.fused_layers import Elements
 from distdl.nn.layers import Array, Dropout, Layer
 from distdl.rng import Key
 
@@ -77,29 +79,33 @@ def masked(x_, bits_, y_, scale):
 
 def relu_at(layers: Sequence[Layer], names: Sequence[str]) -> CompiledLayers | None:
     """Return the implementation of a ReLU that no layer in front of it takes."""
-    return CompiledReLU(layers[:1], names[0])
+    return CompiledReLU(layers[:1], names[0], layers[0].input_shape)
 
 
 def leaky_relu_at(layers: Sequence[Layer], names: Sequence[str]) -> CompiledLayers | None:
     """Return the implementation of a leaky ReLU."""
-    return CompiledLeakyReLU(layers[:1], names[0])
+    return CompiledLeakyReLU(layers[:1], names[0], layers[0].input_shape)
 
 
 def dropout_at(layers: Sequence[Layer], names: Sequence[str]) -> CompiledLayers | None:
     """Return the implementation of a dropout."""
-    return CompiledDropout(layers[:1], names[0])
+    return CompiledDropout(layers[:1], names[0], layers[0].input_shape)
 
 
 class CompiledReLU(CompiledLayers):
     """A ReLU."""
 
+    def elements(self) -> Elements:
+        size = math.prod(self.output_shape)
+        return Elements(kept=size, gradient=size)
+
     def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
-        self.y = self.workspace.array("y", x.shape)
+        self.y = self.kept.array("y", x.shape)
         relu(x.reshape(-1), self.y.reshape(-1))
         return self.y
 
     def _backward(self, dy: Array) -> Array:
-        dx = self.workspace.array("dx", dy.shape)
+        dx = self.gradients.take(dy.shape)
         pass_positive(self.y.reshape(-1), dy.reshape(-1), dx.reshape(-1))
         return dx
 
@@ -107,20 +113,28 @@ class CompiledReLU(CompiledLayers):
 class CompiledLeakyReLU(CompiledLayers):
     """A leaky ReLU."""
 
+    def elements(self) -> Elements:
+        size = math.prod(self.output_shape)
+        return Elements(kept=size, gradient=size)
+
     def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         self.slope = float(cast("LeakyReLU", self.layers[0]).slope)
-        self.y = self.workspace.array("y", x.shape)
+        self.y = self.kept.array("y", x.shape)
         scale_negative(x.reshape(-1), x.reshape(-1), self.y.reshape(-1), self.slope)
         return self.y
 
     def _backward(self, dy: Array) -> Array:
-        dx = self.workspace.array("dx", dy.shape)
+        dx = self.gradients.take(dy.shape)
         scale_negative(self.y.reshape(-1), dy.reshape(-1), dx.reshape(-1), self.slope)
         return dx
 
 
 class CompiledDropout(CompiledLayers):
     """A dropout, which keeps one bit per element."""
+
+    def elements(self) -> Elements:
+        size = math.prod(self.output_shape)
+        return Elements(kept=size * (1 + 1 / 32), gradient=size)
 
     def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         ratio = cast("Dropout", self.layers[0]).ratio
@@ -129,16 +143,15 @@ class CompiledDropout(CompiledLayers):
             return x
         if key is None:
             raise ValueError("Dropout draws random numbers in training: pass key=Key(seed).of(...) to forward")
-        self.bits = self.workspace.array("bits", (-(-x.size // 16),), dtype=np.uint16)
+        self.bits = self.kept.array("bits", (-(-x.size // 16),), np.uint16)
         packed = np.packbits(key.mask(x.size, 1 - ratio), bitorder="little")
         self.bits.view(np.uint8)[: len(packed)] = packed
         self.scale = 1 / (1 - ratio)
-        return self._masked(x, "y")
+        return self._masked(x, self.kept.array("y", x.shape))
 
     def _backward(self, dy: Array) -> Array:
-        return self._masked(dy, "dx") if self.training else dy
+        return self._masked(dy, self.gradients.take(dy.shape)) if self.training else dy
 
-    def _masked(self, x: Array, name: str) -> Array:
-        y = self.workspace.array(name, x.shape)
-        masked(x.reshape(-1), self.bits, y.reshape(-1), self.scale)
-        return y
+    def _masked(self, x: Array, to: Array) -> Array:
+        masked(x.reshape(-1), self.bits, to.reshape(-1), self.scale)
+        return to

@@ -3,17 +3,23 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 
+from distdl.nn.kernels.compiled.arrays import GradientArrays, KeptArrays
 from distdl.nn.kernels.fused_layers import FusedLayers
-from distdl.nn.layers import Array, Layer, Products, Watch, Workspace
+from distdl.nn.layers import Array, Layer, Products, Shape, Watch
 from distdl.rng import Key
 
 
 class CompiledLayers(FusedLayers):
-    """One or more layers that follow each other, computed together; they report under the name of the first one."""
+    """One or more layers that follow each other, computed together; they report under the name of the first one.
 
-    def __init__(self, layers: Sequence[Layer], name: str) -> None:
-        self.layers, self.name = list(layers), name
-        self.workspace = Workspace(layers[0].workspace.dtype)
+    `kept` holds the arrays of the layers; gradients with respect to their input come from ``gradients.take``.
+    """
+
+    gradients: GradientArrays
+
+    def __init__(self, layers: Sequence[Layer], name: str, output_shape: Shape) -> None:
+        self.layers, self.name, self.output_shape = list(layers), name, output_shape
+        self.kept = KeptArrays()
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.layers))

@@ -17,6 +17,7 @@ The order of operations:
   ``b = -scale d_beta / M``, computed from left to right in float64 and rounded to float32.
 """
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -24,6 +25,7 @@ import numpy as np
 from numba import njit
 
 from distdl.nn.activations import ReLU
+from distdl.nn.kernels.compiled.arrays import scratch
 from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.kernels.compiled.jit import kernel
 from distdl.nn.kernels.compiled.simd import (
@@ -49,6 +51,7 @@ from distdl.nn.kernels.compiled.sums import (
     sum_of_positions,
     widen,
 )
+from distdl.nn.kernels.fused_layers import Elements
 from distdl.nn.layers import Array, Layer
 from distdl.nn.normalization import BatchNorm
 from distdl.rng import Key
@@ -244,41 +247,46 @@ class CompiledBatchNorm(CompiledLayers):
     """
 
     def __init__(self, layers: Sequence[Layer], name: str, *, relu: bool) -> None:
-        super().__init__(layers, name)
+        super().__init__(layers, name, layers[0].input_shape)
         self.norm = cast("BatchNorm", layers[0])
         self.relu = relu
         self.addend: Array | None = None
-        #: Whether backward writes `masked`, the gradient in front of the ReLU. It is dy itself without a ReLU.
+        #: Whether backward takes `masked`, the gradient in front of the ReLU; the residual block releases it.
         self.keeps_masked = False
         self.L = line_length(self.norm.channels)
 
-    def _scratch(self) -> tuple[Array, Array, Array]:
-        """Return the lines, the totals, and the channels' mean, inverse and scale."""
-        return (
-            self.workspace.array("lines", (5, self.L)),
-            self.workspace.array("totals", (2 * self.L,), dtype=np.float64),
-            self.workspace.array("channels", (3, self.norm.channels)),
+    def elements(self) -> Elements:
+        size = math.prod(self.output_shape)
+        return Elements(
+            kept=size * (1 + self.relu / 32),
+            of_weights=3 * self.norm.channels,
+            gradient=size,
+            scratch=(5 + 4) * self.L,
         )
+
+    def _scratch(self) -> tuple[Array, Array]:
+        return scratch("lines", 5 * self.L).reshape(5, self.L), scratch("totals", 4 * self.L).view(np.float64)
 
     def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         norm = self.norm
         self.x, self.training = x, training
-        y = self.workspace.array("y", x.shape)
-        self.bits = self.workspace.array("bits", (-(-x.size // 16) if self.relu else 0,), dtype=np.uint16)
+        y = self.kept.array("y", x.shape)
+        self.bits = self.kept.array("bits", (-(-x.size // 16) if self.relu else 0,), np.uint16)
+        self.channels = self.kept.array("channels", (3, norm.channels))
         add = self.addend is not None
         addend = x if self.addend is None else self.addend
-        lines, totals, channels = self._scratch()
+        lines, totals = self._scratch()
         gamma, beta, epsilon = norm.parameters["gamma"], norm.parameters["beta"], norm.epsilon
         flat, flat_addend, flat_y = x.reshape(-1), addend.reshape(-1), y.reshape(-1)
         if training:
             forward(
-                flat, flat_addend, gamma, beta, flat_y, self.bits, lines, totals, channels,
+                flat, flat_addend, gamma, beta, flat_y, self.bits, lines, totals, self.channels,
                 norm.statistics["mean"], norm.statistics["variance"], epsilon, add, self.relu,
             )  # fmt: skip
         else:
             evaluate(
                 flat, flat_addend, norm.buffers["mean"], norm.buffers["variance"], gamma, beta, flat_y, self.bits,
-                lines, channels, epsilon, add, self.relu,
+                lines, self.channels, epsilon, add, self.relu,
             )  # fmt: skip
         return y
 
@@ -286,11 +294,10 @@ class CompiledBatchNorm(CompiledLayers):
         if not self.training:
             raise ValueError("BatchNorm: backward follows a forward in evaluation; call forward with training=True")
         keep = self.keeps_masked and self.relu
-        self.masked = self.workspace.array("masked", dy.shape) if keep else dy
-        dx = self.workspace.array("dx", dy.shape)
-        lines, totals, channels = self._scratch()
+        self.masked = self.gradients.take(dy.shape) if keep else dy
+        dx = self.gradients.take(dy.shape)
         backward(
-            self.x.reshape(-1), dy.reshape(-1), self.bits, lines, totals, channels, self.masked.reshape(-1),
+            self.x.reshape(-1), dy.reshape(-1), self.bits, *self._scratch(), self.channels, self.masked.reshape(-1),
             dx.reshape(-1), self.norm.gradients["gamma"], self.norm.gradients["beta"], self.relu, keep,
         )  # fmt: skip
         return dx

@@ -6,6 +6,8 @@ The stacks inside run by their own kernels. All operations are elementwise or co
 - Branches: the gradients of the branches in their order, ``((first + second) + third) + fourth``.
 """
 
+import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import cast
 
@@ -13,7 +15,7 @@ import numpy as np
 from numba import njit
 
 from distdl.nn.activations import ReLU
-from distdl.nn.composites import Branches, Composite
+from distdl.nn.composites import Composite, Residual
 from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.kernels.compiled.batch_norm import CompiledBatchNorm
 from distdl.nn.kernels.compiled.jit import kernel
@@ -27,8 +29,10 @@ from distdl.nn.kernels.compiled.simd import (
     store_bits,
     store_lanes,
 )
+from distdl.nn.kernels.fused_layers import Elements
 from distdl.nn.layer_stack import LayerStack
 from distdl.nn.layers import Array, Layer
+from distdl.nn.working_memory import elements_of_stack
 from distdl.rng import Key
 
 f4 = np.float32
@@ -115,39 +119,47 @@ def branches_at(layers: Sequence[Layer], names: Sequence[str]) -> CompiledLayers
 
 
 class _CompiledComposite(CompiledLayers):
-    """The base of composites; `stacks` are their branches in order."""
+    """The base of composites; `stacks` are their branches in order.
+
+    The arrays of gradients: a stack releases those inside, and its caller releases the argument and the result.
+    """
 
     def __init__(self, layers: Sequence[Layer], name: str) -> None:
-        super().__init__(layers, name)
         self.composite = cast("Composite", layers[0])
         self.branch_names = [name for name, _ in self.composite.members]
         self.stacks: list[LayerStack] = [stack for _, stack in self.composite.members]
+        shapes = [stack.shapes[-1] if stack.shapes else self.composite.input_shape for stack in self.stacks]
+        self.widths = [shape[-1] for shape in shapes]
+        joined = shapes[0] if isinstance(self.composite, Residual) else (*shapes[0][:-1], sum(self.widths))
+        super().__init__(layers, name, joined)
+
+    def elements(self) -> Elements:
+        inside = (elements_of_stack(stack, self.composite.input_shape) for stack in self.stacks)
+        return sum(inside, self._own_elements())
+
+    @abstractmethod
+    def _own_elements(self) -> Elements:
+        """Return the numbers of elements of the arrays outside of the stacks."""
 
     def _run(self, number: int, x: Array, *, training: bool, key: Key | None) -> Array:
         """Return the output of one branch as a contiguous array."""
         below = None if key is None else key.of(self.branch_names[number])
         return np.ascontiguousarray(self.stacks[number].forward(x, training=training, key=below))
 
-    def _own(self, dx: Array, *others: Array) -> Array:
-        """Return the gradient of a branch as an array that may change: itself, or a copy if it is one of the others.
-
-        The array of a branch's first layer is free when its backward has returned, but a branch may return its
-        argument.
-        """
-        if not (dx.flags.c_contiguous and dx.flags.writeable) or any(
-            np.may_share_memory(dx, other) for other in others
-        ):
-            copy = self.workspace.array("dx", dx.shape)
-            np.copyto(copy, dx)
-            return copy
-        return dx
+    def _to_change(self, dx: Array, *others: Array) -> Array:
+        """Return the gradient as an array that may change: a copy if it is a layer's own or one of the others."""
+        if self.gradients.has(dx) and not any(np.may_share_memory(dx, other) for other in others):
+            return dx
+        copy = self.gradients.take(dx.shape)
+        np.copyto(copy, dx)
+        return copy
 
 
 class CompiledResidual(_CompiledComposite):
     """A Residual, with the ReLU that follows it.
 
     If the body ends with a BatchNorm, its kernels also compute the sum and the ReLU: it takes the shortcut's output as
-    its addend, and the shortcut takes the gradient behind its ReLU.
+    its addend, and the shortcut takes the gradient in front of its ReLU.
     """
 
     def __init__(self, layers: Sequence[Layer], name: str, *, relu: bool) -> None:
@@ -159,13 +171,17 @@ class CompiledResidual(_CompiledComposite):
         if self.norm is not None:
             self.norm.relu, self.norm.keeps_masked = relu, bool(self.shortcut.layers)
 
+    def _own_elements(self) -> Elements:
+        y = math.prod(self.output_shape)
+        return Elements(kept=y * (1 + self.relu / 32) * (self.norm is None), gradient=4 / 3 * y)
+
     def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         shortcut = self._run(1, x, training=training, key=key)
         if self.norm is not None:
             self.norm.addend = shortcut
             return self._run(0, x, training=training, key=key)
         body = self._run(0, x, training=training, key=key)
-        y = self.workspace.array("y", body.shape)
+        y = self.kept.array("y", body.shape)
         if self.relu:
             add_with_relu(body.reshape(-1), shortcut.reshape(-1), y.reshape(-1), self._bits(y))
         else:
@@ -173,54 +189,63 @@ class CompiledResidual(_CompiledComposite):
         return y
 
     def _bits(self, y: Array) -> Array:
-        return self.workspace.array("bits", (-(-y.size // 16),), dtype=np.uint16)
+        return self.kept.array("bits", (-(-y.size // 16),), np.uint16)
 
     def _backward(self, dy: Array) -> Array | None:
         g = dy
         if self.norm is None and self.relu:
-            g = self.workspace.array("g", dy.shape)
+            g = self.gradients.take(dy.shape)
             mask(dy.reshape(-1), self._bits(dy), g.reshape(-1))
-        dx = self.body.backward(g)
+        body = self.body.backward(g)
         if self.norm is not None and self.norm.keeps_masked:
             g = self.norm.masked
         shortcut = self.shortcut.backward(g) if self.shortcut.layers else g
-        if dx is None or shortcut is None or not self.composite.needs_input_gradient:
-            return None
-        dx = self._own(dx, dy, g, shortcut)
-        if self.norm is not None and self.relu and not self.norm.keeps_masked:
-            add_masked(dx.reshape(-1), dy.reshape(-1), self.norm.bits)
-        else:
-            np.add(dx, shortcut, out=dx)
+        dx = None
+        if body is not None and shortcut is not None and self.composite.needs_input_gradient:
+            dx = self._to_change(np.ascontiguousarray(body), dy, g, shortcut)
+            if self.norm is not None and self.relu and not self.norm.keeps_masked:
+                add_masked(dx.reshape(-1), dy.reshape(-1), self.norm.bits)
+            else:
+                np.add(dx, shortcut, out=dx)
+        for gradient in (g, shortcut):
+            if gradient is not None and not np.may_share_memory(gradient, dy):
+                self.gradients.release(gradient)
         return dx
 
 
 class CompiledBranches(_CompiledComposite):
     """Branches, which copy the channels of each branch in one run per pixel."""
 
-    def __init__(self, layers: Sequence[Layer], name: str) -> None:
-        super().__init__(layers, name)
-        self.widths = cast("Branches", layers[0]).widths
-        self.firsts = np.cumsum([0, *self.widths]).tolist()
+    def _own_elements(self) -> Elements:
+        x, y = math.prod(self.composite.input_shape), math.prod(self.output_shape)
+        return Elements(kept=y, gradient=(x * (len(self.stacks) + 1) + 2 * y) / 3)
 
     def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         outputs = [self._run(number, x, training=training, key=key) for number in range(len(self.stacks))]
-        y = self.workspace.array("y", (*outputs[0].shape[:-1], self.firsts[-1]))
-        for part, width, first in zip(outputs, self.widths, self.firsts, strict=False):
-            copy_into_columns(part.reshape(-1, width), y.reshape(-1, y.shape[-1]), first)
+        y = self.kept.array("y", (len(x), *self.output_shape))
+        rows, first = y.reshape(-1, y.shape[-1]), 0
+        for part, width in zip(outputs, self.widths, strict=True):
+            copy_into_columns(part.reshape(-1, width), rows, first)
+            first += width
         return y
 
     def _backward(self, dy: Array) -> Array | None:
-        rows, gradients = dy.reshape(-1, dy.shape[-1]), []
-        for number, (stack, width) in enumerate(zip(self.stacks, self.widths, strict=True)):
-            part = self.workspace.array(f"part {number}", (*dy.shape[:-1], width))
-            copy_columns(rows, part.reshape(-1, width), self.firsts[number])
-            gradients.append(stack.backward(part))
+        rows, first, gradients = dy.reshape(-1, dy.shape[-1]), 0, []
+        for stack, width in zip(self.stacks, self.widths, strict=True):
+            part = self.gradients.take((*dy.shape[:-1], width))
+            copy_columns(rows, part.reshape(-1, width), first)
+            first += width
+            dx = stack.backward(part)
+            if dx is not None:
+                gradients.append(np.ascontiguousarray(dx))
+            if dx is None or not np.may_share_memory(part, dx):
+                self.gradients.release(part)
         if not self.composite.needs_input_gradient:
             return None
-        first, *others = [np.ascontiguousarray(cast("Array", dx)) for dx in gradients]
-        first = self._own(first, *others)
-        flat = [other.reshape(-1) for other in others]
-        for start in range(0, len(flat), 3):
-            three = flat[start : start + 3]
-            add(first.reshape(-1), *(three + three[:1] * 2)[:3], len(three))
-        return first
+        total, others = self._to_change(gradients[0]), gradients[1:]
+        for start in range(0, len(others), 3):
+            flat = [other.reshape(-1) for other in others[start : start + 3]]
+            add(total.reshape(-1), *(flat + flat[:1] * 2)[:3], len(flat))
+        for other in others:
+            self.gradients.release(other)
+        return total

@@ -12,6 +12,7 @@ With ``s = k + alpha / size * (sum of squares over the window)`` and ``f = s^-be
 C channels. Values of a block of pixels stand in a scratch array with `MARGIN` zeros around the channels of each pixel.
 """
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -21,6 +22,7 @@ from numba import njit
 from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.kernels.compiled.jit import kernel
 from distdl.nn.kernels.compiled.simd import fma, load, load_lanes, splat, square_root, store, store_lanes
+from distdl.nn.kernels.fused_layers import Elements
 from distdl.nn.layers import Array, Layer
 from distdl.nn.normalization import LocalResponseNorm
 from distdl.rng import Key
@@ -117,24 +119,28 @@ class CompiledLocalResponseNorm(CompiledLayers):
     """A local response normalization; the layer in front keeps x, and the sums are computed again."""
 
     def __init__(self, layers: Sequence[Layer], name: str) -> None:
-        super().__init__(layers, name)
+        super().__init__(layers, name, layers[0].input_shape)
         norm = cast("LocalResponseNorm", layers[0])
         window = norm.size // 2, (norm.size - 1) // 2
         self.numbers = (*window, norm.alpha / norm.size, float(norm.k), int(4 * norm.beta))
         self.coefficient = -2 * norm.alpha * norm.beta / norm.size
 
+    def elements(self) -> Elements:
+        size, C = math.prod(self.output_shape), self.output_shape[-1]
+        return Elements(kept=size, of_weights=3 * PIXELS_OF_BLOCK * (C + 3 * MARGIN), gradient=size)
+
     def _scratch(self, C: int) -> Array:
         """Return the scratch, whose margins stay zero."""
-        return self.workspace.array("scratch", (3, PIXELS_OF_BLOCK, -(-C // 16) * 16 + 2 * MARGIN))
+        return self.kept.array("scratch", (3, PIXELS_OF_BLOCK, -(-C // 16) * 16 + 2 * MARGIN))
 
     def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         self.x = x
-        y, C = self.workspace.array("y", x.shape), x.shape[-1]
+        y, C = self.kept.array("y", x.shape), x.shape[-1]
         forward(x.reshape(-1), y.reshape(-1), self._scratch(C), C, *self.numbers)
         return y
 
     def _backward(self, dy: Array) -> Array:
-        dx, C = self.workspace.array("dx", dy.shape), dy.shape[-1]
+        dx, C = self.gradients.take(dy.shape), dy.shape[-1]
         flat = self.x.reshape(-1), dy.reshape(-1), dx.reshape(-1)
         backward(*flat, self._scratch(C), C, *self.numbers, self.coefficient)
         return dx

@@ -35,6 +35,7 @@ from distdl.nn.kernels.compiled.simd import (
     store_bytes,
     store_lanes,
 )
+from distdl.nn.kernels.fused_layers import Elements
 from distdl.nn.layers import Array, Layer
 from distdl.nn.pooling import AvgPool2d, MaxPool2d
 from distdl.rng import Key
@@ -199,28 +200,34 @@ def average_pool_at(layers: Sequence[Layer], names: Sequence[str]) -> CompiledLa
 
 def global_average_pool_at(layers: Sequence[Layer], names: Sequence[str]) -> CompiledLayers | None:
     """Return the implementation of a global average pooling."""
-    return CompiledGlobalAvgPool(layers[:1], names[0])
+    return CompiledGlobalAvgPool(layers[:1], names[0], layers[0].input_shape[2:])
 
 
 class _CompiledPool(CompiledLayers):
     def __init__(self, layers: Sequence[Layer], name: str) -> None:
-        super().__init__(layers, name)
-        window = cast("MaxPool2d | AvgPool2d", layers[0]).window
-        self.window = window
-        self.numbers = (*window.kernel, *window.stride, *window.padding)
+        pool = cast("MaxPool2d | AvgPool2d", layers[0])
+        H, W, C = pool.input_shape
+        self.numbers = (*pool.window.kernel, *pool.window.stride, *pool.window.padding)
+        super().__init__(layers, name, (*pool.window.output_size((H, W)), C))
+
+    def elements(self) -> Elements:
+        return Elements(kept=math.prod(self.output_shape), gradient=math.prod(self.layers[0].input_shape))
 
     def _output(self, x: Array) -> Array:
         self.shape = x.shape
-        N, H, W, C = x.shape
-        return self.workspace.array("y", (N, *self.window.output_size((H, W)), C))
+        return self.kept.array("y", (len(x), *self.output_shape))
 
 
 class CompiledMaxPool(_CompiledPool):
     """A max-pooling, which keeps one byte per output."""
 
+    def elements(self) -> Elements:
+        *size, C = self.output_shape
+        return super().elements() + Elements(kept=math.prod(size) * -(-C // 16) * 16 / 4)
+
     def _winners(self, y: Array) -> Array:
         N, OH, OW, C = y.shape
-        return self.workspace.array("winners", (N * OH * OW, -(-C // 16), 16), dtype=np.uint8)
+        return self.kept.array("winners", (N * OH * OW, -(-C // 16), 16), np.uint8)
 
     def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         y = self._output(x)
@@ -228,7 +235,7 @@ class CompiledMaxPool(_CompiledPool):
         return y
 
     def _backward(self, dy: Array) -> Array:
-        dx = self.workspace.array("dx", self.shape)
+        dx = self.gradients.take(self.shape)
         max_backward(dy, self._winners(dy), dx, *self.numbers)
         return dx
 
@@ -238,25 +245,28 @@ class CompiledAvgPool(_CompiledPool):
 
     def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         y = self._output(x)
-        average_forward(x, y, *self.numbers, 1 / math.prod(self.window.kernel))
+        average_forward(x, y, *self.numbers, 1 / math.prod(self.numbers[:2]))
         return y
 
     def _backward(self, dy: Array) -> Array:
-        dx = self.workspace.array("dx", self.shape)
-        average_backward(dy, dx, *self.numbers, 1 / math.prod(self.window.kernel))
+        dx = self.gradients.take(self.shape)
+        average_backward(dy, dx, *self.numbers, 1 / math.prod(self.numbers[:2]))
         return dx
 
 
 class CompiledGlobalAvgPool(CompiledLayers):
     """A global average pooling."""
 
+    def elements(self) -> Elements:
+        return Elements(kept=self.output_shape[0], gradient=math.prod(self.layers[0].input_shape))
+
     def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         self.shape = x.shape
-        y = self.workspace.array("y", (len(x), x.shape[3]))
+        y = self.kept.array("y", (len(x), x.shape[3]))
         global_average_forward(x, y)
         return y
 
     def _backward(self, dy: Array) -> Array:
-        dx = self.workspace.array("dx", self.shape)
+        dx = self.gradients.take(self.shape)
         global_average_backward(dy, dx)
         return dx

@@ -319,6 +319,84 @@ def equal_bytes(typing: Any, x: Any, y: Any) -> Any:
     return types.uint16(byte_vector, byte_vector), generate
 
 
+class _Symbol:
+    """A vector in generated code: arithmetic with it, and with numbers, generates instructions."""
+
+    def __init__(self, builder: Any, value: Any) -> None:
+        self.builder, self.value = builder, value
+
+    def _apply(self, name: str, left: Any, right: Any) -> "_Symbol":
+        left, right = (
+            one.value if isinstance(one, _Symbol) else ir.Constant(_VECTOR, [float(one)] * WIDTH)
+            for one in (left, right)
+        )
+        return _Symbol(self.builder, getattr(self.builder, name)(left, right))
+
+    def __add__(self, other: Any) -> "_Symbol":
+        return self._apply("fadd", self, other)
+
+    def __sub__(self, other: Any) -> "_Symbol":
+        return self._apply("fsub", self, other)
+
+    def __mul__(self, other: Any) -> "_Symbol":
+        return self._apply("fmul", self, other)
+
+    def __rmul__(self, other: Any) -> "_Symbol":
+        return self._apply("fmul", other, self)
+
+
+def linear_transform(function: Any, inputs: int, outputs: int) -> Any:
+    """Return an intrinsic that applies `function`, written with + - * and constants, to each of up to 16 lanes.
+
+    ``transform(source, o, step, lanes, to, at, to_step, to_lanes)`` loads `inputs` vectors from `source`, the first at
+    offset o and each `step` floats after the one before, and stores the `outputs` results likewise. The function is
+    applied to vectors as it would be to NumPy arrays: operation by operation, constants rounded to float32.
+    """
+
+    @intrinsic
+    def transform(
+        typing: Any, source: Any, o: Any, step: Any, lanes: Any, to: Any, at: Any, to_step: Any, to_lanes: Any
+    ) -> Any:
+        def generate(context: Any, builder: Any, kind: Any, given: Any) -> Any:
+            source, o, step, lanes, to, at, to_step, to_lanes = given
+
+            def place(first: Any, stride: Any, n: int) -> Any:
+                return builder.add(first, builder.mul(stride, ir.Constant(_I64, n)))
+
+            def is_partial(lanes: Any) -> Any:
+                return builder.icmp_signed("<", lanes, ir.Constant(_I64, WIDTH))
+
+            with builder.if_else(is_partial(lanes)) as (partly, wholly):
+                with partly:
+                    mask = _lane_mask(builder, lanes)
+                    some = [_masked_load(builder, source, place(o, step, n), mask) for n in range(inputs)]
+                    end_of_some = builder.block
+                with wholly:
+                    whole = [_load(builder, source, place(o, step, n)) for n in range(inputs)]
+                    end_of_whole = builder.block
+            values = []
+            for pair in zip(some, whole, strict=True):
+                value = builder.phi(_VECTOR)
+                value.add_incoming(pair[0], end_of_some)
+                value.add_incoming(pair[1], end_of_whole)
+                values.append(_Symbol(builder, value))
+            results = [symbol.value for symbol in function(*values)]
+            assert len(results) == outputs
+            with builder.if_else(is_partial(to_lanes)) as (partly, wholly):
+                with partly:
+                    mask = _lane_mask(builder, to_lanes)
+                    for n, result in enumerate(results):
+                        _masked_store(builder, to, place(at, to_step, n), result, mask)
+                with wholly:
+                    for n, result in enumerate(results):
+                        _store(builder, to, place(at, to_step, n), result)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8), generate
+
+    return transform
+
+
 def tile_product(rows: int, vectors: int, *, masked: bool) -> Any:
     """Return an intrinsic for ``C[m, n] (+)= sum over i and k of A[m, i, k] B[i, k, n]``.
 

@@ -29,6 +29,7 @@ from distdl.nn.kernels.compiled.products import block_width, packed_product, pro
 from distdl.nn.kernels.compiled.simd import (
     greater,
     greater_equal,
+    linear_transform,
     load,
     load_lanes,
     maximum,
@@ -48,54 +49,48 @@ f4 = np.float32
 # ---------------------------------------------------------------------------------------------------- transforms
 
 
-@njit(inline="always")
-def _input_transform(x0, x1, x2, x3, x4, x5):
+def input_transform(x0, x1, x2, x3, x4, x5):
     """Return B' x: six values become six."""
-    two, four, five = splat(f4(2)), splat(f4(4)), splat(f4(5))
-    a, b, c, e = x4 - four * x2, x3 - four * x1, x4 - x2, two * (x3 - x1)
-    return four * x0 - five * x2 + x4, a + b, a - b, c + e, c - e, four * x1 - five * x3 + x5
+    a, b, c, e = x4 - 4 * x2, x3 - 4 * x1, x4 - x2, 2 * (x3 - x1)
+    return 4 * x0 - 5 * x2 + x4, a + b, a - b, c + e, c - e, 4 * x1 - 5 * x3 + x5
 
 
-@njit(inline="always")
-def _input_adjoint(e0, e1, e2, e3, e4, e5):
+def input_adjoint(e0, e1, e2, e3, e4, e5):
     """Return B e: six values become six."""
-    two, four, five = splat(f4(2)), splat(f4(4)), splat(f4(5))
-    a, b, c, d = e1 + e2, four * (e1 - e2), e3 + e4, two * (e3 - e4)
-    x2 = splat(f4(0)) - five * e0 - four * a - c
-    return four * e0, four * e5 - b - d, x2, e1 - e2 + d - five * e5, e0 + a + c, e5
+    a, b, c, d = 4 * (e1 + e2), 4 * (e1 - e2), e3 + e4, 2 * (e3 - e4)
+    return 4 * e0, 4 * e5 - b - d, -5 * e0 - a - c, e1 - e2 + d - 5 * e5, e0 + (e1 + e2) + c, e5
 
 
-@njit(inline="always")
-def _output_transform(m0, m1, m2, m3, m4, m5):
+def output_transform(m0, m1, m2, m3, m4, m5):
     """Return A' m: six values become four."""
-    two, four, eight = splat(f4(2)), splat(f4(4)), splat(f4(8))
     a, b, c, d = m1 + m2, m1 - m2, m3 + m4, m3 - m4
-    return m0 + a + c, b + two * d, a + four * c, b + eight * d + m5
+    return m0 + a + c, b + 2 * d, a + 4 * c, b + 8 * d + m5
 
 
-@njit(inline="always")
-def _output_adjoint(d0, d1, d2, d3):
+def output_adjoint(d0, d1, d2, d3):
     """Return A d: four values become six."""
-    two, four = splat(f4(2)), splat(f4(4))
-    s, t, u, v = d0 + d2, d1 + d3, d0 + four * d2, two * (d1 + four * d3)
+    s, t, u, v = d0 + d2, d1 + d3, d0 + 4 * d2, 2 * (d1 + 4 * d3)
     return d0, s + t, s - t, u + v, u - v, d3
 
 
-@njit(inline="always")
-def _kernel_transform(g0, g1, g2):
+def kernel_transform(g0, g1, g2):
     """Return G g: three values become six."""
-    a, b, c = (g0 + g2) * splat(f4(-1 / 6)), g1 * splat(f4(1 / 6)), g1 * splat(f4(1 / 12))
-    d = g0 * splat(f4(1 / 24)) + g2 * splat(f4(1 / 6))
-    return g0 * splat(f4(1 / 4)), a - b, a + b, d + c, d - c, g2
+    a, b, c, d = (-1 / 6) * (g0 + g2), (1 / 6) * g1, (1 / 24) * g0 + (1 / 6) * g2, (1 / 12) * g1
+    return (1 / 4) * g0, a - b, a + b, c + d, c - d, g2
 
 
-@njit(inline="always")
-def _kernel_adjoint(u0, u1, u2, u3, u4, u5):
+def kernel_adjoint(u0, u1, u2, u3, u4, u5):
     """Return G' u: six values become three."""
-    sixth = splat(f4(1 / 6))
-    a, b, c, d = (u1 + u2) * sixth, (u2 - u1) * sixth, u3 + u4, u3 - u4
-    g0 = u0 * splat(f4(1 / 4)) - a + c * splat(f4(1 / 24))
-    return g0, b + d * splat(f4(1 / 12)), c * sixth - a + u5
+    a, b, c, d = (1 / 6) * (u1 + u2), (1 / 6) * (u2 - u1), u3 + u4, u3 - u4
+    return (1 / 4) * u0 - a + (1 / 24) * c, b + (1 / 12) * d, (1 / 6) * c - a + u5
+
+
+_input = linear_transform(input_transform, 6, 6)
+_input_back = linear_transform(input_adjoint, 6, 6)
+_output = linear_transform(output_transform, 6, 4)
+_output_back = linear_transform(output_adjoint, 4, 6)
+_kernel = linear_transform(kernel_transform, 3, 6)
+_kernel_back = linear_transform(kernel_adjoint, 6, 3)
 
 
 # --------------------------------------------------------------------------------------------- weights and gradient
@@ -113,18 +108,11 @@ def transform_weights(weights_, U_):
         width = block_width(n, F)
         for c in range(C):
             for f in range(0, width, 16):
-                lanes, o = width - f, c * F + n + f
+                lanes = width - f
                 for j in range(3):
-                    g0 = load_lanes(g, o + j * CF, lanes)
-                    g1 = load_lanes(g, o + (3 + j) * CF, lanes)
-                    g2 = load_lanes(g, o + (6 + j) * CF, lanes)
-                    u0, u1, u2, u3, u4, u5 = _kernel_transform(g0, g1, g2)
-                    _store_six(T, 16 * j, 96, u0, u1, u2, u3, u4, u5, 16)
-                to = n * C + c * width + f
+                    _kernel(g, j * CF + c * F + n + f, 3 * CF, lanes, T, 16 * j, 96, 16)
                 for i in range(6):
-                    o = 96 * i
-                    u0, u1, u2, u3, u4, u5 = _kernel_transform(load(T, o), load(T, o + 16), load(T, o + 32))
-                    _store_six(U, to + 6 * i * CF, CF, u0, u1, u2, u3, u4, u5, lanes)
+                    _kernel(T, 96 * i, 16, 16, U, 6 * i * CF + n * C + c * width + f, CF, lanes)
         n += width
 
 
@@ -138,39 +126,9 @@ def weight_gradient(dU_, d_weights_):
     for o in range(0, CF, 16):
         lanes = CF - o
         for j in range(6):
-            u0, u1, u2, u3, u4, u5 = _load_six(dU, o + j * CF, 6 * CF, lanes)
-            g0, g1, g2 = _kernel_adjoint(u0, u1, u2, u3, u4, u5)
-            store(T, 16 * j, g0)
-            store(T, 16 * j + 96, g1)
-            store(T, 16 * j + 192, g2)
+            _kernel_back(dU, o + j * CF, 6 * CF, lanes, T, 16 * j, 96, 16)
         for i in range(3):
-            u0, u1, u2, u3, u4, u5 = _load_six(T, 96 * i, 16, 16)
-            g0, g1, g2 = _kernel_adjoint(u0, u1, u2, u3, u4, u5)
-            store_lanes(d, o + 3 * i * CF, g0, lanes)
-            store_lanes(d, o + (3 * i + 1) * CF, g1, lanes)
-            store_lanes(d, o + (3 * i + 2) * CF, g2, lanes)
-
-
-@njit(inline="always")
-def _load_six(source, o, step, lanes):
-    return (
-        load_lanes(source, o, lanes),
-        load_lanes(source, o + step, lanes),
-        load_lanes(source, o + 2 * step, lanes),
-        load_lanes(source, o + 3 * step, lanes),
-        load_lanes(source, o + 4 * step, lanes),
-        load_lanes(source, o + 5 * step, lanes),
-    )
-
-
-@njit(inline="always")
-def _store_six(to, at, step, v0, v1, v2, v3, v4, v5, lanes):
-    store_lanes(to, at, v0, lanes)
-    store_lanes(to, at + step, v1, lanes)
-    store_lanes(to, at + 2 * step, v2, lanes)
-    store_lanes(to, at + 3 * step, v3, lanes)
-    store_lanes(to, at + 4 * step, v4, lanes)
-    store_lanes(to, at + 5 * step, v5, lanes)
+            _kernel_back(T, 96 * i, 16, 16, d, o + 3 * i * CF, CF, lanes)
 
 
 # ----------------------------------------------------------------------------------------------------- input tiles
@@ -183,45 +141,32 @@ def _gather(x, n, h0, w0, H, W, C, V, at, step, T):
     first = ((n * H + h0) * W + w0) * C
     for c in range(0, C, 16):
         lanes = C - c
-        if inside:
-            for j in range(6):
-                x0, x1, x2, x3, x4, x5 = _load_six(x, first + j * C + c, W * C, lanes)
-                y0, y1, y2, y3, y4, y5 = _input_transform(x0, x1, x2, x3, x4, x5)
-                _store_six(T, 16 * j, 96, y0, y1, y2, y3, y4, y5, 16)
-        else:
-            E = T + 4 * POINTS * 16
+        source, o, row, column, source_lanes = x, first + c, W * C, C, lanes
+        if not inside:
+            source, o, row, column, source_lanes = T + 4 * POINTS * 16, 0, 96, 16, 16
             for i in range(6):
                 for j in range(6):
                     v = splat(f4(0))
                     if 0 <= h0 + i < H and 0 <= w0 + j < W:
                         v = load_lanes(x, first + (i * W + j) * C + c, lanes)
-                    store(E, 96 * i + 16 * j, v)
-            for j in range(6):
-                x0, x1, x2, x3, x4, x5 = _load_six(E, 16 * j, 96, 16)
-                y0, y1, y2, y3, y4, y5 = _input_transform(x0, x1, x2, x3, x4, x5)
-                _store_six(T, 16 * j, 96, y0, y1, y2, y3, y4, y5, 16)
+                    store(source, 96 * i + 16 * j, v)
+        for j in range(6):
+            _input(source, o + j * column, row, source_lanes, T, 16 * j, 96, 16)
         for i in range(6):
-            x0, x1, x2, x3, x4, x5 = _load_six(T, 96 * i, 16, 16)
-            y0, y1, y2, y3, y4, y5 = _input_transform(x0, x1, x2, x3, x4, x5)
-            _store_six(V, at + 6 * i * step + c, step, y0, y1, y2, y3, y4, y5, lanes)
+            _input(T, 96 * i, 16, 16, V, at + 6 * i * step + c, step, lanes)
 
 
 @njit(inline="always")
 def _scatter(E, at, step, dx, n, h0, w0, H, W, C, T):
     """Add B e B' of 36 vectors of C, `step` floats apart, to the tile of dx whose first pixel is (h0, w0)."""
     first = ((n * H + h0) * W + w0) * C
-    i0, i1, j0, j1 = max(0, -h0), min(6, H - h0), max(0, -w0), min(6, W - w0)
     for c in range(0, C, 16):
         lanes = C - c
         for j in range(6):
-            e0, e1, e2, e3, e4, e5 = _load_six(E, at + j * step + c, 6 * step, lanes)
-            y0, y1, y2, y3, y4, y5 = _input_adjoint(e0, e1, e2, e3, e4, e5)
-            _store_six(T, 16 * j, 96, y0, y1, y2, y3, y4, y5, 16)
-        for i in range(i0, i1):
-            e0, e1, e2, e3, e4, e5 = _load_six(T, 96 * i, 16, 16)
-            y0, y1, y2, y3, y4, y5 = _input_adjoint(e0, e1, e2, e3, e4, e5)
-            _store_six(T, 96 * i, 16, y0, y1, y2, y3, y4, y5, 16)
-            for j in range(j0, j1):
+            _input_back(E, at + j * step + c, 6 * step, lanes, T, 16 * j, 96, 16)
+        for i in range(max(0, -h0), min(6, H - h0)):
+            _input_back(T, 96 * i, 16, 16, T, 96 * i, 16, 16)
+            for j in range(max(0, -w0), min(6, W - w0)):
                 o = first + (i * W + j) * C + c
                 store_lanes(dx, o, load_lanes(dx, o, lanes) + load(T, 96 * i + 16 * j), lanes)
 
@@ -264,19 +209,9 @@ def forward(x_, U_, bias_, y_, winners_, scratch_, P, OH, OW, ph, pw, has_bias, 
                 if has_bias:
                     b = load_lanes(bias, f, lanes)
                 for j in range(6):
-                    m0, m1, m2, m3, m4, m5 = _load_six(M, j * m_step + q * F + f, 6 * m_step, lanes)
-                    y0, y1, y2, y3 = _output_transform(m0, m1, m2, m3, m4, m5)
-                    store(T, 16 * j, y0)
-                    store(T, 16 * j + 96, y1)
-                    store(T, 16 * j + 192, y2)
-                    store(T, 16 * j + 288, y3)
+                    _output(M, j * m_step + q * F + f, 6 * m_step, lanes, T, 16 * j, 96, 16)
                 for i in range(4):
-                    m0, m1, m2, m3, m4, m5 = _load_six(T, 96 * i, 16, 16)
-                    y0, y1, y2, y3 = _output_transform(m0, m1, m2, m3, m4, m5)
-                    store(T, 96 * i, y0)
-                    store(T, 96 * i + 16, y1)
-                    store(T, 96 * i + 32, y2)
-                    store(T, 96 * i + 48, y3)
+                    _output(T, 96 * i, 16, 16, T, 96 * i, 16, 16)
                 if pool:
                     for i in range(0, min(4, 2 * PH - h0), 2):
                         for j in range(0, min(4, 2 * PW - w0), 2):
@@ -371,17 +306,9 @@ def backward(x_, UT_, dy_, y_, winners_, dU_, d_bias_, dx_, scratch_, P, OH, OW,
                 lanes = F - f
                 _output_gradient(dy, y, winners_, n, h0, w0, OH, OW, F, f, relu, pool, T)
                 for j in range(4):
-                    o = 16 * j
-                    e0, e1, e2, e3, e4, e5 = _output_adjoint(
-                        load(T, o), load(T, o + 96), load(T, o + 192), load(T, o + 288)
-                    )
-                    _store_six(T, o, 96, e0, e1, e2, e3, e4, e5, 16)
+                    _output_back(T, 16 * j, 96, 16, T, 16 * j, 96, 16)
                 for i in range(6):
-                    o = 96 * i
-                    e0, e1, e2, e3, e4, e5 = _output_adjoint(
-                        load(T, o), load(T, o + 16), load(T, o + 32), load(T, o + 48)
-                    )
-                    _store_six(D, 6 * i * d_step + q * F + f, d_step, e0, e1, e2, e3, e4, e5, lanes)
+                    _output_back(T, 96 * i, 16, 16, D, 6 * i * d_step + q * F + f, d_step, lanes)
                 # Point (1, 1) is the sum over the 16 outputs.
                 total = load_lanes(d_bias, f, lanes) + load_lanes(D, 7 * d_step + q * F + f, lanes)
                 store_lanes(d_bias, f, total, lanes)

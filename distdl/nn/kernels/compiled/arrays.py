@@ -1,0 +1,78 @@
+"""The working arrays of compiled layers, by how long they are in use.
+
+- Within one call of a kernel: `scratch`, shared by all layers.
+- From a forward pass to its backward pass: `KeptArrays`, of one layer.
+- Within a backward pass, from one layer to the next: `GradientArrays`, shared by the layers of a network.
+
+All are made on first use and then used again, so a steady step allocates nothing.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from distdl.arrays import aligned_empty, aligned_zeros
+from distdl.nn.layers import Array, Shape
+
+_scratch: dict[str, Array] = {}
+
+
+def scratch(name: str, size: int) -> Array:
+    """Return float32 numbers that only the next kernel uses: the next request for this name returns the same memory."""
+    if name not in _scratch or _scratch[name].size < size:
+        _scratch[name] = aligned_empty((size,), np.float32)
+    return _scratch[name][:size]
+
+
+class KeptArrays:
+    """Arrays by name. Requests for fewer samples, the first axis, return the beginning of the largest array."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, Array] = {}
+
+    def array(self, name: str, shape: Shape, dtype: DTypeLike = np.float32) -> Array:
+        """Return the array of this name; only a new array is zeros."""
+        size = math.prod(shape)
+        flat = self._arrays.get(name)
+        if flat is None or flat.size < size:
+            flat = self._arrays[name] = aligned_zeros((size,), dtype)
+        return flat[:size].reshape(shape)
+
+
+class GradientArrays:
+    """The gradients with respect to the inputs of layers: each is in use until the layer in front has read it."""
+
+    def __init__(self) -> None:
+        self._free: list[Array] = []
+        self._used: dict[int, Array] = {}
+        #: Overwrite released arrays with NaN: a test that reads one fails.
+        self.poison = False
+
+    def take(self, shape: Shape) -> Array:
+        """Return an array that is not in use: the smallest that is large enough, or a new one."""
+        size = math.prod(shape)
+        fitting = [index for index, array in enumerate(self._free) if array.size >= size]
+        if fitting:
+            flat = self._free.pop(min(fitting, key=lambda index: self._free[index].size))
+        else:
+            flat = aligned_empty((max(size, 1),), np.float32)
+        self._used[flat.ctypes.data] = flat
+        return flat[:size].reshape(shape)
+
+    def has(self, gradient: Array) -> bool:
+        """Return whether the array is one of `take` that is in use."""
+        return gradient.ctypes.data in self._used
+
+    def release(self, gradient: Array) -> None:
+        """Declare that the array is no longer in use; others than those of `take` are ignored."""
+        flat = self._used.pop(gradient.ctypes.data, None)
+        if flat is not None:
+            if self.poison:
+                flat.fill(np.nan)
+            self._free.append(flat)
+
+    def release_all(self) -> None:
+        """Declare that no array is in use."""
+        for address in list(self._used):
+            self._free.append(self._used.pop(address))
