@@ -90,7 +90,23 @@ def max_forward(x_, y_, winners_, FH, FW, SH, SW, PH, PW):
 @njit(inline="always")
 def _windows(h, F, S, P, O):
     """Return the first and the last window, of O, that contain the pixel h along one axis."""
+    if S == 1:
+        return max(0, h + P - F + 1), min(O - 1, h + P)
+    if S == 2:  # a shift rounds down as the division does, and is faster
+        return max(0, (h + P - F + 2) >> 1), min(O - 1, (h + P) >> 1)
     return max(0, (h + P - F + S) // S), min(O - 1, (h + P) // S)
+
+
+@njit(inline="always")
+def _won_by(dy, winners, first, row, vectors, C, k, FH, FW):
+    """Return the gradient of a pixel that is in FH FW windows, with stride 1; it is element (0, 0) of `first`."""
+    total = splat(f4(0))
+    for i in range(FH):
+        for j in range(FW):
+            window = first - i * row - j
+            won = equal_bytes(load_bytes(winners, 16 * (window * vectors + k)), splat_byte(i * FW + j))
+            total = total + select(won, load_lanes(dy, window * C + 16 * k, C - 16 * k), splat(f4(0)))
+    return total
 
 
 @kernel
@@ -106,6 +122,12 @@ def max_backward(dy_, winners_, dx_, FH, FW, SH, SW, PH, PW):
             for w in range(W):
                 ow0, ow1 = _windows(w, FW, SW, PW, OW)
                 pixel = (n * H + h) * W + w
+                if FH == 3 and FW == 3 and SH == 1 and SW == 1 and oh1 - oh0 == 2 and ow1 - ow0 == 2:
+                    first = (n * OH + oh1) * OW + ow1
+                    for k in range(vectors):
+                        total = _won_by(dy, winners, first, OW, vectors, C, k, 3, 3)
+                        store_lanes(dx, pixel * C + 16 * k, total, C - 16 * k)
+                    continue
                 for k in range(vectors):
                     c, total = 16 * k, zero
                     for oh in range(oh1, oh0 - 1, -1):
