@@ -1,15 +1,16 @@
-"""Compiled local response normalization: the power by square roots, one pass over memory each way.
+"""Compiled local response normalization: one pass over memory each way.
 
 With ``s = k + alpha / size * (sum of squares over the window)`` and ``f = s^-beta``: ``y = x f``. Backward, with
-``t = dy y / s``: ``dx = dy f - 2 alpha beta / size x (sum of t over the windows with this element)``. Only beta 0.25,
-0.5, 0.75 and 1 have a compiled form. The order of operations, all in float32:
+``t = dy y / s``: ``dx = dy f - 2 alpha beta / size x (sum of t over the windows with this element)``. The order of
+operations, all in float32:
 
 - A sum over a window begins with 0 and adds the channels in ascending order. Channels outside count as zeros.
 - ``s = fma(sum, alpha / size, k)`` with the factor rounded to float32.
-- ``f = 1 / r``, with ``r = sqrt(sqrt(s))``, ``sqrt(s)``, ``sqrt(s) sqrt(sqrt(s))`` or s.
+- For beta 0.25, 0.5, 0.75 and 1: ``f = 1 / r``, with ``r = sqrt(sqrt(s))``, ``sqrt(s)``, ``sqrt(s) sqrt(sqrt(s))``
+  or s. For other beta: ``f = exp(log(s) (-beta))`` with the functions of `functions`.
 - ``y = x f``; ``t = dy (x f) / s``; ``dx = fma(x (sum of t), -2 alpha beta / size, dy f)`` with the factor rounded.
 
-C channels. Values of a block of pixels stand in a scratch array with `MARGIN` zeros around the channels of each pixel.
+C channels. The scratch has the values of a block of pixels, with a margin of zeros around the channels of each pixel.
 """
 
 import math
@@ -20,6 +21,7 @@ import numpy as np
 from numba import njit
 
 from distdl.nn.kernels.compiled.base import CompiledLayers
+from distdl.nn.kernels.compiled.functions import exp, log
 from distdl.nn.kernels.compiled.jit import kernel
 from distdl.nn.kernels.compiled.simd import fma, load, load_lanes, splat, square_root, store, store_lanes
 from distdl.nn.kernels.fused_layers import Elements
@@ -28,7 +30,6 @@ from distdl.nn.normalization import LocalResponseNorm
 from distdl.rng import Key
 
 f4 = np.float32
-MARGIN = 16
 PIXELS_OF_BLOCK = 8
 
 
@@ -44,8 +45,11 @@ def _window_sum(values, at, before, after):
 
 
 @njit(inline="always")
-def _factor(s, quarters):
-    """Return ``s^(-quarters / 4)``."""
+def _factor(s, beta):
+    """Return ``s^-beta``."""
+    quarters = 4 * beta
+    if not (quarters == 1 or quarters == 2 or quarters == 3 or quarters == 4):
+        return exp(log(s) * splat(f4(-beta)))
     root = s
     if quarters < 4:
         root = square_root(s)
@@ -57,30 +61,30 @@ def _factor(s, quarters):
 
 
 @njit(inline="always")
-def _write_squares(x, first, C, squares):
+def _write_squares(x, first, C, squares, margin):
     for c in range(0, C, 16):
         v = load_lanes(x, first + c, C - c)
-        store(squares, MARGIN + c, v * v)
+        store(squares, margin + c, v * v)
 
 
 @kernel
-def forward(x_, y_, scratch_, C, before, after, alpha, k, quarters):
+def forward(x_, y_, scratch_, C, margin, before, after, alpha, k, beta):
     """Write y; the scratch has zeros, and room for the squares of a block of pixels (pixels, width)."""
     x, y, scratch, pixels, width = x_.ctypes.data, y_.ctypes.data, scratch_.ctypes.data, x_.size // C, scratch_.shape[2]
     alphas, ks = splat(f4(alpha)), splat(f4(k))
     for start in range(0, pixels, PIXELS_OF_BLOCK):
         count = min(PIXELS_OF_BLOCK, pixels - start)
         for p in range(count):
-            _write_squares(x, (start + p) * C, C, scratch + 4 * p * width)
+            _write_squares(x, (start + p) * C, C, scratch + 4 * p * width, margin)
         for p in range(count):
             for c in range(0, C, 16):
-                s = fma(_window_sum(scratch, p * width + MARGIN + c, before, after), alphas, ks)
+                s = fma(_window_sum(scratch, p * width + margin + c, before, after), alphas, ks)
                 i = (start + p) * C + c
-                store_lanes(y, i, load_lanes(x, i, C - c) * _factor(s, quarters), C - c)
+                store_lanes(y, i, load_lanes(x, i, C - c) * _factor(s, beta), C - c)
 
 
 @kernel
-def backward(x_, dy_, dx_, scratch_, C, before, after, alpha, k, quarters, coefficient):
+def backward(x_, dy_, dx_, scratch_, C, margin, before, after, alpha, k, beta, coefficient):
     """Write dx; the scratch has zeros, and room for squares, t and ``dy f`` of a block (3, pixels, width)."""
     x, dy, dx, pixels, width = x_.ctypes.data, dy_.ctypes.data, dx_.ctypes.data, x_.size // C, scratch_.shape[2]
     squares = scratch_.ctypes.data
@@ -89,18 +93,18 @@ def backward(x_, dy_, dx_, scratch_, C, before, after, alpha, k, quarters, coeff
     for start in range(0, pixels, PIXELS_OF_BLOCK):
         count = min(PIXELS_OF_BLOCK, pixels - start)
         for p in range(count):
-            _write_squares(x, (start + p) * C, C, squares + 4 * p * width)
+            _write_squares(x, (start + p) * C, C, squares + 4 * p * width, margin)
         for p in range(count):
             for c in range(0, C, 16):
-                at, i = p * width + MARGIN + c, (start + p) * C + c
+                at, i = p * width + margin + c, (start + p) * C + c
                 s = fma(_window_sum(squares, at, before, after), alphas, ks)
-                f = _factor(s, quarters)
+                f = _factor(s, beta)
                 d = load_lanes(dy, i, C - c)
                 store_lanes(through, at, d * (load_lanes(x, i, C - c) * f) / s, C - c)
                 store(direct, at, d * f)
         for p in range(count):
             for c in range(0, C, 16):
-                at, i = p * width + MARGIN + c, (start + p) * C + c
+                at, i = p * width + margin + c, (start + p) * C + c
                 v = load_lanes(x, i, C - c) * _window_sum(through, at, after, before)
                 store_lanes(dx, i, fma(v, coefficients, load(direct, at)), C - c)
 
@@ -109,10 +113,8 @@ def backward(x_, dy_, dx_, scratch_, C, before, after, alpha, k, quarters, coeff
 
 
 def local_response_norm_at(layers: Sequence[Layer], names: Sequence[str]) -> CompiledLayers | None:
-    """Return the implementation of a local response normalization, or None for another beta or a large window."""
-    norm = cast("LocalResponseNorm", layers[0])
-    compiled = norm.beta in {0.25, 0.5, 0.75, 1.0} and norm.size // 2 <= MARGIN
-    return CompiledLocalResponseNorm(layers[:1], names[0]) if compiled else None
+    """Return the implementation of a local response normalization."""
+    return CompiledLocalResponseNorm(layers[:1], names[0])
 
 
 class CompiledLocalResponseNorm(CompiledLayers):
@@ -121,17 +123,19 @@ class CompiledLocalResponseNorm(CompiledLayers):
     def __init__(self, layers: Sequence[Layer], name: str) -> None:
         super().__init__(layers, name, layers[0].input_shape)
         norm = cast("LocalResponseNorm", layers[0])
-        window = norm.size // 2, (norm.size - 1) // 2
-        self.numbers = (*window, norm.alpha / norm.size, float(norm.k), int(4 * norm.beta))
+        farthest = self.output_shape[-1] - 1
+        window = min(norm.size // 2, farthest), min((norm.size - 1) // 2, farthest)
+        self.margin = -(-window[0] // 16) * 16
+        self.numbers = (self.margin, *window, norm.alpha / norm.size, float(norm.k), float(norm.beta))
         self.coefficient = -2 * norm.alpha * norm.beta / norm.size
 
     def elements(self) -> Elements:
         size, C = math.prod(self.output_shape), self.output_shape[-1]
-        return Elements(kept=size, of_weights=3 * PIXELS_OF_BLOCK * (C + 3 * MARGIN), gradient=size)
+        return Elements(kept=size, of_weights=3 * PIXELS_OF_BLOCK * (-(-C // 16) * 16 + 2 * self.margin), gradient=size)
 
     def _scratch(self, C: int) -> Array:
         """Return the scratch, whose margins stay zero."""
-        return self.kept.array("scratch", (3, PIXELS_OF_BLOCK, -(-C // 16) * 16 + 2 * MARGIN))
+        return self.kept.array("scratch", (3, PIXELS_OF_BLOCK, -(-C // 16) * 16 + 2 * self.margin))
 
     def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         self.x = x
