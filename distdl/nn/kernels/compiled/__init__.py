@@ -5,8 +5,8 @@ oracle in plain NumPy follows it. Sums are single chains, or chains whose number
 
 Two kinds of files:
 
-- kernels, functions of arrays: `simd` (vectors), `products`, `winograd`
-- implementations of layers, which call kernels: `convolution`
+- kernels, functions of arrays: `simd` (vectors), `products`, `winograd`, `updates`
+- implementations, which call kernels: of layers in `convolution`, of optimizers in `optimizers`
 
 Arrays of kernels are C-contiguous float32; an argument that ends in ``_`` is an array, the same name without it is the
 address of its first element.
@@ -19,6 +19,7 @@ import numpy as np
 from distdl.nn.activations import Sigmoid, Softmax, Tanh
 from distdl.nn.convolution import Conv2d
 from distdl.nn.kernels import FusedLayers, Kernels
+from distdl.nn.kernels.compiled import optimizers
 from distdl.nn.kernels.compiled.affine import affine_at
 from distdl.nn.kernels.compiled.arrays import GradientArrays
 from distdl.nn.kernels.compiled.base import CompiledLayers
@@ -43,6 +44,9 @@ _IMPLEMENTATIONS: dict[type[Layer], Callable[[Sequence[Layer], Sequence[str]], C
 
 class _Compiled(Kernels):
     name = "compiled"
+    portable = True
+    norm = staticmethod(optimizers.norm)
+    optimizer_rule = staticmethod(optimizers.optimizer_rule)
 
     def __init__(self) -> None:
         self._gradients = GradientArrays()
