@@ -60,6 +60,7 @@ ROWS = {
     "deep_convnet-2": _row("deep_convnet", 32, steps=200, epochs=3),
     "simple_convnet-1": Job("simple_convnet", 1, 100, 100, steps=400, epochs=4),
     "deep_convnet-1": Job("deep_convnet", 1, 100, 100, steps=100, epochs=3),
+    "mlp-1": Job("mlp", 1, 100, 100, steps=400, epochs=10),
     "mlp-2": _row("mlp", 64, steps=400, epochs=10),
     "logistic-2": _row("logistic", 64, steps=400, epochs=10),
     "lenet-2": _row("lenet", 64, steps=400, epochs=4),
