@@ -353,9 +353,11 @@ def run(
         if launch.size > 1 and not error.agreed:
             _tell_the_others(error, launch)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if launch.prints_for_all:
-            streams.say_line("interrupted; --resume continues from the last checkpoint")
+            when = f" ({interrupt})" if str(interrupt) else ""
+            remedy = "; --resume continues from the last checkpoint, if there is one" if trains else ""
+            streams.say_line(f"interrupted{when}{remedy}")
         return EXIT_INTERRUPTED
 
 

@@ -73,7 +73,10 @@ GROUPS = {
         *("config", "run_dir", "resume", "dry_run", "epochs", "max_steps", "early_stopping", "test_with", "seed"),
         *("checkpoint_every", "keep_checkpoints", "log_every", "trace"),
     ),
-    "faults": ("on_nonfinite", "verify_every", "audit", "record_hashes", "stall_warning", "detect_hangs"),
+    "faults": (
+        *("on_nonfinite", "verify_every", "audit", "require_same_bits", "record_hashes", "stall_warning"),
+        "detect_hangs",
+    ),
     "ranks": ("micro_batch_size", "balance", "reduction", "threads_per_rank"),
 }
 
@@ -84,6 +87,7 @@ FREE_TO_CHANGE_ON_RESUME = frozenset(
         "test_with",
         *("checkpoint_every", "keep_checkpoints", "log_every", "stall_warning", "detect_hangs", "record_hashes"),
         *("threads_per_rank", "balance", "on_nonfinite", "verify_every", "audit", "trace"),
+        "require_same_bits",
     }
 )
 #: Settings that have an effect only with some choices of another setting.
@@ -232,6 +236,9 @@ class TrainConfig:
     """Steps between comparisons of all ranks' weights and optimizer state, also before each checkpoint; 0: none."""
     audit: int = 0
     """Steps between audits: each rank also computes the next rank's shard and compares the bits; 0: none."""
+    require_same_bits: bool = False
+    """Refuse to start if ranks compute other bits than rank 0, or this run others than the checkpoint to resume from;
+    otherwise that is a warning."""
     threads_per_rank: int = 1
     """BLAS threads of each rank; another number than 1 may change bits."""
     trace: Path | None = None

@@ -7,6 +7,7 @@ before they are loaded.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -75,3 +76,7 @@ class ImageOptions:
     """The columns of a CSV file with the path and the label, separated by commas; None: by their usual names."""
     channels: int | None = None
     """1 for gray images, 3 for colors; None: 1 if all files are gray, otherwise 3."""
+    say: Callable[[str], None] | None = None
+    """It gets a line on what the cache does; None: nothing is said."""
+    least_classes: int = 2
+    """The fewest folders of classes; a network that knows the class can be scored on one."""

@@ -7,7 +7,7 @@ host share them. A file is in NumPy's ``.npy`` format. It gets its name only whe
 import math
 import mmap
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fcntl import LOCK_EX, LOCK_NB, flock
@@ -22,6 +22,8 @@ from distdl.errors import UserError
 
 #: The suffix of a file that is not complete.
 PARTIAL = ".partial"
+#: The mode before the umask, as that of the files in a run folder.
+FILE_MODE = 0o664
 #: A process keeps about this much of a mapped file in memory. One row may bring a huge page with it.
 KEPT_BYTES, HUGE_PAGE_BYTES = 2**28, 2**21
 MappedArray = np.memmap[Any, Any]
@@ -82,11 +84,11 @@ def created(path: Path, shape: Sequence[int], dtype: DTypeLike) -> Iterator[Mapp
     with suppress(OSError):  # then the file cannot be created either
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}{PARTIAL}")
     try:
-        handle, name = tempfile.mkstemp(PARTIAL, f"{path.name}.", path.parent)
+        handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
     except OSError as error:
         raise _refused(path, error) from error
-    partial = Path(name)
     try:
         flock(handle, LOCK_EX)
         try:

@@ -8,9 +8,10 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distdl import cli
+from distdl.__main__ import COMMANDS
 from distdl.cli import Command, Flag
 from distdl.errors import UserError
 from distdl.job.launched_by import remove_session_folder
@@ -25,7 +26,7 @@ class MpirunOptions:
     ranks: int
     """Number of ranks to start."""
     module: str = "distdl.train"
-    """Python module that every rank runs."""
+    """Python module that every rank runs; a command of distdl after the dashes, such as predict, means its module."""
     restarts: int = 0
     """Start a failed job again from its last checkpoint, up to N times; for distdl.train, and for modules with the
     same flags --run-dir and --resume auto."""
@@ -38,8 +39,8 @@ COMMAND = Command(
     summary="Start N ranks on this machine, with the MPI of this environment.",
     settings=MpirunOptions,
     examples=(
-        "python -m distdl.mpirun -n 4",
         "python -m distdl.mpirun -n 4 -- --dataset mnist --epochs 3",
+        "python -m distdl.mpirun -n 4 -- predict my-run photos",
         "python -m distdl.mpirun -n 4 --restarts 5 -- --run-dir my-run",
     ),
     groups={"flags": ("ranks", "module", "restarts", "dry_run")},
@@ -52,6 +53,10 @@ def main(arguments: Sequence[str]) -> int:
     """Become `mpirun`. Return an exit code only with `--restarts` or `--dry-run`."""
     own, flags = cli.split_at_dashes(arguments)
     options = COMMAND.parse(own)
+    if (
+        flags and options.module == MpirunOptions.module and flags[0] in set(COMMANDS) - {"mpirun"}
+    ):  # train takes no words
+        options, flags = replace(options, module=COMMANDS[flags[0]].removesuffix(".__main__")), flags[1:]
     if options.restarts < 0:
         raise UserError(f"cannot restart {options.restarts} times: expected 0 or more")
     if options.restarts and options.module.startswith("distdl.") and options.module != "distdl.train":

@@ -9,19 +9,23 @@ The book and PyTorch differ in the position of η in Momentum, in Nesterov's rul
 These optimizers follow PyTorch.
 """
 
+from __future__ import annotations
+
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distdl.arrays import aligned_empty, aligned_zeros
+from distdl.elementary import power
 from distdl.errors import unknown_name
 
 Vector = NDArray[Any]
 State = dict[str, Vector]
+Update = Callable[[Vector, Vector, float, int], None]
 
 BLOCK = 32768  # elements; four float32 vectors of this length fit the second-level cache
 
@@ -31,7 +35,8 @@ class Optimizer(ABC):
 
     In `decay_slices` (weights, not biases) `weight_decay` λ adds λw to the gradient, and `l1` adds ``l1 sign(w)``. The
     slices in `frozen`, ascending, keep their bits. `state` holds the vectors that must survive a step, by name, each as
-    long as the parameters. `settings` replace the class attributes of these names: the constants of the rule.
+    long as the parameters. `settings` replace the class attributes of these names: the constants of the rule. `fused`
+    computes the same update in one pass over float32 vectors (see ``Kernels.optimizer_rule``).
     """
 
     state_names: ClassVar[tuple[str, ...]] = ()
@@ -46,6 +51,7 @@ class Optimizer(ABC):
         decay_slices: Sequence[slice] = (),
         frozen: Sequence[slice] = (),
         dtype: Any = np.float32,
+        fused: Callable[[Optimizer], Update] | None = None,
         **settings: float,
     ) -> None:
         if unknown := settings.keys() - {*self.setting_names}:
@@ -54,12 +60,16 @@ class Optimizer(ABC):
         self.weight_decay, self.l1, self.frozen = weight_decay, l1, tuple(frozen)
         self.decay_slices = tuple(where for where in decay_slices if where not in self.frozen)
         starts, stops = [0, *(where.stop for where in frozen)], [*(where.start for where in frozen), size]
-        self._updated = [slice(*ends) for ends in zip(starts, stops, strict=True)]
+        self.updated = [slice(*ends) for ends in zip(starts, stops, strict=True)]
         self.state: State = {name: aligned_zeros(size, dtype) for name in self.state_names}
         self._scratch = aligned_empty(min(size, BLOCK), dtype)
+        self._fused = None if fused is None or dtype != np.float32 else fused(self)
 
     def update(self, parameters: Vector, gradients: Vector, learning_rate: float, step: int) -> None:
         """Apply update number `step` = 1, 2, …; overwrite both vectors (the gradient serves as scratch)."""
+        if self._fused is not None:
+            self._fused(parameters, gradients, learning_rate, step)
+            return
         for piece in _pieces(self.decay_slices if self.weight_decay or self.l1 else ()):
             w, g, scratch = parameters[piece], gradients[piece], self._scratch[: piece.stop - piece.start]
             if self.weight_decay:
@@ -68,7 +78,7 @@ class Optimizer(ABC):
                 np.sign(w, out=scratch)
                 scratch *= self.l1
                 g += scratch
-        for piece in _pieces(self._updated):
+        for piece in _pieces(self.updated):
             scratch = self._scratch[: piece.stop - piece.start]
             state = {name: vector[piece] for name, vector in self.state.items()}
             self._rule(parameters[piece], gradients[piece], state, learning_rate, step, scratch)
@@ -193,12 +203,17 @@ class Adam(Optimizer):
         g *= 1 - self.beta2
         v *= self.beta2
         v += g
+        root, corrected_rate = self.corrections(learning_rate, step)
         np.sqrt(v, out=scratch)
-        scratch /= (1 - self.beta2**step) ** 0.5
+        scratch /= root
         scratch += self.epsilon
         np.divide(m, scratch, out=scratch)
-        scratch *= learning_rate / (1 - self.beta1**step)
+        scratch *= corrected_rate
         w -= scratch
+
+    def corrections(self, learning_rate: float, step: int) -> tuple[float, float]:
+        """Return ``√(1-β₂ᵗ)`` and ``η / (1-β₁ᵗ)``."""
+        return math.sqrt(1 - power(self.beta2, step)), learning_rate / (1 - power(self.beta1, step))
 
 
 class AdamW(Adam):
@@ -214,15 +229,19 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 }
 
 
-def clip_by_norm(gradient: Vector, largest: float) -> float:
+def euclidean_norm(vector: Vector) -> float:
+    """Return the root of the sum of the squares."""
+    norm = math.sqrt(float(np.vdot(vector, vector)))
+    return norm if math.isfinite(norm) else float(np.linalg.norm(vector.astype(np.float64)))  # the squares overflow
+
+
+def clip_by_norm(gradient: Vector, largest: float, norm_of: Callable[[Vector], float] | None = None) -> float:
     """Scale the flat gradient in place so that its norm is at most `largest`; return its norm before.
 
     The factor is ``largest / (norm + 1e-6)``, as in PyTorch's ``clip_grad_norm_``. Not in the book. Source: Pascanu,
     Mikolov and Bengio 2013.
     """
-    norm = math.sqrt(float(np.vdot(gradient, gradient)))
-    if not math.isfinite(norm):  # the squares overflow
-        norm = float(np.linalg.norm(gradient.astype(np.float64)))
+    norm = (norm_of or euclidean_norm)(gradient)
     if norm + 1e-6 > largest:
         gradient *= largest / (norm + 1e-6)
     return norm

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from distdl.elementary import logarithm, sine_and_cosine
+
 
 @dataclass(frozen=True)
 class Key:
@@ -55,9 +57,9 @@ class Key:
         """Return `count` standard normal numbers (Box-Muller) as float64."""
         pairs = (count + 1) // 2
         u = self.uniform(2 * pairs)
-        radius = np.sqrt(-2.0 * np.log1p(-u[:pairs]))
-        angle = 2.0 * np.pi * u[pairs:]
-        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+        radius = np.sqrt(-2.0 * logarithm(1.0 - u[:pairs]))
+        sine, cosine = sine_and_cosine(2.0 * np.pi * u[pairs:])
+        return np.concatenate([radius * cosine, radius * sine])[:count]
 
     def mask(self, count: int, probability: float) -> NDArray[np.bool_]:
         """Return `count` booleans, each true with the given probability (to a precision of 2**-32)."""

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 
+from distdl import elementary
+from distdl.elementary import power
 from distdl.errors import UserError, unknown_name
 
 Schedule = Callable[[int], float]
@@ -23,7 +25,7 @@ def step_decay(learning_rate: float, every_steps: int, factor: float) -> Schedul
     """
     if every_steps < 1:
         raise UserError(f"a step schedule needs a length of at least 1 step, not {every_steps}")
-    return lambda step: learning_rate * factor ** (step // every_steps)
+    return lambda step: learning_rate * power(factor, step // every_steps)
 
 
 def cosine(learning_rate: float, total_steps: int) -> Schedule:
@@ -36,7 +38,7 @@ def cosine(learning_rate: float, total_steps: int) -> Schedule:
     """
     if total_steps < 1:
         raise UserError(f"a cosine schedule needs a length of at least 1 step, not {total_steps}")
-    return lambda step: learning_rate * 0.5 * (1 + math.cos(math.pi * min(step, total_steps) / total_steps))
+    return lambda step: learning_rate * 0.5 * (1 + elementary.cosine(math.pi * min(step, total_steps) / total_steps))
 
 
 def warmed_up(schedule: Schedule, steps: int) -> Schedule:

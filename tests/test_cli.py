@@ -164,11 +164,20 @@ def test_other_exceptions_pass_unchanged(error, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_an_interrupted_command_says_how_to_continue(capsys):
-    assert cli.run(raising(KeyboardInterrupt()), []) == 130
-    out, said = capsys.readouterr()
-    assert (out, said.count("\n")) == ("", 1)
-    assert said.startswith("distdl: interrupted; --resume")
+@pytest.mark.parametrize(
+    ("trains", "words", "said"),
+    [
+        (True, (), "interrupted; --resume continues from the last checkpoint, if there is one"),
+        (True, ("before the first step",), "interrupted (before the first step); --resume continues from the last"),
+        (False, (), "interrupted\n"),
+    ],
+)
+def test_an_interrupted_command_says_how_to_continue(trains, words, said, capsys, monkeypatch):
+    monkeypatch.setattr("distdl.job.held_signals.hold_signals", lambda: None)
+    assert cli.run(raising(KeyboardInterrupt(*words)), [], trains=trains) == 130
+    out, found = capsys.readouterr()
+    assert (out, found.count("\n")) == ("", 1)
+    assert found.startswith(f"distdl: {said}")
 
 
 @pytest.mark.parametrize("code", [0, 1, 75])

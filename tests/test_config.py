@@ -304,6 +304,7 @@ configs = st.builds(
     on_nonfinite=st.sampled_from(["stop", "skip"]),
     verify_every=st.integers(0, 10**6),
     audit=st.integers(0, 10**6),
+    require_same_bits=st.booleans(),
     threads_per_rank=st.integers(1, 1024),
     trace=st.none() | paths,
 )
@@ -400,6 +401,7 @@ OTHER = {
     "on_nonfinite": "skip",
     "verify_every": 5,
     "audit": 5,
+    "require_same_bits": True,
     "threads_per_rank": 2,
     "trace": Path("trace.json"),
 }
@@ -407,7 +409,7 @@ FREE = {
     *("config", "run_dir", "resume", "dry_run", "data_dir", "cache", "epochs", "max_steps", "checkpoint_every"),
     *("keep_checkpoints", "early_stopping", "test_with", "log_every", "stall_warning", "detect_hangs"),
     *("record_hashes", "balance", "on_nonfinite"),
-    *("verify_every", "audit", "threads_per_rank", "trace"),
+    *("verify_every", "audit", "require_same_bits", "threads_per_rank", "trace"),
 }
 
 

@@ -18,7 +18,8 @@ PACKAGE = Path(distdl.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("*.py"))
 
 ROOT = "distdl"  # distdl/__init__.py itself
-BOTTOM = {"errors", "rng", "arrays", "host_memory", "mapped_files", "transforms", "model_settings", "image_options"}
+BOTTOM = {"errors", "elementary", "rng", "arrays", "host_memory", "mapped_files"}
+BOTTOM |= {"transforms", "model_settings", "image_options"}
 MIDDLE = {"nn", "optim", "schedules", "data", "parallel", "job"}
 #: Packages that use the engine. bench and search never import each other.
 USES = {"inference", "bench", "search"}

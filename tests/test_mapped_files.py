@@ -56,6 +56,16 @@ with created(pathlib.Path({str(path)!r}), (3,), "u1"):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_the_mode_of_a_file_follows_the_umask(mask, mode, tmp_path):
+    before = os.umask(mask)
+    try:
+        write(tmp_path / "images.npy", np.zeros(3, np.uint8))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "images.npy").stat().st_mode & 0o777 == mode
+
+
 def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
     def full(handle, start, length):
         raise OSError(28, "No space left on device")

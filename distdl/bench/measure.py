@@ -163,7 +163,7 @@ class TrainingSteps:
             observers=[self.timeline, check],
         )
         self._micro_batches = MicroBatches(dataset, config.micro_batch_size)
-        self._loss = make_loss(dataset.default_loss)
+        self._loss = state.network.stack.kernels.loss(make_loss(dataset.default_loss))
         self._key = Key(config.seed)
         self._batch_order = BatchOrder(dataset.parts.training, config.batch_size, self._key)
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.arrays import NO_LABEL, aligned_empty, aligned_zeros
+from distdl.elementary import sine_and_cosine
 from distdl.rng import Key
 from distdl.transforms import Transforms
 
@@ -157,8 +158,9 @@ def _places(draws: Draws, H: int, W: int) -> tuple[NDArray[np.int32], ...]:
     A place is the sum of a term of the pixel's row and a term of its column.
     """
     center_y, center_x = (H - 1) / 2, (W - 1) / 2
-    angle, scale, mirror = (each[:, None, None] for each in (draws.angle, draws.scale, draws.mirror))
-    cosine, sine = np.cos(angle) / scale, np.sin(angle) / scale
+    each = (*sine_and_cosine(draws.angle), draws.scale, draws.mirror)
+    sine, cosine, scale, mirror = (one[:, None, None] for one in each)
+    cosine, sine = cosine / scale, sine / scale
     dy = np.arange(H)[:, None] - center_y - draws.down[:, None, None]
     dx = np.arange(W) - center_x - draws.right[:, None, None]
     return (

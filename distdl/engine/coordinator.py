@@ -27,6 +27,7 @@ from distdl.engine.keeper import CheckpointKeeper
 from distdl.engine.logbook import Logbook
 from distdl.engine.metrics import Sums
 from distdl.engine.printed_lines import describe_shares, epoch_line, last_lines, plateau_line, result_lines
+from distdl.engine.same_bits import change_of_bits
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.files import indented_json, remove_temporaries, write_durably
@@ -64,6 +65,7 @@ class RunFacts:
             "data_sha256": self.data_sha256,
             "versions": self.environment["versions"],
             "kernel_family": self.kernel_family,
+            "fingerprint": self.environment.get("fingerprint"),
             "signature": self.signature,
         }
 
@@ -153,15 +155,16 @@ class Coordinator(RunListener):
         assert start is not None
         for complaint in start.found.complaints if start.found is not None else ():
             self.console.warning(f"{complaint}; the one before it is used")
-        if len(facts.environment["kernel_families"]) > 1:
-            self.console.warning(f"the ranks run different kernels ({facts.kernel_family}): bits depend on the ranks")
+        for different in facts.environment.get("ranks_that_differ", ()):
+            self.console.warning(f"{different}: bits depend on the ranks")
         if start.found is None:
             return
         before, versions = start.found.header(), facts.environment["versions"]
         self.console.line(f"resumed from {start.found.path} after step {before.step}")
+        if change := change_of_bits(before, facts.environment):
+            self.console.warning(f"{change}: bits may differ")
         threads = before.config.get("threads_per_rank")
         for what, was, now in (
-            ("the kernels", before.kernel_family, facts.kernel_family),
             ("NumPy", before.versions.get("numpy"), versions["numpy"]),
             ("--threads-per-rank", threads, self.config.threads_per_rank),
         ):

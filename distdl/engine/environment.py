@@ -12,12 +12,15 @@ import numpy as np
 import threadpoolctl
 
 import distdl
+from distdl.config import reads_image_files
 from distdl.data import PreparedDataset
 from distdl.errors import UserError
 from distdl.parallel import Communicator, ranks_per_host
 
 #: Elements that NumPy converts at a time if operands differ in dtype.
 CAST_ELEMENTS = 1024
+#: tyro is no longer used. It stays in the list, so that checkpoints keep their bytes.
+PACKAGES = ("numpy", "mpi4py", "safetensors", "tyro", "threadpoolctl")
 
 
 @contextmanager
@@ -58,14 +61,24 @@ def kernel_family() -> str:
     return f"{', '.join(blas) or 'no known BLAS'}; {' '.join(simd.get('found', [])) or 'baseline'}"
 
 
-def describe(communicator: Communicator, data: PreparedDataset | None = None) -> dict[str, Any]:
-    """Return the content of ``env.json``, with the notes about the data if it is given. Collective."""
+def describe(
+    communicator: Communicator, data: PreparedDataset | None = None, *, dataset: str | None = None
+) -> dict[str, Any]:
+    """Return the content of ``env.json``, with the notes about the data if it is given. Collective.
+
+    `dataset` is the name of the data; if Pillow has read it, Pillow's version is listed.
+    """
+    read_images = dataset is not None and reads_image_files(dataset)
     return {
         "ranks": communicator.size,
         "hosts": ranks_per_host(communicator),
         "communicator": communicator.description,
         "kernel_families": sorted(set(communicator.allgather_json(kernel_family()))),
-        "versions": {"distdl": distdl.__version__, "python": platform.python_version(), **_package_versions()},
+        "versions": {
+            "distdl": distdl.__version__,
+            "python": platform.python_version(),
+            **_package_versions(*PACKAGES, *(["pillow"] if read_images else [])),
+        },
         "blas": [
             {key: library.get(key) for key in ("internal_api", "version", "architecture", "num_threads")}
             for library in _blas_libraries()
@@ -83,10 +96,9 @@ def _system() -> str:
 
 
 @cache
-def _package_versions() -> dict[str, str]:
+def _package_versions(*names: str) -> dict[str, str]:
     found = {}
-    # tyro is no longer used. It stays in the list, so that checkpoints keep their bytes.
-    for name in ("numpy", "mpi4py", "safetensors", "tyro", "threadpoolctl"):
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

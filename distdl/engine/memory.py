@@ -12,14 +12,17 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from distdl.config import TrainConfig
+from distdl.config import TrainConfig, is_own
 from distdl.data import PreparedDataset
 from distdl.data.batch_order import micro_batch_count
 from distdl.engine.state import TrainingState
+from distdl.engine.user_code import network_builder
 from distdl.errors import UserError
 from distdl.host_memory import available_bytes, available_to_this_process
+from distdl.image_options import Resize
 from distdl.mapped_files import is_first_rows_of_file
 from distdl.nn.working_memory import working_bytes
+from distdl.optim import optimizer_class
 from distdl.parallel import Communicator
 
 #: A run is refused if this share of its estimate does not fit.
@@ -68,6 +71,29 @@ def need_of(config: TrainConfig, data: PreparedDataset, state: TrainingState, *,
         sums=slots * vectors,
         checkpoint=state_vectors * vectors if rank == 0 else 0,
     )
+
+
+def check_resized(config: TrainConfig) -> None:
+    """Raise `UserError` if the network has no room for images of the size of `--resize`, before any is decoded.
+
+    The estimate is a lower bound, for gray images and two classes. `check_memory` compares all ranks later.
+    """
+    if config.image_options.resize is None or is_own(config.model):
+        return
+    resize, size, left = Resize.parse(config.image_options.resize), config.micro_batch_size, available_bytes()
+    vectors = 2 + len(optimizer_class(config.optimizer)(1).state)  # with parameters and gradient
+    try:
+        network = network_builder(config.model, config.model_settings)((resize.height, resize.width, 1), 2)
+        needed = working_bytes(network, {size}, {size}) + vectors * network.parameters.nbytes
+    except MemoryError as error:
+        needed = vectors * math.prod(getattr(error, "shape", ()))  # NumPy tells the bytes that it cannot allocate
+    except UserError:  # the images do not fit the network: it is built again, with their channels
+        return
+    if SURE_SHARE * needed > left:
+        raise UserError(
+            f"--resize {resize}: --model {config.model} on such images needs at least {gigabytes(needed)} of memory, "
+            f"but {gigabytes(left)} are available: give a smaller size"
+        )
 
 
 def check_memory(

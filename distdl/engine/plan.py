@@ -26,7 +26,7 @@ from distdl.engine.storage.run_folder import StartingPoint
 from distdl.engine.table import shortened, table
 from distdl.engine.trainer import Trainer
 from distdl.engine.user_code import BuildNetwork
-from distdl.errors import Stopped, UserError, one_line
+from distdl.errors import UserError, one_line
 from distdl.host_memory import available_bytes
 from distdl.mapped_files import release_pages
 from distdl.parallel import Communicator, guard, on_rank_0, world
@@ -64,10 +64,13 @@ def dry_run(
             on_rank_0(communicator, lambda: _check_folder(start))
             lines = banner_of(config, trainer.data, trainer.state.network, facts.environment, communicator)
             lines += ["", *memory_lines(trainer, facts)]
-            if communicator.rank == 0:
+
+            def describe_data() -> None:
                 _print(console, [*lines, "", *data_lines(trainer.data)])
                 for warning in (*trainer.data.notes, *preparation.warnings):
                     console.warning(warning)
+
+            stop.on_rank_0(communicator, describe_data)
             found = time_lines(trainer, clock)
             if communicator.rank == 0:
                 hints = suggestions(config, trainer.data, communicator.size)
@@ -185,8 +188,7 @@ def _measured(trainer: Trainer, work: Callable[[], object], clock: Callable[[], 
     communicator, begun, times = trainer.communicator, clock(), [0.0]
     while len(times) <= most and (times[-1] < SECONDS or (len(times) == 2 and times[-1] < SLOW_SECONDS)):
         work()
-        if trainer.stop.agreed is not None:
-            raise Stopped("the dry run is stopped; it has written nothing", agreed=True)
+        trainer.stop.stop_if_asked(communicator)
         times.append(communicator.bcast_json(clock() - begun))
     half = len(times) // 2
     return (times[-1] - times[half]) / (len(times) - 1 - half) if half < len(times) - 1 else times[-1]

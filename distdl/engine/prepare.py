@@ -5,7 +5,7 @@ meanwhile, the survivors begin the preparation again, in the same run folder.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from distdl.engine.environment import describe, numerics
 from distdl.engine.fault_injection import fault_point
 from distdl.engine.introduction import introduce
 from distdl.engine.logbook import Logbook
-from distdl.engine.memory import check_memory, check_room_for_dataset
+from distdl.engine.memory import check_memory, check_resized, check_room_for_dataset
 from distdl.engine.metrics import Sums
 from distdl.engine.requirements import check_moments, check_outputs, check_ranks, outputs_of, restore
+from distdl.engine.same_bits import compared_bits
 from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
 from distdl.engine.storage.files import check_output
@@ -119,6 +120,8 @@ class Preparation:
 
     def _prepare(self, communicator: Communicator) -> Trainer:
         trainer, facts, start = self.build(communicator)
+        bits = compared_bits(communicator, self.config, trainer.data, trainer.state.network, facts.environment, start)
+        facts = replace(facts, environment=bits)
         console = self.console = self.console or Console(live=communicator.size == 1)
         logbook = Logbook(self.config, trainer.steps_per_epoch, console, keeps=communicator.survives_failures)
         self._open_folder(communicator, facts, start, logbook)
@@ -130,6 +133,7 @@ class Preparation:
         """Return a trainer before its first step, its facts, and on rank 0 the start; write nothing. Collective."""
         config = self.config
         together(communicator, lambda: check_ranks(config, communicator.size))
+        on_rank_0(communicator, lambda: check_resized(config))
         if config.trace is not None:
             on_rank_0(communicator, partial(check_output, config.trace, "--trace"))
         start = on_rank_0(communicator, lambda: find_start(config, self.folder, after_failure=self.is_repeated))
@@ -138,7 +142,8 @@ class Preparation:
         state = together(communicator, lambda: self._build_state(data))
         check_equal_networks(communicator, config.model, state.network)
         self.warnings = check_memory(config, data, state, communicator)
-        facts = RunFacts(config, describe(communicator, data), from_rank_0(communicator, data.sha256), data.signature())
+        environment = describe(communicator, data, dataset=config.dataset)
+        facts = RunFacts(config, environment, from_rank_0(communicator, data.sha256), data.signature())
         steps_per_epoch = batch_order.steps_per_epoch(len(data.parts.training), config.batch_size)
         on_rank_0(communicator, lambda: self._restore(state, start, facts.data_sha256, steps_per_epoch))
         state.send_from_rank_0(communicator)
@@ -148,7 +153,7 @@ class Preparation:
     def _share_data(self, communicator: Communicator, start: StartingPoint | None) -> PreparedDataset:
         """Read and split the dataset on rank 0; return it on all ranks, one copy per host. Collective."""
         sha256 = start.found.header().data_sha256 if start is not None and start.found is not None else None
-        arrays = on_rank_0(communicator, lambda: read_data(self.config, self.dataset, sha256).to_arrays())
+        arrays = self.stop.on_rank_0(communicator, lambda: read_data(self.config, self.dataset, sha256).to_arrays())
         fault_point("data")
         check_room_for_dataset(communicator, arrays)
         shared = share_arrays(communicator, arrays or {})
@@ -171,6 +176,7 @@ class Preparation:
                     l1=config.l1_decay,
                     decay_slices=network.decay_slices,
                     frozen=transfer.frozen_slices(network, config.freeze),
+                    fused=network.stack.kernels.optimizer_rule(config.optimizer),
                     **config.optimizer_settings,
                 )
         except MemoryError:

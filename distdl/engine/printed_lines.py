@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distdl.config import TrainConfig, is_own
+from distdl.config import GROUPS, TrainConfig, flag_of, is_own
 from distdl.data import PreparedDataset
 from distdl.engine.best import ends_plateau, epochs_since_best
 from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
+from distdl.engine.table import shortened as cut
 from distdl.engine.timing.timeline import Spent
-from distdl.errors import one_line
+from distdl.errors import listed, one_line
 from distdl.nn import Dropout, Sequential
 from distdl.parallel import Communicator
 
@@ -23,6 +24,12 @@ COLUMNS = 80
 MOST_RANKS_LISTED = 16
 #: The longest name of a dataset or model in the banner; of a longer one it shows the end.
 LONGEST_NAME = 48
+#: The longest option in the banner, and the settings that other lines show or that the weights do not depend on.
+LONGEST_OPTION = 60
+NAMED_ELSEWHERE = {
+    *("dataset", "data_dir", "resize", "skip_damaged", "csv_columns", "cache", "batch_size"),
+    *("model", "init_from", "freeze", "optimizer", "lr"),
+}
 #: The widest bar of the live line.
 WIDEST_BAR = 24
 
@@ -51,6 +58,7 @@ def banner_of(
             f"{config.optimizer} lr {config.lr:g}",
             f"seed {config.seed}",
         ],
+        [options_of(config)],
         [
             f"{_counted(ranks, 'rank')} × {_counted(threads, 'thread')}",
             environment["communicator"],
@@ -69,6 +77,22 @@ def banner_of(
     if any(isinstance(layer, Dropout) and layer.ratio > 0 for layer in network.every_layer()):
         paragraphs.append(["train accuracy and loss are measured during training, with dropout on"])
     return [line for facts in paragraphs for line in lines_of(facts)]
+
+
+def options_of(config: TrainConfig) -> str:
+    """Return a phrase of one line for the settings that change the training and that the banner does not name yet.
+
+    >>> options_of(TrainConfig(augment="flip", label_smoothing=0.1, standardize_targets=True).checked())
+    'with --augment flip --label-smoothing 0.1 --standardize-targets'
+    """
+    usual, flags = TrainConfig(dataset=config.dataset, optimizer=config.optimizer).checked(), []
+    for name in (*GROUPS["data"], *GROUPS["model"], *GROUPS["optimizer"], "early_stopping", "test_with"):
+        value = getattr(config, name)
+        if name not in NAMED_ELSEWHERE and value != getattr(usual, name):
+            flag = flag_of(name) if value is True else f"{flag_of(name)} {shlex.quote(one_line(str(value)))}"
+            flags.append(cut(flag, LONGEST_OPTION))
+    texts = (f"with {listed(flags, most, ' ')}" for most in range(len(flags), 0, -1))
+    return next((text for text in texts if width(text) <= COLUMNS), "")
 
 
 def task_of(data: PreparedDataset) -> str:
@@ -177,18 +201,23 @@ def duration(seconds: float) -> str:
 
 def last_lines(config: TrainConfig, folder: Path, summary: Mapping[str, Any], *, is_complete: bool) -> list[str]:
     """Return the last lines: the run folder, the commands for a completely trained network, and the receipt."""
-    commands = next_commands(config, folder) if is_complete else []
+    best = config.test_with == "best" and summary["test_epoch"] == summary["best_epoch"]
+    commands = next_commands(config, folder, best=best) if is_complete else []
     return [f"run folder: {folder}", *commands, f"weights sha256: {summary['weights_sha256']}"]
 
 
-def next_commands(config: TrainConfig, folder: Path) -> list[str]:
-    """Return the lines that name the commands for a trained network."""
+def next_commands(config: TrainConfig, folder: Path, *, best: bool = False) -> list[str]:
+    """Return the lines that name the commands for a trained network; `best`: its best weights are the scored ones."""
     model = ""
     if is_own(config.model):
         own = "FILE.py:FUNCTION" if config.model.startswith("__main__:") else shlex.quote(config.model)
         model = f" --model {own}"
     run = shlex.quote(str(folder))
-    return ["next:", f"  python -m distdl.report {run}{model}", f"  python -m distdl.predict {run} FILES{model}"]
+    return [
+        "next:",
+        f"  python -m distdl.report {run}{model}",
+        f"  python -m distdl.predict {run} FILES{' --best' if best else ''}{model}",
+    ]
 
 
 def _percent(share: float | None) -> str:
@@ -232,15 +261,16 @@ def result_lines(
     """
     lines, best = [], summary["best_epoch"]
     if test is None:
-        lines.append(f"stopped after step {summary['steps']}; --resume {folder} continues")
+        stopped, resume = f"stopped after step {summary['steps']}", f"--resume {folder}"
+        line = f"{stopped}; {resume} continues"
+        lines += [line] if width(line) <= COLUMNS else [f"{stopped}; to continue:", f"  {resume}"]
     if summary["stopped_early"]:
-        lines.append(
-            f"stopped early after epoch {summary['epochs']}: no better validation for "
-            f"{_epochs(summary['epochs'] - best)} (--early-stopping {config.early_stopping}); best: epoch {best}"
-        )
+        since = _epochs(summary["epochs"] - best)
+        lines.append(f"stopped early after epoch {summary['epochs']}: no better validation for {since}")
+        lines.append(f"best: epoch {best} (--early-stopping {config.early_stopping})")
     if test is not None:
         score = f"loss: {test.loss:.6f}" if test.accuracy is None else f"accuracy: {test.accuracy:.2%}"
-        lines.append(f"test {score}{_scored_weights(config, summary)}")
+        lines += lines_of([f"test {score}{_scored_weights(config, summary)}"])
     if spent is not None and len(spent.compute) > 1:
         lines.append(f"last epoch: {spent}")
     return lines

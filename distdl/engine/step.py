@@ -158,7 +158,7 @@ class OptimizerStep:
         for frozen in self.optimizer.frozen:  # so that it does not count when the gradient is clipped
             gradient[frozen] = 0
         if self.clip_norm is not None:
-            clip_by_norm(gradient, self.clip_norm)
+            clip_by_norm(gradient, self.clip_norm, network.stack.kernels.norm)
         self.optimizer.update(network.parameters, gradient, learning_rate, update_number)
         if "statistics" in self.total:
             share = min(1.0, self.samples / self.micro_batch_size)  # the moments of a few left-over samples count less

@@ -22,6 +22,7 @@ from distdl.config import TrainConfig, is_own
 from distdl.data import MicroBatches, PreparedDataset, batch_order
 from distdl.data.augmentation import Augmentation
 from distdl.data.batch_order import BatchOrder
+from distdl.elementary import power
 from distdl.engine import best
 from distdl.engine.checks import corruption, nonfinite
 from distdl.engine.console import Console
@@ -92,7 +93,9 @@ class Trainer:
         self.state = state
         self.stop = stop
         self.key = Key(config.seed)
-        self.loss, self._training_loss = make_loss(data.loss_named(config.loss)), training_loss(config, data)
+        implementation = state.network.stack.kernels.loss
+        self.loss = implementation(make_loss(data.loss_named(config.loss)))
+        self._training_loss = implementation(training_loss(config, data))
         self._batch_order = BatchOrder(data.parts.training, config.batch_size, self.key)
         self.steps_per_epoch = self._batch_order.steps_per_epoch
         self.schedule = make_schedule(
@@ -231,7 +234,7 @@ class Trainer:
         state, progress = self.state, self.state.progress
         rows = self._batch_order.rows(state.step)
         key = self.key.of("training", state.step)
-        learning_rate = self.schedule(state.step) * self.config.plateau_factor**progress.plateau_cuts
+        learning_rate = self.schedule(state.step) * power(self.config.plateau_factor, progress.plateau_cuts)
 
         def load(index: int) -> tuple[NDArray[np.float32], NDArray[Any]]:
             loaded = self.micro_batches.load(rows, index, key.of(index, "augmentation"))

@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from distdl.config import TrainConfig, is_own
+from distdl.config import FROM_PATH, TrainConfig, is_own
 from distdl.data import Dataset, PreparedDataset, sources
 from distdl.errors import PeerLost, UserError
 from distdl.image_options import ImageOptions
+from distdl.job.streams import say_line
 from distdl.model_settings import parse_model_settings
 from distdl.nn import Sequential, build_model
 from distdl.nn.arguments import show_shape
@@ -129,7 +130,10 @@ def _name_of(build_network: BuildNetwork) -> str:
 
 def read_data(config: TrainConfig, dataset: Dataset | None, data_sha256: str | None = None) -> PreparedDataset:
     """Load the dataset, split it, and measure its training part; `data_sha256` is the hash in a checkpoint, if any."""
-    dataset = dataset.checked() if dataset else load_dataset(config.dataset, config.data_dir, config.image_options)
+    if dataset is None and data_sha256 is not None:
+        _check_place(config.dataset)
+    options = replace(config.image_options, say=say_line)
+    dataset = dataset.checked() if dataset else load_dataset(config.dataset, config.data_dir, options)
     return PreparedDataset.prepare(
         dataset.for_training(config.loss),
         config.seed,
@@ -137,6 +141,16 @@ def read_data(config: TrainConfig, dataset: Dataset | None, data_sha256: str | N
         data_sha256=data_sha256,
         standardize_targets=config.standardize_targets,
     )
+
+
+def _check_place(name: str) -> None:
+    """Raise `UserError` if the files of a run that continues have moved."""
+    prefix = next((prefix for prefix in FROM_PATH if name.startswith(prefix)), None)
+    if prefix is not None and not (place := Path(name.removeprefix(prefix))).exists():
+        raise UserError(
+            f"the data of the run ({name}) is not here: there is no {place.absolute()}; give its place by --dataset "
+            f"{prefix}PATH"
+        )
 
 
 def names_match(one: str, other: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ from distdl.inference.score_table import (
     scores_json,
     summary_line,
 )
+from distdl.job import streams
 from distdl.parallel import Communicator, guard, on_rank_0, together, world
 
 if TYPE_CHECKING:
@@ -113,7 +115,9 @@ def _show(options: EvaluateOptions, trained: Sequence[Trained], found: Evaluatio
 
 
 def _check_outputs(options: EvaluateOptions) -> None:
-    """Raise `UserError` for a file that could not be written, before any work."""
+    """Raise `UserError` if the scores could not be printed or a file not be written, before any work."""
+    if streams.was_closed(sys.stdout) and not (options.json or options.confusion_figure or options.misclassified):
+        raise UserError("the scores cannot be printed: standard output is closed; open it, or give --json FILE")
     for field in ("confusion_figure", "misclassified", "json"):
         path, flag = getattr(options, field), flag_of(field)
         if path is not None and field != "json" and path.suffix.lower() not in PICTURES:

@@ -233,6 +233,10 @@ def activation_histograms(
             axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge")
             axes.set_title(f"{title}: {name}" if title else name, fontsize=8)
             axes.set_yticks([])
+            axes.locator_params(axis="x", nbins=4)
+            axes.tick_params(labelsize=7)
+            axes.xaxis.get_offset_text().set_fontsize(7)
+    _set_apart(figure)
     return figure
 
 
@@ -291,6 +295,12 @@ def _figure(columns: float, rows: float, *, inches: float = INCHES_PER_IMAGE) ->
     from matplotlib.figure import Figure  # noqa: PLC0415  half a second, and not installed everywhere
 
     return Figure(figsize=(max(columns * inches, 2.5), max(rows * inches, 1.5) + 0.5), layout="constrained")
+
+
+def _set_apart(figure: Figure) -> None:
+    """Leave some space between the axes, so that their labels do not touch."""
+    layout: Any = figure.get_layout_engine()
+    layout.set(w_pad=0.08, h_pad=0.08)
 
 
 def _columns(count: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 from distdl.config import reads_data_dir, reads_image_files
 from distdl.data import Dataset, PreparedDataset
 from distdl.data.signature import Signature
+from distdl.data.sources.folder import PART_OF
 from distdl.data.split import Split
 from distdl.engine.console import Console
-from distdl.engine.user_code import load_dataset
+from distdl.engine.user_code import load_dataset, read_data
 from distdl.errors import UserError, listed
 from distdl.image_options import ImageOptions
 from distdl.inference.load import Trained
@@ -105,7 +107,7 @@ def with_other_data(trained: Sequence[Trained], options: EvaluateOptions, commun
 
     `--part` chooses a part that the data itself has; None: all samples. The normalization stays that of the training.
     """
-    arrays = on_rank_0(communicator, lambda: _arrays_of(options, trained[0].signature))
+    arrays = on_rank_0(communicator, lambda: _arrays_of(options, trained[0].signature, trained))
     shared = share_arrays(communicator, arrays or {})
     rows = shared["rows"]
     return [
@@ -125,7 +127,9 @@ def with_other_data(trained: Sequence[Trained], options: EvaluateOptions, commun
     ]
 
 
-def _arrays_of(options: EvaluateOptions, signature: Signature) -> dict[str, NDArray[Any]]:
+def _arrays_of(
+    options: EvaluateOptions, signature: Signature, trained: Sequence[Trained] = ()
+) -> dict[str, NDArray[Any]]:
     name = options.on
     assert name is not None
     if options.data_dir is not None and not reads_data_dir(name):
@@ -139,11 +143,18 @@ def _arrays_of(options: EvaluateOptions, signature: Signature) -> dict[str, NDAr
         skip_damaged=options.skip_damaged,
         csv_columns=options.csv_columns,
         channels=signature.channels_of_files,
+        least_classes=1,
     )
     data = load_dataset(name, options.data_dir, image_options)
     console, names = Console(live=False), signature.names
     for note in data.notes:
         console.warning(note)
+    runs = [str(one.given) for one in trained if _has_training_images(one, data, options)]
+    if runs:
+        console.warning(
+            f"{name} has the training images of {listed(runs, most=5)}, so the scores are not those of new images; "
+            "without --on the test part is scored"
+        )
     if data.class_names is None and names is not None:
         first = ", ".join(f"{k} is {names[k]}" for k in range(min(3, len(names)))) + (", …" if len(names) > 3 else "")
         console.warning(f"{name} has no names of classes, so its labels are taken as numbers of the network's: {first}")
@@ -152,6 +163,27 @@ def _arrays_of(options: EvaluateOptions, signature: Signature) -> dict[str, NDAr
         "labels": fitted_labels(data, signature),
         "rows": _rows_of(data, options.part),
     }
+
+
+def _has_training_images(one: Trained, data: Dataset, options: EvaluateOptions) -> bool:
+    """Return whether the samples to score are, or include, the training part of a network.
+
+    The hash finds the same data in any place, the path also a part of it, or data with additions.
+    """
+    if options.part not in {None, "training"}:
+        return False
+    assert options.on is not None
+    prefix, _, place = options.on.partition(":")
+    kind, _, trained_on = one.config.dataset.partition(":")
+    if prefix == kind:
+        path, training = Path(place).resolve(), Path(trained_on).resolve()
+        is_training_part = prefix == "folder" and path.parent == training and PART_OF.get(path.name.lower())
+        if path == training or is_training_part == "training":
+            return True
+    try:
+        return read_data(one.config, data, one.data_sha256).sha256() == one.data_sha256
+    except UserError:  # it cannot be split as that of the training
+        return False
 
 
 def _rows_of(data: Dataset, part: Part | None) -> NDArray[np.int64]:

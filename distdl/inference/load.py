@@ -51,6 +51,8 @@ class Trained:
     signature: Signature
     complaints: tuple[str, ...]
     """The damage of newer checkpoints."""
+    data_sha256: str
+    """The hash of the data that it was trained on, with its split."""
     loaded: PreparedDataset | None = None
 
     @property
@@ -84,7 +86,8 @@ class _Source:
         (path, _, complaints), signature = self.found, self.header.signature
         described = None if signature is None else signature.to_json()
         config = self.config.to_json()
-        return [str(self.given), str(path), config, self.header.step, complaints, described, self.preparation]
+        hashed = self.header.data_sha256
+        return [str(self.given), str(path), config, self.header.step, complaints, described, hashed, self.preparation]
 
     @property
     def preparation(self) -> str:
@@ -140,9 +143,10 @@ def load(
     return [
         Trained(
             *(Path(name), Path(path), configs[i], step, receipts[i], networks[i], signatures[i], tuple(complaints)),
+            data_sha256=data_sha256,
             loaded=data[i] if with_data else None,
         )
-        for i, (name, path, _, step, complaints, *_) in enumerate(facts)
+        for i, (name, path, _, step, complaints, _, data_sha256, _) in enumerate(facts)
     ]
 
 

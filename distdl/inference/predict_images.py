@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -154,7 +155,9 @@ def _mask_of(folder: Path, name: str) -> Path:
 
 
 def _check_outputs(options: PredictOptions) -> None:
-    """Raise `UserError` for a file or folder that could not be written, before any work."""
+    """Raise `UserError` if the predictions could not be printed or a file not be written, before any work."""
+    if streams.was_closed(sys.stdout) and not (options.csv or options.json or options.masks):
+        raise UserError("the predictions cannot be printed: standard output is closed; open it, or give --csv FILE")
     for path, flag in ((options.csv, "--csv"), (options.json, "--json")):
         if path is not None:
             check_output(path, flag)

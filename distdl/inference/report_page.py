@@ -25,7 +25,7 @@ from distdl.inference.score import Evaluation, evaluate
 from distdl.inference.score_table import class_table, number_table, score_text
 from distdl.nn import Sequential
 from distdl.nn.network_copies import layer_outputs
-from distdl.parallel import Communicator, guard, on_rank_0, world
+from distdl.parallel import Communicator, from_rank_0, guard, on_rank_0, world
 from distdl.rng import Key
 
 if TYPE_CHECKING:
@@ -71,16 +71,25 @@ def write_report(options: ReportOptions) -> None:
 def _load(options: ReportOptions, communicator: Communicator) -> tuple[Trained, str | None]:
     """Return the network of the run, and why its data is not loaded, if so. Collective.
 
-    Data that the command line names must be there.
+    Its weights are those that the run scored: with --test-with best those of the best validation. Data that the command
+    line names must be there.
     """
     runs, models = [options.run], options.model
+    best = from_rank_0(communicator, lambda: _best_is_scored(_json(options.run / "summary.json")))
     if options.data_dir is None and options.dataset is None:
         try:
-            return load(runs, communicator, models=models)[0], None
+            return load(runs, communicator, best=best, models=models)[0], None
         except UserError as error:
-            [trained] = load(runs, communicator, models=models, with_data=False)
+            [trained] = load(runs, communicator, best=best, models=models, with_data=False)
             return trained, str(error)
-    return load(runs, communicator, data_dir=options.data_dir, dataset=options.dataset, models=models)[0], None
+    data_dir, dataset = options.data_dir, options.dataset
+    return load(runs, communicator, best=best, data_dir=data_dir, dataset=dataset, models=models)[0], None
+
+
+def _best_is_scored(summary: Mapping[str, Any]) -> bool:
+    """Return whether a run has scored the weights of its best validation, and they are not its last ones."""
+    scored = summary.get("test_epoch")
+    return scored is not None and scored == summary.get("best_epoch") != summary.get("epochs")
 
 
 def page_of(run: Path, trained: Trained, found: Evaluation | None, why_not: str | None = None) -> str:
@@ -129,6 +138,11 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
 
 def _scores(run: Path, trained: Trained, found: Evaluation | None) -> dict[str, Any]:
     summary, rows = _json(run / "summary.json"), {"parameters": f"{trained.network.parameter_count:,}"}
+    if _best_is_scored(summary):
+        rows["weights"] = (
+            f"those of epoch {summary['test_epoch']}, the best validation (--test-with best); losses and accuracies of "
+            "training and validation are of the last epoch"
+        )
     names = ["epochs", "steps", "train_loss", "validation_loss", "validation_accuracy", "train_seconds", "ranks"]
     if found:
         score, parts = found.ensemble, trained.data.parts

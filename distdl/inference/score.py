@@ -102,7 +102,7 @@ def _score(one: Trained, rows: NDArray[np.int64], communicator: Communicator) ->
     shards = contiguous_shards(batches.count(len(rows)), communicator.size)
     reduction = REDUCTIONS["tree"](communicator, Layout(METRIC_FIELDS))
     outputs = np.empty((len(rows), *one.network.output_shape), np.float32)
-    loss = make_loss(one.loss_name)
+    loss = one.network.stack.kernels.loss(make_loss(one.loss_name))
     with numerics(one.config.threads_per_rank):
         sums = evaluation.evaluate(one.network, loss, batches, rows, shards, reduction, rank=rank, outputs=outputs)
     ends = [min(shard.stop * size, len(rows)) for shard in shards]

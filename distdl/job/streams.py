@@ -11,6 +11,8 @@ from distdl.errors import one_line
 
 #: The errors of a full disk.
 FULL = {errno.ENOSPC, errno.EDQUOT}
+#: The streams that replace closed ones.
+_replacements: list[TextIO] = []
 
 
 def prepare() -> None:
@@ -23,10 +25,16 @@ def prepare() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+            _replacements.append(os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+            setattr(sys, name, _replacements[-1])
         elif isinstance(stream, io.TextIOWrapper):
             errors = "backslashreplace" if stream.errors == "strict" else stream.errors
             stream.reconfigure(errors=errors, line_buffering=True, write_through=False)
+
+
+def was_closed(stream: TextIO | None) -> bool:
+    """Return whether nobody can ever read the stream, because it was closed before this process started."""
+    return stream is None or any(stream is one for one in _replacements)
 
 
 def write(stream: TextIO | None, text: str) -> OSError | None:

@@ -143,7 +143,7 @@ class Layer:
         A subclass that overrides it begins with ``super().build(input_shape, dtype)``, which makes the workspace.
         Raises `UserError` if such an input does not fit; the network adds the layer's name.
         """
-        self.workspace = Workspace(dtype)
+        self.input_shape, self.workspace = input_shape, Workspace(dtype)
         return input_shape
 
     def parameter_specs(self) -> list[ParameterSpec]:

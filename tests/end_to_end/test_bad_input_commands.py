@@ -271,6 +271,19 @@ def test_a_command_does_its_work_without_a_reader(command, used_folder, tmp_path
     assert len(list(tmp_path.iterdir())) == (0 if command == "verify" else 1)
 
 
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_results_are_not_lost_silently_if_the_output_is_closed_from_the_start(command, used_folder, tmp_path):
+    """Without a file, nobody would ever see them."""
+    *flags, file = [flag.format(out=tmp_path / "new") for flag in UNREAD[command]]
+    for given, code in (([], USER), ([file], 0)):
+        argv = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", f"distdl.{command}", *flags, *given]
+        done = run(argv, used_folder, environment_with())
+        assert done.returncode == code, done.stderr
+        assert done.stderr.count("\n") == (code != 0)
+        assert ("cannot be printed: standard output is closed" in done.stderr) == (code != 0)
+    assert (tmp_path / "new").is_file()
+
+
 # Under mpirun
 
 UNDER_MPIRUN = {

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from distdl.data.batch_order import micro_batch
 from distdl.engine import train
 from distdl.engine.storage import checkpoints
 from distdl.errors import UserError
-from distdl.inference import class_scores, evaluate_runs, score_table
+from distdl.inference import class_scores, evaluate_runs, fit, score_table
 from distdl.inference.load import load
 from distdl.inference.score import Score, evaluate, in_half_precision
 from distdl.job.launched_by import read_launch
@@ -473,6 +474,38 @@ def test_a_part_of_other_data_is_its_own(named, part, samples, capsys, monkeypat
 
 
 @alone
+def test_training_images_given_as_other_data_are_a_warning(named, capsys, monkeypatch):
+    (named / "copies").mkdir()
+    shutil.copy(named / "data.npz", named / "copies" / "data.npz")
+    for source, is_training in (("data", True), ("copies/data", True), ("new", False), ("cats", False)):
+        code, out, err = command(["run", f"--on=npz:{source}.npz"], named, capsys, monkeypatch)
+        assert code == 0
+        assert ("has the training images of run, so the scores are not those of new images" in err) == is_training
+        assert out
+
+
+@alone
+@pytest.mark.parametrize(
+    ("on", "part", "is_training"),
+    [
+        ("folder:photos", None, True),
+        ("folder:./photos", "training", True),
+        ("folder:photos", "test", False),
+        ("folder:photos/train", None, True),
+        ("folder:photos/test", None, False),
+        ("folder:others", None, False),
+        ("csv:photos", None, False),
+    ],
+)
+def test_the_path_of_the_training_data_tells_training_images(on, part, is_training, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    digits = piece_of_digits(VERY_RAGGED)
+    one = SimpleNamespace(config=small_config(tmp_path / "run", dataset=f"folder:{tmp_path}/photos"), data_sha256="")
+    options = shown.COMMAND.parse(["run", f"--on={on}", *([] if part is None else [f"--part={part}"])])
+    assert fit._has_training_images(one, digits, options) == is_training
+
+
+@alone
 @pytest.mark.parametrize("skip", [True, False])
 def test_damaged_images_of_other_data_are_left_out_only_if_asked(skip, named, capsys, monkeypatch):
     image = pytest.importorskip("PIL.Image")
@@ -489,6 +522,12 @@ def test_damaged_images_of_other_data_are_left_out_only_if_asked(skip, named, ca
     assert code == (0 if skip else 3)
     if skip:
         assert json.loads((named / "files.json").read_text())["samples"] == 6
+        shutil.copytree(named / "files" / "dog", named / "only" / "dog")
+        code, out, _ = command(["run", "--on=folder:only"], named, capsys, monkeypatch)
+        assert (code, out.splitlines()[0]) == (0, "folder:only: 3 samples"), "a single class that the network knows"
+        (named / "only" / "dog").rename(named / "only" / "fox")
+        code, _, err = command(["run", "--on=folder:only"], named, capsys, monkeypatch)
+        assert (code, "'fox'" in err) == (2, True)
 
 
 OTHER_DATA_REFUSED = {

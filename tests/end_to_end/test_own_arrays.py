@@ -115,6 +115,20 @@ def test_arrays_of_one_meaning_are_trained_as_meant(what, tmp_path, capsys):
     assert re.search(f"^distdl: warning: .*{warned}", err) if warned else err == ""
 
 
+@pytest.mark.parametrize("resume", ["--resume={run}", "--resume=auto"])
+def test_a_run_whose_data_has_moved_names_the_flag_for_its_new_place(resume, tmp_path, capsys):
+    arrays = {"images": X, "labels": Y}
+    assert run(tmp_path, arrays, ["--max-steps=1"], capsys)[0] == 0
+    [old] = tmp_path.glob("*.npz")
+    old.rename(tmp_path / "moved")
+    flags = [resume.format(run=tmp_path / "run"), f"--run-dir={tmp_path}/run", "--epochs=1"]
+    assert cli.run(train.main, flags) == 2
+    said = capsys.readouterr().err
+    assert f"there is no {old}; give its place by --dataset npz:PATH" in said
+    (tmp_path / "moved").rename(tmp_path / "new.npz")
+    assert cli.run(train.main, [*flags, f"--dataset=npz:{tmp_path}/new.npz"]) == 0
+
+
 @pytest.mark.parametrize("what", REFUSED)
 def test_arrays_of_two_meanings_or_none_are_one_line_with_the_remedy(what, tmp_path, capsys):
     arrays, said = REFUSED[what]

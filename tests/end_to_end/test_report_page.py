@@ -77,6 +77,19 @@ def test_the_page_shows_the_values_of_the_files_of_the_run(runs, digits):
     assert "Where the time went" in heads(page)
 
 
+def test_the_page_scores_the_weights_that_the_run_scored(tmp_path):
+    """The rate is so small that no later validation is better than the first."""
+    run = tmp_path / "run"
+    summary = train(TrainConfig(model="mlp", epochs=3, lr=1e-9, test_with="best", run_dir=run), OneProcess())
+    page = page_of(run)
+    assert summary.test_epoch == 1
+    assert f"<td>{summary.test_loss:.6g}</td>" in page
+    assert "those of epoch 1, the best validation (--test-with best)" in page
+    assert summary.weights_sha256 not in page, "the receipt is that of the last weights"
+    (run / "summary.json").unlink()  # as if the training had not ended
+    assert summary.weights_sha256 in page_of(run)
+
+
 def test_every_picture_is_inside_the_page(digits):
     page = digits
     images = re.findall(r'<img alt="" src="data:image/png;base64,([^"]*)">', page)

@@ -142,8 +142,8 @@ def test_early_stopping_says_why_and_which_weights_are_scored(tmp_path, capsys):
     best_epoch = summary.epochs - 2
     assert (summary.stopped_early, summary.best_epoch, summary.test_epoch) == (True, best_epoch, summary.epochs)
     said = capsys.readouterr().out
-    assert f"stopped early after epoch {summary.epochs}: no better validation for 2 epochs (--early-stopping 2)" in said
-    assert f"; best: epoch {best_epoch}\n" in said
+    assert f"stopped early after epoch {summary.epochs}: no better validation for 2 epochs\n" in said
+    assert f"\nbest: epoch {best_epoch} (--early-stopping 2)\n" in said
     assert f"(last weights, epoch {summary.epochs}; --test-with best scores epoch {best_epoch})" in said
     written = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (written["stopped_early"], written["best_epoch"]) == (True, best_epoch)

@@ -19,7 +19,15 @@ from distdl.data import PreparedDataset
 from distdl.data.sources import load
 from distdl.engine.console import CLEAR_LINE, Console
 from distdl.engine.metrics import Sums
-from distdl.engine.printed_lines import banner_of, epoch_line, next_commands, progress_line, shares_of, width
+from distdl.engine.printed_lines import (
+    banner_of,
+    epoch_line,
+    next_commands,
+    progress_line,
+    result_lines,
+    shares_of,
+    width,
+)
 from distdl.engine.timing.timeline import Spent
 from distdl.parallel import contiguous_shards
 
@@ -214,6 +222,37 @@ NUMBERS = PreparedDataset.for_training_only(IMAGES, np.zeros((4, 3), np.float32)
 
 
 @pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, None),
+        ({"optimizer": "momentum", "lr": 0.5, "batch_size": 64, "seed": 3, "max_steps": 2, "verify_every": 1}, None),
+        ({"augment": "flip,crop=2"}, "with --augment flip,crop=2"),
+        ({"optimizer": "momentum", "momentum": 0.8}, "with --momentum 0.8"),
+        (
+            {"schedule": "cosine", "class_weights": "balanced", "label_smoothing": 0.1},
+            "with --label-smoothing 0.1 --class-weights balanced --schedule cosine",
+        ),
+        (
+            {"augment": "rotate=10,shift=2,flip", "label_smoothing": 0.1, "clip_norm": 1.0, "l1_decay": 0.25},
+            "with --augment rotate=10,shift=2,flip --label-smoothing 0.1 and 2 more",
+        ),
+        (
+            {"model": "mlp", "model_settings": f"hidden={'-'.join(['100'] * 30)}", "test_with": "best"},
+            f"with --model-settings hidden=100{'-100' * 8}… and 1 more",
+        ),
+        (
+            {"standardize_targets": True, "loss": "mean_squared_error"},
+            "with --loss mean_squared_error --standardize-targets",
+        ),
+    ],
+)
+def test_one_line_of_the_banner_names_the_options_of_the_training(settings, said):
+    lines = banner(of_digits(), **settings)
+    assert [line for line in lines if line.startswith("with ")] == ([] if said is None else [said])
+    assert len(lines) - len(banner(of_digits())) == (said is not None)
+
+
+@pytest.mark.parametrize(
     ("data", "names", "said"),
     [
         (of_digits(), ("a", *map(str, range(9))), "classification · 10 classes: a, 0, 1, 2, 3, 4, 5, 6, 7, 8"),
@@ -294,6 +333,33 @@ def test_the_line_of_the_progress_fits_79_columns(epoch, step, loss, rate, secon
         assert f"step {step}/1000000" in line
 
 
+ENDED = {"steps": 10**6, "epochs": 12345, "best_epoch": 12295, "test_epoch": 12345, "stopped_early": True}
+
+
+LONG = "/scratch/" + "/".join(["long"] * 30)
+
+
+@pytest.mark.parametrize(
+    ("folder", "is_tested", "first"),
+    [
+        ("runs/a", False, ["stopped after step 1000000; --resume runs/a continues"]),
+        (LONG, False, ["stopped after step 1000000; to continue:", f"  --resume {LONG}"]),
+        (LONG, True, []),
+    ],
+)
+def test_the_lines_of_the_end_fit_80_columns_and_break_no_path(folder, is_tested, first):
+    test = Sums()
+    test.set(1.0, 8, 8)
+    lines = result_lines(TrainConfig(early_stopping=50), Path(folder), test if is_tested else None, ENDED)
+    assert lines[: len(first) + 2] == [
+        *first,
+        "stopped early after epoch 12345: no better validation for 50 epochs",
+        "best: epoch 12295 (--early-stopping 50)",
+    ]
+    assert max(width(line) for line in lines if LONG not in line) <= 80
+    assert " ".join(" ".join(lines).split()).count("scores epoch 12295") == is_tested
+
+
 def test_the_last_lines_name_the_commands_for_the_trained_network():
     config = TrainConfig(epochs=1)
     assert next_commands(config, Path("runs/my run")) == [
@@ -304,3 +370,7 @@ def test_the_last_lines_name_the_commands_for_the_trained_network():
     for model, flag in (("net.py:build", "net.py:build"), ("__main__:build", "FILE.py:FUNCTION")):
         lines = next_commands(dataclasses.replace(config, model=model), Path("run"))[1:]
         assert all(line.endswith(f" --model {flag}") for line in lines)
+    assert next_commands(config, Path("run"), best=True)[1:] == [
+        "  python -m distdl.report run",
+        "  python -m distdl.predict run FILES --best",
+    ]

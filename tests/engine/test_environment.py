@@ -83,6 +83,13 @@ def test_env_json_names_everything_that_the_bits_may_depend_on():
     assert json.loads(json.dumps(described)) == described
 
 
+@pytest.mark.parametrize(
+    ("dataset", "is_listed"), [(None, False), ("digits", False), ("npz:a", False), ("folder:a", True), ("csv:a", True)]
+)
+def test_env_json_names_the_library_that_has_read_images(dataset, is_listed):
+    assert ("pillow" in describe(OneProcess(), dataset=dataset)["versions"]) == is_listed
+
+
 class ThreeRanks(OneProcess):
     """Three ranks on two hosts with different processors, as rank 0 sees them."""
 

@@ -9,13 +9,14 @@ import pytest
 from distdl.config import TrainConfig
 from distdl.data import PreparedDataset
 from distdl.data.sources import Dataset
-from distdl.engine import memory
-from distdl.engine.memory import check_memory, check_room_for_dataset, need_of
+from distdl.engine import memory, train
+from distdl.engine.memory import check_memory, check_resized, check_room_for_dataset, need_of
 from distdl.engine.state import TrainingState
 from distdl.errors import UserError
 from distdl.mapped_files import created, open_mapped
 from distdl.nn import build_model
 from distdl.optim import optimizer_class
+from distdl.parallel import OneProcess
 
 MB = 10**6
 
@@ -135,3 +136,39 @@ def test_a_dataset_that_does_not_fit_is_refused(memory_of, tmp_path):
     of_the_user = np.load(tmp_path / "images.npy", mmap_mode="r")
     with pytest.raises(UserError, match=r"the dataset needs 10 MB of memory"):  # it is copied
         check_room_for_dataset(Ranks("a"), {"images": of_the_user})
+
+
+RESIZED = TrainConfig(model="mlp", dataset="folder:photos", resize="4000").checked()
+
+
+def test_a_huge_resize_is_refused_before_any_image_is_read(tmp_path, memory_of):
+    """The weights of the first layer need 6.4 GB, and Adam and the gradient three times that."""
+    (tmp_path / "photos").mkdir()  # with images, or the error would be another
+    memory_of(host=10_000 * MB)
+    with pytest.raises(
+        UserError, match=r"--resize 4000x4000:crop: .* at least 2\d\.\d GB .* but 10\.0 GB are available"
+    ):
+        train(replace(RESIZED, dataset=f"folder:{tmp_path}/photos", run_dir=tmp_path / "run"), OneProcess())
+
+
+def test_a_resize_is_accepted_if_memory_suffices_or_nothing_is_resized(memory_of):
+    memory_of(host=30_000 * MB)
+    check_resized(RESIZED)
+    memory_of(host=1)
+    for other in (
+        {"dataset": "digits"},
+        {"resize": None},
+        {"model": "net.py:build"},
+        {"resize": "1", "model": "vgg11"},
+    ):
+        check_resized(replace(RESIZED, **other))
+
+
+def test_a_resize_is_refused_if_not_even_the_parameters_can_be_allocated(memory_of, monkeypatch):
+    def build(*_):
+        raise np._core._exceptions._ArrayMemoryError((7_000 * MB,), np.dtype(np.uint8))
+
+    monkeypatch.setattr(memory, "network_builder", lambda *_: build)
+    memory_of(host=10_000 * MB)
+    with pytest.raises(UserError, match=r"at least 28\.0 GB"):
+        check_resized(RESIZED)

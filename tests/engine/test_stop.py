@@ -3,13 +3,14 @@
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small_runs import remove, small_config, small_run, sub_world
+from small_runs import RAGGED, piece_of_digits, remove, small_config, small_run, sub_world
 
-from distdl.engine import stop, train
+from distdl.engine import dry_run, stop, train
 from distdl.engine.fault_injection import fail_at
 from distdl.engine.stop import SIGNALS, StopRequest
 from distdl.engine.storage import checkpoints
@@ -75,8 +76,46 @@ def test_a_signal_in_the_last_step_changes_nothing(tmp_path):
 
 def test_ctrl_c_before_the_first_step_stops_at_once(tmp_path):
     signal_at(signal.SIGINT, "data")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="before the first step"):
         small_run(OneProcess(), tmp_path / "run")
+
+
+def read_while_signalled(number, monkeypatch, place):
+    """Send a signal while rank 0 reads the data, within code that handles any exception."""
+
+    def read(*_):
+        with suppress(Exception):
+            tell(number)
+        pytest.fail("the signal has not interrupted the work")
+
+    monkeypatch.setattr(place, read)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_the_data_is_read_interrupts_it_and_saves_nothing(tmp_path, monkeypatch, number):
+    read_while_signalled(number, monkeypatch, "distdl.engine.prepare.read_data")
+    with pytest.raises(Stopped, match=f"stopped by {number.name} before the first step; nothing was saved") as caught:
+        small_run(OneProcess(), tmp_path / "run")
+    assert caught.value.exit_code == 75
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("place", ["distdl.engine.prepare.read_data", "distdl.engine.plan.data_lines"])
+def test_a_signal_interrupts_a_dry_run(tmp_path, monkeypatch, place):
+    read_while_signalled(signal.SIGTERM, monkeypatch, place)
+    with pytest.raises(Stopped, match="stopped by SIGTERM before the first step"):
+        dry_run(small_config(tmp_path / "run"), OneProcess(), dataset=piece_of_digits(RAGGED))
+
+
+@pytest.mark.parametrize("phase", ["forward", "validation"])
+def test_a_signal_in_a_measured_step_stops_the_dry_run_after_it(tmp_path, phase, monkeypatch):
+    steps = []
+    monkeypatch.setattr("distdl.engine.trainer.Trainer.evaluate", lambda *_: (steps.append(1), tell(signal.SIGTERM)))
+    if phase == "forward":
+        signal_at(signal.SIGTERM, "forward", step=1)
+    with pytest.raises(Stopped, match="stopped by SIGTERM before the first step"):
+        dry_run(small_config(tmp_path / "run"), OneProcess(), dataset=piece_of_digits(RAGGED))
+    assert len(steps) == (0 if phase == "forward" else 1)
 
 
 @pytest.mark.parametrize("first", SIGNALS)
@@ -190,6 +229,20 @@ def test_the_first_signal_of_any_rank_is_named():
     assert request.agreed == "SIGTERM"
     request.end(SimpleNamespace(total={"stop": np.zeros(len(SIGNALS), np.int64)}))
     assert request.agreed is None
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_signal_to_one_rank_before_the_data_is_read_stops_all(communicator, shared_tmp_path):
+    for victim in range(communicator.size):
+        request = StopRequest()
+        with request.listening():
+            if communicator.rank == victim:
+                tell(signal.SIGUSR1)
+            with pytest.raises(Stopped, match="stopped by SIGUSR1 before the first step"):
+                train(
+                    small_config(shared_tmp_path / "run"), communicator, dataset=piece_of_digits(RAGGED), stop=request
+                )
+    remove(communicator, shared_tmp_path)
 
 
 @pytest.mark.mpi(min_size=2)

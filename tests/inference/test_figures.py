@@ -1,5 +1,6 @@
 """Figures show the right axes, images and titles. The tests compare no pixels."""
 
+import itertools
 import json
 
 import numpy as np
@@ -199,6 +200,22 @@ def test_activation_histograms_of_several_networks_are_in_rows():
     figure = figures.activation_histograms({"one": {"a": np.ones(3), "b": np.ones(5)}, "two": {"c": np.ones(7)}})
     assert titles(figure) == ["one: a", "one: b", "two: c", ""]
     assert [sum(bar.get_height() for bar in axes.patches) for axes in figure.axes] == [3, 5, 7, 0]
+
+
+@pytest.mark.parametrize("scale", [1e-7, 0.0003, 0.0013, 0.02, 0.11, 1.0, 77.0, 6000.0, 123456.0])
+def test_the_labels_of_histograms_do_not_touch(scale):
+    layers = {f"maxpool2d_{k}": scale * (random(50) + k) for k in range(8)}
+    figure = figures.activation_histograms({"before training": layers, "after training": layers})
+    figures.content_of(figure, "png")  # this draws it
+    boxes = []
+    for axes in figure.axes:
+        left, right = axes.get_xlim()
+        ticks = [label for label in axes.get_xticklabels() if left <= label.get_position()[0] <= right]
+        assert len(ticks) >= 2
+        texts = [axes.title, *ticks]
+        boxes += [text.get_window_extent().padded(5) for text in texts if text.get_text()]
+    touching = [one for one, other in itertools.combinations(boxes, 2) if one.overlaps(other)]
+    assert touching == []
 
 
 RECORDS = [

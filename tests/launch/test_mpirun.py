@@ -207,6 +207,30 @@ def test_a_wrong_flag_is_one_line_and_exit_2(
     assert printed.out == ""
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("-- predict my-run photos", "distdl.predict my-run photos"),
+        ("-- train --epochs 3", "distdl.train --epochs 3"),
+        ("-- search --trials 3", "distdl.search --trials 3"),
+        ("-- --run-dir predict", "distdl.train --run-dir predict"),
+        ("--module distdl.evaluate -- predict", "distdl.evaluate predict"),
+        ("-- mpirun", "distdl.train mpirun"),
+    ],
+)
+def test_a_command_after_the_dashes_means_its_module(
+    environment: PretendedEnvironment, capsys: pytest.CaptureFixture[str], words: str, expected: str
+) -> None:
+    environment.install("mpich")
+    assert mpirun.main(["-n", "2", "--dry-run", *words.split()]) == 0
+    assert capsys.readouterr().out.endswith(f" -m {expected}\n")
+
+
+def test_restarts_are_refused_for_a_command_that_does_not_train() -> None:
+    with pytest.raises(UserError, match="predict is not a training"):
+        mpirun.main(["-n", "2", "--restarts", "1", "--", "predict", "my-run", "photos"])
+
+
 def test_the_launcher_imports_neither_numpy_nor_mpi() -> None:
     program = "import sys, distdl.mpirun; print(sorted({'numpy', 'mpi4py'} & set(sys.modules)))"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=REPOSITORY)

@@ -18,6 +18,7 @@ from small_runs import piece_of_digits, remove, worlds
 from distdl import cli, nn
 from distdl.config import TrainConfig
 from distdl.engine import train
+from distdl.engine.fault_injection import fail_at
 from distdl.errors import DamagedFileError, Stopped, UserError
 from distdl.inference import figures
 from distdl.job.mpirun_command import mpirun_command
@@ -174,7 +175,7 @@ def test_a_signal_stops_the_search_within_a_trial_and_a_resume_continues_there(u
     def signaled(*arguments, **keywords):
         calls.append(1)
         if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            fail_at("step", rank=0, action=lambda _: os.kill(os.getpid(), signal.SIGUSR1))
         return train(*arguments, **keywords)
 
     monkeypatch.setattr(trials, "train", signaled)

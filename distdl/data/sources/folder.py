@@ -12,7 +12,7 @@ from pathlib import Path
 from distdl.data.dataset import Dataset
 from distdl.data.labels import natural_order
 from distdl.data.sources.image_files import ListedFiles
-from distdl.data.sources.images import SUFFIXES, UnusableImageError, pillow
+from distdl.data.sources.images import UnusableImageError, has_image_name, not_an_image, pillow
 from distdl.errors import UserError, listed, quoted
 from distdl.image_options import ImageOptions
 
@@ -38,7 +38,8 @@ def load_folder(path: Path, options: ImageOptions | None = None) -> Dataset:
     """
     pillow()
     notes: list[str] = []
-    parts = _parts(path, notes)
+    options = options or ImageOptions()
+    parts = _parts(path, notes, options.least_classes)
     names = [folder.name for folder in parts["training"]]
     listed = ListedFiles(f"folder:{path}", quoted(path), tuple(names), notes=notes)
     for part, folders in parts.items():
@@ -47,10 +48,10 @@ def load_folder(path: Path, options: ImageOptions | None = None) -> Dataset:
             if not images and part == "training":
                 raise UserError(f"{quoted(folder)} has no images: every folder is a class, and a class needs images")
             listed.add(part, images, names.index(folder.name))
-    return listed.read(options or ImageOptions())
+    return listed.read(options)
 
 
-def _parts(path: Path, notes: list[str]) -> dict[str, list[Path]]:
+def _parts(path: Path, notes: list[str], least: int) -> dict[str, list[Path]]:
     """Return the folders of the classes for each part; without folders of parts, all are for training."""
     folders = _folders(path, notes)
     by_part: dict[str, list[Path]] = {}
@@ -58,7 +59,7 @@ def _parts(path: Path, notes: list[str]) -> dict[str, list[Path]]:
         by_part.setdefault(PART_OF.get(folder.name.lower(), ""), []).append(folder)
     others = by_part.pop("", [])
     if len(by_part) < 2:
-        return {"training": _classes(path, folders)}
+        return {"training": _classes(path, folders, least)}
     given = ", ".join(folder.name for one in by_part.values() for folder in one)
     if "training" not in by_part:
         raise UserError(f"{quoted(path)} has the parts {given}, but none for training: expected a folder train")
@@ -71,7 +72,7 @@ def _parts(path: Path, notes: list[str]) -> dict[str, list[Path]]:
             "the others elsewhere"
         )
     [training] = by_part.pop("training")
-    classes = _classes(training, _folders(training, notes))
+    classes = _classes(training, _folders(training, notes), least)
     others_of = {part: _classes_of_part(root, training, classes, notes) for part, [root] in by_part.items()}
     return {"training": classes} | {part: others_of[part] for part in PARTS if part in others_of}
 
@@ -93,18 +94,19 @@ def _classes_of_part(root: Path, training: Path, classes: list[Path], notes: lis
     return found
 
 
-def _classes(path: Path, folders: list[Path]) -> list[Path]:
-    """Return the folders of the classes in a folder, two or more."""
-    if len(folders) >= 2:
+def _classes(path: Path, folders: list[Path], least: int) -> list[Path]:
+    """Return the folders of the classes in a folder, at least as many as `least`."""
+    inner = _folders(folders[0], []) if len(folders) == 1 else []
+    if len(folders) >= least and not inner:
         return folders
     hint = ""
-    if folders and len(inner := _folders(folders[0], [])) >= 2:
+    if len(inner) >= least:
         hint = f"; did you mean folder:{folders[0]}, which has {_list(inner)}?"
     elif beside := _images_beside(path):
         hint = f"; it has {len(beside)} images itself: move each into a folder with the name of its class"
     raise UserError(
-        f"{quoted(path)} has {'1 folder' if folders else 'no folders'} with images: expected one for each class, two "
-        f"or more, with the images in them{hint}"
+        f"{quoted(path)} has {'1 folder' if folders else 'no folders'} with images: expected one for each class, "
+        f"{'two' if least > 1 else 'one'} or more, with the images in them{hint}"
     )
 
 
@@ -137,22 +139,18 @@ def is_junk(name: str) -> bool:
     return name.startswith(".") or name.lower() in JUNK
 
 
-def _is_image(entry: Path) -> bool:
-    return entry.suffix.lower() in SUFFIXES
-
-
 def _folders(folder: Path, notes: list[str]) -> list[Path]:
     """Return the folders in a folder, in natural order; note images beside them."""
     entries = _entries(folder)
     folders = [entry for entry, is_folder in entries.items() if is_folder]
-    beside = [entry for entry, is_folder in entries.items() if _is_image(entry) and not is_folder]
+    beside = [entry for entry, is_folder in entries.items() if has_image_name(entry) and not is_folder]
     if folders and beside:
         notes.append(f"{quoted(folder)} has images beside its folders, which are not used: {_list(beside)}")
     return sorted(folders, key=lambda entry: natural_order(entry.name))
 
 
 def _images_beside(folder: Path) -> list[Path]:
-    return [entry for entry, is_folder in _entries(folder).items() if _is_image(entry) and not is_folder]
+    return [entry for entry, is_folder in _entries(folder).items() if has_image_name(entry) and not is_folder]
 
 
 def _images_in(folder: Path, unusable: dict[Path, UnusableImageError]) -> list[Path]:
@@ -165,10 +163,8 @@ def _images_in(folder: Path, unusable: dict[Path, UnusableImageError]) -> list[P
                 f"{quoted(folder.parent)} is a class, except train, val and test together. If the folders in "
                 f"{folder.name!r} are the classes, give folder:{folder}"
             )
-        if _is_image(entry):
+        if has_image_name(entry):
             images.append(entry)
         else:
-            unusable[entry] = UnusableImageError(
-                f"it is not an image: expected only {', '.join(SUFFIXES[:4])} …", is_damaged=False
-            )
+            unusable[entry] = not_an_image()
     return images

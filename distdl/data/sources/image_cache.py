@@ -43,13 +43,16 @@ def read_cached(
 
     Raises `UserError` if the cache cannot be written.
     """
+    say = options.say or (lambda _: None)
     path = folder.absolute() / f"{_key(files, others, options)}.npy"
     facts = path.with_suffix(".json")
     with suppress(OSError, ValueError):
         rows, skipped = json.loads(facts.read_text(encoding="utf-8"))
         found = open_mapped(path)
         if len(found) >= len(rows):
+            say(f"--cache: {path} has the images; no file is decoded")
             return found[: len(rows)], np.array(rows, np.int64), skipped
+    say(f"--cache: decoding {len(files):,} image files into {path}; later starts use it")
     with ExitStack() as files_to_complete:
 
         def make(count: int, shape: tuple[int, ...]) -> Pixels:

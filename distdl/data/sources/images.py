@@ -137,6 +137,17 @@ def has_colors(file: Path) -> bool:
         return False
 
 
+def has_image_name(file: Path) -> bool:
+    """Return whether the name of a file ends like that of an image."""
+    return file.suffix.lower() in SUFFIXES
+
+
+def not_an_image(cause: str | None = None) -> UnusableImageError:
+    """Return the error for a file whose name does not promise an image; `cause` is what it is, if that is known."""
+    reason = cause or f"it is not an image: expected only {', '.join(SUFFIXES[:4])} …"
+    return UnusableImageError(reason, is_damaged=False)
+
+
 class OtherSizeError(UnusableImageError):
     """An image has another size than expected."""
 
@@ -189,6 +200,8 @@ def _open(file: Path | BinaryIO) -> Iterator[Any]:
         reason = f"it has more pixels than Pillow accepts ({error}); make it smaller first"
         raise UnusableImageError(reason, is_damaged=False) from error
     except image_module.UnidentifiedImageError as error:
+        if isinstance(file, Path) and not has_image_name(file):
+            raise not_an_image(_cause(stream)) from error
         raise UnusableImageError(_cause(stream) or f"its content is not {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow raises many kinds for bytes that are not an image
         raise UnusableImageError(_cause(stream) or str(error) or type(error).__name__) from error

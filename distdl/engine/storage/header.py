@@ -77,12 +77,15 @@ class CheckpointHeader:
     versions: dict[str, str]
     kernel_family: str
     signature: Signature | None = None
-    """None in a checkpoint of a version that did not store it."""
+    """None in a checkpoint of a version that did not store it; so is the fingerprint."""
+    fingerprint: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the header as a checkpoint stores it. Its progress is a copy."""
         values = vars(self) | {"progress": self.progress.to_json()}
         signature = values.pop("signature")
+        if self.fingerprint is None:
+            del values["fingerprint"]
         return values if signature is None else values | {"signature": signature.to_json()}
 
     @classmethod
@@ -95,8 +98,9 @@ class CheckpointHeader:
         def damaged(name: str) -> DamagedFileError:
             return DamagedFileError(f"{path} is damaged: its header has no {name!r} that distdl can use")
 
-        types = _types(cls) | {"progress": (dict,), "signature": (dict, NoneType)}
-        raw = {"signature": None, **raw} if isinstance(raw, dict) else raw
+        later = {"signature": (dict, NoneType), "fingerprint": (dict, NoneType)}
+        types = _types(cls) | {"progress": (dict,)} | later
+        raw = {**dict.fromkeys(later), **raw} if isinstance(raw, dict) else raw
         for name, allowed in types.items():
             if not isinstance(raw, dict) or type(raw.get(name)) not in allowed:
                 raise damaged(name)
@@ -114,12 +118,17 @@ class CheckpointHeader:
             raise damaged("step")
         if not all(name in LOGS and type(n) is int and n >= 0 for name, n in header.log_bytes.items()):
             raise damaged("log_bytes")
-        if not all(isinstance(version, str) for version in header.versions.values()):
-            raise damaged("versions")
+        for name in ("versions", "fingerprint"):
+            _check_texts(getattr(header, name), damaged(name))
         counts = (progress.best_step or 0, progress.skipped_steps, progress.plateau_cuts, progress.test_step or 0)
         if not all(0 <= count <= step for count in counts):
             raise damaged("progress")
         return header
+
+
+def _check_texts(values: Mapping[str, Any] | None, error: DamagedFileError) -> None:
+    if not all(isinstance(value, str) for value in (values or {}).values()):
+        raise error
 
 
 def _types(cls: type) -> dict[str, tuple[type, ...]]:

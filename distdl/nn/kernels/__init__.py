@@ -11,12 +11,13 @@ A layer without such an implementation runs as written. No other code knows whic
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 from distdl.nn.kernels.chains import Chain, chain_at
 from distdl.nn.kernels.fused_layers import FusedLayers
 from distdl.nn.layers import Array, Layer
+from distdl.nn.losses import LossFunction
 
 __all__ = ["NUMPY", "PLAIN", "Chain", "FusedLayers", "Kernels"]
 
@@ -25,6 +26,10 @@ class Kernels(ABC):
     """The implementation of the computations of networks; `name` is that of the setting."""
 
     name: str
+    portable = False
+    """Whether the formulas alone determine the bits, not the CPU."""
+    norm: Callable[[Array], float] | None = None
+    """Computes the Euclidean norm of a vector, if the kernels have an implementation of their own."""
 
     @abstractmethod
     def fuse(self, layers: Sequence[Layer], names: Sequence[str]) -> tuple[FusedLayers | None, int]:
@@ -32,6 +37,17 @@ class Kernels(ABC):
 
         The layers have their parameters. Classes are compared exactly: a derived class may compute something else.
         """
+
+    def optimizer_rule(self, name: str) -> Callable[[Any], Callable[..., None]] | None:
+        """Return an implementation of the updates of an optimizer, with the same bits; None if there is none.
+
+        It takes the optimizer and returns its update: see ``distdl.optim.Optimizer``.
+        """
+        return None
+
+    def loss(self, loss: LossFunction) -> LossFunction:
+        """Return the implementation of this loss: it itself, as written, unless the kernels have another one."""
+        return loss
 
     def for_network(self) -> Self:
         """Return the kernels for one network: itself, unless they keep arrays."""

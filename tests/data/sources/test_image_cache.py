@@ -42,10 +42,14 @@ def test_cached_images_equal_those_in_memory(modes, resize, tmp_path):
 def test_a_second_start_decodes_nothing_and_other_content_is_decoded(tmp_path, monkeypatch):
     make_folder(tmp_path / "images")
     cache = tmp_path / "cache"
-    before = read(tmp_path, cache=cache)
+    said = []
+    before = read(tmp_path, cache=cache, say=said.append)
+    [path] = cache.glob("*.npy")
+    assert said == [f"--cache: decoding 24 image files into {path}; later starts use it"]
     with monkeypatch.context() as patch:
         patch.setattr(images_module, "decode", None)
-        again = read(tmp_path, cache=cache)
+        again = read(tmp_path, cache=cache, say=said.append)
+        assert said[1:] == [f"--cache: {path} has the images; no file is decoded"]
         (tmp_path / "images").rename(tmp_path / "moved")
         moved = load(f"folder:{tmp_path / 'moved'}", None, ImageOptions(cache=cache))
     assert before.sha256() == again.sha256() == moved.sha256()

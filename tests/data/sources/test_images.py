@@ -230,6 +230,30 @@ def test_a_file_that_cannot_be_used_says_why(content, kind, reason, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("note.txt", b"hello", "it is not an image: expected only .png"),
+        ("note", b"", "it is empty"),
+        ("paper.pdf", b"%PDF-1.4", "it is a PDF document"),
+    ],
+)
+def test_a_file_whose_name_promises_no_image_is_not_called_damaged(name, content, reason, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"cannot be used: {reason}") as caught:
+        read_image(tmp_path / name, channels=3)
+    assert type(caught.value) is UserError
+    assert "damaged" not in str(caught.value)
+
+
+def test_the_content_tells_an_image_and_not_its_name(tmp_path):
+    (tmp_path / "photo.txt").write_bytes(WHOLE_PNG)
+    assert read_image(tmp_path / "photo.txt", channels=3).any()
+    (tmp_path / "photo.txt").write_bytes(WHOLE_PNG[:-30])
+    with pytest.raises(DamagedFileError):
+        read_image(tmp_path / "photo.txt", channels=3)
+
+
 def test_the_libraries_print_nothing_themselves(tmp_path, capfd):
     content = stream_of(RNG.integers(0, 256, (60, 40, 3), np.uint8), "TIFF", compression="tiff_lzw").getvalue()
     for place in range(20, 400, 7):  # some of these alterations make libtiff print

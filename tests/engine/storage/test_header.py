@@ -67,9 +67,18 @@ def test_a_header_has_its_signature_and_one_of_an_older_version_has_none():
     assert CheckpointHeader.parse(RAW, "x").signature is None
 
 
+def test_a_header_has_its_fingerprint_and_one_of_an_older_version_has_none():
+    raw = RAW | {"fingerprint": {"exp": "1f", "sum": "2e"}}
+    header = CheckpointHeader.parse(json.loads(json.dumps(raw)), "x")
+    assert header.fingerprint == raw["fingerprint"]
+    assert json.dumps(header.to_json()) == json.dumps(raw)
+    assert CheckpointHeader.parse(RAW, "x").fingerprint is None
+
+
 UNUSABLE = [
     *(("signature", {"signature": value}) for value in ([], "x", {}, SIGNATURE.to_json() | {"outputs": 0})),
     *((name, {name: value}) for name in RAW for value in (None, [], True)),
+    *(("fingerprint", {"fingerprint": value}) for value in ([], "x", {"exp": 1}, {"exp": None})),
     ("step", {"step": -1}),
     ("step", {"step": 7}),
     *(("log_bytes", {"log_bytes": {"metrics": length}}) for length in (-1, 1.5, True, "5", None)),

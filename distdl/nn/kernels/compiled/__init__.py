@@ -5,8 +5,8 @@ oracle in plain NumPy follows it. Sums are single chains, or chains whose number
 
 Two kinds of files:
 
-- kernels, functions of arrays: `simd` (vectors), `products`, `winograd`
-- implementations of layers, which call kernels: `convolution`
+- kernels, functions of arrays: `simd` (vectors), `products`, `winograd`, `updates`
+- implementations, which call kernels: of layers in `convolution`, of optimizers in `optimizers`
 
 Arrays of kernels are C-contiguous float32; an argument that ends in ``_`` is an array, the same name without it is the
 address of its first element.
@@ -16,21 +16,37 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from distdl.nn.activations import Sigmoid, Softmax, Tanh
 from distdl.nn.convolution import Conv2d
 from distdl.nn.kernels import FusedLayers, Kernels
+from distdl.nn.kernels.compiled import optimizers
+from distdl.nn.kernels.compiled.affine import affine_at
 from distdl.nn.kernels.compiled.arrays import GradientArrays
 from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.kernels.compiled.convolution import convolution_at
-from distdl.nn.layers import Array, Layer
+from distdl.nn.kernels.compiled.losses import compiled_loss
+from distdl.nn.kernels.compiled.sigmoids import sigmoid_at
+from distdl.nn.kernels.compiled.upsampling import upsampling_at
+from distdl.nn.layers import Affine, Array, Layer
+from distdl.nn.losses import LossFunction
+from distdl.nn.upsampling import Upsample2d
 
 #: For each class of layers, the function that returns the implementation at the first of the given layers, if any.
 _IMPLEMENTATIONS: dict[type[Layer], Callable[[Sequence[Layer], Sequence[str]], CompiledLayers | None]] = {
+    Affine: affine_at,
     Conv2d: convolution_at,
+    Sigmoid: sigmoid_at,
+    Softmax: sigmoid_at,
+    Tanh: sigmoid_at,
+    Upsample2d: upsampling_at,
 }
 
 
 class _Compiled(Kernels):
     name = "compiled"
+    portable = True
+    norm = staticmethod(optimizers.norm)
+    optimizer_rule = staticmethod(optimizers.optimizer_rule)
 
     def __init__(self) -> None:
         self._gradients = GradientArrays()
@@ -43,6 +59,9 @@ class _Compiled(Kernels):
 
     def release(self, gradient: Array) -> None:
         self._gradients.release(gradient)
+
+    def loss(self, loss: LossFunction) -> LossFunction:
+        return compiled_loss(loss)
 
     def fuse(self, layers: Sequence[Layer], names: Sequence[str]) -> tuple[FusedLayers | None, int]:
         find = _IMPLEMENTATIONS.get(type(layers[0]))

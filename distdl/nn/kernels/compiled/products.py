@@ -11,10 +11,11 @@ So a product reads them in one contiguous run.
 
 from typing import Any
 
+import numpy as np
 from numba import njit
 
 from distdl.nn.kernels.compiled.jit import HAS_WIDE_REGISTERS, kernel
-from distdl.nn.kernels.compiled.simd import tile_product
+from distdl.nn.kernels.compiled.simd import load, load_lanes, store, store_lanes, tile_product, transpose_tile
 
 
 def _tiles(vectors: int, *, rows: tuple[int, int, int]) -> tuple[Any, ...]:
@@ -94,28 +95,54 @@ def packed_product(A, a_m, a_i, a_k, B, rows, row, row_i, row_k, C, c_m, I, M, K
 
 
 @kernel
+def transpose(x, x_row, R, C, y, y_row):
+    """Write the transpose (C, R) of R rows of C numbers; rows are `x_row` and `y_row` apart."""
+    part_ = np.empty(16 * 16, np.float32)
+    part = part_.ctypes.data
+    for r in range(0, R, 16):
+        for c in range(0, C, 16):
+            rows, columns = min(16, R - r), min(16, C - c)
+            if rows == 16 and columns == 16:
+                transpose_tile(x + 4 * (r * x_row + c), x_row, y + 4 * (c * y_row + r), y_row)
+            else:
+                for i in range(rows):
+                    store(part, 16 * i, load_lanes(x, (r + i) * x_row + c, columns))
+                transpose_tile(part, 16, part, 16)
+                for j in range(columns):
+                    store_lanes(y, (c + j) * y_row + r, load(part, 16 * j), rows)
+
+
+@njit(inline="always")
+def copy_rows(x, x_row, R, C, y, y_row):
+    """Copy R rows of C numbers; rows are `x_row` and `y_row` apart."""
+    for r in range(R):
+        for c in range(0, C, 16):
+            store_lanes(y, r * y_row + c, load_lanes(x, r * x_row + c, C - c), C - c)
+
+
+@njit(inline="always")
+def pack_rows(matrix, row, K, N, packed):
+    """Copy a matrix (K, N), whose rows are `row` apart, into a packed one, of the same size."""
+    n = 0
+    while n < N:
+        width = block_width(n, N)
+        copy_rows(matrix + 4 * n, row, K, width, packed + 4 * n * K, width)
+        n += width
+
+
+@kernel
 def pack(matrix_, packed_):
     """Copy a matrix (K, N) into a packed one, of the same size."""
     K, N = matrix_.shape
-    at, n = 0, 0
-    while n < N:
-        width = block_width(n, N)
-        for k in range(K):
-            for column in range(width):
-                packed_[at] = matrix_[k, n + column]
-                at += 1
-        n += width
+    pack_rows(matrix_.ctypes.data, N, K, N, packed_.ctypes.data)
 
 
 @kernel
 def pack_transposed(matrix_, packed_):
     """Copy the transpose (K, N) of a matrix (N, K) into a packed one, of the same size."""
     N, K = matrix_.shape
-    at, n = 0, 0
+    n = 0
     while n < N:
         width = block_width(n, N)
-        for k in range(K):
-            for column in range(width):
-                packed_[at] = matrix_[n + column, k]
-                at += 1
+        transpose(matrix_.ctypes.data + 4 * n * K, K, width, K, packed_.ctypes.data + 4 * n * K, width)
         n += width

@@ -385,3 +385,28 @@ def tile_product(rows: int, vectors: int, *, masked: bool) -> Any:
         return types.void(*[types.int64] * 13), generate
 
     return product
+
+
+@intrinsic
+def transpose_tile(typing: Any, x: Any, x_row: Any, y: Any, y_row: Any) -> Any:
+    """Write the transpose of 16 rows of 16 numbers at x, which are `x_row` apart, to 16 rows at y, `y_row` apart."""
+
+    def generate(context: Any, builder: Any, kind: Any, given: Any) -> Any:
+        x, x_row, y, y_row = given
+        rows = [_load(builder, x, builder.mul(x_row, ir.Constant(_I64, i))) for i in range(WIDTH)]
+        step = WIDTH // 2
+        while step:  # exchange the blocks of this size that are not on the diagonal
+            low = [i if not i & step else WIDTH + i - step for i in range(WIDTH)]
+            high = [i + step if not i & step else WIDTH + i for i in range(WIDTH)]
+            for i in range(WIDTH):
+                if not i & step:
+                    pair = rows[i], rows[i + step]
+                    rows[i], rows[i + step] = (
+                        builder.shuffle_vector(*pair, ir.Constant(_INDICES, lanes)) for lanes in (low, high)
+                    )
+            step //= 2
+        for i, row in enumerate(rows):
+            _store(builder, y, builder.mul(y_row, ir.Constant(_I64, i)), row)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate

@@ -1,0 +1,94 @@
+"""Do the ranks, and a run and the checkpoint that it resumes from, compute the same bits? Their fingerprints tell."""
+
+import socket
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
+
+from distdl.config import TrainConfig
+from distdl.data import PreparedDataset
+from distdl.engine.fingerprint import Fingerprint, fingerprint, first_difference
+from distdl.engine.storage.header import CheckpointHeader
+from distdl.engine.storage.run_folder import StartingPoint
+from distdl.errors import UserError
+from distdl.nn import Sequential
+from distdl.parallel import Communicator, on_rank_0, together
+
+
+def compared_bits(
+    communicator: Communicator,
+    config: TrainConfig,
+    data: PreparedDataset,
+    network: Sequential,
+    environment: Mapping[str, Any],
+    start: StartingPoint | None,
+) -> dict[str, Any]:
+    """Return the environment with the part about bits. Collective; `start` is needed on rank 0.
+
+    Raises `UserError` on every rank as `require_same_bits` demands.
+    """
+    ours = together(communicator, lambda: fingerprint(config, data, network))
+    found = {**environment, **bits_of_ranks(communicator, ours)}
+    if config.require_same_bits:
+        on_rank_0(communicator, lambda: check_same_bits(start, found))
+    return found
+
+
+def bits_of_ranks(communicator: Communicator, ours: Fingerprint) -> dict[str, Any]:
+    """Return the part of ``env.json`` about the bits: the fingerprint of rank 0, and a text for ranks that differ.
+
+    Collective.
+    """
+    hosts = communicator.allgather_json(socket.gethostname())
+    digests = communicator.allgather_json(blake2b(repr(ours).encode(), digest_size=16).hexdigest())
+    if len(set(digests)) == 1:
+        return {"fingerprint": ours, "ranks_that_differ": []}
+    first, *others = communicator.allgather_json(ours)
+    of_host: dict[tuple[str, str], list[int]] = {}
+    for rank, found in enumerate(others, start=1):
+        name = first_difference(first, found)
+        if name is not None:
+            of_host.setdefault((hosts[rank], name), []).append(rank)
+    different = [
+        f"{_named(ranks)} on {host} and rank 0 on {hosts[0]} compute other bits, first in: {name}"
+        for (host, name), ranks in of_host.items()
+    ]
+    return {"fingerprint": first, "ranks_that_differ": different}
+
+
+def change_of_bits(before: CheckpointHeader, environment: Mapping[str, Any]) -> str | None:
+    """Return what differs between the run that wrote a checkpoint and this one; None if nothing is known to differ.
+
+    A checkpoint of an earlier version has only the name of its kernel family.
+    """
+    now = " and ".join(environment["kernel_families"])
+    if before.fingerprint is None or "fingerprint" not in environment:
+        same = before.kernel_family == now
+        return None if same else f"the checkpoint was made with the kernels {before.kernel_family}, this run has {now}"
+    name = first_difference(before.fingerprint, environment["fingerprint"])
+    if name is None:
+        return None
+    where = "" if before.kernel_family == now else f" ({before.kernel_family}; here {now})"
+    return f"the run that wrote the checkpoint{where} computed other bits than this one, first in: {name}"
+
+
+def check_same_bits(start: StartingPoint | None, environment: Mapping[str, Any]) -> None:
+    """Raise `UserError` unless all ranks and the checkpoint to resume from show the same bits: `require_same_bits`."""
+    for different in environment["ranks_that_differ"]:
+        raise UserError(f"--require-same-bits: {different}; give hosts of one kind, or leave the flag out")
+    if start is None or start.found is None:
+        return
+    header = start.found.header()
+    change = change_of_bits(header, environment)
+    if change is None and header.fingerprint is None:
+        change = "an earlier version wrote the checkpoint, without a fingerprint"
+    if change is not None:
+        raise UserError(
+            f"--require-same-bits: cannot resume from {start.found.path}: {change}; resume where it was made, or "
+            "leave the flag out"
+        )
+
+
+def _named(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:4])) + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"

@@ -1,0 +1,163 @@
+"""The updates of optimizers, and the sum of squares of a vector: one pass over memory each.
+
+Each element gets the operations of the rule in `distdl.optim`, in its order: the bits are those of the NumPy form.
+
+Legend: w parameters, g gradient, lambda_ weight decay, rate learning rate; the others are the settings and the state of
+the optimizer. Numbers are rounded to float32 first, as NumPy does.
+
+`segments_` (n, 3) lists start, stop and mode of ranges of elements. Mode 1 adds ``lambda_ w`` to the gradient, mode 2
+adds ``l1 sign(w)``, mode 3 adds both. For AdamW, modes 1 and 3 multiply w by `lambda_` instead.
+"""
+
+import numpy as np
+from numba import njit
+
+from distdl.nn.kernels.compiled.jit import kernel
+from distdl.nn.kernels.compiled.simd import (
+    WIDTH,
+    fma,
+    greater,
+    load,
+    load_lanes,
+    select,
+    splat,
+    square_root,
+    store_lanes,
+)
+
+DECAY, L1 = 1, 2
+#: Lanes of the partial sums of a norm, and elements whose squares are added in float32.
+CHAINS, BLOCK = 4 * WIDTH, 4096
+
+
+@njit(inline="always")
+def _decayed(w, g, mode, lambda_, l1):
+    """Return the gradient with the terms of weight decay and L1."""
+    if mode & DECAY:
+        g = g + w * splat(lambda_)
+    if mode & L1:
+        zero = splat(np.float32(0))
+        negative = select(greater(zero, w), splat(-l1), w - w)  # 0, or NaN
+        g = g + select(greater(w, zero), splat(l1), negative)
+    return g
+
+
+@kernel
+def sgd(w_, g_, segments_, lambda_, l1, rate):
+    """Compute ``w - rate g``."""
+    w, g = w_.ctypes.data, g_.ctypes.data
+    for s in range(len(segments_)):
+        stop, mode = segments_[s, 1], segments_[s, 2]
+        for at in range(segments_[s, 0], stop, WIDTH):
+            lanes = stop - at
+            W = load_lanes(w, at, lanes)
+            G = _decayed(W, load_lanes(g, at, lanes), mode, lambda_, l1)
+            store_lanes(w, at, W - G * splat(rate), lanes)
+
+
+@kernel
+def momentum(w_, g_, v_, segments_, lambda_, l1, rate, factor):
+    """Compute ``v = factor v + g`` and ``w - rate v``."""
+    w, g, v = w_.ctypes.data, g_.ctypes.data, v_.ctypes.data
+    for s in range(len(segments_)):
+        stop, mode = segments_[s, 1], segments_[s, 2]
+        for at in range(segments_[s, 0], stop, WIDTH):
+            lanes = stop - at
+            W = load_lanes(w, at, lanes)
+            G = _decayed(W, load_lanes(g, at, lanes), mode, lambda_, l1)
+            V = load_lanes(v, at, lanes) * splat(factor) + G
+            store_lanes(v, at, V, lanes)
+            store_lanes(w, at, W - V * splat(rate), lanes)
+
+
+@kernel
+def nesterov(w_, g_, v_, segments_, lambda_, l1, rate, factor):
+    """Compute ``v = factor v + g`` and ``w - (factor v + g) rate``."""
+    w, g, v = w_.ctypes.data, g_.ctypes.data, v_.ctypes.data
+    for s in range(len(segments_)):
+        stop, mode = segments_[s, 1], segments_[s, 2]
+        for at in range(segments_[s, 0], stop, WIDTH):
+            lanes = stop - at
+            W = load_lanes(w, at, lanes)
+            G = _decayed(W, load_lanes(g, at, lanes), mode, lambda_, l1)
+            V = load_lanes(v, at, lanes) * splat(factor) + G
+            store_lanes(v, at, V, lanes)
+            store_lanes(w, at, W - (V * splat(factor) + G) * splat(rate), lanes)
+
+
+@kernel
+def squares(w_, g_, h_, segments_, lambda_, l1, rate, kept, added, epsilon):
+    """Compute ``h = kept h + (g g) added`` and ``w - (g / (sqrt(h) + epsilon)) rate``: AdaGrad and RMSProp."""
+    w, g, h = w_.ctypes.data, g_.ctypes.data, h_.ctypes.data
+    for s in range(len(segments_)):
+        stop, mode = segments_[s, 1], segments_[s, 2]
+        for at in range(segments_[s, 0], stop, WIDTH):
+            lanes = stop - at
+            W = load_lanes(w, at, lanes)
+            G = _decayed(W, load_lanes(g, at, lanes), mode, lambda_, l1)
+            H = load_lanes(h, at, lanes) * splat(kept) + (G * G) * splat(added)
+            store_lanes(h, at, H, lanes)
+            store_lanes(w, at, W - G / (square_root(H) + splat(epsilon)) * splat(rate), lanes)
+
+
+@kernel
+def adam(w_, g_, m_, v_, segments_, decoupled, lambda_, l1, rate, kept_m, added_m, kept_v, added_v, root, epsilon):
+    """Compute the moments m and v, then ``w - (m / (sqrt(v) / root + epsilon)) rate``.
+
+    ``m = m kept_m + g added_m`` and ``v = v kept_v + (g g) added_v``.
+    """
+    w, g, m, v = w_.ctypes.data, g_.ctypes.data, m_.ctypes.data, v_.ctypes.data
+    for s in range(len(segments_)):
+        stop, mode = segments_[s, 1], segments_[s, 2]
+        for at in range(segments_[s, 0], stop, WIDTH):
+            lanes = stop - at
+            W = load_lanes(w, at, lanes)
+            if decoupled and mode & DECAY:
+                W = W * splat(lambda_)
+                G = _decayed(W, load_lanes(g, at, lanes), mode & L1, lambda_, l1)
+            else:
+                G = _decayed(W, load_lanes(g, at, lanes), mode, lambda_, l1)
+            M = load_lanes(m, at, lanes) * splat(kept_m) + G * splat(added_m)
+            V = load_lanes(v, at, lanes) * splat(kept_v) + (G * G) * splat(added_v)
+            store_lanes(m, at, M, lanes)
+            store_lanes(v, at, V, lanes)
+            step = M / (square_root(V) / splat(root) + splat(epsilon))
+            store_lanes(w, at, W - step * splat(rate), lanes)
+
+
+@kernel
+def sum_of_squares(vector_, partial_):
+    """Return the sum of the squares, in float64. `partial_` (64,) is scratch.
+
+    Each block of 4,096 elements has 64 chains of float32 fused multiply-adds: element i belongs to chain i mod 64, in
+    ascending order, from 0. The chains of all blocks are added in float64, in ascending order.
+    """
+    x, partial = vector_.ctypes.data, partial_.ctypes.data
+    total = 0.0
+    for start in range(0, len(vector_), BLOCK):
+        stop = min(start + BLOCK, len(vector_))
+        a = b = c = d = splat(np.float32(0))
+        at = start
+        while at + CHAINS <= stop:
+            A, B, C, D = load(x, at), load(x, at + WIDTH), load(x, at + 2 * WIDTH), load(x, at + 3 * WIDTH)
+            a, b, c, d = fma(A, A, a), fma(B, B, b), fma(C, C, c), fma(D, D, d)
+            at += CHAINS
+        store_lanes(partial, 0, a, WIDTH)
+        store_lanes(partial, WIDTH, b, WIDTH)
+        store_lanes(partial, 2 * WIDTH, c, WIDTH)
+        store_lanes(partial, 3 * WIDTH, d, WIDTH)
+        for chain in range(0, stop - at, WIDTH):
+            rest = load_lanes(x, at + chain, stop - at - chain)
+            store_lanes(partial, chain, fma(rest, rest, load(partial, chain)), WIDTH)
+        for chain in range(CHAINS):
+            total += np.float64(partial_[chain])
+    return total
+
+
+@kernel
+def wide_sum_of_squares(vector_):
+    """Return the sum of the squares in float64, one chain in ascending order: for squares that overflow float32."""
+    total = 0.0
+    for x in vector_:
+        total += np.float64(x) * np.float64(x)
+    return total

@@ -1,0 +1,144 @@
+"""The compiled optimizers have the bits of the NumPy form; the compiled norm has those of its formula."""
+
+import math
+
+import numpy as np
+import pytest
+from small_runs import small_run
+
+from distdl.nn import Affine, Flatten, Sequential
+from distdl.nn.kernels import NUMPY
+from distdl.optim import BLOCK, OPTIMIZERS, clip_by_norm, euclidean_norm
+from distdl.parallel import OneProcess
+from tests.nn.kernels.exact import fma, numbers
+
+pytest.importorskip("numba")
+
+#: The number of parameters, with the slices that decay and those that are frozen.
+SHAPES = {
+    "one": (1, [slice(0, 1)], []),
+    "less than a vector": (13, [slice(0, 6)], []),
+    "several blocks": (BLOCK + 45, [slice(0, 700), slice(704, BLOCK + 5)], []),
+    "frozen": (1050, [slice(0, 100), slice(112, 500), slice(640, 1003)], [slice(112, 500), slice(1008, 1033)]),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"weight_decay": 0.1}, {"l1": 0.03}, {"weight_decay": 1e-4, "l1": 1e-5}],
+    ids=["plain", "decay", "l1", "both"],
+)
+def test_every_update_has_the_bits_of_the_numpy_form(name, shape, settings):
+    from distdl.nn.kernels.compiled import COMPILED
+
+    size, decay_slices, frozen = SHAPES[shape]
+    given = {"decay_slices": decay_slices, "frozen": frozen, **settings}
+    plain = OPTIMIZERS[name](size, **given)
+    fused = OPTIMIZERS[name](size, **given, fused=COMPILED.optimizer_rule(name))
+    w = numbers(size, special=0.1)
+    ours, theirs = w.copy(), w.copy()
+    with np.errstate(all="ignore"):
+        for step in range(1, 6):
+            gradient = numbers(size, seed=step, special=0.1)
+            rate = 0.01 / step
+            plain.update(theirs, gradient.copy(), rate, step)
+            fused.update(ours, gradient.copy(), rate, step)
+    assert np.isnan(theirs).any() == np.isnan(w).any() or size > 1000
+    np.testing.assert_array_equal(bits(ours), bits(theirs))
+    for vector in plain.state:
+        np.testing.assert_array_equal(bits(fused.state[vector]), bits(plain.state[vector]))
+    for where in frozen:
+        assert ours[where].tobytes() == w[where].tobytes()
+
+
+def bits(x):
+    """Return the bits of float32 numbers, the same for every NaN."""
+    return np.where(np.isnan(x), np.uint32(0x7FC00000), x.view(np.uint32))
+
+
+def norm_by_its_formula(x):
+    total = 0.0
+    for block in (x[start : start + 4096] for start in range(0, x.size, 4096)):
+        chains = np.zeros(64, np.float32)
+        for row in (block[start : start + 64] for start in range(0, block.size, 64)):
+            chains[: row.size] = fma(row, row, chains[: row.size])
+        for chain in chains.tolist():
+            total += chain
+    if not math.isfinite(total):
+        total = 0.0
+        for number in x.tolist():
+            total += number * number
+    return math.sqrt(total)
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 63, 64, 65, 100, 4095, 4096, 4097, 4096 + 64, 20_011])
+def test_the_norm_has_the_bits_of_its_formula(size):
+    from distdl.nn.kernels.compiled import COMPILED
+
+    for scale in (1, 1e-3, 1e-20, 1e18, 1e25):  # squares may underflow or overflow in float32
+        x = numbers(size, seed=size) * np.float32(scale)
+        assert COMPILED.norm(x) == norm_by_its_formula(x)
+        if 1e-10 < scale < 1e19:
+            assert COMPILED.norm(x) == pytest.approx(np.linalg.norm(x.astype(np.float64)), rel=1e-6)
+    assert COMPILED.norm(np.zeros(size, np.float32)) == 0
+    assert math.isnan(COMPILED.norm(np.full(size, np.nan, np.float32)))
+    assert COMPILED.norm(np.full(size, np.inf, np.float32)) == math.inf
+
+
+def test_other_dtypes_keep_the_numpy_rule():
+    from distdl.nn.kernels.compiled import COMPILED
+
+    x = np.arange(5.0)
+    assert COMPILED.norm(x) == pytest.approx(euclidean_norm(x), rel=1e-15)
+    assert COMPILED.optimizer_rule("of the user") is None
+    results = []
+    for fused in (None, COMPILED.optimizer_rule("adam")):
+        w = x.copy()
+        OPTIMIZERS["adam"](5, dtype=np.float64, fused=fused).update(w, x.copy(), 0.1, 1)
+        results.append(w.tobytes())
+    assert results[0] == results[1]
+
+
+class Spy(type(NUMPY)):
+    """NumPy's kernels, with an own norm and an own optimizer that count their calls."""
+
+    def __init__(self):
+        self.called = []
+
+    def norm(self, vector):
+        self.called.append("norm")
+        return euclidean_norm(vector)
+
+    def optimizer_rule(self, name):
+        def made(optimizer):
+            def update(*given):
+                self.called.append(name)
+                plain.update(*given)
+
+            plain = type(optimizer)(len(optimizer._scratch))  # the network is smaller than a block
+            plain.state = optimizer.state
+            return update
+
+        return made
+
+
+def test_a_training_uses_the_norm_and_the_optimizer_of_its_kernels(tmp_path):
+    spy = Spy()
+    results = []
+    for kernels in (spy, NUMPY):
+
+        def build(input_shape, classes, kernels=kernels):
+            return Sequential([Flatten(), Affine(classes)], input_shape, kernels=kernels)
+
+        settings = {"build_network": build, "optimizer": "momentum", "clip_norm": 0.5}
+        results.append(small_run(OneProcess(), tmp_path / kernels.__class__.__name__, **settings))
+    assert results[0] == results[1]
+    assert spy.called[-12:] == ["norm", "momentum"] * 6
+
+
+def test_clipping_takes_the_given_norm():
+    gradient = np.array([3.0, 4.0], np.float32)
+    assert clip_by_norm(gradient, 1.0, lambda vector: 10.0) == 10.0
+    np.testing.assert_allclose(gradient, [0.3, 0.4], rtol=1e-6)
