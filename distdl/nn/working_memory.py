@@ -32,7 +32,7 @@ def working_bytes(network: Sequential, training: set[int], evaluation: set[int])
 
     `training` and `evaluation` hold the numbers N of the micro-batches that occur in training and in evaluation.
     """
-    elements = _of_stack(network.stack, network.input_shape)
+    elements = elements_of_stack(network.stack, network.input_shape)
     numbers = elements.of_weights + elements.forward * sum(training | evaluation) + elements.backward * sum(training)
     numbers += elements.kept * max(training | evaluation) + GRADIENTS_IN_USE * elements.gradient * max(training)
     numbers += elements.scratch
@@ -46,7 +46,8 @@ def _tile_sizes(N: int, largest: int) -> set[int]:
     return {N // count, -(-N // count)}
 
 
-def _of_stack(stack: LayerStack, shape: Shape) -> Elements:
+def elements_of_stack(stack: LayerStack, shape: Shape) -> Elements:
+    """Return the elements of the working arrays of all layers of a stack, given the shape of its input."""
     found = Elements()
     for _, layer, output, fused in stack.segments:
         if fused is None:
@@ -61,7 +62,7 @@ def _of_stack(stack: LayerStack, shape: Shape) -> Elements:
 def _of_layer(layer: Layer, input_shape: Shape, output_shape: Shape) -> Elements:
     x, y = math.prod(input_shape), math.prod(output_shape)
     if isinstance(layer, Composite):
-        inside = sum((_of_stack(stack, input_shape) for _, stack in layer.members), Elements())
+        inside = sum((elements_of_stack(stack, input_shape) for _, stack in layer.members), Elements())
         return inside + Elements(y, x * layer.needs_input_gradient + y * isinstance(layer, Branches))
     if isinstance(layer, MaxPool2d | AvgPool2d):
         return _of_pooling(layer, input_shape, y)

@@ -6,7 +6,8 @@ oracle in plain NumPy follows it. Sums are single chains, or chains whose number
 Two kinds of files:
 
 - kernels, functions of arrays: `simd` (vectors), `products`, `winograd`, `updates`
-- implementations, which call kernels: of layers in `convolution`, of optimizers in `optimizers`
+- implementations, with the kernels that only they call: of layers in `convolution`, `batch_norm` and many others, of
+  optimizers in `optimizers`
 
 Arrays of kernels are C-contiguous float32; an argument that ends in ``_`` is an array, the same name without it is the
 address of its first element.
@@ -16,25 +17,43 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from distdl.nn.activations import Sigmoid, Softmax, Tanh
+from distdl.nn.activations import LeakyReLU, ReLU, Sigmoid, Softmax, Tanh
+from distdl.nn.composites import Branches, Residual
 from distdl.nn.convolution import Conv2d
 from distdl.nn.kernels import FusedLayers, Kernels
 from distdl.nn.kernels.compiled import optimizers
+from distdl.nn.kernels.compiled.activations import dropout_at, leaky_relu_at, relu_at
 from distdl.nn.kernels.compiled.affine import affine_at
 from distdl.nn.kernels.compiled.arrays import GradientArrays
 from distdl.nn.kernels.compiled.base import CompiledLayers
+from distdl.nn.kernels.compiled.batch_norm import batch_norm_at
+from distdl.nn.kernels.compiled.composites import branches_at, residual_at
 from distdl.nn.kernels.compiled.convolution import convolution_at
+from distdl.nn.kernels.compiled.local_response_norm import local_response_norm_at
 from distdl.nn.kernels.compiled.losses import compiled_loss
+from distdl.nn.kernels.compiled.pooling import average_pool_at, global_average_pool_at, max_pool_at
 from distdl.nn.kernels.compiled.sigmoids import sigmoid_at
 from distdl.nn.kernels.compiled.upsampling import upsampling_at
-from distdl.nn.layers import Affine, Array, Layer
+from distdl.nn.layers import Affine, Array, Dropout, Layer
 from distdl.nn.losses import LossFunction
+from distdl.nn.normalization import BatchNorm, LocalResponseNorm
+from distdl.nn.pooling import AvgPool2d, GlobalAvgPool2d, MaxPool2d
 from distdl.nn.upsampling import Upsample2d
 
 #: For each class of layers, the function that returns the implementation at the first of the given layers, if any.
 _IMPLEMENTATIONS: dict[type[Layer], Callable[[Sequence[Layer], Sequence[str]], CompiledLayers | None]] = {
     Affine: affine_at,
+    AvgPool2d: average_pool_at,
+    BatchNorm: batch_norm_at,
+    Branches: branches_at,
     Conv2d: convolution_at,
+    Dropout: dropout_at,
+    GlobalAvgPool2d: global_average_pool_at,
+    LeakyReLU: leaky_relu_at,
+    LocalResponseNorm: local_response_norm_at,
+    MaxPool2d: max_pool_at,
+    ReLU: relu_at,
+    Residual: residual_at,
     Sigmoid: sigmoid_at,
     Softmax: sigmoid_at,
     Tanh: sigmoid_at,

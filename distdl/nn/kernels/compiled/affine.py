@@ -18,10 +18,9 @@ from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.kernels.compiled.jit import kernel
 from distdl.nn.kernels.compiled.products import (
     block_width,
+    column_block,
     copy_rows,
     pack_rows,
-    packed_product,
-    product,
     transpose,
 )
 from distdl.nn.kernels.compiled.simd import greater, load_lanes, maximum, select, splat, store_lanes
@@ -44,25 +43,37 @@ SAMPLES = 64
 
 
 @kernel
+def _multiply(A, a_m, a_k, B, b_k, C, c_m, M, K, N, add, panel):
+    """Set ``C[m, n] (+)= sum over k < K of A[m, k] B[k, n]``.
+
+    B is first copied to `panel`, 64 columns at a time, unless `panel` is 0. B is a packed matrix if b_k is 0.
+    """
+    n = 0
+    while n < N:
+        width = block_width(n, N)
+        right, row = B + 4 * n, b_k
+        if b_k == 0:
+            right, row = B + 4 * n * K, width
+        if panel:
+            copy_rows(right, row, K, width, panel, width)
+            right, row = panel, width
+        column_block(A, a_m, 0, a_k, right, 0, row, C + 4 * n, c_m, 1, M, K, width, add)
+        n += width
+
+
+@kernel
 def forward(x_, W_, b_, y_, panel_, relu):
     """Write y; `panel` has room for `PANEL_ROWS` rows of 64 numbers."""
     N, D = x_.shape
     K = W_.shape[1]
     x, W, b, y, panel = x_.ctypes.data, W_.ctypes.data, b_.ctypes.data, y_.ctypes.data, panel_.ctypes.data
-    if K <= DIRECT_COLUMNS:
-        product(x, D, 0, 1, W, 0, K, y, K, 1, N, D, K, 0)
-    elif N < FEW_SAMPLES:
-        for d in range(0, D, FEW_ROWS):
-            product(x + 4 * d, D, 0, 1, W + 4 * d * K, 0, K, y, K, 1, N, min(FEW_ROWS, D - d), K, 1 if d else 0)
-    else:
-        for d in range(0, D, PANEL_ROWS):
-            rows = min(PANEL_ROWS, D - d)
-            k = 0
-            while k < K:
-                width = block_width(k, K)
-                copy_rows(W + 4 * (d * K + k), K, rows, width, panel, width)
-                product(x + 4 * d, D, 0, 1, panel, 0, width, y + 4 * k, K, 1, N, rows, width, 1 if d else 0)
-                k += width
+    copies, rows = K > DIRECT_COLUMNS and N >= FEW_SAMPLES, D
+    if K > DIRECT_COLUMNS:
+        rows = PANEL_ROWS if copies else FEW_ROWS
+    for d in range(0, D, rows):
+        _multiply(
+            x + 4 * d, D, 1, W + 4 * d * K, K, y, K, N, min(rows, D - d), K, 1 if d else 0, panel if copies else 0
+        )
     zero = splat(f4(0))
     for n in range(N):
         for k in range(0, K, 16):
@@ -116,15 +127,15 @@ def backward(x_, W_, y_, dy_, dW_, db_, dx_, scratch_, relu, wanted):
         for i in range(0, D, INPUTS):
             count = min(INPUTS, D - i)
             copy_rows(x + 4 * (n * D + i), D, M, count, inputs, INPUTS)
-            packed_product(inputs, 1, 0, INPUTS, packed, M, 0, 0, 1, dW + 4 * i * K, K, 1, count, M, K, add)
+            _multiply(inputs, 1, INPUTS, packed, 0, dW + 4 * i * K, K, count, M, K, add, 0)
 
         if transposes_weights:
-            product(d, K, 0, 1, rest, 0, D, dx + 4 * n * D, D, 1, M, K, D, 0)
+            _multiply(d, K, 1, rest, D, dx + 4 * n * D, D, M, K, D, 0, 0)
         elif wanted:  # dx' = W d': it is cheaper to transpose d and dx than W
             transpose(d, K, M, K, rest, M)
             for i in range(0, D, INPUTS):
                 count = min(INPUTS, D - i)
-                product(W + 4 * i * K, K, 0, 1, rest, 0, M, results, M, 1, count, K, M, 0)
+                _multiply(W + 4 * i * K, K, 1, rest, M, results, M, count, K, M, 0, 0)
                 transpose(results, M, count, M, dx + 4 * (n * D + i), D)
 
 

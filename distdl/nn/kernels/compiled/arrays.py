@@ -60,6 +60,10 @@ class GradientArrays:
         self._used[flat.ctypes.data] = flat
         return flat[:size].reshape(shape)
 
+    def has(self, gradient: Array) -> bool:
+        """Return whether the array is one of `take` that is in use."""
+        return gradient.ctypes.data in self._used
+
     def release(self, gradient: Array) -> None:
         """Declare that the array is no longer in use; others than those of `take` are ignored."""
         flat = self._used.pop(gradient.ctypes.data, None)

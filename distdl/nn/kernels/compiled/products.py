@@ -39,7 +39,8 @@ def block_width(n, N):
 
 
 @kernel
-def _column_block(A, a_m, a_i, a_k, B, b_i, b_k, C, c_m, I, M, K, width, add):
+def column_block(A, a_m, a_i, a_k, B, b_i, b_k, C, c_m, I, M, K, width, add):
+    """Do the same as `product` for a block of `width` columns."""
     m = 0
     if width == 64:
         while M - m >= LARGE_4:
@@ -87,7 +88,7 @@ def product(A, a_m, a_i, a_k, B, b_i, b_k, C, c_m, I, M, K, N, add):
     a_m, a_i, a_k, b_i, b_k, c_m, I, M, K, add = _whole(a_m, a_i, a_k, b_i, b_k, c_m, I, M, K, add)
     while n < N:
         width = block_width(n, N)
-        _column_block(A, a_m, a_i, a_k, B + 4 * n, b_i, b_k, C + 4 * n, c_m, I, M, K, width, add)
+        column_block(A, a_m, a_i, a_k, B + 4 * n, b_i, b_k, C + 4 * n, c_m, I, M, K, width, add)
         n += width
 
 
@@ -99,7 +100,7 @@ def packed_product(A, a_m, a_i, a_k, B, rows, row, row_i, row_k, C, c_m, I, M, K
     while n < N:
         width = block_width(n, N)
         block = B + 4 * (n * rows + row * width)
-        _column_block(A, a_m, a_i, a_k, block, row_i * width, row_k * width, C + 4 * n, c_m, I, M, K, width, add)
+        column_block(A, a_m, a_i, a_k, block, row_i * width, row_k * width, C + 4 * n, c_m, I, M, K, width, add)
         n += width
 
 

@@ -20,7 +20,7 @@ WIDTH = 16
 
 _I1, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 16, 32, 64))
 _F32 = ir.FloatType()
-_VECTOR, _MASK, _INDICES = (ir.VectorType(kind, WIDTH) for kind in (_F32, _I1, _I32))
+_VECTOR, _MASK, _INDICES, _BYTES = (ir.VectorType(kind, WIDTH) for kind in (_F32, _I1, _I32, ir.IntType(8)))
 
 
 class VectorType(types.Type):
@@ -42,6 +42,10 @@ class _VectorModel(models.PrimitiveModel):
 def _pointer(builder: Any, address: Any, offset: Any, kind: Any) -> Any:
     bytes_ = builder.mul(offset, ir.Constant(_I64, 4))
     return builder.inttoptr(builder.add(address, bytes_), kind.as_pointer())
+
+
+def _numbered(builder: Any, address: Any, index: Any, kind: Any, size: int) -> Any:
+    return builder.inttoptr(builder.add(address, builder.mul(index, ir.Constant(_I64, size))), kind.as_pointer())
 
 
 def _load(builder: Any, address: Any, offset: Any, kind: Any = _VECTOR) -> Any:
@@ -240,6 +244,99 @@ def select(typing: Any, bits: Any, x: Any, y: Any) -> Any:
         return builder.select(builder.bitcast(given[0], _MASK), given[1], given[2])
 
     return vector(types.uint16, vector, vector), generate
+
+
+@intrinsic
+def load_bits(typing: Any, address: Any, index: Any) -> Any:
+    """Return the 16 bits of this index in an array of uint16, given by its address.
+
+    A kernel that passes the array itself to an inlined function counts references at each call, which is slow.
+    """
+
+    def generate(context: Any, builder: Any, kind: Any, given: Any) -> Any:
+        return builder.load(_numbered(builder, given[0], given[1], _I16, 2), align=2, typ=_I16)
+
+    return types.uint16(types.int64, types.int64), generate
+
+
+@intrinsic
+def store_bits(typing: Any, address: Any, index: Any, bits: Any) -> Any:
+    """Write the 16 bits of this index; see `load_bits`."""
+
+    def generate(context: Any, builder: Any, kind: Any, given: Any) -> Any:
+        builder.store(given[2], _numbered(builder, given[0], given[1], _I16, 2), align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.uint16), generate
+
+
+class ByteVectorType(types.Type):
+    """The type of a vector of 16 bytes, such as the numbers of the winners of 16 windows."""
+
+    def __init__(self) -> None:
+        super().__init__(name="uint8x16")
+
+
+byte_vector = ByteVectorType()
+
+
+@register_model(ByteVectorType)
+class _ByteVectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, _BYTES)
+
+
+@intrinsic
+def load_bytes(typing: Any, address: Any, offset: Any) -> Any:
+    """Return the 16 bytes from this offset on."""
+
+    def generate(context: Any, builder: Any, kind: Any, given: Any) -> Any:
+        return builder.load(_numbered(builder, given[0], given[1], _BYTES, 1), align=1, typ=_BYTES)
+
+    return byte_vector(types.int64, types.int64), generate
+
+
+@intrinsic
+def store_bytes(typing: Any, address: Any, offset: Any, value: Any) -> Any:
+    """Write 16 bytes from this offset on."""
+
+    def generate(context: Any, builder: Any, kind: Any, given: Any) -> Any:
+        builder.store(given[2], _numbered(builder, given[0], given[1], _BYTES, 1), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, byte_vector), generate
+
+
+@intrinsic
+def splat_byte(typing: Any, number: Any) -> Any:
+    """Return a vector that has this whole number in each of its 16 bytes."""
+
+    def generate(context: Any, builder: Any, kind: Any, given: Any) -> Any:
+        undefined = ir.Constant(_BYTES, ir.Undefined)
+        first = builder.insert_element(undefined, builder.trunc(given[0], ir.IntType(8)), ir.Constant(_I32, 0))
+        return builder.shuffle_vector(first, undefined, ir.Constant(_INDICES, [0] * WIDTH))
+
+    return byte_vector(types.int64), generate
+
+
+@intrinsic
+def select_bytes(typing: Any, bits: Any, x: Any, y: Any) -> Any:
+    """Return `x` in the bytes whose bit is set, and `y` in the others."""
+
+    def generate(context: Any, builder: Any, kind: Any, given: Any) -> Any:
+        return builder.select(builder.bitcast(given[0], _MASK), given[1], given[2])
+
+    return byte_vector(types.uint16, byte_vector, byte_vector), generate
+
+
+@intrinsic
+def equal_bytes(typing: Any, x: Any, y: Any) -> Any:
+    """Return 16 bits, the lowest for the first byte: whether the bytes are equal."""
+
+    def generate(context: Any, builder: Any, kind: Any, given: Any) -> Any:
+        return builder.bitcast(builder.icmp_unsigned("==", *given), _I16)
+
+    return types.uint16(byte_vector, byte_vector), generate
 
 
 class _Symbol:
