@@ -229,19 +229,15 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 }
 
 
-def euclidean_norm(vector: Vector) -> float:
-    """Return the root of the sum of the squares."""
-    norm = math.sqrt(float(np.vdot(vector, vector)))
-    return norm if math.isfinite(norm) else float(np.linalg.norm(vector.astype(np.float64)))  # the squares overflow
-
-
 def clip_by_norm(gradient: Vector, largest: float, norm_of: Callable[[Vector], float] | None = None) -> float:
     """Scale the flat gradient in place so that its norm is at most `largest`; return its norm before.
 
-    The factor is ``largest / (norm + 1e-6)``, as in PyTorch's ``clip_grad_norm_``. Not in the book. Source: Pascanu,
-    Mikolov and Bengio 2013.
+    The factor is ``largest / (norm + 1e-6)``, as in PyTorch's ``clip_grad_norm_``. `norm_of` is that of the kernels, if
+    they have one. Not in the book. Source: Pascanu, Mikolov and Bengio 2013.
     """
-    norm = (norm_of or euclidean_norm)(gradient)
+    norm = math.sqrt(float(np.vdot(gradient, gradient))) if norm_of is None else norm_of(gradient)
+    if not math.isfinite(norm):  # the squares overflow
+        norm = float(np.linalg.norm(gradient.astype(np.float64)))
     if norm + 1e-6 > largest:
         gradient *= largest / (norm + 1e-6)
     return norm

@@ -54,22 +54,24 @@ def _row(model, micro_batch_size, steps, epochs):
 
 
 #: PyTorch has no micro-batches. Of the sizes that divide a rank's share evenly, these were the fastest on one machine:
-#: large ones suit affine layers, and small ones stay in the cache. An epoch takes some seconds.
+#: large ones suit affine layers, and small ones stay in the cache. An epoch is long enough that the checkpoint, which a
+#: thread writes during the next one, takes a small part of it.
 ROWS = {
     "simple_convnet-2": _row("simple_convnet", 64, steps=400, epochs=5),
     "deep_convnet-2": _row("deep_convnet", 32, steps=200, epochs=3),
     "simple_convnet-1": Job("simple_convnet", 1, 100, 100, steps=400, epochs=4),
     "deep_convnet-1": Job("deep_convnet", 1, 100, 100, steps=100, epochs=3),
+    "mlp-1": Job("mlp", 1, 100, 100, steps=400, epochs=10),
     "mlp-2": _row("mlp", 64, steps=400, epochs=10),
     "logistic-2": _row("logistic", 64, steps=400, epochs=10),
     "lenet-2": _row("lenet", 64, steps=400, epochs=4),
-    "alexnet-2": _row("alexnet", 64, steps=20, epochs=3),
-    "vgg11-2": _row("vgg11", 64, steps=20, epochs=3),
-    "vgg16-2": _row("vgg16", 64, steps=10, epochs=3),
-    "googlenet-2": _row("googlenet", 64, steps=10, epochs=3),
-    "resnet18-2": _row("resnet18", 64, steps=10, epochs=3),
+    "alexnet-2": _row("alexnet", 64, steps=40, epochs=2),
+    "vgg11-2": _row("vgg11", 64, steps=40, epochs=2),
+    "vgg16-2": _row("vgg16", 64, steps=20, epochs=2),
+    "googlenet-2": _row("googlenet", 64, steps=20, epochs=2),
+    "resnet18-2": _row("resnet18", 64, steps=20, epochs=2),
     "resnet20-2": _row("resnet20", 64, steps=60, epochs=3),
-    "resnet50-2": _row("resnet50", 64, steps=6, epochs=3),
+    "resnet50-2": _row("resnet50", 64, steps=10, epochs=2),
 }
 
 

@@ -58,9 +58,12 @@ def training_steps(job, communicator):
     images, labels = random_images(job.batch_size * job.steps)
     data = PreparedDataset.for_training_only(images[..., np.newaxis], labels, classes=10)
     network = build_model(job.model, data.images.shape[1:], data.classes)
-    network.use(kernels_of(job))
+    kernels = kernels_of(job)
+    network.use(kernels)
     network.initialize(Key(0).of("initialization"))
-    optimizer = optimizer_class("adam")(network.parameters.size, decay_slices=network.decay_slices)
+    optimizer = optimizer_class("adam")(
+        network.parameters.size, decay_slices=network.decay_slices, fused=kernels.optimizer_rule("adam")
+    )
     return TrainingSteps(config, communicator, data, TrainingState(network, optimizer))
 
 
@@ -154,6 +157,7 @@ class Side:
 
     def steps_in(self, form, seconds):
         """Return how many steps the form takes in about that time, which also warms it up."""
+        self.samples_per_second(form, 1)  # the first step also allocates, and may compile kernels
         steps = 1
         while True:
             took = steps * self.job.batch_size / self.samples_per_second(form, steps)

@@ -27,7 +27,7 @@ from distdl.engine.keeper import CheckpointKeeper
 from distdl.engine.logbook import Logbook
 from distdl.engine.metrics import Sums
 from distdl.engine.printed_lines import describe_shares, epoch_line, last_lines, plateau_line, result_lines
-from distdl.engine.same_bits import change_of_bits
+from distdl.engine.same_bits import warnings_about_bits
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.files import indented_json, remove_temporaries, write_durably
@@ -53,18 +53,13 @@ class RunFacts:
     signature: Signature
 
     @property
-    def kernel_family(self) -> str:
-        """The kernel families of all ranks, in one text."""
-        return " and ".join(self.environment["kernel_families"])
-
-    @property
     def of_every_header(self) -> dict[str, Any]:
         """The fields of a checkpoint's header that are the same in all checkpoints of the run."""
         return {
             "config": self.config.to_json(),
             "data_sha256": self.data_sha256,
             "versions": self.environment["versions"],
-            "kernel_family": self.kernel_family,
+            "kernel_family": " and ".join(self.environment["kernel_families"]),
             "fingerprint": self.environment.get("fingerprint"),
             "signature": self.signature,
         }
@@ -151,25 +146,14 @@ class Coordinator(RunListener):
 
     def started(self) -> None:
         """Print the step that the run continues from, and warnings about it."""
-        start, facts = self._start, self.facts
+        start = self._start
         assert start is not None
         for complaint in start.found.complaints if start.found is not None else ():
             self.console.warning(f"{complaint}; the one before it is used")
-        for different in facts.environment.get("ranks_that_differ", ()):
-            self.console.warning(f"{different}: bits depend on the ranks")
-        if start.found is None:
-            return
-        before, versions = start.found.header(), facts.environment["versions"]
-        self.console.line(f"resumed from {start.found.path} after step {before.step}")
-        if change := change_of_bits(before, facts.environment):
-            self.console.warning(f"{change}: bits may differ")
-        threads = before.config.get("threads_per_rank")
-        for what, was, now in (
-            ("NumPy", before.versions.get("numpy"), versions["numpy"]),
-            ("--threads-per-rank", threads, self.config.threads_per_rank),
-        ):
-            if was != now:
-                self.console.warning(f"the checkpoint was made with {what} {was}, this run has {now}: bits may differ")
+        if start.found is not None:
+            self.console.line(f"resumed from {start.found.path} after step {start.found.header().step}")
+        for warning in warnings_about_bits(start, self.config, self.facts.environment):
+            self.console.warning(warning)
 
     def stepped(self, state: TrainingState, batch: Sums, learning_rate: float) -> None:  # noqa: ARG002
         """Print new shares, and the progress."""

@@ -72,6 +72,23 @@ def change_of_bits(before: CheckpointHeader, environment: Mapping[str, Any]) -> 
     return f"the run that wrote the checkpoint{where} computed other bits than this one, first in: {name}"
 
 
+def warnings_about_bits(start: StartingPoint, config: TrainConfig, environment: Mapping[str, Any]) -> list[str]:
+    """Return warnings about ranks, and about a checkpoint to resume from, that may have other bits than this run."""
+    warnings = [f"{different}: bits depend on the ranks" for different in environment.get("ranks_that_differ", ())]
+    if start.found is None:
+        return warnings
+    before = start.found.header()
+    if change := change_of_bits(before, environment):
+        warnings.append(f"{change}: bits may differ")
+    for what, was, now in (
+        ("NumPy", before.versions.get("numpy"), environment["versions"]["numpy"]),
+        ("--threads-per-rank", before.config.get("threads_per_rank"), config.threads_per_rank),
+    ):
+        if was != now:
+            warnings.append(f"the checkpoint was made with {what} {was}, this run has {now}: bits may differ")
+    return warnings
+
+
 def check_same_bits(start: StartingPoint | None, environment: Mapping[str, Any]) -> None:
     """Raise `UserError` unless all ranks and the checkpoint to resume from show the same bits: `require_same_bits`."""
     for different in environment["ranks_that_differ"]:

@@ -110,8 +110,8 @@ def test_both_sides_have_the_same_networks(torch_python, tmp_path):
         "from torch.utils.flop_counter import FlopCounterMode\n"
         "found = {}\n"
         "for name, model in pytorch_models.MODELS.items():\n"
-        "    network = model().eval()\n"
-        "    with torch.no_grad(), FlopCounterMode(display=False) as counter:\n"
+        "    with torch.device('meta'), FlopCounterMode(display=False) as counter:\n"
+        "        network = model()\n"
         "        network(torch.zeros(2, 1, 28, 28))\n"
         "    sizes = sorted(weights.numel() for weights in network.parameters())\n"
         "    found[name] = [sizes, counter.get_total_flops()]\n"
@@ -129,11 +129,11 @@ def test_both_sides_have_the_same_networks(torch_python, tmp_path):
 
 def test_whole_runs_are_compared_and_kept(versus_pytorch, torch_python, tmp_path):
     kept = tmp_path / "days.jsonl"
-    row = ("--rows", "simple_convnet-1", "--torch-python", torch_python)
+    row = ("--rows", "mlp-1", "--torch-python", torch_python)
     done = versus_pytorch("--quick", "--whole-runs", *row, "--json", kept)
     [cells] = cells_of(done, 1)
-    assert cells[0] == "SimpleConvNet, 1 rank, batch 100"
-    [merged] = [line for line in versus_pytorch("--table", kept).stdout.splitlines() if line.startswith("| Simple")]
+    assert cells[0] == "MLP 784-100-10, 1 rank, batch 100"
+    [merged] = [line for line in versus_pytorch("--table", kept).stdout.splitlines() if line.startswith("| MLP")]
     assert merged.split("|")[2].strip() == "runs"
     assert cells[4].split()[0] in merged
 

@@ -4,7 +4,9 @@
     python tests/golden/record.py --print    print the receipts of this one process instead
 
 The bits of a run depend on its config, on library versions and on the CPU's kernel family. So `receipts.json` has an
-entry for each combination seen so far (see `family`). The tests use the entry of the machine that they run on.
+entry for each combination seen so far (see `family`). The tests use the entry of the machine that they run on. A name
+proves nothing about bits. So each entry also has the fingerprint of one of the runs: it shows which operation differs
+if another machine of the same name has other receipts.
 
 This CPU can also simulate some families of other CPUs (`PLAYED`). Each is recorded in a separate process, because NumPy
 reads the variables that choose a family when it is loaded.
@@ -35,12 +37,14 @@ COMMAND = "python tests/golden/record.py"
 
 #: The features of a CPU without AVX-512, and the choice of OpenBLAS there (the same kernels for Haswell and Zen).
 WITHOUT_AVX512 = {"OPENBLAS_CORETYPE": "Haswell", "NPY_DISABLE_CPU_FEATURES": "AVX512_SPR AVX512_ICL X86_V4"}
+#: The features of a CPU that has AVX-512, but not the newest part of it.
+WITH_OLDER_AVX512 = {"NPY_DISABLE_CPU_FEATURES": "AVX512_SPR"}
 #: Families and the variables that select them; the first is the family of this process.
 PLAYED = {"its own": {}}
 if platform.machine() == "x86_64":
     PLAYED |= {
-        "SkylakeX": {"OPENBLAS_CORETYPE": "SkylakeX"},
-        "Haswell": {"OPENBLAS_CORETYPE": "Haswell"},
+        "SkylakeX": {**WITH_OLDER_AVX512, "OPENBLAS_CORETYPE": "SkylakeX"},
+        "Haswell": {**WITH_OLDER_AVX512, "OPENBLAS_CORETYPE": "Haswell"},
         "without AVX-512": WITHOUT_AVX512,
     }
 
@@ -60,6 +64,8 @@ RUNS = {
     "28x28 pixels, simple_convnet, adam": {**PIXELS, "model": "simple_convnet"},
     "28x28 pixels, deep_convnet, adam": {**PIXELS, "model": "deep_convnet"},
 }
+#: The run whose fingerprint is recorded.
+FINGERPRINTED = "digits, simple_convnet, adam"
 
 
 def family():
@@ -74,13 +80,14 @@ def family():
 
 
 def receipt_of(name):
-    """Return both hashes of one of `RUNS`, and every bit of its loss."""
+    """Return both hashes of one of `RUNS`, and every bit of its loss; and the fingerprint of the run."""
     settings = RUNS[name]
     dataset = pixels() if settings.get("dataset") == "pixels" else piece_of_digits()
     with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig(**{**settings, "dataset": "digits", "run_dir": Path(folder) / "run"})
+        config = TrainConfig(**{**settings, "dataset": "digits", "kernels": "numpy", "run_dir": Path(folder) / "run"})
         summary = train(config, OneProcess(), dataset=dataset)
-    return {
+        fingerprint = json.loads((config.run_dir / "env.json").read_text(encoding="utf-8"))["fingerprint"]
+    return fingerprint, {
         "weights_sha256": summary.weights_sha256,
         "state_sha256": summary.state_sha256,
         "train_loss": summary.train_loss.hex(),
@@ -109,7 +116,9 @@ def with_own_validation(name, images, labels, classes, test_start):
 
 def entry_of_this_process():
     """Return the name and the receipts of this process's family."""
-    return family(), {name: receipt_of(name) for name in RUNS}
+    found = {name: receipt_of(name) for name in RUNS}
+    receipts = {name: receipt for name, (_, receipt) in found.items()}
+    return family(), {"fingerprint": found[FINGERPRINTED][0], **receipts}
 
 
 def entry_when_played(variables):
@@ -138,10 +147,15 @@ def renewed(known, recorded):
     If the bits of a family recorded here have changed, those of families that this CPU cannot simulate have changed
     too. These are dropped, and must be recorded again on other CPUs.
     """
-    changed = any(name in known and known[name] != receipts for name, receipts in recorded.items())
+    changed = any(name in known and bits_of(known[name]) != bits_of(entry) for name, entry in recorded.items())
     dropped = sorted(set(known) - set(recorded)) if changed else []
     kept = {name: receipts for name, receipts in known.items() if name not in dropped}
     return dict(sorted({**kept, **recorded}.items())), dropped
+
+
+def bits_of(entry):
+    """Return an entry without its fingerprint, whose operations may be others in another version."""
+    return {name: receipt for name, receipt in entry.items() if name != "fingerprint"}
 
 
 def load():
@@ -157,8 +171,9 @@ def main(arguments):
     recorded = dict(filter(None, map(entry_when_played, PLAYED.values())))
     entries, dropped = renewed(known, recorded)
     RECEIPTS.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name, receipts in recorded.items():
-        news = "added" if name not in known else "as before" if known[name] == receipts else "CHANGED"
+    for name, entry in recorded.items():
+        same = name in known and bits_of(known[name]) == bits_of(entry)
+        news = "added" if name not in known else "as before" if same else "CHANGED"
         print(f"{news}: {name}")
     for name in dropped:
         print(f"dropped; record it again on a CPU that has it: {name}")

@@ -82,11 +82,9 @@ class CheckpointHeader:
 
     def to_json(self) -> dict[str, Any]:
         """Return the header as a checkpoint stores it. Its progress is a copy."""
-        values = vars(self) | {"progress": self.progress.to_json()}
-        signature = values.pop("signature")
-        if self.fingerprint is None:
-            del values["fingerprint"]
-        return values if signature is None else values | {"signature": signature.to_json()}
+        values = {name: value for name, value in vars(self).items() if value is not None}
+        signature = {} if self.signature is None else {"signature": self.signature.to_json()}
+        return values | {"progress": self.progress.to_json()} | signature
 
     @classmethod
     def parse(cls, raw: Any, path: Path | str, tensors: Mapping[str, NDArray[Any]] | None = None) -> CheckpointHeader:
@@ -114,21 +112,17 @@ class CheckpointHeader:
             raise damaged("signature") from None
         header = cls(**{name: raw[name] for name in types} | {"progress": progress, "signature": signature})
         step = header.step
-        if step < 0 or (tensors is not None and "step" in tensors and tensors["step"].tolist() != [step]):
-            raise damaged("step")
-        if not all(name in LOGS and type(n) is int and n >= 0 for name, n in header.log_bytes.items()):
-            raise damaged("log_bytes")
-        for name in ("versions", "fingerprint"):
-            _check_texts(getattr(header, name), damaged(name))
         counts = (progress.best_step or 0, progress.skipped_steps, progress.plateau_cuts, progress.test_step or 0)
-        if not all(0 <= count <= step for count in counts):
-            raise damaged("progress")
+        valid = {
+            "step": step >= 0 and (tensors is None or "step" not in tensors or tensors["step"].tolist() == [step]),
+            "log_bytes": all(name in LOGS and type(n) is int and n >= 0 for name, n in header.log_bytes.items()),
+            "versions": all(isinstance(version, str) for version in header.versions.values()),
+            "fingerprint": all(isinstance(digest, str) for digest in (header.fingerprint or {}).values()),
+            "progress": all(0 <= count <= step for count in counts),
+        }
+        if wrong := [name for name, holds in valid.items() if not holds]:
+            raise damaged(wrong[0])
         return header
-
-
-def _check_texts(values: Mapping[str, Any] | None, error: DamagedFileError) -> None:
-    if not all(isinstance(value, str) for value in (values or {}).values()):
-        raise error
 
 
 def _types(cls: type) -> dict[str, tuple[type, ...]]:

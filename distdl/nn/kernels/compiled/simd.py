@@ -103,6 +103,26 @@ def store(typing: Any, address: Any, offset: Any, value: Any) -> Any:
 
 
 @intrinsic
+def load_number(typing: Any, address: Any, offset: Any) -> Any:
+    """Return the number at this offset."""
+    return types.float32(types.int64, types.int64), lambda context, builder, kind, given: _load(
+        builder, given[0], given[1], _F32
+    )
+
+
+@intrinsic
+def store_number(typing: Any, address: Any, offset: Any, value: Any) -> Any:
+    """Write one number at this offset."""
+
+    def generate(context: Any, builder: Any, kind: Any, given: Any) -> Any:
+        address, offset, value = given
+        builder.store(value, _pointer(builder, address, offset, _F32), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), generate
+
+
+@intrinsic
 def _load_part(typing: Any, address: Any, offset: Any, lanes: Any) -> Any:
     def generate(context: Any, builder: Any, kind: Any, given: Any) -> Any:
         return _masked_load(builder, given[0], given[1], _lane_mask(builder, given[2]))
