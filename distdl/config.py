@@ -34,6 +34,8 @@ LossName = Literal["auto", "cross_entropy", "binary_cross_entropy", "mean_square
 ScheduleName = Literal["constant", "step", "cosine", "plateau"]
 ReductionName = Literal["tree", "allreduce"]
 REDUCTIONS: tuple[str, ...] = typing.get_args(ReductionName)
+KernelsName = Literal["auto", "numpy", "compiled"]
+KERNELS: tuple[str, ...] = typing.get_args(KernelsName)
 
 #: Default epochs. An epoch of digits has only ten steps.
 DEFAULT_EPOCHS = {"digits": 60}
@@ -77,7 +79,7 @@ GROUPS = {
         *("on_nonfinite", "verify_every", "audit", "require_same_bits", "record_hashes", "stall_warning"),
         "detect_hangs",
     ),
-    "ranks": ("micro_batch_size", "balance", "reduction", "threads_per_rank"),
+    "ranks": ("micro_batch_size", "kernels", "balance", "reduction", "threads_per_rank"),
 }
 
 #: Settings that a resumed run may change. They affect neither the weights at a step nor the meaning of the weights.
@@ -101,6 +103,8 @@ NEEDS = {
     "plateau_patience": ("schedule", ("plateau",)),
     "plateau_factor": ("schedule", ("plateau",)),
 }
+#: The choice of versions that did not have the setting.
+BEFORE_THE_SETTING = {"kernels": "numpy"}
 #: Settings of the start of a run. A config file may not hold them.
 NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace", "dry_run"})
 #: Settings that are a path, or end in one.
@@ -239,6 +243,9 @@ class TrainConfig:
     require_same_bits: bool = False
     """Refuse to start if ranks compute other bits than rank 0, or this run others than the checkpoint to resume from;
     otherwise that is a warning."""
+    kernels: KernelsName = "auto"
+    """Implementation of the computations; numpy: the definition; compiled: faster, and with the same bits on every CPU,
+    needs numba; auto: compiled if every rank can use them, or the kernels of the run to resume."""
     threads_per_rank: int = 1
     """BLAS threads of each rank; another number than 1 may change bits."""
     trace: Path | None = None
@@ -319,10 +326,13 @@ class TrainConfig:
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> TrainConfig:
-        """Return the config that `to_json` turned into these values. An absent setting has its default."""
+        """Return the config that `to_json` turned into these values.
+
+        An absent setting has its default, or else the choice of versions that did not have it.
+        """
         names = ("config", "data_dir", "cache", "run_dir", "trace")
         paths = {name: Path(values[name]) for name in names if values.get(name) is not None}
-        return TrainConfig(**{**values, **paths})
+        return TrainConfig(**{**BEFORE_THE_SETTING, **values, **paths})
 
     def to_toml(self) -> str:
         """Return the text of a file for `--config` that runs the same again."""
@@ -527,7 +537,10 @@ def differences(ours: TrainConfig, theirs: Mapping[str, Any]) -> list[str]:
     fixed = mine.keys() - FREE_TO_CHANGE_ON_RESUME
     if ours.schedule == "cosine":
         fixed |= {"epochs"}  # the cosine ends with them
-    theirs = {name: field.default for name, field in FIELDS.items()} | dict(theirs)  # an older version had fewer
+    if ours.kernels == "auto":  # the choice of the checkpoint
+        fixed -= {"kernels"}
+    defaults = {name: field.default for name, field in FIELDS.items()}
+    theirs = defaults | BEFORE_THE_SETTING | dict(theirs)  # an older version had fewer
     return [
         f"{flag_of(name)} is {mine[name]!r} here and {theirs[name]!r} in the checkpoint"
         for name in mine

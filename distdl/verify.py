@@ -2,8 +2,9 @@
 
     python -m distdl.verify --ranks 1,2,4 -- --model deep_convnet --epochs 2
 
-runs ``distdl.train`` with the flags after ``--`` once for each number of ranks. It compares the receipts and the bytes
-of ``metrics.jsonl``. If they differ, it names the first step and tensor that differ and exits with 1.
+runs ``distdl.train`` with the flags after ``--`` once for each number of ranks, with NumPy kernels and, if this machine
+can use them, with compiled kernels. It compares the receipts and the bytes of ``metrics.jsonl``. If they differ, it
+names the first step and tensor that differ and exits with 1.
 """
 
 import json
@@ -70,6 +71,7 @@ class Outcome:
     steps: int
     proof: tuple[str, str, bytes]
     """The data that must be equal: the hashes of weights and state, and the bytes of ``metrics.jsonl``."""
+    kernels: str = "numpy"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -87,11 +89,22 @@ def main(arguments: Sequence[str]) -> int:
     folder = Path(tempfile.mkdtemp(prefix="distdl-verify-"))
     different = False
     try:
-        different = _are_different(options.ranks, flags, folder)
+        different = any(
+            _are_different(options.ranks, words, folder / str(number)) for number, words in enumerate(_forms(flags))
+        )
     finally:
         if not different:
             shutil.rmtree(folder)
     return EXIT_DEFECT if different else 0
+
+
+def _forms(flags: Sequence[str]) -> list[list[str]]:
+    """Return the flags, once for each kind of kernels to prove unless they choose the kernels."""
+    if any(flag.split("=")[0] == "--kernels" for flag in flags):
+        return [list(flags)]
+    from distdl.nn.kernels.choice import obstacle  # noqa: PLC0415  it imports NumPy
+
+    return [[*flags, f"--kernels={kernels}"] for kernels in ("numpy", *(["compiled"] if obstacle() is None else []))]
 
 
 def _are_different(ranks: Sequence[int], flags: Sequence[str], folder: Path) -> bool:
@@ -112,6 +125,7 @@ def _are_different(ranks: Sequence[int], flags: Sequence[str], folder: Path) -> 
             return True
     numbers = ",".join(map(str, ranks))
     console.line(f"same bits on {numbers} ranks: weights, state and metrics.jsonl agree after {first.steps} steps")
+    console.line(f"kernels: {first.kernels}")
     console.line(f"weights sha256: {first.proof[0]}")
     return False
 
@@ -139,7 +153,7 @@ def _trained(ranks: int, flags: Sequence[str], folder: Path) -> Outcome:
     seconds = time.perf_counter() - started
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     proof = (summary["weights_sha256"], summary["state_sha256"], (folder / "metrics.jsonl").read_bytes())
-    return Outcome(ranks, folder, seconds, summary["steps"], proof)
+    return Outcome(ranks, folder, seconds, summary["steps"], proof, summary["kernels"])
 
 
 def first_difference(one: Outcome, other: Outcome) -> str:

@@ -72,6 +72,7 @@ def test_the_config_lists_the_names_of_the_registries():
     assert set(config_module.OPTIMIZERS) == set(OPTIMIZERS) == choices["optimizer"]
     assert {"auto", *LOSSES} == choices["loss"]
     assert set(SCHEDULES) == choices["schedule"]
+    assert set(config_module.KERNELS) == choices["kernels"]
     assert set(config_module.REDUCTIONS) == set(REDUCTIONS) == choices["reduction"]
 
 
@@ -301,6 +302,7 @@ configs = st.builds(
     record_hashes=st.booleans(),
     balance=st.booleans(),
     reduction=st.sampled_from(sorted(REDUCTIONS)),
+    kernels=st.sampled_from(config_module.KERNELS),
     on_nonfinite=st.sampled_from(["stop", "skip"]),
     verify_every=st.integers(0, 10**6),
     audit=st.integers(0, 10**6),
@@ -398,6 +400,7 @@ OTHER = {
     "record_hashes": True,
     "balance": True,
     "reduction": "allreduce",
+    "kernels": "compiled",
     "on_nonfinite": "skip",
     "verify_every": 5,
     "audit": 5,
@@ -424,7 +427,7 @@ def test_every_setting_is_either_free_to_change_on_resume_or_kept():
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_difference_is_named_unless_it_is_free_to_change(name):
-    ours = parsed()
+    ours = parsed("--kernels", "numpy")
     theirs = json.loads(json.dumps(dataclasses.replace(ours, **{name: OTHER[name]}).to_json()))
     expected = (
         [] if name in FREE else [f"{flag(name)} is {getattr(ours, name)!r} here and {theirs[name]!r} in the checkpoint"]
@@ -441,6 +444,17 @@ def test_the_length_of_a_cosine_is_not_free_to_change():
 def test_a_learning_rate_is_scaled_to_the_batch_only_on_request():
     assert parsed("--lr", "0.1", "--batch-size", "512").scaled_learning_rate == 0.1
     assert parsed("--lr", "0.1", "--batch-size", "512", "--lr-base-batch", "128").scaled_learning_rate == 0.4
+
+
+def test_auto_takes_the_kernels_of_the_checkpoint_and_a_version_without_the_setting_had_numpy():
+    theirs = parsed().to_json()
+    for chosen in ("numpy", "compiled"):
+        assert differences(parsed(), theirs | {"kernels": chosen}) == []
+    del theirs["kernels"]
+    assert differences(parsed(), theirs) == differences(parsed("--kernels", "numpy"), theirs) == []
+    said = "--kernels is 'compiled' here and 'numpy' in the checkpoint"
+    assert differences(parsed("--kernels", "compiled"), theirs) == [said]
+    assert TrainConfig.from_json(theirs).kernels == "numpy"
 
 
 def test_all_differences_are_named_and_a_setting_that_an_older_version_lacked_had_its_default():
@@ -570,6 +584,7 @@ def test_a_wrong_flag_is_not_blamed_on_the_file(tmp_path):
     ("settings", "message"),
     [
         ({"schedule": "linear"}, r"unknown schedule 'linear': expected one of constant, cosine, plateau, step"),
+        ({"kernels": "complied"}, r"unknown kernels 'complied': .*did you mean 'compiled'\?"),
         ({"reduction": "tee"}, r"unknown reduction 'tee': .*did you mean 'tree'\?"),
         ({"optimizer": 3}, r"unknown optimizer '3'"),
         ({"epochs": "3"}, r"--epochs must be a whole number, not '3'"),

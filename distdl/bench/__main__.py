@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from distdl import cli
 from distdl.bench.settings import SCALINGS, BenchSettings, parse_interconnect, parse_ranks, parse_shape
 from distdl.cli import Command, Flag
-from distdl.config import DATASETS, MODELS, OPTIMIZERS, REDUCTIONS
+from distdl.config import DATASETS, KERNELS, MODELS, OPTIMIZERS, REDUCTIONS
 from distdl.errors import UserError
 
 COMMAND = Command(
@@ -22,7 +22,16 @@ COMMAND = Command(
         "python -m distdl.bench --scaling none --layers",
     ),
     groups={
-        "training": ("model", "input_shape", "dataset", "data_dir", "batch_size", "micro_batch_size", "optimizer"),
+        "training": (
+            "model",
+            "input_shape",
+            "dataset",
+            "data_dir",
+            "batch_size",
+            "micro_batch_size",
+            "optimizer",
+            "kernels",
+        ),
         "measurement": (
             *("ranks", "scaling", "reduction", "steps", "repetitions"),
             *("layers", "communication", "interconnect"),
@@ -35,6 +44,7 @@ COMMAND = Command(
         "dataset": Flag(value="NAME", names=DATASETS),
         "optimizer": Flag(value="NAME", names=OPTIMIZERS),
         "reduction": Flag(value="NAME", names=REDUCTIONS),
+        "kernels": Flag(value="NAME", names=KERNELS),
         "ranks": Flag(value="1,2,4", parse=parse_ranks),
         "scaling": Flag(value="NAME", names=tuple(SCALINGS)),
         "interconnect": Flag(name="--network", value="10us,10Gbit", parse=parse_interconnect),

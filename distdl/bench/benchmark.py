@@ -148,7 +148,7 @@ def benchmark(settings: BenchSettings, communicator: Communicator | None = None)
         if trace_file is not None:
             on_rank_0(communicator, lambda: check_output(trace_file, "--trace"))
         bench = Workbench(settings, communicator, ranks)
-        result = _run(bench, describe(communicator), ranks, print_line)
+        result = _run(bench, describe(communicator, kernels=bench.kernels), ranks, print_line)
         on_rank_0(communicator, lambda: _report(folder, result, print_line))
         if trace_file is not None:
             recorded = bench.record_trace()
@@ -210,7 +210,7 @@ def _banner(bench: Workbench, environment: Mapping[str, Any], ranks: Sequence[in
     return [
         f"distdl {versions['distdl']} benchmark · {settings.model} ({network.parameter_count:,} parameters) · "
         f"{settings.dataset or 'random pixels'} {height}x{width}x{channels} · {settings.optimizer} · "
-        f"reduction {settings.reduction}",
+        f"reduction {settings.reduction} · kernels {bench.kernels}",
         f"{environment['cpu']}, {'/'.join(map(str, environment['cores']))} cores (load {environment['load_before']}) · "
         f"{environment['communicator']} · "
         f"NumPy {versions['numpy']}, {environment['kernel_families'][0].split(';')[0]} · "

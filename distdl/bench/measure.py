@@ -29,6 +29,7 @@ from distdl.config import TrainConfig
 from distdl.data import MicroBatches, PreparedDataset, sources
 from distdl.data.batch_order import BatchOrder
 from distdl.engine.checks.nonfinite import FiniteCheck
+from distdl.engine.kernels import agreed_kernels, compile_for_network
 from distdl.engine.requirements import check_outputs
 from distdl.engine.state import TrainingState
 from distdl.engine.step import OptimizerStep, supervised
@@ -37,6 +38,7 @@ from distdl.engine.timing.trace import Trace
 from distdl.engine.user_code import check_equal_networks, network_builder
 from distdl.errors import UserError
 from distdl.nn import Sequential, make_loss
+from distdl.nn.kernels.choice import kernels_named
 from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, on_rank_0, share_arrays, together
 from distdl.rng import Key
@@ -190,8 +192,10 @@ class Workbench:
         self.communicator = communicator
         arrays = on_rank_0(communicator, lambda: _dataset(settings).to_arrays()) or {}
         self._dataset = PreparedDataset.from_arrays(share_arrays(communicator, arrays))
+        self.kernels = agreed_kernels(settings.kernels, communicator)
         self.network = together(communicator, self._build)
         check_equal_networks(communicator, settings.model, self.network)
+        compile_for_network(self.network, communicator, training=True)
         self.worlds = {count: communicator.split(0 if communicator.rank < count else None) for count in ranks}
         #: Each rank's host and the cores it may run on.
         self.cores_of_ranks = communicator.allgather_json([socket.gethostname(), sorted(os.sched_getaffinity(0))])
@@ -204,6 +208,7 @@ class Workbench:
         build = network_builder(self.settings.model)
         try:
             network = build((height, width, channels), self._dataset.classes)
+            network.use(kernels_named(self.kernels))
             network.initialize(KEY.of("initialization"))
         except MemoryError:
             raise UserError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distdl.config import DATASETS, OPTIMIZERS, REDUCTIONS, check_model_name, reads_data_dir
+from distdl.config import DATASETS, KERNELS, OPTIMIZERS, REDUCTIONS, check_model_name, reads_data_dir
 from distdl.errors import UserError, unknown_name
 
 SCALINGS = {"both": ("strong", "weak"), "strong": ("strong",), "weak": ("weak",), "none": ()}
@@ -51,6 +51,8 @@ class BenchSettings:
     """Rule of the weight update."""
     reduction: str = "tree"
     """How gradients are summed."""
+    kernels: str = "auto"
+    """Implementation of the computations; auto: compiled if every rank can use them."""
     ranks: tuple[int, ...] | None = None
     """Numbers of ranks to measure; by default 1, 2, 4 ... and all."""
     scaling: str = "both"
@@ -76,7 +78,7 @@ class BenchSettings:
         check_model_name(self.model)
         for kind, known in (
             *(("dataset", DATASETS), ("optimizer", OPTIMIZERS)),
-            *(("reduction", REDUCTIONS), ("scaling", tuple(SCALINGS))),
+            *(("reduction", REDUCTIONS), ("scaling", tuple(SCALINGS)), ("kernels", KERNELS)),
         ):
             name = getattr(self, kind)
             if name is not None and name not in known:

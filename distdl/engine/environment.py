@@ -62,14 +62,21 @@ def kernel_family() -> str:
 
 
 def describe(
-    communicator: Communicator, data: PreparedDataset | None = None, *, dataset: str | None = None
+    communicator: Communicator,
+    data: PreparedDataset | None = None,
+    *,
+    dataset: str | None = None,
+    kernels: str = "numpy",
 ) -> dict[str, Any]:
     """Return the content of ``env.json``, with the notes about the data if it is given. Collective.
 
-    `dataset` is the name of the data; if Pillow has read it, Pillow's version is listed.
+    `dataset` is the name of the data; if Pillow has read it, Pillow's version is listed. If numba compiles the
+    `kernels`, its version is listed.
     """
     read_images = dataset is not None and reads_image_files(dataset)
+    more = [*(["pillow"] if read_images else []), *(["numba", "llvmlite"] if kernels == "compiled" else [])]
     return {
+        "kernels": kernels,
         "ranks": communicator.size,
         "hosts": ranks_per_host(communicator),
         "communicator": communicator.description,
@@ -77,7 +84,7 @@ def describe(
         "versions": {
             "distdl": distdl.__version__,
             "python": platform.python_version(),
-            **_package_versions(*PACKAGES, *(["pillow"] if read_images else [])),
+            **_package_versions(*PACKAGES, *more),
         },
         "blas": [
             {key: library.get(key) for key in ("internal_api", "version", "architecture", "num_threads")}

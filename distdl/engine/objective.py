@@ -14,6 +14,7 @@ from distdl.data import Dataset, PreparedDataset
 from distdl.data.signature import Signature
 from distdl.errors import UserError
 from distdl.nn import make_loss
+from distdl.nn.kernels import Kernels
 from distdl.nn.losses import LossFunction
 
 #: The losses that each setting fits.
@@ -34,6 +35,11 @@ def check_objective(config: TrainConfig, data: Dataset | PreparedDataset | Signa
             raise UserError(
                 f"{flag_of(name)} is for --loss {fits}, and {config.dataset} is trained with {loss}: leave the flag out"
             )
+
+
+def losses(config: TrainConfig, data: PreparedDataset, kernels: Kernels) -> tuple[LossFunction, LossFunction]:
+    """Return the plain loss and the loss that training minimizes, as these kernels compute them."""
+    return kernels.loss(make_loss(data.loss_named(config.loss))), kernels.loss(training_loss(config, data))
 
 
 def training_loss(config: TrainConfig, data: PreparedDataset) -> LossFunction:

@@ -17,6 +17,7 @@ from distdl.data.split import Rows
 from distdl.engine.console import Console
 from distdl.engine.coordinator import RunFacts
 from distdl.engine.environment import numerics
+from distdl.engine.kernels import compile_for
 from distdl.engine.memory import PROGRAM_BYTES, Need, gigabytes, need_of
 from distdl.engine.prepare import Preparation, agree_on_config
 from distdl.engine.printed_lines import banner_of, duration, lines_of, shares_of
@@ -71,8 +72,11 @@ def dry_run(
                     console.warning(warning)
 
             stop.on_rank_0(communicator, describe_data)
+            warnings = compile_for(trainer, console)
             found = time_lines(trainer, clock)
             if communicator.rank == 0:
+                for warning in warnings:
+                    console.warning(warning)
                 hints = suggestions(config, trainer.data, communicator.size)
                 _print(console, ["", *found, *hints, "nothing was written; to start, leave out --dry-run"])
 

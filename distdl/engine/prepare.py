@@ -18,6 +18,7 @@ from distdl.engine.coordinator import Coordinator, RunFacts
 from distdl.engine.environment import describe, numerics
 from distdl.engine.fault_injection import fault_point
 from distdl.engine.introduction import introduce
+from distdl.engine.kernels import compile_for, with_kernels
 from distdl.engine.logbook import Logbook
 from distdl.engine.memory import check_memory, check_resized, check_room_for_dataset
 from distdl.engine.metrics import Sums
@@ -34,6 +35,7 @@ from distdl.engine.user_code import BuildNetwork, check_equal_networks, names_fr
 from distdl.errors import UserError
 from distdl.host_memory import allocations_limited
 from distdl.job.warden import Warden
+from distdl.nn.kernels.choice import kernels_named
 from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, Survivors, from_rank_0, guard, on_rank_0, share_arrays, together, world
 from distdl.parallel.communicator import SPIN_SECONDS
@@ -120,9 +122,10 @@ class Preparation:
 
     def _prepare(self, communicator: Communicator) -> Trainer:
         trainer, facts, start = self.build(communicator)
+        console = self.console = self.console or Console(live=communicator.size == 1)
+        self.warnings = [*self.warnings, *compile_for(trainer, console)]
         bits = compared_bits(communicator, self.config, trainer.data, trainer.state.network, facts.environment, start)
         facts = replace(facts, environment=bits)
-        console = self.console = self.console or Console(live=communicator.size == 1)
         logbook = Logbook(self.config, trainer.steps_per_epoch, console, keeps=communicator.survives_failures)
         self._open_folder(communicator, facts, start, logbook)
         assert self.folder is not None
@@ -137,12 +140,13 @@ class Preparation:
         if config.trace is not None:
             on_rank_0(communicator, partial(check_output, config.trace, "--trace"))
         start = on_rank_0(communicator, lambda: find_start(config, self.folder, after_failure=self.is_repeated))
+        config = self.config = with_kernels(config, communicator, start)
 
         data = self._share_data(communicator, start)
         state = together(communicator, lambda: self._build_state(data))
         check_equal_networks(communicator, config.model, state.network)
         self.warnings = check_memory(config, data, state, communicator)
-        environment = describe(communicator, data, dataset=config.dataset)
+        environment = describe(communicator, data, dataset=config.dataset, kernels=config.kernels)
         facts = RunFacts(config, environment, from_rank_0(communicator, data.sha256), data.signature())
         steps_per_epoch = batch_order.steps_per_epoch(len(data.parts.training), config.batch_size)
         on_rank_0(communicator, lambda: self._restore(state, start, facts.data_sha256, steps_per_epoch))
@@ -169,6 +173,7 @@ class Preparation:
         try:
             with allocations_limited():
                 network = build((height, width, channels), outputs_of(config, data)[-1])
+                network.use(kernels_named(config.kernels))
                 network.initialize(Key(config.seed).of("initialization"))
                 optimizer = optimizer_class(config.optimizer)(
                     network.parameters.size,

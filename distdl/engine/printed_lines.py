@@ -61,6 +61,7 @@ def banner_of(
         [options_of(config)],
         [
             f"{_counted(ranks, 'rank')} × {_counted(threads, 'thread')}",
+            f"kernels {config.kernels}",
             environment["communicator"],
             f"host{'s' if len(hosts) > 1 else ''} {where}",
         ],
@@ -203,7 +204,8 @@ def last_lines(config: TrainConfig, folder: Path, summary: Mapping[str, Any], *,
     """Return the last lines: the run folder, the commands for a completely trained network, and the receipt."""
     best = config.test_with == "best" and summary["test_epoch"] == summary["best_epoch"]
     commands = next_commands(config, folder, best=best) if is_complete else []
-    return [f"run folder: {folder}", *commands, f"weights sha256: {summary['weights_sha256']}"]
+    kernels, receipt = f"kernels: {config.kernels}", f"weights sha256: {summary['weights_sha256']}"
+    return [f"run folder: {folder}", *commands, kernels, receipt]
 
 
 def next_commands(config: TrainConfig, folder: Path, *, best: bool = False) -> list[str]:

@@ -34,6 +34,7 @@ class Summary:
     """Whether --early-stopping has ended the training."""
     train_seconds: float
     samples_per_second: float
+    kernels: str
     weights_sha256: str
     state_sha256: str
     recoveries: list[dict[str, Any]]
@@ -75,6 +76,7 @@ def summarize(
         stopped_early=epochs < config.epoch_count and best.stops_early(config, state, steps_per_epoch),
         train_seconds=seconds,
         samples_per_second=samples / seconds if seconds else 0.0,
+        kernels=config.kernels,
         weights_sha256=receipt,
         state_sha256=state.state_sha256(),
         recoveries=recoveries,

@@ -32,7 +32,7 @@ from distdl.engine.events import RunListener
 from distdl.engine.fault_injection import FaultPoints, fault_point
 from distdl.engine.logbook import Logbook
 from distdl.engine.metrics import METRIC_FIELDS, Sums
-from distdl.engine.objective import training_loss
+from distdl.engine.objective import losses
 from distdl.engine.printed_lines import recovery_line
 from distdl.engine.state import TrainingState
 from distdl.engine.step import OptimizerStep, StepObserver, supervised
@@ -43,7 +43,6 @@ from distdl.engine.timing.balance import BalancedDealer, Dealer
 from distdl.engine.timing.timeline import Timeline
 from distdl.engine.timing.trace import Trace
 from distdl.errors import DivergedError, PeerLost
-from distdl.nn import make_loss
 from distdl.parallel import (
     REDUCTIONS,
     Communicator,
@@ -93,9 +92,7 @@ class Trainer:
         self.state = state
         self.stop = stop
         self.key = Key(config.seed)
-        implementation = state.network.stack.kernels.loss
-        self.loss = implementation(make_loss(data.loss_named(config.loss)))
-        self._training_loss = implementation(training_loss(config, data))
+        self.loss, self._training_loss = losses(config, data, state.network.stack.kernels)
         self._batch_order = BatchOrder(data.parts.training, config.batch_size, self.key)
         self.steps_per_epoch = self._batch_order.steps_per_epoch
         self.schedule = make_schedule(

@@ -84,8 +84,8 @@ def _show(options: EvaluateOptions, trained: Sequence[Trained], found: Evaluatio
 
     console, data, signature = Console(live=False), trained[0].data, trained[0].signature
     part = options.part if options.on else options.part or "test"
-    for complaint in (complaint for one in trained for complaint in one.complaints):
-        console.warning(f"{complaint}; the one before it is used")
+    for warning in (warning for one in trained for warning in one.warnings):
+        console.warning(warning)
     for line in score_table(trained, part, found, half, options.on):
         console.line(line)
     numbers = scores_json(trained, part, found, half, options.on)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from distdl.config import DATASETS, FROM_PATH, TrainConfig, is_own, reads_data_dir
 from distdl.data import Dataset, PreparedDataset
 from distdl.data.signature import Signature
+from distdl.engine.kernels import compile_for_network, usable_kernels
 from distdl.engine.requirements import check_outputs, outputs_of
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
@@ -53,7 +54,17 @@ class Trained:
     """The damage of newer checkpoints."""
     data_sha256: str
     """The hash of the data that it was trained on, with its split."""
+    notes: tuple[str, ...] = ()
+    """Warnings about the kernels."""
     loaded: PreparedDataset | None = None
+
+    @property
+    def warnings(self) -> list[str]:
+        """The warnings for the user."""
+        return [
+            *(f"{complaint}; the one before it is used" for complaint in self.complaints),
+            *(f"{self.given}: {note}" for note in self.notes),
+        ]
 
     @property
     def data(self) -> PreparedDataset:
@@ -137,13 +148,18 @@ def load(
         for config, network in zip(configs, networks, strict=True):
             check_equal_networks(communicator, config.model, network)
         receipts = from_rank_0(communicator, lambda: list(map(_restore, sources, networks)))
-        for network in networks:
+        notes = []
+        for network, config in zip(networks, configs, strict=True):
             communicator.bcast(network.parameters)
             communicator.bcast(network.buffers)
+            kernels, note = usable_kernels(config.kernels, communicator)
+            network.use(kernels)
+            notes.append([*([] if note is None else [note]), *compile_for_network(network, communicator)])
     return [
         Trained(
             *(Path(name), Path(path), configs[i], step, receipts[i], networks[i], signatures[i], tuple(complaints)),
             data_sha256=data_sha256,
+            notes=tuple(notes[i]),
             loaded=data[i] if with_data else None,
         )
         for i, (name, path, _, step, complaints, _, data_sha256, _) in enumerate(facts)

@@ -79,8 +79,8 @@ class _Output:
 
     def introduce(self) -> None:
         """Print the warnings before the predictions."""
-        for complaint in (complaint for one in self._members for complaint in one.complaints):
-            self._console.warning(f"{complaint}; the one before it is used")
+        for warning in (warning for one in self._members for warning in one.warnings):
+            self._console.warning(warning)
         if skipped := self._inputs.skipped:
             names = listed(skipped, MOST_NAMED)
             self._console.warning(f"skipped, because the name is not that of an image: {names}")

@@ -200,7 +200,8 @@ def _before_and_after(trained: Trained) -> dict[str, Sequential]:
     network, config = trained.network, trained.config
     if config.init_from is not None:
         return {"after training": network}
-    untrained = Sequential(copy.deepcopy(network.layers), network.input_shape, dtype=network.dtype)
+    kernels = network.stack.kernels
+    untrained = Sequential(copy.deepcopy(network.layers), network.input_shape, dtype=network.dtype, kernels=kernels)
     untrained.initialize(Key(config.seed).of("initialization"))
     return {"before training": untrained, "after training": network}
 

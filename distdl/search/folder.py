@@ -13,6 +13,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from distdl.config import BEFORE_THE_SETTING
 from distdl.engine.storage import files
 from distdl.engine.storage.json_lines import line_of
 from distdl.engine.storage.run_folder import lock_folder, unused_folder
@@ -75,14 +76,23 @@ def read_results(folder: Path, settings: SearchSettings, ours: Mapping[str, Any]
     return results
 
 
+def kernels_of(folder: Path) -> str | None:
+    """Return the kernels of the search in a folder; None if there is none. Raises as `read_results` does."""
+    if not (folder / SEARCH).exists():
+        return None
+    content = _parse(folder / SEARCH, _read(folder / SEARCH))
+    config = content.get("config") if isinstance(content, dict) else None
+    return str((BEFORE_THE_SETTING | (config if isinstance(config, dict) else {}))["kernels"])
+
+
 def _differences(ours: Mapping[str, Any], theirs: Any) -> list[str]:
     theirs = theirs if isinstance(theirs, dict) else {}
     clauses = []
     for name, value in ours.items():
         if name == "config":
             clauses += _differences(value, theirs.get(name))
-        elif theirs.get(name) != value:
-            clauses.append(f"{flag_name(name)} is {value!r} here and {theirs.get(name)!r} there")
+        elif (its := theirs.get(name, BEFORE_THE_SETTING.get(name))) != value:
+            clauses.append(f"{flag_name(name)} is {value!r} here and {its!r} there")
     return clauses
 
 

@@ -17,6 +17,7 @@ from distdl.config import TrainConfig, is_own
 from distdl.data import Dataset, batch_order, split
 from distdl.engine import train
 from distdl.engine.console import Console
+from distdl.engine.kernels import agreed_kernels
 from distdl.engine.requirements import outputs_of
 from distdl.engine.stop import StopRequest
 from distdl.engine.storage.files import indented_json
@@ -28,7 +29,7 @@ from distdl.parallel import Communicator, Survivors, from_rank_0, guard, on_rank
 from distdl.rng import Key
 from distdl.search import tables
 from distdl.search.chart import search_figure
-from distdl.search.folder import CHART, RESULTS, SEARCH, SUMMARY, SearchFolder, choose_folder, read_results
+from distdl.search.folder import CHART, RESULTS, SEARCH, SUMMARY, SearchFolder, choose_folder, kernels_of, read_results
 from distdl.search.procedure import Trial, TrialResult, leaderboard, ranges_of_round, trials_of_round
 from distdl.search.settings import Range, SearchSettings
 
@@ -129,6 +130,7 @@ class _Search:
         self._groups = max(1, communicator.size // settings.ranks_per_trial)
         self._group_number = communicator.rank * self._groups // communicator.size
         self._path = Path(from_rank_0(communicator, lambda: str(choose_folder(settings)) if known is None else known))
+        self._settings = settings = self._with_kernels(settings, self._path)
         group = communicator.split(self._group_number)
         assert group is not None
         self._group = group
@@ -163,6 +165,12 @@ class _Search:
             self._print(f"resumed from {self.folder} after {len(self._results)} trials")
         elif settings.resume and self._open is not None and self._open.is_new:
             self._print(f"there is no search in {self.folder} yet: a new one begins")
+
+    def _with_kernels(self, settings: SearchSettings, folder: Path) -> SearchSettings:
+        """Return the settings with the same kernels for all groups: those of the search that continues. Collective."""
+        saved = from_rank_0(self._communicator, lambda: kernels_of(folder))
+        wanted = saved if saved is not None and settings.config.kernels == "auto" else settings.config.kernels
+        return replace(settings, config=replace(settings.config, kernels=agreed_kernels(wanted, self._communicator)))
 
     def _load(self) -> tuple[str, int, list[int], int]:
         """Load the dataset on the first rank of each group.

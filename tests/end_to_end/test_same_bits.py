@@ -80,6 +80,13 @@ def test_every_number_of_ranks_gives_the_bits_of_one_process(communicator, share
 
 
 @pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("model", MODELS)
+def test_numpy_kernels_give_the_bits_of_one_process_too(communicator, shared_tmp_path, model):
+    """The other tests take the kernels of ``--kernels auto``: compiled ones, if numba is installed."""
+    assert_every_number_of_ranks_agrees(communicator, shared_tmp_path, model=model, rows=VERY_RAGGED, kernels="numpy")
+
+
+@pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("rows", [LAST_BATCH_OF_ONE, RAGGED])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_last_batch_smaller_than_the_world_changes_nothing(communicator, shared_tmp_path, model, rows):

@@ -35,7 +35,10 @@ def verified(run_program, tmp_path):
 def test_equal_bits_are_proved_and_no_file_remains(verified, tmp_path):
     done = verified("--ranks", "1,2,3", "--", "--max-steps", "12", "--model", "deep_convnet")
     assert done.returncode == 0, done.stderr
-    assert "same bits on 1,2,3 ranks: weights, state and metrics.jsonl agree after 12 steps" in done.stdout
+    same = "same bits on 1,2,3 ranks: weights, state and metrics.jsonl agree after 12 steps"
+    assert done.stdout.count(same) == 2
+    lines = [line for line in done.stdout.splitlines() if line.startswith("kernels: ")]
+    assert lines == ["kernels: numpy", "kernels: compiled"]
     assert not list(tmp_path.glob("distdl-verify-*"))
 
 

@@ -204,12 +204,15 @@ def banner(data, *, hosts=None, description="MPICH 5.0.2", survives=False, layer
 
 def test_the_banner_says_what_is_trained_how_and_where():
     hosts = {"node-a": 2, "node-b": 2}
-    assert banner(of_digits(), hosts=hosts, description="Open MPI 5.0.8", survives=True, threads_per_rank=2) == [
+    assert banner(
+        of_digits(), hosts=hosts, description="Open MPI 5.0.8", survives=True, threads_per_rank=2, kernels="numpy"
+    ) == [
         "distdl 0.1.0 · digits · 1,259 training, 269 validation, 269 test",
         "classification · 10 classes",
         "images 8×8×1 (height×width×channels) · simple_convnet (650 parameters)",
         "adam lr 0.001 · seed 0",
-        "4 ranks × 2 threads · Open MPI 5.0.8 · hosts node-a (2), node-b (2)",
+        "4 ranks × 2 threads · kernels numpy · Open MPI 5.0.8",
+        "hosts node-a (2), node-b (2)",
         "batch 128 = 8 micro-batches of 16 · 2 micro-batches a rank",
         "survives failures: yes",
     ]

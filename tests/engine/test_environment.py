@@ -77,6 +77,9 @@ def test_env_json_names_everything_that_the_bits_may_depend_on():
     assert versions["python"] == platform.python_version()
     assert versions["numpy"] == np.__version__
     assert described["blas"]
+    assert described["kernels"] == "numpy"
+    compiled = describe(OneProcess(), kernels="compiled")
+    assert (compiled["kernels"], set(compiled["versions"]) - set(versions)) == ("compiled", {"numba", "llvmlite"})
     for library in described["blas"]:
         assert set(library) == {"internal_api", "version", "architecture", "num_threads"}
         assert library["num_threads"] == 1

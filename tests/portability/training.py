@@ -9,13 +9,13 @@ from pathlib import Path
 from distdl.config import TrainConfig
 from distdl.data import sources
 from distdl.engine import train
-from distdl.nn import Affine, Conv2d, Dropout, Flatten, MaxPool2d, ReLU, Sequential
+from distdl.nn import Affine, BatchNorm, Conv2d, Dropout, Flatten, MaxPool2d, ReLU, Sequential
 from distdl.nn.kernels.compiled import COMPILED
 from distdl.parallel import OneProcess
 
 
 def build(input_shape, classes):
-    convolution = [Conv2d(5, 3, padding=1), ReLU(), MaxPool2d(2)]
+    convolution = [Conv2d(5, 3, padding=1), BatchNorm(), ReLU(), MaxPool2d(2)]
     affine = [Flatten(), Affine(6), ReLU(), Dropout(0.2), Affine(classes)]
     return Sequential([*convolution, *affine], input_shape, kernels=COMPILED.for_network())
 

@@ -6,6 +6,8 @@ All kernels compute the same networks:
 - `NUMPY` is the definition: chains of convolutions in NumPy (`chains`), all other layers as written.
 - `compiled.COMPILED`: numba compiles them. Their bits do not depend on the CPU.
 
+`choice` tells whether a process can use them.
+
 A `LayerStack` asks its kernels at each layer for an implementation of this layer and some that follow (`FusedLayers`).
 A layer without such an implementation runs as written. No other code knows which kernels are in use.
 """

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("numba")
 from distdl.nn import Conv2d, MaxPool2d, ReLU, Sequential
 from distdl.nn.kernels import PLAIN
-from distdl.nn.kernels.compiled import COMPILED, convolution, direct
+from distdl.nn.kernels.compiled import COMPILED, convolution
 
 from . import oracles_convolution as oracles
 from .exact import assert_same_bits, numbers
@@ -90,7 +90,7 @@ def expected(case, x, dy, conv, *, by_winograd):
     if by_winograd:
         dW, db, dx = oracles.winograd_gradients(x, weight, d, case[4])
     else:
-        few = x.shape[3] < direct.FEW
+        few = x.shape[3] < convolution.FEW
         dW, db = oracles.weight_gradient(x, d, window, zeros_outside=few), oracles.sum_in_order(d_masked)
         dx = oracles.input_gradient(d, weight, window, x.shape[1:3])
     return (y, dx, dW, db) if bias is not None else (y, dx, dW)
@@ -104,8 +104,9 @@ def test_direct_convolution_has_the_bits_of_its_formula_for_every_block(case, sp
     for a, e in zip(actual, oracle, strict=True):
         assert_same_bits(a, e)
     for images, by_pixels, rows in ((1, True, 2), (2, False, 4)):
-        monkeypatch.setattr(direct, "block_of", lambda *_, of=(images, by_pixels): of)
-        monkeypatch.setattr(direct, "rows_of_block", lambda *_, rows=rows: rows)
+        monkeypatch.setattr(convolution.Geometry, "block", lambda *_, images=images: images)
+        monkeypatch.setattr(convolution.Geometry, "by_pixels", lambda *_, by_pixels=by_pixels: by_pixels)
+        monkeypatch.setattr(convolution.Geometry, "rows", lambda *_, rows=rows: rows)
         for a, e in zip(results(case, special)[0], oracle, strict=True):
             assert_same_bits(a, e)
 

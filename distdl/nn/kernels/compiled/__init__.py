@@ -5,9 +5,10 @@ oracle in plain NumPy follows it. Sums are single chains, or chains whose number
 
 Two kinds of files:
 
-- kernels, functions of arrays: `simd` (vectors), `products`, `winograd`, `updates`
+- kernels, functions of arrays: `simd` and `integers` (vectors), `functions` and `double_functions` (exp, log, …),
+  `products`, `winograd`, `updates`
 - implementations, with the kernels that only they call: of layers in `convolution`, `batch_norm` and many others, of
-  optimizers in `optimizers`
+  optimizers in `optimizers`, of losses in `losses`
 
 Arrays of kernels are C-contiguous float32; an argument that ends in ``_`` is an array, the same name without it is the
 address of its first element.

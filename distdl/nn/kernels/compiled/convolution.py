@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from distdl.nn.activations import ReLU
 from distdl.nn.convolution import Conv2d
 from distdl.nn.kernels.compiled import direct, products, winograd
-from distdl.nn.kernels.compiled.arrays import scratch
+from distdl.nn.kernels.compiled.arrays import KeptArrays, scratch
 from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.kernels.fused_layers import Elements
-from distdl.nn.layers import Array, Layer
+from distdl.nn.layers import Array, Layer, Shape
 from distdl.nn.pooling import MaxPool2d
 from distdl.nn.windows import Window
 from distdl.rng import Key
@@ -104,76 +105,198 @@ class DirectConvolution(CompiledLayers):
         conv = layers[0]
         assert isinstance(conv, Conv2d)
         self.conv, self.relu, self.pool = conv, relu, pool
-        window = conv.window
-        self.window = (*window.kernel, *window.stride, *window.padding)
         OH, OW = conv.output_size
         super().__init__(layers, name, (OH // 2, OW // 2, conv.filters) if pool else (OH, OW, conv.filters))
-        # Without pooling, the pixels of a 1x1 convolution are images of their own.
-        self.pointwise = self.window == (1, 1, 1, 1, 0, 0) and not pool
-        self.image = (1, 1, conv.channels) if self.pointwise else (*conv.size, conv.channels)
-        self.output = (1, 1, conv.filters) if self.pointwise else (OH, OW, conv.filters)
+        self.geometry = Geometry.of(conv.window, (*conv.size, conv.channels), (OH, OW, conv.filters), pooled=pool)
 
     def elements(self) -> Elements:
-        weights = math.prod(self.conv.window.kernel) * self.conv.channels * self.conv.filters
-        one_block = products.block_width(0, self.conv.filters) == self.conv.filters
-        block, _ = direct.block_of(self.image, self.output, 2**30)
+        geometry, weights = self.geometry, math.prod(self.conv.window.kernel) * self.conv.channels * self.conv.filters
+        block = geometry.block(2**30)
         return Elements(
             kept=math.prod(self.output_shape) * (1 + self.pool * 3 / 32),
-            of_weights=weights * (1 - one_block + self.conv.needs_input_gradient),
+            of_weights=weights * (2 - is_packed(self.conv.filters)) if self.conv.needs_input_gradient else weights,
             gradient=math.prod(self.conv.size) * self.conv.channels * self.conv.needs_input_gradient,
-            scratch=self._scratch_size(block) + self.conv.filters,
+            scratch=geometry.pooling_scratch(block) + geometry.masked_scratch(block) + geometry.sums_scratch(),
         )
-
-    def _scratch_size(self, block: int) -> int:
-        """Return the larger of the sizes of both passes."""
-        forward = math.prod((block, direct.rows_of_block(self.output, block), *self.output[1:])) if self.pool else 0
-        masked = self.relu or self.pool
-        backward: int = direct.backward_scratch(self.window, self.image, self.output, block, masked)
-        return max(forward, backward)
-
-    def _packed(self) -> Array:
-        """Return the array of the packed weights; weights that are one block of columns are packed as they are."""
-        weight = self.conv.parameters["weight"]
-        if products.block_width(0, self.conv.filters) == self.conv.filters:
-            return weight.reshape(-1)
-        return self.kept.array("packed", (weight.size,))
-
-    def _transposed(self) -> Array:
-        return self.kept.array("transposed", (self.conv.parameters["weight"].size,))
 
     def _winners(self, N: int) -> Array:
         windows = N * self.output_shape[0] * self.output_shape[1] if self.pool else 0
         return self.kept.array("winners", (windows * -(-self.conv.filters // 16), 3), dtype=np.uint16)
 
     def prepare(self) -> None:
-        weight, packed = self.conv.parameters["weight"], self._packed()
-        if packed.ctypes.data != weight.ctypes.data:
-            products.pack(weight.reshape(-1, self.conv.filters), packed)
+        weight = self.conv.parameters["weight"]
+        self.packed = packed_weights(weight, self.kept)
         if self.conv.needs_input_gradient:
-            direct.pack_for_input_gradient(weight, self.window, self._transposed())
+            self.transposed = self.kept.array("transposed", (weight.size,))
+            direct.pack_for_input_gradient(weight, self.transposed, *self.geometry.window[2:])
 
     def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         self.x, self.y = x, self.kept.array("y", (len(x), *self.output_shape))
-        images = x.reshape(-1, *self.image)
-        y = self.y.reshape(len(images), *self.output) if self.pointwise else self.y
-        block, by_pixels = direct.block_of(self.image, self.output, len(images))
-        bias = self.conv.parameters["bias"] if self.conv.bias else y.reshape(-1)
-        direct.forward(
-            images, self._packed(), bias, y, self._winners(len(x)), scratch("convolution", self._scratch_size(block)),
-            self.window, self.output[:2], block, direct.rows_of_block(self.output, block), by_pixels, self.conv.bias,
-            self.relu, self.pool,
+        geometry = self.geometry
+        images = geometry.images(x)
+        block = geometry.block(len(images))
+        room = scratch("pooling", geometry.pooling_scratch(block) if self.pool else 0)
+        bias = self.conv.parameters["bias"] if self.conv.bias else self.y.reshape(-1)
+        y = self.y if self.pool else geometry.outputs(self.y)
+        direct.convolve(
+            images, 0, len(images), self.packed, 0, bias, y, 0, self._winners(len(x)), room, *geometry.window,
+            *geometry.output[:2], 0, 0, 1, 1, block, geometry.rows(block), geometry.by_pixels(len(images)),
+            self.conv.bias, self.relu, self.pool,
         )  # fmt: skip
         return self.y
 
     def _backward(self, dy: Array) -> Array | None:
-        wanted = self.conv.needs_input_gradient
-        dx = self.gradients.take(self.x.shape if wanted else (0, 0, 0, 0))
-        images = self.x.reshape(-1, *self.image)
-        block, by_pixels = direct.block_of(self.image, self.output, len(images))
+        geometry, images = self.geometry, self.geometry.images(self.x)
+        wanted, N, winners = self.conv.needs_input_gradient, len(images), self._winners(len(self.x))
+        masked = self.relu or self.pool
+        dx = geometry.images(self.gradients.take(self.x.shape)) if wanted else None
+        block = geometry.masked_block(N) if masked else N
+        room = scratch("convolution", geometry.masked_scratch(block)) if masked else dy.reshape(-1)
         bias = self.conv.gradients["bias"] if self.conv.bias else scratch("gradient of bias", self.conv.filters)
-        direct.backward(
-            images, self._transposed(), dy, self.y, self._winners(len(dy)), self.conv.gradients["weight"], bias, dx,
-            scratch("convolution", self._scratch_size(block)), self.window, self.output[:2], block, by_pixels,
-            self.relu, self.pool, wanted,
-        )  # fmt: skip
-        return dx if wanted else None
+        for first in range(0, N, block):
+            count = min(block, N - first)
+            if masked or self.conv.bias:
+                direct.output_gradient(
+                    dy, self.y, winners, first, count, room, bias, *geometry.output[:2], self.relu, self.pool
+                )
+            d, d_first = (geometry.outputs(room), 0) if masked else (geometry.outputs(dy), first)
+            weight_gradient(geometry, images, first, d, d_first, count, self.conv.gradients["weight"])
+            if dx is not None:
+                input_gradient(geometry, d, d_first, count, self.transposed, dx, first)
+        return None if dx is None else dx.reshape(self.x.shape)
+
+
+#: Floats of the images of a block that the second-level cache holds, as a guide.
+CACHE = 2**18
+#: Below this number of channels, the gradient of the weights has zeros outside of the image.
+FEW = 16
+#: From this number of output pixels on, it takes one image at a time if the channels are not many.
+MANY_PIXELS, MANY_CHANNELS = 128, 64
+#: Pixels that it copies at a time.
+COPIES = 128
+#: Floats of its stripes, or more for one row of a large image.
+STRIPES = 8192
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution of an `image` (H, W, C) to an `output` (OH, OW, F); `window` is kernel, stride and padding."""
+
+    window: tuple[int, int, int, int, int, int]
+    image: Shape
+    output: Shape
+
+    @classmethod
+    def of(cls, window: Window, image: Shape, output: Shape, *, pooled: bool = False) -> "Geometry":
+        """Without pooling, the pixels of a 1x1 convolution are images of their own."""
+        numbers = (*window.kernel, *window.stride, *window.padding)
+        if numbers == (1, 1, 1, 1, 0, 0) and not pooled:
+            image, output = (1, 1, image[2]), (1, 1, output[2])
+        return cls(numbers, image, output)
+
+    def images(self, x: Array) -> Array:
+        return x.reshape(-1, *self.image)
+
+    def outputs(self, y: Array) -> Array:
+        return y.reshape(-1, *self.output)
+
+    def by_pixels(self, N: int) -> bool:
+        """Return whether the rows of products are pixels of one image, not the same pixel of many images."""
+        return self.output[1] > 1 and (N < 6 or self.output[1] >= 16)
+
+    def block(self, N: int) -> int:
+        """Return the number of images that a product, or its loop over pixels, takes at a time."""
+        images = CACHE // (math.prod(self.image) + math.prod(self.output))
+        if self.image[:2] == (1, 1):
+            images = 96
+        elif not self.by_pixels(N):
+            images = max(24, images // 24 * 24)
+        return max(1, min(images, N))
+
+    def masked_block(self, N: int) -> int:
+        """Return the number of images whose masked gradient is computed at a time."""
+        if self.image[:2] == (1, 1):
+            return min(N, max(96, CACHE // (self.image[2] + self.output[2]) // 96 * 96))
+        return self.block(N)
+
+    def masked_scratch(self, block: int) -> int:
+        return block * math.prod(self.output)
+
+    def rows(self, block: int) -> int:
+        """Return the number of rows of images that are computed at a time, an even one."""
+        return max(2, CACHE // 4 // (self.output[1] * self.output[2] * block) // 2 * 2)
+
+    def pooling_scratch(self, block: int) -> int:
+        return block * self.rows(block) * self.output[1] * self.output[2]
+
+    def stripe(self) -> int:
+        """Return the floats of a stripe of `direct.weight_gradient_of_few`."""
+        FH, FW, _, SW, _, _ = self.window
+        return ((self.output[1] - 1) * SW + FW) * FH * self.image[2]
+
+    def padded_rows(self) -> int:
+        """Return the rows of the gradient of the weights, or a few more, so that they are cut into large tiles."""
+        step = 16 if self.output[2] <= 16 else 4 if self.output[2] <= 32 else 2
+        return -(-self.window[0] * self.window[1] * self.image[2] // step) * step
+
+    def sums_scratch(self) -> int:
+        """Return the floats of scratch of the gradient of the weights."""
+        if self.image[2] < FEW:
+            return self.padded_rows() * (self.output[2] + 1) + max(STRIPES, self.stripe())
+        return COPIES * (self.image[2] + self.output[2])
+
+
+def weight_gradient(
+    geometry: Geometry, x: Array, x_first: int, d: Array, d_first: int, count: int, d_weight: Array
+) -> None:
+    """Set the gradient of the weights; add to it if the images are not the first ones."""
+    (OH, OW, _), C = geometry.output, geometry.image[2]
+    room, add = scratch("gradient of weights", geometry.sums_scratch()), x_first > 0
+    given = (x, x_first, d, d_first, count, d_weight)
+    if C < FEW:
+        rows = max(1, STRIPES // geometry.stripe())
+        direct.weight_gradient_of_few(*given, room, *geometry.window, geometry.padded_rows(), rows, add)
+    elif OH * OW >= MANY_PIXELS and C < MANY_CHANNELS:
+        direct.weight_gradient_by_rows(*given, *geometry.window, add)
+    else:
+        direct.weight_gradient_by_copies(*given, room, *geometry.window, COPIES, add)
+
+
+def input_gradient(
+    geometry: Geometry, d: Array, d_first: int, count: int, packed: Array, dx: Array, dx_first: int
+) -> None:
+    """Write the input gradient of `count` images; `packed` is from `direct.pack_for_input_gradient`."""
+    FH, FW, SH, SW, PH, PW = geometry.window
+    (H, W, C), F = geometry.image, geometry.output[2]
+    none = np.empty((0, 3), np.uint16)
+    at = 0
+    for a in range(min(SH, H)):
+        FA = len(range((a + PH) % SH, FH, SH))
+        for b in range(SW):
+            FB, columns = len(range((b + PW) % SW, FW, SW)), len(range(b, W, SW))
+            if columns:
+                part = Geometry(
+                    (FA, FB, 1, 1, FA - 1 - (a + PH) // SH, FB - 1 - (b + PW) // SW),
+                    (*geometry.output[:2], F),
+                    (len(range(a, H, SH)), columns, C),
+                )
+                block = part.block(count)
+                direct.convolve(
+                    d, d_first, count, packed, at, packed, dx, dx_first, none, packed, *part.window, *part.output[:2],
+                    a, b, SH, SW, block, part.rows(block), part.by_pixels(count), False, False, False,
+                )  # fmt: skip
+            at += FA * FB * F * C
+
+
+def is_packed(columns: int) -> bool:
+    """Return whether a matrix of this number of columns is its own packed form; see `products`."""
+    return columns <= 32 or columns == 64
+
+
+def packed_weights(weight: Array, kept: KeptArrays) -> Array:
+    """Return the packed matrix (..., F) of the weights."""
+    if is_packed(weight.shape[-1]):
+        return weight.reshape(-1)
+    packed = kept.array("packed", (weight.size,))
+    products.pack(weight.reshape(-1, weight.shape[-1]), packed)
+    return packed

@@ -6,8 +6,8 @@ SH and SW the stride, PH and PW the padding. The order of operations:
 - ``y[n, oh, ow, f]``: one chain of fused multiply-adds (see `products`) over the kernel's elements (i, j, c) in
   ascending order. It skips those that lie outside of the image. Then the maximum of 2x2 pixels, the bias and the ReLU.
 - ``dx[n, h, w, c]``: one chain over (oh, ow, f) in ascending order, of the outputs that use this pixel.
-- ``dW[i, j, c, f]``: one chain over (n, oh, ow) in ascending order. It skips pixels outside of the image; they count as
-  zeros if the image has few channels (`FEW`).
+- ``dW[i, j, c, f]``: one chain over (n, oh, ow) in ascending order. It skips pixels outside of the image; in
+  `weight_gradient_of_few` they count as zeros.
 - ``db[f]``: a sum over (n, oh, ow) in ascending order; after pooling, over its windows.
 
 So no size of a block changes the bits. A block of samples has the same pixel of all its images as the rows of a
@@ -31,17 +31,8 @@ from distdl.nn.kernels.compiled.simd import (
     store_number,
 )
 
-#: Floats of the images of a block that the second-level cache holds, as a guide.
-CACHE = 2**18
-#: Below this number of channels, the gradient of the weights counts zeros outside of the image.
-FEW = 16
-#: From this number of output pixels on, it takes one image at a time.
-MANY_PIXELS = 128
-#: From this number of channels on, it copies the pixels: PANEL channels of COPIES pixels lie together.
-MANY_CHANNELS = 64
-PANEL, COPIES = 48, 128
-#: Floats of the stripes of one product, or more for a large image.
-STRIPES = 8192
+#: Channels whose pixels lie together in the copies of `weight_gradient_by_copies`.
+PANEL = 48
 
 f4 = np.float32
 
@@ -64,52 +55,37 @@ def _inner(outputs, stride, padding, kernel, size):
     return first, max(first, min(outputs, (size + padding - kernel) // stride + 1))
 
 
-@kernel
+@njit
 def _rows(x, count, H, W, C, weights, F, window, y, y_n, y_h, y_w, h0, h1, OW, by_pixels):
-    """Write rows h0 to h1 of the convolution of `count` images x, the first OW pixels of each, to y."""
+    """Write rows h0 to h1 of the convolution of `count` images x, the first OW pixels of each, to y.
+
+    Each product has one pixel of all images. Or, with `by_pixels`, the inner pixels of one row of one image; the pixels
+    at the sides of all inner rows come together.
+    """
     FH, FW, SH, SW, PH, PW = window
-    all_rows = FH * FW * C
-    if not by_pixels:
-        for h in range(h0, h1):
-            i0, i1 = _range(h, SH, PH, FH, H)
-            for w in range(OW):
-                j0, j1 = _range(w, SW, PW, FW, W)
-                at = x + 4 * ((h * SH - PH + i0) * W + w * SW - PW + j0) * C
-                to = y + 4 * ((h - h0) * y_h + w * y_w)
-                row, K = (i0 * FW + j0) * C, (j1 - j0) * C
-                packed_product(
-                    at, H * W * C, W * C, 1, weights, all_rows, row, FW * C, 1, to, y_n, i1 - i0, count, K, F, 0
-                )
-        return
     w_in, w_out = _inner(OW, SW, PW, FW, W)
     h_in, h_out = _inner(h1, SH, PH, FH, H)
     h_in = max(h0, h_in)
-    h_out = max(h_in, h_out)
-    for n in range(count):
-        image, out = x + 4 * n * H * W * C, y + 4 * n * y_n
+    for n in range(count if by_pixels else 1):
         for h in range(h0, h1):
             i0, i1 = _range(h, SH, PH, FH, H)
-            M = w_out - w_in
-            if M > 0:
-                at = image + 4 * ((h * SH - PH + i0) * W + w_in * SW - PW) * C
-                to, row = out + 4 * ((h - h0) * y_h + w_in * y_w), i0 * FW * C
-                packed_product(
-                    at, SW * C, W * C, 1, weights, all_rows, row, FW * C, 1, to, y_w, i1 - i0, M, FW * C, F, 0
-                )
-            step = 1
-            if h_in <= h < h_out:  # the pixels at the sides of all inner rows together
-                step = h_out - h_in
-                if h > h_in:
-                    continue
-            for side in range(OW - w_out + w_in):
-                w = side if side < w_in else side - w_in + w_out
+            for run in range(1 + OW - w_out + w_in if by_pixels else OW):
+                w, M, a_m, y_m = run, count, H * W * C, y_n
+                if by_pixels and run == 0:
+                    w, M, a_m, y_m = w_in, w_out - w_in, SW * C, y_w
+                elif by_pixels:
+                    w, M, a_m, y_m = run - 1, 1, SH * W * C, y_h
+                    if w >= w_in:
+                        w += w_out - w_in
+                    if h_in <= h < h_out:
+                        if h > h_in:
+                            break
+                        M = h_out - h_in
                 j0, j1 = _range(w, SW, PW, FW, W)
-                at = image + 4 * ((h * SH - PH + i0) * W + w * SW - PW + j0) * C
-                to = out + 4 * ((h - h0) * y_h + w * y_w)
+                at = x + 4 * ((n * H + h * SH - PH + i0) * W + w * SW - PW + j0) * C
+                to = y + 4 * (n * y_n + (h - h0) * y_h + w * y_w)
                 row, K = (i0 * FW + j0) * C, (j1 - j0) * C
-                packed_product(
-                    at, SH * W * C, W * C, 1, weights, all_rows, row, FW * C, 1, to, y_h, i1 - i0, step, K, F, 0
-                )
+                packed_product(at, a_m, W * C, 1, weights, FH * FW * C, row, FW * C, 1, to, y_m, i1 - i0, M, K, F, 0)
 
 
 @njit(inline="always")
@@ -130,7 +106,7 @@ def _finish(y, pixels, F, bias, has_bias, relu):
 
 
 @njit(inline="always")
-def _finish_pooled(rows, OW, y, windows, PW, F, bias, has_bias, relu, winners_, first):
+def _finish_pooled(rows, OW, y, PW, F, bias, has_bias, relu, winners_, first):
     """Write the maxima of 2x2 pixels of these two rows (2, OW, F) to y, and the winners from index `first` on."""
     zero, vectors = splat(f4(0)), (F + 15) // 16
     for f in range(0, F, 16):
@@ -154,69 +130,58 @@ def _finish_pooled(rows, OW, y, windows, PW, F, bias, has_bias, relu, winners_, 
             store_lanes(y, w * F + f, v, lanes)
 
 
-def block_of(image, output, N):
-    """Return the number of images of a block, and whether the rows of products are pixels of one image."""
-    H, W, C = image
-    OH, OW, F = output
-    by_pixels = OW > 1 and (N < 6 or OW >= 16)
-    images = CACHE // (H * W * C + OH * OW * F)
-    if H == W == 1:
-        images = 96
-    elif not by_pixels:
-        images = max(24, images // 24 * 24)
-    return max(1, min(images, N)), by_pixels
-
-
-def rows_of_block(output, block):
-    """Return the number of rows of images that `forward` computes at a time, an even one."""
-    return max(2, CACHE // 4 // (output[1] * output[2] * block) // 2 * 2)
-
-
 @kernel
-def forward(x_, weights_, bias_, y_, winners_, scratch_, window, size, block, rows, by_pixels, has_bias, relu, pool):
-    """Write the convolution of x (N, H, W, C), with its bias, ReLU and 2x2 max-pooling if wanted, to y (N, ..., F).
+def convolve(
+    x_, x_first, count, weights_, weights_first, bias_, y_, y_first, winners_, scratch_, FH, FW, SH, SW, PH, PW, OH, OW,
+    top, left, down, right, block, rows, by_pixels, has_bias, relu, pool,
+):  # fmt: skip
+    """Convolve `count` images of x (N, H, W, C), from `x_first` on; write to y (N, ..., F), from `y_first` on.
 
-    `weights` is the packed matrix (FH FW C, F), `window` the kernel, stride and padding, `size` (OH, OW). A block has
-    `block` images and `rows` rows, an even number. `winners` is as in `winograd`. The scratch has
-    ``block rows OW F`` floats, for pooling only.
+    Bias, ReLU and 2x2 max-pooling follow if wanted. Without pooling, output (h, w) is pixel ``(top + h down, left + w
+    right)`` of y. The matrix (FH FW C, F) of the weights is packed, and begins at `weights_first`. A block has `block`
+    images and `rows` rows, an even number. `winners` is as in `winograd`. With pooling, the scratch has
+    ``block rows OW F`` floats.
     """
-    N, H, W, C = x_.shape
-    F = y_.shape[3]
-    OH, OW = size
-    x, weights, bias, y, scratch = (
-        x_.ctypes.data, weights_.ctypes.data, bias_.ctypes.data, y_.ctypes.data, scratch_.ctypes.data,
-    )  # fmt: skip
-    PH, PW = OH // 2, OW // 2
-    for n0 in range(0, N, block):
-        count = min(block, N - n0)
-        images = x + 4 * n0 * H * W * C
-        for h in range(0, 2 * PH if pool else OH, rows):
+    _, H, W, C = x_.shape
+    _, YH, YW, F = y_.shape
+    x, weights = np.int64(x_.ctypes.data), np.int64(weights_.ctypes.data) + 4 * weights_first
+    bias, y, scratch = np.int64(bias_.ctypes.data), np.int64(y_.ctypes.data), np.int64(scratch_.ctypes.data)
+    window = (FH, FW, SH, SW, PH, PW)
+    for n0 in range(0, count, block):
+        some = min(block, count - n0)
+        images, out = x + 4 * (x_first + n0) * H * W * C, y + 4 * (y_first + n0) * YH * YW * F
+        columns = 2 * YW if pool else OW
+        for h in range(0, 2 * YH if pool else OH, rows):
+            end = min(h + rows, 2 * YH if pool else OH)
+            to, y_n, y_h, y_w = out + 4 * ((top + h * down) * YW + left) * F, YH * YW * F, down * YW * F, right * F
             if pool:
-                end = min(h + rows, 2 * PH)
-                y_h = 2 * PW * F
-                y_n = rows * y_h
-                _rows(images, count, H, W, C, weights, F, window, scratch, y_n, y_h, F, h, end, 2 * PW, by_pixels)
-                for n in range(count):
+                to, y_n, y_h = scratch, rows * columns * F, columns * F
+            _rows(images, some, H, W, C, weights, F, window, to, y_n, y_h, y_w, h, end, columns, by_pixels)
+            for n in range(some):
+                if pool:
                     for r in range(0, end - h, 2):
-                        first = ((n0 + n) * PH + (h + r) // 2) * PW
-                        at, to = scratch + 4 * (n * y_n + r * y_h), y + 4 * first * F
-                        _finish_pooled(at, 2 * PW, to, 0, PW, F, bias, has_bias, relu, winners_, first)
-            else:
-                end = min(h + rows, OH)
-                y_n = OH * OW * F
-                to = y + 4 * (n0 * y_n + h * OW * F)
-                _rows(images, count, H, W, C, weights, F, window, to, y_n, OW * F, F, h, end, OW, by_pixels)
-                if has_bias or relu:
-                    for n in range(count):
-                        _finish(to + 4 * n * y_n, (end - h) * OW, F, bias, has_bias, relu)
+                        first = ((y_first + n0 + n) * YH + (h + r) // 2) * YW
+                        at = scratch + 4 * (n * y_n + r * y_h)
+                        _finish_pooled(at, columns, y + 4 * first * F, YW, F, bias, has_bias, relu, winners_, first)
+                elif has_bias or relu:
+                    _finish(to + 4 * n * y_n, (end - h) * OW, F, bias, has_bias, relu)
 
 
 # -------------------------------------------------------------------------------------------------------- gradients
 
 
 @kernel
-def _output_gradient(dy, y, winners_, n0, count, OH, OW, F, relu, pool, d, d_bias):
-    """Write the gradient before pooling and ReLU to d (count, OH, OW, F); add it to d_bias."""
+def output_gradient(dy_, y_, winners_, first, count, d_, d_bias_, OH, OW, relu, pool):
+    """Write the gradient before pooling and ReLU of `count` images, from `first` on, to d (N, OH, OW, F).
+
+    Without ReLU and pooling it is dy, and nothing is written. Add it to d_bias, which begins with 0.
+    """
+    F = d_bias_.size
+    dy, y, d, d_bias = (
+        np.int64(dy_.ctypes.data), np.int64(y_.ctypes.data), np.int64(d_.ctypes.data), np.int64(d_bias_.ctypes.data)
+    )  # fmt: skip
+    if first == 0:
+        d_bias_[:] = 0
     zero, vectors = splat(f4(0)), (F + 15) // 16
     PH, PW = OH // 2, OW // 2
     for n in range(count):
@@ -227,7 +192,7 @@ def _output_gradient(dy, y, winners_, n0, count, OH, OW, F, relu, pool, d, d_bia
             if pool:
                 for h in range(PH):
                     for w in range(PW):
-                        pixel = ((n0 + n) * PH + h) * PW + w
+                        pixel = ((first + n) * PH + h) * PW + w
                         v = load_lanes(dy, pixel * F + f, lanes)
                         if relu:
                             v = select(greater(load_lanes(y, pixel * F + f, lanes), zero), v, zero)
@@ -246,11 +211,11 @@ def _output_gradient(dy, y, winners_, n0, count, OH, OW, F, relu, pool, d, d_bia
                     for w in range(OW):
                         store_lanes(image, (2 * PH * OW + w) * F + f, zero, lanes)
             else:
-                first = (n0 + n) * OH * OW * F + f
+                start = (first + n) * OH * OW * F + f
                 for p in range(OH * OW):
-                    v = load_lanes(dy, first + p * F, lanes)
+                    v = load_lanes(dy, start + p * F, lanes)
                     if relu:
-                        v = select(greater(load_lanes(y, first + p * F, lanes), zero), v, zero)
+                        v = select(greater(load_lanes(y, start + p * F, lanes), zero), v, zero)
                         store_lanes(image, p * F + f, v, lanes)
                     total = total + v
             store_lanes(d_bias, f, total, lanes)
@@ -270,85 +235,91 @@ def _copy(source, at, to, offset, count):
 
 
 @kernel
-def _weight_gradient(x, count, H, W, C, d, OH, OW, F, window, d_weights, scratch, add):
-    """Set (or with `add`, add to) the gradient of the weights that of `count` images x, given d (count, OH, OW, F)."""
-    FH, FW, SH, SW, PH, PW = window
-    if C < FEW:
-        _weight_gradient_of_few(x, count, H, W, C, d, OH, OW, F, window, d_weights, scratch, add)
-        return
-    one_by_one = OH * OW >= MANY_PIXELS and C < MANY_CHANNELS
-    for first in range(0, count, 1 if one_by_one else count):
+def weight_gradient_by_rows(x_, x_first, d_, d_first, count, d_weights_, FH, FW, SH, SW, PH, PW, add):
+    """Set the gradient of the weights to that of `count` images, or with `add` add it: one product for each image."""
+    _, H, W, C = x_.shape
+    _, OH, OW, F = d_.shape
+    x, d, d_weights = np.int64(x_.ctypes.data), np.int64(d_.ctypes.data), np.int64(d_weights_.ctypes.data)
+    for n in range(count):
         for i in range(FH):
             h0, h1 = _outputs(i, SH, PH, H, OH)
             for j in range(FW):
                 w0, w1 = _outputs(j, SW, PW, W, OW)
-                A = x + 4 * ((first * H + h0 * SH - PH + i) * W + w0 * SW - PW + j) * C
-                B, to = d + 4 * ((first * OH + h0) * OW + w0) * F, d_weights + 4 * (i * FW + j) * C * F
+                A = x + 4 * (((x_first + n) * H + h0 * SH - PH + i) * W + w0 * SW - PW + j) * C
+                B, to = d + 4 * (((d_first + n) * OH + h0) * OW + w0) * F, d_weights + 4 * (i * FW + j) * C * F
+                again = 1 if add or n > 0 else 0
+                product(A, 1, SH * W * C, SW * C, B, OW * F, F, to, F, h1 - h0, C, w1 - w0, F, again)
+
+
+@kernel
+def weight_gradient_by_copies(
+    x_, x_first, d_, d_first, count, d_weights_, scratch_, FH, FW, SH, SW, PH, PW, copies, add
+):  # fmt: skip
+    """Do the same with copies of `copies` pixels of both images, which lie close together in the cache.
+
+    The scratch has ``copies (C + F)`` floats.
+    """
+    _, H, W, C = x_.shape
+    _, OH, OW, F = d_.shape
+    d_weights, left = np.int64(d_weights_.ctypes.data), np.int64(scratch_.ctypes.data)
+    x = np.int64(x_.ctypes.data) + 4 * x_first * H * W * C
+    d = np.int64(d_.ctypes.data) + 4 * d_first * OH * OW * F
+    right = left + 4 * copies * C
+    for i in range(FH):
+        h0, h1 = _outputs(i, SH, PH, H, OH)
+        for j in range(FW):
+            w0, w1 = _outputs(j, SW, PW, W, OW)
+            to, total = d_weights + 4 * (i * FW + j) * C * F, count * (h1 - h0) * (w1 - w0)
+            n, h, w, first = 0, h0, w0, 0
+            while True:  # once without pixels
+                K = min(copies, total - first)
+                for k in range(K):
+                    source = x + 4 * ((n * H + h * SH - PH + i) * W + w * SW - PW + j) * C
+                    for c in range(0, C, PANEL):
+                        width = min(PANEL, C - c)
+                        _copy(source, c, left, c * copies + k * width, width)
+                    source = d + 4 * ((n * OH + h) * OW + w) * F
+                    f = 0
+                    while f < F:
+                        width = block_width(f, F)
+                        _copy(source, f, right, f * copies + k * width, width)
+                        f += width
+                    w += 1
+                    if w == w1:
+                        w, h = w0, h + 1
+                        if h == h1:
+                            h, n = h0, n + 1
                 again = 1 if add or first > 0 else 0
-                if one_by_one:
-                    product(A, 1, SH * W * C, SW * C, B, OW * F, F, to, F, h1 - h0, C, w1 - w0, F, again)
-                else:
-                    strides = (H * W * C, SH * W * C, SW * C, OH * OW * F, OW * F, F)
-                    _product_of_copies(A, B, strides, count, h1 - h0, w1 - w0, C, F, to, scratch, again)
+                for c in range(0, C, PANEL):
+                    M = min(PANEL, C - c)
+                    at, rows = left + 4 * c * copies, to + 4 * c * F
+                    packed_product(at, 1, 0, M, right, copies, 0, 0, 1, rows, F, 1, M, K, F, again)
+                first += K
+                if first >= total:
+                    break
 
 
 @kernel
-def _product_of_copies(A, B, strides, N, H, W, C, F, to, scratch, add):
-    """Set C (+)= A' B, both with N H W rows, at these strides of n, h and w; copies lie close together in the cache."""
-    a_n, a_h, a_w, b_n, b_h, b_w = strides
-    columns = scratch + 4 * COPIES * C
-    total = N * H * W
-    if total == 0 and not add:
-        product(A, 0, 0, 0, B, 0, 0, to, F, 0, C, 0, F, 0)
-    n = h = w = 0
-    for first in range(0, total, COPIES):
-        K = min(COPIES, total - first)
-        for k in range(K):
-            source = A + 4 * (n * a_n + h * a_h + w * a_w)
-            for c in range(0, C, PANEL):
-                width = min(PANEL, C - c)
-                _copy(source, c, scratch, c * COPIES + k * width, width)
-            source = B + 4 * (n * b_n + h * b_h + w * b_w)
-            f = 0
-            while f < F:
-                width = block_width(f, F)
-                _copy(source, f, columns, f * COPIES + k * width, width)
-                f += width
-            w += 1
-            if w == W:
-                w, h = 0, h + 1
-                if h == H:
-                    h, n = 0, n + 1
-        for c in range(0, C, PANEL):
-            M = min(PANEL, C - c)
-            left, rows = scratch + 4 * c * COPIES, to + 4 * c * F
-            packed_product(left, 1, 0, M, columns, COPIES, 0, 0, 1, rows, F, 1, M, K, F, 1 if add or first > 0 else 0)
-
-
-@njit(inline="always")
-def _padded_rows(rows, F):
-    """Return this number of rows or a few more, so that they are cut into large tiles."""
-    step = 16 if F <= 16 else 4 if F <= 32 else 2
-    return -(-rows // step) * step
-
-
-@kernel
-def _weight_gradient_of_few(x, count, H, W, C, d, OH, OW, F, window, d_weights, scratch, add):
+def weight_gradient_of_few(
+    x_, x_first, d_, d_first, count, d_weights_, scratch_, FH, FW, SH, SW, PH, PW, M, block, add
+):  # fmt: skip
     """Do the same for few channels.
 
     The FH rows of an image under a row of the output are stored as (w, i, c), with zeros outside of the image. So a
-    patch (j, i, c) is contiguous, and it overlaps with the next one.
+    patch (j, i, c) is contiguous, and it overlaps with the next one. A product takes `block` rows of the output. It has
+    M rows, at least FH FW C, so that they are cut into large tiles. The scratch has ``M F`` floats, which the calls for
+    the next images need, ``block ((OW - 1) SW + FW) FH C`` floats, and M more.
     """
-    FH, FW, SH, SW, PH, PW = window
-    size, pixel = FH * FW * C, FH * C
-    M, columns = _padded_rows(size, F), (OW - 1) * SW + FW
-    stripe = columns * pixel
-    sums, stripes = scratch, scratch + 4 * M * F
-    block, rows = max(1, STRIPES // stripe), count * OH
+    _, H, W, C = x_.shape
+    _, OH, OW, F = d_.shape
+    x, d = np.int64(x_.ctypes.data), np.int64(d_.ctypes.data) + 4 * d_first * OH * OW * F
+    d_weights, sums = np.int64(d_weights_.ctypes.data), np.int64(scratch_.ctypes.data)
+    pixel, columns = FH * C, (OW - 1) * SW + FW
+    stripe, stripes, rows = columns * pixel, sums + 4 * M * F, count * OH
     for first in range(0, rows, block):
         some = min(block, rows - first)
         for row in range(first, first + some):
-            n, h = row // OH, row % OH * SH - PH
+            n, h = x_first + row // OH, row % OH * SH - PH
             for i in range(FH):
                 source = x + 4 * ((n * H + h + i) * W - PW) * C
                 to = stripes + 4 * ((row - first) * stripe + i * C)
@@ -370,15 +341,15 @@ def _weight_gradient_of_few(x, count, H, W, C, d, OH, OW, F, window, d_weights, 
 
 
 @kernel
-def pack_for_input_gradient(weights_, window, packed_):
-    """Write the matrices of `_input_gradient` to `packed`, one for each of the SH SW classes of pixels.
+def pack_for_input_gradient(weights_, packed_, SH, SW, PH, PW):
+    """Write the matrices of the input gradient to `packed`, one for each of the SH SW classes of pixels.
 
     The pixels of class (a, b) are ``h % SH = a``, ``w % SW = b``. They use the elements i of the kernel for which SH
-    divides ``a + PH - i``, in descending order, and j alike: the matrix is (elements, F) times (C).
+    divides ``a + PH - i``, in descending order, and j alike: the matrix is (elements, F) times (C). So the gradient of
+    a class is a convolution of the output gradient with stride 1.
     """
-    _, _, C, F = weights_.shape
-    FH, FW, SH, SW, PH, PW = window
-    weights, to = weights_.ctypes.data, packed_.ctypes.data
+    FH, FW, C, F = weights_.shape
+    weights, to = np.int64(weights_.ctypes.data), np.int64(packed_.ctypes.data)
     for a in range(SH):
         ia = (a + PH) % SH
         for b in range(SW):
@@ -391,78 +362,3 @@ def pack_for_input_gradient(weights_, window, packed_):
                         transpose(weights + 4 * ((i * FW + j) * C + n) * F, F, width, F, to, width)
                         to += 4 * F * width
                 n += width
-
-
-@kernel
-def _input_gradient(d, count, OH, OW, F, packed, C, window, dx, H, W, by_pixels):
-    """Write the gradient of `count` images dx (H, W, C): for each class of pixels a convolution of d with stride 1."""
-    FH, FW, SH, SW, PH, PW = window
-    at = packed
-    for a in range(SH):
-        ia, rows = (a + PH) % SH, (H - a + SH - 1) // SH
-        FA = max(0, (FH - ia + SH - 1) // SH)
-        for b in range(SW):
-            jb, columns = (b + PW) % SW, (W - b + SW - 1) // SW
-            FB = max(0, (FW - jb + SW - 1) // SW)
-            part = (FA, FB, 1, 1, FA - 1 - (a + PH) // SH, FB - 1 - (b + PW) // SW)
-            to = dx + 4 * (a * W + b) * C
-            if rows > 0 and columns > 0:
-                _rows(d, count, OH, OW, F, at, C, part, to, H * W * C, SH * W * C, SW * C, 0, rows, columns, by_pixels)
-            at += 4 * FA * FB * F * C
-
-
-def backward_scratch(window, image, output, block, masked):
-    """Return the number of floats that `backward` needs; `masked` with ReLU or pooling."""
-    FH, FW, _, SW, _, _ = window
-    C, (OH, OW, F) = image[2], output
-    if C < FEW:
-        stripe = ((OW - 1) * SW + FW) * FH * C
-        rest = _padded_rows.py_func(FH * FW * C, F) * F + max(STRIPES, stripe) + 16
-    else:
-        rest = COPIES * (C + F)
-    return rest + (block * OH * OW * F if masked else 0)
-
-
-@kernel
-def backward(
-    x_,
-    packed_,
-    dy_,
-    y_,
-    winners_,
-    d_weights_,
-    d_bias_,
-    dx_,
-    scratch_,
-    window,
-    size,
-    block,
-    by_pixels,
-    relu,
-    pool,
-    wanted,
-):
-    """Write the gradients of the weights and the bias and, if `wanted`, that of x.
-
-    `packed` is from `pack_for_input_gradient`; dy, y and `winners` are those of `forward`. The scratch has
-    `backward_scratch` floats.
-    """
-    N, H, W, C = x_.shape
-    F = dy_.shape[3]
-    OH, OW = size
-    x, packed, dy, y, dx, scratch = (
-        x_.ctypes.data, packed_.ctypes.data, dy_.ctypes.data, y_.ctypes.data, dx_.ctypes.data, scratch_.ctypes.data,
-    )  # fmt: skip
-    d_weights, d_bias = d_weights_.ctypes.data, d_bias_.ctypes.data
-    d_bias_[:] = 0
-    for n0 in range(0, N, block):
-        count = min(block, N - n0)
-        d, rest = dy + 4 * n0 * OH * OW * F, scratch
-        if relu or pool:
-            d, rest = scratch, scratch + 4 * block * OH * OW * F
-        _output_gradient(dy, y, winners_, n0, count, OH, OW, F, relu, pool, d, d_bias)
-        images = x + 4 * n0 * H * W * C
-        _weight_gradient(images, count, H, W, C, d, OH, OW, F, window, d_weights, rest, 1 if n0 else 0)
-        if wanted:
-            to = dx + 4 * n0 * H * W * C
-            _input_gradient(d, count, OH, OW, F, packed, C, window, to, H, W, by_pixels)

@@ -75,9 +75,17 @@ def column_block(A, a_m, a_i, a_k, B, b_i, b_k, C, c_m, I, M, K, width, add):
 
 
 @njit(inline="always")
+def _whole(a, b, c, d, e, f, g, h, i, j):
+    """Return the same numbers; numba would compile `_column_block` again for each set of constants among them."""
+    kind = np.int64
+    return kind(a), kind(b), kind(c), kind(d), kind(e), kind(f), kind(g), kind(h), kind(i), kind(j)
+
+
+@njit(inline="always")
 def product(A, a_m, a_i, a_k, B, b_i, b_k, C, c_m, I, M, K, N, add):
     """Set ``C[m, n] (+)= sum over i < I and k < K of A[m, i, k] B[i, k, n]``; `add` is 0 or 1."""
     n = 0
+    a_m, a_i, a_k, b_i, b_k, c_m, I, M, K, add = _whole(a_m, a_i, a_k, b_i, b_k, c_m, I, M, K, add)
     while n < N:
         width = block_width(n, N)
         column_block(A, a_m, a_i, a_k, B + 4 * n, b_i, b_k, C + 4 * n, c_m, I, M, K, width, add)
@@ -88,6 +96,7 @@ def product(A, a_m, a_i, a_k, B, b_i, b_k, C, c_m, I, M, K, N, add):
 def packed_product(A, a_m, a_i, a_k, B, rows, row, row_i, row_k, C, c_m, I, M, K, N, add):
     """Do the same with a packed matrix B of this number of `rows`: element (i, k) reads ``row + i row_i + k row_k``."""
     n = 0
+    a_m, a_i, a_k, row_i, row_k, c_m, I, M, K, add = _whole(a_m, a_i, a_k, row_i, row_k, c_m, I, M, K, add)
     while n < N:
         width = block_width(n, N)
         block = B + 4 * (n * rows + row * width)

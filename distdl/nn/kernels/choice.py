@@ -1,0 +1,54 @@
+"""Which kernels this process can use. Nothing imports numba or LLVM before it is needed."""
+
+import importlib
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from distdl.nn.kernels import NUMPY, Kernels
+
+CPU_INFO = Path("/proc/cpuinfo")
+LEAST_NUMBA = (0, 63)
+INSTALL = "pip install 'distdl-mpi[fast]'"
+#: Every CPU of these machines has fused multiply-add; an x86 CPU lists it as ``fma``.
+WITH_FMA = {"aarch64", "arm64"}
+
+
+def kernels_named(name: str) -> Kernels:
+    """Return the kernels ``numpy`` or ``compiled``."""
+    if name == NUMPY.name:
+        return NUMPY
+    from distdl.nn.kernels.compiled import COMPILED  # noqa: PLC0415  they take time to import
+
+    return COMPILED
+
+
+def obstacle() -> str | None:
+    """Return why this process cannot use compiled kernels, with the remedy; None if it can."""
+    try:
+        installed = version("numba")
+    except PackageNotFoundError:
+        return f"numba is not installed: {INSTALL}"
+    if tuple(int(number) for number in installed.split(".")[:2] if number.isdigit()) < LEAST_NUMBA:
+        least = ".".join(map(str, LEAST_NUMBA))
+        return f"numba {installed} is too old, expected {least} or later: {INSTALL}"
+    if not _has_fma():
+        return f"this CPU ({os.uname().machine}) has no fused multiply-add instructions that distdl knows"
+    try:
+        importlib.import_module("numba")
+    except (ImportError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"numba {installed} does not work here ({reason}): {INSTALL}, in a new environment"
+    return None
+
+
+def _has_fma() -> bool:
+    machine = os.uname().machine
+    if machine != "x86_64":
+        return machine in WITH_FMA
+    try:
+        text = CPU_INFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return "fma" in flags.split()
