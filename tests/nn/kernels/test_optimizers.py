@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from small_runs import small_run
 
+from distdl.engine import prepare
 from distdl.nn import Affine, Flatten, Sequential
 from distdl.nn.kernels import NUMPY
 from distdl.optim import BLOCK, OPTIMIZERS, clip_by_norm
@@ -124,15 +125,16 @@ class Spy(type(NUMPY)):
         return made
 
 
-def test_a_training_uses_the_norm_and_the_optimizer_of_its_kernels(tmp_path):
+def test_a_training_uses_the_norm_and_the_optimizer_of_its_kernels(tmp_path, monkeypatch):
     spy = Spy()
     results = []
     for kernels in (spy, NUMPY):
+        monkeypatch.setattr(prepare, "kernels_named", lambda name, kernels=kernels: kernels)
 
-        def build(input_shape, classes, kernels=kernels):
-            return Sequential([Flatten(), Affine(classes)], input_shape, kernels=kernels)
+        def build(input_shape, classes):
+            return Sequential([Flatten(), Affine(classes)], input_shape)
 
-        settings = {"build_network": build, "optimizer": "momentum", "clip_norm": 0.5}
+        settings = {"build_network": build, "optimizer": "momentum", "clip_norm": 0.5, "kernels": "numpy"}
         results.append(small_run(OneProcess(), tmp_path / kernels.__class__.__name__, **settings))
     assert results[0] == results[1]
     assert spy.called[-12:] == ["norm", "momentum"] * 6
