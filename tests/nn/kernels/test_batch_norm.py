@@ -9,7 +9,7 @@ from tests.nn.kernels.exact import assert_same_bits, numbers
 from tests.nn.kernels.oracles_channels import BatchNormOracle
 
 pytest.importorskip("numba")
-from distdl.nn.kernels.compiled import COMPILED
+from distdl.nn.kernels.compiled import COMPILED, arrays
 from distdl.nn.kernels.compiled.batch_norm import CompiledBatchNorm
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
@@ -51,6 +51,15 @@ def test_the_bits_are_those_of_the_formula(shape, special, relu):
     np.testing.assert_array_equal(norm.statistics["variance"], oracle.squares)
     expected = oracle.evaluate(x, norm.buffers["mean"], norm.buffers["variance"])
     assert_same_bits(compiled.forward(x, training=False), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_large_output_passes_the_caches_with_the_same_bits(shape, monkeypatch):
+    outputs = []
+    for least_bytes in (2**60, 0):
+        monkeypatch.setattr(arrays, "STREAMED_BYTES", least_bytes)
+        outputs.append(network(shape[1:], relu=True, kernels=COMPILED).forward(numbers(shape, 1), training=True))
+    assert_same_bits(*outputs)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -10,7 +10,7 @@ from distdl.nn import Affine, AvgPool2d, BatchNorm, Branches, Flatten, LeakyReLU
 
 pytest.importorskip("numba")
 from distdl.nn.kernels import PLAIN
-from distdl.nn.kernels.compiled import COMPILED
+from distdl.nn.kernels.compiled import COMPILED, arrays
 from tests.nn.kernels.exact import assert_same_bits, numbers
 from tests.nn.kernels.oracles_channels import BatchNormOracle
 from tests.nn.kernels.single_layers import assert_close, compiled_outcome, network, plain_outcome
@@ -76,8 +76,10 @@ BRANCHES = [
 
 
 @pytest.mark.parametrize("branches", BRANCHES, ids=len)
-@pytest.mark.parametrize("shape", [(3, 5, 7, 3), (2, 4, 4, 24), (5, 6)])
-def test_branches_are_concatenated_and_their_gradients_added_in_order(branches, shape):
+@pytest.mark.parametrize("shape", [(3, 5, 7, 3), (2, 4, 4, 24), (5, 6), (2, 3, 3, 32)])
+@pytest.mark.parametrize("streamed_bytes", [0, 2**20])
+def test_branches_are_concatenated_and_their_gradients_added_in_order(branches, shape, streamed_bytes, monkeypatch):
+    monkeypatch.setattr(arrays, "STREAMED_BYTES", streamed_bytes)
     x, dy = numbers(shape, 1), numbers((*shape[:-1], len(branches) * shape[-1]), 2)
     net = network([Branches(*branches)], shape[1:], COMPILED)
     net.parameters[:] = 1

@@ -12,8 +12,17 @@ import math
 import numpy as np
 from numpy.typing import DTypeLike
 
-from distdl.arrays import aligned_empty, aligned_zeros
+from distdl.arrays import ALIGNMENT_BYTES, aligned_empty, aligned_zeros
 from distdl.nn.layers import Array, Shape
+
+#: From this size on, a kernel writes an output past the caches: such an array does not stay in a second-level cache.
+STREAMED_BYTES = 2**20
+
+
+def is_streamed(array: Array) -> bool:
+    """Return whether a kernel should write this array past the caches."""
+    return array.nbytes >= STREAMED_BYTES and array.ctypes.data % ALIGNMENT_BYTES == 0
+
 
 _scratch: dict[str, Array] = {}
 

@@ -25,7 +25,7 @@ import numpy as np
 from numba import njit
 
 from distdl.nn.activations import ReLU
-from distdl.nn.kernels.compiled.arrays import scratch
+from distdl.nn.kernels.compiled.arrays import is_streamed, scratch
 from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.kernels.compiled.jit import kernel
 from distdl.nn.kernels.compiled.simd import (
@@ -40,6 +40,7 @@ from distdl.nn.kernels.compiled.simd import (
     store,
     store_bits,
     store_lanes,
+    stream,
 )
 from distdl.nn.kernels.compiled.sums import (
     add_wide,
@@ -63,7 +64,7 @@ f4, f8 = np.float32, np.float64
 
 
 @njit(inline="always")
-def _output(x, addend, y, bits, i, mean, scale, beta, lanes, add, relu):
+def _output(x, addend, y, bits, i, mean, scale, beta, lanes, add, relu, streamed):
     v = fma(load_lanes(x, i, lanes) - mean, scale, beta)
     if add:
         v = v + load_lanes(addend, i, lanes)
@@ -71,11 +72,14 @@ def _output(x, addend, y, bits, i, mean, scale, beta, lanes, add, relu):
         zero = splat(f4(0))
         v = maximum(v, zero)
         store_bits(bits, i >> 4, greater(v, zero))
-    store_lanes(y, i, v, lanes)
+    if streamed and lanes >= 16:
+        stream(y, i, v)
+    else:
+        store_lanes(y, i, v, lanes)
 
 
 @kernel
-def write_output(x_, addend_, y_, bits_, lines_, add, relu):
+def write_output(x_, addend_, y_, bits_, lines_, add, relu, streamed):
     """Write y for the lines of mean, scale and beta; see `forward`."""
     x, addend, y, lines = x_.ctypes.data, addend_.ctypes.data, y_.ctypes.data, lines_.ctypes.data
     bits, size, L = bits_.ctypes.data, x_.size, lines_.shape[1]
@@ -83,11 +87,11 @@ def write_output(x_, addend_, y_, bits_, lines_, add, relu):
     for o in range(0, whole, L):
         for p in range(0, L, 16):
             mean, scale, beta = load(lines, p), load(lines, L + p), load(lines, 2 * L + p)
-            _output(x, addend, y, bits, o + p, mean, scale, beta, 16, add, relu)
+            _output(x, addend, y, bits, o + p, mean, scale, beta, 16, add, relu, streamed)
     for i in range(whole, size, 16):
         p = i - whole
         mean, scale, beta = load(lines, p), load(lines, L + p), load(lines, 2 * L + p)
-        _output(x, addend, y, bits, i, mean, scale, beta, size - i, add, relu)
+        _output(x, addend, y, bits, i, mean, scale, beta, size - i, add, relu, streamed)
 
 
 @njit(inline="always")
@@ -100,12 +104,14 @@ def _fill_lines(lines_, row, values_):
 
 @kernel
 def forward(
-    x_, addend_, gamma_, beta_, y_, bits_, lines_, totals_, channels_, sums_, squares_, epsilon, add, relu
+    x_, addend_, gamma_, beta_, y_, bits_, lines_, totals_, channels_, sums_, squares_, epsilon, add, relu,
+    streamed,
 ):  # fmt: skip
     """Write y for the moments of x; write the moments' sums: of x and the count (C + 1,), and of squares (C,).
 
     The scratch: lines (5, L) float32, totals (2 L,) float64. `channels` (3, C) receives mean, inverse and scale. With
     `relu`, `bits` receives for each 16 elements the comparisons ``y > 0``. The addend is read only with `add`.
+    With `streamed`, y is written past the caches.
     """
     x, totals, size, L, C = x_.ctypes.data, totals_.ctypes.data, x_.size, lines_.shape[1], gamma_.size
     totals_[:] = 0
@@ -140,11 +146,11 @@ def forward(
     _fill_lines(lines_, 0, channels_[0])
     _fill_lines(lines_, 1, channels_[2])
     _fill_lines(lines_, 2, beta_)
-    write_output(x_, addend_, y_, bits_, lines_, add, relu)
+    write_output(x_, addend_, y_, bits_, lines_, add, relu, streamed)
 
 
 @kernel
-def evaluate(x_, addend_, mean_, variance_, gamma_, beta_, y_, bits_, lines_, channels_, epsilon, add, relu):
+def evaluate(x_, addend_, mean_, variance_, gamma_, beta_, y_, bits_, lines_, channels_, epsilon, add, relu, streamed):
     """Write y for the given moments; see `forward`."""
     for c in range(gamma_.size):
         channels_[0, c] = mean_[c]
@@ -153,7 +159,7 @@ def evaluate(x_, addend_, mean_, variance_, gamma_, beta_, y_, bits_, lines_, ch
     _fill_lines(lines_, 0, channels_[0])
     _fill_lines(lines_, 1, channels_[2])
     _fill_lines(lines_, 2, beta_)
-    write_output(x_, addend_, y_, bits_, lines_, add, relu)
+    write_output(x_, addend_, y_, bits_, lines_, add, relu, streamed)
 
 
 @njit(inline="always")
@@ -281,12 +287,12 @@ class CompiledBatchNorm(CompiledLayers):
         if training:
             forward(
                 flat, flat_addend, gamma, beta, flat_y, self.bits, lines, totals, self.channels,
-                norm.statistics["mean"], norm.statistics["variance"], epsilon, add, self.relu,
+                norm.statistics["mean"], norm.statistics["variance"], epsilon, add, self.relu, is_streamed(y),
             )  # fmt: skip
         else:
             evaluate(
                 flat, flat_addend, norm.buffers["mean"], norm.buffers["variance"], gamma, beta, flat_y, self.bits,
-                lines, self.channels, epsilon, add, self.relu,
+                lines, self.channels, epsilon, add, self.relu, is_streamed(y),
             )  # fmt: skip
         return y
 

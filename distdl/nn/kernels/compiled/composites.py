@@ -16,6 +16,7 @@ from numba import njit
 
 from distdl.nn.activations import ReLU
 from distdl.nn.composites import Composite, Residual
+from distdl.nn.kernels.compiled.arrays import is_streamed
 from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.kernels.compiled.batch_norm import CompiledBatchNorm
 from distdl.nn.kernels.compiled.jit import kernel
@@ -28,6 +29,7 @@ from distdl.nn.kernels.compiled.simd import (
     splat,
     store_bits,
     store_lanes,
+    stream,
 )
 from distdl.nn.kernels.fused_layers import Elements
 from distdl.nn.layer_stack import LayerStack
@@ -83,17 +85,22 @@ def add(x_, a_, b_, c_, count):
 
 
 @njit(inline="always")
-def _copy_run(source, s, to, t, width):
+def _copy_run(source, s, to, t, width, streamed):
     for c in range(0, width, 16):
-        store_lanes(to, t + c, load_lanes(source, s + c, width - c), width - c)
+        v = load_lanes(source, s + c, width - c)
+        if streamed:
+            stream(to, t + c, v)
+        else:
+            store_lanes(to, t + c, v, width - c)
 
 
 @kernel
-def copy_into_columns(part_, whole_, first):
-    """Copy a matrix into columns of a wider one, from column `first` on."""
+def copy_into_columns(part_, whole_, first, streamed):
+    """Copy a matrix into columns of a wider one, from column `first` on; if `streamed`, past the caches."""
     part, whole, (rows, width), columns = part_.ctypes.data, whole_.ctypes.data, part_.shape, whole_.shape[1]
+    aligned = width % 16 == 0 and columns % 16 == 0 and first % 16 == 0
     for row in range(rows):
-        _copy_run(part, row * width, whole, row * columns + first, width)
+        _copy_run(part, row * width, whole, row * columns + first, width, streamed and aligned)
 
 
 @kernel
@@ -101,7 +108,7 @@ def copy_columns(whole_, part_, first):
     """Copy columns of a matrix, from column `first` on, into a narrower one."""
     part, whole, (rows, width), columns = part_.ctypes.data, whole_.ctypes.data, part_.shape, whole_.shape[1]
     for row in range(rows):
-        _copy_run(whole, row * columns + first, part, row * width, width)
+        _copy_run(whole, row * columns + first, part, row * width, width, False)
 
 
 # ---------------------------------------------------------------------------------------------------------- layers
@@ -225,7 +232,7 @@ class CompiledBranches(_CompiledComposite):
         y = self.kept.array("y", (len(x), *self.output_shape))
         rows, first = y.reshape(-1, y.shape[-1]), 0
         for part, width in zip(outputs, self.widths, strict=True):
-            copy_into_columns(part.reshape(-1, width), rows, first)
+            copy_into_columns(part.reshape(-1, width), rows, first, is_streamed(y))
             first += width
         return y
 

@@ -123,6 +123,18 @@ def store_number(typing: Any, address: Any, offset: Any, value: Any) -> Any:
 
 
 @intrinsic
+def stream(typing: Any, address: Any, offset: Any, value: Any) -> Any:
+    """Write 16 numbers past the caches to a 64-byte boundary: faster if nothing reads them soon."""
+
+    def generate(context: Any, builder: Any, kind: Any, given: Any) -> Any:
+        written = builder.store(given[2], _pointer(builder, given[0], given[1], _VECTOR), align=64)
+        written.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, vector), generate
+
+
+@intrinsic
 def _load_part(typing: Any, address: Any, offset: Any, lanes: Any) -> Any:
     def generate(context: Any, builder: Any, kind: Any, given: Any) -> Any:
         return _masked_load(builder, given[0], given[1], _lane_mask(builder, given[2]))
