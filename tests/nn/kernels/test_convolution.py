@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("numba")
-from distdl.nn import Conv2d, MaxPool2d, ReLU, Sequential
+from distdl.nn import Conv2d, ConvTranspose2d, MaxPool2d, ReLU, Sequential
 from distdl.nn.kernels import PLAIN
 from distdl.nn.kernels.compiled import COMPILED, convolution
 
@@ -114,6 +114,7 @@ def test_direct_convolution_has_the_bits_of_its_formula_for_every_block(case, sp
 @pytest.mark.parametrize("special", [0, 0.01], ids=["normal", "special"])
 @pytest.mark.parametrize("case", WINOGRAD.values(), ids=WINOGRAD.keys())
 def test_winograd_has_the_bits_of_its_formula_for_every_block(case, special, monkeypatch):
+    monkeypatch.setattr(convolution, "is_for_winograd", lambda _: True)
     actual, *given = results(case, special)
     oracle = expected(case, *given, by_winograd=True)
     for a, e in zip(actual, oracle, strict=True):
@@ -123,18 +124,69 @@ def test_winograd_has_the_bits_of_its_formula_for_every_block(case, special, mon
         assert_same_bits(a, e)
 
 
-@pytest.mark.parametrize("kernel", [(3, 3), (2, 2)], ids=["winograd", "direct"])
-def test_the_first_of_equal_maxima_wins(kernel):
-    case = ((2, 6, 6, 1), 3, kernel, (1, 1), (1, 1), POOL, False)
+# input (N, H, W, C), filters, kernel, stride, padding
+TRANSPOSED = {
+    "twice as large": ((3, 3, 4, 17), 16, (2, 2), (2, 2), (0, 0)),
+    "few filters": ((2, 4, 3, 16), 3, (4, 4), (2, 2), (1, 1)),
+    "gaps between the kernels": ((2, 3, 3, 5), 18, (1, 2), (3, 3), (0, 0)),
+    "stride 1": ((2, 4, 4, 33), 20, (3, 3), (1, 1), (1, 2)),
+    "1x1": ((2, 3, 3, 20), 35, (1, 1), (1, 1), (0, 0)),
+    "one pixel": ((1, 1, 1, 1), 1, (3, 2), (2, 1), (0, 0)),
+}
+
+
+@pytest.mark.parametrize("special", [0, 0.01], ids=["normal", "special"])
+@pytest.mark.parametrize("case", TRANSPOSED.values(), ids=TRANSPOSED.keys())
+def test_transposed_convolution_has_the_bits_of_its_formula(case, special):
+    (_, H, W, C), filters, kernel, stride, padding = case
+    conv = ConvTranspose2d(filters, kernel, stride=stride, padding=padding)
+    net = Sequential([conv], (H, W, C), kernels=COMPILED)
+    net.bind(needs_input_gradient=True)
+    weight, bias = conv.parameters["weight"], conv.parameters["bias"]
+    weight[...], bias[...] = numbers(weight.shape, 10), numbers(bias.shape, 11)
+    x = numbers(case[0], 1, special)
+    y = net.forward(x, training=True)
+    dy = numbers(y.shape, 2, special)
+    dx = net.backward(dy)
+    window, few = (*kernel, *stride, *padding), filters < convolution.FEW
+    with np.errstate(invalid="ignore", over="ignore"):
+        assert_same_bits(y, oracles.input_gradient(x, weight, window, conv.output_size) + bias)
+        assert_same_bits(dx, oracles.convolution(dy, weight, window, (H, W)))
+        assert_same_bits(conv.gradients["weight"], oracles.weight_gradient(dy, x, window, zeros_outside=few))
+        assert_same_bits(conv.gradients["bias"], oracles.sum_in_order(dy))
+
+
+@pytest.mark.parametrize("by_winograd", [True, False], ids=["winograd", "direct"])
+def test_the_first_of_equal_maxima_wins(by_winograd, monkeypatch):
+    monkeypatch.setattr(convolution, "is_for_winograd", lambda _: by_winograd)
+    case = ((2, 6, 6, 1), 3, (3, 3), (1, 1), (1, 1), POOL, False)
     net, conv = network(case)
     conv.parameters["weight"][...] = 0
     y = net.forward(np.ones(case[0], f4), training=True)
     net.backward(np.ones_like(y))
     d = np.zeros((2, *conv.output_size, 3), f4)
     d[:, : 2 * y.shape[1] : 2, : 2 * y.shape[2] : 2] = 1  # the upper left pixel of each window
-    window = (*kernel, 1, 1, 1, 1)
+    window = (3, 3, 1, 1, 1, 1)
     oracle = oracles.weight_gradient(np.ones(case[0], f4), d, window, zeros_outside=True)
     np.testing.assert_allclose(conv.gradients["weight"], oracle, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "filters", "kernel", "settings", "by_winograd"),
+    [
+        ((4, 4, 4), 4, 3, {"padding": 1}, True),
+        ((28, 28, 1), 64, 3, {"padding": 1}, False),  # the first layer of vgg11
+        ((32, 32, 3), 64, 3, {"padding": 1}, True),
+        ((3, 3, 512), 512, 3, {"padding": 1}, False),
+        ((6, 6, 8), 8, 3, {"stride": 2}, False),
+        ((6, 6, 8), 8, (3, 2), {}, False),
+        ((8, 8, 8), 8, 5, {"padding": 2}, False),
+    ],
+)
+def test_the_shape_alone_chooses_winograd(shape, filters, kernel, settings, by_winograd):
+    net = Sequential([Conv2d(filters, kernel, **settings)], shape, kernels=COMPILED)
+    implementation = net.stack.segments[0][3]
+    assert type(implementation) is (convolution.WinogradConvolution if by_winograd else convolution.DirectConvolution)
 
 
 def error(actual, exact):

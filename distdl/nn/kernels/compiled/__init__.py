@@ -20,7 +20,7 @@ import numpy as np
 
 from distdl.nn.activations import LeakyReLU, ReLU, Sigmoid, Softmax, Tanh
 from distdl.nn.composites import Branches, Residual
-from distdl.nn.convolution import Conv2d
+from distdl.nn.convolution import Conv2d, ConvTranspose2d
 from distdl.nn.kernels import FusedLayers, Kernels
 from distdl.nn.kernels.compiled import optimizers
 from distdl.nn.kernels.compiled.activations import dropout_at, leaky_relu_at, relu_at
@@ -29,7 +29,7 @@ from distdl.nn.kernels.compiled.arrays import GradientArrays
 from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.kernels.compiled.batch_norm import batch_norm_at
 from distdl.nn.kernels.compiled.composites import branches_at, residual_at
-from distdl.nn.kernels.compiled.convolution import convolution_at
+from distdl.nn.kernels.compiled.convolution import convolution_at, transposed_convolution_at
 from distdl.nn.kernels.compiled.local_response_norm import local_response_norm_at
 from distdl.nn.kernels.compiled.losses import compiled_loss
 from distdl.nn.kernels.compiled.pooling import average_pool_at, global_average_pool_at, max_pool_at
@@ -48,6 +48,7 @@ _IMPLEMENTATIONS: dict[type[Layer], Callable[[Sequence[Layer], Sequence[str]], C
     BatchNorm: batch_norm_at,
     Branches: branches_at,
     Conv2d: convolution_at,
+    ConvTranspose2d: transposed_convolution_at,
     Dropout: dropout_at,
     GlobalAvgPool2d: global_average_pool_at,
     LeakyReLU: leaky_relu_at,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distdl.nn.activations import ReLU
-from distdl.nn.convolution import Conv2d
+from distdl.nn.convolution import Conv2d, ConvTranspose2d
 from distdl.nn.kernels.compiled import direct, products, winograd
 from distdl.nn.kernels.compiled.arrays import KeptArrays, scratch
 from distdl.nn.kernels.compiled.base import CompiledLayers
@@ -17,8 +17,21 @@ from distdl.nn.pooling import MaxPool2d
 from distdl.nn.windows import Window
 from distdl.rng import Key
 
+#: Floats of the images of a block that the second-level cache holds, as a guide.
+CACHE = 2**18
+#: Below this number of channels, the gradient of the weights has zeros outside of the image.
+FEW = 16
+#: From this number of output pixels on, it takes one image at a time if the channels are not many.
+MANY_PIXELS, MANY_CHANNELS = 128, 64
+#: Pixels that it copies at a time.
+COPIES = 128
+#: Floats of its stripes, or more for one row of a large image.
+STRIPES = 8192
+#: Without pooling.
+NO_WINNERS = np.empty((0, 3), np.uint16)
 
-def convolution_at(layers: Sequence[Layer], names: Sequence[str]) -> CompiledLayers | None:
+
+def convolution_at(layers: Sequence[Layer], names: Sequence[str]) -> CompiledLayers:
     """Return the implementation of the convolution at the first of these layers; the shape alone chooses it."""
     conv = layers[0]
     assert isinstance(conv, Conv2d)
@@ -27,9 +40,15 @@ def convolution_at(layers: Sequence[Layer], names: Sequence[str]) -> CompiledLay
     after = following[relu]
     pool = type(after) is MaxPool2d and after.window == Window((2, 2), stride=(2, 2)) and min(conv.output_size) >= 2
     taken = layers[: 1 + relu + pool]
-    if conv.window.kernel == (3, 3) and conv.window.stride == (1, 1) and min(conv.output_size) > 2:
-        return WinogradConvolution(taken, names[0], relu=relu, pool=pool)
-    return DirectConvolution(taken, names[0], relu=relu, pool=pool)
+    chosen = WinogradConvolution if is_for_winograd(conv) else DirectConvolution
+    return chosen(taken, names[0], relu=relu, pool=pool)
+
+
+def is_for_winograd(conv: Conv2d) -> bool:
+    """Return whether Winograd is faster: not for tiny images, nor for few channels and filters (first layers)."""
+    if conv.window.kernel != (3, 3) or conv.window.stride != (1, 1) or min(conv.output_size) <= 3:
+        return False
+    return conv.channels > 3 or conv.channels * conv.filters > 64
 
 
 class WinogradConvolution(CompiledLayers):
@@ -150,7 +169,7 @@ class DirectConvolution(CompiledLayers):
         wanted, N, winners = self.conv.needs_input_gradient, len(images), self._winners(len(self.x))
         masked = self.relu or self.pool
         dx = geometry.images(self.gradients.take(self.x.shape)) if wanted else None
-        block = geometry.masked_block(N) if masked else N
+        block = geometry.masked_block(N)
         room = scratch("convolution", geometry.masked_scratch(block)) if masked else dy.reshape(-1)
         bias = self.conv.gradients["bias"] if self.conv.bias else scratch("gradient of bias", self.conv.filters)
         for first in range(0, N, block):
@@ -166,16 +185,63 @@ class DirectConvolution(CompiledLayers):
         return None if dx is None else dx.reshape(self.x.shape)
 
 
-#: Floats of the images of a block that the second-level cache holds, as a guide.
-CACHE = 2**18
-#: Below this number of channels, the gradient of the weights has zeros outside of the image.
-FEW = 16
-#: From this number of output pixels on, it takes one image at a time if the channels are not many.
-MANY_PIXELS, MANY_CHANNELS = 128, 64
-#: Pixels that it copies at a time.
-COPIES = 128
-#: Floats of its stripes, or more for one row of a large image.
-STRIPES = 8192
+def transposed_convolution_at(layers: Sequence[Layer], names: Sequence[str]) -> CompiledLayers | None:
+    """Return the implementation of the transposed convolution at the first of these layers."""
+    return TransposedConvolution(layers[:1], names[0])
+
+
+class TransposedConvolution(CompiledLayers):
+    """A transposed convolution: the passes of a convolution of its output, with the roles exchanged; see `direct`.
+
+    The output is an input gradient, plus the bias. The input gradient is a convolution, and in the gradient of the
+    weights input and output gradient have changed places.
+    """
+
+    def __init__(self, layers: Sequence[Layer], name: str) -> None:
+        conv = layers[0]
+        assert isinstance(conv, ConvTranspose2d)
+        self.conv = conv
+        super().__init__(layers, name, (*conv.output_size, conv.filters))
+        self.geometry = Geometry.of(conv.window, self.output_shape, (*conv.size, conv.channels))
+
+    def elements(self) -> Elements:
+        weights = math.prod(self.conv.window.kernel) * self.conv.channels * self.conv.filters
+        wanted = self.conv.needs_input_gradient
+        return Elements(
+            kept=math.prod(self.output_shape),
+            of_weights=weights * (1 + (wanted and not is_packed(self.conv.channels))),
+            gradient=math.prod(self.conv.size) * self.conv.channels * wanted,
+            scratch=self.geometry.sums_scratch(),
+        )
+
+    def prepare(self) -> None:
+        weight = self.conv.parameters["weight"]
+        self.transposed = self.kept.array("transposed", (weight.size,))
+        direct.pack_for_input_gradient(weight, self.transposed, *self.geometry.window[2:])
+        if self.conv.needs_input_gradient:
+            self.packed = packed_weights(weight, self.kept)
+
+    def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
+        self.x, y = x, self.kept.array("y", (len(x), *self.output_shape))
+        d = self.geometry.outputs(x)
+        input_gradient(self.geometry, d, 0, len(d), self.transposed, self.geometry.images(y), 0)
+        return np.add(y, self.conv.parameters["bias"], out=y)
+
+    def _backward(self, dy: Array) -> Array | None:
+        geometry, images, d = self.geometry, self.geometry.images(dy), self.geometry.outputs(self.x)
+        N, flat = len(images), dy.reshape(-1)
+        weight_gradient(geometry, images, 0, d, 0, N, self.conv.gradients["weight"])
+        size = geometry.image[:2]
+        direct.output_gradient(dy, dy, NO_WINNERS, 0, N, flat, self.conv.gradients["bias"], *size, False, False)
+        if not self.conv.needs_input_gradient:
+            return None
+        dx = self.gradients.take(self.x.shape)
+        block = geometry.block(N)
+        direct.convolve(
+            images, 0, N, self.packed, 0, flat, geometry.outputs(dx), 0, NO_WINNERS, flat, *geometry.window,
+            *geometry.output[:2], 0, 0, 1, 1, block, geometry.rows(block), geometry.by_pixels(N), False, False, False,
+        )  # fmt: skip
+        return dx
 
 
 @dataclass(frozen=True)
@@ -251,15 +317,19 @@ def weight_gradient(
 ) -> None:
     """Set the gradient of the weights; add to it if the images are not the first ones."""
     (OH, OW, _), C = geometry.output, geometry.image[2]
-    room, add = scratch("gradient of weights", geometry.sums_scratch()), x_first > 0
-    given = (x, x_first, d, d_first, count, d_weight)
+    room, window, add = scratch("gradient of weights", geometry.sums_scratch()), geometry.window, x_first > 0
     if C < FEW:
         rows = max(1, STRIPES // geometry.stripe())
-        direct.weight_gradient_of_few(*given, room, *geometry.window, geometry.padded_rows(), rows, add)
+        given = (x, x_first, d, d_first, count, d_weight, room)
+        direct.weight_gradient_of_few(*given, *window, geometry.padded_rows(), rows, add)
     elif OH * OW >= MANY_PIXELS and C < MANY_CHANNELS:
-        direct.weight_gradient_by_rows(*given, *geometry.window, add)
+        direct.weight_gradient_by_rows(x, x_first, d, d_first, count, d_weight, *window, add)
     else:
-        direct.weight_gradient_by_copies(*given, room, *geometry.window, COPIES, add)
+        floats = math.prod(geometry.image) + math.prod(geometry.output)
+        step = max(max(CACHE, d_weight.size) // floats, -(-COPIES // (OH * OW)))  # the images stay in the cache
+        for k in range(0, count, step):
+            given = (x, x_first + k, d, d_first + k, min(step, count - k), d_weight, room)
+            direct.weight_gradient_by_copies(*given, *window, COPIES, add or k > 0)
 
 
 def input_gradient(
@@ -268,7 +338,6 @@ def input_gradient(
     """Write the input gradient of `count` images; `packed` is from `direct.pack_for_input_gradient`."""
     FH, FW, SH, SW, PH, PW = geometry.window
     (H, W, C), F = geometry.image, geometry.output[2]
-    none = np.empty((0, 3), np.uint16)
     at = 0
     for a in range(min(SH, H)):
         FA = len(range((a + PH) % SH, FH, SH))
@@ -282,8 +351,8 @@ def input_gradient(
                 )
                 block = part.block(count)
                 direct.convolve(
-                    d, d_first, count, packed, at, packed, dx, dx_first, none, packed, *part.window, *part.output[:2],
-                    a, b, SH, SW, block, part.rows(block), part.by_pixels(count), False, False, False,
+                    d, d_first, count, packed, at, packed, dx, dx_first, NO_WINNERS, packed, *part.window,
+                    *part.output[:2], a, b, SH, SW, block, part.rows(block), part.by_pixels(count), False, False, False,
                 )  # fmt: skip
             at += FA * FB * F * C
 

@@ -170,6 +170,12 @@ def convolve(
 # -------------------------------------------------------------------------------------------------------- gradients
 
 
+@njit(inline="always")
+def _fill(to, offset, count):
+    for c in range(0, count, 16):
+        store_lanes(to, offset + c, splat(f4(0)), count - c)
+
+
 @kernel
 def output_gradient(dy_, y_, winners_, first, count, d_, d_bias_, OH, OW, relu, pool):
     """Write the gradient before pooling and ReLU of `count` images, from `first` on, to d (N, OH, OW, F).
@@ -184,41 +190,38 @@ def output_gradient(dy_, y_, winners_, first, count, d_, d_bias_, OH, OW, relu, 
         d_bias_[:] = 0
     zero, vectors = splat(f4(0)), (F + 15) // 16
     PH, PW = OH // 2, OW // 2
-    for n in range(count):
-        image = d + 4 * n * OH * OW * F
+    row = PW if pool else 32  # windows or pixels that are read at a time, for all filters
+    start, end = first * PH * PW if pool else first * OH * OW, count * PH * PW if pool else count * OH * OW
+    for p0 in range(0, end, row):
+        some = min(row, end - p0)
+        image = d + 4 * p0 * F
+        if pool:
+            n, h = p0 // PW // PH, p0 // PW % PH
+            image = d + 4 * (n * OH + 2 * h) * OW * F
         for f in range(0, F, 16):
             lanes = F - f
             total = load_lanes(d_bias, f, lanes)
-            if pool:
-                for h in range(PH):
-                    for w in range(PW):
-                        pixel = ((first + n) * PH + h) * PW + w
-                        v = load_lanes(dy, pixel * F + f, lanes)
-                        if relu:
-                            v = select(greater(load_lanes(y, pixel * F + f, lanes), zero), v, zero)
-                        total = total + v
-                        k, o = pixel * vectors + f // 16, (2 * h * OW + 2 * w) * F + f
-                        above, below = select(winners_[k, 0], v, zero), select(winners_[k, 0], zero, v)
-                        store_lanes(image, o, select(winners_[k, 1], above, zero), lanes)
-                        store_lanes(image, o + F, select(winners_[k, 1], zero, above), lanes)
-                        store_lanes(image, o + OW * F, select(winners_[k, 2], below, zero), lanes)
-                        store_lanes(image, o + OW * F + F, select(winners_[k, 2], zero, below), lanes)
-                    if OW > 2 * PW:
-                        o = (2 * h * OW + 2 * PW) * F + f
-                        store_lanes(image, o, zero, lanes)
-                        store_lanes(image, o + OW * F, zero, lanes)
-                if OH > 2 * PH:
-                    for w in range(OW):
-                        store_lanes(image, (2 * PH * OW + w) * F + f, zero, lanes)
-            else:
-                start = (first + n) * OH * OW * F + f
-                for p in range(OH * OW):
-                    v = load_lanes(dy, start + p * F, lanes)
-                    if relu:
-                        v = select(greater(load_lanes(y, start + p * F, lanes), zero), v, zero)
-                        store_lanes(image, p * F + f, v, lanes)
-                    total = total + v
+            for p in range(some):
+                at = (start + p0 + p) * F + f
+                v = load_lanes(dy, at, lanes)
+                if relu:
+                    v = select(greater(load_lanes(y, at, lanes), zero), v, zero)
+                total = total + v
+                if pool:
+                    k, o = (start + p0 + p) * vectors + f // 16, 2 * p * F + f
+                    above, below = select(winners_[k, 0], v, zero), select(winners_[k, 0], zero, v)
+                    store_lanes(image, o, select(winners_[k, 1], above, zero), lanes)
+                    store_lanes(image, o + F, select(winners_[k, 1], zero, above), lanes)
+                    store_lanes(image, o + OW * F, select(winners_[k, 2], below, zero), lanes)
+                    store_lanes(image, o + OW * F + F, select(winners_[k, 2], zero, below), lanes)
+                elif relu:
+                    store_lanes(image, p * F + f, v, lanes)
             store_lanes(d_bias, f, total, lanes)
+        if pool and OW > 2 * PW:
+            _fill(image, 2 * PW * F, F)
+            _fill(image, (OW + 2 * PW) * F, F)
+        if pool and OH > 2 * PH and h == PH - 1:
+            _fill(image, 2 * OW * F, OW * F)
 
 
 @njit(inline="always")
