@@ -18,7 +18,7 @@ from distdl import cli
 from distdl import evaluate as shown
 from distdl.config import TrainConfig
 from distdl.data.batch_order import micro_batch
-from distdl.engine import train
+from distdl.engine import kernels, train
 from distdl.engine.storage import checkpoints
 from distdl.errors import UserError
 from distdl.inference import class_scores, evaluate_runs, fit, score_table
@@ -26,6 +26,7 @@ from distdl.inference.load import load
 from distdl.inference.score import Score, evaluate, in_half_precision
 from distdl.job.launched_by import read_launch
 from distdl.nn import Affine, BatchNorm, Conv2d, Flatten, ReLU, Sequential, Tanh, build_model
+from distdl.nn.kernels.choice import kernels_named
 from distdl.parallel import OneProcess
 
 alone = pytest.mark.skipif(read_launch().by is not None, reason="already under a launcher")
@@ -89,6 +90,7 @@ def plain_logits(folder):
     config = checkpoint.header["config"]
     [trained] = load([folder], OneProcess())
     network = build_model(config["model"], (8, 8, 1), 10)
+    network.use(kernels_named(config["kernels"]))
     for name, view in network.named_parameters():
         view[...] = checkpoint.tensors[name]
     rows, size, logits = trained.data.parts.test, config["micro_batch_size"], []
@@ -753,3 +755,16 @@ def test_two_ranks_print_a_refusal_once(what, wrong, run_job):
     assert len(told) == 1
     assert [word for word in words if word not in told[0]] == []
     assert "Traceback" not in done.stderr
+
+
+@alone
+def test_a_run_with_compiled_kernels_is_scored_with_numpy_kernels_where_there_is_no_numba(runs, monkeypatch):
+    why = "numba is not installed: pip install 'distdl-mpi[fast]'"
+    [usual] = load([runs / "convnet"], OneProcess())
+    monkeypatch.setattr(kernels, "obstacle", lambda: why)
+    [other] = load([runs / "convnet"], OneProcess())
+    assert (usual.network.stack.kernels.name, other.network.stack.kernels.name) == ("compiled", "numpy")
+    assert (usual.warnings, len(other.warnings)) == ([], 1)
+    assert why in other.warnings[0]
+    scores = [evaluate([one], "test", OneProcess()).scores[0] for one in (usual, other)]
+    assert scores[0].loss == pytest.approx(scores[1].loss, rel=1e-5)

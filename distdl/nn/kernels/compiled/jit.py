@@ -7,6 +7,7 @@ from typing import Any
 from numba import njit
 from numba.core import codegen, config, serialize
 from numba.core.compiler import CompileResult
+from numba.core.runtime import rtsys
 
 from distdl.nn.kernels.compiled.cache import kernel_cache
 
@@ -40,14 +41,18 @@ class _Cache:
         self._name = name
 
     def load_overload(self, signature: Any, target: Any) -> Any:
-        """Return the function compiled for a signature, or None."""
-        target.refresh()
+        """Return the function compiled for a signature, or None.
+
+        A loaded function needs numba's runtime library. It needs none of the implementations that `target.refresh`
+        loads, which takes longer than all kernels of a network.
+        """
         name = f"{self._name}{signature}"
         content = kernel_cache().read(name)
         if content is None:
             for listener in _listeners:
                 listener(name)
             return None
+        rtsys.initialize(target)
         return CompileResult._rebuild(target, *serialize.pickle.loads(content))
 
     def save_overload(self, signature: Any, result: Any) -> None:
