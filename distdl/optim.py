@@ -9,8 +9,6 @@ The book and PyTorch differ in the position of η in Momentum, in Nesterov's rul
 These optimizers follow PyTorch.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,7 +49,7 @@ class Optimizer(ABC):
         decay_slices: Sequence[slice] = (),
         frozen: Sequence[slice] = (),
         dtype: Any = np.float32,
-        fused: Callable[[Optimizer], Update] | None = None,
+        fused: "Callable[[Optimizer], Update] | None" = None,
         **settings: float,
     ) -> None:
         if unknown := settings.keys() - {*self.setting_names}:

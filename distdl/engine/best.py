@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from distdl.config import TrainConfig
+from distdl.elementary import power
 from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
@@ -85,3 +86,8 @@ def weights_to_score(
     finally:
         np.copyto(network.parameters, last[0])
         np.copyto(network.buffers, last[1])
+
+
+def plateau_share(config: TrainConfig, cuts: int) -> float:
+    """Return the share of the learning rate that is left after so many reductions of the plateau schedule."""
+    return power(config.plateau_factor, cuts)

@@ -5,7 +5,7 @@ meanwhile, the survivors begin the preparation again, in the same run folder.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from distdl.engine.logbook import Logbook
 from distdl.engine.memory import check_memory, check_resized, check_room_for_dataset
 from distdl.engine.metrics import Sums
 from distdl.engine.requirements import check_moments, check_outputs, check_ranks, outputs_of, restore
-from distdl.engine.same_bits import compared_bits
+from distdl.engine.same_bits import with_bits
 from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
 from distdl.engine.storage.files import check_output
@@ -124,8 +124,7 @@ class Preparation:
         trainer, facts, start = self.build(communicator)
         console = self.console = self.console or Console(live=communicator.size == 1)
         self.warnings = [*self.warnings, *compile_for(trainer, console)]
-        bits = compared_bits(communicator, self.config, trainer.data, trainer.state.network, facts.environment, start)
-        facts = replace(facts, environment=bits)
+        facts = with_bits(facts, trainer, start)
         logbook = Logbook(self.config, trainer.steps_per_epoch, console, keeps=communicator.survives_failures)
         self._open_folder(communicator, facts, start, logbook)
         assert self.folder is not None

@@ -1,37 +1,36 @@
 """Do the ranks, and a run and the checkpoint that it resumes from, compute the same bits? Their fingerprints tell."""
 
+from __future__ import annotations
+
 import socket
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distdl.config import TrainConfig
-from distdl.data import PreparedDataset
 from distdl.engine.fingerprint import Fingerprint, fingerprint, first_difference
 from distdl.engine.storage.header import CheckpointHeader
 from distdl.engine.storage.run_folder import StartingPoint
 from distdl.errors import UserError
-from distdl.nn import Sequential
 from distdl.parallel import Communicator, on_rank_0, together
 
+if TYPE_CHECKING:
+    from distdl.engine.coordinator import RunFacts
+    from distdl.engine.trainer import Trainer
 
-def compared_bits(
-    communicator: Communicator,
-    config: TrainConfig,
-    data: PreparedDataset,
-    network: Sequential,
-    environment: Mapping[str, Any],
-    start: StartingPoint | None,
-) -> dict[str, Any]:
-    """Return the environment with the part about bits. Collective; `start` is needed on rank 0.
+
+def with_bits(facts: RunFacts, trainer: Trainer, start: StartingPoint | None) -> RunFacts:
+    """Return the facts with the part of the environment about bits. Collective; `start` is needed on rank 0.
 
     Raises `UserError` on every rank as `require_same_bits` demands.
     """
-    ours = together(communicator, lambda: fingerprint(config, data, network))
-    found = {**environment, **bits_of_ranks(communicator, ours)}
+    config, communicator = trainer.config, trainer.communicator
+    ours = together(communicator, lambda: fingerprint(config, trainer.data, trainer.state.network))
+    found = {**facts.environment, **bits_of_ranks(communicator, ours)}
     if config.require_same_bits:
         on_rank_0(communicator, lambda: check_same_bits(start, found))
-    return found
+    return replace(facts, environment=found)
 
 
 def bits_of_ranks(communicator: Communicator, ours: Fingerprint) -> dict[str, Any]:
@@ -92,7 +91,9 @@ def warnings_about_bits(start: StartingPoint, config: TrainConfig, environment: 
 def check_same_bits(start: StartingPoint | None, environment: Mapping[str, Any]) -> None:
     """Raise `UserError` unless all ranks and the checkpoint to resume from show the same bits: `require_same_bits`."""
     for different in environment["ranks_that_differ"]:
-        raise UserError(f"--require-same-bits: {different}; give hosts of one kind, or leave the flag out")
+        raise UserError(
+            f"--require-same-bits: {different}; give --kernels compiled or hosts of one kind, or leave the flag out"
+        )
     if start is None or start.found is None:
         return
     header = start.found.header()

@@ -22,7 +22,6 @@ from distdl.config import TrainConfig, is_own
 from distdl.data import MicroBatches, PreparedDataset, batch_order
 from distdl.data.augmentation import Augmentation
 from distdl.data.batch_order import BatchOrder
-from distdl.elementary import power
 from distdl.engine import best
 from distdl.engine.checks import corruption, nonfinite
 from distdl.engine.console import Console
@@ -231,7 +230,7 @@ class Trainer:
         state, progress = self.state, self.state.progress
         rows = self._batch_order.rows(state.step)
         key = self.key.of("training", state.step)
-        learning_rate = self.schedule(state.step) * power(self.config.plateau_factor, progress.plateau_cuts)
+        learning_rate = self.schedule(state.step) * best.plateau_share(self.config, progress.plateau_cuts)
 
         def load(index: int) -> tuple[NDArray[np.float32], NDArray[Any]]:
             loaded = self.micro_batches.load(rows, index, key.of(index, "augmentation"))

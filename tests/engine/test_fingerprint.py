@@ -118,7 +118,10 @@ def test_ranks_that_differ_are_named_with_their_hosts_and_the_first_operation():
     text = "ranks 1, 3 on b and rank 0 on a compute other bits, first in: sum"
     found = bits_of_ranks(FourRanks(), ours)
     assert found == {"fingerprint": ours, "ranks_that_differ": [text]}
-    with pytest.raises(UserError, match=f"^--require-same-bits: {text}; give hosts of one kind, or leave the flag out"):
+    with pytest.raises(
+        UserError,
+        match=f"^--require-same-bits: {text}; give --kernels compiled or hosts of one kind, or leave the flag out",
+    ):
         check_same_bits(None, found)
 
 
@@ -146,7 +149,7 @@ def test_a_rank_that_differs_is_a_warning_or_an_error_on_every_rank(communicator
 
 
 def test_a_resume_with_other_bits_is_a_warning_or_an_error_that_names_the_operation(tmp_path, monkeypatch, capsys):
-    small_run(OneProcess(), tmp_path / "run", max_steps=2)
+    small_run(OneProcess(), tmp_path / "run", max_steps=2, kernels="numpy")
     small_run(OneProcess(), tmp_path / "run", max_steps=3, resume="auto", require_same_bits=True)
     assert warnings_in(capsys.readouterr().err) == []
     written = json.loads((tmp_path / "run" / "env.json").read_text())["fingerprint"]

@@ -1,7 +1,9 @@
 """Record golden receipts: the hashes of a few short runs. A test compares them, so no change of bits goes unnoticed.
 
     python tests/golden/record.py            write the receipts of this machine into receipts.json
-    python tests/golden/record.py --print    print the receipts of this one process instead
+    python tests/golden/record.py --print KERNELS    print the receipts of this one process instead
+
+With compiled kernels, one entry holds for every CPU. The rest of this text is about NumPy's kernels.
 
 The bits of a run depend on its config, on library versions and on the CPU's kernel family. So `receipts.json` has an
 entry for each combination seen so far (see `family`). The tests use the entry of the machine that they run on. A name
@@ -29,6 +31,7 @@ from distdl.data import sources
 from distdl.data.split import split
 from distdl.engine import train
 from distdl.engine.environment import kernel_family
+from distdl.nn.kernels.choice import obstacle
 from distdl.parallel import OneProcess
 from distdl.rng import Key
 
@@ -39,6 +42,8 @@ COMMAND = "python tests/golden/record.py"
 WITHOUT_AVX512 = {"OPENBLAS_CORETYPE": "Haswell", "NPY_DISABLE_CPU_FEATURES": "AVX512_SPR AVX512_ICL X86_V4"}
 #: The features of a CPU that has AVX-512, but not the newest part of it.
 WITH_OLDER_AVX512 = {"NPY_DISABLE_CPU_FEATURES": "AVX512_SPR"}
+#: The name of the entry with compiled kernels.
+COMPILED = "compiled kernels, every CPU"
 #: Families and the variables that select them; the first is the family of this process.
 PLAYED = {"its own": {}}
 if platform.machine() == "x86_64":
@@ -68,23 +73,25 @@ RUNS = {
 FINGERPRINTED = "digits, simple_convnet, adam"
 
 
-def family():
+def family(kernels):
     """Return the CPU kernels and library versions that determine the bits here, as one name.
 
     The C library is included: NumPy uses its exp and log of float64 if NumPy has no kernel of its own.
     """
+    if kernels == "compiled":
+        return COMPILED
     libraries = [library for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"]
     blas = [f"{library['internal_api']} {library['version']}" for library in libraries]
     c_library = " ".join(platform.libc_ver()).strip() or platform.system()
     return " · ".join([kernel_family(), f"numpy {np.__version__}", *blas, c_library])
 
 
-def receipt_of(name):
+def receipt_of(name, kernels):
     """Return both hashes of one of `RUNS`, and every bit of its loss; and the fingerprint of the run."""
     settings = RUNS[name]
     dataset = pixels() if settings.get("dataset") == "pixels" else piece_of_digits()
     with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig(**{**settings, "dataset": "digits", "kernels": "numpy", "run_dir": Path(folder) / "run"})
+        config = TrainConfig(**{**settings, "dataset": "digits", "kernels": kernels, "run_dir": Path(folder) / "run"})
         summary = train(config, OneProcess(), dataset=dataset)
         fingerprint = json.loads((config.run_dir / "env.json").read_text(encoding="utf-8"))["fingerprint"]
     return fingerprint, {
@@ -114,20 +121,20 @@ def with_own_validation(name, images, labels, classes, test_start):
     return sources.Dataset(name, images[rows], labels[rows], classes, test_start, validation_start=start)
 
 
-def entry_of_this_process():
+def entry_of_this_process(kernels):
     """Return the name and the receipts of this process's family."""
-    found = {name: receipt_of(name) for name in RUNS}
+    found = {name: receipt_of(name, kernels) for name in RUNS}
     receipts = {name: receipt for name, (_, receipt) in found.items()}
-    return family(), {"fingerprint": found[FINGERPRINTED][0], **receipts}
+    return family(kernels), {"fingerprint": found[FINGERPRINTED][0], **receipts}
 
 
-def entry_when_played(variables):
+def entry_when_played(variables, kernels="numpy"):
     """Return the name and receipts of a new process with these variables; None if this CPU lacks the instructions.
 
     The name is that of the actual family, which may differ from the requested one.
     """
     done = subprocess.run(
-        [sys.executable, __file__, "--print"],
+        [sys.executable, __file__, "--print", kernels],
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
@@ -147,8 +154,10 @@ def renewed(known, recorded):
     If the bits of a family recorded here have changed, those of families that this CPU cannot simulate have changed
     too. These are dropped, and must be recorded again on other CPUs.
     """
-    changed = any(name in known and bits_of(known[name]) != bits_of(entry) for name, entry in recorded.items())
-    dropped = sorted(set(known) - set(recorded)) if changed else []
+    changed = any(
+        name in known and bits_of(known[name]) != bits_of(entry) for name, entry in recorded.items() if name != COMPILED
+    )
+    dropped = sorted(set(known) - {*recorded, COMPILED}) if changed else []
     kept = {name: receipts for name, receipts in known.items() if name not in dropped}
     return dict(sorted({**kept, **recorded}.items())), dropped
 
@@ -163,12 +172,14 @@ def load():
 
 
 def main(arguments):
-    if arguments == ["--print"]:
-        name, receipts = entry_of_this_process()
+    if arguments[:1] == ["--print"]:
+        name, receipts = entry_of_this_process(*arguments[1:])
         print(json.dumps({name: receipts}))
         return
     known = load()
     recorded = dict(filter(None, map(entry_when_played, PLAYED.values())))
+    if obstacle() is None:
+        recorded |= [entry_when_played({}, "compiled")]
     entries, dropped = renewed(known, recorded)
     RECEIPTS.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for name, entry in recorded.items():

@@ -10,14 +10,13 @@ from distdl.config import TrainConfig
 from distdl.data import sources
 from distdl.engine import train
 from distdl.nn import Affine, BatchNorm, Conv2d, Dropout, Flatten, MaxPool2d, ReLU, Sequential
-from distdl.nn.kernels.compiled import COMPILED
 from distdl.parallel import OneProcess
 
 
 def build(input_shape, classes):
     convolution = [Conv2d(5, 3, padding=1), BatchNorm(), ReLU(), MaxPool2d(2)]
     affine = [Flatten(), Affine(6), ReLU(), Dropout(0.2), Affine(classes)]
-    return Sequential([*convolution, *affine], input_shape, kernels=COMPILED.for_network())
+    return Sequential([*convolution, *affine], input_shape)
 
 
 def main():
@@ -27,7 +26,7 @@ def main():
         run = Path(folder) / "run"
         config = TrainConfig(
             batch_size=32, micro_batch_size=4, epochs=1, schedule="cosine", clip_norm=1.0, augment="rotate=10,shift=1",
-            weight_decay=1e-4, run_dir=run,
+            weight_decay=1e-4, kernels="compiled", run_dir=run,
         )  # fmt: skip
         summary = train(config, OneProcess(), build_network=build, dataset=dataset)
         found = {
