@@ -190,7 +190,9 @@ def test_the_bits_do_not_depend_on_the_watchdog(communicator, shared_tmp_path):
 def test_a_rank_that_hangs_in_a_step_is_named_and_shows_its_stack_and_the_run_continues(tmp_path):
     trap = "if rank == 1:\n    time.sleep(5)"
     expected = undisturbed_receipt()  # it also compiles the kernels, which takes longer than this limit
-    code, printed, errors = ended(start(tmp_path, trap, flags=["--run-dir", "run", "--stall-warning", "1"]))
+    code, printed, errors = ended(
+        start(tmp_path, trap, flags=["--run-dir", "run", "--stall-warning", "1", "--kernels", "numpy"])
+    )
     assert code == 0, errors
     assert receipt_of(printed) == expected
     named = [line for line in errors.splitlines() if line.startswith("[rank 0] has waited for ")]
