@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from distdl.nn.kernels.compiled import winograd
@@ -44,24 +46,51 @@ def input_gradient(d, weight, window, size):
     return dx
 
 
+def as_points(window, *images):
+    """Return the pixels of images as images of their own, if this is a 1x1 convolution."""
+    if window != (1, 1, 1, 1, 0, 0):
+        return images
+    return tuple(x.reshape(-1, 1, 1, x.shape[3]) for x in images)
+
+
+def chunks(shape, limit):
+    """Yield the indices of the chunks of pixels (N, H, W): all rows of 1, 2, 4 ... images, or rows of one image."""
+    N, H, W = shape
+    images, rows = 1, max(1, limit // W)
+    while 2 * images * H * W <= limit:
+        images *= 2
+    for n in range(0, N, images):
+        for row in range(0, H, H if limit >= H * W else rows):
+            yield slice(n, n + images), slice(row, row + (H if limit >= H * W else rows))
+
+
 def weight_gradient(x, d, window, *, zeros_outside):
-    """Return one chain over (n, oh, ow) for each element."""
+    """Return the sum of the chunks; each is one chain over (n, oh, ow)."""
     FH, FW, SH, SW, PH, PW = window
     _, H, W, C = x.shape
-    dW = np.zeros((FH, FW, C, d.shape[3]), f4)
     if zeros_outside:
         x = np.pad(x, ((0, 0), (PH, PH + FH), (PW, PW + FW), (0, 0)))
         H, W, PH, PW = x.shape[1], x.shape[2], 0, 0
-    for n, oh, ow in np.ndindex(d.shape[:3]):
-        h, w = oh * SH - PH, ow * SW - PW
-        i, j = slice(max(0, -h), max(0, min(FH, H - h))), slice(max(0, -w), max(0, min(FW, W - w)))
-        pixels = x[n, max(0, h) : max(0, h + FH), max(0, w) : max(0, w + FW)]
-        dW[i, j] = fma(pixels[..., None], d[n, oh, ow], dW[i, j])
-    return dW
+    total = None
+    for images, rows in chunks(d.shape[:3], 128):
+        part = np.zeros((FH, FW, C, d.shape[3]), f4)
+        for n in range(len(d))[images]:
+            for oh, ow in itertools.product(range(d.shape[1])[rows], range(d.shape[2])):
+                h, w = oh * SH - PH, ow * SW - PW
+                i, j = slice(max(0, -h), max(0, min(FH, H - h))), slice(max(0, -w), max(0, min(FW, W - w)))
+                pixels = x[n, max(0, h) : max(0, h + FH), max(0, w) : max(0, w + FW)]
+                part[i, j] = fma(pixels[..., None], d[n, oh, ow], part[i, j])
+        total = part if total is None else total + part
+    return total
+
+
+def sum_of_chunks(d, limit):
+    """Return the sum of the chunks over all axes but the last, each in row-major order."""
+    return sum_in_order(np.array([sum_in_order(d[chunk]) for chunk in chunks(d.shape[:3], limit)], f4))
 
 
 def sum_in_order(d):
-    """Return the sum over all axes but the last, in row-major order."""
+    """Return the sum over all axes but the last, in row-major order, from 0."""
     total = np.zeros(d.shape[-1], f4)
     for row in d.reshape(-1, d.shape[-1]):
         total += row

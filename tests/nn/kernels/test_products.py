@@ -39,12 +39,14 @@ def _packed(B):
 
 
 @pytest.mark.parametrize("special", [0, 0.02], ids=["normal", "special"])
-@pytest.mark.parametrize("add", [0, 1])
+@pytest.mark.parametrize("add", [0, 1, 2])
 def test_products_have_the_bits_of_their_formula_for_all_tiles(add, special):
     M, K, N = max(ROWS), 5, max(COLUMNS)
     A, B = numbers((M, TERMS, K), 1, special), numbers((TERMS, K, N), 2, special)
     start = numbers((M, N), 3, special)
-    expected = chain(A.reshape(M, -1), B.reshape(-1, N), start if add else 0)
+    expected = chain(A.reshape(M, -1), B.reshape(-1, N), start if add == 1 else 0)
+    if add == 2:
+        expected = start + expected
     by_rows = (A, TERMS * K, K, 1)
     by_columns = (np.ascontiguousarray(A.transpose(1, 2, 0)), 1, K * M, M)
     for n in COLUMNS:

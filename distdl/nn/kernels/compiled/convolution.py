@@ -23,10 +23,8 @@ CACHE = 2**18
 FEW = 16
 #: From this number of output pixels on, it takes one image at a time if the channels are not many.
 MANY_PIXELS, MANY_CHANNELS = 128, 64
-#: Pixels that it copies at a time.
-COPIES = 128
-#: Floats of its stripes, or more for one row of a large image.
-STRIPES = 8192
+#: Pixels of a chunk of the sums over all pixels: for the gradients of the weights and of the bias.
+WEIGHT_CHUNK, BIAS_CHUNK = 128, 32
 #: Without pooling.
 NO_WINNERS = np.empty((0, 3), np.uint16)
 
@@ -176,8 +174,9 @@ class DirectConvolution(CompiledLayers):
             count = min(block, N - first)
             if masked or self.conv.bias:
                 direct.output_gradient(
-                    dy, self.y, winners, first, count, room, bias, *geometry.output[:2], self.relu, self.pool
-                )
+                    dy, self.y, winners, first, count, room, bias, *geometry.output[:2],
+                    *chunk(geometry.output, BIAS_CHUNK), self.relu, self.pool,
+                )  # fmt: skip
             d, d_first = (geometry.outputs(room), 0) if masked else (geometry.outputs(dy), first)
             weight_gradient(geometry, images, first, d, d_first, count, self.conv.gradients["weight"])
             if dx is not None:
@@ -232,7 +231,10 @@ class TransposedConvolution(CompiledLayers):
         N, flat = len(images), dy.reshape(-1)
         weight_gradient(geometry, images, 0, d, 0, N, self.conv.gradients["weight"])
         size = geometry.image[:2]
-        direct.output_gradient(dy, dy, NO_WINNERS, 0, N, flat, self.conv.gradients["bias"], *size, False, False)
+        direct.output_gradient(
+            dy, dy, NO_WINNERS, 0, N, flat, self.conv.gradients["bias"],
+            *size, *chunk(geometry.image, BIAS_CHUNK), False, False,
+        )  # fmt: skip
         if not self.conv.needs_input_gradient:
             return None
         dx = self.gradients.take(self.x.shape)
@@ -242,6 +244,17 @@ class TransposedConvolution(CompiledLayers):
             *geometry.output[:2], 0, 0, 1, 1, block, geometry.rows(block), geometry.by_pixels(N), False, False, False,
         )  # fmt: skip
         return dx
+
+
+def chunk(output: Shape, limit: int) -> tuple[int, int]:
+    """Return the number of images and of rows of a chunk, which has at most `limit` pixels, or is one row.
+
+    The number of images is a power of two. It is 1 unless the chunk has all rows.
+    """
+    OH, OW, _ = output
+    if limit < OH * OW:
+        return 1, max(1, limit // OW)
+    return 1 << (limit // (OH * OW)).bit_length() - 1, OH
 
 
 @dataclass(frozen=True)
@@ -280,10 +293,10 @@ class Geometry:
         return max(1, min(images, N))
 
     def masked_block(self, N: int) -> int:
-        """Return the number of images whose masked gradient is computed at a time."""
-        if self.image[:2] == (1, 1):
-            return min(N, max(96, CACHE // (self.image[2] + self.output[2]) // 96 * 96))
-        return self.block(N)
+        """Return the number of images whose masked gradient is computed at a time: whole chunks of images."""
+        images = CACHE // (self.image[2] + self.output[2]) if self.image[:2] == (1, 1) else self.block(N)
+        group, _ = chunk(self.output, WEIGHT_CHUNK)
+        return min(N, max(group, images // group * group))
 
     def masked_scratch(self, block: int) -> int:
         return block * math.prod(self.output)
@@ -295,11 +308,6 @@ class Geometry:
     def pooling_scratch(self, block: int) -> int:
         return block * self.rows(block) * self.output[1] * self.output[2]
 
-    def stripe(self) -> int:
-        """Return the floats of a stripe of `direct.weight_gradient_of_few`."""
-        FH, FW, _, SW, _, _ = self.window
-        return ((self.output[1] - 1) * SW + FW) * FH * self.image[2]
-
     def padded_rows(self) -> int:
         """Return the rows of the gradient of the weights, or a few more, so that they are cut into large tiles."""
         step = 16 if self.output[2] <= 16 else 4 if self.output[2] <= 32 else 2
@@ -307,9 +315,11 @@ class Geometry:
 
     def sums_scratch(self) -> int:
         """Return the floats of scratch of the gradient of the weights."""
-        if self.image[2] < FEW:
-            return self.padded_rows() * (self.output[2] + 1) + max(STRIPES, self.stripe())
-        return COPIES * (self.image[2] + self.output[2])
+        C, (_, OW, F), (FH, FW, _, SW, _, _) = self.image[2], self.output, self.window
+        rows = math.prod(chunk(self.output, WEIGHT_CHUNK))
+        if C < FEW:
+            return self.padded_rows() * (F + 1) + rows * ((OW - 1) * SW + FW) * FH * C
+        return rows * OW * (C + F)
 
 
 def weight_gradient(
@@ -318,18 +328,18 @@ def weight_gradient(
     """Set the gradient of the weights; add to it if the images are not the first ones."""
     (OH, OW, _), C = geometry.output, geometry.image[2]
     room, window, add = scratch("gradient of weights", geometry.sums_scratch()), geometry.window, x_first > 0
+    group, rows = chunk(geometry.output, WEIGHT_CHUNK)
     if C < FEW:
-        rows = max(1, STRIPES // geometry.stripe())
         given = (x, x_first, d, d_first, count, d_weight, room)
-        direct.weight_gradient_of_few(*given, *window, geometry.padded_rows(), rows, add)
+        direct.weight_gradient_of_few(*given, *window, geometry.padded_rows(), group, rows, add)
     elif OH * OW >= MANY_PIXELS and C < MANY_CHANNELS:
-        direct.weight_gradient_by_rows(x, x_first, d, d_first, count, d_weight, *window, add)
+        direct.weight_gradient_by_rows(x, x_first, d, d_first, count, d_weight, *window, rows, add)
     else:
-        floats = math.prod(geometry.image) + math.prod(geometry.output)
-        step = max(max(CACHE, d_weight.size) // floats, -(-COPIES // (OH * OW)))  # the images stay in the cache
+        images = max(CACHE, d_weight.size) // (math.prod(geometry.image) + math.prod(geometry.output))
+        step = max(1, images // group) * group  # so they stay in the cache
         for k in range(0, count, step):
             given = (x, x_first + k, d, d_first + k, min(step, count - k), d_weight, room)
-            direct.weight_gradient_by_copies(*given, *window, COPIES, add or k > 0)
+            direct.weight_gradient_by_copies(*given, *window, group, rows, add or k > 0)
 
 
 def input_gradient(

@@ -6,12 +6,14 @@ SH and SW the stride, PH and PW the padding. The order of operations:
 - ``y[n, oh, ow, f]``: one chain of fused multiply-adds (see `products`) over the kernel's elements (i, j, c) in
   ascending order. It skips those that lie outside of the image. Then the maximum of 2x2 pixels, the bias and the ReLU.
 - ``dx[n, h, w, c]``: one chain over (oh, ow, f) in ascending order, of the outputs that use this pixel.
-- ``dW[i, j, c, f]``: one chain over (n, oh, ow) in ascending order. It skips pixels outside of the image; in
+- ``dW[i, j, c, f]``: one chain over (n, oh, ow) in ascending order for each chunk of images or rows (see
+  `convolution.chunk`), from 0; the first plus the second and so on. A chain skips pixels outside of the image; in
   `weight_gradient_of_few` they count as zeros.
-- ``db[f]``: a sum over (n, oh, ow) in ascending order; after pooling, over its windows.
+- ``db[f]``: from 0, the sum of each chunk is added; it is a sum over (n, oh, ow) in ascending order, from 0. After
+  pooling, a chunk is a row of windows.
 
-So no size of a block changes the bits. A block of samples has the same pixel of all its images as the rows of a
-product, or all pixels of a row of one image, whichever is faster.
+Chunks keep the rounding errors of long sums small. No size of a block changes the bits. A block of samples has the same
+pixel of all its images as the rows of a product, or all pixels of a row of one image, whichever is faster.
 """
 
 import numpy as np
@@ -177,10 +179,11 @@ def _fill(to, offset, count):
 
 
 @kernel
-def output_gradient(dy_, y_, winners_, first, count, d_, d_bias_, OH, OW, relu, pool):
+def output_gradient(dy_, y_, winners_, first, count, d_, d_bias_, OH, OW, group, rows, relu, pool):
     """Write the gradient before pooling and ReLU of `count` images, from `first` on, to d (N, OH, OW, F).
 
-    Without ReLU and pooling it is dy, and nothing is written. Add it to d_bias, which begins with 0.
+    Without ReLU and pooling it is dy, and nothing is written. Add it to d_bias, which begins with 0. A
+    chunk has `rows` rows of `group` images.
     """
     F = d_bias_.size
     dy, y, d, d_bias = (
@@ -190,38 +193,37 @@ def output_gradient(dy_, y_, winners_, first, count, d_, d_bias_, OH, OW, relu, 
         d_bias_[:] = 0
     zero, vectors = splat(f4(0)), (F + 15) // 16
     PH, PW = OH // 2, OW // 2
-    row = PW if pool else 32  # windows or pixels that are read at a time, for all filters
-    start, end = first * PH * PW if pool else first * OH * OW, count * PH * PW if pool else count * OH * OW
-    for p0 in range(0, end, row):
-        some = min(row, end - p0)
-        image = d + 4 * p0 * F
-        if pool:
-            n, h = p0 // PW // PH, p0 // PW % PH
-            image = d + 4 * (n * OH + 2 * h) * OW * F
-        for f in range(0, F, 16):
-            lanes = F - f
-            total = load_lanes(d_bias, f, lanes)
-            for p in range(some):
-                at = (start + p0 + p) * F + f
-                v = load_lanes(dy, at, lanes)
-                if relu:
-                    v = select(greater(load_lanes(y, at, lanes), zero), v, zero)
-                total = total + v
-                if pool:
-                    k, o = (start + p0 + p) * vectors + f // 16, 2 * p * F + f
-                    above, below = select(winners_[k, 0], v, zero), select(winners_[k, 0], zero, v)
-                    store_lanes(image, o, select(winners_[k, 1], above, zero), lanes)
-                    store_lanes(image, o + F, select(winners_[k, 1], zero, above), lanes)
-                    store_lanes(image, o + OW * F, select(winners_[k, 2], below, zero), lanes)
-                    store_lanes(image, o + OW * F + F, select(winners_[k, 2], zero, below), lanes)
-                elif relu:
-                    store_lanes(image, p * F + f, v, lanes)
-            store_lanes(d_bias, f, total, lanes)
-        if pool and OW > 2 * PW:
-            _fill(image, 2 * PW * F, F)
-            _fill(image, (OW + 2 * PW) * F, F)
-        if pool and OH > 2 * PH and h == PH - 1:
-            _fill(image, 2 * OW * F, OW * F)
+    height, width = (PH, PW) if pool else (OH, OW)  # in windows or pixels
+    if pool:
+        group, rows = 1, 1
+    for n in range(0, count, group):
+        for h in range(0, height, rows):
+            some = (min(n + group, count) - n) * (min(h + rows, height) - h) * width
+            start = ((first + n) * height + h) * width
+            image = d + 4 * (n * OH + (2 * h if pool else h)) * OW * F
+            for f in range(0, F, 16):
+                lanes, total = F - f, zero
+                for p in range(some):
+                    at = (start + p) * F + f
+                    v = load_lanes(dy, at, lanes)
+                    if relu:
+                        v = select(greater(load_lanes(y, at, lanes), zero), v, zero)
+                    total = total + v
+                    if pool:
+                        k, o = (start + p) * vectors + f // 16, 2 * p * F + f
+                        above, below = select(winners_[k, 0], v, zero), select(winners_[k, 0], zero, v)
+                        store_lanes(image, o, select(winners_[k, 1], above, zero), lanes)
+                        store_lanes(image, o + F, select(winners_[k, 1], zero, above), lanes)
+                        store_lanes(image, o + OW * F, select(winners_[k, 2], below, zero), lanes)
+                        store_lanes(image, o + OW * F + F, select(winners_[k, 2], zero, below), lanes)
+                    elif relu:
+                        store_lanes(image, p * F + f, v, lanes)
+                store_lanes(d_bias, f, load_lanes(d_bias, f, lanes) + total, lanes)
+            if pool and OW > 2 * PW:
+                _fill(image, 2 * PW * F, F)
+                _fill(image, (OW + 2 * PW) * F, F)
+            if pool and OH > 2 * PH and h == PH - 1:
+                _fill(image, 2 * OW * F, OW * F)
 
 
 @njit(inline="always")
@@ -238,106 +240,108 @@ def _copy(source, at, to, offset, count):
 
 
 @kernel
-def weight_gradient_by_rows(x_, x_first, d_, d_first, count, d_weights_, FH, FW, SH, SW, PH, PW, add):
-    """Set the gradient of the weights to that of `count` images, or with `add` add it: one product for each image."""
+def weight_gradient_by_rows(x_, x_first, d_, d_first, count, d_weights_, FH, FW, SH, SW, PH, PW, rows, add):
+    """Set the gradient of the weights to that of `count` images, or with `add` add it. A chunk has `rows` rows."""
     _, H, W, C = x_.shape
     _, OH, OW, F = d_.shape
     x, d, d_weights = np.int64(x_.ctypes.data), np.int64(d_.ctypes.data), np.int64(d_weights_.ctypes.data)
     for n in range(count):
         for i in range(FH):
-            h0, h1 = _outputs(i, SH, PH, H, OH)
+            h_in, h_out = _outputs(i, SH, PH, H, OH)
             for j in range(FW):
                 w0, w1 = _outputs(j, SW, PW, W, OW)
-                A = x + 4 * (((x_first + n) * H + h0 * SH - PH + i) * W + w0 * SW - PW + j) * C
-                B, to = d + 4 * (((d_first + n) * OH + h0) * OW + w0) * F, d_weights + 4 * (i * FW + j) * C * F
-                again = 1 if add or n > 0 else 0
-                product(A, 1, SH * W * C, SW * C, B, OW * F, F, to, F, h1 - h0, C, w1 - w0, F, again)
+                to = d_weights + 4 * (i * FW + j) * C * F
+                for row in range(0, OH, rows):
+                    h0 = max(h_in, row)
+                    h1 = max(h0, min(h_out, row + rows))
+                    A = x + 4 * (((x_first + n) * H + h0 * SH - PH + i) * W + w0 * SW - PW + j) * C
+                    B = d + 4 * (((d_first + n) * OH + h0) * OW + w0) * F
+                    again = 2 if add or n > 0 or row > 0 else 0
+                    product(A, 1, SH * W * C, SW * C, B, OW * F, F, to, F, h1 - h0, C, w1 - w0, F, again)
 
 
 @kernel
 def weight_gradient_by_copies(
-    x_, x_first, d_, d_first, count, d_weights_, scratch_, FH, FW, SH, SW, PH, PW, copies, add
+    x_, x_first, d_, d_first, count, d_weights_, scratch_, FH, FW, SH, SW, PH, PW, group, rows, add
 ):  # fmt: skip
-    """Do the same with copies of `copies` pixels of both images, which lie close together in the cache.
+    """Do the same with copies of the pixels of a chunk, which lie close together in the cache.
 
-    The scratch has ``copies (C + F)`` floats.
+    A chunk has `rows` rows of `group` images. The scratch has ``group rows OW (C + F)`` floats.
     """
     _, H, W, C = x_.shape
     _, OH, OW, F = d_.shape
     d_weights, left = np.int64(d_weights_.ctypes.data), np.int64(scratch_.ctypes.data)
     x = np.int64(x_.ctypes.data) + 4 * x_first * H * W * C
     d = np.int64(d_.ctypes.data) + 4 * d_first * OH * OW * F
+    copies = group * rows * OW
     right = left + 4 * copies * C
     for i in range(FH):
-        h0, h1 = _outputs(i, SH, PH, H, OH)
+        h_in, h_out = _outputs(i, SH, PH, H, OH)
         for j in range(FW):
             w0, w1 = _outputs(j, SW, PW, W, OW)
-            to, total = d_weights + 4 * (i * FW + j) * C * F, count * (h1 - h0) * (w1 - w0)
-            n, h, w, first = 0, h0, w0, 0
-            while True:  # once without pixels
-                K = min(copies, total - first)
-                for k in range(K):
-                    source = x + 4 * ((n * H + h * SH - PH + i) * W + w * SW - PW + j) * C
+            for n0 in range(0, count, group):
+                for row in range(0, OH, rows):
+                    K = 0
+                    for n in range(n0, min(n0 + group, count)):
+                        for h in range(max(h_in, row), min(h_out, row + rows)):
+                            for w in range(w0, w1):
+                                source = x + 4 * ((n * H + h * SH - PH + i) * W + w * SW - PW + j) * C
+                                for c in range(0, C, PANEL):
+                                    width = min(PANEL, C - c)
+                                    _copy(source, c, left, c * copies + K * width, width)
+                                source = d + 4 * ((n * OH + h) * OW + w) * F
+                                f = 0
+                                while f < F:
+                                    width = block_width(f, F)
+                                    _copy(source, f, right, f * copies + K * width, width)
+                                    f += width
+                                K += 1
+                    again = 2 if add or n0 > 0 or row > 0 else 0
                     for c in range(0, C, PANEL):
-                        width = min(PANEL, C - c)
-                        _copy(source, c, left, c * copies + k * width, width)
-                    source = d + 4 * ((n * OH + h) * OW + w) * F
-                    f = 0
-                    while f < F:
-                        width = block_width(f, F)
-                        _copy(source, f, right, f * copies + k * width, width)
-                        f += width
-                    w += 1
-                    if w == w1:
-                        w, h = w0, h + 1
-                        if h == h1:
-                            h, n = h0, n + 1
-                again = 1 if add or first > 0 else 0
-                for c in range(0, C, PANEL):
-                    M = min(PANEL, C - c)
-                    at, rows = left + 4 * c * copies, to + 4 * c * F
-                    packed_product(at, 1, 0, M, right, copies, 0, 0, 1, rows, F, 1, M, K, F, again)
-                first += K
-                if first >= total:
-                    break
+                        M = min(PANEL, C - c)
+                        at, to = left + 4 * c * copies, d_weights + 4 * ((i * FW + j) * C + c) * F
+                        packed_product(at, 1, 0, M, right, copies, 0, 0, 1, to, F, 1, M, K, F, again)
 
 
 @kernel
 def weight_gradient_of_few(
-    x_, x_first, d_, d_first, count, d_weights_, scratch_, FH, FW, SH, SW, PH, PW, M, block, add
+    x_, x_first, d_, d_first, count, d_weights_, scratch_, FH, FW, SH, SW, PH, PW, M, group, rows, add
 ):  # fmt: skip
     """Do the same for few channels.
 
     The FH rows of an image under a row of the output are stored as (w, i, c), with zeros outside of the image. So a
-    patch (j, i, c) is contiguous, and it overlaps with the next one. A product takes `block` rows of the output. It has
-    M rows, at least FH FW C, so that they are cut into large tiles. The scratch has ``M F`` floats, which the calls for
-    the next images need, ``block ((OW - 1) SW + FW) FH C`` floats, and M more.
+    patch (j, i, c) is contiguous, and it overlaps with the next one. A product has M rows, at least FH FW C, so that
+    they are cut into large tiles. The scratch has ``M F`` floats, which the calls for the next images need, ``group
+    rows ((OW - 1) SW + FW) FH C`` floats, and M more.
     """
     _, H, W, C = x_.shape
     _, OH, OW, F = d_.shape
     x, d = np.int64(x_.ctypes.data), np.int64(d_.ctypes.data) + 4 * d_first * OH * OW * F
     d_weights, sums = np.int64(d_weights_.ctypes.data), np.int64(scratch_.ctypes.data)
     pixel, columns = FH * C, (OW - 1) * SW + FW
-    stripe, stripes, rows = columns * pixel, sums + 4 * M * F, count * OH
-    for first in range(0, rows, block):
-        some = min(block, rows - first)
-        for row in range(first, first + some):
-            n, h = x_first + row // OH, row % OH * SH - PH
-            for i in range(FH):
-                source = x + 4 * ((n * H + h + i) * W - PW) * C
-                to = stripes + 4 * ((row - first) * stripe + i * C)
-                inside = 0 <= h + i < H
-                w_in, w_out = min(columns, PW) if inside else columns, min(columns, W + PW)
-                for c in range(C):
-                    for w in range(w_in):
-                        store_number(to, w * pixel + c, f4(0))
-                    for w in range(w_in, w_out):
-                        store_number(to, w * pixel + c, load_number(source, w * C + c))
-                    for w in range(max(w_in, w_out), columns):
-                        store_number(to, w * pixel + c, f4(0))
-        again = 1 if add or first > 0 else 0
-        at = d + 4 * first * OW * F
-        product(stripes, 1, stripe, SW * pixel, at, OW * F, F, sums, F, some, M, OW, F, again)
+    stripe, stripes = columns * pixel, sums + 4 * M * F
+    for n0 in range(0, count, group):
+        for row in range(0, OH, rows):
+            some = 0
+            for n in range(n0, min(n0 + group, count)):
+                for oh in range(row, min(row + rows, OH)):
+                    for i in range(FH):
+                        h = oh * SH - PH + i
+                        source = x + 4 * (((x_first + n) * H + h) * W - PW) * C
+                        to = stripes + 4 * (some * stripe + i * C)
+                        inside = 0 <= h < H
+                        w_in, w_out = min(columns, PW) if inside else columns, min(columns, W + PW)
+                        for c in range(C):
+                            for w in range(w_in):
+                                store_number(to, w * pixel + c, f4(0))
+                            for w in range(w_in, w_out):
+                                store_number(to, w * pixel + c, load_number(source, w * C + c))
+                            for w in range(max(w_in, w_out), columns):
+                                store_number(to, w * pixel + c, f4(0))
+                    some += 1
+            again = 2 if add or n0 > 0 or row > 0 else 0
+            at = d + 4 * (n0 * OH + row) * OW * F
+            product(stripes, 1, stripe, SW * pixel, at, OW * F, F, sums, F, some, M, OW, F, again)
     for i in range(FH):
         for j in range(FW):
             _copy(sums, (j * FH + i) * C * F, d_weights, (i * FW + j) * C * F, C * F)

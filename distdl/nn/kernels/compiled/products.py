@@ -83,7 +83,7 @@ def _whole(a, b, c, d, e, f, g, h, i, j):
 
 @njit(inline="always")
 def product(A, a_m, a_i, a_k, B, b_i, b_k, C, c_m, I, M, K, N, add):
-    """Set ``C[m, n] (+)= sum over i < I and k < K of A[m, i, k] B[i, k, n]``; `add` is 0 or 1."""
+    """Set ``C[m, n] (+)= sum over i < I and k < K of A[m, i, k] B[i, k, n]``; `add`: see `tile_product`."""
     n = 0
     a_m, a_i, a_k, b_i, b_k, c_m, I, M, K, add = _whole(a_m, a_i, a_k, b_i, b_k, c_m, I, M, K, add)
     while n < N:

@@ -433,7 +433,8 @@ def tile_product(rows: int, vectors: int, *, masked: bool) -> Any:
     """Return an intrinsic for ``C[m, n] (+)= sum over i and k of A[m, i, k] B[i, k, n]``.
 
     It computes a tile of `rows` rows m and ``16 * vectors`` columns n in registers. Each element is one chain of fused
-    multiply-adds, over i and then k in ascending order, that begins with 0 or, with `add`, with the element of C. Its
+    multiply-adds, over i and then k in ascending order. It begins with 0, or if `add` is 1 with the element of C; if
+    `add` is 2 it begins with 0 and is added to the element of C. Its
     bits are those of this formula: no tile size and no CPU changes them.
 
     All strides are counted in floats: of A for m, i and k; of B for i and k; of C for m. With `masked`, the last vector
@@ -465,9 +466,9 @@ def tile_product(rows: int, vectors: int, *, masked: bool) -> Any:
                 for v in range(vectors)
             ]
             start = builder.block
-            names = ("read", "outer", "inner", "body", "step", "end")
-            read, outer, inner, body, step, end = (builder.append_basic_block(name) for name in names)
-            builder.cbranch(builder.icmp_signed("!=", add, number(0)), read, outer)
+            names = ("read", "outer", "inner", "body", "step", "end", "plus", "write")
+            read, outer, inner, body, step, end, plus, write = (builder.append_basic_block(name) for name in names)
+            builder.cbranch(builder.icmp_signed("==", add, number(1)), read, outer)
             builder.position_at_end(read)
             old = [load_vector(C, place, v) for place, v in tile]
             builder.branch(outer)
@@ -504,7 +505,18 @@ def tile_product(rows: int, vectors: int, *, masked: bool) -> Any:
                 for value, block in incoming:
                     phi.add_incoming(value, block)
             builder.position_at_end(end)
-            for (place, v), value in zip(tile, sums_i, strict=True):
+            builder.cbranch(builder.icmp_signed("==", add, number(2)), plus, write)
+            builder.position_at_end(plus)
+            totals = [builder.fadd(load_vector(C, place, v), s) for (place, v), s in zip(tile, sums_i, strict=True)]
+            builder.branch(write)
+            builder.position_at_end(write)
+            results = []
+            for (place, v), only, total in zip(tile, sums_i, totals, strict=True):
+                value = builder.phi(_VECTOR)
+                value.add_incoming(only, end)
+                value.add_incoming(total, plus)
+                results.append((place, v, value))
+            for place, v, value in results:
                 if masked and v == last:
                     _masked_store(builder, C, place, value, mask)
                 else:
