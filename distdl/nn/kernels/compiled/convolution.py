@@ -167,7 +167,7 @@ class DirectConvolution(CompiledLayers):
         wanted, N, winners = self.conv.needs_input_gradient, len(images), self._winners(len(self.x))
         masked = self.relu or self.pool
         dx = geometry.images(self.gradients.take(self.x.shape)) if wanted else None
-        block = geometry.masked_block(N)
+        block = geometry.masked_block(N) if masked else N
         room = scratch("convolution", geometry.masked_scratch(block)) if masked else dy.reshape(-1)
         bias = self.conv.gradients["bias"] if self.conv.bias else scratch("gradient of bias", self.conv.filters)
         for first in range(0, N, block):
