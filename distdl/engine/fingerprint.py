@@ -148,7 +148,8 @@ def _layers(network: Sequential) -> Iterator[tuple[str, list[Array]]]:
                 for found in (network.named_parameters(), network.named_gradients())
             )
             with _pseudo_random(parameters):
-                run.prepare()
+                for one in (*layers, run):  # also the stacks inside of composites
+                    one.prepare()
                 y, dx = run.forward(x, training=True, key=key).copy(), run.backward(dy)
             yield f"{name} ({' + '.join(map(str, layers))})", [y, *([] if dx is None else [dx]), *gradients]
             for gradient in gradients:

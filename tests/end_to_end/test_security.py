@@ -234,7 +234,7 @@ def test_a_training_opens_its_input_only_for_reading_starts_no_program_and_makes
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     before = picture(tmp_path)
-    mine = ["--config=mine.toml", "--dataset=mnist", "--data-dir=data"]
+    mine = ["--config=mine.toml", "--dataset=mnist", "--data-dir=data", "--kernels=numpy"]  # numba unpickles its code
     given = {str(tmp_path / "mine.toml"), *map(str, (tmp_path / "data").iterdir())}
     for arguments in ([*mine, "--run-dir=run", "--max-steps=2"], [*mine, "--resume=run", "--run-dir=new"]):
         done = subprocess.run(

@@ -100,10 +100,10 @@ def test_matching_tensors_start_with_the_bits_of_the_source_and_the_others_with_
 def test_frozen_parameters_keep_their_bits_and_all_others_change(tmp_path, optimizer, monkeypatch):
     lengths, clip_by_norm = [], step.clip_by_norm
 
-    def clipped(gradient, largest):
+    def clipped(gradient, largest, norm_of):
         views = dict(built[-1].views(gradient))
         lengths.append({name: float(np.abs(view).sum()) for name, view in views.items()})
-        return clip_by_norm(gradient, largest)
+        return clip_by_norm(gradient, largest, norm_of)
 
     built, build = [], network
     monkeypatch.setitem(globals(), "network", lambda *shape: built.append(build(*shape)) or built[-1])
