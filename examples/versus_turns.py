@@ -5,7 +5,6 @@ alone (`distdl.bench.measure.TrainingSteps`). Each micro-batch is converted from
 """
 
 import contextlib
-import importlib.util
 import json
 import os
 import socket
@@ -25,11 +24,12 @@ from distdl.bench.measure import TrainingSteps
 from distdl.config import TrainConfig
 from distdl.data import PreparedDataset
 from distdl.engine.environment import kernel_family, numerics
+from distdl.engine.kernels import agreed_kernels
 from distdl.engine.state import TrainingState
 from distdl.errors import UserError
 from distdl.job.mpirun_command import environment_for, mpirun_command
 from distdl.nn import build_model
-from distdl.nn.kernels import NUMPY
+from distdl.nn.kernels.choice import kernels_named
 from distdl.optim import optimizer_class
 from distdl.parallel import world
 from distdl.rng import Key
@@ -58,22 +58,13 @@ def training_steps(job, communicator):
     images, labels = random_images(job.batch_size * job.steps)
     data = PreparedDataset.for_training_only(images[..., np.newaxis], labels, classes=10)
     network = build_model(job.model, data.images.shape[1:], data.classes)
-    kernels = kernels_of(job)
+    kernels = kernels_named(agreed_kernels(job.kernels or "auto", communicator))
     network.use(kernels)
     network.initialize(Key(0).of("initialization"))
     optimizer = optimizer_class("adam")(
         network.parameters.size, decay_slices=network.decay_slices, fused=kernels.optimizer_rule("adam")
     )
     return TrainingSteps(config, communicator, data, TrainingState(network, optimizer))
-
-
-def kernels_of(job):
-    """Return our kernels; by default the compiled ones, if numba is installed."""
-    if job.kernels == "numpy" or (job.kernels is None and importlib.util.find_spec("numba") is None):
-        return NUMPY
-    from distdl.nn.kernels.compiled import COMPILED  # noqa: PLC0415  it needs numba
-
-    return COMPILED
 
 
 def our_side(address, job):
@@ -89,7 +80,7 @@ def our_side(address, job):
                 "about": about,
                 "forms": ["distdl"],
                 "parameters": training.state.network.parameter_count,
-                "kernels": kernels_of(job).name,
+                "kernels": training.state.network.stack.kernels.name,
             }
             while True:
                 print(json.dumps(answer), file=lines, flush=True)

@@ -89,5 +89,5 @@ def weights_to_score(
 
 
 def plateau_share(config: TrainConfig, cuts: int) -> float:
-    """Return the share of the learning rate that is left after so many reductions of the plateau schedule."""
+    """Return the factor of the learning rate after this number of reductions of the plateau schedule."""
     return power(config.plateau_factor, cuts)
