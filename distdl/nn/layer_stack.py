@@ -146,8 +146,7 @@ class LayerStack(LayerGroup):
                 d = layer.backward(d)
                 if watch:
                     watch("backward", name)
-            if not np.may_share_memory(d_output, dy) and (d is None or not np.may_share_memory(d_output, d)):
-                self.kernels.release(d_output)
+            self.kernels.release(d_output, dy, d)
             if not layer.needs_input_gradient:
                 return None
         return d

@@ -58,8 +58,8 @@ class Kernels(ABC):
     def begin_backward(self) -> None:  # noqa: B027
         """Declare that no gradient of an earlier pass is in use any more."""
 
-    def release(self, gradient: Array) -> None:  # noqa: B027
-        """Declare that the gradient with respect to a layer's input or output is no longer in use."""
+    def release(self, gradient: Array, *in_use: Array | None) -> None:  # noqa: B027
+        """Declare that a gradient is no longer in use, unless it shares memory with one that is."""
 
 
 class _Plain(Kernels):

@@ -78,8 +78,8 @@ class _Compiled(Kernels):
     def begin_backward(self) -> None:
         self._gradients.release_all()
 
-    def release(self, gradient: Array) -> None:
-        self._gradients.release(gradient)
+    def release(self, gradient: Array, *in_use: Array | None) -> None:
+        self._gradients.release(gradient, *in_use)
 
     def loss(self, loss: LossFunction) -> LossFunction:
         return compiled_loss(loss)

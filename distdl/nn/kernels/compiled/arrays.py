@@ -73,13 +73,18 @@ class GradientArrays:
         """Return whether the array is one of `take` that is in use."""
         return gradient.ctypes.data in self._used
 
-    def release(self, gradient: Array) -> None:
-        """Declare that the array is no longer in use; others than those of `take` are ignored."""
-        flat = self._used.pop(gradient.ctypes.data, None)
-        if flat is not None:
-            if self.poison:
-                flat.fill(np.nan)
-            self._free.append(flat)
+    def release(self, gradient: Array, *in_use: Array | None) -> None:
+        """Declare that the array is no longer in use, unless it shares memory with one that is.
+
+        Arrays that are not from `take` are ignored.
+        """
+        address = gradient.ctypes.data
+        if address not in self._used or any(one is not None and np.may_share_memory(gradient, one) for one in in_use):
+            return
+        flat = self._used.pop(address)
+        if self.poison:
+            flat.fill(np.nan)
+        self._free.append(flat)
 
     def release_all(self) -> None:
         """Declare that no array is in use."""

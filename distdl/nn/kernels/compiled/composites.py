@@ -215,8 +215,8 @@ class CompiledResidual(_CompiledComposite):
             else:
                 np.add(dx, shortcut, out=dx)
         for gradient in (g, shortcut):
-            if gradient is not None and not np.may_share_memory(gradient, dy):
-                self.gradients.release(gradient)
+            if gradient is not None:
+                self.gradients.release(gradient, dy)
         return dx
 
 
@@ -245,8 +245,7 @@ class CompiledBranches(_CompiledComposite):
             dx = stack.backward(part)
             if dx is not None:
                 gradients.append(np.ascontiguousarray(dx))
-            if dx is None or not np.may_share_memory(part, dx):
-                self.gradients.release(part)
+            self.gradients.release(part, dx)
         if not self.composite.needs_input_gradient:
             return None
         total, others = self._to_change(gradients[0]), gradients[1:]

@@ -147,3 +147,13 @@ def sigmoid(x):
     q = u / d
     rest = fma(zero - q, e - (d - one), fma(zero - q, d, u))
     return fma(rest, fma(d, splat(f4(-0.5)), splat(f4(1.457))), q)
+
+
+@njit(inline="always")
+def greatest_number(numbers_):
+    """Return the greatest of some numbers, or NaN if one of them is NaN."""
+    greatest = numbers_[0]
+    for number in numbers_[1:]:
+        if not number <= greatest and greatest == greatest:  # a NaN stays
+            greatest = number
+    return greatest

@@ -17,10 +17,10 @@ M positions, K classes or outputs.
 import math
 
 import numpy as np
-from numba import njit
 
 from distdl.nn.kernels.compiled.arrays import KeptArrays
 from distdl.nn.kernels.compiled.double_functions import exp, log, log1p
+from distdl.nn.kernels.compiled.functions import greatest_number
 from distdl.nn.kernels.compiled.jit import kernel
 from distdl.nn.layers import Array
 from distdl.nn.losses import LossFunction, MeanSquaredError, SigmoidCrossEntropy, SoftmaxCrossEntropy
@@ -28,15 +28,6 @@ from distdl.nn.losses import LossFunction, MeanSquaredError, SigmoidCrossEntropy
 NO_LABEL = -1
 #: Numbers whose exp is computed together.
 BLOCK = 2048
-
-
-@njit(inline="always")
-def _greatest(row_):
-    greatest = row_[0]
-    for z in row_[1:]:
-        if not z <= greatest and greatest == greatest:  # a NaN stays
-            greatest = z
-    return greatest
 
 
 @kernel
@@ -56,7 +47,7 @@ def softmax_cross_entropy(z_, labels_, each, has_positions, smoothing, weights_,
     for start in range(0, M, rows):
         count = min(rows, M - start)
         for i in range(count):
-            greatest = np.float64(_greatest(z_[start + i]))
+            greatest = np.float64(greatest_number(z_[start + i]))
             for k in range(K):
                 s_[i * K + k] = np.float64(z_[start + i, k]) - greatest
         for j in range(count * K):

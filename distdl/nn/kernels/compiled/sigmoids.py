@@ -78,21 +78,12 @@ def _sum_of_lanes(sums, lanes_):
 @njit(inline="always")
 def _greatest(x, row_, o, K, lanes_):
     if K < 16:
-        return _greatest_number(row_)
+        return functions.greatest_number(row_)
     most = load(x, o + K - 16)
     for k in range(0, K - 16, 16):
         most = maximum(load(x, o + k), most)
     store(lanes_.ctypes.data, 0, most)
-    return _greatest_number(lanes_)
-
-
-@njit(inline="always")
-def _greatest_number(numbers_):
-    greatest = numbers_[0]
-    for number in numbers_[1:]:
-        if not number <= greatest and greatest == greatest:  # a NaN stays
-            greatest = number
-    return greatest
+    return functions.greatest_number(lanes_)
 
 
 @kernel
