@@ -3,8 +3,8 @@
     python -m tests.nn.kernels.error_of_kernels
 
 An error is the Euclidean norm of the difference, divided by the norm of the exact result. The unit is 1e-7; half a unit
-in the last place of a float32 number is at most 0.6 of it. Inputs and parameters are normal random numbers. The columns
-of PyTorch are empty if it is not installed; it computes the same float32 inputs by its own functions.
+in the last place of a float32 number is at most 0.6 of it. Inputs and parameters are normal random numbers. PyTorch
+computes the same float32 inputs by its own functions; its errors are absent if it is not installed.
 """
 
 import math
@@ -45,7 +45,7 @@ except ImportError:
 
 N, KEY, UNIT = 16, Key(1), 1e-7
 FORMS = (NUMPY, COMPILED)
-NAMES = ("NumPy", "compiled", "PyTorch")
+FORMS_SHOWN = ("NumPy", "compiled", *(() if torch is None else ("PyTorch",)))
 
 
 def normal(shape, name):
@@ -182,7 +182,7 @@ def errors_of_layer(make, shape, mean):
     if torch is not None:
         outcomes.append(outcome_of_pytorch(network.layers[0], x, dy))
     return [
-        [None if one is None else error(one, reference) for one in found]
+        [] if reference is None else [error(one, reference) for one in found]
         for reference, *found in zip(exact, *outcomes, strict=True)
     ]
 
@@ -317,19 +317,14 @@ def errors_of_resnet(kernels, seed, samples=64, shape=(28, 28, 1)):
 
 def row(name, errors):
     """Return a line of the table: for each part, the errors of all forms in units of 1e-7."""
-    cells = []
-    for part in errors:
-        shown = ["" if one is None else f"{one / UNIT:.1f}" for one in part]
-        cells += shown + [""] * (len(NAMES) - len(shown))
-    return f"| {name} | {' | '.join(cells)} |"
+    return "| " + " | ".join([name, *(" / ".join(f"{one / UNIT:.1f}" for one in part) for part in errors)]) + " |"
 
 
 def main():
     """Print all tables."""
     print("PyTorch is not installed" if torch is None else f"PyTorch {torch.__version__}", flush=True)
-    parts = ("forward", "input gradient", "parameters")
-    print("| kernel | " + " | ".join(f"{part}: {name}" for part in parts for name in NAMES) + " |")
-    print("|---" * (1 + len(parts) * len(NAMES)) + "|")
+    print(f"| {' / '.join(FORMS_SHOWN)} | forward | input gradient | gradients of parameters |")
+    print("|---|---|---|---|")
     for name, (make, shape, mean) in LAYERS.items():
         print(row(name, errors_of_layer(make, shape, mean)), flush=True)
     print(row("softmax and cross-entropy", errors_of_loss()))
