@@ -57,6 +57,8 @@ def write_report(options: ReportOptions) -> None:
     def write() -> None:
         write_output(out, page_of(run, trained, found, why_not).encode(), "--out")
         console = Console(live=False)
+        for warning in trained.warnings:
+            console.warning(warning)
         if why_not:
             console.warning(f"the report has no parts that need the training data: {why_not}")
         console.line(f"report: {out}")

@@ -20,7 +20,7 @@ from distdl.nn.network import Sequential
 from distdl.nn.normalization import BatchNorm, LocalResponseNorm
 from distdl.nn.pooling import AvgPool2d, GlobalAvgPool2d, MaxPool2d
 from distdl.nn.upsampling import Upsample2d
-from distdl.nn.windows import Pair
+from distdl.nn.windows import Pair, Window
 
 #: Compiled layers share the arrays of their gradients; at most this many are in use at a time: of the output and the
 #: input of a layer, and of a shortcut.
@@ -75,6 +75,8 @@ def _of_layer(layer: Layer, input_shape: Shape, output_shape: Shape) -> Elements
 def _of_conv(layer: Conv2d, x: int, y: int) -> Elements:
     (FH, FW), (PH, PW), (H, W), C = layer.window.kernel, layer.window.padding, layer.size, layer.channels
     patches = math.prod(layer.output_size) * FH * FW * C
+    if layer.window == Window((1, 1)):
+        return Elements(y, x * layer.needs_input_gradient, of_weights=C * layer.filters)
     forward = patches + y + _padded(layer.size, C, layer.window.padding)
     if not layer.needs_input_gradient:
         return Elements(forward)
