@@ -122,9 +122,11 @@ def test_winograd_has_the_bits_of_its_formula_for_every_block(case, special, mon
     oracle = expected(case, *given, by_winograd=True)
     for a, e in zip(actual, oracle, strict=True):
         assert_same_bits(a, e)
-    monkeypatch.setattr(convolution.WinogradConvolution, "_tiles_of_block", lambda _: 3)
-    for a, e in zip(results(case, special)[0], oracle, strict=True):
-        assert_same_bits(a, e)
+    for most_weights, tiles in ((2**20, 3), (0, 3), (0, 2**10)):
+        monkeypatch.setattr(convolution, "MANY_WEIGHTS", most_weights)
+        monkeypatch.setattr(convolution.WinogradConvolution, "_tiles_of_block", lambda *_, tiles=tiles: tiles)
+        for a, e in zip(results(case, special)[0], oracle, strict=True):
+            assert_same_bits(a, e)
 
 
 # input (N, H, W, C), filters, kernel, stride, padding

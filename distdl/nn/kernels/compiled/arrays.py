@@ -59,12 +59,18 @@ class GradientArrays:
         self.poison = False
 
     def take(self, shape: Shape) -> Array:
-        """Return an array that is not in use: the smallest that is large enough, or a new one."""
+        """Return an array that is not in use: the smallest that is large enough, or a new one.
+
+        A new one replaces the largest that is too small. In a backward pass gradients grow, so the next pass finds
+        large arrays for the small gradients too, and needs few arrays.
+        """
         size = math.prod(shape)
         fitting = [index for index, array in enumerate(self._free) if array.size >= size]
         if fitting:
             flat = self._free.pop(min(fitting, key=lambda index: self._free[index].size))
         else:
+            if self._free:
+                self._free.pop(max(range(len(self._free)), key=lambda index: self._free[index].size))
             flat = aligned_empty((max(size, 1),), np.float32)
         self._used[flat.ctypes.data] = flat
         return flat[:size].reshape(shape)

@@ -19,6 +19,10 @@ from distdl.rng import Key
 
 #: Floats of the images of a block that the second-level cache holds, as a guide.
 CACHE = 2**18
+#: Winograd: weights of more channels times filters are transformed in each pass; below, the tiles of a block.
+MANY_WEIGHTS, MANY_TILES = 128 * 128, 48
+#: The samples for which scratch is estimated.
+SAMPLES = 64
 #: Below this number of channels, the gradient of the weights has zeros outside of the image.
 FEW = 16
 #: From this number of output pixels on, it takes one image at a time if the channels are not many.
@@ -58,26 +62,39 @@ class WinogradConvolution(CompiledLayers):
         self.conv, self.relu, self.pool = conv, relu, pool
         self.C, self.F, (self.OH, self.OW) = conv.channels, conv.filters, conv.output_size
         self.output_size = (self.OH // 2, self.OW // 2) if pool else (self.OH, self.OW)
+        #: Whether the passes transform the weights, some columns at a time: the cache could not hold all of them.
+        self.by_columns = self.C * self.F > MANY_WEIGHTS
         super().__init__(layers, name, (*self.output_size, self.F))
 
     def elements(self) -> Elements:
-        tiles = winograd.SMALL_SCRATCH + 36 * self._tiles_of_block() * (self.C + self.F)
-        transformed = 36 * self.C * self.F
         return Elements(
             kept=math.prod(self.output_shape) * (1 + self.pool * 3 / 32),
-            of_weights=transformed * (1 + self.conv.needs_input_gradient),
+            of_weights=36 * self.C * self.F * (1 + self.conv.needs_input_gradient) * (not self.by_columns),
             gradient=math.prod(self.conv.size) * self.C * self.conv.needs_input_gradient,
-            scratch=tiles + transformed + self.F,
+            scratch=self._scratch_size(SAMPLES) + self.F,
         )
 
-    def _tiles_of_block(self) -> int:
-        """Return P: many tiles if the transformed weights are too large for the cache."""
-        return 48 if self.C * self.F <= 128 * 128 else 128
+    def _tiles(self, N: int) -> int:
+        return N * -(-self.OH // 4) * -(-self.OW // 4)
 
-    def _scratch(self) -> Array:
-        return self.kept.array("scratch", (winograd.SMALL_SCRATCH + 36 * self._tiles_of_block() * (self.C + self.F),))
+    def _tiles_of_block(self, N: int) -> int:
+        """Return P."""
+        if not self.by_columns:
+            return MANY_TILES
+        return min(self._tiles(N), CACHE // 2 // (self.C + self.F))
+
+    def _scratch_size(self, N: int) -> int:
+        P = self._tiles_of_block(N)
+        is_one_block = self.by_columns and self._tiles(N) <= P
+        return winograd.scratch_size(self.C, self.F, P, by_columns=self.by_columns, is_one_block=is_one_block)
+
+    def _scratch(self, N: int) -> Array:
+        return scratch("winograd", self._scratch_size(N))
 
     def _transformed(self, name: str) -> Array:
+        """Return the transformed weights U or UT; or the weights, if the passes transform them."""
+        if self.by_columns:
+            return self.conv.parameters["weight"].reshape(-1)
         return self.kept.array(name, (36 * self.C * self.F,))
 
     def _winners(self, N: int) -> Array:
@@ -85,33 +102,34 @@ class WinogradConvolution(CompiledLayers):
         return self.kept.array("winners", (windows * -(-self.F // 16), 3), dtype=np.uint16)
 
     def prepare(self) -> None:
+        if self.by_columns:
+            return
         weight = self.conv.parameters["weight"]
         winograd.transform_weights(weight, self._transformed("U"))
         if self.conv.needs_input_gradient:
-            transposed = scratch("gradient of weights", weight.size).reshape(3, 3, self.F, self.C)
+            transposed = scratch("winograd", weight.size).reshape(3, 3, self.F, self.C)
             np.copyto(transposed, weight.swapaxes(2, 3))
             winograd.transform_weights(transposed, self._transformed("UT"))
 
     def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
-        self.x = x
-        self.y = self.kept.array("y", (len(x), *self.output_size, self.F))
+        self.x, N = x, len(x)
+        self.y = self.kept.array("y", (N, *self.output_size, self.F))
         bias = self.conv.parameters["bias"] if self.conv.bias else self.y.reshape(-1)
         winograd.forward(
-            x, self._transformed("U"), bias, self.y, self._winners(len(x)), self._scratch(), self._tiles_of_block(),
-            self.OH, self.OW, *self.conv.window.padding, self.conv.bias, self.relu, self.pool,
+            x, self._transformed("U"), bias, self.y, self._winners(N), self._scratch(N), self._tiles_of_block(N),
+            self.OH, self.OW, *self.conv.window.padding, self.conv.bias, self.relu, self.pool, self.by_columns,
         )  # fmt: skip
         return self.y
 
     def _backward(self, dy: Array) -> Array | None:
-        wanted = self.conv.needs_input_gradient
+        wanted, N = self.conv.needs_input_gradient, len(dy)
         dx = self.gradients.take(self.x.shape if wanted else (0, 0, 0, 0))
-        dU = scratch("gradient of weights", 36 * self.C * self.F).reshape(36, self.C, self.F)
         bias = self.conv.gradients["bias"] if self.conv.bias else scratch("gradient of bias", self.F)
         winograd.backward(
-            self.x, self._transformed("UT"), dy, self.y, self._winners(len(dy)), dU, bias, dx, self._scratch(),
-            self._tiles_of_block(), self.OH, self.OW, *self.conv.window.padding, self.relu, self.pool, wanted,
+            self.x, self._transformed("UT"), dy, self.y, self._winners(N), self.conv.gradients["weight"].reshape(-1),
+            bias, dx, self._scratch(N), self._tiles_of_block(N), self.OH, self.OW, *self.conv.window.padding,
+            self.relu, self.pool, wanted, self.by_columns,
         )  # fmt: skip
-        winograd.weight_gradient(dU, self.conv.gradients["weight"])
         return dx if wanted else None
 
 
