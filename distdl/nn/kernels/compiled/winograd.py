@@ -8,8 +8,9 @@ The gradients are the adjoint of each stage, with ``D = A dy A'`` and V the tran
 ``dg = G' (V D) G`` summed over the tiles, and ``dx = B (D (G g G')) B'`` summed over the filters and over the tiles
 that share a pixel. So one transform of the output gradient serves both.
 
-A kernel takes P tiles at a time, so the transformed tiles stay in the second-level cache. Tiles are numbered by image,
-row and column. The order of operations:
+A kernel takes P tiles at a time, so the transformed tiles stay in the second-level cache. If the weights are many, it
+takes more tiles, and transforms 64 columns of the weights at a time. So these stay in the cache, and are never kept.
+Tiles are numbered by image, row and column. The order of operations:
 
 - Transforms: along the rows of a tile (index i) first, then along its columns; each as written below, without fused
   multiply-adds.
@@ -358,7 +359,7 @@ def backward(
                 # Point (1, 1) is the sum over the 16 outputs.
                 total = load_lanes(d_bias, f, lanes) + load_lanes(D, 7 * d_step + q * F + f, lanes)
                 store_lanes(d_bias, f, total, lanes)
-        last, n = t0 + P >= tiles, 0
+        last, add, n = t0 + P >= tiles, 1 if t0 else 0, 0
         while n < F:
             width, at, point, row = F, dU, CF, F
             if by_columns:
@@ -366,7 +367,7 @@ def backward(
                 at, point, row = (dU, C * width, width) if is_one_block else (dU + 4 * n, CF, F)
             for k in range(POINTS):
                 d = D + 4 * (k * d_step + n)
-                product(V + 4 * k * v_step, 1, 0, C, d, 0, F, at + 4 * k * point, row, 1, C, count, width, 1 if t0 else 0)
+                product(V + 4 * k * v_step, 1, 0, C, d, 0, F, at + 4 * k * point, row, 1, C, count, width, add)
             if last:
                 _transform_back(at, point, row, C, width, d_weights + 4 * n, F, T)
             n += width
