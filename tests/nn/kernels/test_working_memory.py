@@ -39,7 +39,7 @@ def bytes_kept():
 @pytest.mark.parametrize("name", nn.MODELS)
 @pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")
 @pytest.mark.usefixtures("no_arithmetic")
-def test_the_estimate_of_a_model_is_right_within_a_tenth_or_two_megabytes(name):
+def test_the_estimate_of_a_model_is_right_within_15_percent_or_2_megabytes(name):
     before, side = bytes_kept(), SIDES.get(name, 28)
     network = nn.build_model(name, (side, side, 1), 10)
     network.use(COMPILED)
@@ -48,4 +48,4 @@ def test_the_estimate_of_a_model_is_right_within_a_tenth_or_two_megabytes(name):
         network.backward(np.zeros_like(y))
     memory = [*arrays._scratch.values(), network.stack.kernels._gradients._memory]
     made = bytes_kept() - before + sum(array.nbytes for array in memory)
-    assert working_bytes(network, {SAMPLES}, {SAMPLES}) == pytest.approx(made, rel=0.1, abs=2e6)
+    assert working_bytes(network, {SAMPLES}, {SAMPLES}) == pytest.approx(made, rel=0.15, abs=2e6)
