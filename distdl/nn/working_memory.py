@@ -21,7 +21,7 @@ from distdl.nn.network import Sequential
 from distdl.nn.normalization import BatchNorm, LocalResponseNorm
 from distdl.nn.pooling import AvgPool2d, GlobalAvgPool2d, MaxPool2d
 from distdl.nn.upsampling import Upsample2d
-from distdl.nn.windows import Pair
+from distdl.nn.windows import Pair, Window
 
 
 def working_bytes(network: Sequential, training: set[int], evaluation: set[int]) -> int:
@@ -73,6 +73,8 @@ def _of_layer(layer: Layer, input_shape: Shape, output_shape: Shape) -> Elements
 def _of_conv(layer: Conv2d, x: int, y: int) -> Elements:
     (FH, FW), (PH, PW), (H, W), C = layer.window.kernel, layer.window.padding, layer.size, layer.channels
     patches = math.prod(layer.output_size) * FH * FW * C
+    if layer.window == Window((1, 1)):
+        return Elements(y, x * layer.needs_input_gradient, of_weights=C * layer.filters)
     forward = patches + y + _padded(layer.size, C, layer.window.padding)
     if not layer.needs_input_gradient:
         return Elements(forward)
