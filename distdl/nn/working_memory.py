@@ -8,6 +8,7 @@ N samples of a micro-batch; sizes are numbers of elements of one sample, such as
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from distdl.nn.activations import LeakyReLU, ReLU
@@ -22,10 +23,6 @@ from distdl.nn.pooling import AvgPool2d, GlobalAvgPool2d, MaxPool2d
 from distdl.nn.upsampling import Upsample2d
 from distdl.nn.windows import Pair, Window
 
-#: Compiled layers share the arrays of their gradients; at most this many are in use at a time: of the output and the
-#: input of a layer, and of a shortcut.
-GRADIENTS_IN_USE = 3
-
 
 def working_bytes(network: Sequential, training: set[int], evaluation: set[int]) -> int:
     """Return the bytes of all working arrays after passes with these numbers of samples.
@@ -34,7 +31,7 @@ def working_bytes(network: Sequential, training: set[int], evaluation: set[int])
     """
     elements = elements_of_stack(network.stack, network.input_shape)
     numbers = elements.of_weights + elements.forward * sum(training | evaluation) + elements.backward * sum(training)
-    numbers += elements.kept * max(training | evaluation) + GRADIENTS_IN_USE * elements.gradient * max(training)
+    numbers += elements.kept * max(training | evaluation) + elements.gradient * max(training)
     numbers += elements.scratch
     for shared, largest in elements.of_tiles:
         numbers += shared * sum({size for N in training | evaluation for size in _tile_sizes(N, largest)})
@@ -54,8 +51,9 @@ def elements_of_stack(stack: LayerStack, shape: Shape) -> Elements:
             found += _of_layer(layer, shape, output)
             shape = output
         else:
-            found += fused.elements()
             shape = fused.output_shape
+            own = fused.elements()
+            found += replace(own, gradient=own.gradient + math.prod(shape))  # that of the output is in use too
     return found
 
 
