@@ -343,7 +343,7 @@ def run(
     if launch.by is not None:
         end_with_the_launcher()
     streams.prepare()
-    atexit.register(gc.freeze)  # at exit, a search for garbage takes a fifth of a second, and nobody needs the memory
+    atexit.register(gc.freeze)  # a search for garbage at exit takes a tenth of a second, for nothing
     if arguments is None:
         arguments = sys.argv[1:]
     try:
