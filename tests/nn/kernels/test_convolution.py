@@ -117,7 +117,8 @@ def test_direct_convolution_has_the_bits_of_its_formula_for_every_block(case, sp
     oracle = expected(case, *given, by_winograd=False)
     for a, e in zip(actual, oracle, strict=True):
         assert_same_bits(a, e)
-    for images, by_pixels, rows in ((1, True, 2), (2, False, 4)):
+    for images, by_pixels, rows, most_weights in ((1, True, 2, 0), (2, False, 4, 2**20)):
+        monkeypatch.setattr(convolution, "MANY_WEIGHTS", most_weights)
         monkeypatch.setattr(convolution.Geometry, "block", lambda *_, images=images: images)
         monkeypatch.setattr(convolution.Geometry, "by_pixels", lambda *_, by_pixels=by_pixels: by_pixels)
         monkeypatch.setattr(convolution.Geometry, "rows", lambda *_, rows=rows: rows)
