@@ -23,7 +23,7 @@ from distdl.errors import unknown_name
 
 Vector = NDArray[Any]
 State = dict[str, Vector]
-Update = Callable[[Vector, Vector, float, int], None]
+Update = Callable[[Vector, Vector, float, int, int], None]
 
 BLOCK = 32768  # elements; four float32 vectors of this length fit the second-level cache
 
@@ -63,10 +63,18 @@ class Optimizer(ABC):
         self._scratch = aligned_empty(min(size, BLOCK), dtype)
         self._fused = None if fused is None or dtype != np.float32 else fused(self)
 
-    def update(self, parameters: Vector, gradients: Vector, learning_rate: float, step: int) -> None:
-        """Apply update number `step` = 1, 2, …; overwrite both vectors (the gradient serves as scratch)."""
+    @property
+    def divides(self) -> bool:
+        """Whether `update` takes the sum of a gradient over several samples, and leaves it as it is."""
+        return self._fused is not None
+
+    def update(self, parameters: Vector, gradients: Vector, learning_rate: float, step: int, samples: int = 1) -> None:
+        """Apply update number `step` = 1, 2, …; overwrite both vectors (the gradient serves as scratch).
+
+        `samples` is the number of samples over which the gradient is a sum; see `divides`.
+        """
         if self._fused is not None:
-            self._fused(parameters, gradients, learning_rate, step)
+            self._fused(parameters, gradients, learning_rate, step, samples)
             return
         for piece in _pieces(self.decay_slices if self.weight_decay or self.l1 else ()):
             w, g, scratch = parameters[piece], gradients[piece], self._scratch[: piece.stop - piece.start]

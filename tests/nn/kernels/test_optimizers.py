@@ -40,11 +40,11 @@ def test_every_update_has_the_bits_of_the_numpy_form(name, shape, settings):
     w = numbers(size, special=0.1)
     ours, theirs = w.copy(), w.copy()
     with np.errstate(all="ignore"):
-        for step in range(1, 6):
-            gradient = numbers(size, seed=step, special=0.1)
+        for step, samples in enumerate((1, 100, 128, 7, 1000), 1):
+            total = numbers(size, seed=step, special=0.1)
             rate = 0.01 / step
-            plain.update(theirs, gradient.copy(), rate, step)
-            fused.update(ours, gradient.copy(), rate, step)
+            plain.update(theirs, total / np.float32(samples), rate, step)
+            fused.update(ours, total, rate, step, samples)
     assert np.isnan(theirs).any() == np.isnan(w).any() or size > 1000
     np.testing.assert_array_equal(bits(ours), bits(theirs))
     for vector in plain.state:
