@@ -61,20 +61,12 @@ class Optimizer(ABC):
         self.updated = [slice(*ends) for ends in zip(starts, stops, strict=True)]
         self.state: State = {name: aligned_zeros(size, dtype) for name in self.state_names}
         self._scratch = aligned_empty(min(size, BLOCK), dtype)
-        self._fused = None if fused is None or dtype != np.float32 else fused(self)
-
-    @property
-    def divides(self) -> bool:
-        """Whether `update` takes the sum of a gradient over several samples, and leaves it as it is."""
-        return self._fused is not None
+        self.fused = None if fused is None or dtype != np.float32 else fused(self)
 
     def update(self, parameters: Vector, gradients: Vector, learning_rate: float, step: int, samples: int = 1) -> None:
-        """Apply update number `step` = 1, 2, …; overwrite both vectors (the gradient serves as scratch).
-
-        `samples` is the number of samples over which the gradient is a sum; see `divides`.
-        """
-        if self._fused is not None:
-            self._fused(parameters, gradients, learning_rate, step, samples)
+        """Apply update number `step` = 1, 2, …; overwrite both vectors. `fused` divides the gradient by `samples`."""
+        if self.fused is not None:
+            self.fused(parameters, gradients, learning_rate, step, samples)
             return
         for piece in _pieces(self.decay_slices if self.weight_decay or self.l1 else ()):
             w, g, scratch = parameters[piece], gradients[piece], self._scratch[: piece.stop - piece.start]

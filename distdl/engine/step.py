@@ -151,10 +151,10 @@ class OptimizerStep:
     def _update(self, learning_rate: float, update_number: int) -> None:
         """Average the gradient, freeze and clip it, and update parameters and buffers. Local and deterministic.
 
-        Unless the optimizer divides, the mean gradient overwrites `network.gradients`, that of a micro-batch.
+        Unless a kernel divides, the mean gradient overwrites `network.gradients`, that of a micro-batch.
         """
         network, gradient, samples = self.network, self.total["gradient"], self.samples
-        if self.clip_norm is not None or not self.optimizer.divides:
+        if self.clip_norm is not None or self.optimizer.fused is None:
             gradient, samples = np.divide(gradient, samples, out=network.gradients), 1
         if self.clip_norm is not None:
             for frozen in self.optimizer.frozen:  # so that it does not count
