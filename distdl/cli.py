@@ -8,8 +8,10 @@ This module imports neither NumPy nor MPI, because NumPy reads the number of BLA
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import faulthandler
+import gc
 import os
 import sys
 import time
@@ -341,6 +343,7 @@ def run(
     if launch.by is not None:
         end_with_the_launcher()
     streams.prepare()
+    atexit.register(gc.freeze)  # a search for garbage at exit takes a tenth of a second, for nothing
     if arguments is None:
         arguments = sys.argv[1:]
     try:

@@ -18,6 +18,9 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Their output is buffered, as on most machines. So a write can also fail when Python exits.
 os.environ.pop("PYTHONUNBUFFERED", None)
 
+# Options for this run of pytest, such as paths to ignore, are not for the runs that tests start.
+os.environ.pop("PYTEST_ADDOPTS", None)
+
 # Commands that tests start find the package from any folder, whether or not it is installed.
 REPOSITORY = Path(__file__).parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))

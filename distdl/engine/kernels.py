@@ -35,7 +35,7 @@ SECONDS_BETWEEN_LINES = 10.0
 #: Samples of the passes, and elements of the vectors, that call each kernel for the first time.
 SAMPLES, ELEMENTS = 2, 64
 #: Rough seconds to compile what every training needs, and the kernels of another kind of layer.
-SECONDS_FOR_ALL, SECONDS_FOR_A_KIND = 10, 8
+SECONDS_FOR_ALL, SECONDS_FOR_A_KIND = 2, 4
 
 
 def with_kernels(config: TrainConfig, communicator: Communicator, start: StartingPoint | None) -> TrainConfig:

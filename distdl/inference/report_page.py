@@ -57,6 +57,8 @@ def write_report(options: ReportOptions) -> None:
     def write() -> None:
         write_output(out, page_of(run, trained, found, why_not).encode(), "--out")
         console = Console(live=False)
+        for warning in trained.warnings:
+            console.warning(warning)
         if why_not:
             console.warning(f"the report has no parts that need the training data: {why_not}")
         console.line(f"report: {out}")
@@ -99,6 +101,7 @@ def page_of(run: Path, trained: Trained, found: Evaluation | None, why_not: str 
     """
     config = trained.config
     title = f"{config.model} on {config.dataset}"
+    time, environment = _time(run), _environment(run)  # a damaged file is named before the slow pictures are drawn
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         f"<p>{html.escape(str(run))}, step {trained.step:,}. Receipt: <code>weights sha256: "
@@ -112,12 +115,12 @@ def page_of(run: Path, trained: Trained, found: Evaluation | None, why_not: str 
         _table(_scores(run, trained, found)),
         *(_per_class(trained, found) if found else []),
         *(f"<h2>{html.escape(head)}</h2>{_picture(figure)}" for head, figure in _figures(run, trained, found)),
-        *_time(run),
+        *time,
         "<h2>Settings</h2>",
         "<p>Those that differ from the defaults.</p>",
         _table(settings_of(config)),
         "<h2>Environment</h2>",
-        _table(_environment(run)),
+        _table(environment),
     ]
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'

@@ -85,11 +85,13 @@ def patches(x: Array, window: Window, workspace: Workspace | None = None) -> Arr
     """Return the patches of images (N, H, W, C) as the rows of a matrix (N * OH * OW, FH * FW * C).
 
     This is the book's im2col (section 7.4.3), except that channels come last within a row. If a workspace is given,
-    the matrix is one of its arrays.
+    the matrix is one of its arrays. A window of one pixel needs no copy: the matrix is then a view of `x`.
 
     >>> patches(np.ones((1, 7, 7, 3)), Window((5, 5))).shape
     (9, 75)
     """
+    if window == Window((1, 1)):
+        return x.reshape(-1, x.shape[3])
     workspace = workspace or Workspace(x.dtype)
     padded = pad(x, window.padding, workspace)
     SH, SW = window.stride

@@ -8,6 +8,7 @@ N samples of a micro-batch; sizes are numbers of elements of one sample, such as
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from distdl.nn.activations import LeakyReLU, ReLU
@@ -20,11 +21,7 @@ from distdl.nn.network import Sequential
 from distdl.nn.normalization import BatchNorm, LocalResponseNorm
 from distdl.nn.pooling import AvgPool2d, GlobalAvgPool2d, MaxPool2d
 from distdl.nn.upsampling import Upsample2d
-from distdl.nn.windows import Pair
-
-#: Compiled layers share the arrays of their gradients; at most this many are in use at a time: of the output and the
-#: input of a layer, and of a shortcut.
-GRADIENTS_IN_USE = 3
+from distdl.nn.windows import Pair, Window
 
 
 def working_bytes(network: Sequential, training: set[int], evaluation: set[int]) -> int:
@@ -34,7 +31,7 @@ def working_bytes(network: Sequential, training: set[int], evaluation: set[int])
     """
     elements = elements_of_stack(network.stack, network.input_shape)
     numbers = elements.of_weights + elements.forward * sum(training | evaluation) + elements.backward * sum(training)
-    numbers += elements.kept * max(training | evaluation) + GRADIENTS_IN_USE * elements.gradient * max(training)
+    numbers += elements.kept * max(training | evaluation) + elements.gradient * max(training)
     numbers += elements.scratch
     for shared, largest in elements.of_tiles:
         numbers += shared * sum({size for N in training | evaluation for size in _tile_sizes(N, largest)})
@@ -54,8 +51,9 @@ def elements_of_stack(stack: LayerStack, shape: Shape) -> Elements:
             found += _of_layer(layer, shape, output)
             shape = output
         else:
-            found += fused.elements()
             shape = fused.output_shape
+            own = fused.elements()
+            found += replace(own, gradient=own.gradient + math.prod(shape))  # that of the output is in use too
     return found
 
 
@@ -75,6 +73,8 @@ def _of_layer(layer: Layer, input_shape: Shape, output_shape: Shape) -> Elements
 def _of_conv(layer: Conv2d, x: int, y: int) -> Elements:
     (FH, FW), (PH, PW), (H, W), C = layer.window.kernel, layer.window.padding, layer.size, layer.channels
     patches = math.prod(layer.output_size) * FH * FW * C
+    if layer.window == Window((1, 1)):
+        return Elements(y, x * layer.needs_input_gradient, of_weights=C * layer.filters)
     forward = patches + y + _padded(layer.size, C, layer.window.padding)
     if not layer.needs_input_gradient:
         return Elements(forward)

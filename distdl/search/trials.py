@@ -17,7 +17,7 @@ from distdl.config import TrainConfig, is_own
 from distdl.data import Dataset, batch_order, split
 from distdl.engine import train
 from distdl.engine.console import Console
-from distdl.engine.kernels import agreed_kernels
+from distdl.engine.kernels import agreed_kernels, compile_for_network
 from distdl.engine.requirements import outputs_of
 from distdl.engine.stop import StopRequest
 from distdl.engine.storage.files import indented_json
@@ -25,6 +25,7 @@ from distdl.engine.user_code import BuildNetwork, check_equal_networks, load_dat
 from distdl.errors import DistdlError, DivergedError, Stopped, UserError
 from distdl.inference import figures
 from distdl.nn import Sequential
+from distdl.nn.kernels.choice import kernels_named
 from distdl.parallel import Communicator, Survivors, from_rank_0, guard, on_rank_0, together, world
 from distdl.rng import Key
 from distdl.search import tables
@@ -137,11 +138,12 @@ class _Search:
         loaded = communicator.bcast_json(together(communicator, self._load))
         data_sha256, self._training_samples, shape, outputs = loaded
         config = settings.config
+
+        def build() -> Sequential:
+            return network_builder(config.model, config.model_settings, self._build_network)(tuple(shape), outputs)
+
         if self._build_network is not None or is_own(config.model) or config.model_settings:
             # The files of the user's own model may differ between the groups.
-            def build() -> Sequential:
-                return network_builder(config.model, config.model_settings, self._build_network)(tuple(shape), outputs)
-
             name = getattr(self._build_network, "__qualname__", config.model)
             check_equal_networks(communicator, name, together(communicator, build))
 
@@ -165,6 +167,10 @@ class _Search:
             self._print(f"resumed from {self.folder} after {len(self._results)} trials")
         elif settings.resume and self._open is not None and self._open.is_new:
             self._print(f"there is no search in {self.folder} yet: a new one begins")
+        if config.kernels == "compiled":  # once for all groups; a trial compiles only what it needs in addition
+            network = together(communicator, build)
+            network.use(kernels_named(config.kernels))
+            compile_for_network(network, communicator, self._print, training=True)
 
     def _with_kernels(self, settings: SearchSettings, folder: Path) -> SearchSettings:
         """Return the settings with the same kernels for all groups: those of the search that continues. Collective."""

@@ -2,10 +2,12 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from distdl.inference import report_page
+from distdl.inference.options import ReportOptions
 
 
 def test_failures_survived_are_listed_and_runs_without_any_have_no_such_part(tmp_path):
@@ -35,3 +37,13 @@ def test_a_few_layers_at_equal_distances_are_shown_with_the_last_one(count):
     assert shown[-1] == count - 1
     assert len({after - before for before, after in itertools.pairwise(shown)}) <= 1
     assert shown == list(range(count)) or len(shown) > report_page.MOST_LAYERS // 2
+
+
+def test_the_warnings_about_the_network_are_printed(tmp_path, monkeypatch, capsys):
+    """Such as the one that this machine has no compiled kernels."""
+    (tmp_path / "config.toml").touch()
+    monkeypatch.setattr(report_page.figures, "need_matplotlib", lambda: None)
+    monkeypatch.setattr(report_page, "_load", lambda *_: (SimpleNamespace(warnings=["it has other kernels"]), "absent"))
+    monkeypatch.setattr(report_page, "page_of", lambda *_: "")
+    report_page.write_report(ReportOptions(run=tmp_path))
+    assert "distdl: warning: it has other kernels\n" in capsys.readouterr().err

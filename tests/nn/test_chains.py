@@ -186,6 +186,14 @@ def test_the_tile_size_never_changes_because_the_bits_depend_on_it(model, sizes)
     assert found == sizes
 
 
+def test_large_transformed_weights_have_a_chain_of_their_own_with_tiles_as_large():
+    """Such tiles would push the activations of the first layers of VGG11 out of the cache."""
+    small, large = (chain for *_, chain in build_model("vgg11", (32, 32, 3), 10).stack.segments if chain)
+    assert (small.tile_size, large.tile_size) == (11, 171)
+    weights = max(block.weight_bytes for block in large.blocks)
+    assert large.tile_size * max(block.bytes_per_sample for block in large.blocks) >= weights
+
+
 def test_the_first_convolution_keeps_only_its_planes_patches_and_outputs():
     """8 planes (one for each channel), 9 patches (with that of the bias), the product and the output."""
     network = Sequential([Conv2d(1, 1)], (64, 64, 8))

@@ -18,6 +18,7 @@ CONVOLUTIONS = {
     "simple_convnet": ((3, 12, 12, 1), 30, (5, 5), (1, 1), (0, 0)),
     "deep_convnet": ((2, 7, 7, 16), 16, (3, 3), (1, 1), (1, 1)),
     "wide padding of deep_convnet": ((2, 6, 6, 4), 8, (3, 3), (1, 1), (2, 2)),
+    "1x1": ((2, 5, 4, 3), 4, (1, 1), (1, 1), (0, 0)),
     "one pixel": ((1, 1, 1, 3), 2, (1, 1), (1, 1), (0, 0)),
     "kernel as large as the image": ((2, 4, 5, 2), 3, (4, 5), (1, 1), (0, 0)),
     "padding beyond the kernel": ((2, 4, 4, 2), 3, (2, 2), (1, 1), (3, 3)),
@@ -84,6 +85,12 @@ def test_patches_have_the_shapes_of_the_book():
     """Section 7.4.3: (1, 3, 7, 7) with 5x5 gives (9, 75), ten of them (90, 75)."""
     assert patches(np.zeros((1, 7, 7, 3)), Window((5, 5))).shape == (9, 75)
     assert patches(np.zeros((10, 7, 7, 3)), Window((5, 5))).shape == (90, 75)
+
+
+def test_patches_of_one_pixel_are_not_copied():
+    x = np.zeros((2, 5, 4, 3))
+    assert np.shares_memory(patches(x, Window((1, 1))), x)
+    assert not np.shares_memory(patches(x, Window((1, 1), stride=(2, 2))), x)
 
 
 def test_a_row_of_patches_has_the_pixels_under_the_kernel():

@@ -1,7 +1,8 @@
 """With compiled kernels, the bits of a run do not depend on the CPU: processes that compute as other CPUs prove it."""
 
 import json
-from functools import cache
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,15 @@ pytestmark = [
 ]
 
 
+def outputs_as(families, program):
+    """Return the output of a program as each family. Several run at the same time, one per core."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        lines = pool.map(lambda family: output_as(family, HERE / program).splitlines()[-1], families)
+        return {family: json.loads(line) for family, line in zip(families, lines, strict=True)}
+
+
 def test_all_that_enters_the_weights_outside_of_the_kernels_has_the_same_bits_on_every_cpu():
-    found = {family: json.loads(output_as(family, HERE / "ingredients.py")) for family in FAMILIES}
+    found = outputs_as(FAMILIES, "ingredients.py")
     own = found.pop("its own")
     dependent = {name for name in own if name.startswith("[")}
     assert len(dependent) == 3
@@ -27,16 +35,16 @@ def test_all_that_enters_the_weights_outside_of_the_kernels_has_the_same_bits_on
     assert differing, "these families compute alike: the test shows nothing"
 
 
-@cache
-def training_as(family):
+@pytest.fixture(scope="module")
+def trainings():
     """Return the results of the same training; each family compiles its own code, once for its kernel cache."""
-    return json.loads(output_as(family, HERE / "training.py").splitlines()[-1])
+    pytest.importorskip("numba")
+    return outputs_as(["its own", "Haswell"], "training.py")
 
 
 @pytest.mark.parametrize("family", ["its own", "Haswell"])
-def test_a_training_with_compiled_kernels_has_one_receipt_on_every_cpu(family):
-    pytest.importorskip("numba")
-    found, own = training_as(family), training_as("its own")
+def test_a_training_with_compiled_kernels_has_one_receipt_on_every_cpu(family, trainings):
+    found, own = trainings[family], trainings["its own"]
     assert first_difference(own["fingerprint"], found["fingerprint"]) is None
     assert found == own
     assert not any(name.startswith("product") for name in own["fingerprint"]), "a product of BLAS enters the results"

@@ -8,8 +8,9 @@ import pytest
 from small_runs import piece_of_digits
 
 from distdl.config import TrainConfig
-from distdl.errors import UserError
+from distdl.errors import DivergedError, UserError
 from distdl.parallel import OneProcess
+from distdl.search import trials
 from distdl.search.procedure import trials_of_round
 from distdl.search.settings import Range, SearchSettings
 from distdl.search.trials import _WarningsOnly, search
@@ -58,6 +59,25 @@ def test_a_search_without_a_signal_does_all_trials(tmp_path):
     config = replace(SETTINGS.config, batch_size=32, micro_batch_size=8)
     settings = replace(SETTINGS, config=config, out=tmp_path / "search")
     assert len(search(settings, OneProcess(), dataset=piece_of_digits(90)).results) == 2
+
+
+@pytest.mark.parametrize(("kernels", "expected"), [("numpy", 0), ("compiled", 1)])
+def test_a_search_compiles_its_network_before_the_first_trial_and_says_so(
+    kernels, expected, tmp_path, monkeypatch, capsys
+):
+    def compiled(network, communicator, show, *, training):
+        assert (network.stack.kernels.name, training) == ("compiled", True)
+        show("compiling kernels for this CPU")
+        return []
+
+    def trained(*_, **__):
+        raise DivergedError("the loss is not finite")
+
+    monkeypatch.setattr(trials, "compile_for_network", compiled)
+    monkeypatch.setattr(trials, "train", trained)
+    config = replace(SETTINGS.config, kernels=kernels)
+    search(replace(SETTINGS, config=config, out=tmp_path / "search"), OneProcess(), dataset=piece_of_digits(90))
+    assert capsys.readouterr().out.count("compiling kernels for this CPU\n") == expected
 
 
 def test_a_trial_prints_only_its_warnings_even_on_a_terminal(monkeypatch, capsys):

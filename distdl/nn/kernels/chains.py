@@ -87,11 +87,17 @@ class Block(ABC):
         self._own = Workspace(self.dtype)
         self._views: dict[tuple[Workspace, int], list[tuple[Array, Array]]] = {}
         self._tiles_summed = 0
+        self.has_large_weights = self.weight_bytes > TILE_BYTES
 
     @property
     @abstractmethod
     def bytes_per_sample(self) -> int:
         """The working set of one sample."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """The weights in the form that each tile reads, if they may be larger than a tile."""
+        return 0
 
     def _lanes(self) -> int:
         """Return the number of filters that the planes hold; those beyond F are zero and never leave the block."""
@@ -336,6 +342,10 @@ class WinogradBlock(Block):
     def bytes_per_sample(self) -> int:
         return self.TH * self.TW * (4 * self.C + 8 * self.F) * self.dtype.itemsize
 
+    @property
+    def weight_bytes(self) -> int:
+        return 16 * self.C * self.F * self.dtype.itemsize
+
     def prepare(self) -> None:
         """Transform the weights: U = G w G', and its transpose with changed signs for `backward`."""
         C, F = self.C, self.F
@@ -463,6 +473,8 @@ class Chain(FusedLayers):
         self._own = Workspace(blocks[0].dtype)
         largest = max(block.bytes_per_sample for block in blocks)
         self.tile_size = min(max(TILE_BYTES // largest, 4), LARGEST_TILE)
+        if blocks[0].has_large_weights:  # each tile reads all of them again, so a tile is at least as large
+            self.tile_size = max(self.tile_size, -(-max(block.weight_bytes for block in blocks) // largest))
         self.output_shape = (*blocks[-1].output_size, blocks[-1].F)
 
     def elements(self) -> Elements:
@@ -545,7 +557,10 @@ def chain_at(layers: Sequence[Layer], names: Sequence[str]) -> tuple[Chain | Non
         relu = type(following[0]) is ReLU
         after = following[relu]
         pool = type(after) is MaxPool2d and after.window == Window((2, 2), stride=(2, 2)) and min(conv.output_size) >= 2
-        blocks.append(algorithm(conv, names[taken], relu=relu, pool=pool))
+        block = algorithm(conv, names[taken], relu=relu, pool=pool)
+        if blocks and block.has_large_weights != blocks[0].has_large_weights:
+            break
+        blocks.append(block)
         taken += 1 + relu + pool
     return (Chain(blocks), taken) if blocks else (None, 1)
 

@@ -1,7 +1,10 @@
 """Which kernels this process can use. Nothing imports numba or LLVM before it is needed."""
 
+import gc
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,7 +21,8 @@ def kernels_named(name: str) -> Kernels:
     """Return the kernels ``numpy`` or ``compiled``."""
     if name == NUMPY.name:
         return NUMPY
-    from distdl.nn.kernels.compiled import COMPILED  # noqa: PLC0415  they take time to import
+    with _no_garbage_collection():
+        from distdl.nn.kernels.compiled import COMPILED  # noqa: PLC0415  they take time to import
 
     return COMPILED
 
@@ -35,11 +39,24 @@ def obstacle() -> str | None:
     if not _has_fma():
         return f"this CPU ({os.uname().machine}) has no fused multiply-add instructions that distdl knows"
     try:
-        importlib.import_module("numba")
+        with _no_garbage_collection():
+            importlib.import_module("numba")
     except (ImportError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return f"numba {installed} does not work here ({reason}): {INSTALL}, in a new environment"
     return None
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Do not search for garbage in the block: an import creates many objects that stay."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _has_fma() -> bool:

@@ -13,7 +13,8 @@ class Elements:
 
     `of_weights` do not depend on the samples. `of_tiles` has the elements, for each sample of a tile, of the arrays
     that the tiles of a chain share, and the largest tile. `kept` are those of a sample that every number of samples
-    shares. All layers of a network share their gradients, `gradient` elements of a sample, and their `scratch`.
+    shares. `gradient` has those of the input gradients of a sample, which all layers of a network share, as they share
+    their `scratch`.
     """
 
     forward: float = 0

@@ -1,5 +1,6 @@
 """A process that cannot use compiled kernels says why in one line, with the remedy."""
 
+import gc
 import importlib
 import os
 from importlib.metadata import PackageNotFoundError
@@ -51,6 +52,7 @@ def test_an_obstacle_is_named_with_its_remedy(monkeypatch, tmp_path, what):
     found = obstacle()
     assert said in found
     assert "\n" not in found
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("architecture", ["x86_64", "aarch64"])

@@ -17,6 +17,8 @@ from distdl.nn.layers import Array, Shape
 
 #: From this size on, a kernel writes an output past the caches: such an array does not stay in a second-level cache.
 STREAMED_BYTES = 2**20
+#: Floats between the boundaries to which arrays are aligned.
+LINE = ALIGNMENT_BYTES // 4
 
 
 def is_streamed(array: Array) -> bool:
@@ -50,23 +52,34 @@ class KeptArrays:
 
 
 class GradientArrays:
-    """The gradients with respect to the inputs of layers: each is in use until the layer in front has read it."""
+    """The gradients with respect to the inputs of layers: each is in use until the layer in front has read it.
+
+    They are slices of one memory: each takes the first gap that is large enough. If a pass needs more memory than
+    there is, the rest are arrays of their own, and the next pass finds enough.
+    """
 
     def __init__(self) -> None:
-        self._free: list[Array] = []
-        self._used: dict[int, Array] = {}
+        self._memory = aligned_empty((0,), np.float32)
+        self._needed = 0
+        #: By address: the first float in the memory, the one behind the last, and the array.
+        self._used: dict[int, tuple[int, int, Array]] = {}
         #: Overwrite released arrays with NaN: a test that reads one fails.
         self.poison = False
 
     def take(self, shape: Shape) -> Array:
-        """Return an array that is not in use: the smallest that is large enough, or a new one."""
+        """Return an array that is not in use."""
         size = math.prod(shape)
-        fitting = [index for index, array in enumerate(self._free) if array.size >= size]
-        if fitting:
-            flat = self._free.pop(min(fitting, key=lambda index: self._free[index].size))
-        else:
-            flat = aligned_empty((max(size, 1),), np.float32)
-        self._used[flat.ctypes.data] = flat
+        room = max(-(-size // LINE), 1) * LINE
+        start = 0
+        for first, behind, _ in sorted(self._used.values(), key=lambda place: place[0]):
+            if start + room <= first:
+                break
+            start = behind
+        stop = start + room
+        self._needed = max(self._needed, stop)
+        fits = stop <= self._memory.size
+        flat = self._memory[start:stop] if fits else aligned_empty((room,), np.float32)
+        self._used[flat.ctypes.data] = start, stop, flat
         return flat[:size].reshape(shape)
 
     def has(self, gradient: Array) -> bool:
@@ -81,12 +94,12 @@ class GradientArrays:
         address = gradient.ctypes.data
         if address not in self._used or any(one is not None and np.may_share_memory(gradient, one) for one in in_use):
             return
-        flat = self._used.pop(address)
+        *_, flat = self._used.pop(address)
         if self.poison:
             flat.fill(np.nan)
-        self._free.append(flat)
 
     def release_all(self) -> None:
         """Declare that no array is in use."""
-        for address in list(self._used):
-            self._free.append(self._used.pop(address))
+        self._used.clear()
+        if self._needed > self._memory.size:
+            self._memory = aligned_empty((self._needed,), np.float32)

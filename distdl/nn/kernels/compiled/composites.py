@@ -9,6 +9,7 @@ The stacks inside run by their own kernels. All operations are elementwise or co
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -141,12 +142,13 @@ class _CompiledComposite(CompiledLayers):
         super().__init__(layers, name, joined)
 
     def elements(self) -> Elements:
-        inside = (elements_of_stack(stack, self.composite.input_shape) for stack in self.stacks)
-        return sum(inside, self._own_elements())
+        stacks = (elements_of_stack(stack, self.composite.input_shape) for stack in self.stacks)
+        inside, own = sum(stacks, Elements()), self._own_elements()
+        return replace(inside + own, gradient=inside.gradient + own.gradient)
 
     @abstractmethod
     def _own_elements(self) -> Elements:
-        """Return the numbers of elements of the arrays outside of the stacks."""
+        """Return the numbers of elements of the arrays outside of the stacks, in addition to those inside."""
 
     def _run(self, number: int, x: Array, *, training: bool, key: Key | None) -> Array:
         """Return the output of one branch as a contiguous array."""
@@ -180,7 +182,8 @@ class CompiledResidual(_CompiledComposite):
 
     def _own_elements(self) -> Elements:
         y = math.prod(self.output_shape)
-        return Elements(kept=y * (1 + self.relu / 32) * (self.norm is None), gradient=4 / 3 * y)
+        has_own_gradient = self.relu if self.norm is None else bool(self.shortcut.layers)
+        return Elements(kept=y * (1 + self.relu / 32) * (self.norm is None), gradient=y * has_own_gradient)
 
     def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         shortcut = self._run(1, x, training=training, key=key)
@@ -225,7 +228,7 @@ class CompiledBranches(_CompiledComposite):
 
     def _own_elements(self) -> Elements:
         x, y = math.prod(self.composite.input_shape), math.prod(self.output_shape)
-        return Elements(kept=y, gradient=(x * (len(self.stacks) + 1) + 2 * y) / 3)
+        return Elements(kept=y, gradient=x * (len(self.stacks) - 1))
 
     def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         outputs = [self._run(number, x, training=training, key=key) for number in range(len(self.stacks))]

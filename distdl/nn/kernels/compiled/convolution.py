@@ -1,7 +1,7 @@
 """Compiled convolutions, with the ReLU and the 2x2 max-pooling that follow them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from distdl.nn.activations import ReLU
 from distdl.nn.convolution import Conv2d, ConvTranspose2d
 from distdl.nn.kernels.compiled import direct, products, winograd
-from distdl.nn.kernels.compiled.arrays import KeptArrays, scratch
+from distdl.nn.kernels.compiled.arrays import scratch
 from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.kernels.fused_layers import Elements
 from distdl.nn.layers import Array, Layer, Shape
@@ -19,6 +19,12 @@ from distdl.rng import Key
 
 #: Floats of the images of a block that the second-level cache holds, as a guide.
 CACHE = 2**18
+#: More weights than these are prepared in each pass: kept, the transformed ones would need much memory.
+MANY_WEIGHTS = 9 * 128 * 128
+#: The tiles of a block for other weights.
+TILES = 48
+#: The samples for which scratch is estimated.
+SAMPLES = 64
 #: Below this number of channels, the gradient of the weights has zeros outside of the image.
 FEW = 16
 #: From this number of output pixels on, it takes one image at a time if the channels are not many.
@@ -58,26 +64,39 @@ class WinogradConvolution(CompiledLayers):
         self.conv, self.relu, self.pool = conv, relu, pool
         self.C, self.F, (self.OH, self.OW) = conv.channels, conv.filters, conv.output_size
         self.output_size = (self.OH // 2, self.OW // 2) if pool else (self.OH, self.OW)
+        #: Whether the passes transform the weights, some columns at a time: the cache could not hold all of them.
+        self.by_columns = 9 * self.C * self.F > MANY_WEIGHTS
         super().__init__(layers, name, (*self.output_size, self.F))
 
     def elements(self) -> Elements:
-        tiles = winograd.SMALL_SCRATCH + 36 * self._tiles_of_block() * (self.C + self.F)
-        transformed = 36 * self.C * self.F
         return Elements(
             kept=math.prod(self.output_shape) * (1 + self.pool * 3 / 32),
-            of_weights=transformed * (1 + self.conv.needs_input_gradient),
+            of_weights=36 * self.C * self.F * (1 + self.conv.needs_input_gradient) * (not self.by_columns),
             gradient=math.prod(self.conv.size) * self.C * self.conv.needs_input_gradient,
-            scratch=tiles + transformed + self.F,
+            scratch=self._scratch_size(SAMPLES) + self.F,
         )
 
-    def _tiles_of_block(self) -> int:
-        """Return P: many tiles if the transformed weights are too large for the cache."""
-        return 48 if self.C * self.F <= 128 * 128 else 128
+    def _tiles(self, N: int) -> int:
+        return N * -(-self.OH // 4) * -(-self.OW // 4)
 
-    def _scratch(self) -> Array:
-        return self.kept.array("scratch", (winograd.SMALL_SCRATCH + 36 * self._tiles_of_block() * (self.C + self.F),))
+    def _tiles_of_block(self, N: int) -> int:
+        """Return P."""
+        if not self.by_columns:
+            return TILES
+        return min(self._tiles(N), max(64, CACHE // 2 // (self.C + self.F)))
+
+    def _scratch_size(self, N: int) -> int:
+        P = self._tiles_of_block(N)
+        is_one_block = self.by_columns and self._tiles(N) <= P
+        return winograd.scratch_size(self.C, self.F, P, by_columns=self.by_columns, is_one_block=is_one_block)
+
+    def _scratch(self, N: int) -> Array:
+        return scratch("large", self._scratch_size(N))
 
     def _transformed(self, name: str) -> Array:
+        """Return the transformed weights U or UT; or the weights, if the passes transform them."""
+        if self.by_columns:
+            return self.conv.parameters["weight"].reshape(-1)
         return self.kept.array(name, (36 * self.C * self.F,))
 
     def _winners(self, N: int) -> Array:
@@ -85,33 +104,34 @@ class WinogradConvolution(CompiledLayers):
         return self.kept.array("winners", (windows * -(-self.F // 16), 3), dtype=np.uint16)
 
     def prepare(self) -> None:
+        if self.by_columns:
+            return
         weight = self.conv.parameters["weight"]
         winograd.transform_weights(weight, self._transformed("U"))
         if self.conv.needs_input_gradient:
-            transposed = scratch("gradient of weights", weight.size).reshape(3, 3, self.F, self.C)
+            transposed = scratch("large", weight.size).reshape(3, 3, self.F, self.C)
             np.copyto(transposed, weight.swapaxes(2, 3))
             winograd.transform_weights(transposed, self._transformed("UT"))
 
     def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
-        self.x = x
-        self.y = self.kept.array("y", (len(x), *self.output_size, self.F))
+        self.x, N = x, len(x)
+        self.y = self.kept.array("y", (N, *self.output_size, self.F))
         bias = self.conv.parameters["bias"] if self.conv.bias else self.y.reshape(-1)
         winograd.forward(
-            x, self._transformed("U"), bias, self.y, self._winners(len(x)), self._scratch(), self._tiles_of_block(),
-            self.OH, self.OW, *self.conv.window.padding, self.conv.bias, self.relu, self.pool,
+            x, self._transformed("U"), bias, self.y, self._winners(N), self._scratch(N), self._tiles_of_block(N),
+            self.OH, self.OW, *self.conv.window.padding, self.conv.bias, self.relu, self.pool, self.by_columns,
         )  # fmt: skip
         return self.y
 
     def _backward(self, dy: Array) -> Array | None:
-        wanted = self.conv.needs_input_gradient
+        wanted, N = self.conv.needs_input_gradient, len(dy)
         dx = self.gradients.take(self.x.shape if wanted else (0, 0, 0, 0))
-        dU = scratch("gradient of weights", 36 * self.C * self.F).reshape(36, self.C, self.F)
         bias = self.conv.gradients["bias"] if self.conv.bias else scratch("gradient of bias", self.F)
         winograd.backward(
-            self.x, self._transformed("UT"), dy, self.y, self._winners(len(dy)), dU, bias, dx, self._scratch(),
-            self._tiles_of_block(), self.OH, self.OW, *self.conv.window.padding, self.relu, self.pool, wanted,
+            self.x, self._transformed("UT"), dy, self.y, self._winners(N), self.conv.gradients["weight"].reshape(-1),
+            bias, dx, self._scratch(N), self._tiles_of_block(N), self.OH, self.OW, *self.conv.window.padding,
+            self.relu, self.pool, wanted, self.by_columns,
         )  # fmt: skip
-        winograd.weight_gradient(dU, self.conv.gradients["weight"])
         return dx if wanted else None
 
 
@@ -125,15 +145,20 @@ class DirectConvolution(CompiledLayers):
         OH, OW = conv.output_size
         super().__init__(layers, name, (OH // 2, OW // 2, conv.filters) if pool else (OH, OW, conv.filters))
         self.geometry = Geometry.of(conv.window, (*conv.size, conv.channels), (OH, OW, conv.filters), pooled=pool)
+        self.weights = math.prod(conv.window.kernel) * conv.channels * conv.filters
+        self.prepares_in_passes = self.weights > MANY_WEIGHTS
 
     def elements(self) -> Elements:
-        geometry, weights = self.geometry, math.prod(self.conv.window.kernel) * self.conv.channels * self.conv.filters
-        block = geometry.block(2**30)
+        geometry, conv = self.geometry, self.conv
+        images = SAMPLES * math.prod(conv.size) // math.prod(geometry.image[:2])
+        pooled = geometry.pooling_scratch(geometry.block(images)) * self.pool
+        masked = geometry.masked_scratch(geometry.masked_block(images)) * (self.relu or self.pool)
+        prepared = self.weights * ((not is_packed(conv.filters)) + conv.needs_input_gradient)
         return Elements(
             kept=math.prod(self.output_shape) * (1 + self.pool * 3 / 32),
-            of_weights=weights * (2 - is_packed(self.conv.filters)) if self.conv.needs_input_gradient else weights,
-            gradient=math.prod(self.conv.size) * self.conv.channels * self.conv.needs_input_gradient,
-            scratch=geometry.pooling_scratch(block) + geometry.masked_scratch(block) + geometry.sums_scratch(),
+            of_weights=prepared * (not self.prepares_in_passes),
+            gradient=math.prod(conv.size) * conv.channels * conv.needs_input_gradient,
+            scratch=pooled + masked + geometry.sums_scratch() + prepared * self.prepares_in_passes,
         )
 
     def _winners(self, N: int) -> Array:
@@ -141,14 +166,25 @@ class DirectConvolution(CompiledLayers):
         return self.kept.array("winners", (windows * -(-self.conv.filters // 16), 3), dtype=np.uint16)
 
     def prepare(self) -> None:
-        weight = self.conv.parameters["weight"]
-        self.packed = packed_weights(weight, self.kept)
-        if self.conv.needs_input_gradient:
-            self.transposed = self.kept.array("transposed", (weight.size,))
-            direct.pack_for_input_gradient(weight, self.transposed, *self.geometry.window[2:])
+        if not self.prepares_in_passes:
+            self._pack()
+            if self.conv.needs_input_gradient:
+                self._transpose()
+
+    def _array_of_weights(self, name: str) -> Array:
+        return scratch("large", self.weights) if self.prepares_in_passes else self.kept.array(name, (self.weights,))
+
+    def _pack(self) -> None:
+        self.packed = packed_weights(self.conv.parameters["weight"], self._array_of_weights)
+
+    def _transpose(self) -> None:
+        self.transposed = self._array_of_weights("transposed")
+        direct.pack_for_input_gradient(self.conv.parameters["weight"], self.transposed, *self.geometry.window[2:])
 
     def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         self.x, self.y = x, self.kept.array("y", (len(x), *self.output_shape))
+        if self.prepares_in_passes:
+            self._pack()
         geometry = self.geometry
         images = geometry.images(x)
         block = geometry.block(len(images))
@@ -166,6 +202,8 @@ class DirectConvolution(CompiledLayers):
         geometry, images = self.geometry, self.geometry.images(self.x)
         wanted, N, winners = self.conv.needs_input_gradient, len(images), self._winners(len(self.x))
         masked = self.relu or self.pool
+        if wanted and self.prepares_in_passes:
+            self._transpose()
         dx = geometry.images(self.gradients.take(self.x.shape)) if wanted else None
         block = geometry.masked_block(N) if masked else N
         room = scratch("convolution", geometry.masked_scratch(block)) if masked else dy.reshape(-1)
@@ -218,7 +256,7 @@ class TransposedConvolution(CompiledLayers):
         self.transposed = self.kept.array("transposed", (weight.size,))
         direct.pack_for_input_gradient(weight, self.transposed, *self.geometry.window[2:])
         if self.conv.needs_input_gradient:
-            self.packed = packed_weights(weight, self.kept)
+            self.packed = packed_weights(weight, lambda name: self.kept.array(name, (weight.size,)))
 
     def _forward(self, x: Array, *, training: bool, key: Key | None) -> Array:
         self.x, y = x, self.kept.array("y", (len(x), *self.output_shape))
@@ -372,10 +410,10 @@ def is_packed(columns: int) -> bool:
     return columns <= 32 or columns == 64
 
 
-def packed_weights(weight: Array, kept: KeptArrays) -> Array:
-    """Return the packed matrix (..., F) of the weights."""
+def packed_weights(weight: Array, array_of: Callable[[str], Array]) -> Array:
+    """Return the packed matrix (..., F) of the weights, if necessary in the array of the name "packed"."""
     if is_packed(weight.shape[-1]):
         return weight.reshape(-1)
-    packed = kept.array("packed", (weight.size,))
+    packed = array_of("packed")
     products.pack(weight.reshape(-1, weight.shape[-1]), packed)
     return packed

@@ -8,8 +8,9 @@ The gradients are the adjoint of each stage, with ``D = A dy A'`` and V the tran
 ``dg = G' (V D) G`` summed over the tiles, and ``dx = B (D (G g G')) B'`` summed over the filters and over the tiles
 that share a pixel. So one transform of the output gradient serves both.
 
-A kernel takes P tiles at a time, so the transformed tiles stay in the second-level cache. Tiles are numbered by image,
-row and column. The order of operations:
+A kernel takes P tiles at a time, so the transformed tiles stay in the second-level cache. If the weights are many, it
+takes more tiles, and transforms 64 columns of the weights at a time. So these stay in the cache, and are never kept.
+Tiles are numbered by image, row and column. The order of operations:
 
 - Transforms: along the rows of a tile (index i) first, then along its columns; each as written below, without fused
   multiply-adds.
@@ -25,7 +26,7 @@ import numpy as np
 from numba import njit
 
 from distdl.nn.kernels.compiled.jit import kernel
-from distdl.nn.kernels.compiled.products import block_width, packed_product, product
+from distdl.nn.kernels.compiled.products import block_width, packed_product, product, transpose
 from distdl.nn.kernels.compiled.simd import (
     greater,
     greater_equal,
@@ -96,39 +97,74 @@ _kernel_back = linear_transform(kernel_adjoint, 6, 3)
 # --------------------------------------------------------------------------------------------- weights and gradient
 
 
+@njit
+def _transform_columns(g, element, row, rows, width, U, point, T):
+    """Write G g G' of `width` columns of `rows` rows to U: packed blocks (rows, width), `point` floats apart.
+
+    The elements of g's kernels are `element` floats apart, its rows `row`. T has room for 36 vectors.
+    """
+    for r in range(rows):
+        for f in range(0, width, 16):
+            lanes = width - f
+            for j in range(3):
+                _kernel(g, j * element + r * row + f, 3 * element, lanes, T, 16 * j, 96, 16)
+            for i in range(6):
+                _kernel(T, 96 * i, 16, 16, U, 6 * i * point + r * width + f, point, lanes)
+
+
 @kernel
 def transform_weights(weights_, U_):
     """Write G g G' of weights (3, 3, C, F) to U: 36 packed matrices (C, F), one after another."""
     _, _, C, F = weights_.shape
-    g, U, CF = weights_.ctypes.data, U_.ctypes.data, C * F
     scratch_ = np.empty(POINTS * 16, np.float32)
-    T = scratch_.ctypes.data
     n = 0
     while n < F:
         width = block_width(n, F)
-        for c in range(C):
-            for f in range(0, width, 16):
-                lanes = width - f
-                for j in range(3):
-                    _kernel(g, j * CF + c * F + n + f, 3 * CF, lanes, T, 16 * j, 96, 16)
-                for i in range(6):
-                    _kernel(T, 96 * i, 16, 16, U, 6 * i * CF + n * C + c * width + f, CF, lanes)
+        weights, U = weights_.ctypes.data + 4 * n, U_.ctypes.data + 4 * n * C
+        _transform_columns(weights, C * F, F, C, width, U, C * F, scratch_.ctypes.data)
         n += width
 
 
-@kernel
-def weight_gradient(dU_, d_weights_):
-    """Write G' dU G of dU (36, C, F) to the gradient of the weights (3, 3, C, F)."""
-    _, _, C, F = d_weights_.shape
-    dU, d, CF = dU_.ctypes.data, d_weights_.ctypes.data, C * F
-    scratch_ = np.empty(POINTS * 16, np.float32)
-    T = scratch_.ctypes.data
-    for o in range(0, CF, 16):
-        lanes = CF - o
-        for j in range(6):
-            _kernel_back(dU, o + j * CF, 6 * CF, lanes, T, 16 * j, 96, 16)
-        for i in range(3):
-            _kernel_back(T, 96 * i, 16, 16, d, o + 3 * i * CF, CF, lanes)
+@njit
+def _transform_back(dU, point, row, C, width, d_weights, F, T):
+    """Write G' dU G to `width` columns of the gradient of the weights (3, 3, C, F).
+
+    The matrices of dU are `point` floats apart, their rows `row`. T has room for 36 vectors.
+    """
+    for c in range(C):
+        for f in range(0, width, 16):
+            lanes = width - f
+            for j in range(6):
+                _kernel_back(dU, j * point + c * row + f, 6 * point, lanes, T, 16 * j, 96, 16)
+            for i in range(3):
+                _kernel_back(T, 96 * i, 16, 16, d_weights, (3 * i * C + c) * F + f, C * F, lanes)
+
+
+@njit
+def _multiply_by_columns(A, a_point, weights, C, F, transposed, y, y_point, count, U, T):
+    """Write the 36 products of A (count, K) and the transformed weights (K, N) to y (count, N).
+
+    The weights (3, 3, C, F) are transformed for 64 columns at a time, so they stay in the cache. K is C and N is F, or
+    with `transposed` the other way around. U has room for 45 K 64 floats.
+    """
+    K, N = C, F
+    if transposed:
+        K, N = F, C
+    n = 0
+    while n < N:
+        width = block_width(n, N)
+        g, element, row = weights + 4 * n, C * F, F
+        if transposed:
+            g, element, row = U + 4 * POINTS * K * width, K * width, width
+            for e in range(9):
+                transpose(weights + 4 * (e * C * F + n * F), F, width, F, g + 4 * e * element, width)
+        _transform_columns(g, element, row, K, width, U, K * width, T)
+        for k in range(POINTS):
+            at = U + 4 * k * K * width
+            packed_product(
+                A + 4 * k * a_point, K, 0, 1, at, K, 0, 0, 1, y + 4 * (k * y_point + n), N, 1, count, K, width, 0
+            )
+        n += width
 
 
 # ----------------------------------------------------------------------------------------------------- input tiles
@@ -174,12 +210,18 @@ def _scatter(E, at, step, dx, n, h0, w0, H, W, C, T):
 # ------------------------------------------------------------------------------------------------------ the passes
 
 
+def scratch_size(C: int, F: int, P: int, *, by_columns: bool, is_one_block: bool) -> int:
+    """Return the number of floats of scratch that `forward` and `backward` need."""
+    dU, columns = POINTS * C * F * (not is_one_block), 45 * max(C, F) * 64 * by_columns
+    return SMALL_SCRATCH + POINTS * P * (C + F) + dU + columns
+
+
 @kernel
-def forward(x_, U_, bias_, y_, winners_, scratch_, P, OH, OW, ph, pw, has_bias, relu, pool):
+def forward(x_, U_, bias_, y_, winners_, scratch_, P, OH, OW, ph, pw, has_bias, relu, pool, by_columns):
     """Write the convolution of x (N, H, W, C), with its bias, ReLU and 2x2 max-pooling if wanted, to y (N, ..., F).
 
-    U has the transformed weights, `winners` (y.size / F, vectors, 3) receives the comparisons of each window: its rows,
-    its upper pixels, its lower pixels. The scratch has ``SMALL_SCRATCH + 36 P (C + F)`` floats.
+    U has the transformed weights; with `by_columns` it has the weights. `winners` (y.size / F, vectors, 3) receives the
+    comparisons of each window: its rows, its upper pixels, its lower pixels. `scratch_size` tells the size of scratch.
     """
     N, H, W, C = x_.shape
     F = y_.shape[3]
@@ -188,6 +230,7 @@ def forward(x_, U_, bias_, y_, winners_, scratch_, P, OH, OW, ph, pw, has_bias, 
     V = T + 4 * SMALL_SCRATCH
     v_step, m_step, CF = P * C, P * F, C * F
     M = V + 4 * POINTS * v_step
+    columns = M + 4 * POINTS * m_step
     vectors = (F + 15) // 16
     zero = splat(f4(0))
     tiles = N * TH * TW
@@ -196,10 +239,13 @@ def forward(x_, U_, bias_, y_, winners_, scratch_, P, OH, OW, ph, pw, has_bias, 
         for q in range(count):
             t = t0 + q
             _gather(x, t // (TH * TW), 4 * (t // TW % TH) - ph, 4 * (t % TW) - pw, H, W, C, V, q * C, v_step, T)
-        for k in range(POINTS):
-            packed_product(
-                V + 4 * k * v_step, C, 0, 1, U + 4 * k * CF, C, 0, 0, 1, M + 4 * k * m_step, F, 1, count, C, F, 0
-            )
+        if by_columns:
+            _multiply_by_columns(V, v_step, U, C, F, False, M, m_step, count, columns, T)
+        else:
+            for k in range(POINTS):
+                packed_product(
+                    V + 4 * k * v_step, C, 0, 1, U + 4 * k * CF, C, 0, 0, 1, M + 4 * k * m_step, F, 1, count, C, F, 0
+                )
         for q in range(count):
             t = t0 + q
             n, h0, w0 = t // (TH * TW), 4 * (t // TW % TH), 4 * (t % TW)
@@ -272,23 +318,19 @@ def _output_gradient(dy, y, winners_, n, h0, w0, OH, OW, F, f, relu, pool, T):
 
 
 @kernel
-def backward(x_, UT_, dy_, y_, winners_, dU_, d_bias_, dx_, scratch_, P, OH, OW, ph, pw, relu, pool, wanted):
-    """Write the gradients dU (36, C, F) and d_bias (F,) and, if `wanted`, that of x.
+def backward(
+    x_, UT_, dy_, y_, winners_, d_weights_, d_bias_, dx_, scratch_, P, OH, OW, ph, pw, relu, pool, wanted, by_columns
+):
+    """Write the gradients of the weights and of the bias and, if `wanted`, that of x.
 
-    UT has the transformed weights with C and F exchanged; dy, y and `winners` are those of `forward`.
+    UT has the transformed weights with C and F exchanged; with `by_columns` it has the weights. dy, y, `winners` and
+    the scratch are those of `forward`.
     """
     N, H, W, C = x_.shape
     F = dy_.shape[3]
     TH, TW = (OH + 3) // 4, (OW + 3) // 4
-    x, UT, dy, y, dU, dx = (
-        x_.ctypes.data,
-        UT_.ctypes.data,
-        dy_.ctypes.data,
-        y_.ctypes.data,
-        dU_.ctypes.data,
-        dx_.ctypes.data,
-    )
-    d_bias, T = d_bias_.ctypes.data, scratch_.ctypes.data
+    x, UT, dy, y, dx = x_.ctypes.data, UT_.ctypes.data, dy_.ctypes.data, y_.ctypes.data, dx_.ctypes.data
+    d_weights, d_bias, T = d_weights_.ctypes.data, d_bias_.ctypes.data, scratch_.ctypes.data
     V = T + 4 * SMALL_SCRATCH
     v_step, d_step, CF = P * C, P * F, C * F
     D = V + 4 * POINTS * v_step
@@ -296,6 +338,11 @@ def backward(x_, UT_, dy_, y_, winners_, dU_, d_bias_, dx_, scratch_, P, OH, OW,
     if wanted:
         dx_[...] = 0
     tiles = N * TH * TW
+    # dU has 36 matrices (C, F); with one block of tiles it has only the columns in use.
+    is_one_block = by_columns and tiles <= P
+    dU = columns = D + 4 * POINTS * d_step
+    if not is_one_block:
+        columns = dU + 4 * POINTS * CF
     for t0 in range(0, tiles, P):
         count = min(P, tiles - t0)
         for q in range(count):
@@ -312,10 +359,23 @@ def backward(x_, UT_, dy_, y_, winners_, dU_, d_bias_, dx_, scratch_, P, OH, OW,
                 # Point (1, 1) is the sum over the 16 outputs.
                 total = load_lanes(d_bias, f, lanes) + load_lanes(D, 7 * d_step + q * F + f, lanes)
                 store_lanes(d_bias, f, total, lanes)
-        for k in range(POINTS):
-            at = D + 4 * k * d_step
-            product(V + 4 * k * v_step, 1, 0, C, at, 0, F, dU + 4 * k * CF, F, 1, C, count, F, 1 if t0 else 0)
-            if wanted:
+        last, add, n = t0 + P >= tiles, 1 if t0 else 0, 0
+        while n < F:
+            width, at, point, row = F, dU, CF, F
+            if by_columns:
+                width = block_width(n, F)
+                at, point, row = (dU, C * width, width) if is_one_block else (dU + 4 * n, CF, F)
+            for k in range(POINTS):
+                d = D + 4 * (k * d_step + n)
+                product(V + 4 * k * v_step, 1, 0, C, d, 0, F, at + 4 * k * point, row, 1, C, count, width, add)
+            if last:
+                _transform_back(at, point, row, C, width, d_weights + 4 * n, F, T)
+            n += width
+        if wanted and by_columns:
+            _multiply_by_columns(D, d_step, UT, C, F, True, V, v_step, count, columns, T)
+        elif wanted:
+            for k in range(POINTS):
+                at = D + 4 * k * d_step
                 packed_product(at, F, 0, 1, UT + 4 * k * CF, F, 0, 0, 1, V + 4 * k * v_step, C, 1, count, F, C, 0)
         if wanted:
             for q in range(count):
