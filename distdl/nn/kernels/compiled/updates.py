@@ -8,6 +8,10 @@ the optimizer. Numbers are rounded to float32 first, as NumPy does.
 The gradient is given as a sum over samples: ``g = (sum scale) / samples``. For a power of two, `samples` is 1 and
 `scale` is its inverse. The product is then the quotient, to the last bit, and it is faster.
 
+**Subnormal numbers.** The moments of a weight whose gradient stays 0 (a dead ReLU, say) shrink below 2^-126. There a
+CPU takes more than a hundred cycles for a multiplication or division. So Adam, Momentum and Nesterov
+multiply them as integers, with the same bits, and take no step that is too small to change w.
+
 `segments_` (n, 3) lists start, stop and mode of ranges of elements. Mode 1 adds ``lambda_ w`` to the gradient, mode 2
 adds ``l1 sign(w)``, mode 3 adds both. For AdamW, modes 1 and 3 multiply w by `lambda_` instead.
 """
@@ -15,6 +19,7 @@ adds ``l1 sign(w)``, mode 3 adds both. For AdamW, modes 1 and 3 multiply w by `l
 import numpy as np
 from numba import njit
 
+from distdl.nn.kernels.compiled.integers import FACTOR_BITS, subnormal, subnormal_product
 from distdl.nn.kernels.compiled.jit import kernel
 from distdl.nn.kernels.compiled.simd import (
     WIDTH,
@@ -31,6 +36,10 @@ from distdl.nn.kernels.compiled.simd import (
 DECAY, L1 = 1, 2
 #: Lanes of the partial sums of a norm, and elements whose squares are added in float32.
 CHAINS, BLOCK = 4 * WIDTH, 4096
+#: A subnormal moment, at most this rate, at least this epsilon: the step is below 2^-56. So it does not change a weight
+#: of at least `LEAST_WEIGHT`, whose neighbours are at least 2^-54 away.
+MOST_RATE, LEAST_EPSILON, LEAST_WEIGHT = np.float32(2.0**10), np.float32(2.0**-60), np.float32(2.0**-30)
+_NONE = np.uint16(0)
 
 
 @njit(inline="always")
@@ -66,6 +75,32 @@ def _quotient(x, divisor, inverse):
     return select(greater(splat(np.float32(np.inf)), x), q, x)
 
 
+@njit(inline="always")
+def _factor(factor):
+    """Return a factor as an integer for `subnormal_product`; -1 if it is none."""
+    scaled = np.float64(factor) * 2.0**FACTOR_BITS
+    return np.int64(scaled) if scaled >= 0 and scaled <= 2.0**FACTOR_BITS and np.floor(scaled) == scaled else -1
+
+
+@njit(inline="always")
+def _shrunk(x, factor, integer):
+    """Return ``x * factor``."""
+    small = subnormal(x) if integer >= 0 else _NONE
+    product = select(small, splat(np.float32(0)), x) * splat(factor)
+    if small != 0:
+        product = select(small, subnormal_product(x, integer), product)
+    return product
+
+
+@njit(inline="always")
+def _negligible(x, w, may_skip):
+    """Return the lanes in which the product of x and the rate, or a quotient of it, is too small to change w."""
+    small = subnormal(x) if may_skip else _NONE
+    if small != 0:
+        small = np.uint16(small & (greater(w, splat(LEAST_WEIGHT)) | greater(splat(-LEAST_WEIGHT), w)))
+    return small
+
+
 @kernel
 def sgd(w_, g_, segments_, scale, samples, lambda_, l1, rate):
     """Compute ``w - rate g``."""
@@ -83,14 +118,16 @@ def sgd(w_, g_, segments_, scale, samples, lambda_, l1, rate):
 def momentum(w_, g_, v_, segments_, scale, samples, lambda_, l1, rate, factor):
     """Compute ``v = factor v + g`` and ``w - rate v``."""
     w, g, v = w_.ctypes.data, g_.ctypes.data, v_.ctypes.data
+    integer, zero, may_skip = _factor(factor), splat(np.float32(0)), abs(rate) <= MOST_RATE
     for s in range(len(segments_)):
         stop, mode = segments_[s, 1], segments_[s, 2]
         for at in range(segments_[s, 0], stop, WIDTH):
             lanes = stop - at
             W = load_lanes(w, at, lanes)
             G = _decayed(W, _mean(g, at, lanes, scale, samples), mode, lambda_, l1)
-            V = load_lanes(v, at, lanes) * splat(factor) + G
+            V = _shrunk(load_lanes(v, at, lanes), factor, integer) + G
             store_lanes(v, at, V, lanes)
+            V = select(_negligible(V, W, may_skip), zero, V)
             store_lanes(w, at, W - V * splat(rate), lanes)
 
 
@@ -98,15 +135,18 @@ def momentum(w_, g_, v_, segments_, scale, samples, lambda_, l1, rate, factor):
 def nesterov(w_, g_, v_, segments_, scale, samples, lambda_, l1, rate, factor):
     """Compute ``v = factor v + g`` and ``w - (factor v + g) rate``."""
     w, g, v = w_.ctypes.data, g_.ctypes.data, v_.ctypes.data
+    integer, zero, may_skip = _factor(factor), splat(np.float32(0)), abs(rate) <= MOST_RATE
     for s in range(len(segments_)):
         stop, mode = segments_[s, 1], segments_[s, 2]
         for at in range(segments_[s, 0], stop, WIDTH):
             lanes = stop - at
             W = load_lanes(w, at, lanes)
             G = _decayed(W, _mean(g, at, lanes, scale, samples), mode, lambda_, l1)
-            V = load_lanes(v, at, lanes) * splat(factor) + G
+            V = _shrunk(load_lanes(v, at, lanes), factor, integer) + G
             store_lanes(v, at, V, lanes)
-            store_lanes(w, at, W - (V * splat(factor) + G) * splat(rate), lanes)
+            step = _shrunk(V, factor, integer) + G
+            step = select(_negligible(step, W, may_skip), zero, step)
+            store_lanes(w, at, W - step * splat(rate), lanes)
 
 
 @kernel
@@ -149,7 +189,9 @@ def adam(
     ``m = m kept_m + g added_m`` and ``v = v kept_v + (g g) added_v``.
     """
     w, g, m, v = w_.ctypes.data, g_.ctypes.data, m_.ctypes.data, v_.ctypes.data
-    inverse = np.float32(1) / root
+    inverse, zero = np.float32(1) / root, splat(np.float32(0))
+    integer_m, integer_v = _factor(kept_m), _factor(kept_v)
+    may_skip = abs(rate) <= MOST_RATE and epsilon >= LEAST_EPSILON
     for s in range(len(segments_)):
         stop, mode = segments_[s, 1], segments_[s, 2]
         for at in range(segments_[s, 0], stop, WIDTH):
@@ -160,10 +202,12 @@ def adam(
                 G = _decayed(W, _mean(g, at, lanes, scale, samples), mode & L1, lambda_, l1)
             else:
                 G = _decayed(W, _mean(g, at, lanes, scale, samples), mode, lambda_, l1)
-            M = load_lanes(m, at, lanes) * splat(kept_m) + G * splat(added_m)
-            V = load_lanes(v, at, lanes) * splat(kept_v) + (G * G) * splat(added_v)
+            M = _shrunk(load_lanes(m, at, lanes), kept_m, integer_m) + G * splat(added_m)
+            V = _shrunk(load_lanes(v, at, lanes), kept_v, integer_v) + (G * G) * splat(added_v)
             store_lanes(m, at, M, lanes)
             store_lanes(v, at, V, lanes)
+            skipped = _negligible(M, W, may_skip)
+            M, V = select(skipped, zero, M), select(np.uint16(skipped & subnormal(V)), zero, V)
             step = M / (_quotient(square_root(V), root, inverse) + splat(epsilon))
             store_lanes(w, at, W - step * splat(rate), lanes)
 
