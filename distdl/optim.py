@@ -23,7 +23,7 @@ from distdl.errors import unknown_name
 
 Vector = NDArray[Any]
 State = dict[str, Vector]
-Update = Callable[[Vector, Vector, float, int], None]
+Update = Callable[[Vector, Vector, float, int, int], None]
 
 BLOCK = 32768  # elements; four float32 vectors of this length fit the second-level cache
 
@@ -61,12 +61,12 @@ class Optimizer(ABC):
         self.updated = [slice(*ends) for ends in zip(starts, stops, strict=True)]
         self.state: State = {name: aligned_zeros(size, dtype) for name in self.state_names}
         self._scratch = aligned_empty(min(size, BLOCK), dtype)
-        self._fused = None if fused is None or dtype != np.float32 else fused(self)
+        self.fused = None if fused is None or dtype != np.float32 else fused(self)
 
-    def update(self, parameters: Vector, gradients: Vector, learning_rate: float, step: int) -> None:
-        """Apply update number `step` = 1, 2, …; overwrite both vectors (the gradient serves as scratch)."""
-        if self._fused is not None:
-            self._fused(parameters, gradients, learning_rate, step)
+    def update(self, parameters: Vector, gradients: Vector, learning_rate: float, step: int, samples: int = 1) -> None:
+        """Apply update number `step` = 1, 2, …; overwrite both vectors. `fused` divides the gradient by `samples`."""
+        if self.fused is not None:
+            self.fused(parameters, gradients, learning_rate, step, samples)
             return
         for piece in _pieces(self.decay_slices if self.weight_decay or self.l1 else ()):
             w, g, scratch = parameters[piece], gradients[piece], self._scratch[: piece.stop - piece.start]

@@ -13,6 +13,7 @@ from distdl.arrays import aligned_empty
 from distdl.data.augmentation import Augmentation
 from distdl.data.batch_order import micro_batch, micro_batch_count
 from distdl.data.dataset import PreparedDataset
+from distdl.data.normalization import RowLoader
 from distdl.data.split import Rows
 from distdl.mapped_files import release_pages, rows_to_keep
 from distdl.rng import Key
@@ -25,6 +26,7 @@ class MicroBatches:
     dataset: PreparedDataset
     micro_batch_size: int
     augmentation: Augmentation | None = None
+    load_rows: RowLoader | None = None
     #: The number of micro-batches loaded so far.
     loaded: int = field(default=0, init=False)
     _buffers: dict[int, tuple[NDArray[Any], NDArray[np.float32]]] = field(default_factory=dict, init=False)
@@ -46,15 +48,17 @@ class MicroBatches:
         self.loaded += 1
         rows = micro_batch(rows, index, self.micro_batch_size)
         dataset = self.dataset
+        if self.loaded % self._release_after == 0:
+            release_pages(dataset.images)
         if len(rows) not in self._buffers:
             shape = (len(rows), *dataset.images.shape[1:])
             self._buffers[len(rows)] = aligned_empty(shape, dataset.images.dtype), aligned_empty(shape)
         pixels, out = self._buffers[len(rows)]
+        labels = dataset.targets(rows)
+        if self.load_rows is not None and (key is None or self.augmentation is None):
+            return self.load_rows(rows, out), labels
         # The modes but "raise" write without a temporary copy. No row is out of range.
         images = np.take(dataset.images, rows, axis=0, out=pixels, mode="clip")
-        if self.loaded % self._release_after == 0:
-            release_pages(dataset.images)
-        labels = dataset.targets(rows)
         if key is not None and self.augmentation is not None:
             images = self.augmentation.apply(images, key, out=out)
             if labels.ndim == 3:

@@ -151,15 +151,16 @@ class OptimizerStep:
     def _update(self, learning_rate: float, update_number: int) -> None:
         """Average the gradient, freeze and clip it, and update parameters and buffers. Local and deterministic.
 
-        The mean gradient overwrites `network.gradients`, which held the gradient of a micro-batch.
+        Unless a kernel divides, the mean gradient overwrites `network.gradients`, that of a micro-batch.
         """
-        network, gradient = self.network, self.network.gradients
-        np.divide(self.total["gradient"], self.samples, out=gradient)
-        for frozen in self.optimizer.frozen:  # so that it does not count when the gradient is clipped
-            gradient[frozen] = 0
+        network, gradient, samples = self.network, self.total["gradient"], self.samples
+        if self.clip_norm is not None or self.optimizer.fused is None:
+            gradient, samples = np.divide(gradient, samples, out=network.gradients), 1
         if self.clip_norm is not None:
+            for frozen in self.optimizer.frozen:  # so that it does not count
+                gradient[frozen] = 0
             clip_by_norm(gradient, self.clip_norm, network.stack.kernels.norm)
-        self.optimizer.update(network.parameters, gradient, learning_rate, update_number)
+        self.optimizer.update(network.parameters, gradient, learning_rate, update_number, samples)
         if "statistics" in self.total:
             share = min(1.0, self.samples / self.micro_batch_size)  # the moments of a few left-over samples count less
             network.update_buffers(self.total["statistics"], share=share)

@@ -103,7 +103,8 @@ class Trainer:
             warmup_steps=config.warmup_steps,
         )
         augmentation = None if config.augment is None else Augmentation.parse(config.augment)
-        self.micro_batches = MicroBatches(data, config.micro_batch_size, augmentation)
+        load_rows = state.network.stack.kernels.row_loader(data.images, data.normalization)
+        self.micro_batches = MicroBatches(data, config.micro_batch_size, augmentation, load_rows)
         self.total_steps = config.epoch_count * self.steps_per_epoch
         self.last_step = self.total_steps if config.max_steps is None else min(self.total_steps, config.max_steps)
         self.phase = self._after_checkpoint()  # a run starts in the phase after a checkpoint
@@ -232,7 +233,7 @@ class Trainer:
         key = self.key.of("training", state.step)
         learning_rate = self.schedule(state.step) * best.plateau_share(self.config, progress.plateau_cuts)
 
-        def load(index: int) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        def load(index: int) -> "tuple[NDArray[np.float32], NDArray[Any]]":
             loaded = self.micro_batches.load(rows, index, key.of(index, "augmentation"))
             fault_point("forward", owner=state)
             return loaded

@@ -51,6 +51,10 @@ class Kernels(ABC):
         """Return the implementation of this loss: it itself, as written, unless the kernels have another one."""
         return loss
 
+    def row_loader(self, images: Array, normalization: Any) -> Callable[[Array, Array], Array] | None:
+        """Return a function of rows (N,) and an array: it writes their images there, normalized; or None."""
+        return None
+
     def for_network(self) -> Self:
         """Return the kernels for one network: itself, unless they keep arrays."""
         return self

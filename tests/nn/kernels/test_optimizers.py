@@ -40,17 +40,53 @@ def test_every_update_has_the_bits_of_the_numpy_form(name, shape, settings):
     w = numbers(size, special=0.1)
     ours, theirs = w.copy(), w.copy()
     with np.errstate(all="ignore"):
-        for step in range(1, 6):
-            gradient = numbers(size, seed=step, special=0.1)
+        for step, samples in enumerate((1, 100, 128, 7, 1000), 1):
+            total = numbers(size, seed=step, special=0.1)
             rate = 0.01 / step
-            plain.update(theirs, gradient.copy(), rate, step)
-            fused.update(ours, gradient.copy(), rate, step)
+            plain.update(theirs, total / np.float32(samples), rate, step)
+            fused.update(ours, total, rate, step, samples)
     assert np.isnan(theirs).any() == np.isnan(w).any() or size > 1000
     np.testing.assert_array_equal(bits(ours), bits(theirs))
     for vector in plain.state:
         np.testing.assert_array_equal(bits(fused.state[vector]), bits(plain.state[vector]))
     for where in frozen:
         assert ours[where].tobytes() == w[where].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("adam", {}),
+        ("adam", {"beta1": 0.5, "beta2": 0.3}),
+        ("adam", {"epsilon": 1e-30}),
+        ("momentum", {}),
+        ("momentum", {"momentum": 0.3}),
+        ("nesterov", {}),
+    ],
+)
+@pytest.mark.parametrize("rate", [0.001, 1e9])
+def test_subnormal_moments_have_the_bits_of_the_numpy_form(name, settings, rate):
+    from distdl.nn.kernels.compiled import COMPILED
+
+    size, random = 4096, np.random.default_rng(0)
+    plain, fused = (OPTIMIZERS[name](size, fused=one, **settings) for one in (None, COMPILED.optimizer_rule(name)))
+    mantissas = random.integers(0, 2**24, size) >> random.integers(0, 24, size)
+    first = (mantissas | random.integers(0, 2, size) << 31).astype(np.uint32).view(np.float32)
+    second = np.roll(mantissas, 5).astype(np.uint32).view(np.float32)
+    for optimizer in (plain, fused):
+        for vector, values in zip(optimizer.state.values(), (first, second), strict=False):
+            vector[...] = values
+    w = random.choice(np.array([0, 1, -1, 2.0**-29, 1e-9, -1e-20, 1e-30, -1e-40, np.inf], np.float32), size)
+    gradient = random.choice(np.array([0, -0.0, 0, 1e-37, 1e-20, 1, np.nan], np.float32), size)
+    ours, theirs = w.copy(), w.copy()
+    with np.errstate(all="ignore"):
+        for step in (1, 50):
+            plain.update(theirs, gradient.copy(), rate, step)
+            fused.update(ours, gradient, rate, step)
+            for vector in plain.state:
+                np.testing.assert_array_equal(bits(fused.state[vector]), bits(plain.state[vector]))
+            np.testing.assert_array_equal(bits(ours), bits(theirs))
+            gradient = np.zeros_like(gradient)
 
 
 def bits(x):

@@ -8,7 +8,7 @@ Two kinds of files:
 - kernels, functions of arrays: `simd` and `integers` (vectors), `functions` and `double_functions` (exp, log, …),
   `products`, `winograd`, `updates`
 - implementations, with the kernels that only they call: of layers in `convolution`, `batch_norm` and many others, of
-  optimizers in `optimizers`, of losses in `losses`
+  optimizers in `optimizers`, of losses in `losses`, of the loading of images in `images`
 
 Arrays of kernels are C-contiguous float32; an argument that ends in ``_`` is an array, the same name without it is the
 address of its first element.
@@ -30,6 +30,7 @@ from distdl.nn.kernels.compiled.base import CompiledLayers
 from distdl.nn.kernels.compiled.batch_norm import batch_norm_at
 from distdl.nn.kernels.compiled.composites import branches_at, residual_at
 from distdl.nn.kernels.compiled.convolution import convolution_at, transposed_convolution_at
+from distdl.nn.kernels.compiled.images import row_loader
 from distdl.nn.kernels.compiled.local_response_norm import local_response_norm_at
 from distdl.nn.kernels.compiled.losses import compiled_loss
 from distdl.nn.kernels.compiled.pooling import average_pool_at, global_average_pool_at, max_pool_at
@@ -68,6 +69,7 @@ class _Compiled(Kernels):
     portable = True
     norm = staticmethod(optimizers.norm)
     optimizer_rule = staticmethod(optimizers.optimizer_rule)
+    row_loader = staticmethod(row_loader)
 
     def __init__(self) -> None:
         self._gradients = GradientArrays()

@@ -32,6 +32,8 @@ f4 = np.float32
 
 #: Up to this number of columns a product reads the weights where they are: their rows fit the cache as they lie.
 DIRECT_COLUMNS = 256
+#: Rows of the weights that it reads at a time there, so that all tiles find them in the first-level cache.
+DIRECT_ROWS = 128
 #: Rows of the weights that are copied at a time; so a panel of 64 columns fits the first-level cache.
 PANEL_ROWS = 64
 #: With fewer samples a copy does not pay. Then this number of rows is read at a time.
@@ -40,6 +42,8 @@ FEW_SAMPLES, FEW_ROWS = 8, 16
 INPUTS = 48
 #: Samples that `backward` takes at a time.
 SAMPLES = 64
+
+_NOTHING = np.empty((0, 0), f4)
 
 
 @kernel
@@ -67,7 +71,7 @@ def forward(x_, W_, b_, y_, panel_, relu):
     N, D = x_.shape
     K = W_.shape[1]
     x, W, b, y, panel = x_.ctypes.data, W_.ctypes.data, b_.ctypes.data, y_.ctypes.data, panel_.ctypes.data
-    copies, rows = K > DIRECT_COLUMNS and N >= FEW_SAMPLES, D
+    copies, rows = K > DIRECT_COLUMNS and N >= FEW_SAMPLES, DIRECT_ROWS
     if K > DIRECT_COLUMNS:
         rows = PANEL_ROWS if copies else FEW_ROWS
     for d in range(0, D, rows):
@@ -166,7 +170,7 @@ class CompiledAffine(CompiledLayers):
 
     def _backward(self, dy: Array) -> Array | None:
         affine, wanted = self.affine, self.affine.needs_input_gradient
-        dx = self.gradients.take(self.x.shape if wanted else (0, 0))
+        dx = self.gradients.take(self.x.shape) if wanted else _NOTHING
         backward(
             self.x, affine.parameters["weight"], self.y, dy, affine.gradients["weight"], affine.gradients["bias"], dx,
             scratch("affine", scratch_size(affine.inputs, affine.outputs)), self.relu, wanted,

@@ -10,8 +10,12 @@ from numba.extending import intrinsic, overload, register_model
 
 from distdl.nn.kernels.compiled.simd import WIDTH, vector
 
-_I32 = ir.IntType(32)
+_I16, _I32 = ir.IntType(16), ir.IntType(32)
 _INTEGERS, _FLOATS = ir.VectorType(_I32, WIDTH), ir.VectorType(ir.FloatType(), WIDTH)
+_LONGS = ir.VectorType(ir.IntType(64), WIDTH)
+_MAGNITUDE, _MANTISSA, _SIGN = 0x7FFFFFFF, 0x7FFFFF, 0x80000000
+#: A factor of `subnormal_product` is a multiple of 1 / 2^24.
+FACTOR_BITS = 24
 
 
 class IntegersType(types.Type):
@@ -86,3 +90,41 @@ for _operation, _name in (
     (operator.rshift, "ashr"),
 ):
     _define(_operation, _name)
+
+
+def _all(kind: Any, number: int) -> Any:
+    return ir.Constant(kind, [number] * WIDTH)
+
+
+@intrinsic
+def subnormal(typing: Any, x: Any) -> Any:
+    """Return 16 bits, the lowest for the first lane: whether the number is below the smallest normal one, but not 0."""
+
+    def generate(context: Any, builder: Any, kind: Any, given: Any) -> Any:
+        magnitude = builder.and_(builder.bitcast(given[0], _INTEGERS), _all(_INTEGERS, _MAGNITUDE))
+        before = builder.sub(magnitude, _all(_INTEGERS, 1))
+        return builder.bitcast(builder.icmp_unsigned("<", before, _all(_INTEGERS, _MANTISSA)), _I16)
+
+    return types.uint16(vector), generate
+
+
+@intrinsic
+def subnormal_product(typing: Any, x: Any, factor: Any) -> Any:
+    """Return ``x * factor / 2**24`` for subnormal numbers x and an integer of at most 2^24: rounded once, to even.
+
+    A subnormal number is its mantissa times 2^-149, and so is the product.
+    """
+
+    def generate(context: Any, builder: Any, kind: Any, given: Any) -> Any:
+        undefined = ir.Constant(_LONGS, ir.Undefined)
+        first = builder.insert_element(undefined, given[1], ir.Constant(_I32, 0))
+        factors = builder.shuffle_vector(first, undefined, _all(_INTEGERS, 0))
+        bits = builder.bitcast(given[0], _INTEGERS)
+        product = builder.mul(builder.zext(builder.and_(bits, _all(_INTEGERS, _MANTISSA)), _LONGS), factors)
+        shift = _all(_LONGS, FACTOR_BITS)
+        odd = builder.and_(builder.lshr(product, shift), _all(_LONGS, 1))
+        half = builder.add(odd, _all(_LONGS, 2 ** (FACTOR_BITS - 1) - 1))
+        rounded = builder.trunc(builder.lshr(builder.add(product, half), shift), _INTEGERS)
+        return builder.bitcast(builder.or_(rounded, builder.and_(bits, _all(_INTEGERS, _SIGN))), _FLOATS)
+
+    return vector(vector, types.int64), generate

@@ -22,43 +22,51 @@ def norm(vector: NDArray[np.float32]) -> float:
     return float(np.sqrt(total if np.isfinite(total) else updates.wide_sum_of_squares(vector)))
 
 
-def _numbers(*numbers: float) -> list[np.float32]:
-    return [np.float32(number) for number in numbers]
+def _numbers(samples: int, *numbers: float) -> list[np.float32]:
+    """Return `scale` and `samples` of the mean, then the other numbers, as float32."""
+    mean = (1 / samples, 1) if samples & (samples - 1) == 0 else (1, samples)
+    return [np.float32(number) for number in (*mean, *numbers)]
 
 
-def _sgd(o: Any, segments: Any, w: Any, g: Any, rate: float, step: int) -> None:
-    updates.sgd(w, g, segments, *_numbers(o.weight_decay, o.l1, rate))
+def _sgd(o: Any, segments: Any, w: Any, g: Any, rate: float, step: int, samples: int) -> None:
+    updates.sgd(w, g, segments, *_numbers(samples, o.weight_decay, o.l1, rate))
 
 
-def _momentum(o: Any, segments: Any, w: Any, g: Any, rate: float, step: int) -> None:
-    updates.momentum(w, g, o.state["momentum_buffer"], segments, *_numbers(o.weight_decay, o.l1, rate, o.momentum))
+def _momentum(o: Any, segments: Any, w: Any, g: Any, rate: float, step: int, samples: int) -> None:
+    updates.momentum(
+        w, g, o.state["momentum_buffer"], segments, *_numbers(samples, o.weight_decay, o.l1, rate, o.momentum)
+    )
 
 
-def _nesterov(o: Any, segments: Any, w: Any, g: Any, rate: float, step: int) -> None:
-    updates.nesterov(w, g, o.state["velocity"], segments, *_numbers(o.weight_decay, o.l1, rate, o.momentum))
+def _nesterov(o: Any, segments: Any, w: Any, g: Any, rate: float, step: int, samples: int) -> None:
+    updates.nesterov(w, g, o.state["velocity"], segments, *_numbers(samples, o.weight_decay, o.l1, rate, o.momentum))
 
 
-def _adagrad(o: Any, segments: Any, w: Any, g: Any, rate: float, step: int) -> None:
-    updates.squares(w, g, o.state["sum_of_squares"], segments, *_numbers(o.weight_decay, o.l1, rate, 1, 1, o.epsilon))
+def _adagrad(o: Any, segments: Any, w: Any, g: Any, rate: float, step: int, samples: int) -> None:
+    updates.squares(
+        w, g, o.state["sum_of_squares"], segments, *_numbers(samples, o.weight_decay, o.l1, rate, 1, 1, o.epsilon)
+    )
 
 
-def _rmsprop(o: Any, segments: Any, w: Any, g: Any, rate: float, step: int) -> None:
-    numbers = _numbers(o.weight_decay, o.l1, rate, o.beta2, 1 - o.beta2, o.epsilon)
+def _rmsprop(o: Any, segments: Any, w: Any, g: Any, rate: float, step: int, samples: int) -> None:
+    numbers = _numbers(samples, o.weight_decay, o.l1, rate, o.beta2, 1 - o.beta2, o.epsilon)
     updates.squares(w, g, o.state["mean_of_squares"], segments, *numbers)
 
 
-def _adam(o: Any, segments: Any, w: Any, g: Any, rate: float, step: int, decay: float | None = None) -> None:
+def _adam(
+    o: Any, segments: Any, w: Any, g: Any, rate: float, step: int, samples: int, decay: float | None = None
+) -> None:
     """Take a step of Adam; with a factor `decay`, of AdamW."""
     root, corrected = o.corrections(rate, step)
     numbers = _numbers(
-        o.weight_decay if decay is None else decay, o.l1, corrected, o.beta1, 1 - o.beta1, o.beta2, 1 - o.beta2, root,
-        o.epsilon,
+        samples, o.weight_decay if decay is None else decay, o.l1, corrected, o.beta1, 1 - o.beta1, o.beta2,
+        1 - o.beta2, root, o.epsilon,
     )  # fmt: skip
     updates.adam(w, g, o.state["first_moment"], o.state["second_moment"], segments, decay is not None, *numbers)
 
 
-def _adamw(o: Any, segments: Any, w: Any, g: Any, rate: float, step: int) -> None:
-    _adam(o, segments, w, g, rate, step, decay=1 - rate * o.weight_decay)
+def _adamw(o: Any, segments: Any, w: Any, g: Any, rate: float, step: int, samples: int) -> None:
+    _adam(o, segments, w, g, rate, step, samples, decay=1 - rate * o.weight_decay)
 
 
 #: The name of an optimizer is that of its class in lower case.
@@ -76,7 +84,13 @@ _RULES: dict[str, Callable[..., None]] = {
 def optimizer_rule(name: str) -> Callable[[Any], Callable[..., None]] | None:
     """Return a function from an optimizer of this name to its update; see ``distdl.optim.Optimizer``."""
     apply = _RULES.get(name)
-    return None if apply is None else lambda optimizer: partial(apply, optimizer, _segments(optimizer))
+    return None if apply is None else lambda optimizer: partial(_update, apply, optimizer, _segments(optimizer))
+
+
+def _update(apply: Callable[..., None], o: Any, segments: Any, w: Any, g: Any, *numbers: Any) -> None:
+    read_only = g.view()  # as the sum of a reduction is; a kernel would be compiled again for a writable gradient
+    read_only.flags.writeable = False
+    apply(o, segments, w, read_only, *numbers)
 
 
 def _segments(optimizer: Any) -> NDArray[np.int64]:

@@ -139,6 +139,16 @@ def max_backward(dy_, winners_, dx_, FH, FW, SH, SW, PH, PW):
                     store_lanes(dx, pixel * C + c, total, C - c)
 
 
+@njit(inline="always")
+def _sum_of_window(x, first, row, C, lanes, i0, i1, j0, j1):
+    """Return the sum of a window; `first` is the place of its element (0, 0)."""
+    total = splat(f4(0))
+    for i in range(i0, i1):
+        for j in range(j0, j1):
+            total = total + load_lanes(x, first + i * row + j * C, lanes)
+    return total
+
+
 @kernel
 def average_forward(x_, y_, FH, FW, SH, SW, PH, PW, share):
     """Write the means y (N, OH, OW, C); `share` is 1 / (FH FW)."""
@@ -152,13 +162,35 @@ def average_forward(x_, y_, FH, FW, SH, SW, PH, PW, share):
             for ow in range(OW):
                 w0 = ow * SW - PW
                 j0, j1 = max(0, -w0), min(FW, W - w0)
-                first = ((n * H + h0) * W + w0) * C
+                first, whole = ((n * H + h0) * W + w0) * C, (i1 - i0) * (j1 - j0) == FH * FW
                 for c in range(0, C, 16):
-                    total = splat(f4(0))
-                    for i in range(i0, i1):
-                        for j in range(j0, j1):
-                            total = total + load_lanes(x, first + (i * W + j) * C + c, C - c)
+                    if whole and FH == 2 and FW == 2:
+                        total = _sum_of_window(x, first + c, W * C, C, C - c, 0, 2, 0, 2)
+                    else:
+                        total = _sum_of_window(x, first + c, W * C, C, C - c, i0, i1, j0, j1)
                     store_lanes(y, ((n * OH + oh) * OW + ow) * C + c, total * splat(f4(share)), C - c)
+
+
+@njit(inline="always")
+def _spread(dy, dx, N, H, W, C, OH, OW, FH, FW, share):
+    """Do the same as `average_backward` for windows that follow each other without padding.
+
+    Pixels are written in ascending order, so a vector may extend into the next ones.
+    """
+    size, zero = N * H * W * C, splat(f4(0))
+    for n in range(N):
+        for h in range(H):
+            window, at = (n * OH + h // FH) * OW * C, (n * H + h) * W * C
+            inside = OW if h < OH * FH else 0
+            for _ow in range(inside):
+                for _j in range(FW):
+                    for c in range(0, C, 16):
+                        v = zero + load_lanes(dy, window + c, C - c) * splat(f4(share))
+                        store_lanes(dx, at + c, v, 16 if at + c + 16 <= size else C - c)
+                    at += C
+                window += C
+            for rest in range(at, (n * H + h + 1) * W * C, 16):
+                store_lanes(dx, rest, zero, 16 if rest + 16 <= size else size - rest)
 
 
 @kernel
@@ -167,6 +199,9 @@ def average_backward(dy_, dx_, FH, FW, SH, SW, PH, PW, share):
     N, H, W, C = dx_.shape
     _, OH, OW, _ = dy_.shape
     dy, dx = dy_.ctypes.data, dx_.ctypes.data
+    if FH == SH and FW == SW and PH == 0 and PW == 0:
+        _spread(dy, dx, N, H, W, C, OH, OW, FH, FW, share)
+        return
     for n in range(N):
         for h in range(H):
             oh0, oh1 = _windows(h, FH, SH, PH, OH)

@@ -103,6 +103,30 @@ def store(typing: Any, address: Any, offset: Any, value: Any) -> Any:
 
 
 @intrinsic
+def load_pixels(typing: Any, address: Any) -> Any:
+    """Return the 16 bytes at this address as numbers 0 to 255."""
+
+    def generate(context: Any, builder: Any, kind: Any, given: Any) -> Any:
+        pointer = builder.inttoptr(given[0], _BYTES.as_pointer())
+        return builder.uitofp(builder.load(pointer, align=1, typ=_BYTES), _VECTOR)
+
+    return vector(types.int64), generate
+
+
+@intrinsic
+def prefetch(typing: Any, address: Any) -> Any:
+    """Let the CPU fetch the line of the cache with this address; it may be any address."""
+
+    def generate(context: Any, builder: Any, kind: Any, given: Any) -> Any:
+        pointer = builder.inttoptr(given[0], _BYTES.as_pointer())
+        hints = [ir.Constant(_I32, hint) for hint in (0, 3, 1)]  # to read, in all caches, data
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *hints])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
 def load_number(typing: Any, address: Any, offset: Any) -> Any:
     """Return the number at this offset."""
     return types.float32(types.int64, types.int64), lambda context, builder, kind, given: _load(

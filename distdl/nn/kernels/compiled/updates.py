@@ -5,6 +5,13 @@ Each element gets the operations of the rule in `distdl.optim`, in its order: th
 Legend: w parameters, g gradient, lambda_ weight decay, rate learning rate; the others are the settings and the state of
 the optimizer. Numbers are rounded to float32 first, as NumPy does.
 
+The gradient is given as a sum over samples: ``g = (sum scale) / samples``. For a power of two, `samples` is 1 and
+`scale` is its inverse. The product is then the quotient, to the last bit, and it is faster.
+
+**Subnormal numbers.** The moments of a weight whose gradient stays 0 (a dead ReLU, say) shrink below 2^-126. There a
+CPU takes more than a hundred cycles for a multiplication or division. So Adam, Momentum and Nesterov
+multiply them as integers, with the same bits, and take no step that is too small to change w.
+
 `segments_` (n, 3) lists start, stop and mode of ranges of elements. Mode 1 adds ``lambda_ w`` to the gradient, mode 2
 adds ``l1 sign(w)``, mode 3 adds both. For AdamW, modes 1 and 3 multiply w by `lambda_` instead.
 """
@@ -12,6 +19,7 @@ adds ``l1 sign(w)``, mode 3 adds both. For AdamW, modes 1 and 3 multiply w by `l
 import numpy as np
 from numba import njit
 
+from distdl.nn.kernels.compiled.integers import FACTOR_BITS, subnormal, subnormal_product
 from distdl.nn.kernels.compiled.jit import kernel
 from distdl.nn.kernels.compiled.simd import (
     WIDTH,
@@ -28,6 +36,17 @@ from distdl.nn.kernels.compiled.simd import (
 DECAY, L1 = 1, 2
 #: Lanes of the partial sums of a norm, and elements whose squares are added in float32.
 CHAINS, BLOCK = 4 * WIDTH, 4096
+#: A subnormal moment, at most this rate, at least this epsilon: the step is below 2^-56. So it does not change a weight
+#: of at least `LEAST_WEIGHT`, whose neighbours are at least 2^-54 away.
+MOST_RATE, LEAST_EPSILON, LEAST_WEIGHT = np.float32(2.0**10), np.float32(2.0**-60), np.float32(2.0**-30)
+_NONE = np.uint16(0)
+
+
+@njit(inline="always")
+def _mean(g, at, lanes, scale, samples):
+    """Return elements of the mean gradient."""
+    mean = load_lanes(g, at, lanes) * splat(scale)
+    return mean / splat(samples) if samples != 1 else mean
 
 
 @njit(inline="always")
@@ -42,8 +61,48 @@ def _decayed(w, g, mode, lambda_, l1):
     return g
 
 
+@njit(inline="always")
+def _quotient(x, divisor, inverse):
+    """Return ``x / divisor``, rounded once; `inverse` is ``1 / divisor``. It is faster than a division of vectors.
+
+    The first correction leaves an error below one unit in the last place. Then the second remainder is exact, and the
+    second correction gives the rounded quotient (Markstein 1990). x is a square root, so nothing underflows.
+    """
+    y, negative = splat(inverse), splat(-divisor)
+    q = x * y
+    q = fma(fma(q, negative, x), y, q)
+    q = fma(fma(q, negative, x), y, q)
+    return select(greater(splat(np.float32(np.inf)), x), q, x)
+
+
+@njit(inline="always")
+def _factor(factor):
+    """Return a factor as an integer for `subnormal_product`; -1 if it is none."""
+    scaled = np.float64(factor) * 2.0**FACTOR_BITS
+    return np.int64(scaled) if scaled >= 0 and scaled <= 2.0**FACTOR_BITS and np.floor(scaled) == scaled else -1
+
+
+@njit(inline="always")
+def _shrunk(x, factor, integer):
+    """Return ``x * factor``."""
+    small = subnormal(x) if integer >= 0 else _NONE
+    product = select(small, splat(np.float32(0)), x) * splat(factor)
+    if small != 0:
+        product = select(small, subnormal_product(x, integer), product)
+    return product
+
+
+@njit(inline="always")
+def _negligible(x, w, may_skip):
+    """Return the lanes in which the product of x and the rate, or a quotient of it, is too small to change w."""
+    small = subnormal(x) if may_skip else _NONE
+    if small != 0:
+        small = np.uint16(small & (greater(w, splat(LEAST_WEIGHT)) | greater(splat(-LEAST_WEIGHT), w)))
+    return small
+
+
 @kernel
-def sgd(w_, g_, segments_, lambda_, l1, rate):
+def sgd(w_, g_, segments_, scale, samples, lambda_, l1, rate):
     """Compute ``w - rate g``."""
     w, g = w_.ctypes.data, g_.ctypes.data
     for s in range(len(segments_)):
@@ -51,42 +110,47 @@ def sgd(w_, g_, segments_, lambda_, l1, rate):
         for at in range(segments_[s, 0], stop, WIDTH):
             lanes = stop - at
             W = load_lanes(w, at, lanes)
-            G = _decayed(W, load_lanes(g, at, lanes), mode, lambda_, l1)
+            G = _decayed(W, _mean(g, at, lanes, scale, samples), mode, lambda_, l1)
             store_lanes(w, at, W - G * splat(rate), lanes)
 
 
 @kernel
-def momentum(w_, g_, v_, segments_, lambda_, l1, rate, factor):
+def momentum(w_, g_, v_, segments_, scale, samples, lambda_, l1, rate, factor):
     """Compute ``v = factor v + g`` and ``w - rate v``."""
     w, g, v = w_.ctypes.data, g_.ctypes.data, v_.ctypes.data
+    integer, zero, may_skip = _factor(factor), splat(np.float32(0)), abs(rate) <= MOST_RATE
     for s in range(len(segments_)):
         stop, mode = segments_[s, 1], segments_[s, 2]
         for at in range(segments_[s, 0], stop, WIDTH):
             lanes = stop - at
             W = load_lanes(w, at, lanes)
-            G = _decayed(W, load_lanes(g, at, lanes), mode, lambda_, l1)
-            V = load_lanes(v, at, lanes) * splat(factor) + G
+            G = _decayed(W, _mean(g, at, lanes, scale, samples), mode, lambda_, l1)
+            V = _shrunk(load_lanes(v, at, lanes), factor, integer) + G
             store_lanes(v, at, V, lanes)
+            V = select(_negligible(V, W, may_skip), zero, V)
             store_lanes(w, at, W - V * splat(rate), lanes)
 
 
 @kernel
-def nesterov(w_, g_, v_, segments_, lambda_, l1, rate, factor):
+def nesterov(w_, g_, v_, segments_, scale, samples, lambda_, l1, rate, factor):
     """Compute ``v = factor v + g`` and ``w - (factor v + g) rate``."""
     w, g, v = w_.ctypes.data, g_.ctypes.data, v_.ctypes.data
+    integer, zero, may_skip = _factor(factor), splat(np.float32(0)), abs(rate) <= MOST_RATE
     for s in range(len(segments_)):
         stop, mode = segments_[s, 1], segments_[s, 2]
         for at in range(segments_[s, 0], stop, WIDTH):
             lanes = stop - at
             W = load_lanes(w, at, lanes)
-            G = _decayed(W, load_lanes(g, at, lanes), mode, lambda_, l1)
-            V = load_lanes(v, at, lanes) * splat(factor) + G
+            G = _decayed(W, _mean(g, at, lanes, scale, samples), mode, lambda_, l1)
+            V = _shrunk(load_lanes(v, at, lanes), factor, integer) + G
             store_lanes(v, at, V, lanes)
-            store_lanes(w, at, W - (V * splat(factor) + G) * splat(rate), lanes)
+            step = _shrunk(V, factor, integer) + G
+            step = select(_negligible(step, W, may_skip), zero, step)
+            store_lanes(w, at, W - step * splat(rate), lanes)
 
 
 @kernel
-def squares(w_, g_, h_, segments_, lambda_, l1, rate, kept, added, epsilon):
+def squares(w_, g_, h_, segments_, scale, samples, lambda_, l1, rate, kept, added, epsilon):
     """Compute ``h = kept h + (g g) added`` and ``w - (g / (sqrt(h) + epsilon)) rate``: AdaGrad and RMSProp."""
     w, g, h = w_.ctypes.data, g_.ctypes.data, h_.ctypes.data
     for s in range(len(segments_)):
@@ -94,19 +158,40 @@ def squares(w_, g_, h_, segments_, lambda_, l1, rate, kept, added, epsilon):
         for at in range(segments_[s, 0], stop, WIDTH):
             lanes = stop - at
             W = load_lanes(w, at, lanes)
-            G = _decayed(W, load_lanes(g, at, lanes), mode, lambda_, l1)
+            G = _decayed(W, _mean(g, at, lanes, scale, samples), mode, lambda_, l1)
             H = load_lanes(h, at, lanes) * splat(kept) + (G * G) * splat(added)
             store_lanes(h, at, H, lanes)
             store_lanes(w, at, W - G / (square_root(H) + splat(epsilon)) * splat(rate), lanes)
 
 
 @kernel
-def adam(w_, g_, m_, v_, segments_, decoupled, lambda_, l1, rate, kept_m, added_m, kept_v, added_v, root, epsilon):
+def adam(
+    w_,
+    g_,
+    m_,
+    v_,
+    segments_,
+    decoupled,
+    scale,
+    samples,
+    lambda_,
+    l1,
+    rate,
+    kept_m,
+    added_m,
+    kept_v,
+    added_v,
+    root,
+    epsilon,
+):
     """Compute the moments m and v, then ``w - (m / (sqrt(v) / root + epsilon)) rate``.
 
     ``m = m kept_m + g added_m`` and ``v = v kept_v + (g g) added_v``.
     """
     w, g, m, v = w_.ctypes.data, g_.ctypes.data, m_.ctypes.data, v_.ctypes.data
+    inverse, zero = np.float32(1) / root, splat(np.float32(0))
+    integer_m, integer_v = _factor(kept_m), _factor(kept_v)
+    may_skip = abs(rate) <= MOST_RATE and epsilon >= LEAST_EPSILON
     for s in range(len(segments_)):
         stop, mode = segments_[s, 1], segments_[s, 2]
         for at in range(segments_[s, 0], stop, WIDTH):
@@ -114,14 +199,16 @@ def adam(w_, g_, m_, v_, segments_, decoupled, lambda_, l1, rate, kept_m, added_
             W = load_lanes(w, at, lanes)
             if decoupled and mode & DECAY:
                 W = W * splat(lambda_)
-                G = _decayed(W, load_lanes(g, at, lanes), mode & L1, lambda_, l1)
+                G = _decayed(W, _mean(g, at, lanes, scale, samples), mode & L1, lambda_, l1)
             else:
-                G = _decayed(W, load_lanes(g, at, lanes), mode, lambda_, l1)
-            M = load_lanes(m, at, lanes) * splat(kept_m) + G * splat(added_m)
-            V = load_lanes(v, at, lanes) * splat(kept_v) + (G * G) * splat(added_v)
+                G = _decayed(W, _mean(g, at, lanes, scale, samples), mode, lambda_, l1)
+            M = _shrunk(load_lanes(m, at, lanes), kept_m, integer_m) + G * splat(added_m)
+            V = _shrunk(load_lanes(v, at, lanes), kept_v, integer_v) + (G * G) * splat(added_v)
             store_lanes(m, at, M, lanes)
             store_lanes(v, at, V, lanes)
-            step = M / (square_root(V) / splat(root) + splat(epsilon))
+            skipped = _negligible(M, W, may_skip)
+            M, V = select(skipped, zero, M), select(np.uint16(skipped & subnormal(V)), zero, V)
+            step = M / (_quotient(square_root(V), root, inverse) + splat(epsilon))
             store_lanes(w, at, W - step * splat(rate), lanes)
 
 
