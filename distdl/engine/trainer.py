@@ -233,7 +233,7 @@ class Trainer:
         key = self.key.of("training", state.step)
         learning_rate = self.schedule(state.step) * best.plateau_share(self.config, progress.plateau_cuts)
 
-        def load(index: int) -> "tuple[NDArray[np.float32], NDArray[Any]]":
+        def load(index: int) -> tuple[NDArray[np.float32], NDArray[Any]]:
             loaded = self.micro_batches.load(rows, index, key.of(index, "augmentation"))
             fault_point("forward", owner=state)
             return loaded
