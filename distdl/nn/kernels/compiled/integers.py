@@ -116,9 +116,9 @@ def subnormal_product(typing: Any, x: Any, factor: Any) -> Any:
     """
 
     def generate(context: Any, builder: Any, kind: Any, given: Any) -> Any:
-        undefined = ir.Constant(_LONGS, ir.Undefined)
-        first = builder.insert_element(undefined, given[1], ir.Constant(_I32, 0))
-        factors = builder.shuffle_vector(first, undefined, _all(_INTEGERS, 0))
+        undefined = ir.Constant(_INTEGERS, ir.Undefined)
+        first = builder.insert_element(undefined, builder.trunc(given[1], _I32), ir.Constant(_I32, 0))
+        factors = builder.zext(builder.shuffle_vector(first, undefined, _all(_INTEGERS, 0)), _LONGS)
         bits = builder.bitcast(given[0], _INTEGERS)
         product = builder.mul(builder.zext(builder.and_(bits, _all(_INTEGERS, _MANTISSA)), _LONGS), factors)
         shift = _all(_LONGS, FACTOR_BITS)
