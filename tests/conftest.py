@@ -100,12 +100,15 @@ def ulfm(survives):
 
 @pytest.fixture(scope="session")
 def run_program():
-    """Return a function that runs a command line to its end; `timeout` only prevents hanging."""
+    """Return a function that runs a command line to its end; `timeout` only prevents hanging.
+
+    The program gets a copy of the environment: pytest changes a variable while a thread of `side_by_side` starts one.
+    """
 
     def run(argv, *, timeout, cwd=None, env=None):
         return subprocess.run(
             argv,
-            env=env,
+            env=os.environ.copy() if env is None else env,
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -74,8 +74,11 @@ def environment_for(command: MpirunCommand) -> dict[str, str]:
 
 def _open_mpi_version(mpirun: Path) -> int | None:
     """Return the major version of an Open MPI launcher, or None for another MPI's."""
+    environment = os.environ.copy()  # without one, execve fails if another thread changes a variable meanwhile
     try:
-        answer = subprocess.run([mpirun, "--version"], capture_output=True, text=True, errors="replace", check=True)
+        answer = subprocess.run(
+            [mpirun, "--version"], env=environment, capture_output=True, text=True, errors="replace", check=True
+        )
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(f"{mpirun} does not work ({error}): reinstall its MPI") from error
     # Debian's launcher calls itself OpenRTE when started by its full name.
