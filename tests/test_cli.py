@@ -392,6 +392,7 @@ GROUPS = {
     "report": ["flags"],
     "search": ["search", "run"],
     "bench": ["training", "measurement", "results"],
+    "doctor": ["flags"],
 }
 
 

@@ -22,7 +22,7 @@ BOTTOM = {"errors", "elementary", "rng", "arrays", "host_memory", "mapped_files"
 BOTTOM |= {"transforms", "model_settings", "image_options"}
 MIDDLE = {"nn", "optim", "schedules", "data", "parallel", "job"}
 #: Packages that use the engine. bench and search never import each other.
-USES = {"inference", "bench", "search"}
+USES = {"inference", "bench", "search", "doctor"}
 #: Every other part is a command, or `cli`, which only commands import.
 BELOW_THE_COMMANDS = {ROOT, "config", "engine"} | BOTTOM | MIDDLE | USES
 
