@@ -74,16 +74,17 @@ def _speak_for_rank_0(facts: Facts, launch: Launch) -> int:
     if not facts.keys() & {"error", "failure"}:
         return 0
     broken = [finding for finding in judged(facts) if finding.level == Level.BROKEN]
-    time.sleep(SECONDS_FOR_RANK_0)
-    if launch.local_rank == 0 or "waited" not in facts.get("failure", "waited"):
-        say_line(f"doctor: {broken[0].text}; {broken[0].fix}")
+    time.sleep(SECONDS_FOR_RANK_0 + launch.local_rank)  # the first one to end also ends the others
+    say_line(f"doctor: {broken[0].text}; {broken[0].fix}")
     return int(Level.BROKEN)
 
 
 def _remedy(facts: Facts, outcome: Outcome) -> str:
     own = facts["ranks"][0]
     if "to start MPI" in outcome.stage and needs_shared_memory(own) and "SIGBUS" in (outcome.failure or ""):
-        return "docker run --shm-size=1g …  (MPICH needs 5 MB of /dev/shm per rank)"
+        return "docker run --shm-size=1g ...  (MPICH needs 5 MB of /dev/shm per rank)"
+    if "other rank" in outcome.stage and own["on_host"] == own["expected"]:
+        return f"launch/local.sh -n {own['expected']} -- doctor  (and see the messages of the other ranks)"
     if "other rank" in outcome.stage or "between" in outcome.stage:
         return "launch/hosts.sh --check HOSTFILE  (do the hosts reach each other, and all have this Python?)"
     if "disk" in outcome.stage:

@@ -69,7 +69,7 @@ def allocated_hosts(environment: Mapping[str, str] = os.environ) -> int | None:
             return len(set(Path(environment["PBS_NODEFILE"]).read_text(encoding="utf-8").split()))
         except OSError:
             return None
-    words = environment.get("LSB_MCPU_HOSTS", "").split()  # host, slots, host, slots …
+    words = environment.get("LSB_MCPU_HOSTS", "").split()  # host, slots, host, slots ...
     return len(words) // 2 or None
 
 
@@ -168,7 +168,12 @@ def read_of_other_process(pid: int, address: int) -> str | None:
     buffer = ctypes.create_string_buffer(8)
     own, other = (_Span(ctypes.addressof(buffer), 8), _Span(address, 8))
     read = ctypes.CDLL(None, use_errno=True).process_vm_readv(
-        ctypes.c_int(pid), ctypes.byref(own), ctypes.c_ulong(1), ctypes.byref(other), ctypes.c_ulong(1), ctypes.c_ulong(0)
+        ctypes.c_int(pid),
+        ctypes.byref(own),
+        ctypes.c_ulong(1),
+        ctypes.byref(other),
+        ctypes.c_ulong(1),
+        ctypes.c_ulong(0),
     )
     return None if read == 8 else errno.errorcode.get(ctypes.get_errno(), "a short read")
 

@@ -32,12 +32,12 @@ SHARED_CORES = 10
 
 NO_BINDING = {
     OPEN_MPI: "export PRTE_MCA_hwloc_default_binding_policy=none",
-    MPICH: "mpirun -bind-to none …",
-    "srun": "srun --cpu-bind=none …",
+    MPICH: "mpirun -bind-to none ...",
+    "srun": "srun --cpu-bind=none ...",
 }
 OTHER_INTERCONNECT = {
     OPEN_MPI: "export OMPI_MCA_btl_tcp_if_include=eth1  (the fast one of: ip -br address)",
-    MPICH: "mpirun -iface eth1 …  (the fast one of: ip -br address)",
+    MPICH: "mpirun -iface eth1 ...  (the fast one of: ip -br address)",
 }
 
 
@@ -54,7 +54,7 @@ def _of_hosts(ranks: list[Facts]) -> dict[str, list[Facts]]:
         groups.setdefault(record.get("leader", 0), []).append(record)
     names = Counter(group[0]["host"] for group in groups.values())
     return {
-        group[0]["host"] + (f" (rank {leader} …)" if names[group[0]["host"]] > 1 else ""): group
+        group[0]["host"] + (f" (rank {leader} ...)" if names[group[0]["host"]] > 1 else ""): group
         for leader, group in groups.items()
     }
 
@@ -76,12 +76,12 @@ def _launcher_fix(own: Facts, wanted: int | None = None) -> str:
     count = wanted or max(own["expected"], 2)
     if own["by"] is None and own.get("allocated"):
         pmi = "pmix" if str(own.get("library")).startswith("Open MPI") else "pmi2"
-        return f"srun --mpi={pmi} -n {count} python -m distdl.train …"
+        return f"srun --mpi={pmi} -n {count} python -m distdl.train ..."
     if not own.get("library"):
         return f"{own['python']} -m pip install 'distdl-mpi[mpich]'"
     if own["by"] == "srun" or own.get("in_step"):
-        return f"srun --mpi={'pmix' if own['library'].startswith('Open MPI') else 'pmi2'} …"
-    return f"{own['python']} -m distdl.mpirun -n {count} -- …"
+        return f"srun --mpi={'pmix' if own['library'].startswith('Open MPI') else 'pmi2'} ..."
+    return f"{own['python']} -m distdl.mpirun -n {count} -- ..."
 
 
 def _without_launcher(facts: Facts, own: Facts) -> Findings:
@@ -108,11 +108,11 @@ def _hosts(facts: Facts, ranks: list[Facts]) -> Findings:
     text = f"{_count(len(hosts), 'host')}: {text}"
     allocated = ranks[0].get("allocated")
     if allocated and facts["size"] > 1 and allocated > len(hosts):
-        fix = "mpirun -ppn 1 …  (or more ranks)"
+        fix = "mpirun -ppn 1 ...  (or more ranks)"
         if ranks[0]["by"] == OPEN_MPI:
             fix = "export PRTE_MCA_rmaps_default_mapping_policy=slot:oversubscribe  (or more ranks)"
         elif ranks[0]["by"] == "srun":
-            fix = f"srun -N {allocated} --distribution=cyclic …  (or more ranks)"
+            fix = f"srun -N {allocated} --distribution=cyclic ...  (or more ranks)"
         yield Finding("hosts", SLOW, f"{text}; the job has {allocated} hosts, and the others are idle", fix)
     else:
         yield Finding("hosts", FINE, text)
@@ -139,7 +139,9 @@ def _cores(facts: Facts, ranks: list[Facts]) -> Findings:
         elif quota is not None and quota < len(group):
             bad = True
             text = f"{host}: {count}, but the container may use {quota:g} cores' time"
-            yield Finding("cores", SLOW, text, f"docker run --cpus={len(group)} …  (Kubernetes: resources.limits.cpu)")
+            yield Finding(
+                "cores", SLOW, text, f"docker run --cpus={len(group)} ...  (Kubernetes: resources.limits.cpu)"
+            )
     if not bad:
         idle = sum(record["cores_of_host"] for record in {r.get("leader", 0): r for r in ranks}.values()) - len(ranks)
         yield Finding("cores", FINE, "each rank has a core" + (f"; {idle} more could have a rank" if idle > 0 else ""))
@@ -180,7 +182,7 @@ def _shared_memory(_facts: Facts, ranks: list[Facts]) -> Findings:
         free, own = group[0]["shared_memory"], group[0]
         count = max(len(group), own["on_host"])
         needed = MPICH_BYTES_PER_RANK * count
-        fix = f"docker run --shm-size={max(1, round(needed / GB) + 1)}g …  or: mount -o remount,size=1g /dev/shm"
+        fix = f"docker run --shm-size={max(1, round(needed / GB) + 1)}g ...  or: mount -o remount,size=1g /dev/shm"
         if free is None:
             bad = True
             yield Finding("shared memory", BROKEN, f"{host} has no /dev/shm", fix)
@@ -208,8 +210,12 @@ def _memory_access(facts: Facts, ranks: list[Facts]) -> Findings:
         return
     refused = [(ranks[rank]["host"], of["memory_access"]) for rank, of in enumerate(found) if of["memory_access"]]
     if refused:
-        text = f"{refused[0][0]}: a rank cannot read another's memory ({refused[0][1]}); MPI copies large messages twice"
-        yield Finding("memory access", SLOW, text, "docker run --cap-add SYS_PTRACE …  or one user namespace for all ranks")
+        text = (
+            f"{refused[0][0]}: a rank cannot read another's memory ({refused[0][1]}); MPI copies large messages twice"
+        )
+        yield Finding(
+            "memory access", SLOW, text, "docker run --cap-add SYS_PTRACE ...  or one user namespace for all ranks"
+        )
     elif any(len(group) > 1 for group in _of_hosts(ranks).values()):
         yield Finding("memory access", FINE, "ranks of a host can read each other's memory")
 
@@ -300,10 +306,14 @@ def _reductions(facts: Facts, ranks: list[Facts]) -> Findings:
 
 def _of_reduction(check: str, where: str, seconds: Mapping[str, float], limit: float, fix: str) -> Finding:
     ours, native = seconds["tree"], seconds["allreduce"]
-    text = f"{where}: allreduce of {4 * FLOATS / MB:.1f} MB in {1e3 * ours:.2g} ms, MPI_Allreduce {1e3 * native:.2g} ms"
+    text = f"{where}: allreduce of {4 * FLOATS / MB:.1f} MB in {_ms(ours)}, MPI_Allreduce {_ms(native)}"
     if 2 * 4 * FLOATS / ours >= limit:
         return Finding(check, FINE, text)
     return Finding(check, SLOW, text, fix or "end other programs on these cores: uptime")
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.{2 if seconds < 0.1 else 3}g} ms"
 
 
 def _folder(facts: Facts, ranks: list[Facts]) -> Findings:
