@@ -62,7 +62,7 @@ def _of_hosts(ranks: list[Facts]) -> dict[str, list[Facts]]:
 def _launcher(facts: Facts, ranks: list[Facts]) -> Findings:
     own, size, wanted = ranks[0], facts.get("size"), facts.get("wanted")
     by, library = own["by"], own.get("library")
-    if facts.get("error") and size is None:
+    if size is None and SEPARATE in facts.get("error", ""):
         yield Finding("launcher", BROKEN, facts["error"], _launcher_fix(own))
     elif size is not None and wanted not in {None, size}:
         yield Finding("launcher", BROKEN, f"{wanted} ranks are expected, MPI has {size}", _launcher_fix(own, wanted))
@@ -70,6 +70,10 @@ def _launcher(facts: Facts, ranks: list[Facts]) -> Findings:
         yield from _without_launcher(facts, own)
     elif size is not None:
         yield Finding("launcher", FINE, f"{by}, {library or 'no MPI'}: {_count(size, 'rank')}")
+
+
+#: The words of the error of a launcher that does not fit the MPI library (`parallel/world.py`).
+SEPARATE = "separate processes instead of"
 
 
 def _launcher_fix(own: Facts, wanted: int | None = None) -> str:
@@ -355,8 +359,8 @@ def _failures(facts: Facts, ranks: list[Facts]) -> Findings:
 def _end(facts: Facts, _ranks: list[Facts]) -> Findings:
     if facts.get("failure"):
         yield Finding("waiting", BROKEN, facts["failure"], facts["failure_fix"])
-    elif facts.get("error") and "size" in facts:
-        yield Finding("examination", BROKEN, *_split(facts["error"]))
+    elif SEPARATE not in facts.get("error", SEPARATE):
+        yield Finding("start" if "size" not in facts else "examination", BROKEN, *_split(facts["error"]))
 
 
 def _split(message: str) -> tuple[str, str]:

@@ -84,15 +84,17 @@ OPEN = {"by": OPEN_MPI, "library": "Open MPI 5.0.9"}
 NUMPY_ONLY = {"no_compiled_kernels": "numba is not installed: pip install 'distdl-mpi[fast]'"}
 SLOW, BROKEN = Level.SLOW, Level.BROKEN
 SEPARATE = "srun started 2 separate processes instead of 2 ranks of one job"
+OTHER_VERSIONS = "the ranks run different versions of distdl: 0.1.0 on n1; 0.0.9 on n2: install the same on each"
 
 
 @pytest.mark.parametrize(
     ("settings", "change", "check", "level", "said", "fix"),
     [
-        ({}, failed("4 separate", library=OPEN["library"]), "launcher", BROKEN, "4 separate", "-m distdl.mpirun -n 4"),
+        ({}, failed(SEPARATE, library=OPEN["library"]), "launcher", BROKEN, "2 separate", "-m distdl.mpirun -n 4"),
         ({"by": "srun"}, failed(SEPARATE), "launcher", BROKEN, "separate processes", "srun --mpi=pmi2"),
         (OPEN | {"by": "srun"}, failed(SEPARATE), "launcher", BROKEN, "separate", "srun --mpi=pmix"),
-        ({}, failed("no MPI library", library=None), "launcher", BROKEN, "no MPI", "pip install 'distdl-mpi[mpich]'"),
+        ({}, failed(SEPARATE, library=None), "launcher", BROKEN, "2 separate", "pip install 'distdl-mpi[mpich]'"),
+        ({}, failed(OTHER_VERSIONS), "start", BROKEN, "0.0.9 on n2", "install the same on each"),
         ({}, on_job(wanted=8), "launcher", BROKEN, "8 ranks are expected, MPI has 4", "-m distdl.mpirun -n 8"),
         ({"allocated": 3}, on_job(), "hosts", SLOW, "the job has 3 hosts", "-ppn 1"),
         (OPEN | {"allocated": 3}, on_job(), "hosts", SLOW, "idle", "slot:oversubscribe"),
