@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     outcome = examined(examine_rank, options.timeout, notices=launch.rank == 0, name=name)
     if outcome is None:  # the child: it ends here, with MPI_Finalize
         return 0
-    facts = {"ranks": [own], "wanted": options.ranks} | outcome.facts
+    facts: Facts = {"ranks": [own], "wanted": options.ranks} | outcome.facts
     if outcome.failure is not None:
         facts |= {"failure": f"{name} {outcome.failure}", "failure_fix": _remedy(facts, outcome)}
     if launch.rank == 0:
