@@ -17,7 +17,7 @@ class DoctorOptions:
     """Number of ranks that the job should have; without it, the number that the launcher tells."""
     run_dir: Path = Path("runs")
     """The run folder of the training to come: checked for space, locks, and access from all hosts."""
-    timeout: int = 60
+    timeout: int = 120
     """End with a message if a rank waits for this many seconds, for example for another rank."""
     json: bool = False
     """Print the findings as one line of JSON."""

@@ -36,8 +36,12 @@ Host *
   UserKnownHostsFile /dev/null
   LogLevel ERROR
 """
-#: Makes a process a host of its own: shared memory, host name.
-BECOME = 'mount -t tmpfs -o mode=1777 tmpfs /dev/shm && echo "$0" >/proc/sys/kernel/hostname && exec "$@"'
+#: Makes a process a host of its own: shared memory, host name, names of hosts. No name server is asked: it would not
+#: answer.
+BECOME = """
+mount -t tmpfs -o mode=1777 tmpfs /dev/shm && echo "$0" >/proc/sys/kernel/hostname &&
+mount --bind {folder}/hosts /etc/hosts && mount --bind /dev/null /etc/resolv.conf && exec "$@"
+"""
 
 
 def why_impossible():
@@ -76,6 +80,8 @@ class SshHosts:
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
         (folder / "sshd_config").write_text(SSHD.format(folder=folder))
         (folder / "ssh_config").write_text(SSH.format(folder=folder))
+        lines = [f"{address} {name}\n" for address, name in zip(self.addresses, self.names, strict=True)]
+        (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
         self.rsh = folder / "rsh"
         self.rsh.write_text(f'#!/bin/sh\nexec ssh -F {folder}/ssh_config "$@"\n')
         self.rsh.chmod(0o755)
@@ -106,7 +112,7 @@ class SshHosts:
 
     def on(self, name):
         """Return the beginning of a command line that runs on a host."""
-        return ["ip", "netns", "exec", name, "unshare", "--uts", "--mount", "sh", "-c", BECOME, name]
+        return ["ip", "netns", "exec", name, "unshare", "--uts", "--mount", "sh", "-c", BECOME.format(folder=self.folder), name]
 
     def run(self, argv, *, cwd, env, timeout):
         """Run a command on the first host."""
