@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -93,7 +94,7 @@ def test_a_launcher_that_does_not_fit_is_named_with_the_right_one(doctor, variab
 
 def test_a_rank_that_does_not_start_is_named_in_time(needs_mpirun, tmp_path):
     """Rank 1 never starts MPI. Without the limit, rank 0 would wait forever."""
-    command = mpirun_command(1, [*DOCTOR, "--timeout", "2", ":", "-n", "1", "sleep", "300"])
+    command = mpirun_command(1, [*DOCTOR, "--timeout", "8", ":", "-n", "1", "sleep", "300"])
     started = time.monotonic()
     done = subprocess.run(
         command.argv,
@@ -104,9 +105,9 @@ def test_a_rank_that_does_not_start_is_named_in_time(needs_mpirun, tmp_path):
         timeout=100,
         check=False,
     )
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 90
     assert done.returncode == 2, done.stderr
-    assert "waited 2 s for 1 other rank to start MPI" in " ".join(done.stdout.split())
+    assert "waited 8 s for 1 other rank to start MPI" in " ".join(done.stdout.split())
     assert "fine    arithmetic" in done.stdout  # the facts so far
 
 
@@ -145,7 +146,7 @@ def test_the_child_that_never_ends_is_killed_and_its_stage_named():
         signal.pause()
 
     outcome = examined(wait, 0.5, notices=False, name="rank 0")
-    assert outcome.failure.startswith("waited 1 s for nobody")
+    assert re.fullmatch(r"waited \d+ s for nobody", outcome.failure)
     with pytest.raises(ProcessLookupError):
         os.kill(outcome.facts["pid"], 0)
 
@@ -183,7 +184,8 @@ def test_a_long_stage_is_named_before_it_is_ended(monkeypatch, capsys):
         signal.pause()
 
     examined(examine, 1.2, notices=True, name="rank 0 on n1")
-    assert "distdl: doctor: rank 0 on n1 has waited 1 s for 3 other ranks to start MPI" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"distdl: doctor: rank 0 on n1 has waited \d+ s for 3 other ranks to start MPI\n", said)
 
 
 def test_the_facts_of_this_process_need_no_numpy(run_program):

@@ -112,7 +112,19 @@ class SshHosts:
 
     def on(self, name):
         """Return the beginning of a command line that runs on a host."""
-        return ["ip", "netns", "exec", name, "unshare", "--uts", "--mount", "sh", "-c", BECOME.format(folder=self.folder), name]
+        return [
+            "ip",
+            "netns",
+            "exec",
+            name,
+            "unshare",
+            "--uts",
+            "--mount",
+            "sh",
+            "-c",
+            BECOME.format(folder=self.folder),
+            name,
+        ]
 
     def run(self, argv, *, cwd, env, timeout):
         """Run a command on the first host."""
