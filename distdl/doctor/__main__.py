@@ -73,6 +73,8 @@ def _speak_for_rank_0(facts: Facts, launch: Launch) -> int:
     """Return the exit code of another rank. Report its failure, unless rank 0 does so and ends the job."""
     if not facts.keys() & {"error", "failure"}:
         return 0
+    if "failure" not in facts and launch.local_rank > 0:
+        return int(Level.BROKEN)  # the first rank of this host has the same error
     broken = [finding for finding in judged(facts) if finding.level == Level.BROKEN]
     time.sleep(SECONDS_FOR_RANK_0 + launch.local_rank)  # the first one to end also ends the others
     say_line(f"doctor: {broken[0].text}; {broken[0].fix}")
