@@ -18,8 +18,8 @@ Findings = Iterator[Finding]
 FINE, SLOW, BROKEN = Level.FINE, Level.SLOW, Level.BROKEN
 
 MB, GB = 1e6, 1e9
-#: MPICH needs this much shared memory per rank, and ends by a bus error without it.
-MPICH_BYTES_PER_RANK = 5 * MB
+#: MPICH needs this much shared memory per rank, and ends by a bus error without it; both libraries like to have more.
+MPICH_BYTES_PER_RANK, LIKED_BYTES_PER_RANK = 1.3 * MB, {"MPICH": 5.8 * MB, "Open MPI": 16 * MB}
 #: With less shared memory, the dataset and the gradients of larger networks go to the temporary folder. Containers
 #: have 64 MB by default.
 ROOMY_SHARED_MEMORY = 128 * MB
@@ -186,17 +186,19 @@ def _shared_memory(_facts: Facts, ranks: list[Facts]) -> Findings:
         free, own = group[0]["shared_memory"], group[0]
         count = max(len(group), own["on_host"])
         needed = MPICH_BYTES_PER_RANK * count
-        fix = f"docker run --shm-size={max(1, round(needed / GB) + 1)}g ...  or: mount -o remount,size=1g /dev/shm"
+        liked = LIKED_BYTES_PER_RANK["MPICH" if needs_shared_memory(own) else "Open MPI"] * count
+        size = f"{1 + int(liked / GB)}g"
+        fix = f"docker run --shm-size={size} ...  or: mount -o remount,size={size} /dev/shm"
         if free is None:
             bad = True
             yield Finding("shared memory", BROKEN, f"{host} has no /dev/shm", fix)
         elif free < needed and needs_shared_memory(own) and count > 1:
             bad = True
-            text = f"{host}: {free / MB:.0f} MB free in /dev/shm, MPICH needs {needed / MB:.0f} for {count} ranks"
+            text = f"{host}: {free / MB:.0f} MB free in /dev/shm, MPICH needs {needed / MB:.1f} for {count} ranks"
             yield Finding("shared memory", BROKEN, text, fix)
-        elif free < ROOMY_SHARED_MEMORY:
+        elif free < max(ROOMY_SHARED_MEMORY, liked):
             bad = True
-            text = f"{host}: {free / MB:.0f} MB free in /dev/shm; more data goes to the temporary folder"
+            text = f"{host}: {free / MB:.0f} MB free in /dev/shm; larger data goes to the temporary folder"
             yield Finding("shared memory", SLOW, text, fix)
     if not bad:
         least = min(group[0]["shared_memory"] / len(group) for group in _of_hosts(ranks).values())

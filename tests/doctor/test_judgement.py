@@ -79,7 +79,7 @@ def other_version(what, value):
 
 
 PINNED = {"cores_of_host": 8, "cores": [0]}
-SMALL = {"ranks": 32, "cores_each": 16, "shared_memory": 64e6}
+SMALL = {"ranks": 32, "cores_each": 16, "shared_memory": 16e6}
 OPEN = {"by": OPEN_MPI, "library": "Open MPI 5.0.9"}
 NUMPY_ONLY = {"no_compiled_kernels": "numba is not installed: pip install 'distdl-mpi[fast]'"}
 SLOW, BROKEN = Level.SLOW, Level.BROKEN
@@ -107,8 +107,8 @@ OTHER_VERSIONS = "the ranks run different versions of distdl: 0.1.0 on n1; 0.0.9
         ({}, on_rank(2, blas_disobeys="8 threads: set X=1"), "threads", SLOW, "rank 2: 8 threads", "export X=1"),
         ({"threads": {"KMP_AFFINITY": "compact"}}, on_job(), "threads", SLOW, "=compact", "unset KMP_AFFINITY"),
         ({"shared_memory": None}, on_job(), "shared memory", BROKEN, "n1 has no /dev/shm", "--shm-size=1g"),
-        (SMALL, on_job(), "shared memory", BROKEN, "64 MB free in /dev/shm, MPICH needs 80", "--shm-size=1g"),
-        (SMALL | OPEN, on_job(), "shared memory", SLOW, "64 MB free", "--shm-size=1g"),
+        (SMALL, on_job(), "shared memory", BROKEN, "16 MB free in /dev/shm, MPICH needs 20.8", "--shm-size=1g"),
+        (SMALL | OPEN, on_job(), "shared memory", SLOW, "16 MB free", "--shm-size=1g"),
         ({"shared_memory": 64e6}, on_job(), "shared memory", SLOW, "64 MB free in /dev/shm", "--shm-size=1g"),
         ({}, of_rank(2, memory_access="EPERM"), "memory access", SLOW, "n2: a rank cannot read", "SYS_PTRACE"),
         (NUMPY_ONLY, on_rank(2, fingerprint={"sum": "ff"}), "arithmetic", SLOW, "n2 and n1 compute other", "[fast]"),
