@@ -9,12 +9,14 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import distdl
 from distdl import cli
 from distdl.__main__ import COMMANDS
 from distdl.cli import Command, Flag
 from distdl.errors import UserError
-from distdl.job.launched_by import remove_session_folder
+from distdl.job import leftovers
 from distdl.job.mpirun_command import MpirunCommand, environment_for, mpirun_command
 from distdl.job.restarts import run_until_done
 
@@ -67,20 +69,28 @@ def main(arguments: Sequence[str]) -> int:
     elif options.restarts and not {"-h", "--help", "--dry-run", "--dry_run"} & set(flags):
         return run_until_done(lambda flags: _start_of(_command_of(options, flags)), flags, options.restarts)
     else:
-        remove_session_folder(os.getpid())  # mpirun keeps this process number
+        if (register := leftovers.launcher_register()) is not None:
+            os.set_inheritable(register, True)
+        leftovers.refuse_foreign_session(os.getpid())  # mpirun keeps this process number
+        leftovers.note_session(register, os.getpid())
         os.execve(command.argv[0], command.argv, environment_for(command))  # noqa: S606  no shell is wanted
     return 0
 
 
 def _command_of(options: MpirunOptions, flags: Sequence[str]) -> MpirunCommand:
     """Return the command that starts the module; raise `UserError` here once, rather than on every rank."""
+    is_ours = options.module.split(".")[0] == "distdl"
+    if not is_ours:
+        sys.path.append(str(Path.cwd()))
     try:
         found = importlib.util.find_spec(options.module)
     except (ImportError, ValueError):
         found = None
     if found is None:
         raise UserError(f"no Python module {options.module!r}: expected a name like distdl.train")
-    return mpirun_command(options.ranks, [sys.executable, "-m", options.module, *flags])
+    # Without an installation, distdl itself is in the working folder.
+    path = ["-P"] if is_ours and Path(distdl.__file__).parents[1] != Path.cwd() else []
+    return mpirun_command(options.ranks, [sys.executable, *path, "-m", options.module, *flags])
 
 
 def _start_of(command: MpirunCommand) -> tuple[Sequence[str], dict[str, str]]:

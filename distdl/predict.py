@@ -24,6 +24,7 @@ COMMAND = Command(
         "what": ("run", "inputs", "others", "best"),
         "results": ("top", "csv", "json", "masks"),
         "code and old checkpoints": ("model", "dataset", "data_dir"),
+        "memory": ("data_gigabytes",),
     },
     flags={
         "run": Flag(name="RUN"),

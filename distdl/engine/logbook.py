@@ -23,6 +23,7 @@ from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
 from distdl.engine.storage.json_lines import JsonLines, line_of
 from distdl.engine.timing.timeline import Spent
+from distdl.regular_files import read_regular
 
 
 class Logbook(RunListener):
@@ -87,7 +88,7 @@ class Logbook(RunListener):
         """Open the files of a lost coordinator, and bring them to the state of this logbook. May raise `OSError`."""
         fault_point("takeover")
         timing = folder / "timing.jsonl"
-        whole_lines = timing.read_bytes().rfind(b"\n") + 1 if timing.is_file() else 0
+        whole_lines = read_regular(timing).rfind(b"\n") + 1 if timing.exists() else 0
         self._files["timing"] = JsonLines(timing, whole_lines)
         for name in self.names:
             fault_point("takeover")

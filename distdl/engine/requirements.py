@@ -145,7 +145,7 @@ def restore(
             f"cannot resume from {found.path}: it was trained on other images or labels, or with another split; "
             "give the same data, or start a new run"
         )
-    batch_size = header.config["batch_size"]
+    batch_size = config.batch_size
     samples = state.step % steps_per_epoch * batch_size
     correct, counted = state.epoch_sums.counts.tolist()
     skipped, rest = divmod(samples - counted, batch_size)

@@ -237,6 +237,8 @@ def _import_file(flag: str, file: Path) -> ModuleType:
 
 
 def _import_module(flag: str, name: str) -> ModuleType:
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # last: no file there replaces an installed module
     try:
         with _importing_beside(None):
             return importlib.import_module(name)

@@ -6,7 +6,9 @@ long as necessary. The kernel releases the lock when the owner ends, for any rea
 For the files of the MPI library, each rank keeps a *register*: a locked file that lists the library's files that the
 rank has mapped, and the launchers that the rank descends from. An `mpirun` removes the files of its ranks, so then a
 rank removes its register at an ordinary exit. A listed file is removed once no living rank's register lists it; a
-session folder once its launcher has ended. Nothing else is touched (`docs/processes.md`, "Leftovers").
+session folder once its launcher has ended. `distdl.mpirun` gives its launcher a register too, with the session folder.
+Containers may share a folder: then the lock tells whether the owner of a register lives, and the number of a process
+counts only where the register was written. In doubt a file stays (`docs/processes.md`, "Leftovers").
 """
 
 import atexit
@@ -18,13 +20,15 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from fcntl import LOCK_EX, LOCK_NB, flock
 from functools import cache
 from pathlib import Path
 
+from distdl.errors import UserError
 from distdl.job.lifeline import LAUNCHERS, STEP_DAEMONS
-from distdl.job.processes import Process, ancestors
+from distdl.job.processes import Process, ancestors, here
+from distdl.regular_files import read_regular
 
 MEMORY = "distdl-memory-"
 REGISTER = "distdl-rank-"
@@ -33,6 +37,8 @@ SEGMENT = re.compile(r"/.*/(mpich_shm_|sm_segment\.|vader_segment\.)[^/]+")
 SESSION = re.compile(r"/.*/ompi\.(\d+)")
 #: MPICH removes its own segments at an ordinary exit, with or without an `mpirun`.
 TIDIED_BY_MPICH = "mpich_shm_"
+#: The variable with the path of the launcher's register. Its ranks remove it at an ordinary exit.
+OF_LAUNCHER = "DISTDL_LAUNCHER_REGISTER"
 
 
 def create_locked(folder: Path, prefix: str) -> tuple[int, str]:
@@ -58,7 +64,7 @@ def register(folders: tuple[Path, ...]) -> None:
     """Write this rank's register into the first of `folders` in which that succeeds."""
     made = sorted(made_by_mpi(Path("/proc/self/maps").read_text(errors="replace"), folders))
     launchers = [one for one in ancestors() if one.name in LAUNCHERS]
-    text = json.dumps({"made": made, "launchers": [asdict(one) for one in launchers]})
+    text = json.dumps({"made": made, "launchers": [asdict(one) for one in launchers], "where": here()})
     by_library = all(Path(path).name.startswith(TIDIED_BY_MPICH) for path in made)
     tidied = by_library or any(one.name not in STEP_DAEMONS for one in launchers)
     for folder in folders:
@@ -66,8 +72,45 @@ def register(folders: tuple[Path, ...]) -> None:
             handle, path = create_locked(folder, REGISTER)
             os.write(handle, text.encode())
             if tidied:
-                atexit.register(Path(path).unlink, missing_ok=True)
+                for own in (path, os.environ.get(OF_LAUNCHER, "")):
+                    if Path(own).name.startswith(REGISTER):
+                        atexit.register(Path(own).unlink, missing_ok=True)
             return
+
+
+def launcher_register() -> int | None:
+    """Sweep, then create the register of a launcher; return its handle, None if that is not possible.
+
+    The launcher must inherit the handle, and with it the lock. `note_session` completes the register.
+    """
+    folder = Path(tempfile.gettempdir())
+    sweep([Path("/dev/shm"), folder])  # noqa: S108  where ranks have their registers
+    with suppress(OSError):
+        handle, os.environ[OF_LAUNCHER] = create_locked(folder, REGISTER)
+        return handle
+    return None
+
+
+def note_session(register: int | None, pid: int) -> None:
+    """Write into a launcher's register the session folder that a launcher with this number makes."""
+    if register is not None:
+        content = {"made": [str(session_folder(pid))], "launchers": [], "where": here()}
+        os.write(register, json.dumps(content).encode())
+
+
+def session_folder(pid: int) -> Path:
+    """Return the folder that an Open MPI launcher with this process number makes."""
+    return Path(tempfile.gettempdir(), f"ompi.{pid}")
+
+
+def refuse_foreign_session(pid: int) -> None:
+    """Raise `UserError` if the session folder of this number exists: a launcher would refuse to start, or remove it."""
+    folder = session_folder(pid)
+    if os.path.lexists(folder):
+        raise UserError(
+            f"{folder} belongs to another launcher with this process number, perhaps in a container that shares "
+            f"{folder.parent}: set TMPDIR to another folder, or remove {folder} if no job uses it"
+        )
 
 
 def made_by_mpi(maps: str, folders: Sequence[Path]) -> set[str]:
@@ -95,7 +138,7 @@ def sweep(folders: Iterable[Path]) -> list[str]:
         with suppress(OSError), _orphaned(path) as orphaned:
             if path.name.startswith(REGISTER):
                 dead += [path] if orphaned else []
-                living |= set() if orphaned else set(_read(path)[0])
+                living |= set() if orphaned else set(_read(path).made)
             elif orphaned:
                 path.unlink()
                 removed.append(str(path))
@@ -103,8 +146,8 @@ def sweep(folders: Iterable[Path]) -> list[str]:
         with suppress(OSError), _orphaned(path) as orphaned:
             if not orphaned:
                 continue
-            listed, launchers = _read(path)
-            remaining = [made for made in listed if not _remove(made, living, launchers, removed)]
+            register = _read(path)
+            remaining = [made for made in register.made if not _remove(made, living, register, removed)]
             if not remaining:
                 path.unlink()
                 removed.append(str(path))
@@ -138,22 +181,37 @@ def _orphaned(path: Path) -> Iterator[bool]:
         os.close(handle)
 
 
-def _read(path: Path) -> tuple[list[str], list[Process]]:
-    """Return the files and launchers that a register lists; nothing if its owner was killed while it wrote."""
+@dataclass(frozen=True)
+class _Register:
+    made: list[str]
+    launchers: list[Process]
+    where: str
+    """See `here`; empty in the register of an earlier version."""
+
+    def may_be_used(self, launcher: int) -> bool:
+        """Return whether the launcher with this number may live, if it is one of these."""
+        return any(one.pid == launcher and (self.where != here() or one.lives) for one in self.launchers)
+
+    @property
+    def is_of_another_machine(self) -> bool:
+        """Whether another machine, or this one before its last start, has written it: the lock tells nothing."""
+        return self.where.split(" ")[0] != here().split(" ")[0]
+
+
+def _read(path: Path) -> _Register:
+    """Return what a register lists; nothing if its owner was killed while it wrote."""
     try:
-        written = json.loads(path.read_bytes())
-        return written["made"], [Process(**one) for one in written["launchers"]]
-    except (ValueError, LookupError, TypeError):
-        return [], []
+        written = json.loads(read_regular(path))
+        return _Register(written["made"], [Process(**one) for one in written["launchers"]], written.get("where", ""))
+    except (OSError, ValueError, LookupError, TypeError):
+        return _Register([], [], "")
 
 
-def _remove(path: str, living: Set[str], launchers: Sequence[Process], removed: list[str]) -> bool:
+def _remove(path: str, living: Set[str], register: _Register, removed: list[str]) -> bool:
     """Remove a segment or session folder unless a living process uses it; return whether it no longer exists."""
     session = SESSION.fullmatch(path)
-    if session:
-        in_use = any(one.pid == int(session[1]) and one.lives for one in launchers)
-    else:
-        in_use = SEGMENT.fullmatch(path) is None  # another file: never remove it
+    in_use = register.is_of_another_machine or (session is not None and register.may_be_used(int(session[1])))
+    in_use |= session is None and SEGMENT.fullmatch(path) is None  # another file: never remove it
     try:
         found = Path(path).lstat()
         if in_use or path in living or found.st_uid != os.geteuid():
