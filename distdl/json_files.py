@@ -45,25 +45,26 @@ def fits(value: Any, described: Any) -> bool:
     return type(value) is described
 
 
-def parsed(text: bytes | str, described: Any, name: object) -> Any:
-    """Return the value of a JSON text; raise `DamagedFileError` with the `name` of its file if it does not fit."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        raise DamagedFileError(f"{name} is damaged: it is not valid JSON; restore it, or remove it") from None
-    check(value, described, name)
-    return value
+def parsed_json(text: bytes | str) -> Any:
+    """Return the value of a JSON text; raise `ValueError` for NaN and infinite numbers, which we never write."""
+
+    def finite(number: str) -> float:
+        if not math.isfinite(float(number)):
+            raise ValueError(number)
+        return float(number)
+
+    return json.loads(text, parse_float=finite, parse_constant=finite)
 
 
-def check(value: Any, described: Any, name: object) -> None:
-    """Raise `DamagedFileError` with the `name` of a file if a value in it does not fit."""
+def check(value: Any, described: Any, path: Path, line: int = 0) -> None:
+    """Raise `DamagedFileError` if a value in a file, in its line number `line` if that is given, does not fit."""
     if not fits(value, described):
-        raise DamagedFileError(f"{name} is damaged: it has not the values that distdl writes; restore it, or remove it")
+        raise _damaged(path, line, "it does not have the values that distdl writes")
 
 
 def read_json(path: Path, described: Any, *, most: int = MOST_BYTES) -> Any:
     """Return the content of a JSON file; raise `UserError` if it cannot be read, `DamagedFileError` if damaged."""
-    return parsed(_content(path, most), described, path)
+    return _parsed(_content(path, most), described, path)
 
 
 def read_json_lines(path: Path, described: Any, *, having: str | None = None) -> list[Any]:
@@ -73,12 +74,24 @@ def read_json_lines(path: Path, described: Any, *, having: str | None = None) ->
     """
     records = []
     for number, line in enumerate(_content(path, MOST_BYTES).splitlines(), 1):
-        name = f"{path} (line {number})"
-        record = parsed(line, {}, name)
+        record = _parsed(line, {}, path, number)
         if having is None or having in record:
-            check(record, described, name)
+            check(record, described, path, number)
             records.append(record)
     return records
+
+
+def _parsed(text: bytes, described: Any, path: Path, line: int = 0) -> Any:
+    try:
+        value = parsed_json(text)
+    except (ValueError, RecursionError):
+        raise _damaged(path, line, "it is not valid JSON") from None
+    check(value, described, path, line)
+    return value
+
+
+def _damaged(path: Path, line: int, what: str) -> DamagedFileError:
+    return DamagedFileError(f"{path} is damaged: {f'line {line}: ' if line else ''}{what}; restore it, or remove it")
 
 
 def _content(path: Path, most: int) -> bytes:

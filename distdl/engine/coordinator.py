@@ -133,7 +133,8 @@ class Coordinator(RunListener):
             if header is not None:
                 # Before the logs are cut: no checkpoint may ever be later than they are.
                 checkpoints.remove_later(self.folder / "checkpoints", header.step)
-            self.logbook.open(self.folder, {} if header is None else header.log_bytes)
+            lengths, hashes = ({}, {}) if header is None else (header.log_bytes, header.log_sha256 or {})
+            self.logbook.open(self.folder, lengths, hashes)
             (self.folder / "summary.json").unlink(missing_ok=True)  # a summary means that the run has ended
 
     def close(self) -> None:

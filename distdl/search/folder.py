@@ -120,7 +120,7 @@ class SearchFolder:
     refuses or another search uses the folder.
     """
 
-    def __init__(self, folder: Path, lock: str, *, ours: bool) -> None:
+    def __init__(self, folder: Path, lock: str = "flock", *, ours: bool) -> None:
         self.folder = folder
         self._created = [path for path in (folder, *folder.parents) if not path.exists()]
         self.is_new = not (folder / SEARCH).exists()

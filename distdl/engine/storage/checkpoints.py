@@ -8,7 +8,6 @@ digits of the digest itself set to zero. A file that is torn, truncated or alter
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Iterable
@@ -26,6 +25,7 @@ from distdl.engine.storage.files import remove, write_durably
 from distdl.engine.storage.header import CheckpointHeader
 from distdl.errors import DamagedFileError, UserError
 from distdl.host_memory import available_bytes, available_to_this_process
+from distdl.json_files import parsed_json
 from distdl.regular_files import open_regular
 
 FORMAT = "distdl checkpoint 1"
@@ -117,8 +117,8 @@ def _metadata(data: bytes, size: int, name: str) -> tuple[dict[str, Any], int]:
             f"{size} bytes announce a header of {length} bytes"
         )
     try:
-        header = _parsed(data[8 : 8 + length])
-        metadata = _parsed(header.pop("__metadata__")["distdl"])
+        header = parsed_json(data[8 : 8 + length])
+        metadata = parsed_json(header.pop("__metadata__")["distdl"])
         announced = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         given = metadata["sha256"].encode()
         complete = len(given) == len(NO_DIGEST) and {"format", "header"} <= metadata.keys()
@@ -130,17 +130,6 @@ def _metadata(data: bytes, size: int, name: str) -> tuple[dict[str, Any], int]:
     if size != announced:
         raise DamagedFileError(f"{name} is damaged: it has {size} bytes, its header announces {announced}")
     return metadata, data.index(given, 8, 8 + length)
-
-
-def _parsed(text: bytes | str) -> Any:
-    """Return the value of a JSON text; raise `ValueError` for NaN and infinite numbers, which we never write."""
-
-    def finite(number: str) -> float:
-        if not math.isfinite(float(number)):
-            raise ValueError(number)
-        return float(number)
-
-    return json.loads(text, parse_float=finite, parse_constant=finite)
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:
@@ -225,21 +214,3 @@ def remove_old(folder: Path, newest: int, keep: int, best_step: int | None) -> N
 def remove_later(folder: Path, newest: int) -> None:
     """Remove the checkpoints after step `newest`, intact or not: the run repeats these steps."""
     remove(folder, (path_of_step(folder, step).name for step in steps_in(folder) if step > newest))
-
-
-def restore(checkpoint: Checkpoint, into: list[tuple[str, NDArray[Any]]], name: str) -> None:
-    """Copy the tensors into arrays of the same names; raise `UserError` if names, shapes or dtypes differ."""
-    wanted = {key: (array.shape, array.dtype) for key, array in into}
-    found = {key: (array.shape, array.dtype) for key, array in checkpoint.tensors.items()}
-    if wanted != found:
-        differing = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
-        there, here = (described(arrays.get(differing[0])) for arrays in (checkpoint.tensors, dict(into)))
-        what = f"{differing[0]} is {there} there and {here} here"
-        raise UserError(f"{name} is a checkpoint of another model or version: {what}")
-    for key, array in into:
-        np.copyto(array, checkpoint.tensors[key])
-
-
-def described(array: NDArray[Any] | None) -> str:
-    """Return the dtype and shape of a tensor, for a message."""
-    return "absent" if array is None else f"{array.dtype} {array.shape}"
