@@ -7,8 +7,8 @@ then the opened file is checked: nothing can change in between.
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 #: The mode of a new file before the umask; never writable by everyone.
 FILE_MODE = 0o664
@@ -37,7 +37,7 @@ def opened(path: Path, flags: int = os.O_RDONLY, mode: int = FILE_MODE, *, follo
     return handle
 
 
-def open_regular(path: Path, *, follow: bool = False) -> BinaryIO:
+def open_regular(path: Path, *, follow: bool = False) -> BufferedReader:
     """Open a file to read, as `opened` does."""
     return open(path, "rb", opener=lambda _, flags: opened(path, flags, follow=follow))
 

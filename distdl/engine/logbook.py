@@ -108,7 +108,7 @@ class Logbook(RunListener):
         """Write a record to ``timing.jsonl``."""
         self._write("timing", line_of(record))
 
-    def written(self) -> dict[str, dict[str, Any]]:
+    def written(self) -> dict[str, Any]:
         """Return length and hash of each file, with all records written; raise `OSError` if the disk refuses them."""
         for log in self._files.values():
             log.write_waiting()

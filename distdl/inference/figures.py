@@ -245,7 +245,7 @@ def curves(metrics: Path | Iterable[Mapping[str, Any]]) -> Figure:
     figure = _figure(4.5 * len(shown), 3.6, inches=1)
     for axes, name in zip(_subplots(figure, 1, len(shown)), shown, strict=True):
         for part in ("train", "validation"):
-            values = [record.get(f"{part}_{name}") for record in epochs]
+            values = np.array([record.get(f"{part}_{name}") for record in epochs], np.float64)
             axes.plot([record["epoch"] for record in epochs], values, label=part)
         axes.set_xlabel("epoch")
         axes.set_title(name)

@@ -29,7 +29,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture
 def shop(workshop):
-    return RunShop(workshop)
+    return RunShop(workshop, "--kernels=numpy")
 
 
 def outcome_of(command, *arguments):
@@ -108,7 +108,7 @@ def test_a_checkpoint_that_announces_a_huge_tensor_is_refused_without_memory_and
     code, out, err, peak = outcome(["--resume", str(shop.newest.relative_to(Path.cwd()))])
     assert_refused((code, out, err), DAMAGED, "is damaged")
     assert peak < 1e8
-    code, out, err, peak = outcome(["--resume=auto", "--run-dir=run", "--kernels=numpy"])
+    code, out, err, peak = outcome(["--resume=auto", "--run-dir=run"])
     assert (code, f"resumed from {shop.paths[-2].relative_to(Path.cwd())}" in out) == (0, True)
     assert err.count("is damaged") == 1
     assert peak < 1e8
@@ -230,22 +230,17 @@ def test_no_file_of_the_working_folder_replaces_a_module(workshop, program):
     assert done.returncode in {0, USER}, done.stderr
 
 
-@pytest.mark.parametrize(
-    "command", [["launch/local.sh"], [sys.executable, "-P", "-m", "distdl.mpirun"]], ids=["local.sh", "mpirun"]
-)
+LAUNCHERS = {"local.sh": [str(REPOSITORY / "launch/local.sh")], "mpirun": [sys.executable, "-P", "-m", "distdl.mpirun"]}
+
+
+@pytest.mark.parametrize("command", LAUNCHERS.values(), ids=LAUNCHERS)
 def test_launchers_run_no_file_of_the_working_folder(workshop, command):
     (workshop / "distdl").mkdir()
     for name in [*SHADOWED, "distdl/__init__", "distdl/train"]:
         (workshop / f"{name}.py").write_text(INTRUDER)
     environment = {**without_launcher(os.environ), "PYTHONPATH": str(REPOSITORY), "PYTHON": sys.executable}
-    done = subprocess.run(
-        [*command, "-n", "1", "--", *TINY, "--run-dir=run"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    argv = [*command, "-n", "1", "--", *TINY, "--kernels=numpy", "--run-dir=run"]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60, check=False)
     if "no mpirun" in done.stderr:
         pytest.skip("no mpirun")
     assert "INTRUDER" not in done.stderr

@@ -5,13 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from distdl.errors import UserError
 from distdl.job import leftovers
-from distdl.job.processes import ancestors, look_at
+from distdl.job.processes import Process, ancestors, here, look_at
 from distdl.parallel import OneProcess, share_arrays
 from distdl.parallel import shared as shared_module
 
@@ -41,8 +43,9 @@ os.kill(os.getpid(), signal.SIGKILL)
     return Path(done.stdout.strip())
 
 
-def register_of_a_dead_rank(folder, *made, launchers=()):
+def register_of_a_dead_rank(folder, *made, launchers=(), where=None):
     listed = {"made": [str(path) for path in made], "launchers": [asdict(one) for one in launchers]}
+    listed["where"] = here() if where is None else where
     return left_by_a_dead_process(folder, leftovers.REGISTER, json.dumps(listed))
 
 
@@ -100,7 +103,7 @@ def test_a_file_that_a_living_rank_also_uses_stays_until_that_rank_has_ended(fol
     segment = made(folder / "mpich_shm_12ab_0")
     register_of_a_dead_rank(folder, segment)
     handle, _ = leftovers.create_locked(folder, leftovers.REGISTER)
-    os.write(handle, json.dumps({"made": [str(segment)], "launchers": []}).encode())
+    os.write(handle, json.dumps({"made": [str(segment)], "launchers": [], "where": here()}).encode())
     assert leftovers.sweep([folder]) == []
     os.close(handle)
     assert len(leftovers.sweep([folder])) == 3
@@ -115,6 +118,97 @@ def test_the_session_folder_of_a_living_launcher_stays(folder):
     assert leftovers.sweep([folder]) == []
     assert session.exists()
     assert register.exists()
+
+
+MACHINE, NAMES = here().split(" ")
+GONE = Process(4194305, "mpirun", "S", 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("where", "stays"),
+    [
+        (here(), False),
+        (f"{MACHINE} pid:[1]", True),  # in another container the launcher may live
+        (f"other {NAMES}", True),  # another machine, or this one before its last start
+        ("", True),  # an earlier version did not say
+    ],
+)
+def test_the_session_folder_of_a_launcher_that_cannot_be_seen_stays(folder, where, stays):
+    session = folder / "ompi.4194305"
+    session.mkdir()
+    register = register_of_a_dead_rank(folder, session, launchers=[GONE], where=where)
+    assert (leftovers.sweep([folder]) == []) is stays
+    assert session.exists() is register.exists() is stays
+
+
+#: A launcher, which makes its session folder and waits. Its process number is 1.
+LAUNCHER = """
+import os, sys, time
+from distdl.errors import UserError
+from distdl.job import leftovers
+register = leftovers.launcher_register()
+try:
+    leftovers.refuse_foreign_session(os.getpid())
+except UserError as error:
+    sys.exit(f"refused: {error}")
+leftovers.note_session(register, os.getpid())
+(leftovers.session_folder(os.getpid()) / "1").mkdir(parents=True)
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-pf", "--mount-proc", "true"], capture_output=True, check=False).returncode != 0,
+    reason="needs the permission to create process namespaces",
+)
+def test_containers_that_share_a_folder_do_not_remove_the_session_folders_of_each_other(folder, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(folder))
+    container = ["unshare", "-pf", "--kill-child", "--mount-proc", sys.executable, "-c", LAUNCHER]
+    with subprocess.Popen(container, stdout=subprocess.PIPE) as first:
+        assert first.stdout.readline() == b"1\n"
+        second = subprocess.run(container, capture_output=True, text=True, check=False)
+        assert second.returncode == 1
+        assert second.stderr.startswith(f"refused: {folder}/ompi.1 belongs to another launcher")
+        assert "set TMPDIR" in second.stderr
+        assert (folder / "ompi.1" / "1").is_dir()
+        first.kill()
+    with subprocess.Popen(container, stdout=subprocess.PIPE) as third:  # its owner has ended
+        assert third.stdout.readline() == b"1\n"
+        third.kill()
+    deadline = time.monotonic() + 10
+    while list(folder.iterdir()) and time.monotonic() < deadline:  # the kernel still kills it
+        leftovers.sweep([folder])
+    assert not list(folder.iterdir())
+
+
+def test_the_session_folder_of_an_unknown_launcher_is_left_and_named(folder, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(leftovers.tempfile, "tempdir", None)
+    monkeypatch.delenv(leftovers.OF_LAUNCHER, raising=False)
+    leftovers.session_folder(os.getpid()).mkdir()
+    os.close(leftovers.launcher_register())
+    with pytest.raises(UserError, match=f"ompi.{os.getpid()} belongs to another launcher .* or remove"):
+        leftovers.refuse_foreign_session(os.getpid())
+    assert leftovers.session_folder(os.getpid()).is_dir()
+
+
+def test_an_ordinary_end_of_a_rank_removes_the_register_of_its_launcher(folder, monkeypatch):
+    program = """
+import os, pathlib
+from distdl.job import leftovers
+from distdl.job.processes import Process
+leftovers.ancestors = lambda: [Process(1, "mpirun", "S", 0, 0)]
+leftovers.register((pathlib.Path(os.environ["TMPDIR"]),))
+"""
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(leftovers.tempfile, "tempdir", None)
+    monkeypatch.delenv(leftovers.OF_LAUNCHER, raising=False)
+    handle = leftovers.launcher_register()
+    assert [str(path) for path in folder.iterdir()] == [os.environ[leftovers.OF_LAUNCHER]]
+    subprocess.run([sys.executable, "-c", program], check=True)
+    os.close(handle)
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize(

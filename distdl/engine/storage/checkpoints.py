@@ -95,8 +95,9 @@ def decode(data: bytes, name: str) -> Checkpoint:
 def _proved(start: bytes, others: Iterable[bytes], size: int, name: str) -> dict[str, Any]:
     """Return the metadata of a file that begins with `start` and continues with `others`, if its checksum is right."""
     metadata, place = _metadata(start, size, name)
-    digest = hashlib.sha256(start[:place])
-    for part in (NO_DIGEST.encode(), memoryview(start)[place + len(NO_DIGEST) :], *others):
+    digest = hashlib.sha256(start[:place] + NO_DIGEST.encode())
+    digest.update(memoryview(start)[place + len(NO_DIGEST) :])
+    for part in others:
         digest.update(part)
     if digest.hexdigest() != metadata["sha256"]:
         raise DamagedFileError(f"{name} is damaged: its checksum does not match its content")
