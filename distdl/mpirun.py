@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import distdl
 from distdl import cli
 from distdl.__main__ import COMMANDS
 from distdl.cli import Command, Flag
 from distdl.errors import UserError
 from distdl.job import leftovers
-from distdl.job.mpirun_command import MpirunCommand, environment_for, mpirun_command
+from distdl.job.mpirun_command import MpirunCommand, environment_for, mpirun_command, python_command
 from distdl.job.restarts import run_until_done
 
 
@@ -79,8 +78,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _command_of(options: MpirunOptions, flags: Sequence[str]) -> MpirunCommand:
     """Return the command that starts the module; raise `UserError` here once, rather than on every rank."""
-    is_ours = options.module.split(".")[0] == "distdl"
-    if not is_ours:
+    if options.module.split(".")[0] != "distdl":
         sys.path.append(str(Path.cwd()))
     try:
         found = importlib.util.find_spec(options.module)
@@ -88,9 +86,7 @@ def _command_of(options: MpirunOptions, flags: Sequence[str]) -> MpirunCommand:
         found = None
     if found is None:
         raise UserError(f"no Python module {options.module!r}: expected a name like distdl.train")
-    # Without an installation, distdl itself is in the working folder.
-    path = ["-P"] if is_ours and Path(distdl.__file__).parents[1] != Path.cwd() else []
-    return mpirun_command(options.ranks, [sys.executable, *path, "-m", options.module, *flags])
+    return mpirun_command(options.ranks, [*python_command(options.module), *flags])
 
 
 def _start_of(command: MpirunCommand) -> tuple[Sequence[str], dict[str, str]]:

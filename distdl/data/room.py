@@ -30,4 +30,4 @@ class Room:
             rule = "a quarter of the memory available" if self._given is None else "--data-gigabytes"
             limit = f"and the limit is {most / 1e9:.2f} GB ({rule})"
             remedy += f"; or, if that is its real size, --data-gigabytes {math.ceil(self._taken / 1e8) / 10:g}"
-        raise UserError(f"{name} needs {self._taken / 1e9:.2f} GB of memory, {limit}: {remedy}")
+        raise UserError(f"{name}: {self._taken / 1e9:.2f} GB of memory are needed, {limit}: {remedy}")

@@ -150,7 +150,7 @@ class SearchFolder:
         """Remove everything that a search without a checkpoint has created."""
         if self.is_new and not any(self.folder.glob(f"{TRIALS}/*/checkpoints/*")):
             shutil.rmtree(self.folder / TRIALS, ignore_errors=True)
-            for name in (SEARCH, LOCK):
+            for name in (SEARCH, LOCK, OWNER):
                 (self.folder / name).unlink(missing_ok=True)
             for path in self._created:
                 with suppress(OSError):

@@ -238,7 +238,7 @@ def _empty(source: str, count: int, pixels: Pixels, options: ImageOptions) -> Pi
     height, width, channels = pixels.shape
     smaller = "a smaller --resize" if options.resize else f"--resize {_suggested([(height, width)])}, for example"
     Room(options.data_gigabytes).take(
-        f"{source} ({count} images of {height}x{width}x{channels}, height x width x channels)",
+        f"{count} images of {height}x{width}x{channels} (height x width x channels) in {source}",
         count * pixels.size,
         f"give {smaller}, or --cache FOLDER to keep the images on a disk",
     )
