@@ -17,7 +17,8 @@ def _leave_the_working_folder() -> None:
     same, and does not look for ``distdl`` itself there either.
     """
     words = sys.orig_argv[1:]
-    if sys.argv[:1] == ["-m"] and "-m" in words[:-1] and words[words.index("-m") + 1].split(".")[0] == "distdl":
+    is_module = sys.argv[:1] == ["-m"] and "-m" in words[:-1] and not sys.flags.safe_path
+    if is_module and words[words.index("-m") + 1].partition(".")[0] == "distdl":
         with suppress(OSError):  # the folder no longer exists
             if sys.path[0] == os.getcwd():  # noqa: PTH109  pathlib would be the first import
                 del sys.path[0]

@@ -93,7 +93,8 @@ def created(path: Path, shape: Sequence[int], dtype: DTypeLike) -> Iterator[Mapp
     except OSError as error:
         raise _refused(path, error) from error
     try:
-        flock(handle, LOCK_EX)
+        with suppress(OSError):  # a file system without locks: then no process removes it either
+            flock(handle, LOCK_EX | LOCK_NB)
         try:
             array = open_memmap(partial, mode="w+", dtype=np.dtype(dtype), shape=tuple(shape))
             os.posix_fallocate(handle, 0, partial.stat().st_size)

@@ -172,7 +172,7 @@ def read(path: Path, *, follow: bool = True) -> Checkpoint:
             raise DamagedFileError(f"{path} is damaged: the disk cannot read it ({error.strerror})") from None
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
     checkpoint, named = decode(data, str(path)), NAME.fullmatch(path.name)
-    if named and isinstance(checkpoint.header, dict) and checkpoint.header.get("step") != int(named[1]):
+    if named and "step" in checkpoint.tensors and checkpoint.tensors["step"].tolist() != [int(named[1])]:
         raise DamagedFileError(f"{path} is damaged: its name is that of another step than its content")
     return checkpoint
 

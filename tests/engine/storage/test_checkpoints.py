@@ -18,7 +18,7 @@ from distdl.errors import DamagedFileError, UserError
 def small(value, step=None):
     """Return a checkpoint of a step, by default number `value`, with this value in its tensors."""
     step = value if step is None else step
-    return Checkpoint({"w": np.full(3, value, np.float32), "step": np.array([value])}, {"step": step, "config": {}})
+    return Checkpoint({"w": np.full(3, value, np.float32), "step": np.array([step])}, {"step": step, "config": {}})
 
 
 class Killed(BaseException):
