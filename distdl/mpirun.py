@@ -68,11 +68,8 @@ def main(arguments: Sequence[str]) -> int:
     elif options.restarts and not {"-h", "--help", "--dry-run", "--dry_run"} & set(flags):
         return run_until_done(lambda flags: _start_of(_command_of(options, flags)), flags, options.restarts)
     else:
-        if (register := leftovers.launcher_register()) is not None:
-            os.set_inheritable(register, True)
-        leftovers.refuse_foreign_session(os.getpid())  # mpirun keeps this process number
-        leftovers.note_session(register, os.getpid())
-        os.execve(command.argv[0], command.argv, environment_for(command))  # noqa: S606  no shell is wanted
+        environment = leftovers.own_session(environment_for(command))  # mpirun keeps this process number
+        os.execve(command.argv[0], command.argv, environment)  # noqa: S606  no shell is wanted
     return 0
 
 

@@ -139,7 +139,7 @@ def _flocked(folder: Path, *, must: bool) -> int:
                 return handle
             os.close(handle)
             if is_new:
-                path.unlink()
+                path.unlink(missing_ok=True)
             raise UserError(
                 f"cannot lock {path}: the file system refuses flock ({errno.errorcode.get(error.errno or 0)}: "
                 f"{error.strerror}), as some network file systems do; give --lock link, or another --run-dir"

@@ -15,17 +15,17 @@ import atexit
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from fcntl import LOCK_EX, LOCK_NB, flock
 from functools import cache
 from pathlib import Path
 
-from distdl.errors import UserError
 from distdl.job.lifeline import LAUNCHERS, STEP_DAEMONS
 from distdl.job.processes import Process, ancestors, here
 from distdl.regular_files import read_regular
@@ -39,6 +39,8 @@ SESSION = re.compile(r"/.*/ompi\.(\d+)")
 TIDIED_BY_MPICH = "mpich_shm_"
 #: The variable with the path of the launcher's register. Its ranks remove it at an ordinary exit.
 OF_LAUNCHER = "DISTDL_LAUNCHER_REGISTER"
+#: The number of a session folder that no process number gives.
+MORE_THAN_ANY_PROCESS = 10**9
 
 
 def create_locked(folder: Path, prefix: str) -> tuple[int, str]:
@@ -78,39 +80,26 @@ def register(folders: tuple[Path, ...]) -> None:
             return
 
 
-def launcher_register() -> int | None:
-    """Sweep, then create the register of a launcher; return its handle, None if that is not possible.
+def own_session(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment for the launcher that this process becomes by an `exec`, after a sweep.
 
-    The launcher must inherit the handle, and with it the lock. `note_session` completes the register.
+    The launcher inherits a locked register, which lists the session folder that it makes. If there is a folder of that
+    name, of a launcher that may live, Open MPI would fail and remove it. So the launcher gets a folder of its own then.
     """
-    folder = Path(tempfile.gettempdir())
+    environment, folder = dict(environment), Path(tempfile.gettempdir())
     sweep([Path("/dev/shm"), folder])  # noqa: S108  where ranks have their registers
-    with suppress(OSError):
-        handle, os.environ[OF_LAUNCHER] = create_locked(folder, REGISTER)
-        return handle
-    return None
-
-
-def note_session(register: int | None, pid: int) -> None:
-    """Write into a launcher's register the session folder that a launcher with this number makes."""
-    if register is not None:
-        content = {"made": [str(session_folder(pid))], "launchers": [], "where": here()}
-        os.write(register, json.dumps(content).encode())
-
-
-def session_folder(pid: int) -> Path:
-    """Return the folder that an Open MPI launcher with this process number makes."""
-    return Path(tempfile.gettempdir(), f"ompi.{pid}")
-
-
-def refuse_foreign_session(pid: int) -> None:
-    """Raise `UserError` if the session folder of this number exists: a launcher would refuse to start, or remove it."""
-    folder = session_folder(pid)
-    if os.path.lexists(folder):
-        raise UserError(
-            f"{folder} belongs to another launcher with this process number, perhaps in a container that shares "
-            f"{folder.parent}: set TMPDIR to another folder, or remove {folder} if no job uses it"
-        )
+    session = folder / f"ompi.{os.getpid()}"
+    with suppress(OSError):  # then a later start removes nothing
+        handle, register = create_locked(folder, REGISTER)
+        if os.path.lexists(session):
+            session = folder / f"ompi.{MORE_THAN_ANY_PROCESS + secrets.randbelow(MORE_THAN_ANY_PROCESS)}"
+            session.mkdir(0o700)
+            environment["TMPDIR"] = str(session)
+        else:
+            environment[OF_LAUNCHER] = register
+        os.write(handle, json.dumps({"made": [str(session)], "launchers": [], "where": here()}).encode())
+        os.set_inheritable(handle, True)
+    return environment
 
 
 def made_by_mpi(maps: str, folders: Sequence[Path]) -> set[str]:

@@ -122,25 +122,18 @@ class _Job:
         """Run the command to its end; return its exit code, or 128 + the number of the signal that ended it."""
         us = os.getpid()
 
-        def tie_to_us() -> None:
+        def become_the_launcher() -> None:
             send_when_the_parent_dies(signal.SIGKILL)  # its ranks end too; at SIGTERM they would finish their step
             if os.getppid() != us:
                 os._exit(EXIT_DEFECT)
-            if os.path.lexists(leftovers.session_folder(os.getpid())):  # in a container that shares the folder
-                os._exit(EXIT_DEFECT)
+            os.execve(argv[0], argv, leftovers.own_session(environment))  # noqa: S606  no shell is wanted
 
-        register = leftovers.launcher_register()
         self._process = subprocess.Popen(
             argv,
-            env=environment | {leftovers.OF_LAUNCHER: os.environ.get(leftovers.OF_LAUNCHER, "")},
             stdin=subprocess.DEVNULL,
             process_group=0,
-            pass_fds=() if register is None else (register,),  # the lock lasts as long as mpirun
-            preexec_fn=tie_to_us,  # noqa: PLW1509  this process has one thread
+            preexec_fn=become_the_launcher,  # noqa: PLW1509  this process has one thread
         )
-        leftovers.note_session(register, self._process.pid)
-        if register is not None:
-            os.close(register)
         while self._pending:  # signals that came during the start
             self._process.send_signal(self._pending.pop())
         code = self._ended(self._process)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from distdl.errors import UserError
 from distdl.job import leftovers
 from distdl.job.processes import Process, ancestors, here, look_at
 from distdl.parallel import OneProcess, share_arrays
@@ -141,21 +140,21 @@ def test_the_session_folder_of_a_launcher_that_cannot_be_seen_stays(folder, wher
     assert session.exists() is register.exists() is stays
 
 
-#: A launcher, which makes its session folder and waits. Its process number is 1.
+#: A launcher, which makes its session folder and waits. In a container its process number is 1.
 LAUNCHER = """
-import os, sys, time
-from distdl.errors import UserError
+import os, sys
 from distdl.job import leftovers
-register = leftovers.launcher_register()
-try:
-    leftovers.refuse_foreign_session(os.getpid())
-except UserError as error:
-    sys.exit(f"refused: {error}")
-leftovers.note_session(register, os.getpid())
-(leftovers.session_folder(os.getpid()) / "1").mkdir(parents=True)
-print(os.getpid(), flush=True)
-time.sleep(60)
+program = "import os, pathlib, time; folder = pathlib.Path(os.environ['TMPDIR'], f'ompi.{os.getpid()}'); folder.mkdir()"
+program += "; (folder / '1').mkdir(); print(folder, flush=True); time.sleep(60)"
+os.execve(sys.executable, [sys.executable, "-c", program], leftovers.own_session(os.environ))
 """
+
+
+def swept_until_empty(folder):
+    deadline = time.monotonic() + 10
+    while list(folder.iterdir()) and time.monotonic() < deadline:  # the kernel still ends a killed process
+        leftovers.sweep([folder])
+    return not list(folder.iterdir())
 
 
 @pytest.mark.skipif(
@@ -165,49 +164,46 @@ time.sleep(60)
 def test_containers_that_share_a_folder_do_not_remove_the_session_folders_of_each_other(folder, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(folder))
     container = ["unshare", "-pf", "--kill-child", "--mount-proc", sys.executable, "-c", LAUNCHER]
-    with subprocess.Popen(container, stdout=subprocess.PIPE) as first:
-        assert first.stdout.readline() == b"1\n"
-        second = subprocess.run(container, capture_output=True, text=True, check=False)
-        assert second.returncode == 1
-        assert second.stderr.startswith(f"refused: {folder}/ompi.1 belongs to another launcher")
-        assert "set TMPDIR" in second.stderr
-        assert (folder / "ompi.1" / "1").is_dir()
+    with (
+        subprocess.Popen(container, stdout=subprocess.PIPE, text=True) as first,
+        subprocess.Popen(container, stdout=subprocess.PIPE, text=True) as second,
+    ):
+        sessions = [Path(one.stdout.readline().strip()) for one in (first, second)]
+        assert {session.name for session in sessions} == {"ompi.1"}
+        assert len(set(sessions)) == 2
+        assert leftovers.sweep([folder]) == []
+        assert all((session / "1").is_dir() for session in sessions)
         first.kill()
-    with subprocess.Popen(container, stdout=subprocess.PIPE) as third:  # its owner has ended
-        assert third.stdout.readline() == b"1\n"
-        third.kill()
-    deadline = time.monotonic() + 10
-    while list(folder.iterdir()) and time.monotonic() < deadline:  # the kernel still kills it
-        leftovers.sweep([folder])
-    assert not list(folder.iterdir())
+        second.kill()
+    assert swept_until_empty(folder)
 
 
-def test_the_session_folder_of_an_unknown_launcher_is_left_and_named(folder, monkeypatch):
+def test_the_session_folder_of_an_unknown_launcher_stays_and_is_not_used(folder, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(folder))
     monkeypatch.setattr(leftovers.tempfile, "tempdir", None)
-    monkeypatch.delenv(leftovers.OF_LAUNCHER, raising=False)
-    leftovers.session_folder(os.getpid()).mkdir()
-    os.close(leftovers.launcher_register())
-    with pytest.raises(UserError, match=f"ompi.{os.getpid()} belongs to another launcher .* or remove"):
-        leftovers.refuse_foreign_session(os.getpid())
-    assert leftovers.session_folder(os.getpid()).is_dir()
+    unknown = folder / f"ompi.{os.getpid()}"
+    unknown.mkdir()
+    environment = leftovers.own_session({"A": "1"})
+    assert environment == {"A": "1", "TMPDIR": environment["TMPDIR"]}
+    assert Path(environment["TMPDIR"]).parent == folder
+    assert unknown.is_dir()
 
 
 def test_an_ordinary_end_of_a_rank_removes_the_register_of_its_launcher(folder, monkeypatch):
-    program = """
+    rank = """
 import os, pathlib
 from distdl.job import leftovers
 from distdl.job.processes import Process
 leftovers.ancestors = lambda: [Process(1, "mpirun", "S", 0, 0)]
 leftovers.register((pathlib.Path(os.environ["TMPDIR"]),))
 """
+    launcher = f"""
+import os, sys
+from distdl.job import leftovers
+os.execve(sys.executable, [sys.executable, "-c", {rank!r}], leftovers.own_session(os.environ))
+"""
     monkeypatch.setenv("TMPDIR", str(folder))
-    monkeypatch.setattr(leftovers.tempfile, "tempdir", None)
-    monkeypatch.delenv(leftovers.OF_LAUNCHER, raising=False)
-    handle = leftovers.launcher_register()
-    assert [str(path) for path in folder.iterdir()] == [os.environ[leftovers.OF_LAUNCHER]]
-    subprocess.run([sys.executable, "-c", program], check=True)
-    os.close(handle)
+    subprocess.run([sys.executable, "-c", launcher], check=True)
     assert not list(folder.iterdir())
 
 
