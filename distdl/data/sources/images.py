@@ -343,7 +343,8 @@ def _resized(image: Any, resize: Resize) -> Any:
     if resize.mode == "crop":
         scale = max(across, down)
         width, height = resize.width / scale, resize.height / scale
-        left, top = (image.width - width) / 2, (image.height - height) / 2
+        # The full width or height may be off by rounding; Pillow allows no box beyond the image.
+        left, top = max(0.0, (image.width - width) / 2), max(0.0, (image.height - height) / 2)
         box = (left, top, min(left + width, image.width), min(top + height, image.height))
         return image.resize(size, bilinear, box=box)
     if resize.mode == "pad":
