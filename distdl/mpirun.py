@@ -12,13 +12,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 from distdl import cli
 from distdl.__main__ import COMMANDS
 from distdl.cli import Command, Flag
 from distdl.errors import UserError
-from distdl.job.launched_by import remove_session_folder
-from distdl.job.mpirun_command import MpirunCommand, environment_for, mpirun_command
+from distdl.job import leftovers
+from distdl.job.mpirun_command import MpirunCommand, environment_for, mpirun_command, python_command
 from distdl.job.restarts import run_until_done
 
 
@@ -83,20 +84,22 @@ def main(arguments: Sequence[str]) -> int:
     elif options.restarts and not {"-h", "--help", "--dry-run", "--dry_run"} & set(flags):
         return run_until_done(lambda flags: _start_of(_command_of(options, flags)), flags, options.restarts)
     else:
-        remove_session_folder(os.getpid())  # mpirun keeps this process number
-        os.execve(command.argv[0], command.argv, environment_for(command))  # noqa: S606  no shell is wanted
+        environment = leftovers.own_session(environment_for(command))  # mpirun keeps this process number
+        os.execve(command.argv[0], command.argv, environment)  # noqa: S606  no shell is wanted
     return 0
 
 
 def _command_of(options: MpirunOptions, flags: Sequence[str]) -> MpirunCommand:
     """Return the command that starts the module; raise `UserError` here once, rather than on every rank."""
+    if options.module.split(".")[0] != "distdl":
+        sys.path.append(str(Path.cwd()))
     try:
         found = importlib.util.find_spec(options.module)
     except (ImportError, ValueError):
         found = None
     if found is None:
         raise UserError(f"no Python module {options.module!r}: expected a name like distdl.train")
-    return mpirun_command(options.ranks, [sys.executable, "-m", options.module, *flags], options.hosts)
+    return mpirun_command(options.ranks, [*python_command(options.module), *flags], options.hosts)
 
 
 def _doctors_code(options: MpirunOptions, flags: Sequence[str]) -> int:

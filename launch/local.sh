@@ -50,11 +50,12 @@ else
     python=python3
 fi
 
+# -P: no file of the current folder, such as numpy.py, replaces a module.
 command -v "$python" >/dev/null ||
     fail "no Python called $python: install Python 3.11 or newer, or set PYTHON to one"
-"$python" -c 'import importlib.util, sys, distdl.mpirun
+"$python" -P -c 'import importlib.util, sys, distdl.mpirun
 needed = ("mpi4py", "numpy", "safetensors", "threadpoolctl")
 sys.exit(not all(map(importlib.util.find_spec, needed)))' 2>/dev/null ||
     fail "$python cannot import distdl and its dependencies: run $python -m pip install '${repository}[mpich]', or set PYTHON to a Python that has them"
 
-exec "$python" -m distdl.mpirun "$@"
+exec "$python" -P -m distdl.mpirun "$@"

@@ -18,7 +18,7 @@ PACKAGE = Path(distdl.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("*.py"))
 
 ROOT = "distdl"  # distdl/__init__.py itself
-BOTTOM = {"errors", "elementary", "rng", "arrays", "host_memory", "mapped_files"}
+BOTTOM = {"errors", "elementary", "rng", "arrays", "host_memory", "mapped_files", "regular_files", "json_files"}
 BOTTOM |= {"transforms", "model_settings", "image_options"}
 MIDDLE = {"nn", "optim", "schedules", "data", "parallel", "job"}
 #: Packages that use the engine. bench, search and doctor never import each other.

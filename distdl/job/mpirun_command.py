@@ -61,6 +61,13 @@ def _on_hosts(hosts: str | None, version: int | None) -> list[str]:
     return ["-hosts", hosts] if version is None else ["--host", hosts, *path]
 
 
+def python_command(module: str) -> list[str]:
+    """Return the words that run a module, without a look into the working folder if it is one of distdl."""
+    # Without an installation, distdl itself is in the working folder.
+    is_safe = module.split(".", maxsplit=1)[0] == "distdl" and Path(__file__).parents[2] != Path.cwd()
+    return [sys.executable, *(["-P"] if is_safe else []), "-m", module]
+
+
 def find_mpirun() -> Path:
     """Return the `mpirun` next to this environment's Python, or else the first on PATH.
 

@@ -13,7 +13,6 @@ import importlib
 import io
 import logging
 import os
-import stat
 import sys
 import warnings
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from distdl.errors import DamagedFileError, UserError, quoted
 from distdl.image_options import Resize
+from distdl.regular_files import NotRegularError, open_regular
 
 FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP", "TIFF", "GIF")
 SUFFIXES = (
@@ -237,10 +237,9 @@ def _bytes_of(stream: BinaryIO) -> int:
 
 def _opened(file: Path) -> BinaryIO:
     try:
-        # Opening a pipe would block forever.
-        if not stat.S_ISREG(file.stat().st_mode):
-            raise UnusableImageError("it is not a regular file", is_damaged=False)
-        return file.open("rb")
+        return open_regular(file, follow=True)
+    except NotRegularError:
+        raise UnusableImageError("it is not a regular file", is_damaged=False) from None
     except FileNotFoundError:
         what = "it is a link to a file that does not exist" if os.path.lexists(file) else "it does not exist"
         raise UnusableImageError(what, is_damaged=False) from None
