@@ -48,8 +48,7 @@ def works(*command):
 
 
 @pytest.mark.usefixtures("needs_mpirun")
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("form", ["mpirun", "one container", "a container per rank"])
+@pytest.mark.parametrize(("form", "ranks"), [("mpirun", 3), ("one container", 2), ("a container per rank", 3)])
 def test_ranks_give_the_receipt_of_one_process(form, ranks, receipt, run_program, tmp_path):
     around = {"mpirun": [], "one container": CONTAINER, "a container per rank": []}[form]
     per_rank = PER_RANK if form == "a container per rank" else []
