@@ -126,7 +126,7 @@ class _Job:
             send_when_the_parent_dies(signal.SIGKILL)  # its ranks end too; at SIGTERM they would finish their step
             if os.getppid() != us:
                 os._exit(EXIT_DEFECT)
-            os.execve(argv[0], argv, leftovers.own_session(environment))  # noqa: S606  no shell is wanted
+            os.execve(argv[0], list(argv), leftovers.own_session(environment))  # noqa: S606  no shell is wanted
 
         self._process = subprocess.Popen(
             argv,
