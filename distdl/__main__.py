@@ -21,6 +21,7 @@ COMMANDS = {
     "report": "distdl.report",
     "search": "distdl.search.__main__",
     "bench": "distdl.bench.__main__",
+    "doctor": "distdl.doctor.__main__",
 }
 
 

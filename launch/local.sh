@@ -13,6 +13,7 @@ Train with RANKS ranks on this machine, with the MPI of the Python environment.
                    times, for example if a rank or mpirun was killed. A wrong
                    flag, a damaged file (exit codes 2, 3) or a signal ends the
                    job without a restart.
+  --doctor         run distdl.doctor first; stop if the job will not work
   --dry-run        print the command line instead of running it
   --module MODULE  Python module that every rank runs instead of distdl.train
   -h, --help       print this text

@@ -392,6 +392,7 @@ GROUPS = {
     "report": ["flags"],
     "search": ["search", "run"],
     "bench": ["training", "measurement", "results"],
+    "doctor": ["flags"],
 }
 
 
@@ -461,7 +462,9 @@ def test_the_launchers_flag_leads_to_the_launcher():
 def test_an_unknown_command_is_reported_with_the_nearest(distdl_command):
     done = distdl_command("evalaute", "run")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("distdl: error: unknown command 'evalaute': expected one of bench, evaluate, ")
+    assert done.stderr.startswith(
+        "distdl: error: unknown command 'evalaute': expected one of bench, doctor, evaluate, "
+    )
     assert done.stderr.endswith("; did you mean 'evaluate'?\n")
 
 
