@@ -17,6 +17,7 @@ from distdl.errors import UserError
 from distdl.job.launched_by import remove_session_folder
 from distdl.job.mpirun_command import MpirunCommand, environment_for, mpirun_command
 from distdl.job.restarts import run_until_done
+from distdl.job.slow_start import report_a_slow_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str]) -> int:
         return run_until_done(lambda flags: _start_of(_command_of(options, flags)), flags, options.restarts)
     else:
         remove_session_folder(os.getpid())  # mpirun keeps this process number
+        report_a_slow_start(command.argv)
         os.execve(command.argv[0], command.argv, environment_for(command))  # noqa: S606  no shell is wanted
     return 0
 
