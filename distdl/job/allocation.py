@@ -47,9 +47,9 @@ def placement_lines(allocation: Allocation | None, hosts: Mapping[str, int]) -> 
     """Return facts and warnings about the use of the allocation by the ranks; `hosts` has the number on each host."""
     if allocation is None:
         return [], []
-    ranks, nodes, cores = sum(hosts.values()), len(allocation.cores), sum(allocation.cores.values())
-    plural = "s" if ranks > 1 else ""
-    fact = f"{allocation.job}: {len(hosts)} of {nodes} nodes in use, {ranks} rank{plural} on {cores} cores"
+    nodes, cores = len(allocation.cores), sum(allocation.cores.values())
+    used = f"{len(hosts)} of {_counted(nodes, 'node')} in use"
+    fact = f"{allocation.job}: {used}, {_counted(sum(hosts.values()), 'rank')} on {_counted(cores, 'core')}"
     if not (idle := allocation.idle_hosts(list(hosts))):
         return [fact], []
     who = f"{', '.join(idle[:4])}{' …' if len(idle) > 4 else ''} {'have' if len(idle) > 1 else 'has'} no rank"
@@ -104,6 +104,10 @@ def _lsf(environment: Mapping[str, str]) -> Allocation:
     words = environment["LSB_MCPU_HOSTS"].split()
     cores = dict(zip(words[::2], map(int, words[1::2]), strict=True))
     return Allocation(f"LSF job {environment['LSB_JOBID']}", cores)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number > 1 else ''}"
 
 
 def _short(name: str) -> str:

@@ -150,7 +150,7 @@ class Ring:
             return
         self._say(TOLD)
         if heard != TOLD:
-            say_line(f"error: {neighbour} {what}, and this MPI cannot continue without it: the job ends; resume it")
+            say_line(f"error: {neighbour} {what}; the others cannot continue without it, so the job ends: resume it")
         killer = threading.Timer(SECONDS_TO_END, os.kill, [os.getpid(), signal.SIGKILL])
         killer.daemon = True
         killer.start()

@@ -85,8 +85,8 @@ def report(waited: float, living: int | None, expected: int) -> None:
         return
     where = ""
     if living is not None and expected:
-        late = "another host is late" if living >= expected else "the others have not started, or were lost"
-        where = f": {min(living, expected)} of {expected} ranks of host {host} are here, {late}"
+        late = "one is late, or another host" if living >= expected else "the others are late or lost"
+        where = f": {min(living, expected)} of {expected} ranks of host {host} live, {late}"
     say_line(f"rank {launch.rank} has waited for {waited:.0f} s for the start of MPI (MPI_Init) on all ranks{where}")
 
 

@@ -60,8 +60,8 @@ def test_a_restarted_launcher_is_reported_too(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("local_rank", "living", "said"),
     [
-        (0, 1, "1 of 2 ranks of host {host} are here, the others have not started, or were lost"),
-        (0, 2, "2 of 2 ranks of host {host} are here, another host is late"),
+        (0, 1, "1 of 2 ranks of host {host} live, the others are late or lost"),
+        (0, 2, "2 of 2 ranks of host {host} live, one is late, or another host"),
         (0, None, "for the start of MPI (MPI_Init) on all ranks\n"),
         (1, 1, None),
     ],

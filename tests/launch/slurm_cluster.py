@@ -35,9 +35,10 @@ SlurmctldPort=16817
 SlurmdPort=16818
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
+TmpFS={folder}/tmp-%n
 SlurmctldLogFile={folder}/log/slurmctld
 SlurmdLogFile={folder}/log/%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -167,7 +168,7 @@ class Cluster:
 
     def _start(self):
         folder = self.folder
-        for name in ("state", "log", "munge"):
+        for name in ("state", "log", "munge", *(f"tmp-{node}" for node in NODES)):
             (folder / name).mkdir(parents=True, exist_ok=True)
         lines = [f"{NETWORK}.{number} {node}\n" for number, node in enumerate(NODES, 1)]
         (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
