@@ -12,8 +12,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import pytest
-
 PROGRAMS = {
     "slurmctld": "slurmctld",
     "slurmd": "slurmd",
@@ -58,8 +56,8 @@ PreemptMode=REQUEUE
 SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=0
 NodeName=n1 NodeAddr={network}.1 CPUs=2 CoresPerSocket=2 RealMemory=4000 State=UNKNOWN
 NodeName=n2 NodeAddr={network}.2 CPUs=2 CoresPerSocket=2 RealMemory=4000 State=UNKNOWN
-PartitionName=low Nodes=n[1-2] Default=YES MaxTime=30 State=UP PriorityTier=1
-PartitionName=high Nodes=n[1-2] MaxTime=30 State=UP PriorityTier=10
+PartitionName=low Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=high Nodes=n[1-2] MaxTime=INFINITE State=UP PriorityTier=10
 """
 CGROUP_CONFIGURATION = """
 CgroupPlugin=cgroup/v1
@@ -108,19 +106,23 @@ class Cluster:
     def __exit__(self, *_):
         self._end()
 
-    def call(self, *words, check=True, **options):
+    def call(self, *words, check=True, stderr=False, variables=None, timeout=60, cwd=None):
         """Run a command of Slurm; return its output."""
         done = subprocess.run(
-            words, env=self.environment, capture_output=True, text=True, check=False, timeout=60, **options
+            words,
+            env={**self.environment, **(variables or {})},
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
         )
         assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
-        return done.stdout
-
-    def state(self, job):
-        """Return the state of a job, such as RUNNING."""
-        return self.field(job, "JobState")
+        return done.stdout + done.stderr if stderr else done.stdout
 
     def field(self, job, name):
+        """Return what Slurm says about a job, such as its JobState."""
         for word in self.call("scontrol", "show", "job", str(job)).split():
             if word.startswith(f"{name}="):
                 return word.partition("=")[2]
@@ -154,11 +156,12 @@ class Cluster:
         idle = ("sinfo", "-h", "-t", "idle", "-p", "low", "-o", "%D")
         self.until(lambda: self.call(*idle).strip() == "2", SECONDS_TO_START)
 
-    def until(self, condition, seconds):
+    def until(self, condition, seconds, log=None):
         """Wait until the condition holds; the time limit is only against hanging."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, f"waited too long\n{self.logs()}"
+            printed = log.read_text() if log is not None and log.exists() else ""
+            assert time.monotonic() < deadline, f"waited too long\n{printed}\n{self.logs()}"
             time.sleep(0.2)
 
     def logs(self):
@@ -246,12 +249,3 @@ class Cluster:
 
 def ip(*words, check=True):
     subprocess.run(["ip", *words], capture_output=True, check=check)
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    reason = why_not()
-    if reason is not None:
-        pytest.skip(reason)
-    with Cluster(tmp_path_factory.mktemp("slurm")) as running:
-        yield running
