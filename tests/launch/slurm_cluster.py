@@ -4,12 +4,15 @@ Everything is inside one folder and two namespaces: an own munge key and socket,
 ports. So it disturbs no other Slurm of the machine. It needs root.
 """
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 PROGRAMS = {
@@ -68,6 +71,20 @@ ConstrainCores=no
 """
 
 
+@cache
+def _lock():
+    """Return whether this process is the only one with a cluster; it remains so until its end."""
+    handle = os.open(
+        Path(tempfile.gettempdir(), "distdl-tests-slurm.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+    )
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return False
+    return True
+
+
 def why_not():
     """Return the reason why no cluster can start here, or None."""
     if os.geteuid() != 0:
@@ -78,6 +95,8 @@ def why_not():
     for controller in CONTROLLERS:
         if not (CGROUPS / controller / "cgroup.procs").exists():
             return f"a Slurm of two nodes needs the control group {controller} (version 1)"
+    if not _lock():
+        return "another test runs a Slurm of two nodes"
     probe = f"ddslurm{os.getpid() % 10000}"
     if subprocess.run(["ip", "netns", "add", probe], capture_output=True, check=False).returncode:
         return "a Slurm of two nodes needs network namespaces, which are not permitted here"
@@ -170,6 +189,7 @@ class Cluster:
         )
 
     def _start(self):
+        self._end()  # what a killed test left
         folder = self.folder
         for name in ("state", "log", "munge", *(f"tmp-{node}" for node in NODES)):
             (folder / name).mkdir(parents=True, exist_ok=True)
@@ -222,7 +242,7 @@ class Cluster:
 
     def _end(self):
         for node in NODES:
-            with suppress(subprocess.CalledProcessError):
+            with suppress(subprocess.CalledProcessError):  # no such namespace
                 self.kill(node)
         for path in (self.folder / "slurmctld.pid", self.folder / "munge" / "pid"):
             with suppress(OSError, ValueError):
