@@ -112,19 +112,20 @@ with_srun = pytest.mark.parametrize("form", ["srun"], indirect=True)
 class Job:
     """A job of `launch/slurm.sbatch`, with its two lines changed."""
 
-    def __init__(self, cluster, folder, form, *options, module="distdl.train", variables=None):
+    def __init__(self, cluster, folder, form, *options, module="distdl.train", nodes="--nodes=2 --ntasks-per-node=2"):
         self.cluster, self.log = cluster, folder / "log"
         script = SCRIPT.read_text()
         for line, replacement in (
             ("flags=(--dataset digits --epochs 20)", f"flags=({shlex.join(TRAINING)})"),
             ("module=distdl.train", f"module={module}"),
+            ("#SBATCH --nodes=2 --ntasks-per-node=4", f"#SBATCH {nodes}"),
         ):
             assert f"\n{line}\n" in script
             script = script.replace(f"\n{line}\n", f"\n{replacement}\n")
         (folder / "job.sbatch").write_text(script)
         (folder / "paced.py").write_text(PACED)
-        variables = {"LAUNCH": form, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{folder}", **(variables or {})}
-        words = ["sbatch", "--parsable", "--ntasks-per-node=2", f"--output={self.log}", *options, "job.sbatch"]
+        variables = {"LAUNCH": form, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{folder}"}
+        words = ["sbatch", "--parsable", f"--output={self.log}", *options, "job.sbatch"]
         self.number = cluster.call(*words, cwd=folder, variables=variables).strip()
 
     def ends(self, seconds=SECONDS):
@@ -144,9 +145,9 @@ def assert_same_receipt(output):
     assert receipt_of(output)[-1:] == undisturbed_receipt(), output
 
 
-def paced_job(cluster, folder, form, *options):
+def paced_job(cluster, folder, form, *options, **changes):
     """Return a job whose ranks wait in their eighth step."""
-    job = Job(cluster, folder, form, *options, module="paced")
+    job = Job(cluster, folder, form, *options, module="paced", **changes)
     cluster.until(lambda: len(list(folder.glob("process-*"))) == 4, SECONDS, job.log)
     return job
 
@@ -167,9 +168,9 @@ def test_a_dry_run_prints_the_command_of_each_form(tmp_path):
     flags = "--run-dir my-run --resume auto --dataset digits --epochs 20"
     mpirun = "python -m distdl.mpirun -n 8 --restarts 3 --module distdl.train --"
     assert printed(SLURM_NTASKS="8") == f"{mpirun} {flags}"
-    assert printed(LAUNCH="pmix") == f"srun -K --mpi=pmix python -m distdl.train {flags}"
+    assert printed(LAUNCH="pmix") == f"srun -K -n 1 --mpi=pmix python -m distdl.train {flags}"
     assert printed(LAUNCH="pmi2", RUN="r", SLURM_ARRAY_TASK_ID="5") == (
-        "srun -K --mpi=pmi2 python -m distdl.train --run-dir r-5 --resume auto --seed 5 --dataset digits --epochs 20"
+        "srun -K -n 1 --mpi=pmi2 python -m distdl.train --run-dir r-5 --resume auto --seed 5 --dataset digits --epochs 20"
     )
     assert "expected mpirun, pmix or pmi2" in printed(2, LAUNCH="mpi")
 
@@ -254,7 +255,7 @@ def test_before_the_time_limit_a_job_stops_and_continues_to_the_same_receipt(clu
 def test_a_rank_without_memory_does_not_keep_the_job_waiting(cluster, form, tmp_path):
     (tmp_path / "eat").touch()
     job = Job(cluster, tmp_path, form, "--mem=1500", module="paced")
-    cluster.until(lambda: (tmp_path / "process-0").exists(), SECONDS, job.log)
+    cluster.until((tmp_path / "process-0").exists, SECONDS, job.log)
     (tmp_path / "eat").unlink()
     (tmp_path / "go").touch()
     assert_same_receipt(job.ends())
@@ -264,7 +265,7 @@ def test_a_rank_without_memory_does_not_keep_the_job_waiting(cluster, form, tmp_
 @both
 @pytest.mark.parametrize("node", NODES)
 def test_a_job_that_loses_a_node_continues_on_the_other_to_the_same_receipt(cluster, form, node, tmp_path):
-    job = paced_job(cluster, tmp_path, form, "--nodes=1-2")
+    job = paced_job(cluster, tmp_path, form, nodes="--nodes=1-2 --exclusive")
     try:
         (tmp_path / "go").touch()
         cluster.kill(node)
