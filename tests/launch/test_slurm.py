@@ -169,9 +169,9 @@ def test_a_dry_run_prints_the_command_of_each_form(tmp_path):
     mpirun = "python -m distdl.mpirun -n 8 --restarts 3 --module distdl.train --"
     assert printed(SLURM_NTASKS="8") == f"{mpirun} {flags}"
     assert printed(LAUNCH="pmix") == f"srun -K -n 1 --mpi=pmix python -m distdl.train {flags}"
-    assert printed(LAUNCH="pmi2", RUN="r", SLURM_ARRAY_TASK_ID="5") == (
-        "srun -K -n 1 --mpi=pmi2 python -m distdl.train --run-dir r-5 --resume auto --seed 5 --dataset digits --epochs 20"
-    )
+    flags = "--run-dir r-5 --resume auto --seed 5 --dataset digits --epochs 20"
+    variables = {"SLURM_CPUS_ON_NODE": "4", "SLURM_JOB_NUM_NODES": "2", "SLURM_ARRAY_TASK_ID": "5"}
+    assert printed(LAUNCH="pmi2", RUN="r", **variables) == f"srun -K -n 8 --mpi=pmi2 python -m distdl.train {flags}"
     assert "expected mpirun, pmix or pmi2" in printed(2, LAUNCH="mpi")
 
 
