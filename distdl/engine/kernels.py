@@ -12,6 +12,7 @@ import numpy as np
 
 from distdl.arrays import aligned_zeros
 from distdl.config import BEFORE_THE_SETTING, KERNELS, TrainConfig
+from distdl.engine.clipping import clip_by_norm
 from distdl.engine.console import Console
 from distdl.engine.objective import training_loss
 from distdl.engine.step import supervised
@@ -20,7 +21,6 @@ from distdl.job.streams import say_line
 from distdl.nn import Sequential
 from distdl.nn.kernels import NUMPY, Kernels
 from distdl.nn.kernels.choice import kernels_named, obstacle
-from distdl.optim import clip_by_norm
 from distdl.parallel import Communicator, together
 from distdl.rng import Key
 
@@ -153,6 +153,7 @@ def compile_kernels(
             if is_first:
                 with compilations_told_to(progress.compiling):
                     warm_up()
+                progress.done()
         finally:
             communicator.barrier(longest_pause_seconds=PAUSE_SECONDS)
 
@@ -179,6 +180,14 @@ class _Progress:
             self._show(f"compiling kernels for this CPU (once, about {seconds} s)")
             self._begun, self._next_line = now, now + SECONDS_BETWEEN_LINES
         elif now >= self._next_line:
-            self._show(f"  {self._count} kernels compiled in {now - self._begun:.0f} s")
+            self._show_count(now)
             self._next_line = now + SECONDS_BETWEEN_LINES
         self._count += 1
+
+    def done(self) -> None:
+        """Show the number of compiled kernels, if there are any."""
+        if self._count:
+            self._show_count(time.monotonic())
+
+    def _show_count(self, now: float) -> None:
+        self._show(f"  {self._count} kernel{'s' if self._count > 1 else ''} compiled in {now - self._begun:.0f} s")

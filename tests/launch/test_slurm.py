@@ -166,12 +166,12 @@ def test_a_dry_run_prints_the_command_of_each_form(tmp_path):
         return (done.stdout + done.stderr).strip()
 
     flags = "--run-dir my-run --resume auto --dataset digits --epochs 20"
-    mpirun = "python -m distdl.mpirun -n 8 --restarts 3 --module distdl.train --"
+    mpirun = "python -m distdl.mpirun -n 8 --doctor --restarts 3 --module distdl.train --"
     assert printed(SLURM_NTASKS="8") == f"{mpirun} {flags}"
-    assert printed(LAUNCH="pmix") == f"srun -K -n 1 --mpi=pmix python -m distdl.train {flags}"
+    assert printed(LAUNCH="pmix") == f"srun -K -n 1 --mpi=pmix python -P -m distdl.train {flags}"
     flags = "--run-dir r-5 --resume auto --seed 5 --dataset digits --epochs 20"
     variables = {"SLURM_CPUS_ON_NODE": "4", "SLURM_JOB_NUM_NODES": "2", "SLURM_ARRAY_TASK_ID": "5"}
-    assert printed(LAUNCH="pmi2", RUN="r", **variables) == f"srun -K -n 8 --mpi=pmi2 python -m distdl.train {flags}"
+    assert printed(LAUNCH="pmi2", RUN="r", **variables) == f"srun -K -n 8 --mpi=pmi2 python -P -m distdl.train {flags}"
     assert "expected mpirun, pmix or pmi2" in printed(2, LAUNCH="mpi")
 
 

@@ -40,10 +40,12 @@ def obstacle() -> str | None:
         return f"this CPU ({os.uname().machine}) has no fused multiply-add instructions that distdl knows"
     try:
         with _no_garbage_collection():
-            importlib.import_module("numba")
+            numba = importlib.import_module("numba")
     except (ImportError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return f"numba {installed} does not work here ({reason}): {INSTALL}, in a new environment"
+    if numba.config.DISABLE_JIT:
+        return "NUMBA_DISABLE_JIT forbids numba to compile: unset this variable"
     return None
 
 
