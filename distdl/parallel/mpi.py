@@ -324,6 +324,11 @@ def ranks_started() -> int:
     return MPI.COMM_WORLD.Get_size()
 
 
+def is_over() -> bool:
+    """Return whether MPI has ended."""
+    return MPI.Is_finalized()
+
+
 def _give_up_shrinking(rank: int) -> None:
     """End the job; runs in a thread, while a call of MPI does not return."""
     say(

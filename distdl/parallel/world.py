@@ -110,7 +110,7 @@ def _form_ring(communicator: Communicator) -> Ring:
 
     def meet() -> None:
         with suppress(Exception):  # at exit: the command has reported its errors
-            if not mpi.MPI.Is_finalized():
+            if not mpi.is_over():
                 communicator.barrier()
 
     return Ring(communicator.rank, communicator.allgather_json, communicator.abort, meet)
