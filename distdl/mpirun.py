@@ -21,6 +21,7 @@ from distdl.errors import UserError
 from distdl.job import leftovers
 from distdl.job.mpirun_command import MpirunCommand, environment_for, mpirun_command, python_command
 from distdl.job.restarts import run_until_done
+from distdl.job.slow_start import report_a_slow_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,7 @@ def main(arguments: Sequence[str]) -> int:
         return run_until_done(lambda flags: _start_of(_command_of(options, flags)), flags, options.restarts)
     else:
         environment = leftovers.own_session(environment_for(command))  # mpirun keeps this process number
+        report_a_slow_start(command.argv)
         os.execve(command.argv[0], command.argv, environment)  # noqa: S606  no shell is wanted
     return 0
 

@@ -8,11 +8,14 @@ import importlib.util
 import sys
 import time
 import warnings
+from contextlib import suppress
+from functools import cache
 
 from distdl.errors import DistdlError, UserError
 from distdl.job import leftovers
 from distdl.job.launched_by import Launch, compatible, read_launch
 from distdl.job.lifeline import end_with_the_launcher
+from distdl.job.lost_ranks import Ring
 from distdl.job.streams import say_line
 from distdl.parallel import shared
 from distdl.parallel.agreement import end_the_job, exit_code_of
@@ -96,7 +99,21 @@ def _make_world(failure: UserError | None = None) -> Communicator:
             "or srun with --mpi=pmi2 for MPICH and --mpi=pmix for Open MPI",
         )
     _end_the_job_on_uncaught_exceptions(communicator)
+    if communicator.size > 1 and not communicator.survives_failures:
+        _form_ring(communicator)
     return communicator
+
+
+@cache
+def _form_ring(communicator: Communicator) -> Ring:
+    from distdl.parallel import mpi  # noqa: PLC0415  as above
+
+    def meet() -> None:
+        with suppress(Exception):  # at exit: the command has reported its errors
+            if not mpi.is_over():
+                communicator.barrier()
+
+    return Ring(communicator.rank, communicator.allgather_json, communicator.abort, meet)
 
 
 def _not_one_job(launch: Launch, why: str) -> UserError:
