@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -59,6 +60,7 @@ class Run:
         self.folder, self.log, self.disk = folder, folder / "output", folder / "disk"
         self.silence, self.left = 0.0, []
         self.record = {"number": number, "form": f"{self.form}, {forms.mpi_of(self.python)}", "fault": self.fault}
+        self.record["moment"] = "late"  # the job ends before it
 
     def result(self, expected, cluster):
         """Run the job, and resume it if it gave no receipt; return the record."""
@@ -92,6 +94,7 @@ class Run:
         flags += [] if disturbed else ["--resume", "auto"]
         module = "distdl.train"
         if self.fault == "another version" and disturbed:
+            self.record["moment"] = "before"
             forms.write_another_version(self.folder)
             module = module if self.form == HOSTS else "other"
         if self.fault == "another version" and self.form == HOSTS:
@@ -105,9 +108,8 @@ class Run:
     def watch(self, *, disturbed):
         """Run the job, and disturb it; return its exit code. Measure the longest silence of living processes."""
         words, env = self.prepare(disturbed=disturbed)
-        moment = self.rng.choice(["start", "step", "step", "step"]) if disturbed else ""
-        if self.fault in BEFORE_THE_START:
-            moment = ""
+        moment = self.rng.choice(["start", "step", "step", "step"])
+        moment = moment if disturbed and self.fault not in BEFORE_THE_START else ""
         step, seconds, seen = self.rng.randrange(1, STEPS - 20), self.rng.random() * 2.5, 0.0
         with self.log.open("ab") as output:
             job = subprocess.Popen(
@@ -228,9 +230,11 @@ def main():
     parser.add_argument("--log", type=Path)
     parser.add_argument("--at-once", type=int, default=2)
     parser.add_argument("--python", nargs="*", default=[sys.executable], help="the Python of each MPI")
-    parser.add_argument("--forms", default="", help="only forms with this text")
+    parser.add_argument("--forms", default="", help="only forms that this pattern finds")
     given = parser.parse_args()
-    possible = [pair for python in given.python for pair in forms.possible_forms(python) if given.forms in pair[0]]
+    possible = [
+        pair for python in given.python for pair in forms.possible_forms(python) if re.search(given.forms, pair[0])
+    ]
     numbers, records = range(given.first, given.first + given.runs), []
     with ExitStack() as stack:
         cluster = None
