@@ -119,8 +119,9 @@ class Run:
         started = spoke = time.monotonic()
         size = self.log.stat().st_size
         while True:
-            now, living = time.monotonic(), self.launch.processes()
+            living = self.launch.processes()
             living.pop(self.job, None)
+            now = time.monotonic()
             over = job.poll() is not None and not living
             if self.log.stat().st_size != size or (self.launch.cluster and not living):  # it waits in the queue
                 size, spoke = self.log.stat().st_size, now
@@ -207,7 +208,10 @@ def run_all(numbers, seed, log, at_once, possible, cluster=None):
             return record
 
         with ThreadPoolExecutor(at_once) as pool:
-            yield from pool.map(one, numbers)
+            try:
+                yield from pool.map(one, numbers)
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
 def table(records):
@@ -236,6 +240,7 @@ def main():
         pair for python in given.python for pair in forms.possible_forms(python) if re.search(given.forms, pair[0])
     ]
     numbers, records = range(given.first, given.first + given.runs), []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the hosts and Slurm must end too
     with ExitStack() as stack:
         cluster = None
         if any(form.startswith(SLURM) for form, _ in possible):
