@@ -36,6 +36,10 @@ class UserError(DistdlError):
     exit_code = EXIT_USER
 
 
+class HostError(UserError):
+    """A host cannot start MPI: all its ranks raise this, its first rank prints it, and none waits for other hosts."""
+
+
 class DamagedFileError(UserError):
     """An input file is damaged: torn, truncated, altered, or different from its header."""
 

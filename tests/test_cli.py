@@ -30,6 +30,8 @@ def launched(monkeypatch):
         monkeypatch.delenv(rank, raising=False)
         monkeypatch.delenv(size, raising=False)
 
+    monkeypatch.setattr(cli, "launcher_is_missing", lambda _launch: False)
+
     def as_rank(rank, size=4):
         monkeypatch.setenv("PMI_RANK", str(rank))
         monkeypatch.setenv("PMI_SIZE", str(size))

@@ -5,17 +5,20 @@ job to the same first cores. The command sets variables that change all three, u
 Open MPI 5 to let the survivors of a killed rank continue (ULFM).
 """
 
+import errno
 import os
+import pwd
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distdl.errors import UserError
+from distdl.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -72,23 +75,45 @@ def environment_for(command: MpirunCommand) -> dict[str, str]:
     return {**os.environ, **command.environment}
 
 
+def home() -> dict[str, str]:
+    """Return the variable HOME if it is not set: Open MPI does not start without it.
+
+    It is the user's home folder, or the temporary folder if the system does not know the user, as in some containers.
+    """
+    if "HOME" in os.environ:
+        return {}
+    try:
+        folder = pwd.getpwuid(os.geteuid()).pw_dir
+    except KeyError:
+        folder = ""
+    return {"HOME": folder if os.access(folder, os.W_OK) else tempfile.gettempdir()}
+
+
 def _open_mpi_version(mpirun: Path) -> int | None:
     """Return the major version of an Open MPI launcher, or None for another MPI's."""
-    environment = os.environ.copy()  # without one, execve fails if another thread changes a variable meanwhile
+    # Without a copy, execve fails if another thread changes a variable meanwhile.
+    environment = {**os.environ, **home()}
     try:
         answer = subprocess.run(
             [mpirun, "--version"], env=environment, capture_output=True, text=True, errors="replace", check=True
         )
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"{mpirun} does not work ({error}): reinstall its MPI") from error
+    except subprocess.CalledProcessError as error:
+        said = one_line(error.stderr or error.stdout or f"exit code {error.returncode}, without a message")
+        raise UserError(f"{mpirun} does not work; it says: {said}: reinstall its MPI if that does not help") from error
+    except OSError as error:
+        raise UserError(f"{mpirun} cannot be started ({error.strerror}): {_remedy(error, mpirun)}") from error
     # Debian's launcher calls itself OpenRTE when started by its full name.
     found = re.search(r"\(Open ?(?:MPI|RTE)\) (\d+)", answer.stdout)
     return int(found[1]) if found else None
 
 
+def _remedy(error: OSError, program: Path) -> str:
+    return f"chmod +x {program}" if error.errno == errno.EACCES else "reinstall its MPI"
+
+
 def _open_mpi_environment(version: int) -> dict[str, str]:
     """Return the variables that lift Open MPI's refusals, except those that the user has set."""
-    variables: dict[str, str] = {}
+    variables = home()
     if os.geteuid() == 0:  # as in a container
         variables |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     # This also helps with fewer ranks than cores: two jobs, or the BLAS threads of one rank, would share a core while

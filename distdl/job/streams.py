@@ -3,8 +3,10 @@
 import errno
 import io
 import os
+import select
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from distdl.errors import one_line
@@ -66,6 +68,33 @@ def say(text: str = "") -> None:
     """Flush standard output, then write `text` to the error stream."""
     write(sys.stdout, "")
     write(sys.stderr, text)
+
+
+@contextmanager
+def said_after(seconds: float, text: str) -> Iterator[None]:
+    """Print ``distdl: text`` to the error stream if the ``with`` block takes longer.
+
+    A process prints it: no other thread of this process runs during MPI_Init.
+    """
+    over, end = os.pipe()
+    try:
+        printer = os.fork()
+    except OSError:  # too many processes
+        printer = None
+    if printer == 0:
+        try:
+            os.close(end)
+            if not select.select([over], [], [], seconds)[0]:
+                say_line(text)
+        finally:
+            os._exit(0)
+    os.close(over)
+    try:
+        yield
+    finally:
+        os.close(end)
+        if printer:
+            os.waitpid(printer, 0)
 
 
 def say_line(text: str) -> None:

@@ -5,22 +5,37 @@ errors before and after MPI starts.
 """
 
 import importlib.util
+import os
 import sys
+import threading
 import time
 import warnings
 
-from distdl.errors import DistdlError, UserError
-from distdl.job import leftovers
-from distdl.job.launched_by import Launch, compatible, read_launch
-from distdl.job.lifeline import end_with_the_launcher
+from distdl.errors import DistdlError, HostError, UserError
+from distdl.job import leftovers, probes
+from distdl.job.launched_by import (
+    KIN_OF_MPICH,
+    Launch,
+    compatible,
+    how_to_unset,
+    launcher_is_missing,
+    print_for_all_ranks,
+    read_launch,
+    variables_of,
+)
+from distdl.job.lifeline import end_with_the_launcher, pmi_is_gone
 from distdl.job.streams import say_line
 from distdl.parallel import shared
 from distdl.parallel.agreement import end_the_job, exit_code_of
+from distdl.parallel.alike import check_same_program
 from distdl.parallel.communicator import Communicator, OneProcess
+from distdl.parallel.recovery import Survivors
 
 INSTALL = "pip install 'distdl-mpi[mpich]'"
 #: Rank 0 usually has the same error. It gets this time to print it before another rank does.
 SECONDS_FOR_RANK_0 = 1.0
+#: The comparison of the ranks' programs takes milliseconds. A version of distdl without it never answers.
+SECONDS_TO_COMPARE = 20.0
 
 _world: Communicator | None = None
 
@@ -82,10 +97,11 @@ def _make_world(failure: UserError | None = None) -> Communicator:
             launch,
             f"this Python has {mpi.library_name()}: use the mpirun of that library, as python -m distdl.mpirun does",
         )
+    _prepare_for_mpi(launch, mpi.vendor())
     with warnings.catch_warnings():
         # mpi4py warns about the mpirun of another MPI on each rank. We report it once, below, and only if it matters.
         warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
-        communicator = mpi.world_of_mpi(failure)
+        communicator: Communicator = mpi.world_of_mpi(failure)
     leftovers.register(shared.folders())
     if launch.local_rank == 0:
         leftovers.sweep(shared.folders())
@@ -95,11 +111,55 @@ def _make_world(failure: UserError | None = None) -> Communicator:
             f"each sees {communicator.description} with 1 rank: use the mpirun of that library, "
             "or srun with --mpi=pmi2 for MPICH and --mpi=pmix for Open MPI",
         )
+    if communicator.rank == 0:
+        print_for_all_ranks()  # the launcher's variables may tell another rank
+    if _world is None:
+        communicator = _checked(communicator)
     _end_the_job_on_uncaught_exceptions(communicator)
     return communicator
 
 
+def _checked(communicator: Communicator) -> Communicator:
+    """Return the surviving ranks, all with the same program; raise `UserError` on all if they differ. Collective."""
+    survivors = Survivors(communicator)
+    late = threading.Timer(SECONDS_TO_COMPARE, _say_that_the_comparison_is_late)
+    late.daemon = True
+    late.start()
+    survivors.run(check_same_program)
+    late.cancel()
+    survivors.communicator.recovery_at_start = next(iter(survivors.recoveries), None)
+    return survivors.communicator
+
+
+def _say_that_the_comparison_is_late() -> None:
+    if read_launch().local_rank == 0:
+        say_line(
+            f"host {os.uname().nodename} has waited {SECONDS_TO_COMPARE:g} s to compare the versions of distdl: a rank "
+            "is stopped, or another host has an older version; install the same version on every host"
+        )
+
+
+def _prepare_for_mpi(launch: Launch, vendor: str) -> None:
+    """Set the variables that MPI needs on this host.
+
+    Raises `UserError` if the launcher is gone, and `HostError`, on every rank of a host, if its shared memory is short.
+    """
+    if pmi_is_gone():
+        raise _not_one_job(launch, "start it with mpirun")
+    os.environ.update(probes.variables_for_mpi())
+    ranks = probes.ranks_of_mpich_here()
+    if vendor in KIN_OF_MPICH and probes.why_shared_memory_is_too_small(ranks):
+        leftovers.sweep(shared.folders())
+        if short := probes.why_shared_memory_is_too_small(ranks):
+            raise HostError(short)
+
+
 def _not_one_job(launch: Launch, why: str) -> UserError:
+    if launcher_is_missing(launch):
+        return UserError(
+            f"{variables_of(launch)} say that {launch.by} started this process, but it is not above this process: if "
+            f"they are left over from another job, {how_to_unset(launch)}; otherwise {why}"
+        )
     return UserError(
         f"{launch.by} started {launch.size} separate processes instead of {launch.size} ranks of one job: {why}"
     )
