@@ -64,7 +64,11 @@ class Optimizer(ABC):
         self.fused = None if fused is None or dtype != np.float32 else fused(self)
 
     def update(self, parameters: Vector, gradients: Vector, learning_rate: float, step: int, samples: int = 1) -> None:
-        """Apply update number `step` = 1, 2, …; overwrite both vectors. `fused` divides the gradient by `samples`."""
+        """Apply update number `step` = 1, 2, … to `parameters`.
+
+        Without `fused`, `gradients` is the mean gradient and is overwritten. With it, `gradients` is the sum over
+        `samples`, and keeps its bits.
+        """
         if self.fused is not None:
             self.fused(parameters, gradients, learning_rate, step, samples)
             return
@@ -225,20 +229,6 @@ class AdamW(Adam):
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     rule.__name__.lower(): rule for rule in (SGD, Momentum, Nesterov, AdaGrad, RMSProp, Adam, AdamW)
 }
-
-
-def clip_by_norm(gradient: Vector, largest: float, norm_of: Callable[[Vector], float] | None = None) -> float:
-    """Scale the flat gradient in place so that its norm is at most `largest`; return its norm before.
-
-    The factor is ``largest / (norm + 1e-6)``, as in PyTorch's ``clip_grad_norm_``. `norm_of` is that of the kernels, if
-    they have one. Not in the book. Source: Pascanu, Mikolov and Bengio 2013.
-    """
-    norm = math.sqrt(float(np.vdot(gradient, gradient))) if norm_of is None else norm_of(gradient)
-    if not math.isfinite(norm):  # the squares overflow
-        norm = float(np.linalg.norm(gradient.astype(np.float64)))
-    if norm + 1e-6 > largest:
-        gradient *= largest / (norm + 1e-6)
-    return norm
 
 
 def optimizer_class(name: str) -> type[Optimizer]:

@@ -8,11 +8,12 @@ import pytest
 
 from distdl import optim
 from distdl.config import NEEDS, TrainConfig
+from distdl.engine.clipping import clip_by_norm
 from distdl.engine.state import TrainingState
 from distdl.engine.storage.checkpoints import Checkpoint, restore
 from distdl.errors import UserError
 from distdl.nn import Affine, Sequential
-from distdl.optim import BLOCK, OPTIMIZERS, clip_by_norm, optimizer_class
+from distdl.optim import BLOCK, OPTIMIZERS, optimizer_class
 
 SIZES = (1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7)
 STEPS = 50

@@ -164,8 +164,8 @@ class TrainingSteps:
             reduction=config.reduction,
             observers=[self.timeline, check],
         )
-        load_rows = state.network.stack.kernels.row_loader(dataset.images, dataset.normalization)
-        self._micro_batches = MicroBatches(dataset, config.micro_batch_size, load_rows=load_rows)
+        row_loader = state.network.stack.kernels.row_loader
+        self._micro_batches = MicroBatches(dataset, config.micro_batch_size, row_loader=row_loader)
         self._loss = state.network.stack.kernels.loss(make_loss(dataset.default_loss))
         self._key = Key(config.seed)
         self._batch_order = BatchOrder(dataset.parts.training, config.batch_size, self._key)

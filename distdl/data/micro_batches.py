@@ -3,8 +3,9 @@
 Dimensions: N samples of a micro-batch, H height, W width, C channels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +14,12 @@ from distdl.arrays import aligned_empty
 from distdl.data.augmentation import Augmentation
 from distdl.data.batch_order import micro_batch, micro_batch_count
 from distdl.data.dataset import PreparedDataset
-from distdl.data.normalization import RowLoader
 from distdl.data.split import Rows
 from distdl.mapped_files import release_pages, rows_to_keep
 from distdl.rng import Key
+
+LoadRows: TypeAlias = Callable[[NDArray[np.int64], NDArray[np.float32]], NDArray[np.float32]]
+RowLoader: TypeAlias = Callable[[NDArray[Any], NDArray[np.float32], NDArray[np.float32]], LoadRows | None]
 
 
 @dataclass(eq=False)
@@ -26,14 +29,19 @@ class MicroBatches:
     dataset: PreparedDataset
     micro_batch_size: int
     augmentation: Augmentation | None = None
-    load_rows: RowLoader | None = None
+    row_loader: RowLoader | None = None
+    """See ``Kernels.row_loader``."""
     #: The number of micro-batches loaded so far.
     loaded: int = field(default=0, init=False)
     _buffers: dict[int, tuple[NDArray[Any], NDArray[np.float32]]] = field(default_factory=dict, init=False)
+    _load_rows: LoadRows | None = field(default=None, init=False)
     _release_after: int = field(init=False)
     """Micro-batches between two releases of the pages of a mapped file."""
 
     def __post_init__(self) -> None:
+        if self.row_loader is not None:
+            normalization = self.dataset.normalization
+            self._load_rows = self.row_loader(self.dataset.images, normalization.mean, normalization.deviation)
         self._release_after = max(1, rows_to_keep(self.dataset.images) // self.micro_batch_size)
 
     def count(self, samples: int) -> int:
@@ -55,8 +63,8 @@ class MicroBatches:
             self._buffers[len(rows)] = aligned_empty(shape, dataset.images.dtype), aligned_empty(shape)
         pixels, out = self._buffers[len(rows)]
         labels = dataset.targets(rows)
-        if self.load_rows is not None and (key is None or self.augmentation is None):
-            return self.load_rows(rows, out), labels
+        if self._load_rows is not None and (key is None or self.augmentation is None):
+            return self._load_rows(rows, out), labels
         # The modes but "raise" write without a temporary copy. No row is out of range.
         images = np.take(dataset.images, rows, axis=0, out=pixels, mode="clip")
         if key is not None and self.augmentation is not None:

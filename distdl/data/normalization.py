@@ -6,9 +6,9 @@ Dimensions: N samples, H height, W width, C channels; n rows of a block.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,6 @@ from distdl.errors import UserError
 from distdl.mapped_files import release_pages
 
 BLOCK_ELEMENTS = 2**20
-#: Writes the normalized images of some rows of a dataset into an array, and returns it: see ``Kernels.row_loader``.
-RowLoader: TypeAlias = Callable[[NDArray[np.int64], NDArray[np.float32]], NDArray[np.float32]]
 #: Mean and variance of each channel.
 Moments = tuple[NDArray[np.float64], NDArray[np.float64]]
 

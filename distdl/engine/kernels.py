@@ -12,6 +12,7 @@ import numpy as np
 
 from distdl.arrays import aligned_zeros
 from distdl.config import BEFORE_THE_SETTING, KERNELS, TrainConfig
+from distdl.engine.clipping import clip_by_norm
 from distdl.engine.console import Console
 from distdl.engine.objective import training_loss
 from distdl.engine.step import supervised
@@ -20,7 +21,6 @@ from distdl.job.streams import say_line
 from distdl.nn import Sequential
 from distdl.nn.kernels import NUMPY, Kernels
 from distdl.nn.kernels.choice import kernels_named, obstacle
-from distdl.optim import clip_by_norm
 from distdl.parallel import Communicator, together
 from distdl.rng import Key
 

@@ -26,10 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.data.batch_order import micro_batch_count
+from distdl.engine.clipping import clip_by_norm
 from distdl.engine.metrics import METRIC_FIELDS, Sums
 from distdl.nn import Sequential
 from distdl.nn.losses import LossFunction
-from distdl.optim import Optimizer, clip_by_norm
+from distdl.optim import Optimizer
 from distdl.parallel import REDUCTIONS, Communicator, Field, Layout, Record, Shard, committed, contiguous_shards
 from distdl.rng import Key
 

@@ -103,8 +103,8 @@ class Trainer:
             warmup_steps=config.warmup_steps,
         )
         augmentation = None if config.augment is None else Augmentation.parse(config.augment)
-        load_rows = state.network.stack.kernels.row_loader(data.images, data.normalization)
-        self.micro_batches = MicroBatches(data, config.micro_batch_size, augmentation, load_rows)
+        row_loader = state.network.stack.kernels.row_loader
+        self.micro_batches = MicroBatches(data, config.micro_batch_size, augmentation, row_loader)
         self.total_steps = config.epoch_count * self.steps_per_epoch
         self.last_step = self.total_steps if config.max_steps is None else min(self.total_steps, config.max_steps)
         self.phase = self._after_checkpoint()  # a run starts in the phase after a checkpoint

@@ -5,9 +5,10 @@ import pytest
 
 from distdl import nn
 from distdl.data import MicroBatches, PreparedDataset, batch_order
+from distdl.engine.clipping import clip_by_norm
 from distdl.engine.step import OptimizerStep, StepObserver, supervised
 from distdl.nn import Affine, BatchNorm, Flatten, ReLU, Sequential, SoftmaxCrossEntropy
-from distdl.optim import SGD, clip_by_norm
+from distdl.optim import SGD
 from distdl.parallel import Field, OneProcess
 from distdl.rng import Key
 

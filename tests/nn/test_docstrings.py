@@ -6,6 +6,7 @@ import re
 import pytest
 
 from distdl import nn, optim, schedules
+from distdl.engine import clipping
 
 #: This library's own names, without a counterpart in the book or a paper.
 OWN = {"BufferSpec", "ParameterSpec", "Workspace", "build_model", "make_loss", "make_schedule", "optimizer_class"}
@@ -14,7 +15,7 @@ SOURCE = r"\bNg('s course)?, week [1-4]|\b[A-Z][a-z]+ (et al\.|and [A-Z][a-z]+) 
 
 
 def named_objects():
-    for module in (nn, optim, schedules):
+    for module in (nn, optim, clipping, schedules):
         public = getattr(module, "__all__", [name for name in vars(module) if not name.startswith("_")])
         for name in public:
             found = getattr(module, name)

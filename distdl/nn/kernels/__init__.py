@@ -51,8 +51,11 @@ class Kernels(ABC):
         """Return the implementation of this loss: it itself, as written, unless the kernels have another one."""
         return loss
 
-    def row_loader(self, images: Array, normalization: Any) -> Callable[[Array, Array], Array] | None:
-        """Return a function of rows (N,) and an array: it writes their images there, normalized; or None."""
+    def row_loader(self, images: Array, mean: Array, deviation: Array) -> Callable[[Array, Array], Array] | None:
+        """Return a function of rows (N,) and an array: it writes their images there, normalized; or None.
+
+        `mean` and `deviation` have an element for each channel.
+        """
         return None
 
     def for_network(self) -> Self:

@@ -7,8 +7,9 @@ import pytest
 from small_runs import small_run
 
 from distdl.engine import prepare
+from distdl.engine.clipping import clip_by_norm
 from distdl.nn.kernels import NUMPY
-from distdl.optim import BLOCK, OPTIMIZERS, clip_by_norm
+from distdl.optim import BLOCK, OPTIMIZERS
 from distdl.parallel import OneProcess
 from tests.nn.kernels.exact import fma, numbers
 

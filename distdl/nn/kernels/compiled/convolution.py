@@ -85,10 +85,13 @@ class WinogradConvolution(CompiledLayers):
             return TILES
         return min(self._tiles(N), max(64, CACHE // 2 // (self.C + self.F)))
 
+    def _is_one_block(self, N: int) -> bool:
+        return self.by_columns and self._tiles(N) <= self._tiles_of_block(N)
+
     def _scratch_size(self, N: int) -> int:
-        P = self._tiles_of_block(N)
-        is_one_block = self.by_columns and self._tiles(N) <= P
-        return winograd.scratch_size(self.C, self.F, P, by_columns=self.by_columns, is_one_block=is_one_block)
+        return winograd.scratch_size(
+            self.C, self.F, self._tiles_of_block(N), by_columns=self.by_columns, is_one_block=self._is_one_block(N)
+        )
 
     def _scratch(self, N: int) -> Array:
         return scratch("large", self._scratch_size(N))
@@ -130,7 +133,7 @@ class WinogradConvolution(CompiledLayers):
         winograd.backward(
             self.x, self._transformed("UT"), dy, self.y, self._winners(N), self.conv.gradients["weight"].reshape(-1),
             bias, dx, self._scratch(N), self._tiles_of_block(N), self.OH, self.OW, *self.conv.window.padding,
-            self.relu, self.pool, wanted, self.by_columns,
+            self.relu, self.pool, wanted, self.by_columns, self._is_one_block(N),
         )  # fmt: skip
         return dx if wanted else None
 

@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -43,7 +42,7 @@ def load_rows(images_, rows_, mean_, deviation_, period, out_):
                 store(y, at, (load_pixels(x + at) - load(mean, p)) / load(deviation, p))
 
 
-def row_loader(images: Array, normalization: Any) -> Callable[[Array, Array], Array] | None:
+def row_loader(images: Array, mean: Array, deviation: Array) -> Callable[[Array, Array], Array] | None:
     """Return a function of rows (N,) and an array (N, ...) that writes the normalized images there and returns it.
 
     Return None unless the images (I, ...) are contiguous bytes. No row may be out of range.
@@ -52,9 +51,9 @@ def row_loader(images: Array, normalization: Any) -> Callable[[Array, Array], Ar
         return None
     flat = images.view(np.ndarray).reshape(len(images), -1)
     flat.flags.writeable = False
-    channels = len(normalization.mean)
+    channels = len(mean)
     period = -(-BLOCK // channels) * channels
-    mean, deviation = (np.resize(given, period + WIDTH) for given in (normalization.mean, normalization.deviation))
+    mean, deviation = np.resize(mean, period + WIDTH), np.resize(deviation, period + WIDTH)
     kept = KeptArrays()
 
     def write(rows: Array, out: Array) -> Array:

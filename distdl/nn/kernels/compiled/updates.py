@@ -77,7 +77,7 @@ def _quotient(x, divisor, inverse):
 
 @njit(inline="always")
 def _factor(factor):
-    """Return a factor as an integer for `subnormal_product`; -1 if it is none."""
+    """Return a factor as an integer for `subnormal_product`; return -1 if it is not such a number."""
     scaled = np.float64(factor) * 2.0**FACTOR_BITS
     return np.int64(scaled) if scaled >= 0 and scaled <= 2.0**FACTOR_BITS and np.floor(scaled) == scaled else -1
 
@@ -166,24 +166,9 @@ def squares(w_, g_, h_, segments_, scale, samples, lambda_, l1, rate, kept, adde
 
 @kernel
 def adam(
-    w_,
-    g_,
-    m_,
-    v_,
-    segments_,
-    decoupled,
-    scale,
-    samples,
-    lambda_,
-    l1,
-    rate,
-    kept_m,
-    added_m,
-    kept_v,
-    added_v,
-    root,
+    w_, g_, m_, v_, segments_, decoupled, scale, samples, lambda_, l1, rate, kept_m, added_m, kept_v, added_v, root,
     epsilon,
-):
+):  # fmt: skip
     """Compute the moments m and v, then ``w - (m / (sqrt(v) / root + epsilon)) rate``.
 
     ``m = m kept_m + g added_m`` and ``v = v kept_v + (g g) added_v``.

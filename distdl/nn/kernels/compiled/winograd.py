@@ -319,8 +319,9 @@ def _output_gradient(dy, y, winners_, n, h0, w0, OH, OW, F, f, relu, pool, T):
 
 @kernel
 def backward(
-    x_, UT_, dy_, y_, winners_, d_weights_, d_bias_, dx_, scratch_, P, OH, OW, ph, pw, relu, pool, wanted, by_columns
-):
+    x_, UT_, dy_, y_, winners_, d_weights_, d_bias_, dx_, scratch_, P, OH, OW, ph, pw, relu, pool, wanted, by_columns,
+    is_one_block,
+):  # fmt: skip
     """Write the gradients of the weights and of the bias and, if `wanted`, that of x.
 
     UT has the transformed weights with C and F exchanged; with `by_columns` it has the weights. dy, y, `winners` and
@@ -339,7 +340,6 @@ def backward(
         dx_[...] = 0
     tiles = N * TH * TW
     # dU has 36 matrices (C, F); with one block of tiles it has only the columns in use.
-    is_one_block = by_columns and tiles <= P
     dU = columns = D + 4 * POINTS * d_step
     if not is_one_block:
         columns = dU + 4 * POINTS * CF
