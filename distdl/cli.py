@@ -337,6 +337,8 @@ def run(
 
     If the command `trains`, the signals that stop a training wait until `distdl.engine.train` handles them.
     """
+    if arguments is None:
+        streams.use_utf8_names()
     if trains:
         held_signals.hold_signals()  # before there is a second thread
     launch = read_launch()
