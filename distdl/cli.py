@@ -19,6 +19,7 @@ import tomllib
 import typing
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from distdl.config import check_kind, expand_home
 from distdl.errors import EXIT_INTERRUPTED, DistdlError, HostError, UserError, nearest, unknown_name
-from distdl.job import held_signals, streams
+from distdl.job import held_signals, limits, streams
 from distdl.job.launched_by import MPICH, OPEN_MPI, Launch, launcher_is_missing, read_launch
 from distdl.job.lifeline import end_the_launcher, end_with_the_launcher
 
@@ -351,7 +352,7 @@ def run(
     try:
         if {"-h", "--help"} & set(arguments):
             return _show_help(command, arguments) if launch.prints_for_all else 0
-        return command(arguments)
+        return _called(command, arguments)
     except DistdlError as error:
         _report(error, launch)
         return error.exit_code
@@ -361,6 +362,18 @@ def run(
             remedy = "; --resume continues from the last checkpoint, if there is one" if trains else ""
             streams.say_line(f"interrupted{when}{remedy}")
         return EXIT_INTERRUPTED
+
+
+def _called(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Call a command; raise `UserError` if a limit of this process is behind its error."""
+    limits.check_address_space()
+    try:
+        return command(arguments)
+    except (RuntimeError, OSError, MemoryError, ImportError) as error:
+        explained = limits.explained(error)
+        if explained is error:
+            raise
+        raise explained from error
 
 
 def _show_help(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
@@ -401,12 +414,13 @@ def _tell_the_others(error: DistdlError, launch: Launch) -> None:
     late = streams.said_after(SECONDS_TO_MEET - 1, f"[rank {launch.rank}] {error.label}{error}")
     with late, Path(os.devnull).open("w") as nowhere:
         # This ends the process with exit code 1. It uses a thread without Python, which does not run while MPI starts.
-        faulthandler.dump_traceback_later(SECONDS_TO_MEET, exit=True, file=nowhere)
+        with suppress(RuntimeError):  # too many threads
+            faulthandler.dump_traceback_later(SECONDS_TO_MEET, exit=True, file=nowhere)
         try:
             from distdl.parallel import tell_the_others  # noqa: PLC0415  it imports NumPy
 
             tell_the_others(error)
-        except (UserError, ImportError):
+        except (UserError, ImportError, RuntimeError, OSError):
             if not launch.prints_for_all and not launcher_is_missing(launch):
                 time.sleep(SILENT_SECONDS[launch.by or MPICH])
         finally:

@@ -15,6 +15,7 @@ from distdl.__main__ import COMMANDS
 from distdl.cli import Command, Flag
 from distdl.errors import UserError
 from distdl.job.launched_by import remove_session_folder
+from distdl.job.limits import why_too_few_processes
 from distdl.job.mpirun_command import MpirunCommand, environment_for, mpirun_command
 from distdl.job.restarts import run_until_done
 
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.restarts and options.module.startswith("distdl.") and options.module != "distdl.train":
         raise UserError(f"--restarts is for trainings, and {options.module} is not a training: leave it out")
     command = _command_of(options, flags)
+    if few := why_too_few_processes(options.ranks):
+        raise UserError(few)
     if options.dry_run:
         sys.stdout.write(f"{command.shell_line()}\n")
     elif options.restarts and not {"-h", "--help", "--dry-run", "--dry_run"} & set(flags):

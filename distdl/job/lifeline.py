@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 
 from distdl.job.launched_by import Launch, how_to_unset, read_launch
@@ -46,7 +47,8 @@ def end_with_the_launcher() -> None:
         )
         os.kill(os.getpid(), signal.SIGKILL)
     if watched:  # also the parent: the kernel sends nothing if it died before the request
-        threading.Thread(target=_watch, args=[watched], name="lifeline", daemon=True).start()
+        with suppress(RuntimeError):  # too many threads: the kernel's signal must do
+            threading.Thread(target=_watch, args=[watched], name="lifeline", daemon=True).start()
 
 
 def end_the_launcher(launch: Launch, environment: Mapping[str, str] = os.environ) -> None:

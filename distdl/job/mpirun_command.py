@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distdl.errors import UserError, one_line
+from distdl.job.limits import explained
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def _open_mpi_version(mpirun: Path) -> int | None:
         said = one_line(error.stderr or error.stdout or f"exit code {error.returncode}, without a message")
         raise UserError(f"{mpirun} does not work; it says: {said}: reinstall its MPI if that does not help") from error
     except OSError as error:
+        if (reached := explained(error)) is not error:
+            raise reached from error
         raise UserError(f"{mpirun} cannot be started ({error.strerror}): {_remedy(error, mpirun)}") from error
     # Debian's launcher calls itself OpenRTE when started by its full name.
     found = re.search(r"\(Open ?(?:MPI|RTE)\) (\d+)", answer.stdout)

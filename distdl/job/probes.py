@@ -18,6 +18,8 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  the kernel's shared memory, not 
 #: What a rank of MPICH 5.0.2 takes of shared memory (measured: 1.06 MB), and what the library UCX in it takes more if
 #: there is room (4.33 MB), which it does not need; both with some room.
 MPICH_BYTES_PER_RANK, UCX_BYTES_PER_RANK = 1_300_000, 4_500_000
+#: The number of ranks on this host: the names of Open MPI and MPICH.
+LOCAL_SIZE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 #: The first namespaces of each kind, those of a machine outside of all containers, have fixed numbers.
 FIRST_NAMESPACES = {"user": 0xEFFFFFFD, "pid": 0xEFFFFFFC}
 #: Settings for ranks that cannot read each other's memory, or that do not even know each other's process numbers.
@@ -59,7 +61,7 @@ def variables_for_mpi(environment: Mapping[str, str] = os.environ) -> dict[str, 
     if hides_its_process_number():
         variables |= WITHOUT_PROCESS_NUMBERS
     free = free_shared_memory()
-    if free is not None and free < ranks_of_mpich_here(environment) * (MPICH_BYTES_PER_RANK + UCX_BYTES_PER_RANK):
+    if free is not None and free < ranks_of_this_host(environment) * (MPICH_BYTES_PER_RANK + UCX_BYTES_PER_RANK):
         variables |= WITHOUT_MEMORY_OF_UCX
     return {name: value for name, value in variables.items() if name not in environment}
 
@@ -87,10 +89,10 @@ def free_shared_memory(folder: Path = SHARED_MEMORY) -> int | None:
     return found.f_bavail * found.f_frsize
 
 
-def ranks_of_mpich_here(environment: Mapping[str, str] = os.environ) -> int:
-    """Return the number of ranks that MPICH's `mpirun` starts on this host; 0 if it is unknown."""
-    text = environment.get("MPI_LOCALNRANKS", "")
-    return int(text) if text.isdecimal() else 0
+def ranks_of_this_host(environment: Mapping[str, str] = os.environ) -> int:
+    """Return the number of ranks that the launcher starts on this host; 0 if it is unknown."""
+    texts = (environment.get(name, "") for name in LOCAL_SIZE)
+    return next((int(text) for text in texts if text.isdecimal()), 0)
 
 
 def _launcher() -> Process | None:

@@ -10,9 +10,10 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import suppress
 
 from distdl.errors import DistdlError, HostError, UserError
-from distdl.job import leftovers, probes
+from distdl.job import leftovers, limits, probes
 from distdl.job.launched_by import (
     KIN_OF_MPICH,
     Launch,
@@ -26,7 +27,7 @@ from distdl.job.launched_by import (
 from distdl.job.lifeline import end_with_the_launcher, pmi_is_gone
 from distdl.job.streams import say_line
 from distdl.parallel import shared
-from distdl.parallel.agreement import end_the_job, exit_code_of
+from distdl.parallel.agreement import end_the_job, exit_code_of, together
 from distdl.parallel.alike import check_same_program
 from distdl.parallel.communicator import Communicator, OneProcess
 from distdl.parallel.recovery import Survivors
@@ -85,11 +86,7 @@ def _make_world(failure: UserError | None = None) -> Communicator:
     try:
         from distdl.parallel import mpi  # noqa: PLC0415  some hosts have no MPI library
     except (ImportError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if launch.size == 1:
-            return OneProcess(f"one process, without MPI ({reason})")
-        why = f"mpi4py finds no MPI library here ({reason}): {INSTALL} in this environment"
-        raise _not_one_job(launch, why) from error
+        return _without_mpi(launch, error)
     if not compatible(launch, mpi.vendor()):
         if launch.size == 1:
             return OneProcess(f"one process, without MPI ({mpi.vendor()} cannot start under {launch.by})")
@@ -119,13 +116,26 @@ def _make_world(failure: UserError | None = None) -> Communicator:
     return communicator
 
 
+def _without_mpi(launch: Launch, error: Exception) -> Communicator:
+    """Return one process if MPI cannot be imported; raise `UserError` if the launcher started several ranks."""
+    if (reached := limits.explained(error)) is not error:
+        raise HostError(str(reached)) from error
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if launch.size == 1:
+        return OneProcess(f"one process, without MPI ({reason})")
+    why = f"mpi4py finds no MPI library here ({reason}): {INSTALL} in this environment"
+    raise _not_one_job(launch, why) from error
+
+
 def _checked(communicator: Communicator) -> Communicator:
-    """Return the surviving ranks, all with the same program; raise `UserError` on all if they differ. Collective."""
+    """Return the surviving ranks, with the same program and room to compute; raise `UserError` on all. Collective."""
     survivors = Survivors(communicator)
     late = threading.Timer(SECONDS_TO_COMPARE, _say_that_the_comparison_is_late)
     late.daemon = True
-    late.start()
+    with suppress(RuntimeError):  # too many threads
+        late.start()
     survivors.run(check_same_program)
+    survivors.run(lambda ranks: together(ranks, limits.check_room_for_blas))
     late.cancel()
     survivors.communicator.recovery_at_start = next(iter(survivors.recoveries), None)
     return survivors.communicator
@@ -142,12 +152,14 @@ def _say_that_the_comparison_is_late() -> None:
 def _prepare_for_mpi(launch: Launch, vendor: str) -> None:
     """Set the variables that MPI needs on this host.
 
-    Raises `UserError` if the launcher is gone, and `HostError`, on every rank of a host, if its shared memory is short.
+    Raises `UserError` if the launcher is gone, and `HostError`, on every rank of a host, if its resources are short.
     """
     if pmi_is_gone():
         raise _not_one_job(launch, "start it with mpirun")
+    if few := limits.why_too_few_processes(probes.ranks_of_this_host()):
+        raise HostError(few)
     os.environ.update(probes.variables_for_mpi())
-    ranks = probes.ranks_of_mpich_here()
+    ranks = probes.ranks_of_this_host()
     if vendor in KIN_OF_MPICH and probes.why_shared_memory_is_too_small(ranks):
         leftovers.sweep(shared.folders())
         if short := probes.why_shared_memory_is_too_small(ranks):
