@@ -6,7 +6,6 @@ To add a command, add its module to `COMMANDS`. The module defines `COMMAND` and
 import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import distdl
 from distdl import cli
@@ -23,6 +22,7 @@ COMMANDS = {
     "report": "distdl.report",
     "search": "distdl.search.__main__",
     "bench": "distdl.bench.__main__",
+    "doctor": "distdl.doctor.__main__",
 }
 
 
@@ -32,8 +32,6 @@ def main() -> int:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name not in COMMANDS:
         return cli.run(_about, [name])
-    if Path(sys.argv[0]).name == "distdl" and not sys.flags.safe_path:
-        sys.path.insert(0, str(Path.cwd()))  # the user's own modules, as with python -m
     module = importlib.import_module(COMMANDS[name])
     return cli.run(module.main, arguments, trains=module.COMMAND.trains)
 

@@ -31,6 +31,7 @@ from distdl.errors import EXIT_INTERRUPTED, DistdlError, HostError, UserError, n
 from distdl.job import held_signals, limits, streams
 from distdl.job.launched_by import MPICH, OPEN_MPI, Launch, launcher_is_missing, read_launch
 from distdl.job.lifeline import end_the_launcher, end_with_the_launcher
+from distdl.regular_files import NotRegularError, open_regular
 
 #: Seconds for which a silent rank waits while rank 0 reports an error. Open MPI's launcher ends all ranks when one
 #: rank has ended. So there no other rank may end before rank 0.
@@ -301,10 +302,10 @@ def _looks_like_a_flag(word: str) -> bool:
 def _text_of(path: Path) -> str:
     """Return the text of a config file. A device or pipe, which may never end, is not opened."""
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise UserError(f"the config file {path} is not a regular file: give a TOML file")
-        with path.open("rb") as file:
+        with open_regular(path, follow=True) as file:
             content = file.read(LARGEST_CONFIG_BYTES + 1)
+    except NotRegularError:
+        raise UserError(f"the config file {path} is not a regular file: give a TOML file") from None
     except OSError as error:
         raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
     except ValueError:

@@ -36,6 +36,7 @@ ReductionName = Literal["tree", "allreduce"]
 REDUCTIONS: tuple[str, ...] = typing.get_args(ReductionName)
 KernelsName = Literal["auto", "numpy", "compiled"]
 KERNELS: tuple[str, ...] = typing.get_args(KernelsName)
+LockName = Literal["flock", "link"]
 
 #: Default epochs. An epoch of digits has only ten steps.
 DEFAULT_EPOCHS = {"digits": 60}
@@ -64,7 +65,10 @@ OTHER_CHOICES = {
 }
 #: The groups of `--help`, with all settings.
 GROUPS = {
-    "data": ("dataset", "data_dir", "resize", "skip_damaged", "csv_columns", "cache", *SHARES, "batch_size", "augment"),
+    "data": (
+        *("dataset", "data_dir", "resize", "skip_damaged", "csv_columns", "cache", "data_gigabytes", *SHARES),
+        *("batch_size", "augment"),
+    ),
     "model": ("model", "model_settings", "init_from", "freeze", "loss", *LOSS_SETTINGS),
     "optimizer": (
         *("optimizer", "lr", "lr_base_batch", "schedule", "warmup_steps", "lr_step_epochs", "lr_step_factor"),
@@ -73,7 +77,7 @@ GROUPS = {
     ),
     "run and checkpoints": (
         *("config", "run_dir", "resume", "dry_run", "epochs", "max_steps", "early_stopping", "test_with", "seed"),
-        *("checkpoint_every", "keep_checkpoints", "log_every", "trace"),
+        *("checkpoint_every", "keep_checkpoints", "log_every", "trace", "lock"),
     ),
     "faults": (
         *("on_nonfinite", "verify_every", "audit", "require_same_bits", "record_hashes", "stall_warning"),
@@ -89,7 +93,7 @@ FREE_TO_CHANGE_ON_RESUME = frozenset(
         "test_with",
         *("checkpoint_every", "keep_checkpoints", "log_every", "stall_warning", "detect_hangs", "record_hashes"),
         *("threads_per_rank", "balance", "on_nonfinite", "verify_every", "audit", "trace"),
-        "require_same_bits",
+        *("require_same_bits", "lock", "data_gigabytes"),
     }
 )
 #: Settings that have an effect only with some choices of another setting.
@@ -139,6 +143,9 @@ class TrainConfig:
     are numbers to predict. By default the columns with usual names, such as path and label."""
     cache: Path | None = None
     """Folder for decoded image files: they are decoded once and then mapped, for images that do not fit into memory."""
+    data_gigabytes: float | None = None
+    """Most gigabytes that the dataset may take in memory, checked before it is loaded; by default a quarter of the
+    memory that is available."""
     validation_share: float | None = None
     """Share of the samples to validate on, if the dataset has no validation part; by default 0.15, or 0.1 of the
     others if it has a test part."""
@@ -248,6 +255,9 @@ class TrainConfig:
     needs numba; auto: compiled if every rank can use them, or the kernels of the run to resume."""
     threads_per_rank: int = 1
     """BLAS threads of each rank; another number than 1 may change bits."""
+    lock: LockName = "flock"
+    """How a run owns its folder; flock: by a lock of the file system; link: by a file that names host and process, for
+    network file systems that refuse flock."""
     trace: Path | None = None
     """JSON file for the times in which each rank computed, reduced and waited; view it in ui.perfetto.dev."""
 
@@ -287,7 +297,11 @@ class TrainConfig:
         """The settings for image files; without effect for another dataset."""
         resize = self.resize if reads_image_files(self.dataset) else None
         return ImageOptions(
-            resize=resize, skip_damaged=self.skip_damaged, csv_columns=self.csv_columns, cache=self.cache
+            resize=resize,
+            skip_damaged=self.skip_damaged,
+            csv_columns=self.csv_columns,
+            cache=self.cache,
+            data_gigabytes=self.data_gigabytes,
         )
 
     @property
@@ -427,6 +441,7 @@ def _check_ranges(config: TrainConfig) -> None:
     must_be("at least 0 and below 1", lambda value: 0 <= value < 1, "momentum", "beta1", "beta2", "label_smoothing")
     finite = ("lr", "weight_decay", "l1_decay", "clip_norm", "lr_step_factor", "stall_warning", "epsilon")
     must_be("above 0 and below 1", lambda value: 0 < value < 1, "plateau_factor")
+    must_be("above 0, a finite number", lambda value: 0 < value < math.inf, "data_gigabytes")
     must_be("a finite number", math.isfinite, *finite)
     must_be("below 1, a share of the samples", lambda value: value < 1, *SHARES)
     seconds = config.detect_hangs  # a healthy rank may show no sign of life for a fraction of a second

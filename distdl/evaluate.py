@@ -22,7 +22,7 @@ COMMAND = Command(
     ),
     groups={
         "runs": ("runs", "best", "model"),
-        "data": ("on", "skip_damaged", "csv_columns", "part", "dataset", "data_dir"),
+        "data": ("on", "skip_damaged", "csv_columns", "part", "dataset", "data_dir", "data_gigabytes"),
         "results": ("half", "confusion", "confusion_figure", "misclassified", "json"),
     },
     flags={

@@ -76,6 +76,8 @@ class ImageOptions:
     """The columns of a CSV file with the path and the label, separated by commas; None: by their usual names."""
     channels: int | None = None
     """1 for gray images, 3 for colors; None: 1 if all files are gray, otherwise 3."""
+    data_gigabytes: float | None = None
+    """The most memory for the data; see `data.room.Room`."""
     say: Callable[[str], None] | None = None
     """It gets a line on what the cache does; None: nothing is said."""
     least_classes: int = 2

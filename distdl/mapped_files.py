@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.format import open_memmap
+from numpy.lib.format import open_memmap, read_array_header_1_0, read_magic
 from numpy.typing import DTypeLike, NDArray
 
 from distdl.errors import UserError
+from distdl.regular_files import FILE_MODE, open_regular
 
 #: The suffix of a file that is not complete.
 PARTIAL = ".partial"
-#: The mode before the umask, as that of the files in a run folder.
-FILE_MODE = 0o664
 #: A process keeps about this much of a mapped file in memory. One row may bring a huge page with it.
 KEPT_BYTES, HUGE_PAGE_BYTES = 2**28, 2**21
 MappedArray = np.memmap[Any, Any]
@@ -33,7 +32,11 @@ OPENED_HERE = "opened_by_distdl"
 
 def open_mapped(path: Path) -> MappedArray:
     """Return the array in a file, read-only; raise `OSError` or `ValueError` if it cannot be mapped."""
-    array = open_memmap(path, mode="r")
+    with open_regular(path, follow=True) as file:
+        if read_magic(file) != (1, 0):
+            raise ValueError(f"{path} is of another format")
+        shape, is_fortran, dtype = read_array_header_1_0(file)
+        array: MappedArray = np.memmap(file, dtype, "r", file.tell(), shape, "F" if is_fortran else "C")
     if isinstance(array.base, mmap.mmap):
         array.base.madvise(mmap.MADV_RANDOM)  # batches take rows in a random order: do not read ahead
     vars(array)[OPENED_HERE] = True
@@ -90,7 +93,8 @@ def created(path: Path, shape: Sequence[int], dtype: DTypeLike) -> Iterator[Mapp
     except OSError as error:
         raise _refused(path, error) from error
     try:
-        flock(handle, LOCK_EX)
+        with suppress(OSError):  # a file system without locks: then no process removes it either
+            flock(handle, LOCK_EX | LOCK_NB)
         try:
             array = open_memmap(partial, mode="w+", dtype=np.dtype(dtype), shape=tuple(shape))
             os.posix_fallocate(handle, 0, partial.stat().st_size)
@@ -117,6 +121,6 @@ def _refused(path: Path, error: OSError, what: str = "images") -> UserError:
 def _remove_abandoned(path: Path) -> None:
     """Remove what a killed process has left of this file. A living process keeps its part locked."""
     for partial in path.parent.glob(f"{path.name}.*{PARTIAL}"):
-        with suppress(OSError), partial.open("rb") as file:
+        with suppress(OSError), open_regular(partial) as file:
             flock(file, LOCK_EX | LOCK_NB)
             partial.unlink()

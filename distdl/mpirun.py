@@ -1,4 +1,4 @@
-"""Start N ranks on this machine with the MPI of this environment: `python -m distdl.mpirun -n 4 -- --epochs 3`.
+"""Start N ranks with the MPI of this environment: `python -m distdl.mpirun -n 4 -- --epochs 3`.
 
 Without `--restarts` this process becomes `mpirun`, so its signals and its exit code are those of `mpirun`. With it, the
 process stays, forwards signals, and starts a failed job again. It imports neither NumPy nor MPI.
@@ -6,17 +6,21 @@ process stays, forwards signals, and starts a failed job again. It imports neith
 
 import importlib.util
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
 
 from distdl import cli
 from distdl.__main__ import COMMANDS
 from distdl.cli import Command, Flag
 from distdl.errors import UserError
-from distdl.job.launched_by import remove_session_folder
+from distdl.job import leftovers
 from distdl.job.limits import why_too_few_processes
-from distdl.job.mpirun_command import MpirunCommand, environment_for, mpirun_command
+from distdl.job.mpirun_command import MpirunCommand, environment_for, mpirun_command, python_command
 from distdl.job.restarts import run_until_done
 
 
@@ -31,6 +35,11 @@ class MpirunOptions:
     restarts: int = 0
     """Start a failed job again from its last checkpoint, up to N times; for distdl.train, and for modules with the
     same flags --run-dir and --resume auto."""
+    hosts: str | None = None
+    """Hosts for the ranks, such as n1:4,n2:4, instead of this machine or the scheduler's; launch/hosts.sh checks
+    them."""
+    doctor: bool = False
+    """Run distdl.doctor first in the same way; stop if it finds that the job will not work."""
     dry_run: bool = False
     """Print the command line instead of running it."""
 
@@ -44,8 +53,12 @@ COMMAND = Command(
         "python -m distdl.mpirun -n 4 -- predict my-run photos",
         "python -m distdl.mpirun -n 4 --restarts 5 -- --run-dir my-run",
     ),
-    groups={"flags": ("ranks", "module", "restarts", "dry_run")},
-    flags={"ranks": Flag(name="-n", value="RANKS"), "module": Flag(value="MODULE")},
+    groups={"flags": ("ranks", "hosts", "module", "doctor", "restarts", "dry_run")},
+    flags={
+        "ranks": Flag(name="-n", value="RANKS"),
+        "hosts": Flag(value="HOST:RANKS,..."),
+        "module": Flag(value="MODULE"),
+    },
     flags_after_dashes="the program",
 )
 
@@ -62,28 +75,42 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"cannot restart {options.restarts} times: expected 0 or more")
     if options.restarts and options.module.startswith("distdl.") and options.module != "distdl.train":
         raise UserError(f"--restarts is for trainings, and {options.module} is not a training: leave it out")
+    if options.hosts is not None and re.fullmatch(r"[\w.-]+(:\d+)?(,[\w.-]+(:\d+)?)*", options.hosts, re.ASCII) is None:
+        raise UserError(f"--hosts {options.hosts}: expected names and numbers of ranks, such as n1:4,n2:4")
     command = _command_of(options, flags)
-    if few := why_too_few_processes(options.ranks):
+    if options.doctor and not options.dry_run and (code := _doctors_code(options, flags)) not in {0, 1}:
+        return code
+    if options.hosts is None and (few := why_too_few_processes(options.ranks)):
         raise UserError(few)
     if options.dry_run:
         sys.stdout.write(f"{command.shell_line()}\n")
     elif options.restarts and not {"-h", "--help", "--dry-run", "--dry_run"} & set(flags):
         return run_until_done(lambda flags: _start_of(_command_of(options, flags)), flags, options.restarts)
     else:
-        remove_session_folder(os.getpid())  # mpirun keeps this process number
-        os.execve(command.argv[0], command.argv, environment_for(command))  # noqa: S606  no shell is wanted
+        environment = leftovers.own_session(environment_for(command))  # mpirun keeps this process number
+        os.execve(command.argv[0], command.argv, environment)  # noqa: S606  no shell is wanted
     return 0
 
 
 def _command_of(options: MpirunOptions, flags: Sequence[str]) -> MpirunCommand:
     """Return the command that starts the module; raise `UserError` here once, rather than on every rank."""
+    if options.module.split(".")[0] != "distdl":
+        sys.path.append(str(Path.cwd()))
     try:
         found = importlib.util.find_spec(options.module)
     except (ImportError, ValueError):
         found = None
     if found is None:
         raise UserError(f"no Python module {options.module!r}: expected a name like distdl.train")
-    return mpirun_command(options.ranks, [sys.executable, "-m", options.module, *flags])
+    return mpirun_command(options.ranks, [*python_command(options.module), *flags], options.hosts)
+
+
+def _doctors_code(options: MpirunOptions, flags: Sequence[str]) -> int:
+    """Run the doctor as the job will run, for its run folder, and return the exit code."""
+    folder = [f"--run-dir={value}" for flag, value in pairwise([*flags, ""]) if flag == "--run-dir"]
+    folder += [flag for flag in flags if flag.startswith("--run-dir=")]
+    argv, environment = _start_of(_command_of(replace(options, module="distdl.doctor"), folder))
+    return subprocess.run(argv, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
 
 
 def _start_of(command: MpirunCommand) -> tuple[Sequence[str], dict[str, str]]:

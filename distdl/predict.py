@@ -21,7 +21,7 @@ COMMAND = Command(
         "mpirun -n 4 python -m distdl.predict my-run photos --json classes.json",
     ),
     groups={
-        "what": ("run", "inputs", "others", "best"),
+        "what": ("run", "inputs", "others", "best", "data_gigabytes"),
         "results": ("top", "csv", "json", "masks"),
         "code and old checkpoints": ("model", "dataset", "data_dir"),
     },

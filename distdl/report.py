@@ -19,7 +19,7 @@ COMMAND = Command(
         "python -m distdl.report my-run --out page.html",
         "mpirun -n 4 python -m distdl.report my-run --data-dir mnist",
     ),
-    groups={"flags": ("run", "out", "data_dir", "model", "dataset")},
+    groups={"flags": ("run", "out", "data_dir", "model", "dataset", "data_gigabytes")},
     flags={
         "run": Flag(name="RUN"),
         "out": Flag(value="FILE.html"),

@@ -21,7 +21,7 @@ from distdl import cli
 from distdl.cli import Command, Flag
 from distdl.errors import EXIT_DAMAGED, EXIT_DEFECT, DamagedFileError, UserError
 from distdl.job.launched_by import read_launch
-from distdl.job.mpirun_command import environment_for, mpirun_command
+from distdl.job.mpirun_command import environment_for, mpirun_command, python_command
 
 #: Flags of distdl.train that this command sets itself.
 OURS = ("--run-dir", "--dry-run", "--resume", "--record-hashes", "--log-every")
@@ -132,7 +132,7 @@ def _are_different(ranks: Sequence[int], flags: Sequence[str], folder: Path) -> 
 
 def _trained(ranks: int, flags: Sequence[str], folder: Path) -> Outcome:
     """Train on `ranks` ranks in separate processes."""
-    program = [sys.executable, "-m", "distdl.train", *flags]
+    program = [*python_command("distdl.train"), *flags]
     program += ["--record-hashes", "--log-every=1", f"--run-dir={folder}"]
     command = mpirun_command(ranks, program)
     started = time.perf_counter()

@@ -13,6 +13,7 @@ Train with RANKS ranks on this machine, with the MPI of the Python environment.
                    times, for example if a rank or mpirun was killed. A wrong
                    flag, a damaged file (exit codes 2, 3) or a signal ends the
                    job without a restart.
+  --doctor         run distdl.doctor first; stop if the job will not work
   --dry-run        print the command line instead of running it
   --module MODULE  Python module that every rank runs instead of distdl.train
   -h, --help       print this text
@@ -49,11 +50,12 @@ else
     python=python3
 fi
 
+# -P: no file of the current folder, such as numpy.py, replaces a module.
 command -v "$python" >/dev/null ||
     fail "no Python called $python: install Python 3.11 or newer, or set PYTHON to one"
-"$python" -c 'import importlib.util, sys, distdl.mpirun
+"$python" -P -c 'import importlib.util, sys, distdl.mpirun
 needed = ("mpi4py", "numpy", "safetensors", "threadpoolctl")
 sys.exit(not all(map(importlib.util.find_spec, needed)))' 2>/dev/null ||
     fail "$python cannot import distdl and its dependencies: run $python -m pip install '${repository}[mpich]', or set PYTHON to a Python that has them"
 
-exec "$python" -m distdl.mpirun "$@"
+exec "$python" -P -m distdl.mpirun "$@"

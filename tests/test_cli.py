@@ -394,6 +394,7 @@ GROUPS = {
     "report": ["flags"],
     "search": ["search", "run"],
     "bench": ["training", "measurement", "results"],
+    "doctor": ["flags"],
 }
 
 
@@ -463,7 +464,9 @@ def test_the_launchers_flag_leads_to_the_launcher():
 def test_an_unknown_command_is_reported_with_the_nearest(distdl_command):
     done = distdl_command("evalaute", "run")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("distdl: error: unknown command 'evalaute': expected one of bench, evaluate, ")
+    assert done.stderr.startswith(
+        "distdl: error: unknown command 'evalaute': expected one of bench, doctor, evaluate, "
+    )
     assert done.stderr.endswith("; did you mean 'evaluate'?\n")
 
 
@@ -479,13 +482,13 @@ def test_the_console_command_needs_neither_numpy_nor_mpi(arguments, pytestconfig
     assert "python -m" not in done.stdout
 
 
-def test_the_console_command_finds_modules_of_the_current_folder(monkeypatch, tmp_path):
-    """As `python -m distdl.train` does."""
+def test_the_console_command_runs_no_module_of_the_current_folder(monkeypatch, tmp_path):
+    """As `python -m distdl.train` does not."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["elsewhere"])
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/distdl", "verify", "--nonsense"])
     assert console.main() == 2
-    assert sys.path == [str(tmp_path), "elsewhere"]
+    assert sys.path == ["elsewhere"]
 
 
 def test_a_wrong_flag_ends_the_real_command_with_one_line_and_code_2(pytestconfig, launched):

@@ -352,6 +352,8 @@ OTHER = {
     "dataset": "mnist",
     "data_dir": Path("there"),
     "cache": Path("there"),
+    "data_gigabytes": 5.0,
+    "lock": "link",
     "validation_share": 0.2,
     "test_share": 0.2,
     "resize": "32x48:pad",
@@ -412,7 +414,7 @@ FREE = {
     *("config", "run_dir", "resume", "dry_run", "data_dir", "cache", "epochs", "max_steps", "checkpoint_every"),
     *("keep_checkpoints", "early_stopping", "test_with", "log_every", "stall_warning", "detect_hangs"),
     *("record_hashes", "balance", "on_nonfinite"),
-    *("verify_every", "audit", "require_same_bits", "threads_per_rank", "trace"),
+    *("verify_every", "audit", "require_same_bits", "threads_per_rank", "trace", "lock", "data_gigabytes"),
 }
 
 

@@ -1,6 +1,6 @@
 """Imports point one way: bottom <- {nn, optim, schedules, data, parallel, job} <- engine <- inference <- commands.
 
-Modules in braces never import each other, with one exception: parallel may use job. bench and search may use
+Modules in braces never import each other, with one exception: parallel may use job. bench, search and doctor may use
 inference; their `__main__.py` files are commands.
 
 The checker below reads sources without running them; the last tests feed it sources that break each rule.
@@ -18,11 +18,11 @@ PACKAGE = Path(distdl.__file__).parent
 FILES = sorted(path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("*.py"))
 
 ROOT = "distdl"  # distdl/__init__.py itself
-BOTTOM = {"errors", "elementary", "rng", "arrays", "host_memory", "mapped_files"}
+BOTTOM = {"errors", "elementary", "rng", "arrays", "host_memory", "mapped_files", "regular_files", "json_files"}
 BOTTOM |= {"transforms", "model_settings", "image_options"}
 MIDDLE = {"nn", "optim", "schedules", "data", "parallel", "job"}
-#: Packages that use the engine. bench and search never import each other.
-USES = {"inference", "bench", "search"}
+#: Packages that use the engine. bench, search and doctor never import each other.
+USES = {"inference", "bench", "search", "doctor"}
 #: Every other part is a command, or `cli`, which only commands import.
 BELOW_THE_COMMANDS = {ROOT, "config", "engine"} | BOTTOM | MIDDLE | USES
 

@@ -17,6 +17,7 @@ from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.checkpoints import Checkpoint
+from distdl.engine.storage.restoring import copy_tensors
 from distdl.errors import UserError
 from distdl.parallel import Communicator, from_rank_0
 
@@ -71,7 +72,7 @@ def weights_to_score(
         try:
             tensors = checkpoints.read(path, follow=False).tensors
             weights = {name: array for name, array in tensors.items() if name in dict(into)}
-            checkpoints.restore(Checkpoint(weights, {}), into, str(path))
+            copy_tensors(Checkpoint(weights, {}), into, str(path))
         except UserError as error:
             warn(f"{error}; --test-with best scores the last weights instead")
             return state.step

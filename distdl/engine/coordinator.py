@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +31,10 @@ from distdl.engine.same_bits import warnings_about_bits
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.files import indented_json, remove_temporaries, write_durably
-from distdl.engine.storage.run_folder import StartingPoint, copy_history, lock_folder, locked_run_folder
+from distdl.engine.storage.run_folder import StartingPoint, copy_history, locked_run_folder
 from distdl.engine.timing.timeline import Spent
 from distdl.errors import UserError
+from distdl.job.folder_lock import FolderLock, lock_folder
 
 #: Between two lines about shares, and between two warnings of skipped steps.
 SECONDS_BETWEEN_SHARES = 5.0
@@ -68,7 +69,7 @@ class RunFacts:
 class Coordinator(RunListener):
     """Owns the run folder of a training, on rank 0."""
 
-    def __init__(self, facts: RunFacts, folder: Path, lock: IO[bytes], logbook: Logbook, console: Console) -> None:
+    def __init__(self, facts: RunFacts, folder: Path, lock: FolderLock, logbook: Logbook, console: Console) -> None:
         self.folder = folder
         self.facts = facts
         self.config = facts.config
@@ -107,7 +108,8 @@ class Coordinator(RunListener):
         """
         try:
             (folder / "checkpoints").mkdir(parents=True, exist_ok=True)  # if this host does not share the folder
-            coordinator = cls(facts, folder, lock_folder(folder, owner_died=True), logbook, console)
+            lock = lock_folder(folder, facts.config.lock, owner_died=True)
+            coordinator = cls(facts, folder, lock, logbook, console)
             remove_temporaries(folder, folder / "checkpoints")
             logbook.reopen(folder)
         except OSError as error:
@@ -131,7 +133,8 @@ class Coordinator(RunListener):
             if header is not None:
                 # Before the logs are cut: no checkpoint may ever be later than they are.
                 checkpoints.remove_later(self.folder / "checkpoints", header.step)
-            self.logbook.open(self.folder, {} if header is None else header.log_bytes)
+            lengths, hashes = ({}, {}) if header is None else (header.log_bytes, header.log_sha256 or {})
+            self.logbook.open(self.folder, lengths, hashes)
             (self.folder / "summary.json").unlink(missing_ok=True)  # a summary means that the run has ended
 
     def close(self) -> None:

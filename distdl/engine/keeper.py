@@ -42,11 +42,11 @@ class CheckpointKeeper:
         self.settle(wait=True)
         previous_is_saved, self._newest_is_saved = self._newest_is_saved, False
         try:
-            log_bytes = self._logbook.written_lengths()
+            logs = self._logbook.written()
         except OSError as error:
             self._missed(Outcome(state.step, error), may_raise=True, last=last)
             return previous_is_saved
-        header = CheckpointHeader(step=state.step, progress=state.progress, log_bytes=log_bytes, **self._facts)
+        header = CheckpointHeader(step=state.step, progress=state.progress, **logs, **self._facts)
         self._writer.start(self._folder, state.named_arrays(), header, self._logbook.flush_to_disk)
         if last:
             self.settle(wait=True, last=True)

@@ -153,6 +153,7 @@ def compile_kernels(
             if is_first:
                 with compilations_told_to(progress.compiling):
                     warm_up()
+                progress.done()
         finally:
             communicator.barrier(longest_pause_seconds=PAUSE_SECONDS)
 
@@ -179,6 +180,14 @@ class _Progress:
             self._show(f"compiling kernels for this CPU (once, about {seconds} s)")
             self._begun, self._next_line = now, now + SECONDS_BETWEEN_LINES
         elif now >= self._next_line:
-            self._show(f"  {self._count} kernels compiled in {now - self._begun:.0f} s")
+            self._show_count(now)
             self._next_line = now + SECONDS_BETWEEN_LINES
         self._count += 1
+
+    def done(self) -> None:
+        """Show the number of compiled kernels, if there are any."""
+        if self._count:
+            self._show_count(time.monotonic())
+
+    def _show_count(self, now: float) -> None:
+        self._show(f"  {self._count} kernel{'s' if self._count > 1 else ''} compiled in {now - self._begun:.0f} s")

@@ -23,6 +23,7 @@ from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
 from distdl.engine.storage.json_lines import JsonLines, line_of
 from distdl.engine.timing.timeline import Spent
+from distdl.regular_files import read_regular
 
 
 class Logbook(RunListener):
@@ -77,17 +78,22 @@ class Logbook(RunListener):
 
     # -- files, on the coordinator
 
-    def open(self, folder: Path, lengths: Mapping[str, int]) -> None:
-        """Open the files of a run folder, cut to the given lengths (0 for those not given). May raise `OSError`."""
+    def open(self, folder: Path, lengths: Mapping[str, int], hashes: Mapping[str, str]) -> None:
+        """Open the files of a run folder, cut to the given lengths (0 for those not given). May raise `OSError`.
+
+        Warns of a file whose hash is given and differs.
+        """
         for name in ("timing", *self.names):
-            self._files[name] = JsonLines(folder / f"{name}.jsonl", lengths.get(name, 0))
+            log = self._files[name] = JsonLines(folder / f"{name}.jsonl", lengths.get(name, 0))
+            if log.length == lengths.get(name) and hashes.get(name, log.sha256) != log.sha256:
+                self._console.warning(f"{log.path} was edited: its records are not those of the checkpoint; restore it")
         self.lengths = {name: self._files[name].length for name in self.names}
 
     def reopen(self, folder: Path) -> None:
         """Open the files of a lost coordinator, and bring them to the state of this logbook. May raise `OSError`."""
         fault_point("takeover")
         timing = folder / "timing.jsonl"
-        whole_lines = timing.read_bytes().rfind(b"\n") + 1 if timing.is_file() else 0
+        whole_lines = read_regular(timing).rfind(b"\n") + 1 if timing.exists() else 0
         self._files["timing"] = JsonLines(timing, whole_lines)
         for name in self.names:
             fault_point("takeover")
@@ -102,9 +108,12 @@ class Logbook(RunListener):
         """Write a record to ``timing.jsonl``."""
         self._write("timing", line_of(record))
 
-    def written_lengths(self) -> dict[str, int]:
-        """Return the length of each file, with all records written; raise `OSError` if the disk refuses them."""
-        return {name: log.written_length() for name, log in self._files.items()}
+    def written(self) -> dict[str, Any]:
+        """Return length and hash of each file, with all records written; raise `OSError` if the disk refuses them."""
+        for log in self._files.values():
+            log.write_waiting()
+        lengths = {name: log.length for name, log in self._files.items()}
+        return {"log_bytes": lengths, "log_sha256": {name: log.sha256 for name, log in self._files.items()}}
 
     def flush_to_disk(self) -> None:
         """Return when all files are on the disk; raise `OSError` if it refuses."""

@@ -63,7 +63,7 @@ def dry_run(
             preparation = Preparation(config, build_network, dataset, console, stop)
             trainer, facts, start = preparation.build(communicator)
             on_rank_0(communicator, lambda: _check_folder(start))
-            lines = banner_of(config, trainer.data, trainer.state.network, facts.environment, communicator)
+            lines = banner_of(trainer.config, trainer.data, trainer.state.network, facts.environment, communicator)
             lines += ["", *memory_lines(trainer, facts)]
 
             def describe_data() -> None:

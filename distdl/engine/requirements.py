@@ -12,8 +12,8 @@ from distdl.data.batch_order import steps_per_epoch as steps_per_epoch_of
 from distdl.data.signature import Signature, default_loss
 from distdl.engine.objective import check_objective
 from distdl.engine.state import TrainingState
-from distdl.engine.storage import checkpoints
 from distdl.engine.storage.checkpoints import FoundCheckpoint
+from distdl.engine.storage.restoring import copy_tensors
 from distdl.errors import DamagedFileError, UserError
 from distdl.nn import BatchNorm, Sequential
 
@@ -138,14 +138,14 @@ def restore(
 ) -> None:
     """Copy a checkpoint into the state; raise `UserError` if the run cannot continue from it."""
     header = found.header()
-    checkpoints.restore(found.checkpoint, state.named_arrays(), str(found.path))
+    copy_tensors(found.checkpoint, state.named_arrays(), str(found.path))
     state.progress = header.progress
     if header.data_sha256 != data_sha256:
         raise UserError(
             f"cannot resume from {found.path}: it was trained on other images or labels, or with another split; "
             "give the same data, or start a new run"
         )
-    batch_size = header.config["batch_size"]
+    batch_size = config.batch_size
     samples = state.step % steps_per_epoch * batch_size
     correct, counted = state.epoch_sums.counts.tolist()
     skipped, rest = divmod(samples - counted, batch_size)

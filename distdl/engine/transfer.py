@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distdl.engine.storage.checkpoints import described
+from distdl.engine.storage.restoring import described
 from distdl.engine.storage.run_folder import find_checkpoint
 from distdl.errors import UserError, unknown_name
 from distdl.nn import Sequential

@@ -56,13 +56,15 @@ class UserFunction:
     function: Callable[..., object]
     file: str | None
     """The file of its module."""
+    folder: Path
+    """The folder to import other modules from: that of the file, or the working folder for a module."""
 
     def __str__(self) -> str:
         return f"{self.flag} {self.name}"
 
     def __call__(self, *arguments: Any, **settings: Any) -> object:
         """Return the function's result; turn its exceptions into a `UserError` of one line."""
-        with _importing_beside(self.file):
+        with _importing_from(self.folder):
             try:
                 return self.function(*arguments, **settings)
             except (MemoryError, PeerLost):
@@ -87,11 +89,11 @@ def network_builder(model: str, model_settings: str | None = None, given: BuildN
             raise UserError(f"--model-settings {model_settings}: the network comes from a script; leave them out")
         if not callable(given) or isinstance(given, Sequential):
             raise UserError(f"build_network is {_kind(given)}; {EXPECTED['--model']}")
-        return partial(_build_checked, f"build_network ({model})", given, None)
+        return partial(_build_checked, f"build_network ({model})", given, None, None)
     if not is_own(model):
         return partial(build_model, model, **settings)
     function = find_function("--model", model)
-    return partial(_build_checked, str(function), partial(function, **settings), function.file)
+    return partial(_build_checked, str(function), partial(function, **settings), function.file, function.folder)
 
 
 def load_dataset(dataset: str, data_dir: Path | None, options: ImageOptions | None = None) -> Dataset:
@@ -173,11 +175,17 @@ def find_function(flag: str, name: str) -> UserFunction:
         raise UserError(f"{flag} {name}: there is no function {attribute!r} in {place}{_functions_of(module, flag)}")
     if not callable(function):
         raise UserError(f"{flag} {name}: {attribute} is {_kind(function)}; {EXPECTED[flag]}")
-    return UserFunction(flag, name, function, getattr(module, "__file__", None))
+    folder = Path(place).absolute().parent if place.endswith(".py") else Path.cwd()
+    return UserFunction(flag, name, function, getattr(module, "__file__", None), folder)
 
 
 def _build_checked(
-    what: str, build: Callable[..., object], file: str | None, input_shape: Shape, classes: int
+    what: str,
+    build: Callable[..., object],
+    file: str | None,
+    folder: Path | None,
+    input_shape: Shape,
+    classes: int,
 ) -> Sequential:
     """Return the network that a user's function builds; raise `UserError` if it cannot be trained."""
     network = build(input_shape, classes)
@@ -195,7 +203,7 @@ def _build_checked(
     for layer in network.every_layer():
         if type(layer).forward is not Layer.forward and type(layer).backward is Layer.backward:
             raise UserError(f"{what}: the layer {layer} has a forward of its own but no backward: write one")
-    with _importing_beside(file):
+    with _importing_from(folder):
         try:
             _try(network)
         except (MemoryError, PeerLost):
@@ -228,7 +236,7 @@ def _import_file(flag: str, file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # dataclasses, for example, look for it there
     try:
-        with _importing_beside(spec.origin):
+        with _importing_from(file.absolute().parent):
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # noqa: BLE001  the user's code may raise anything
         del sys.modules[module.__name__]
@@ -238,7 +246,7 @@ def _import_file(flag: str, file: Path) -> ModuleType:
 
 def _import_module(flag: str, name: str) -> ModuleType:
     try:
-        with _importing_beside(None):
+        with _importing_from(Path.cwd()):
             return importlib.import_module(name)
     except (Exception, SystemExit) as error:  # noqa: BLE001  the user's code may raise anything
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
@@ -251,11 +259,11 @@ def _import_module(flag: str, name: str) -> ModuleType:
 
 
 @contextmanager
-def _importing_beside(file: str | None) -> Iterator[None]:
-    """Allow imports from the folder of `file`, and write no compiled files into the user's folders."""
+def _importing_from(folder: Path | None) -> Iterator[None]:
+    """Allow imports from a folder, after all others, and write no compiled files into the user's folders."""
     path, writes_none = list(sys.path), sys.dont_write_bytecode
-    if file is not None:
-        sys.path.append(str(Path(file).absolute().parent))
+    if folder is not None:
+        sys.path.append(str(folder))
     sys.dont_write_bytecode = True
     try:
         yield

@@ -66,6 +66,7 @@ def _load(options: EvaluateOptions, communicator: Communicator) -> tuple[list[Tr
         communicator,
         best=options.best,
         data_dir=of_training,
+        data_gigabytes=options.data_gigabytes,
         dataset=options.dataset,
         models=options.model,
         with_data=options.on is None,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.engine.table import shortened
-from distdl.errors import DamagedFileError, UserError
+from distdl.errors import UserError
+from distdl.json_files import read_json_lines
 from distdl.nn import Sequential
 from distdl.nn.network_copies import layer_outputs
 
@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, FigureBase
 
+#: The record of an epoch in ``metrics.jsonl``. Regression has no accuracy.
+EPOCH = {
+    "epoch": int,
+    **dict.fromkeys(("train_loss", "validation_loss"), float | None),
+    **dict.fromkeys(("train_accuracy?", "validation_accuracy?"), float | None),
+}
 INCHES_PER_IMAGE = 0.9
 #: The most characters of a class's name in a picture.
 LONGEST_NAME = 24
@@ -92,26 +98,15 @@ def row_shares(matrix: NDArray[Any]) -> NDArray[np.float64]:
     return shares
 
 
-def records_of(log: Path) -> list[dict[str, Any]]:
-    """Return the records of a log; raise `UserError` if it cannot be read, `DamagedFileError` if it is damaged."""
-    try:
-        records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise UserError(f"cannot read {log}: {error.strerror or error}; expected a log of a run") from None
-    except (ValueError, RecursionError):
-        records = [None]
-    if not all(isinstance(record, dict) for record in records):
-        raise DamagedFileError(f"{log} is damaged: its lines are not the records that distdl.train writes")
-    return records
-
-
 def epochs_of(metrics: Path | Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the records of whole epochs, from a ``metrics.jsonl`` or its records; raise `UserError` without any.
 
-    Raises the errors of `records_of`.
+    Raises the errors of `read_json_lines`.
     """
-    records = records_of(metrics) if isinstance(metrics, Path) else metrics
-    epochs = [record for record in records if "validation_loss" in record]
+    if isinstance(metrics, Path):
+        epochs = read_json_lines(metrics, EPOCH, having="validation_loss")
+    else:
+        epochs = [record for record in metrics if "validation_loss" in record]
     if not epochs:
         raise UserError("the metrics have no whole epoch, so there are no curves to draw: train for one or more")
     return epochs
@@ -250,7 +245,7 @@ def curves(metrics: Path | Iterable[Mapping[str, Any]]) -> Figure:
     figure = _figure(4.5 * len(shown), 3.6, inches=1)
     for axes, name in zip(_subplots(figure, 1, len(shown)), shown, strict=True):
         for part in ("train", "validation"):
-            values = [record[f"{part}_{name}"] for record in epochs]
+            values = np.array([record.get(f"{part}_{name}") for record in epochs], np.float64)
             axes.plot([record["epoch"] for record in epochs], values, label=part)
         axes.set_xlabel("epoch")
         axes.set_title(name)

@@ -142,6 +142,7 @@ def _arrays_of(
         resize=signature.resize,
         skip_damaged=options.skip_damaged,
         csv_columns=options.csv_columns,
+        data_gigabytes=options.data_gigabytes,
         channels=signature.channels_of_files,
         least_classes=1,
     )

@@ -16,6 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from distdl.data.labels import natural_order
+from distdl.data.room import Room
 from distdl.data.signature import Signature
 from distdl.data.sources.folder import is_junk
 from distdl.data.sources.images import SUFFIXES, pillow, read_image
@@ -87,7 +88,7 @@ class ImageArray(Inputs):
         return []
 
 
-def find_inputs(given: Sequence[str], signature: Signature, communicator: Communicator) -> Inputs:
+def find_inputs(given: Sequence[str], signature: Signature, communicator: Communicator, room: Room) -> Inputs:
     """Return the images that the user named. Collective. Raises `UserError` on every rank."""
     arrays = [one for one in given if one.startswith(NPZ) or one.lower().endswith(".npz")]
     if arrays:
@@ -95,7 +96,7 @@ def find_inputs(given: Sequence[str], signature: Signature, communicator: Commun
             others = len(given) - 1
             raise UserError(f"{arrays[0]} and {others} other inputs: give one .npz file, or image files and folders")
         path = arrays[0].removeprefix(NPZ)
-        images = on_rank_0(communicator, lambda: {"images": fitted(load_images(path), signature, path)})
+        images = on_rank_0(communicator, lambda: {"images": fitted(load_images(path, room), signature, path)})
         return ImageArray(share_arrays(communicator, images or {})["images"])
     together(communicator, lambda: _refuse_files(signature))
     names, skipped = from_rank_0(communicator, lambda: _listed(given))

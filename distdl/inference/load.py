@@ -22,6 +22,7 @@ from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.checkpoints import FoundCheckpoint
 from distdl.engine.storage.header import CheckpointHeader
+from distdl.engine.storage.restoring import copy_tensors
 from distdl.engine.storage.run_folder import find_checkpoint
 from distdl.engine.user_code import (
     BuildNetwork,
@@ -117,11 +118,13 @@ def load(
     dataset: Dataset | str | None = None,
     models: Sequence[str] = (),
     with_data: bool = True,
+    data_gigabytes: float | None = None,
 ) -> list[Trained]:
     """Return the networks of checkpoints, or of run folders: of each the newest intact checkpoint, or the `best`.
 
     - `communicator`: `world()` by default. Only rank 0 reads files and dataset.
-    - `with_data`: also load the data that they were trained on. It must be one dataset.
+    - `with_data`: also load the data that they were trained on. It must be one dataset. `data_gigabytes`: see
+      `data.room.Room`.
     - `data_dir` and `dataset` replace the settings of the run. `dataset` may be a name as for ``--dataset``.
     - `build_network` builds a network from user code. Without it, one of the functions `models`
       (``file.py:function``) does, if the run was trained with it. No code runs because a file names it.
@@ -136,7 +139,7 @@ def load(
         configs = [TrainConfig.from_json(config) for _, _, config, *_ in facts]
         together(communicator, lambda: _refuse_unused_models(models, configs))
         preparations = [preparation for *_, preparation in facts]
-        data = _share_data(sources, communicator, preparations, data_dir, dataset, with_data=with_data)
+        data = _share_data(sources, communicator, preparations, data_dir, dataset, data_gigabytes, with_data=with_data)
         signatures = [
             Signature.from_json(facts[i][5]) if facts[i][5] is not None else data[i].signature()
             for i in range(len(facts))
@@ -222,6 +225,7 @@ def _share_data(
     preparations: Sequence[str],
     data_dir: Path | None,
     dataset: Dataset | str | None,
+    data_gigabytes: float | None,
     *,
     with_data: bool,
 ) -> list[PreparedDataset]:
@@ -230,11 +234,11 @@ def _share_data(
     def read() -> dict[str, NDArray[Any]]:
         old = [one for one in sources if one.header.signature is None]
         if with_data:
-            return _data_arrays(sources, data_dir, dataset)
+            return _data_arrays(sources, data_dir, dataset, data_gigabytes)
         if not old:
             return {}
         try:
-            return _data_arrays(sources, data_dir, dataset)
+            return _data_arrays(sources, data_dir, dataset, data_gigabytes)
         except UserError as error:
             raise type(error)(
                 f"{old[0].found.path} is of an older version of distdl, which stored no signature, so it needs its "
@@ -246,7 +250,7 @@ def _share_data(
 
 
 def _data_arrays(
-    sources: Sequence[_Source], data_dir: Path | None, dataset: Dataset | str | None
+    sources: Sequence[_Source], data_dir: Path | None, dataset: Dataset | str | None, data_gigabytes: float | None
 ) -> dict[str, NDArray[Any]]:
     """Load the dataset, split it as each run did, and compare it with the data that each run was trained on."""
     first = sources[0]
@@ -256,7 +260,7 @@ def _data_arrays(
                 f"{other.given} was trained on {other.config.dataset}, {first.given} on {first.config.dataset}: "
                 "expected one dataset; evaluate them one by one"
             )
-    loaded = _load_dataset(first, data_dir, dataset)
+    loaded = _load_dataset(first, data_dir, dataset, data_gigabytes)
     prepared: dict[str, PreparedDataset] = {}
     for one in sources:
         name = one.preparation
@@ -279,7 +283,9 @@ def _data_arrays(
     return arrays
 
 
-def _load_dataset(first: _Source, data_dir: Path | None, dataset: Dataset | str | None) -> Dataset:
+def _load_dataset(
+    first: _Source, data_dir: Path | None, dataset: Dataset | str | None, data_gigabytes: float | None
+) -> Dataset:
     """Return the given dataset, or load the one that the first run was trained on."""
     if isinstance(dataset, Dataset):
         return dataset
@@ -303,6 +309,8 @@ def _load_dataset(first: _Source, data_dir: Path | None, dataset: Dataset | str 
             f"{flag}{hint}"
         )
     options = first.config.image_options
+    if data_gigabytes is not None:
+        options = replace(options, data_gigabytes=data_gigabytes)
     if options.cache is not None and not options.cache.is_dir():  # the run has moved: make no cache elsewhere
         options = replace(options, cache=None)
     return load_dataset(name, folder, options)
@@ -356,5 +364,5 @@ def _refuse_unused_models(models: Sequence[str], configs: Sequence[TrainConfig])
 def _restore(source: _Source, network: Sequential) -> str:
     """Copy the weights of the checkpoint into the network, and return the receipt."""
     state = TrainingState(network, optimizer_class(source.config.optimizer)(network.parameters.size))
-    checkpoints.restore(source.found.checkpoint, state.named_arrays(), str(source.found.path))
+    copy_tensors(source.found.checkpoint, state.named_arrays(), str(source.found.path))
     return state.weights_sha256()

@@ -1,10 +1,12 @@
 """The options of the commands that use trained networks. This module does not import NumPy."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from distdl.config import check_dataset_name, check_kind, check_model_name
+from distdl.errors import UserError
 
 Part = Literal["test", "validation", "training"]
 #: Other names of the parts.
@@ -32,6 +34,9 @@ class LoadOptions:
     """Your own model that a run was trained with; its code is run."""
     dataset: str | None = None
     """Your own dataset that the runs were trained on; its code is run. Or npz:FILE.npz or folder:PATH, if it moved."""
+    data_gigabytes: float | None = None
+    """Most gigabytes that the images may take in memory; by default as in the training, or a quarter of the memory that
+    is available."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,3 +106,5 @@ def check_names(options: LoadOptions) -> None:
         check_model_name(model)
     if options.dataset is not None:
         check_dataset_name(options.dataset)
+    if options.data_gigabytes is not None and not 0 < options.data_gigabytes < math.inf:
+        raise UserError(f"--data-gigabytes must be above 0, a finite number, not {options.data_gigabytes}")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distdl.data.room import Room
 from distdl.engine.console import Console
 from distdl.engine.storage.files import check_output, indented_json, write_output
 from distdl.errors import EXIT_DAMAGED, EXIT_USER, UserError, listed
@@ -43,13 +44,18 @@ def predict_images(options: PredictOptions) -> int:
     communicator = world()
     with guard(communicator):
         on_rank_0(communicator, lambda: _check_outputs(options))
-        best, data_dir, dataset, models = options.best, options.data_dir, options.dataset, options.model
-        runs = [options.run, *options.others]
         members = load(
-            runs, communicator, best=best, data_dir=data_dir, dataset=dataset, models=models, with_data=False
+            [options.run, *options.others],
+            communicator,
+            best=options.best,
+            data_dir=options.data_dir,
+            data_gigabytes=options.data_gigabytes,
+            dataset=options.dataset,
+            models=options.model,
+            with_data=False,
         )
         together(communicator, lambda: refuse_unlike_members(members))
-        inputs = find_inputs(options.inputs, members[0].signature, communicator)
+        inputs = find_inputs(options.inputs, members[0].signature, communicator, Room(options.data_gigabytes))
         together(communicator, lambda: _check_masks(options, members[0], inputs))
         output = _Output(options, members, inputs)
         on_rank_0(communicator, output.introduce)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import copy
 import html
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +15,14 @@ from numpy.typing import NDArray
 from distdl.config import TrainConfig
 from distdl.engine.console import Console
 from distdl.engine.storage.files import check_output, write_output
-from distdl.errors import DamagedFileError, UserError
+from distdl.errors import UserError
 from distdl.inference import figures
 from distdl.inference.class_scores import class_scores, number_scores
 from distdl.inference.load import Trained, load
 from distdl.inference.options import ReportOptions, check_names
 from distdl.inference.score import Evaluation, evaluate
 from distdl.inference.score_table import class_table, number_table, score_text
+from distdl.json_files import read_json, read_json_lines
 from distdl.nn import Sequential
 from distdl.nn.network_copies import layer_outputs
 from distdl.parallel import Communicator, from_rank_0, guard, on_rank_0, world
@@ -35,6 +35,23 @@ if TYPE_CHECKING:
 IMAGES_SHOWN = 100
 #: Layers whose outputs are drawn.
 MOST_LAYERS = 8
+#: What the page reads of the files of a run; see `json_files`.
+FILES = {
+    "summary.json": {
+        **dict.fromkeys(("ranks?", "steps?", "epochs?", "best_epoch?", "test_epoch?"), int | None),
+        **dict.fromkeys(("train_loss?", "validation_loss?", "validation_accuracy?", "train_seconds?"), float | None),
+        **dict.fromkeys(("test_loss?", "test_accuracy?"), float | None),
+        "recoveries?": [{"step": int, "lost_ranks": [int], "ranks": int}],
+    },
+    "env.json": {
+        "ranks?": int,
+        **dict.fromkeys(("communicator?", "system?"), str),
+        "kernel_families?": [str],
+        "versions?": {str: str},
+    },
+}
+#: The record of an epoch in ``timing.jsonl``.
+TIMES = dict.fromkeys(("train_seconds", "compute_share", "reduction_share", "wait_share"), float)
 STYLE = (
     "body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
     "td,th{padding:.15em .8em;text-align:left;border-bottom:1px solid #ddd}img{max-width:100%}"
@@ -76,16 +93,19 @@ def _load(options: ReportOptions, communicator: Communicator) -> tuple[Trained, 
     Its weights are those that the run scored: with --test-with best those of the best validation. Data that the command
     line names must be there.
     """
-    runs, models = [options.run], options.model
+    runs, models, most = [options.run], options.model, options.data_gigabytes
     best = from_rank_0(communicator, lambda: _best_is_scored(_json(options.run / "summary.json")))
     if options.data_dir is None and options.dataset is None:
         try:
-            return load(runs, communicator, best=best, models=models)[0], None
+            return load(runs, communicator, best=best, models=models, data_gigabytes=most)[0], None
         except UserError as error:
             [trained] = load(runs, communicator, best=best, models=models, with_data=False)
             return trained, str(error)
     data_dir, dataset = options.data_dir, options.dataset
-    return load(runs, communicator, best=best, data_dir=data_dir, dataset=dataset, models=models)[0], None
+    trained = load(
+        runs, communicator, best=best, data_dir=data_dir, dataset=dataset, models=models, data_gigabytes=most
+    )[0]
+    return trained, None
 
 
 def _best_is_scored(summary: Mapping[str, Any]) -> bool:
@@ -180,7 +200,8 @@ def _matrix(trained: Trained, found: Evaluation) -> NDArray[np.int64]:
 def _figures(run: Path, trained: Trained, found: Evaluation | None) -> Iterator[tuple[str, Figure]]:
     """Yield the pictures of this run, with their headings."""
     networks, task, names = _before_and_after(trained), trained.signature.task, trained.signature.names
-    if epochs := _records(run / "metrics.jsonl", "validation_loss"):
+    metrics = run / "metrics.jsonl"
+    if metrics.exists() and (epochs := read_json_lines(metrics, figures.EPOCH, having="validation_loss")):
         yield "Learning curves", figures.curves(epochs)
     if found and task != "regression":
         yield "Confusion matrix", figures.confusion(_matrix(trained, found), names)
@@ -218,7 +239,8 @@ def _some(of_layers: Mapping[str, Any]) -> dict[str, Any]:
 
 def _time(run: Path) -> list[str]:
     """Return the parts of the page about time and lost ranks."""
-    epochs, recoveries = _records(run / "timing.jsonl", "train_seconds"), _json(run / "summary.json").get("recoveries")
+    timing, recoveries = run / "timing.jsonl", _json(run / "summary.json").get("recoveries")
+    epochs = read_json_lines(timing, TIMES, having="train_seconds") if timing.exists() else []
     parts = []
     if epochs:
         seconds = sum(epoch["train_seconds"] for epoch in epochs)
@@ -240,27 +262,13 @@ def _environment(run: Path) -> dict[str, Any]:
     found = _json(run / "env.json")
     rows = {name: found.get(name) for name in ("ranks", "communicator", "system") if found.get(name) is not None}
     rows["kernels"] = ", ".join(map(str, found.get("kernel_families", [])))
-    return rows | {name: str(version) for name, version in dict(found.get("versions", {})).items()}
+    return rows | {name: str(version) for name, version in found.get("versions", {}).items()}
 
 
 def _json(path: Path) -> dict[str, Any]:
     """Return the content of a file of the run; nothing if there is no file, as before the end of a run."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise DamagedFileError(f"{path} is damaged: distdl.train writes a JSON object there")
-    return found
-
-
-def _records(path: Path, having: str) -> list[dict[str, Any]]:
-    """Return the records of a log that have a field; none if there is no log."""
-    return [record for record in figures.records_of(path) if having in record] if path.is_file() else []
+    content: dict[str, Any] = read_json(path, FILES[path.name]) if path.exists() else {}
+    return content
 
 
 def _table(rows: Mapping[str, Any]) -> str:

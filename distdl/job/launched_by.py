@@ -5,11 +5,8 @@ a launcher that does not fit the MPI library is detected.
 """
 
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from distdl.job.processes import ancestors
 
@@ -138,13 +135,3 @@ def survives_failures(environment: Mapping[str, str] = os.environ) -> bool:
     Only the launcher is asked: the MPI library answers its fault-tolerance calls even if fault tolerance is off.
     """
     return environment.get("OMPI_MCA_mpi_ft_enable", "").lower() in {"1", "true", "yes"}
-
-
-def remove_session_folder(pid: int) -> None:
-    """Remove the folder of a killed Open MPI launcher with this process number.
-
-    A new launcher with the number `pid`, of this process or a child that has ended, would refuse to start.
-    """
-    folder = Path(tempfile.gettempdir(), f"ompi.{pid}")
-    if folder.is_dir() and folder.lstat().st_uid == os.geteuid():
-        shutil.rmtree(folder, ignore_errors=True)  # does not follow links

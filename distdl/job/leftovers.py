@@ -6,25 +6,29 @@ long as necessary. The kernel releases the lock when the owner ends, for any rea
 For the files of the MPI library, each rank keeps a *register*: a locked file that lists the library's files that the
 rank has mapped, and the launchers that the rank descends from. An `mpirun` removes the files of its ranks, so then a
 rank removes its register at an ordinary exit. A listed file is removed once no living rank's register lists it; a
-session folder once its launcher has ended. Nothing else is touched (`docs/processes.md`, "Leftovers").
+session folder once its launcher has ended. `distdl.mpirun` gives its launcher a register too, with the session folder.
+Containers may share a folder: then the lock tells whether the owner of a register lives, and the number of a process
+counts only where the register was written. In doubt a file stays (`docs/processes.md`, "Leftovers").
 """
 
 import atexit
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from fcntl import LOCK_EX, LOCK_NB, flock
 from functools import cache
 from pathlib import Path
 
 from distdl.job.lifeline import LAUNCHERS, STEP_DAEMONS
-from distdl.job.processes import Process, ancestors
+from distdl.job.processes import Process, ancestors, here
+from distdl.regular_files import read_regular
 
 MEMORY = "distdl-memory-"
 REGISTER = "distdl-rank-"
@@ -33,6 +37,10 @@ SEGMENT = re.compile(r"/.*/(mpich_shm_|sm_segment\.|vader_segment\.)[^/]+")
 SESSION = re.compile(r"/.*/ompi\.(\d+)")
 #: MPICH removes its own segments at an ordinary exit, with or without an `mpirun`.
 TIDIED_BY_MPICH = "mpich_shm_"
+#: The variable with the path of the launcher's register. Its ranks remove it at an ordinary exit.
+OF_LAUNCHER = "DISTDL_LAUNCHER_REGISTER"
+#: The number of a session folder that no process number gives.
+MORE_THAN_ANY_PROCESS = 10**9
 
 
 def create_locked(folder: Path, prefix: str) -> tuple[int, str]:
@@ -58,7 +66,7 @@ def register(folders: tuple[Path, ...]) -> None:
     """Write this rank's register into the first of `folders` in which that succeeds."""
     made = sorted(made_by_mpi(Path("/proc/self/maps").read_text(errors="replace"), folders))
     launchers = [one for one in ancestors() if one.name in LAUNCHERS]
-    text = json.dumps({"made": made, "launchers": [asdict(one) for one in launchers]})
+    text = json.dumps({"made": made, "launchers": [asdict(one) for one in launchers], "where": here()})
     by_library = all(Path(path).name.startswith(TIDIED_BY_MPICH) for path in made)
     tidied = by_library or any(one.name not in STEP_DAEMONS for one in launchers)
     for folder in folders:
@@ -66,8 +74,32 @@ def register(folders: tuple[Path, ...]) -> None:
             handle, path = create_locked(folder, REGISTER)
             os.write(handle, text.encode())
             if tidied:
-                atexit.register(Path(path).unlink, missing_ok=True)
+                for own in (path, os.environ.get(OF_LAUNCHER, "")):
+                    if Path(own).name.startswith(REGISTER):
+                        atexit.register(Path(own).unlink, missing_ok=True)
             return
+
+
+def own_session(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment for the launcher that this process becomes by an `exec`, after a sweep.
+
+    The launcher inherits a locked register, which lists the session folder that it makes. If there is a folder of that
+    name, of a launcher that may live, Open MPI would fail and remove it. So the launcher gets a folder of its own then.
+    """
+    environment, folder = dict(environment), Path(tempfile.gettempdir())
+    sweep([Path("/dev/shm"), folder])  # noqa: S108  where ranks have their registers
+    session = folder / f"ompi.{os.getpid()}"
+    with suppress(OSError):  # then a later start removes nothing
+        handle, register = create_locked(folder, REGISTER)
+        if os.path.lexists(session):
+            session = folder / f"ompi.{MORE_THAN_ANY_PROCESS + secrets.randbelow(MORE_THAN_ANY_PROCESS)}"
+            session.mkdir(0o700)
+            environment["TMPDIR"] = str(session)
+        else:
+            environment[OF_LAUNCHER] = register
+        os.write(handle, json.dumps({"made": [str(session)], "launchers": [], "where": here()}).encode())
+        os.set_inheritable(handle, True)
+    return environment
 
 
 def made_by_mpi(maps: str, folders: Sequence[Path]) -> set[str]:
@@ -95,7 +127,7 @@ def sweep(folders: Iterable[Path]) -> list[str]:
         with suppress(OSError), _orphaned(path) as orphaned:
             if path.name.startswith(REGISTER):
                 dead += [path] if orphaned else []
-                living |= set() if orphaned else set(_read(path)[0])
+                living |= set() if orphaned else set(_read(path).made)
             elif orphaned:
                 path.unlink()
                 removed.append(str(path))
@@ -103,8 +135,8 @@ def sweep(folders: Iterable[Path]) -> list[str]:
         with suppress(OSError), _orphaned(path) as orphaned:
             if not orphaned:
                 continue
-            listed, launchers = _read(path)
-            remaining = [made for made in listed if not _remove(made, living, launchers, removed)]
+            register = _read(path)
+            remaining = [made for made in register.made if not _remove(made, living, register, removed)]
             if not remaining:
                 path.unlink()
                 removed.append(str(path))
@@ -138,22 +170,37 @@ def _orphaned(path: Path) -> Iterator[bool]:
         os.close(handle)
 
 
-def _read(path: Path) -> tuple[list[str], list[Process]]:
-    """Return the files and launchers that a register lists; nothing if its owner was killed while it wrote."""
+@dataclass(frozen=True)
+class _Register:
+    made: list[str]
+    launchers: list[Process]
+    where: str
+    """See `here`; empty in the register of an earlier version."""
+
+    def may_be_used(self, launcher: int) -> bool:
+        """Return whether the launcher with this number may live, if it is one of these."""
+        return any(one.pid == launcher and (self.where != here() or one.lives) for one in self.launchers)
+
+    @property
+    def is_of_another_machine(self) -> bool:
+        """Whether another machine, or this one before its last start, has written it: the lock tells nothing."""
+        return self.where.split(" ")[0] != here().split(" ")[0]
+
+
+def _read(path: Path) -> _Register:
+    """Return what a register lists; nothing if its owner was killed while it wrote."""
     try:
-        written = json.loads(path.read_bytes())
-        return written["made"], [Process(**one) for one in written["launchers"]]
-    except (ValueError, LookupError, TypeError):
-        return [], []
+        written = json.loads(read_regular(path))
+        return _Register(written["made"], [Process(**one) for one in written["launchers"]], written.get("where", ""))
+    except (OSError, ValueError, LookupError, TypeError):
+        return _Register([], [], "")
 
 
-def _remove(path: str, living: Set[str], launchers: Sequence[Process], removed: list[str]) -> bool:
+def _remove(path: str, living: Set[str], register: _Register, removed: list[str]) -> bool:
     """Remove a segment or session folder unless a living process uses it; return whether it no longer exists."""
     session = SESSION.fullmatch(path)
-    if session:
-        in_use = any(one.pid == int(session[1]) and one.lives for one in launchers)
-    else:
-        in_use = SEGMENT.fullmatch(path) is None  # another file: never remove it
+    in_use = register.is_of_another_machine or (session is not None and register.may_be_used(int(session[1])))
+    in_use |= session is None and SEGMENT.fullmatch(path) is None  # another file: never remove it
     try:
         found = Path(path).lstat()
         if in_use or path in living or found.st_uid != os.geteuid():

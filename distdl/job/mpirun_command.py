@@ -1,4 +1,4 @@
-"""The command that starts N ranks on this machine: `mpirun` with the options that each MPI needs.
+"""The command that starts N ranks, on this machine or on given hosts: `mpirun` with the options that each MPI needs.
 
 MPICH, Intel MPI and their relatives need only `-n`. Open MPI refuses root and more ranks than cores, and binds every
 job to the same first cores. The command sets variables that change all three, unless the user has set them. It asks
@@ -39,9 +39,10 @@ class MpirunCommand:
         return shlex.join(["env", *variables, *self.argv] if variables else self.argv)
 
 
-def mpirun_command(ranks: int, program: Sequence[str]) -> MpirunCommand:
-    """Return the command that starts `program` (a whole command line) as `ranks` ranks on this machine.
+def mpirun_command(ranks: int, program: Sequence[str], hosts: str | None = None) -> MpirunCommand:
+    """Return the command that starts `program` (a whole command line) as `ranks` ranks.
 
+    They run on `hosts`, such as ``n1:4,n2:4``, or else on this machine or the hosts of the scheduler.
     Raises `UserError` if there are no ranks to start, or no working `mpirun`.
     """
     if ranks < 1:
@@ -51,9 +52,24 @@ def mpirun_command(ranks: int, program: Sequence[str]) -> MpirunCommand:
     # Open MPI has ULFM, the survival of failures, since version 5. It is off unless the launcher asks for it.
     fault_tolerance = ["--with-ft", "ulfm"] if version is not None and version >= 5 else []
     return MpirunCommand(
-        argv=[str(mpirun), *fault_tolerance, "-n", str(ranks), *program],
+        argv=[str(mpirun), *fault_tolerance, *_on_hosts(hosts, version), "-n", str(ranks), *program],
         environment={} if version is None else _open_mpi_environment(version),
     )
+
+
+def _on_hosts(hosts: str | None, version: int | None) -> list[str]:
+    """Return the words that name the hosts. Open MPI passes on its own variables only; Python may need this one."""
+    if hosts is None:
+        return []
+    path = ["-x", "PYTHONPATH"] if os.environ.get("PYTHONPATH") else []
+    return ["-hosts", hosts] if version is None else ["--host", hosts, *path]
+
+
+def python_command(module: str) -> list[str]:
+    """Return the words that run a module, without a look into the working folder if it is one of distdl."""
+    # Without an installation, distdl itself is in the working folder.
+    is_safe = module.split(".", maxsplit=1)[0] == "distdl" and Path(__file__).parents[2] != Path.cwd()
+    return [sys.executable, *(["-P"] if is_safe else []), "-m", module]
 
 
 def find_mpirun() -> Path:

@@ -6,7 +6,9 @@ Linux may reuse the number of an ended process. So a process is identified by it
 import ctypes
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -47,6 +49,18 @@ def look_at(pid: int) -> Process | None:
     if fields[0] in "ZX":
         return None
     return Process(pid, name, fields[0], int(fields[1]), int(fields[19]))
+
+
+@cache
+def here() -> str:
+    """Return a text that only processes share that see each other's numbers; empty if ``/proc`` does not tell.
+
+    Containers may share a folder, and each has a process number 1. So a number alone names no process.
+    """
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    return ""
 
 
 def ancestors() -> Iterator[Process]:

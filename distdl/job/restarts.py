@@ -9,7 +9,6 @@ The launcher runs in a process group of its own, so Ctrl-C reaches it once and n
 this process is killed.
 """
 
-import fcntl
 import itertools
 import os
 import signal
@@ -23,8 +22,8 @@ from types import FrameType
 
 from distdl.config import expand_home, flag_of, run_folder_of
 from distdl.errors import EXIT_DEFECT, EXIT_INTERRUPTED, FINAL_EXIT_CODES, UserError
-from distdl.job import streams
-from distdl.job.launched_by import remove_session_folder
+from distdl.job import leftovers, streams
+from distdl.job.folder_lock import is_locked
 from distdl.job.processes import send_when_the_parent_dies
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -123,23 +122,21 @@ class _Job:
         """Run the command to its end; return its exit code, or 128 + the number of the signal that ended it."""
         us = os.getpid()
 
-        def tie_to_us() -> None:
+        def become_the_launcher() -> None:
             send_when_the_parent_dies(signal.SIGKILL)  # its ranks end too; at SIGTERM they would finish their step
             if os.getppid() != us:
                 os._exit(EXIT_DEFECT)
-            remove_session_folder(os.getpid())
+            os.execve(argv[0], list(argv), leftovers.own_session(environment))  # noqa: S606  no shell is wanted
 
         self._process = subprocess.Popen(
             argv,
-            env=environment,
             stdin=subprocess.DEVNULL,
             process_group=0,
-            preexec_fn=tie_to_us,  # noqa: PLW1509  this process has one thread
+            preexec_fn=become_the_launcher,  # noqa: PLW1509  this process has one thread
         )
         while self._pending:  # signals that came during the start
             self._process.send_signal(self._pending.pop())
         code = self._ended(self._process)
-        remove_session_folder(self._process.pid)
         self._process = None
         return code if code >= 0 else 128 - code
 
@@ -165,15 +162,8 @@ class _Job:
 def _wait_for_the_lock(folder: Path, job: _Job) -> None:
     """Return once no rank locks the run folder any longer."""
     deadline = time.monotonic() + SECONDS_TO_RELEASE
-    while time.monotonic() < deadline and not job.stopping:
-        try:
-            with (folder / "lock").open("rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            time.sleep(0.1)
-        except OSError:
-            break  # no lock file; the next start reports other errors of the folder
+    while time.monotonic() < deadline and not job.stopping and is_locked(folder):
+        time.sleep(0.1)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

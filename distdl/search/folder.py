@@ -16,13 +16,17 @@ from typing import Any
 from distdl.config import BEFORE_THE_SETTING
 from distdl.engine.storage import files
 from distdl.engine.storage.json_lines import line_of
-from distdl.engine.storage.run_folder import lock_folder, unused_folder
+from distdl.engine.storage.run_folder import unused_folder
 from distdl.errors import DamagedFileError, UserError
+from distdl.job.folder_lock import LOCK, OWNER, InUseError, lock_folder
+from distdl.json_files import read_json, read_json_lines
 from distdl.search.procedure import Trial, TrialResult, trials_of_round
 from distdl.search.settings import SearchSettings, flag_name
 
-SEARCH, RESULTS, SUMMARY, LOCK, TRIALS = "search.json", "results.jsonl", "summary.json", "lock", "trials"
+SEARCH, RESULTS, SUMMARY, TRIALS = "search.json", "results.jsonl", "summary.json", "trials"
 CHART = "search.svg"
+#: What a search that continues reads of ``search.json`` in addition to what it compares.
+CONTENT = {"config?": {"kernels?": str}}
 
 
 def choose_folder(settings: SearchSettings) -> Path:
@@ -32,7 +36,7 @@ def choose_folder(settings: SearchSettings) -> Path:
     try:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--out {folder} is not a folder: give another name")
-        for name in (SEARCH, RESULTS, SUMMARY, LOCK, TRIALS, CHART):
+        for name in (SEARCH, RESULTS, SUMMARY, LOCK, OWNER, TRIALS, CHART):
             if (folder / name).is_symlink():
                 raise UserError(
                     f"{folder / name} is a symbolic link, which a search never follows, so that it writes no file "
@@ -41,7 +45,8 @@ def choose_folder(settings: SearchSettings) -> Path:
         found = {path.name for path in folder.iterdir()} if folder.exists() else set()
         if found and not settings.resume:
             raise UserError(f"--out {folder} is not empty: give another folder, or --resume to continue its search")
-        if SEARCH not in found and any(name != LOCK and not name.endswith(files.TEMPORARY_SUFFIX) for name in found):
+        others = {name for name in found - {LOCK, OWNER} if not name.endswith(files.TEMPORARY_SUFFIX)}
+        if SEARCH not in found and others:
             raise UserError(f"--resume: --out {folder} holds no search, but other files; give another folder")
         files.try_folder(folder)
     except OSError as error:
@@ -57,18 +62,16 @@ def read_results(folder: Path, settings: SearchSettings, ours: Mapping[str, Any]
     """
     if not (folder / SEARCH).exists():
         return []
-    theirs = _parse(folder / SEARCH, _read(folder / SEARCH))
-    if not isinstance(theirs, dict):
-        raise DamagedFileError(f"{folder / SEARCH} is damaged: its content is not that of a search")
+    theirs = read_json(folder / SEARCH, CONTENT)
     if different := _differences(json.loads(json.dumps(ours)), theirs):
         raise UserError(
             f"cannot continue the search in {folder}: {'; '.join(different)}; give the same, or another --out"
         )
     path, results = folder / RESULTS, list[TrialResult]()
-    lines = _read(path).splitlines() if path.exists() else []
+    lines = read_json_lines(path, {}) if path.exists() else []
     for number in range(1, settings.rounds + 1):
         for trial, line in zip(trials_of_round(settings, number, results), lines[len(results) :], strict=False):
-            results.append(_result(path, len(results) + 1, _parse(path, line), trial))
+            results.append(_result(path, len(results) + 1, line, trial))
     if len(lines) > len(results):
         raise DamagedFileError(
             f"{path} is damaged: it has {len(lines)} lines, but the search has {len(results)} trials"
@@ -80,9 +83,8 @@ def kernels_of(folder: Path) -> str | None:
     """Return the kernels of the search in a folder; None if there is none. Raises as `read_results` does."""
     if not (folder / SEARCH).exists():
         return None
-    content = _parse(folder / SEARCH, _read(folder / SEARCH))
-    config = content.get("config") if isinstance(content, dict) else None
-    return str((BEFORE_THE_SETTING | (config if isinstance(config, dict) else {}))["kernels"])
+    config = read_json(folder / SEARCH, CONTENT).get("config", {})
+    return str((BEFORE_THE_SETTING | config)["kernels"])
 
 
 def _differences(ours: Mapping[str, Any], theirs: Any) -> list[str]:
@@ -94,20 +96,6 @@ def _differences(ours: Mapping[str, Any], theirs: Any) -> list[str]:
         elif (its := theirs.get(name, BEFORE_THE_SETTING.get(name))) != value:
             clauses.append(f"{flag_name(name)} is {value!r} here and {its!r} there")
     return clauses
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-
-
-def _parse(path: Path, content: bytes) -> Any:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
-        raise DamagedFileError(f"{path} is damaged: it is not valid JSON") from None
 
 
 def _result(path: Path, number: int, values: Any, trial: Trial) -> TrialResult:
@@ -132,17 +120,17 @@ class SearchFolder:
     refuses or another search uses the folder.
     """
 
-    def __init__(self, folder: Path, *, ours: bool) -> None:
+    def __init__(self, folder: Path, lock: str = "flock", *, ours: bool) -> None:
         self.folder = folder
         self._created = [path for path in (folder, *folder.parents) if not path.exists()]
         self.is_new = not (folder / SEARCH).exists()
         try:
             folder.mkdir(files.FOLDER_MODE, parents=True, exist_ok=True)
-            self._lock = lock_folder(folder, owner_died=ours)
+            self._lock = lock_folder(folder, lock, owner_died=ours)
             files.remove_temporaries(folder)
         except OSError as error:
             raise _refused(folder, error) from None
-        except UserError:
+        except InUseError:
             raise UserError(
                 f"--out {folder} is in use by another search: wait for it, or give another folder"
             ) from None
@@ -162,7 +150,7 @@ class SearchFolder:
         """Remove everything that a search without a checkpoint has created."""
         if self.is_new and not any(self.folder.glob(f"{TRIALS}/*/checkpoints/*")):
             shutil.rmtree(self.folder / TRIALS, ignore_errors=True)
-            for name in (SEARCH, LOCK):
+            for name in (SEARCH, LOCK, OWNER):
                 (self.folder / name).unlink(missing_ok=True)
             for path in self._created:
                 with suppress(OSError):

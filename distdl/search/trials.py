@@ -152,7 +152,7 @@ class _Search:
                 may_continue = settings.resume or known is not None
                 content = {**settings.to_json(), "data_sha256": data_sha256}
                 results = read_results(self.folder, settings, content) if may_continue else []
-                self._open = SearchFolder(self.folder, ours=known is not None)
+                self._open = SearchFolder(self.folder, settings.config.lock, ours=known is not None)
                 self._open.write(SEARCH, indented_json(content))
                 self._results = results
             return [asdict(result) for result in self._results]

@@ -254,9 +254,9 @@ def test_a_log_record_cut_by_a_full_disk_is_completed_when_there_is_room(tmp_pat
             log.append(line_of({"number": number}))
     assert (tmp_path / "log").read_bytes() == b'{"num'
     with pytest.raises(OSError, match="No space left"):
-        log.written_length()
+        log.write_waiting()
     room["bytes"] = 1000
-    log.written_length()
+    log.write_waiting()
     log.close()
     assert (tmp_path / "log").read_text() == "".join(f'{{"number": {number}}}\n' for number in range(3))
 

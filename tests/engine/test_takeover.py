@@ -14,11 +14,11 @@ from distdl.engine.console import Console
 from distdl.engine.coordinator import Coordinator, RunFacts
 from distdl.engine.logbook import Logbook
 from distdl.engine.metrics import Sums
-from distdl.engine.storage import run_folder
 from distdl.engine.storage.files import TEMPORARY_SUFFIX
 from distdl.engine.storage.header import RunProgress
 from distdl.engine.timing.timeline import Spent
 from distdl.errors import UserError
+from distdl.job import folder_lock
 
 STEPS_PER_EPOCH = 5
 SIGNATURE = Signature("classification", 2, None, (8, 8, 1), "uint8", (0.0,), (1.0,))
@@ -57,7 +57,7 @@ def expected(tmp_path):
     folder = tmp_path / "expected"
     folder.mkdir()
     logbook = new_logbook(keeps=False)
-    logbook.open(folder, {})
+    logbook.open(folder, {}, {})
     log(logbook, 6)
     logbook.close()
     return {name: (folder / f"{name}.jsonl").read_bytes() for name in ("metrics", "hashes")}
@@ -112,7 +112,7 @@ def test_a_logbook_that_keeps_nothing_writes_the_same_records(tmp_path, logbook)
     for book in (idle, logbook):
         folder = tmp_path / f"{len(written)}"
         folder.mkdir()
-        book.open(folder, {})
+        book.open(folder, {}, {})
         book.tested(state(6), sums(1.0))
         book.close()
         written.append((folder / "metrics.jsonl").read_bytes())
@@ -128,7 +128,7 @@ def test_a_new_coordinator_waits_for_the_lock_of_a_dead_one(tmp_path, logbook):
 
 
 def test_a_folder_that_another_run_locks_is_an_error(tmp_path, logbook, monkeypatch):
-    monkeypatch.setattr(run_folder, "SECONDS_TO_RELEASE", 0.1)
+    monkeypatch.setattr(folder_lock, "SECONDS_TO_RELEASE", 0.1)
     with (tmp_path / "lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="in use by another run"):

@@ -5,13 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from distdl.job import leftovers
-from distdl.job.processes import ancestors, look_at
+from distdl.job.processes import Process, ancestors, here, look_at
 from distdl.parallel import OneProcess, share_arrays
 from distdl.parallel import shared as shared_module
 
@@ -41,8 +42,9 @@ os.kill(os.getpid(), signal.SIGKILL)
     return Path(done.stdout.strip())
 
 
-def register_of_a_dead_rank(folder, *made, launchers=()):
+def register_of_a_dead_rank(folder, *made, launchers=(), where=None):
     listed = {"made": [str(path) for path in made], "launchers": [asdict(one) for one in launchers]}
+    listed["where"] = here() if where is None else where
     return left_by_a_dead_process(folder, leftovers.REGISTER, json.dumps(listed))
 
 
@@ -100,7 +102,7 @@ def test_a_file_that_a_living_rank_also_uses_stays_until_that_rank_has_ended(fol
     segment = made(folder / "mpich_shm_12ab_0")
     register_of_a_dead_rank(folder, segment)
     handle, _ = leftovers.create_locked(folder, leftovers.REGISTER)
-    os.write(handle, json.dumps({"made": [str(segment)], "launchers": []}).encode())
+    os.write(handle, json.dumps({"made": [str(segment)], "launchers": [], "where": here()}).encode())
     assert leftovers.sweep([folder]) == []
     os.close(handle)
     assert len(leftovers.sweep([folder])) == 3
@@ -115,6 +117,94 @@ def test_the_session_folder_of_a_living_launcher_stays(folder):
     assert leftovers.sweep([folder]) == []
     assert session.exists()
     assert register.exists()
+
+
+MACHINE, NAMES = here().split(" ")
+GONE = Process(4194305, "mpirun", "S", 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("where", "stays"),
+    [
+        (here(), False),
+        (f"{MACHINE} pid:[1]", True),  # in another container the launcher may live
+        (f"other {NAMES}", True),  # another machine, or this one before its last start
+        ("", True),  # an earlier version did not say
+    ],
+)
+def test_the_session_folder_of_a_launcher_that_cannot_be_seen_stays(folder, where, stays):
+    session = folder / "ompi.4194305"
+    session.mkdir()
+    register = register_of_a_dead_rank(folder, session, launchers=[GONE], where=where)
+    assert (leftovers.sweep([folder]) == []) is stays
+    assert session.exists() is register.exists() is stays
+
+
+#: A launcher, which makes its session folder and waits. In a container its process number is 1.
+LAUNCHER = """
+import os, sys
+from distdl.job import leftovers
+program = "import os, pathlib, time; folder = pathlib.Path(os.environ['TMPDIR'], f'ompi.{os.getpid()}'); folder.mkdir()"
+program += "; (folder / '1').mkdir(); print(folder, flush=True); time.sleep(60)"
+os.execve(sys.executable, [sys.executable, "-c", program], leftovers.own_session(os.environ))
+"""
+
+
+def swept_until_empty(folder):
+    deadline = time.monotonic() + 10
+    while list(folder.iterdir()) and time.monotonic() < deadline:  # the kernel still ends a killed process
+        leftovers.sweep([folder])
+    return not list(folder.iterdir())
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-pf", "--mount-proc", "true"], capture_output=True, check=False).returncode != 0,
+    reason="needs the permission to create process namespaces",
+)
+def test_containers_that_share_a_folder_do_not_remove_the_session_folders_of_each_other(folder, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(folder))
+    container = ["unshare", "-pf", "--kill-child", "--mount-proc", sys.executable, "-c", LAUNCHER]
+    with (
+        subprocess.Popen(container, stdout=subprocess.PIPE, text=True) as first,
+        subprocess.Popen(container, stdout=subprocess.PIPE, text=True) as second,
+    ):
+        sessions = [Path(one.stdout.readline().strip()) for one in (first, second)]
+        assert {session.name for session in sessions} == {"ompi.1"}
+        assert len(set(sessions)) == 2
+        assert leftovers.sweep([folder]) == []
+        assert all((session / "1").is_dir() for session in sessions)
+        first.kill()
+        second.kill()
+    assert swept_until_empty(folder)
+
+
+def test_the_session_folder_of_an_unknown_launcher_stays_and_is_not_used(folder, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(leftovers.tempfile, "tempdir", None)
+    unknown = folder / f"ompi.{os.getpid()}"
+    unknown.mkdir()
+    environment = leftovers.own_session({"A": "1"})
+    assert environment == {"A": "1", "TMPDIR": environment["TMPDIR"]}
+    assert Path(environment["TMPDIR"]).parent == folder
+    assert unknown.is_dir()
+
+
+def test_an_ordinary_end_of_a_rank_removes_the_register_of_its_launcher(folder, monkeypatch):
+    rank = """
+import os, pathlib
+from distdl.job import leftovers
+from distdl.job.processes import Process
+leftovers.ancestors = lambda: [Process(1, "mpirun", "S", 0, 0)]
+leftovers.register((pathlib.Path(os.environ["TMPDIR"]),))
+"""
+    launcher = f"""
+import os, sys
+from distdl.job import leftovers
+os.execve(sys.executable, [sys.executable, "-c", {rank!r}], leftovers.own_session(os.environ))
+"""
+    monkeypatch.setenv("TMPDIR", str(folder))
+    subprocess.run([sys.executable, "-c", launcher], check=True)
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize(

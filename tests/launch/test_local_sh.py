@@ -32,7 +32,7 @@ def run_script(
 def fake_python(path: Path, name: str) -> Path:
     """Write a fake Python that can import everything, and prints its name and its arguments."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then exit 0; fi\necho {name} "$@"\n')
+    path.write_text(f'#!/bin/sh\nif [ "$2" = -c ]; then exit 0; fi\necho {name} "$@"\n')
     path.chmod(0o755)
     return path
 
@@ -56,7 +56,7 @@ def test_each_way_to_choose_a_python_wins_over_the_next(tmp_path: Path) -> None:
         done = run_script("-n", "2", "--", "a b", folder=tmp_path, script=script, **variables)
         assert done.stderr == ""
         name, command = done.stdout.split(maxsplit=1)
-        assert command == "-m distdl.mpirun -n 2 -- a b\n"
+        assert command == "-P -m distdl.mpirun -n 2 -- a b\n"
         return name
 
     assert chosen() == "path"

@@ -13,15 +13,17 @@ https://www.cs.toronto.edu/~kriz/cifar.html.
 
 import gzip
 import hashlib
-import stat
+import os
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distdl.data.dataset import Dataset
+from distdl.data.room import Room
 from distdl.data.sources.downloads import Published, download_all
 from distdl.errors import DamagedFileError, UserError, quoted
+from distdl.regular_files import NotRegularError, open_regular, read_regular
 
 TRAINING = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
 TEST = "test_batch.bin"
@@ -44,20 +46,21 @@ CIFAR10 = Published(
 )
 
 
-def load_cifar10(data_dir: Path | None) -> Dataset:
+def load_cifar10(data_dir: Path | None, room: Room | None = None) -> Dataset:
     """Return CIFAR-10 from the six ``.bin`` files or the archive in `data_dir`; without it, download the archive.
 
     The six files may hold any records of the format. Raises `UserError` if a file cannot be read, `DamagedFileError`
     if a file is damaged.
     """
-    contents = _contents_of_archive(download_all(CIFAR10)[0]) if data_dir is None else _contents_in(data_dir)
+    room = room or Room()
+    contents = _contents_of_archive(download_all(CIFAR10)[0]) if data_dir is None else _contents_in(data_dir, room)
     parts = [_records(name, content) for name, content in contents.items()]
     images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     test_start = len(labels) - len(parts[-1][1])
     return Dataset("cifar10", images, labels.astype(np.int64), CLASSES, test_start, CIFAR10.class_names)
 
 
-def _contents_in(data_dir: Path) -> dict[str, bytes]:
+def _contents_in(data_dir: Path, room: Room) -> dict[str, bytes]:
     """Return the contents of the six files in a folder, in order, by their names in messages."""
     try:
         present = {path.name for path in data_dir.iterdir()}
@@ -72,7 +75,7 @@ def _contents_in(data_dir: Path) -> dict[str, bytes]:
     if len(missing) == len(paths) and ARCHIVE in present:
         return _contents_of_archive(data_dir / ARCHIVE)
     if not missing:
-        return {quoted(path): _content(path) for path in paths}
+        return {quoted(path): _content(path, room) for path in paths}
     other = [name for name in OTHER_VERSIONS if name in present]
     found = f"holds {other[0]}, another version of CIFAR-10" if other else f"lacks {missing[0].name}"
     raise UserError(
@@ -81,20 +84,18 @@ def _contents_in(data_dir: Path) -> dict[str, bytes]:
     )
 
 
-def _content(path: Path) -> bytes:
+def _content(path: Path, room: Room) -> bytes:
     try:
-        if (size := _size(path)) > LARGEST_BYTES:
-            raise UserError(f"{quoted(path)} has {size} bytes, expected at most {LARGEST_BYTES}")
-        return path.read_bytes()
+        room.take(quoted(path), path.stat().st_size)
+        return read_regular(path, follow=True, most=LARGEST_BYTES)
     except OSError as error:
-        raise UserError(f"{quoted(path)} cannot be read: {error.strerror or error}") from error
+        raise _unreadable(path, error) from error
 
 
-def _size(path: Path) -> int:
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would block forever
-        raise UserError(f"{quoted(path)} is not a regular file: expected a file of CIFAR-10")
-    return status.st_size
+def _unreadable(path: Path, error: OSError) -> UserError:
+    if isinstance(error, NotRegularError):
+        return UserError(f"{quoted(path)} is not a regular file: expected a file of CIFAR-10")
+    return UserError(f"{quoted(path)} cannot be read: {error.strerror or error}")
 
 
 def _contents_of_archive(path: Path) -> dict[str, bytes]:
@@ -104,8 +105,8 @@ def _contents_of_archive(path: Path) -> dict[str, bytes]:
     """
     [(size, sha256)] = CIFAR10.files.values()
     try:
-        has_size = _size(path) == size
-        with path.open("rb") as file:
+        with open_regular(path, follow=True) as file:
+            has_size = os.fstat(file.fileno()).st_size == size
             if not (has_size and hashlib.file_digest(file, "sha256").hexdigest() == sha256):
                 raise DamagedFileError(
                     f"{quoted(path)} is not the published {ARCHIVE} (sha256 {sha256[:16]}…): fetch it again, or unpack "
@@ -114,7 +115,7 @@ def _contents_of_archive(path: Path) -> dict[str, bytes]:
             file.seek(0)
             members = _members(gzip.GzipFile(fileobj=file))
     except OSError as error:
-        raise UserError(f"{quoted(path)} cannot be read: {error.strerror or error}") from error
+        raise _unreadable(path, error) from error
     return {f"{name} in {quoted(path)}": members[f"{FOLDER}/{name}"] for name in (*TRAINING, TEST)}
 
 

@@ -9,10 +9,10 @@ from `COLUMNS`, or given by ``--csv-columns PATH,LABEL``.
 """
 
 import csv
+import io
 import math
 import os
 import re
-import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from distdl.data.sources.image_files import ListedFiles
 from distdl.data.sources.images import SUFFIXES, pillow
 from distdl.errors import UserError, nearest, one_line, quoted
 from distdl.image_options import ImageOptions
+from distdl.regular_files import NotRegularError, open_regular
 
 #: The usual names of the columns, in lower case, without spaces and punctuation.
 COLUMNS = {
@@ -76,6 +77,8 @@ def load_csv(path: Path, options: ImageOptions | None = None) -> Dataset:
         ) from None
     except csv.Error as error:
         raise UserError(f"{quoted(path)} is not a CSV file: {error}; expected lines of values") from None
+    except NotRegularError:
+        raise UserError(f"{quoted(path)} is not a regular file: expected a CSV file") from None
     except OSError as error:
         raise UserError(f"{quoted(path)} cannot be read: {error.strerror or error}") from error
     if not rows.paths:
@@ -100,9 +103,7 @@ def load_csv(path: Path, options: ImageOptions | None = None) -> Dataset:
 
 def _read(path: Path, given: str | None) -> tuple[list[str], Rows, list[str], tuple[int, ...]]:
     """Return the names of the columns, the rows, notes, and the numbers of the label columns."""
-    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block forever
-        raise UserError(f"{quoted(path)} is not a regular file: expected a CSV file")
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with io.TextIOWrapper(open_regular(path, follow=True), "utf-8-sig", newline="") as file:
         first = file.readline(csv.field_size_limit())
         file.seek(0)
         delimiter = max(DELIMITERS, key=first.count)

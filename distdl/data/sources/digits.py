@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from distdl.data.dataset import Dataset
+from distdl.data.room import Room
 from distdl.errors import DamagedFileError
 
 SHA256 = "516461765719e9f81b246f52d21473a2e9006efb68053ba7c60c53a89fe9dcb6"
 
 
-def load_digits(_data_dir: Path | None = None) -> Dataset:
+def load_digits(_data_dir: Path | None = None, _room: Room | None = None) -> Dataset:
     """Return 1,797 handwritten digits of 8x8 pixels, 0 .. 16; raise `DamagedFileError`."""
     file = resources.files("distdl.data.sources") / "digits.npz"
     try:

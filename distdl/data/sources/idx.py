@@ -16,7 +16,6 @@ Source: Y. LeCun, C. Cortes, C. J. C. Burges, *The MNIST database of handwritten
 import gzip
 import math
 import os
-import stat
 import struct
 import zlib
 from contextlib import ExitStack
@@ -26,7 +25,9 @@ from typing import BinaryIO, Literal, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from distdl.data.room import Room
 from distdl.errors import DamagedFileError, UserError, quoted
+from distdl.regular_files import NotRegularError, open_regular
 
 Kind = Literal["images", "labels"]
 DIMENSIONS: dict[Kind, int] = {"images": 3, "labels": 1}
@@ -34,31 +35,30 @@ DIMENSIONS: dict[Kind, int] = {"images": 3, "labels": 1}
 UNSIGNED_BYTE = 0x08
 GZIP_MAGIC = b"\x1f\x8b"
 GZIP_LARGEST_RATIO = 1032  # a limit of deflate
-LARGEST_BYTES = 2**31
 BLOCK_BYTES = 2**20
 
 
-def read_idx(path: Path, *, kind: Kind) -> NDArray[np.uint8]:
+def read_idx(path: Path, *, kind: Kind, room: Room | None = None) -> NDArray[np.uint8]:
     """Return the elements of the IDX file at `path`: images (N, H, W) or labels (N,), as uint8.
 
     Raises `DamagedFileError` if the file is not IDX or differs from its header. Raises `UserError` if it cannot be
-    read, is no regular file, or declares more than 2 GiB.
+    read, is no regular file, or declares more than there is `room` for.
     """
     with ExitStack() as stack:
         try:
-            # Opening a pipe would block forever.
-            if not stat.S_ISREG(path.stat().st_mode):
-                raise UserError(f"{quoted(path)} is not a regular file: expected an IDX file of {kind}")
-            raw = stack.enter_context(path.open("rb"))
+            raw = stack.enter_context(open_regular(path, follow=True))
             file_bytes = os.fstat(raw.fileno()).st_size
             compressed = raw.read(len(GZIP_MAGIC)) == GZIP_MAGIC  # whatever its name
             raw.seek(0)
             stream = stack.enter_context(gzip.GzipFile(fileobj=raw, mode="rb")) if compressed else raw
             shape = _read_header(stream, path, kind)
             _check_size(path, shape, file_bytes, compressed)
+            (room or Room()).take(quoted(path), math.prod(shape))
             elements = _read_elements(stream, path, math.prod(shape))
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             _damaged(path, f"its gzip data cannot be decompressed ({error})", "an intact file")
+        except NotRegularError:
+            raise UserError(f"{quoted(path)} is not a regular file: expected an IDX file of {kind}") from None
         except OSError as error:
             raise UserError(f"{quoted(path)} cannot be read: {error.strerror or error}") from error
     return np.frombuffer(elements, np.uint8).reshape(shape)
@@ -86,15 +86,13 @@ def _read_header(stream: BinaryIO | gzip.GzipFile, path: Path, kind: Kind) -> tu
 
 
 def _check_size(path: Path, shape: tuple[int, ...], file_bytes: int, compressed: bool) -> None:
-    """Raise an error if a file of `file_bytes` cannot have the declared size, or if that size is above the limit."""
+    """Raise an error if a file of `file_bytes` cannot have the declared size."""
     declared = 4 + 4 * len(shape) + math.prod(shape)
     if compressed and declared > GZIP_LARGEST_RATIO * file_bytes:
         most = f"at most {GZIP_LARGEST_RATIO * file_bytes} from {file_bytes} bytes of gzip data"
         _damaged(path, f"its header declares {declared} bytes", most)
     if not compressed and declared != file_bytes:
         _damaged(path, f"it has {file_bytes} bytes", f"the {declared} that its header declares")
-    if declared > LARGEST_BYTES:
-        raise UserError(f"{quoted(path)} declares {declared} bytes, expected at most {LARGEST_BYTES}")
 
 
 def _read_elements(stream: BinaryIO | gzip.GzipFile, path: Path, count: int) -> bytearray:

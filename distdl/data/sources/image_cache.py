@@ -7,6 +7,8 @@ distdl removes no file of a cache. Delete the folder at any time.
 
 import hashlib
 import json
+import os
+import secrets
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -18,7 +20,9 @@ from numpy.typing import NDArray
 from distdl.data.sources import images
 from distdl.errors import UserError
 from distdl.image_options import ImageOptions
-from distdl.mapped_files import created, open_mapped
+from distdl.json_files import fits
+from distdl.mapped_files import PARTIAL, created, open_mapped
+from distdl.regular_files import open_regular, opened, read_regular
 
 #: Changes with the decoding, so that no file of another version is used.
 FORMAT = "distdl images 1"
@@ -47,11 +51,9 @@ def read_cached(
     path = folder.absolute() / f"{_key(files, others, options)}.npy"
     facts = path.with_suffix(".json")
     with suppress(OSError, ValueError):
-        rows, skipped = json.loads(facts.read_text(encoding="utf-8"))
-        found = open_mapped(path)
-        if len(found) >= len(rows):
-            say(f"--cache: {path} has the images; no file is decoded")
-            return found[: len(rows)], np.array(rows, np.int64), skipped
+        found, rows, skipped = _cached(path, facts, len(files))
+        say(f"--cache: {path} has the images; no file is decoded")
+        return found, rows, skipped
     say(f"--cache: decoding {len(files):,} image files into {path}; later starts use it")
     with ExitStack() as files_to_complete:
 
@@ -60,10 +62,30 @@ def read_cached(
 
         _, rows, skipped = decode(make)
     try:
-        facts.write_text(json.dumps([rows.tolist(), skipped]), encoding="utf-8")
+        partial = facts.with_name(f"{facts.name}.{secrets.token_hex(8)}{PARTIAL}")
+        with os.fdopen(opened(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w", encoding="utf-8") as file:
+            json.dump([rows.tolist(), skipped], file)
+        partial.replace(facts)
         return open_mapped(path)[: len(rows)], rows, skipped
     except OSError as error:
         raise UserError(f"cannot use {path}: {error.strerror or error}; give another folder by --cache") from error
+
+
+def _cached(path: Path, facts: Path, count: int) -> Decoded:
+    """Return the images of `count` files in the cache; raise `OSError` or `ValueError` if it lacks them."""
+    noted = json.loads(read_regular(facts, follow=True))
+    if not (isinstance(noted, list) and len(noted) == 2 and fits(noted[0], [int]) and fits(noted[1], [str])):
+        raise ValueError(f"{facts} is damaged")
+    rows, found = np.array(noted[0], np.int64), open_mapped(path)
+    if (
+        found.dtype != np.uint8
+        or found.ndim != 4
+        or len(found) < len(rows)
+        or not all(rows >= 0)
+        or not all(rows < count)
+    ):
+        raise ValueError(f"{path} is damaged")
+    return found[: len(rows)], rows, noted[1]
 
 
 def _key(files: Sequence[Path], others: Sequence[Path], options: ImageOptions) -> str:
@@ -77,8 +99,7 @@ def _key(files: Sequence[Path], others: Sequence[Path], options: ImageOptions) -
     digest = hashlib.sha256(json.dumps(facts).encode())
     for file in files:
         content = b""
-        if file.is_file():  # opening a pipe would block
-            with suppress(OSError), file.open("rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").digest()
+        with suppress(OSError), open_regular(file, follow=True) as stream:
+            content = hashlib.file_digest(stream, "sha256").digest()
         digest.update(content + b"\0")
     return digest.hexdigest()[:32]

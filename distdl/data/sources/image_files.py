@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.data.dataset import Dataset
+from distdl.data.room import Room
 from distdl.data.sources import images
 from distdl.data.sources.image_cache import Decoded, Make, Pixels, read_cached
 from distdl.data.sources.images import OtherSizeError, UnusableImageError
 from distdl.errors import UserError, listed, quoted
-from distdl.host_memory import available_bytes
 from distdl.image_options import ImageOptions, Resize
 from distdl.mapped_files import release_pages
 
@@ -161,9 +161,9 @@ def _decode_all(
                 unusable[file] = error
                 continue
             if found is None:
-                found = make(len(files), pixels.shape) if make else _empty(source, len(files), pixels, resize)
+                found = make(len(files), pixels.shape) if make else _empty(source, len(files), pixels, options)
             elif pixels.shape[2] > found.shape[3]:
-                found = _with_colors(source, found, len(rows), pixels, resize)
+                found = _with_colors(source, found, len(rows), pixels, options)
             found[len(rows)] = pixels
             rows.append(row)
             if row % IMAGES_MAPPED == 0:
@@ -233,22 +233,20 @@ def _suggested(sizes: Sequence[tuple[int, int]]) -> str:
     return f"{rounded[0]}x{rounded[1]}"
 
 
-def _empty(source: str, count: int, pixels: Pixels, resize: Resize | None) -> Pixels:
+def _empty(source: str, count: int, pixels: Pixels, options: ImageOptions) -> Pixels:
     """Return an array for `count` images such as `pixels`; raise `UserError` if memory does not suffice."""
-    needed, available = count * pixels.size, available_bytes()
-    if needed > available:
-        height, width, channels = pixels.shape
-        smaller = "a smaller --resize" if resize else f"--resize {_suggested([(height, width)])}, for example"
-        raise UserError(
-            f"{count} images of {height}x{width}x{channels} (height x width x channels) in {source} need "
-            f"{needed / 1e9:.1f} GB of memory, but {available / 1e9:.1f} GB are available: give {smaller}, or "
-            "--cache FOLDER to keep them on a disk"
-        )
+    height, width, channels = pixels.shape
+    smaller = "a smaller --resize" if options.resize else f"--resize {_suggested([(height, width)])}, for example"
+    Room(options.data_gigabytes).take(
+        f"{count} images of {height}x{width}x{channels} (height x width x channels) in {source}",
+        count * pixels.size,
+        f"give {smaller}, or --cache FOLDER to keep the images on a disk",
+    )
     return np.empty((count, *pixels.shape), np.uint8)
 
 
-def _with_colors(source: str, found: Pixels, count: int, pixels: Pixels, resize: Resize | None) -> Pixels:
+def _with_colors(source: str, found: Pixels, count: int, pixels: Pixels, options: ImageOptions) -> Pixels:
     """Return the first `count` gray images with three channels, and room for the others."""
-    colored = _empty(source, len(found), pixels, resize)
+    colored = _empty(source, len(found), pixels, options)
     colored[:count] = found[:count]  # one channel becomes three
     return colored

@@ -13,7 +13,6 @@ import importlib
 import io
 import logging
 import os
-import stat
 import sys
 import warnings
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from distdl.errors import DamagedFileError, UserError, quoted
 from distdl.image_options import Resize
+from distdl.regular_files import NotRegularError, open_regular
 
 FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP", "TIFF", "GIF")
 SUFFIXES = (
@@ -237,10 +237,9 @@ def _bytes_of(stream: BinaryIO) -> int:
 
 def _opened(file: Path) -> BinaryIO:
     try:
-        # Opening a pipe would block forever.
-        if not stat.S_ISREG(file.stat().st_mode):
-            raise UnusableImageError("it is not a regular file", is_damaged=False)
-        return file.open("rb")
+        return open_regular(file, follow=True)
+    except NotRegularError:
+        raise UnusableImageError("it is not a regular file", is_damaged=False) from None
     except FileNotFoundError:
         what = "it is a link to a file that does not exist" if os.path.lexists(file) else "it does not exist"
         raise UnusableImageError(what, is_damaged=False) from None
@@ -344,7 +343,8 @@ def _resized(image: Any, resize: Resize) -> Any:
     if resize.mode == "crop":
         scale = max(across, down)
         width, height = resize.width / scale, resize.height / scale
-        left, top = (image.width - width) / 2, (image.height - height) / 2
+        # The full width or height may be off by rounding; Pillow allows no box beyond the image.
+        left, top = max(0.0, (image.width - width) / 2), max(0.0, (image.height - height) / 2)
         box = (left, top, min(left + width, image.width), min(top + height, image.height))
         return image.resize(size, bilinear, box=box)
     if resize.mode == "pad":

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.data.dataset import Dataset
+from distdl.data.room import Room
 from distdl.data.sources.downloads import Published, download_all
 from distdl.data.sources.idx import read_idx
 from distdl.errors import DamagedFileError, UserError, quoted
@@ -65,22 +66,22 @@ KMNIST = Published(
 )
 
 
-def load_mnist(data_dir: Path | None) -> Dataset:
+def load_mnist(data_dir: Path | None, room: Room | None = None) -> Dataset:
     """Return MNIST."""
-    return _load(MNIST, data_dir)
+    return _load(MNIST, data_dir, room)
 
 
-def load_fashion_mnist(data_dir: Path | None) -> Dataset:
+def load_fashion_mnist(data_dir: Path | None, room: Room | None = None) -> Dataset:
     """Return Fashion-MNIST."""
-    return _load(FASHION_MNIST, data_dir)
+    return _load(FASHION_MNIST, data_dir, room)
 
 
-def load_kmnist(data_dir: Path | None) -> Dataset:
+def load_kmnist(data_dir: Path | None, room: Room | None = None) -> Dataset:
     """Return KMNIST."""
-    return _load(KMNIST, data_dir)
+    return _load(KMNIST, data_dir, room)
 
 
-def _load(published: Published, data_dir: Path | None) -> Dataset:
+def _load(published: Published, data_dir: Path | None, room: Room | None) -> Dataset:
     """Read the four files from `data_dir`, each plain or gzipped (``.gz``); without `data_dir` download them.
 
     The files of a folder may hold any valid IDX data. Downloads stay in the user's cache folder; their sha256 is
@@ -88,8 +89,9 @@ def _load(published: Published, data_dir: Path | None) -> Dataset:
     if a file is damaged.
     """
     paths = download_all(published) if data_dir is None else _find_in(data_dir, published)
-    train_images, train_labels = _read_pair(paths[0], paths[1])
-    test_images, test_labels = _read_pair(paths[2], paths[3])
+    room = room or Room()
+    train_images, train_labels = _read_pair(paths[0], paths[1], room)
+    test_images, test_labels = _read_pair(paths[2], paths[3], room)
     if train_images.shape[1:] != test_images.shape[1:]:
         raise UserError(
             f"{quoted(paths[2])} has images of shape {test_images.shape[1:]}, "
@@ -106,10 +108,10 @@ def _load(published: Published, data_dir: Path | None) -> Dataset:
     )
 
 
-def _read_pair(images_path: Path, labels_path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def _read_pair(images_path: Path, labels_path: Path, room: Room) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Return the images (N, H, W) and the labels (N,) of one part."""
-    images = read_idx(images_path, kind="images")
-    labels = read_idx(labels_path, kind="labels")
+    images = read_idx(images_path, kind="images", room=room)
+    labels = read_idx(labels_path, kind="labels", room=room)
     if len(images) != len(labels):
         raise UserError(
             f"{quoted(labels_path)} has {len(labels)} labels, expected {len(images)}, one for each image of "

@@ -22,7 +22,9 @@ from numpy.typing import NDArray
 from distdl.data.dataset import Dataset
 from distdl.data.image_shapes import canonical_images
 from distdl.data.labels import Unfit
+from distdl.data.room import Room
 from distdl.errors import DamagedFileError, DistdlError, UserError, quoted
+from distdl.regular_files import NotRegularError, open_regular
 
 T = TypeVar("T")
 #: The words in the names of arrays, for images and labels and for the parts in the order of their rows.
@@ -39,12 +41,12 @@ MOST_DEFLATED = 1032
 METHODS = (0, 8)
 
 
-def load_npz(path: Path) -> Dataset:
+def load_npz(path: Path, room: Room | None = None) -> Dataset:
     """Return the dataset in an ``.npz`` file. The labels, or `class_names`, determine the number of classes.
 
     Raises `UserError` if the file cannot be read or holds no such dataset, `DamagedFileError` if it is damaged.
     """
-    parts, class_names = _read(path, lambda archive: _contents(archive, path))
+    parts, class_names = _read(path, lambda archive: _contents(archive, path, room or Room()))
     starts: dict[str, int] = {}
     count = 0
     for part, (images, labels) in parts.items():
@@ -100,11 +102,8 @@ def _scale_notes(images: dict[str, NDArray[Any]]) -> tuple[str, ...]:
 
 def _read(path: Path, read: Callable[[NpzFile], T]) -> T:
     """Return the result of `read` on the archive; its exceptions become errors that name the file."""
-    if not path.is_file():
-        what = "is not a regular file" if path.exists() else "does not exist"
-        raise UserError(f"the data file {quoted(path)} {what}: give the path of an .npz file")
     try:
-        with path.open("rb") as file:
+        with open_regular(path, follow=True) as file:
             _check_is_zip(file, path)
             with np.load(file, allow_pickle=False) as archive:
                 return read(archive)
@@ -112,6 +111,9 @@ def _read(path: Path, read: Callable[[NpzFile], T]) -> T:
         raise
     except MemoryError:
         raise UserError(f"there is not enough memory for {quoted(path)}: give a smaller dataset") from None
+    except (NotRegularError, FileNotFoundError) as error:
+        what = "is not a regular file" if isinstance(error, NotRegularError) else "does not exist"
+        raise UserError(f"the data file {quoted(path)} {what}: give the path of an .npz file") from None
     except OSError as error:
         raise UserError(f"the data file {quoted(path)} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # NumPy and zipfile raise many kinds for bytes that are not an archive or an array
@@ -121,10 +123,11 @@ def _read(path: Path, read: Callable[[NpzFile], T]) -> T:
 
 
 def _contents(
-    archive: NpzFile, path: Path
+    archive: NpzFile, path: Path, room: Room
 ) -> tuple[dict[str, tuple[NDArray[Any], NDArray[Any]]], tuple[str, ...] | None]:
     """Return images and labels of each part, and the names of the classes."""
     names = _names_in(archive.files, path)
+    room.take(quoted(path), sum(_member(archive, path, name).file_size for name in archive.files))
     parts = {
         part: (_floats_as_float32(_array(archive, path, images)), _array(archive, path, labels))
         for part, (images, labels) in names.items()
@@ -195,15 +198,7 @@ def _floats_as_float32(array: NDArray[Any]) -> NDArray[Any]:
 def _array(archive: NpzFile, path: Path, name: str) -> NDArray[Any]:
     """Return the array as stored, in this machine's byte order."""
     container: Any = archive.zip
-    try:
-        member = container.getinfo(f"{name}.npy")
-    except KeyError:
-        raise UserError(f"{quoted(path)} has {name} in another form than numpy.savez writes it ({name}.npy)") from None
-    if member.compress_type not in METHODS or member.flag_bits & 1:
-        what = f"{name} of {quoted(path)} is encrypted, or compressed by another method"
-        raise UserError(f"{what}: expected a file from numpy.savez")
-    if member.file_size > MOST_DEFLATED * member.compress_size:
-        raise ValueError(f"{name} cannot have the {member.file_size} bytes that it announces")
+    member = _member(archive, path, name)
     with container.open(member) as stream:
         shape, is_fortran, dtype, start = _header(stream)
         if dtype.hasobject:
@@ -219,6 +214,21 @@ def _array(archive: NpzFile, path: Path, name: str) -> NDArray[Any]:
     return np.ascontiguousarray(array, dtype.newbyteorder("="))
 
 
+def _member(archive: NpzFile, path: Path, name: str) -> Any:
+    """Return what the archive says about an array; raise an error if it cannot be read, or cannot have that size."""
+    container: Any = archive.zip
+    try:
+        member = container.getinfo(f"{name}.npy")
+    except KeyError:
+        raise UserError(f"{quoted(path)} has {name} in another form than numpy.savez writes it ({name}.npy)") from None
+    if member.compress_type not in METHODS or member.flag_bits & 1:
+        what = f"{name} of {quoted(path)} is encrypted, or compressed by another method"
+        raise UserError(f"{what}: expected a file from numpy.savez")
+    if member.file_size > MOST_DEFLATED * member.compress_size:
+        raise ValueError(f"{name} cannot have the {member.file_size} bytes that it announces")
+    return member
+
+
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     """Return the shape, True for Fortran order, the dtype, and the position of the first element."""
     version = np.lib.format.read_magic(stream)
@@ -231,7 +241,7 @@ def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any], in
     return shape, is_fortran, dtype, stream.tell()
 
 
-def load_images(name: str) -> NDArray[Any]:
+def load_images(name: str, room: Room | None = None) -> NDArray[Any]:
     """Return the images (N, H, W, C) of an ``.npz`` file without labels: the array ``images``, or the only one.
 
     ``FILE.npz:ARRAY`` names another array. Raises the errors of `load_npz`.
@@ -240,7 +250,13 @@ def load_images(name: str) -> NDArray[Any]:
     if not path.exists() and ":" in name:
         file, _, wanted = name.rpartition(":")
         path = Path(file)
-    images = _read(path, lambda archive: _floats_as_float32(_array(archive, path, _images_name(archive, path, wanted))))
+
+    def read(archive: NpzFile) -> NDArray[Any]:
+        array = _images_name(archive, path, wanted)
+        (room or Room()).take(quoted(path), _member(archive, path, array).file_size)
+        return _floats_as_float32(_array(archive, path, array))
+
+    images = _read(path, read)
     try:
         return canonical_images(images[..., np.newaxis] if images.ndim == 3 else images)[0]
     except Unfit as error:

@@ -8,11 +8,11 @@ digits of the digest itself set to zero. A file that is torn, truncated or alter
 import errno
 import hashlib
 import json
-import math
 import os
 import re
-import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,6 +24,9 @@ from numpy.typing import NDArray
 from distdl.engine.storage.files import remove, write_durably
 from distdl.engine.storage.header import CheckpointHeader
 from distdl.errors import DamagedFileError, UserError
+from distdl.host_memory import available_bytes, available_to_this_process
+from distdl.json_files import parsed_json
+from distdl.regular_files import open_regular
 
 FORMAT = "distdl checkpoint 1"
 NO_DIGEST = "0" * 64
@@ -80,19 +83,25 @@ def encoded(checkpoint: Checkpoint) -> list[bytes | memoryview]:
 
 def decode(data: bytes, name: str) -> Checkpoint:
     """Return the content of a file; raise `DamagedFileError` with its `name` if the bytes are damaged."""
-    metadata, place = _metadata(data, len(data), name)
-    digest = hashlib.sha256()
-    digest.update(data[:place])
-    digest.update(NO_DIGEST.encode())
-    digest.update(memoryview(data)[place + len(NO_DIGEST) :])
-    if digest.hexdigest() != metadata["sha256"]:
-        raise DamagedFileError(f"{name} is damaged: its checksum does not match its content")
+    metadata = _proved(data, (), len(data), name)
     if metadata["format"] != FORMAT:
         raise UserError(f"{name} has the format {metadata['format']!r}: this version reads {FORMAT!r}")
     try:
         return Checkpoint(safetensors.numpy.load(data), metadata["header"])
     except safetensors.SafetensorError as error:
         raise DamagedFileError(f"{name} is damaged: {error}") from None
+
+
+def _proved(start: bytes, others: Iterable[bytes], size: int, name: str) -> dict[str, Any]:
+    """Return the metadata of a file that begins with `start` and continues with `others`, if its checksum is right."""
+    metadata, place = _metadata(start, size, name)
+    digest = hashlib.sha256(start[:place] + NO_DIGEST.encode())
+    digest.update(memoryview(start)[place + len(NO_DIGEST) :])
+    for part in others:
+        digest.update(part)
+    if digest.hexdigest() != metadata["sha256"]:
+        raise DamagedFileError(f"{name} is damaged: its checksum does not match its content")
+    return metadata
 
 
 def _metadata(data: bytes, size: int, name: str) -> tuple[dict[str, Any], int]:
@@ -109,8 +118,8 @@ def _metadata(data: bytes, size: int, name: str) -> tuple[dict[str, Any], int]:
             f"{size} bytes announce a header of {length} bytes"
         )
     try:
-        header = _parsed(data[8 : 8 + length])
-        metadata = _parsed(header.pop("__metadata__")["distdl"])
+        header = parsed_json(data[8 : 8 + length])
+        metadata = parsed_json(header.pop("__metadata__")["distdl"])
         announced = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         given = metadata["sha256"].encode()
         complete = len(given) == len(NO_DIGEST) and {"format", "header"} <= metadata.keys()
@@ -124,17 +133,6 @@ def _metadata(data: bytes, size: int, name: str) -> tuple[dict[str, Any], int]:
     return metadata, data.index(given, 8, 8 + length)
 
 
-def _parsed(text: bytes | str) -> Any:
-    """Return the value of a JSON text; raise `ValueError` for NaN and infinite numbers, which we never write."""
-
-    def finite(number: str) -> float:
-        if not math.isfinite(float(number)):
-            raise ValueError(number)
-        return float(number)
-
-    return json.loads(text, parse_float=finite, parse_constant=finite)
-
-
 def write(path: Path, checkpoint: Checkpoint) -> None:
     """Write the file so that `path` has the old content or the new, then read it back and compare.
 
@@ -142,7 +140,7 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
     """
     parts = encoded(checkpoint)
     write_durably(path, *parts, follow=False)
-    with os.fdopen(_opened(path, follow=False), "rb") as file:
+    with open_regular(path) as file:
         same = all(_reads_back(file, memoryview(part)) for part in parts)
         if not same or file.read(1):
             raise OSError(f"{path} does not read back as it was written")
@@ -157,26 +155,26 @@ def _reads_back(file: BinaryIO, part: memoryview) -> bool:
 def read(path: Path, *, follow: bool = True) -> Checkpoint:
     """Return the checkpoint at `path`; raise `UserError` if it cannot be read, `DamagedFileError` if damaged.
 
-    A large file of another kind is not read to its end. Without `follow`, a symbolic link is an error.
+    Memory is allocated only for an intact file. Without `follow`, a symbolic link is an error.
     """
     try:
-        with os.fdopen(_opened(path, follow=follow), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise UserError(f"cannot read the checkpoint {path}: it is not a regular file")
-            _metadata(file.read(8 + LARGEST_HEADER_BYTES), status.st_size, str(path))
+        with open_regular(path, follow=follow) as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(8 + LARGEST_HEADER_BYTES)
+            _metadata(start, size, str(path))
+            if 2 * size > (room := min(available_bytes(), available_to_this_process())):
+                raise DamagedFileError(f"{path} is damaged, or too large: {size} bytes, and {room:.0f} are available")
+            _proved(start, iter(partial(file.read, BLOCK_BYTES), b""), size, str(path))
             file.seek(0)
-            data = file.read()
+            data = file.read(size)
     except OSError as error:
         if error.errno == errno.EIO:
             raise DamagedFileError(f"{path} is damaged: the disk cannot read it ({error.strerror})") from None
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
-    return decode(data, str(path))
-
-
-def _opened(path: Path, *, follow: bool) -> int:
-    """Open to read, without blocking on a pipe."""
-    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
+    checkpoint, named = decode(data, str(path)), NAME.fullmatch(path.name)
+    if named and "step" in checkpoint.tensors and checkpoint.tensors["step"].tolist() != [int(named[1])]:
+        raise DamagedFileError(f"{path} is damaged: its name is that of another step than its content")
+    return checkpoint
 
 
 def path_of_step(folder: Path, step: int) -> Path:
@@ -217,21 +215,3 @@ def remove_old(folder: Path, newest: int, keep: int, best_step: int | None) -> N
 def remove_later(folder: Path, newest: int) -> None:
     """Remove the checkpoints after step `newest`, intact or not: the run repeats these steps."""
     remove(folder, (path_of_step(folder, step).name for step in steps_in(folder) if step > newest))
-
-
-def restore(checkpoint: Checkpoint, into: list[tuple[str, NDArray[Any]]], name: str) -> None:
-    """Copy the tensors into arrays of the same names; raise `UserError` if names, shapes or dtypes differ."""
-    wanted = {key: (array.shape, array.dtype) for key, array in into}
-    found = {key: (array.shape, array.dtype) for key, array in checkpoint.tensors.items()}
-    if wanted != found:
-        differing = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
-        there, here = (described(arrays.get(differing[0])) for arrays in (checkpoint.tensors, dict(into)))
-        what = f"{differing[0]} is {there} there and {here} here"
-        raise UserError(f"{name} is a checkpoint of another model or version: {what}")
-    for key, array in into:
-        np.copyto(array, checkpoint.tensors[key])
-
-
-def described(array: NDArray[Any] | None) -> str:
-    """Return the dtype and shape of a tensor, for a message."""
-    return "absent" if array is None else f"{array.dtype} {array.shape}"

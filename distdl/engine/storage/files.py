@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distdl.errors import UserError
+from distdl.regular_files import FILE_MODE, opened
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -27,9 +28,8 @@ TEMPORARY_SUFFIX = ".distdl-partial"
 #: The logs of a run.
 LOGS = ("metrics", "timing", "hashes")
 #: All files of a run folder, except the checkpoints.
-RUN_FILES = ("config.toml", "env.json", "summary.json", "lock", *(f"{name}.jsonl" for name in LOGS))
-#: Modes before the umask; never writable by everyone.
-FILE_MODE = 0o664
+RUN_FILES = ("config.toml", "env.json", "summary.json", "lock", "owner", *(f"{name}.jsonl" for name in LOGS))
+#: The mode of a folder before the umask; never writable by everyone.
 FOLDER_MODE = 0o775
 #: The most buffers that one system call takes on Linux (IOV_MAX).
 MOST_BUFFERS = 1024
@@ -87,8 +87,8 @@ def opened_folder(folder: Path, *, follow: bool = False) -> Iterator[int]:
 
 
 def opened_log(path: Path) -> int:
-    """Open a file to append to, and make it if necessary; raise `OSError` if it is a symbolic link."""
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
+    """Open a file to append to, and make it if necessary; raise `OSError` if it is a link or no regular file."""
+    return opened(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
 
 
 def try_folder(folder: Path) -> None:

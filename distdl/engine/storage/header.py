@@ -77,8 +77,10 @@ class CheckpointHeader:
     versions: dict[str, str]
     kernel_family: str
     signature: Signature | None = None
-    """None in a checkpoint of a version that did not store it; so is the fingerprint."""
+    """None in a checkpoint of a version that did not store it; so are the fingerprint and the hashes."""
     fingerprint: dict[str, str] | None = None
+    log_sha256: dict[str, str] | None = None
+    """The hash of each log at this step."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the header as a checkpoint stores it. Its progress is a copy."""
@@ -96,7 +98,7 @@ class CheckpointHeader:
         def damaged(name: str) -> DamagedFileError:
             return DamagedFileError(f"{path} is damaged: its header has no {name!r} that distdl can use")
 
-        later = {"signature": (dict, NoneType), "fingerprint": (dict, NoneType)}
+        later = dict.fromkeys(("signature", "fingerprint", "log_sha256"), (dict, NoneType))
         types = _types(cls) | {"progress": (dict,)} | later
         raw = {**dict.fromkeys(later), **raw} if isinstance(raw, dict) else raw
         for name, allowed in types.items():
@@ -118,6 +120,7 @@ class CheckpointHeader:
             "log_bytes": all(name in LOGS and type(n) is int and n >= 0 for name, n in header.log_bytes.items()),
             "versions": all(isinstance(version, str) for version in header.versions.values()),
             "fingerprint": all(isinstance(digest, str) for digest in (header.fingerprint or {}).values()),
+            "log_sha256": all(isinstance(digest, str) for digest in (header.log_sha256 or {}).values()),
             "progress": all(0 <= count <= step for count in counts),
         }
         if wrong := [name for name, holds in valid.items() if not holds]:

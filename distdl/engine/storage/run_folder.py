@@ -5,31 +5,26 @@ The data is loaded in between. So a folder that another run used meanwhile is re
 """
 
 import errno
-import fcntl
 import itertools
-import os
 import re
 import stat
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import IO
 
 from distdl.config import TrainConfig, differences, run_folder_of
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.checkpoints import FoundCheckpoint
-from distdl.engine.storage.files import FOLDER_MODE, RUN_FILES, TEMPORARY_SUFFIX, opened_log, write_durably
+from distdl.engine.storage.files import FOLDER_MODE, RUN_FILES, TEMPORARY_SUFFIX, write_durably
 from distdl.engine.storage.header import CheckpointHeader
 from distdl.errors import DamagedFileError, UserError
+from distdl.job.folder_lock import LOCK, OWNER, FolderLock, lock_folder
+from distdl.regular_files import read_regular
 
 #: The most characters of a purpose in a folder's name: the path of a user's own model may be too long for a name.
 LONGEST_NAME = 120
-#: The kernel may take this long to release the locks of a process that just died.
-SECONDS_TO_RELEASE = 10.0
-PAUSE_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -47,6 +42,8 @@ class StartingPoint:
     """The newest checkpoint in the folder at the time of the decision, 0 without any; None if no run was there."""
     after_failure: bool = False
     """This job lost its coordinator, whose lock may still exist for a moment."""
+    lock: str = "flock"
+    """How the folder is locked: `--lock`."""
 
 
 def find_start(config: TrainConfig, own_folder: Path | None = None, *, after_failure: bool = False) -> StartingPoint:
@@ -66,7 +63,7 @@ def find_start(config: TrainConfig, own_folder: Path | None = None, *, after_fai
             start = StartingPoint(config.run_dir)
         else:
             start = StartingPoint(_timestamped(f"{config.dataset}-{config.model}"), add_number=True)
-        return replace(start, after_failure=after_failure)
+        return replace(start, after_failure=after_failure, lock=config.lock)
     except OSError as error:
         raise UserError(
             f"cannot access {error.filename}: {error.strerror}; give another --run-dir or --resume"
@@ -174,7 +171,7 @@ def _refuse_used(folder: Path) -> None:
 def _is_used(folder: Path) -> bool:
     """Whether a folder contains more than a run leaves that was killed before it wrote anything."""
     inside = folder / "checkpoints"
-    found = [path for path in folder.iterdir() if path.name != "lock"]
+    found = [path for path in folder.iterdir() if path.name not in {LOCK, OWNER}]
     if inside.is_dir() and not inside.is_symlink():
         found = [*(path for path in found if path != inside), *inside.iterdir()]
     return not all(path.name.endswith(TEMPORARY_SUFFIX) for path in found)
@@ -193,7 +190,7 @@ def _used_meanwhile(folder: Path) -> UserError:
 
 
 @contextmanager
-def locked_run_folder(start: StartingPoint) -> Iterator[tuple[Path, IO[bytes]]]:
+def locked_run_folder(start: StartingPoint) -> Iterator[tuple[Path, FolderLock]]:
     """Make the run folder and lock it. If this or the code inside fails, remove everything that was made.
 
     Raises `UserError` if the folder is in use, was used since the decision, or if the disk refuses. Files of another
@@ -204,9 +201,10 @@ def locked_run_folder(start: StartingPoint) -> Iterator[tuple[Path, IO[bytes]]]:
     try:
         _make_folders(folder.parent, made)
         folder = _make_numbered(folder, made) if start.add_number else _make_folders(folder, made)
-        lock_is_old = (folder / "lock").exists()
-        lock = lock_folder(folder, owner_died=start.after_failure)
-        present = set(folder.rglob("*")) - (set() if lock_is_old else {folder / "lock"})
+        refuse_links(folder)
+        lock_is_old = (folder / LOCK).exists()
+        lock = lock_folder(folder, start.lock, owner_died=start.after_failure)
+        present = set(folder.rglob("*")) - (set() if lock_is_old else {folder / LOCK})
         refuse_links(folder)
         if _newest_step(folder) != start.newest_step:
             raise _used_meanwhile(folder)
@@ -267,33 +265,6 @@ def unused_folder(purpose: str) -> Path:
     return next(path for path in _numbered(_timestamped(purpose)) if not path.exists())
 
 
-def lock_folder(folder: Path, *, owner_died: bool = False) -> IO[bytes]:
-    """Return an open file that locks the folder until it is closed, at the latest at the end of this process.
-
-    Raises `UserError` if another process holds the lock. If its owner has just died, wait until the kernel releases it.
-    """
-    deadline = time.monotonic() + (SECONDS_TO_RELEASE if owner_died else 0.0)
-    while True:
-        lock = os.fdopen(opened_log(folder / "lock"), "ab")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(lock.fileno()), (folder / "lock").stat()):
-                return lock
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                lock.close()
-                raise UserError(
-                    f"the run folder {folder} is in use by another run: wait for it, or give another --run-dir"
-                ) from None
-            time.sleep(PAUSE_SECONDS)
-        except FileNotFoundError:
-            pass
-        except OSError:
-            lock.close()
-            raise
-        lock.close()  # a failed run removed the file before this lock: lock the next one
-
-
 def copy_history(
     folder: Path,
     found: FoundCheckpoint,
@@ -309,7 +280,7 @@ def copy_history(
         target = folder / f"{name}.jsonl"
         source = target if origin is None else origin / target.name
         if source.resolve() != target.resolve() and source.is_file():
-            write_durably(target, source.read_bytes()[:length])
+            write_durably(target, read_regular(source)[:length])
         if not target.is_file() or target.stat().st_size < length:
             warn(f"{target} lacks records from before step {header.step}")
     inside, best_step = folder / "checkpoints", header.progress.best_step

@@ -48,12 +48,19 @@ def obstacle() -> str | None:
             f"numba needs about {LEAST_ROOM / 1e6:.0f} MB of address space to compile, but the limit (ulimit -v or -d) "
             f"leaves {room / 1e6:.0f} MB: raise it with ulimit -v unlimited, or where it is set"
         )
+    return _defect(installed)
+
+
+def _defect(installed: str) -> str | None:
+    """Return why this version of numba, which is installed, does not work."""
     try:
         with _no_garbage_collection():
-            importlib.import_module("numba")
+            numba = importlib.import_module("numba")
     except (ImportError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return f"numba {installed} does not work here ({reason}): {INSTALL}, in a new environment"
+    if numba.config.DISABLE_JIT:
+        return "NUMBA_DISABLE_JIT forbids numba to compile: unset this variable"
     return None
 
 

@@ -5,7 +5,7 @@ import struct
 import sys
 import zlib
 from dataclasses import replace
-from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,7 +13,9 @@ import pytest
 from distdl import evaluate
 from distdl import train as train_command
 from distdl.config import TrainConfig
-from distdl.data.sources import image_files, load
+from distdl.data import room
+from distdl.data.sources import images as images_module
+from distdl.data.sources import load
 from distdl.engine import train
 from distdl.errors import DamagedFileError, UserError
 from distdl.image_options import ImageOptions
@@ -306,11 +308,11 @@ def test_images_of_16_bits_that_use_12_are_noted(tmp_path):
 
 
 def test_more_images_than_memory_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_files, "available_bytes", lambda: 6 * 5 * 4 - 1)
+    monkeypatch.setattr(room, "available_bytes", lambda: 4 * (6 * 5 * 4 - 1))
     message = refusal(write(tmp_path, GRAY))
     assert "6 images of 5x4x1 (height x width x channels)" in message
     assert "give --resize" in message
-    monkeypatch.setattr(image_files, "available_bytes", lambda: 6 * 5 * 4)
+    monkeypatch.setattr(room, "available_bytes", lambda: 4 * 6 * 5 * 4)
     assert len(loaded(tmp_path).images) == 6
 
 
@@ -383,7 +385,8 @@ def test_refusals_of_the_system_are_named(tmp_path, monkeypatch):
         patch.setattr(np, "empty", lambda *_: (_ for _ in ()).throw(MemoryError))
         assert "there is not enough memory for" in refusal(tmp_path / "data")
     with monkeypatch.context() as patch:  # root may read every file, so the refusal is simulated
-        patch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        refuse = Mock(side_effect=PermissionError(13, "Permission denied"))
+        patch.setattr(images_module, "open_regular", refuse)
         assert "1.png' (it cannot be read (Permission denied))" in refusal(tmp_path / "data")
 
 

@@ -189,12 +189,12 @@ def test_a_header_that_declares_a_gigabyte_costs_what_the_file_holds(tmp_path):
     assert peak_bytes(lambda: assert_names_the_damage(path, "images", "1310720 elements")) < 2 * SMALL
 
 
-def test_more_than_two_gibibytes_are_refused_before_they_are_read(tmp_path):
-    path = written(tmp_path, idx_bytes(np.zeros(0), declared=(2**21, 2**5, 2**5)))
-    os.truncate(path, 16 + 2**31)  # a hole: it takes no space on the disk
+def test_more_than_the_memory_are_refused_before_they_are_read(tmp_path):
+    path = written(tmp_path, idx_bytes(np.zeros(0), declared=(2**31, 2**5, 2**5)))
+    os.truncate(path, 16 + 2**41)  # a hole: it takes no space on the disk
 
     def read():
-        with pytest.raises(UserError, match="declares 2147483664 bytes, expected at most") as caught:
+        with pytest.raises(UserError, match=r"2199.02 GB of memory are needed, but .* GB are available") as caught:
             read_idx(path, kind="images")
         assert not isinstance(caught.value, DamagedFileError)
 
@@ -234,10 +234,10 @@ def test_a_path_without_a_file_is_a_user_error(tmp_path, what, words):
 def test_a_file_without_permission_is_a_user_error(tmp_path, monkeypatch):
     path = written(tmp_path, idx_bytes(IMAGES))
 
-    def refuse(*_args):
+    def refuse(*_args, **_how):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)  # root may read every file, so the refusal is simulated
+    monkeypatch.setattr(idx, "open_regular", refuse)  # root may read every file, so the refusal is simulated
     with pytest.raises(UserError, match="cannot be read: Permission denied") as caught:
         read_idx(path, kind="images")
     assert not isinstance(caught.value, DamagedFileError)

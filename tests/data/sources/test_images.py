@@ -8,7 +8,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from distdl.data.sources.images import read_image
+from distdl.data.sources.images import _resized, read_image
 from distdl.errors import DamagedFileError, UserError
 from distdl.image_options import Resize
 
@@ -161,6 +161,14 @@ def test_crop_and_stretch_use_all_of_the_new_size_and_pad_fills_with_black(heigh
     expected[top : top + inner[0], left : left + inner[1]] = 255
     found = read_image(stream_of(white, "PNG"), resize=Resize(32, 48, "pad"), channels=1)[..., 0]
     assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("resize", ["32", "32x48", "224"])
+def test_an_image_of_any_size_can_be_cropped(resize):
+    wanted = Resize.parse(resize)
+    for side in range(30, 400, 7 if wanted.height == 224 else 1):
+        image = Image.new("L", (side, side + 15), 255)
+        assert np.asarray(_resized(image, wanted)).tobytes() == bytes([255]) * wanted.height * wanted.width
 
 
 def test_an_image_that_has_the_size_already_is_not_changed():

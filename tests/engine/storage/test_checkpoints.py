@@ -4,18 +4,21 @@ import errno
 import hashlib
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from distdl import regular_files
 from distdl.engine.storage import checkpoints, files
 from distdl.engine.storage.checkpoints import Checkpoint
+from distdl.engine.storage.restoring import copy_tensors
 from distdl.errors import DamagedFileError, UserError
 
 
-def small(value):
-    return Checkpoint({"w": np.full(3, value, np.float32), "step": np.array([value])}, {"step": value, "config": {}})
+def small(value, step=None):
+    """Return a checkpoint of a step, by default number `value`, with this value in its tensors."""
+    step = value if step is None else step
+    return Checkpoint({"w": np.full(3, value, np.float32), "step": np.array([step])}, {"step": step, "config": {}})
 
 
 class Killed(BaseException):
@@ -75,12 +78,13 @@ def install(monkeypatch, **settings):
     disk = FlakyDisk(**settings)
     monkeypatch.setattr(files, "os", disk)
     monkeypatch.setattr(checkpoints, "os", disk)
+    monkeypatch.setattr(regular_files, "os", disk)
     return disk
 
 
-def newest_intact_step(folder):
+def newest_intact_value(folder):
     found = checkpoints.newest_intact(folder)
-    return None if found is None else found[1].header["step"]
+    return None if found is None else int(found[1].tensors["w"][0])
 
 
 @pytest.fixture
@@ -100,19 +104,19 @@ DISK_ERRORS = errors(errno.ENOSPC, errno.EIO, errno.EDQUOT)
 @pytest.mark.parametrize("target", [1, 2], ids=["over the old file", "next to the old file"])
 def test_an_interruption_at_any_byte_of_a_write_leaves_the_old_checkpoint(folder, monkeypatch, target, failure):
     path = checkpoints.path_of_step(folder, target)
-    size = len(b"".join(checkpoints.encoded(small(2))))
+    size = len(b"".join(checkpoints.encoded(small(2, target))))
     for count in range(size):
         with monkeypatch.context() as patched:
             install(patched, bytes_until=count, failure=failure)
             with pytest.raises(Killed if failure is Killed else OSError):
-                checkpoints.write(path, small(2))
-        assert newest_intact_step(folder) == 1, f"after {count} of {size} bytes"
+                checkpoints.write(path, small(2, target))
+        assert newest_intact_value(folder) == 1, f"after {count} of {size} bytes"
         if failure is not Killed:
             assert [path.name for path in folder.iterdir()] == ["step-000000001.safetensors"]
     with monkeypatch.context() as patched:
         install(patched, bytes_until=size, failure=failure)
-        checkpoints.write(path, small(2))
-    assert newest_intact_step(folder) == 2
+        checkpoints.write(path, small(2, target))
+    assert newest_intact_value(folder) == 2
 
 
 @pytest.mark.parametrize("once", [True, False], ids=["once", "from then on"])
@@ -127,18 +131,18 @@ def test_an_interruption_at_any_system_call_leaves_the_old_checkpoint_or_the_new
         with monkeypatch.context() as patched:
             disk = install(patched, calls_until=calls, failure=failure, once=once)
             try:
-                checkpoints.write(path, small(2))
+                checkpoints.write(path, small(2, target))
                 checkpoints.remove_old(folder, target, keep=1, best_step=None)
             except (Killed, OSError):
                 cut_off.append(disk.made[calls])
-        outcomes.append(newest_intact_step(folder))
+        outcomes.append(newest_intact_value(folder))
         if len(cut_off) == calls:
             break
     # First the folder, the remains of an earlier kill, the temporary file and the rename. Then the new file is read
     # back, and older ones are removed.
     durably = ["open", "unlink", "open", "writev", "fsync", "close", "rename", "fsync", "close"]
     assert cut_off[: len(durably)] == durably
-    assert cut_off[len(durably) :][:3] == ["open", "listdir", "open"]
+    assert cut_off[len(durably) :][:4] == ["open", "fstat", "listdir", "open"]
     assert outcomes == [1] * (durably.index("rename") + 1) + [2] * (len(cut_off) - durably.index("rename"))
 
 
@@ -146,7 +150,7 @@ def test_an_interruption_at_any_system_call_leaves_the_old_checkpoint_or_the_new
 def test_short_writes_are_continued(folder, monkeypatch, piece):
     install(monkeypatch, piece=piece)
     checkpoints.write(checkpoints.path_of_step(folder, 2), small(2))
-    assert newest_intact_step(folder) == 2
+    assert newest_intact_value(folder) == 2
 
 
 def test_a_write_that_is_short_at_any_byte_is_continued(folder, monkeypatch):
@@ -155,7 +159,7 @@ def test_a_write_that_is_short_at_any_byte_is_continued(folder, monkeypatch):
         with monkeypatch.context() as patched:
             install(patched, bytes_until=count, failure=None, once=True)
             checkpoints.write(checkpoints.path_of_step(folder, 2), small(2))
-        assert newest_intact_step(folder) == 2
+        assert newest_intact_value(folder) == 2
         checkpoints.path_of_step(folder, 2).unlink()
 
 
@@ -163,7 +167,7 @@ def test_a_disk_that_writes_nothing_and_gives_no_reason_is_an_error_and_no_endle
     install(monkeypatch, bytes_until=100, failure=None)
     with pytest.raises(OSError, match="writes no bytes"):
         checkpoints.write(checkpoints.path_of_step(folder, 2), small(2))
-    assert newest_intact_step(folder) == 1
+    assert newest_intact_value(folder) == 1
 
 
 def test_more_tensors_than_one_system_call_takes_are_written(tmp_path):
@@ -212,7 +216,7 @@ def test_the_remains_of_a_kill_do_not_prevent_the_next_write(folder):
     path = checkpoints.path_of_step(folder, 2)
     (folder / (path.name + files.TEMPORARY_SUFFIX)).write_text("x" * 10_000)
     checkpoints.write(path, small(2))
-    assert newest_intact_step(folder) == 2
+    assert newest_intact_value(folder) == 2
     assert len(list(folder.iterdir())) == 2
 
 
@@ -232,7 +236,7 @@ def test_every_flipped_bit_and_every_truncation_is_named_and_the_previous_checkp
     path = checkpoints.path_of_step(folder, 2)
     whole = b"".join(checkpoints.encoded(small(2)))
     path.write_bytes(whole)
-    assert newest_intact_step(folder) == 2
+    assert newest_intact_value(folder) == 2
     for data in damaged_copies(whole):
         path.write_bytes(data)
         taken, checkpoint, complaints = checkpoints.newest_intact(folder)
@@ -244,7 +248,6 @@ def test_every_flipped_bit_and_every_truncation_is_named_and_the_previous_checkp
 def test_a_file_that_its_disk_does_not_return_is_damaged_and_the_previous_one_is_used(folder, monkeypatch):
     path = checkpoints.path_of_step(folder, 2)
     checkpoints.write(path, small(2))
-    fdopen = os.fdopen
 
     class Unreadable:
         def __init__(self, file):
@@ -262,11 +265,11 @@ def test_a_file_that_its_disk_does_not_return_is_damaged_and_the_previous_one_is
         def read(self, *_):
             raise OSError(errno.EIO, "Input/output error")
 
-    def broken(handle, mode):
-        file = fdopen(handle, mode)
-        return Unreadable(file) if Path(f"/proc/self/fd/{handle}").readlink() == path else file
+    def broken(opened, **how):
+        file = regular_files.open_regular(opened, **how)
+        return Unreadable(file) if opened == path else file
 
-    monkeypatch.setattr(os, "fdopen", broken)
+    monkeypatch.setattr(checkpoints, "open_regular", broken)
     taken, _, complaints = checkpoints.newest_intact(folder)
     assert taken == checkpoints.path_of_step(folder, 1)
     assert complaints == [f"{path} is damaged: the disk cannot read it (Input/output error)"]
@@ -395,7 +398,7 @@ def test_a_header_with_nan_is_never_written(tmp_path):
 )
 def test_a_checkpoint_of_another_model_is_refused_and_the_tensor_is_named(other, named):
     with pytest.raises(UserError, match=f"x is a checkpoint of another model or version: {named}"):
-        checkpoints.restore(small(1), list(other.items()), "x")
+        copy_tensors(small(1), list(other.items()), "x")
     assert not any(array.any() for array in other.values())
 
 

@@ -4,6 +4,7 @@ import gc
 import importlib
 import os
 from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,6 +39,10 @@ OBSTACLES = {
     "broken": (
         (importlib, "import_module", raises(ImportError("Numba needs NumPy 2.3 or less. Got NumPy 2.9.\nmore"))),
         "does not work here (Numba needs NumPy 2.3 or less. Got NumPy 2.9.)",
+    ),
+    "switched off": (
+        (importlib, "import_module", lambda _: SimpleNamespace(config=SimpleNamespace(DISABLE_JIT=1))),
+        "NUMBA_DISABLE_JIT forbids numba to compile: unset",
     ),
     "no library": ((importlib, "import_module", raises(OSError("libllvmlite.so: cannot open"))), "does not work here"),
 }

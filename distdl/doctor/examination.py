@@ -1,0 +1,184 @@
+"""The facts that one rank finds out alone: its launcher, cores, threads, versions, and those of its host.
+
+Every function returns plain JSON values. The first part needs neither NumPy nor MPI.
+"""
+
+import ctypes
+import errno
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from hashlib import blake2b
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import distdl
+from distdl.errors import UserError
+from distdl.job.launched_by import read_launch
+from distdl.job.mpirun_command import find_mpirun
+
+Facts = dict[str, Any]
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  the kernel's shared memory, not a file of ours
+#: The variables that set the number of threads or the cores of a library, as the user has set them.
+THREADS = (
+    *("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS"),
+    *("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"),
+)
+#: The number of ranks on this host, as Open MPI and MPICH tell it.
+RANKS_OF_HOST = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+PACKAGES = ("numpy", "mpi4py", "numba")
+SECONDS_FOR_MPIRUN = 20
+#: The reduction to time: the float32 gradient of SimpleConvNet on MNIST.
+FLOATS = 434_000
+
+
+def of_process(environment: Mapping[str, str] = os.environ) -> Facts:
+    """Return the facts about this process and its host that are known before NumPy and MPI are loaded."""
+    launch = read_launch(environment)
+    memory = os.statvfs(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
+    return {
+        "host": socket.gethostname(),
+        "rank": launch.rank,
+        "by": launch.by,
+        "expected": launch.size,
+        "on_host": next((int(text) for name in RANKS_OF_HOST if (text := environment.get(name, "")).isdecimal()), 1),
+        "cores": sorted(os.sched_getaffinity(0)),
+        "cores_of_host": os.cpu_count(),
+        "quota": cpu_quota(),
+        "threads": {name: environment[name] for name in THREADS if environment.get(name)},
+        "shared_memory": None if memory is None else memory.f_bavail * memory.f_frsize,
+        "versions": {"distdl": distdl.__version__, "Python": platform.python_version()}
+        | {name: _version_of(name) for name in PACKAGES},
+        "sources": _hash_of_sources(),
+        "python": sys.executable,
+    }
+
+
+def allocated_hosts(environment: Mapping[str, str] = os.environ) -> int | None:
+    """Return the number of hosts that the scheduler gave to this job; None if no scheduler says so."""
+    if environment.get("SLURM_JOB_NUM_NODES", "").isdecimal():
+        return int(environment["SLURM_JOB_NUM_NODES"])
+    if "PBS_NODEFILE" in environment:
+        try:
+            return len(set(Path(environment["PBS_NODEFILE"]).read_text(encoding="utf-8").split()))
+        except OSError:
+            return None
+    words = environment.get("LSB_MCPU_HOSTS", "").split()  # host, slots, host, slots ...
+    return len(words) // 2 or None
+
+
+def mpirun_of_this_python() -> Facts:
+    """Return the path of the `mpirun` that this Python would use, and its kind: Open MPI, MPICH or unknown."""
+    try:
+        path = find_mpirun()
+        done = subprocess.run(
+            [path, "--version"],
+            env=os.environ.copy(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SECONDS_FOR_MPIRUN,
+            check=False,
+        )
+    except UserError:
+        return {"path": None, "kind": None}
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"path": str(path), "kind": None, "error": str(error)}
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split())[:200]
+        return {"path": str(path), "kind": None, "error": f"exit code {done.returncode}: {said}"}
+    if re.search(r"\(Open ?(MPI|RTE)\)", done.stdout):
+        return {"path": str(path), "kind": "Open MPI"}
+    return {"path": str(path), "kind": "MPICH" if re.search("HYDRA|Intel", done.stdout) else None}
+
+
+def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Return the number of cores whose time this control group may use, as set by ``docker run --cpus``."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            words = " ".join((root / name).read_text(encoding="utf-8") for name in names).split()
+        except OSError:
+            continue
+        if len(words) == 2 and all(word.isdecimal() and int(word) for word in words):
+            return int(words[0]) / int(words[1])
+    return None
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _hash_of_sources() -> str:
+    folder = Path(distdl.__file__).parent
+    digest = blake2b(digest_size=6)
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def of_libraries(*, fingerprint: bool) -> Facts:
+    """Return the facts that need NumPy, and the fingerprint if this rank computes it for its host."""
+    from distdl.engine.environment import blas_threads, kernel_family  # noqa: PLC0415  it imports NumPy
+    from distdl.nn.kernels.choice import obstacle  # noqa: PLC0415
+
+    disobeys = None
+    try:
+        with blas_threads(1):
+            pass
+    except UserError as error:
+        disobeys = str(error)
+    facts = {
+        "cores": sorted(os.sched_getaffinity(0)),  # a library may have bound this process when it was loaded
+        "blas_disobeys": disobeys,
+        "kernels": kernel_family(),
+        "no_compiled_kernels": obstacle(),
+    }
+    return facts | ({"fingerprint": _fingerprint()} if fingerprint else {})
+
+
+def _fingerprint() -> dict[str, str]:
+    """Return the fingerprint of the small default training with NumPy's kernels."""
+    from distdl.config import TrainConfig  # noqa: PLC0415
+    from distdl.engine.environment import numerics  # noqa: PLC0415  it imports NumPy
+    from distdl.engine.fingerprint import fingerprint  # noqa: PLC0415
+    from distdl.engine.user_code import network_builder, read_data  # noqa: PLC0415
+    from distdl.rng import Key  # noqa: PLC0415
+
+    config = TrainConfig(kernels="numpy").checked()
+    data = read_data(config, None)
+    height, width, channels = data.images.shape[1:]
+    network = network_builder(config.model, config.model_settings, None)((height, width, channels), 10)
+    network.initialize(Key(0))
+    with numerics(1):
+        return fingerprint(config, data, network)
+
+
+def read_of_other_process(pid: int, address: int) -> str | None:
+    """Read 8 bytes of another process, as MPI does for large messages; return why that fails, or None."""
+    buffer = ctypes.create_string_buffer(8)
+    own, other = (_Span(ctypes.addressof(buffer), 8), _Span(address, 8))
+    read = ctypes.CDLL(None, use_errno=True).process_vm_readv(
+        ctypes.c_int(pid),
+        ctypes.byref(own),
+        ctypes.c_ulong(1),
+        ctypes.byref(other),
+        ctypes.c_ulong(1),
+        ctypes.c_ulong(0),
+    )
+    return None if read == 8 else errno.errorcode.get(ctypes.get_errno(), "a short read")
+
+
+class _Span(ctypes.Structure):
+    """The ``struct iovec`` of C."""
+
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))

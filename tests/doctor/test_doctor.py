@@ -1,0 +1,250 @@
+"""The doctor as a command, alone and under the mpirun of this environment; it ends, whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from distdl.doctor import examination, supervisor
+from distdl.doctor.supervisor import examined
+from distdl.errors import UserError
+from distdl.job.mpirun_command import environment_for, mpirun_command
+
+DOCTOR = [sys.executable, "-m", "distdl.doctor"]
+ALONE = {"launcher", "hosts", "cores", "threads", "shared memory", "arithmetic", "versions", "run folder", "locks"}
+
+
+def levels(done):
+    """Return the level of each check of a report in JSON."""
+    assert done.stderr == ""
+    report = json.loads(done.stdout)
+    assert report["exit_code"] == done.returncode
+    return {finding["check"]: finding["level"] for finding in report["findings"]}
+
+
+@pytest.fixture
+def doctor(run_program, tmp_path):
+    """Return a function that runs the doctor in an empty folder, without a launcher unless `before` names one."""
+
+    def run(*flags, before=(), **variables):
+        return run_program([*before, *DOCTOR, *flags], cwd=tmp_path, env=os.environ | variables, timeout=120)
+
+    return run
+
+
+def test_one_process_is_examined_without_a_launcher(doctor, tmp_path):
+    done = doctor("--json", "--run-dir", "new/run")
+    found = levels(done)
+    assert found.keys() == ALONE
+    assert "broken" not in found.values(), done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_report_fits_80_columns_and_ends_with_a_verdict(doctor):
+    done = doctor()
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[-1].startswith(("fine: ", "works, but "))
+    assert done.stdout.isascii()
+
+
+def test_two_ranks_are_examined_together(run_job, tmp_path):
+    done = run_job(mpirun_command(2, [*DOCTOR, "--json", "--ranks", "2"]), timeout=120, cwd=tmp_path)
+    found = levels(done)
+    assert found.keys() == ALONE | {"memory access", "within a host", "failures"}
+    assert "broken" not in found.values(), done.stdout
+    assert "2 ranks" in done.stdout
+
+
+def test_more_ranks_than_cores_work_but_slowly(run_job, tmp_path):
+    done = run_job(mpirun_command(3, ["taskset", "-c", one_core(), *DOCTOR, "--json"]), timeout=120, cwd=tmp_path)
+    assert levels(done)["cores"] == "slow"
+    assert done.returncode == 1
+
+
+def one_core():
+    return str(min(os.sched_getaffinity(0)))
+
+
+def test_a_wrong_number_of_ranks_is_broken(run_job, tmp_path):
+    done = run_job(mpirun_command(2, [*DOCTOR, "--ranks", "3"]), timeout=120, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "3 ranks are expected, MPI has 2" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "variables", [{"PMI_RANK": "0", "PMI_SIZE": "2"}, {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}]
+)
+def test_a_launcher_that_does_not_fit_is_named_with_the_right_one(doctor, variables, needs_mpirun):
+    done = doctor("--timeout", "20", **variables)
+    assert done.returncode == 2
+    assert "broken  launcher" in done.stdout
+    assert "fix: " in done.stdout
+    assert ("srun --mpi=pm" in done.stdout) == ("SLURM_PROCID" in variables)
+
+
+def test_a_rank_that_does_not_start_is_named_in_time(needs_mpirun, tmp_path):
+    """Rank 1 never starts MPI. Without the limit, rank 0 would wait forever."""
+    command = mpirun_command(1, [*DOCTOR, "--timeout", "8", ":", "-n", "1", "sleep", "300"])
+    started = time.monotonic()
+    done = subprocess.run(
+        command.argv,
+        env=environment_for(command),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert time.monotonic() - started < 90
+    assert done.returncode == 2, done.stderr
+    assert "waited 8 s for 1 other rank to start MPI" in " ".join(done.stdout.split())
+    assert "fine    arithmetic" in done.stdout  # the facts so far
+
+
+def test_a_folder_without_access_is_broken(doctor, tmp_path):
+    done = doctor("--json", "--run-dir", "/proc/no/run")
+    assert levels(done)["run folder"] == "broken"
+
+
+def small_shared_memory(size):
+    """Return the beginning of a command line with this much shared memory; skip the test if that is not possible."""
+    script = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
+    start = ["unshare", "--mount", "sh", "-c", script, "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*start, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no mount namespaces here")
+    return start
+
+
+@pytest.mark.parametrize("size", ["2m", "60m"])
+def test_small_shared_memory_is_named_even_if_mpi_ends_by_a_bus_error(run_program, size, needs_mpirun, tmp_path):
+    command = mpirun_command(2, [*DOCTOR, "--timeout", "30"])
+    start = small_shared_memory(size)
+    done = run_program([*start, *command.argv], env=environment_for(command), cwd=tmp_path, timeout=120)
+    said = done.stdout + done.stderr  # the launcher may end rank 0 before its report; then another rank speaks
+    assert "MB free in /dev/shm" in said
+    assert "--shm-size=" in said
+    assert done.returncode != 0
+
+
+# the parts
+
+
+def test_the_child_that_never_ends_is_killed_and_its_stage_named():
+    def wait(tell):
+        tell.facts(pid=os.getpid())
+        tell.stage("nobody")
+        signal.pause()
+
+    outcome = examined(wait, 0.5, notices=False, name="rank 0")
+    assert re.fullmatch(r"waited \d+ s for nobody", outcome.failure)
+    with pytest.raises(ProcessLookupError):
+        os.kill(outcome.facts["pid"], 0)
+
+
+@pytest.mark.parametrize(
+    ("end", "failure", "error"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "ended by SIGKILL during: MPI to start", None),
+        (lambda: os._exit(7), "ended with code 7 during: MPI to start", None),
+        (lambda: raising(UserError("no room")), None, "no room"),
+        (lambda: raising(ImportError("no numpy")), None, "ImportError: no numpy"),
+    ],
+    ids=["signal", "exit", "user error", "import error"],
+)
+def test_every_end_of_the_child_is_reported(end, failure, error):
+    def examine(tell):
+        tell.facts(library="MPICH")
+        tell.stage("MPI to start")
+        end()
+
+    outcome = examined(examine, 20, notices=False, name="rank 0")
+    assert (outcome.failure, outcome.facts.get("error")) == (failure, error)
+    assert outcome.facts["library"] == "MPICH"
+
+
+def raising(error):
+    raise error
+
+
+def test_a_long_stage_is_named_before_it_is_ended(monkeypatch, capsys):
+    monkeypatch.setattr(supervisor, "SECONDS_TO_NOTICE", 0.1)
+
+    def examine(tell):
+        tell.stage("3 other ranks to start MPI")
+        signal.pause()
+
+    examined(examine, 1.2, notices=True, name="rank 0 on n1")
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"distdl: doctor: rank 0 on n1 has waited \d+ s for 3 other ranks to start MPI\n", said)
+
+
+def test_the_facts_of_this_process_need_no_numpy(run_program):
+    program = "import sys; from distdl.doctor.examination import of_process; of_process()\n"
+    program += "from distdl.doctor import judgement, __main__\nprint({'numpy', 'mpi4py'} & sys.modules.keys())"
+    assert run_program([sys.executable, "-c", program], timeout=60).stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2.0),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_the_time_limit_of_a_container_is_read(tmp_path, files, cores):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert examination.cpu_quota(tmp_path) == cores
+
+
+def test_thread_variables_are_those_of_the_user(doctor):
+    done = doctor("--json", OMP_NUM_THREADS="8")
+    [found] = [one for one in json.loads(done.stdout)["findings"] if one["check"] == "threads"]
+    assert (found["level"], "OMP_NUM_THREADS=8 has no effect" in found["text"]) == ("fine", True)
+
+
+@pytest.mark.mpi
+def test_rank_0_gathers_each_value_once(communicator):
+    from distdl.doctor.meeting import gathered
+
+    found = gathered(communicator, {"rank": communicator.rank, "text": "x" * communicator.rank})
+    expected = [{"rank": rank, "text": "x" * rank} for rank in range(communicator.size)]
+    assert found == (expected if communicator.rank == 0 else [])
+
+
+@pytest.mark.mpi
+def test_the_ranks_of_a_host_read_each_others_memory(communicator):
+    from distdl.doctor.meeting import memory_access
+
+    assert memory_access(communicator.host()) is None
+
+
+def test_memory_of_a_missing_process_cannot_be_read():
+    assert examination.read_of_other_process(2**22 + 1, 4096) == "ESRCH"
+
+
+@pytest.mark.mpi
+def test_every_host_sees_the_folder_of_rank_0(communicator, shared_tmp_path):
+    from distdl.doctor.meeting import check_folder
+
+    facts, seen = check_folder(communicator, communicator.host(), shared_tmp_path / "new" / "run")
+    communicator.barrier()
+    assert seen
+    assert (facts is None) == (communicator.rank > 0)
+    if facts is not None:
+        assert (facts["error"], facts["lock_error"]) == (None, None)
+        assert list(Path(shared_tmp_path).iterdir()) == []
