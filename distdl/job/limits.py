@@ -109,11 +109,11 @@ def why_too_few_processes(ranks: int) -> str | None:
     return f"{limit.found}; expected at least {used + needed}, for {ranks} ranks and {used} other threads of this user"
 
 
-def _threads_of_others() -> int:
+def _threads_of_others(proc: Path = Path("/proc")) -> int:
     """Return the number of this user's threads on this host, without the processes below the launcher."""
     launcher = next((process.pid for process in ancestors() if process.name in LAUNCHERS), os.getpid())
     below, count = {launcher}, 0
-    for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
+    for folder in sorted(proc.glob("[0-9]*"), key=lambda path: int(path.name)):
         with suppress(OSError):
             if folder.stat().st_uid != os.geteuid():
                 continue

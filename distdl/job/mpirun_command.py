@@ -80,6 +80,9 @@ def find_mpirun() -> Path:
     beside = str(Path(sys.executable).parent)
     found = shutil.which("mpirun", path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)]))
     if found is None:
+        for folder in (beside, *os.environ.get("PATH", os.defpath).split(os.pathsep)):
+            if Path(folder, "mpirun").is_file():
+                raise UserError(f"{folder}/mpirun has no execute permission: chmod +x {folder}/mpirun")
         raise UserError(
             f"no mpirun in {beside} and none on PATH: install an MPI into this environment with "
             "pip install 'distdl-mpi[mpich]', or train in one process with python -m distdl.train"
@@ -120,7 +123,7 @@ def _open_mpi_version(mpirun: Path) -> int | None:
     except OSError as error:
         if (reached := explained(error)) is not error:
             raise reached from error
-        raise UserError(f"{mpirun} cannot be started ({error.strerror}): {_remedy(error, mpirun)}") from error
+        raise UserError(f"{mpirun} does not work ({error.strerror}): {_remedy(error, mpirun)}") from error
     # Debian's launcher calls itself OpenRTE when started by its full name.
     found = re.search(r"\(Open ?(?:MPI|RTE)\) (\d+)", answer.stdout)
     return int(found[1]) if found else None

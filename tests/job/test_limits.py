@@ -126,18 +126,16 @@ def test_the_threads_of_all_ranks_are_counted_before_they_start(others, ranks, f
         assert f"expected at least {others + 5 * ranks}, for {ranks} ranks" in why
 
 
-def test_the_threads_of_this_job_are_not_those_of_others(monkeypatch):
-    mine = subprocess.Popen(["sleep", "600"])
-    try:
-        counted = limits._threads_of_others()
-        launcher = Process(os.getpid(), "mpirun", "S", 1, 0)
-        monkeypatch.setattr(limits, "ancestors", lambda: iter([launcher]))
-        assert limits._threads_of_others() == counted
-        monkeypatch.setattr(limits, "ancestors", lambda: iter([Process(mine.pid, "mpirun", "S", 1, 0)]))
-        assert limits._threads_of_others() > counted
-    finally:
-        mine.kill()
-        mine.wait()
+def test_the_threads_of_this_job_are_not_those_of_others(monkeypatch, tmp_path):
+    parents, threads = {10: 1, 11: 10, 12: 11, 20: 1, 21: 20}, {10: 2, 11: 3, 12: 4, 20: 7, 21: 1}
+    for pid, count in threads.items():
+        for task in range(count):
+            (tmp_path / str(pid) / "task" / str(task)).mkdir(parents=True)
+    monkeypatch.setattr(limits, "look_at", lambda pid: Process(pid, "sh", "S", parents[pid], 0))
+    monkeypatch.setattr(limits, "ancestors", lambda: iter([Process(10, "mpirun", "S", 1, 0)]))
+    assert limits._threads_of_others(tmp_path) == 8
+    monkeypatch.setattr(limits, "ancestors", lambda: iter([]))
+    assert limits._threads_of_others(tmp_path) == 17
 
 
 def test_root_has_no_limit_of_processes(monkeypatch):
