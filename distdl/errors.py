@@ -46,6 +46,10 @@ class DamagedFileError(UserError):
     exit_code = EXIT_DAMAGED
 
 
+class TooSmallError(UserError):
+    """The images are too small for a layer."""
+
+
 class DivergedError(UserError):
     """The loss, a gradient or the weights are no longer finite; usually the learning rate is too large."""
 
