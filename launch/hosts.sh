@@ -81,9 +81,9 @@ if [ -n "${RSH-}" ]; then
     export PRTE_MCA_plm_ssh_agent=$RSH OMPI_MCA_plm_rsh_agent=$RSH # Open MPI 5, 4
 fi
 if [ -n "$check" ]; then
-    job=("$python" -m distdl.mpirun -n "$total" --hosts "$hosts" -- doctor)
+    job=("$python" -P -m distdl.mpirun -n "$total" --hosts "$hosts" -- doctor)
 else
-    job=("$python" -m distdl.mpirun -n "$total" --hosts "$hosts" --doctor "${words[@]}" -- "$@")
+    job=("$python" -P -m distdl.mpirun -n "$total" --hosts "$hosts" --doctor "${words[@]}" -- "$@")
 fi
 if [ -n "$dry_run" ]; then
     printf '%q ' "${job[@]}" && echo
@@ -92,8 +92,8 @@ fi
 
 # Every host is asked at the same time, and has 30 seconds for its answer.
 versions='import distdl; from importlib.metadata import version as v; print(distdl.__version__, v("numpy"), v("mpi4py"))'
-ours=$("$python" -c "$versions") || fail "$python cannot import distdl: install it with $python -m pip install distdl-mpi"
-command=$(printf '%q ' env ${PYTHONPATH:+"PYTHONPATH=$PYTHONPATH"} "$python" -c "$versions")
+ours=$("$python" -P -c "$versions") || fail "$python cannot import distdl: install it with $python -m pip install distdl-mpi"
+command=$(printf '%q ' env ${PYTHONPATH:+"PYTHONPATH=$PYTHONPATH"} "$python" -P -c "$versions")
 answers=$(mktemp -d)
 trap 'rm -rf "$answers"' EXIT
 for name in "${names[@]}"; do

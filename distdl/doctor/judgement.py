@@ -341,7 +341,9 @@ def _folder(facts: Facts, ranks: list[Facts]) -> Findings:
         else:
             yield Finding("run folder", FINE, free + ("; all hosts see it" if len(_of_hosts(ranks)) > 1 else ""))
     if found["lock_error"]:
-        yield Finding("locks", BROKEN, f"files in {found['path']} cannot be locked: {found['lock_error']}", other)
+        yield Finding(
+            "locks", BROKEN, f"files in {found['path']} cannot be locked: {found['lock_error']}", "--lock link"
+        )
     else:
         yield Finding("locks", FINE, "files of the run can be locked")
 

@@ -57,7 +57,7 @@ def test_data_beyond_the_limit_are_refused_in_one_line_before_they_are_in_memory
     finally:
         tracemalloc.stop()
     assert peak < NEEDED * 1e9 / 4 + 4e6
-    words = ("GB of memory are needed, and the limit is 0.00 GB (--data-gigabytes): ", "--data-gigabytes 0.1")
+    words = ("MB of memory are needed, and at most 2.62 MB are allowed (--data-gigabytes): ", "--data-gigabytes 0.1")
     assert [word for word in words if word not in str(refused.value)] == []
     assert "\n" not in str(refused.value)
     assert len(load(name, tmp_path, ImageOptions(data_gigabytes=2 * NEEDED)).images) == IMAGES
@@ -65,7 +65,7 @@ def test_data_beyond_the_limit_are_refused_in_one_line_before_they_are_in_memory
 
 def test_an_array_of_images_to_predict_has_the_same_limit(tmp_path):
     make_npz(tmp_path)
-    with pytest.raises(UserError, match=r"x.npz': 0.01 GB of memory are needed, and the limit is"):
+    with pytest.raises(UserError, match=r"x.npz': 10.49 MB of memory are needed, and at most"):
         load_images(f"{tmp_path}/x.npz:images", Room(NEEDED / 4))
     assert len(load_images(f"{tmp_path}/x.npz:images", Room(2 * NEEDED))) == IMAGES
 
@@ -74,13 +74,25 @@ def test_the_limit_is_a_quarter_of_the_available_memory_and_never_more_than_that
     monkeypatch.setattr(room_module, "available_bytes", lambda: 8e9)
     monkeypatch.setattr(room_module, "available_to_this_process", lambda: 6e9)
     room = Room()
-    room.take("x", 1e9)
-    with pytest.raises(UserError, match=r"^x: 2.00 GB of memory are needed, and the limit is 1.50 GB \(a quarter of"):
-        room.take("x", 1e9)
-    Room(5.5).take("x", 5e9)
+    room.take("x", 1e9, 1e9)
+    with pytest.raises(
+        UserError, match=r"^x: 2.00 GB of memory are needed, and at most 1.50 GB are allowed \(a quarter"
+    ):
+        room.take("x", 1e9, 1e9)
+    Room(5.5).take("x", 5e9, 0)
     for limit in (Room(), Room(7.0)):
         with pytest.raises(UserError, match=r"^x: 6.50 GB of memory are needed, but 6.00 GB are available: give"):
-            limit.take("x", 6.5e9)
+            limit.take("x", 6.5e9, 6.5e9)
+
+
+def test_small_files_may_not_expand_into_gigabytes_on_a_large_host(monkeypatch):
+    monkeypatch.setattr(room_module, "available_bytes", lambda: 1e12)
+    monkeypatch.setattr(room_module, "available_to_this_process", lambda: 1e12)
+    with pytest.raises(UserError, match=r"^x: 2.00 GB .* at most 1.07 GB are allowed \(for 1.90 MB of files\): give"):
+        Room().take("x", 2e9, 1.9e6)
+    Room().take("x", 1e9, 1.9e6)
+    Room().take("x", 2e9, 5e7)
+    Room(2).take("x", 2e9, 1.9e6)
 
 
 def test_images_in_a_cache_take_no_memory(tmp_path):

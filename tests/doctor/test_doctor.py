@@ -111,6 +111,17 @@ def test_a_rank_that_does_not_start_is_named_in_time(needs_mpirun, tmp_path):
     assert "fine    arithmetic" in done.stdout  # the facts so far
 
 
+def test_the_launcher_starts_no_training_that_the_doctor_calls_broken(run_program, needs_mpirun, tmp_path):
+    words = ["-m", "distdl.mpirun", "-n", "2", "--doctor", "--module", "program", "--", "--run-dir", "/proc/no/run"]
+    (tmp_path / "program.py").write_text("print('started')")
+    done = run_program([sys.executable, *words], cwd=tmp_path, timeout=120)
+    assert (done.returncode, "started" in done.stdout) == (2, False)
+    assert "broken  run folder" in done.stdout
+    done = run_program([sys.executable, *words[:-2]], cwd=tmp_path, timeout=120)
+    assert (done.returncode, done.stdout.count("started")) == (0, 2), done.stdout + done.stderr
+    assert "broken" not in done.stdout
+
+
 def test_a_folder_without_access_is_broken(doctor, tmp_path):
     done = doctor("--json", "--run-dir", "/proc/no/run")
     assert levels(done)["run folder"] == "broken"

@@ -124,7 +124,7 @@ OTHER_VERSIONS = "the ranks run different versions of distdl: 0.1.0 on n1; 0.0.9
         ({}, in_folder(free=5e8), "run folder", SLOW, "0.5 GB free in runs", "--run-dir"),
         ({}, in_folder(free=1e6), "run folder", BROKEN, "0.0 GB free in runs", "--run-dir"),
         ({}, of_rank(2, sees_folder=False), "run folder", SLOW, "n2 does not see it", "shared/file/system"),
-        ({}, in_folder(lock_error="No locks available"), "locks", BROKEN, "No locks available", "--run-dir"),
+        ({}, in_folder(lock_error="No locks available"), "locks", BROKEN, "No locks available", "--lock link"),
         ({}, on_job(failure="rank 0 waited 60 s", failure_fix="do"), "waiting", BROKEN, "waited 60 s", "do"),
         ({}, on_job(error="no room for 9 MB: free some"), "examination", BROKEN, "no room for 9 MB", "free some"),
     ],

@@ -126,6 +126,16 @@ class SshHosts:
             name,
         ]
 
+    def kill_rank(self, name):
+        """Kill a rank of `distdl.train` on a host; return its process number."""
+        inside = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=True)
+        for pid in inside.stdout.split():
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if b"/python" in words[0] and b"distdl.train" in words:
+                os.kill(int(pid), signal.SIGKILL)
+                return int(pid)
+        raise AssertionError(f"no rank of distdl.train on {name}")
+
     def run(self, argv, *, cwd, env, timeout):
         """Run a command on the first host."""
         variables = {

@@ -83,7 +83,7 @@ def test_each_script_starts_with_the_doctor_or_can(script):
 def test_each_form_of_a_hostfile_gives_hosts_and_ranks(run, tmp_path, text, hosts, ranks):
     done = run("hosts.sh", hostfile(tmp_path, text), "--dry-run", "--restarts", "2", "--", "--model", "a b")
     assert (done.returncode, done.stderr) == (0, "")
-    start = [sys.executable, "-m", "distdl.mpirun", "-n", str(ranks), "--hosts", hosts]
+    start = [sys.executable, "-P", "-m", "distdl.mpirun", "-n", str(ranks), "--hosts", hosts]
     assert shlex.split(done.stdout) == [*start, "--doctor", "--restarts", "2", "--", "--model", "a b"]
 
 

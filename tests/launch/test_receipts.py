@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from distdl.job.mpirun_command import environment_for, mpirun_command
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 TRAINING = ["--dataset", "digits", "--max-steps", "12", "--seed", "3", "--kernels", "numpy"]
+LONGER = ["--model", "mlp", "--epochs", "40", "--kernels", "numpy", "--checkpoint-every", "20"]
 TRAIN = [sys.executable, "-m", "distdl.train", *TRAINING]
 #: Separate namespaces, as in a container: users, processes, network, mounts, host name, System V IPC.
 CONTAINER = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--net", "--mount", "--uts", "--ipc"]
@@ -46,8 +48,7 @@ def works(*command):
 
 
 @pytest.mark.usefixtures("needs_mpirun")
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("form", ["mpirun", "one container", "a container per rank"])
+@pytest.mark.parametrize(("form", "ranks"), [("mpirun", 3), ("one container", 2), ("a container per rank", 3)])
 def test_ranks_give_the_receipt_of_one_process(form, ranks, receipt, run_program, tmp_path):
     around = {"mpirun": [], "one container": CONTAINER, "a container per rank": []}[form]
     per_rank = PER_RANK if form == "a container per rank" else []
@@ -59,18 +60,53 @@ def test_ranks_give_the_receipt_of_one_process(form, ranks, receipt, run_program
     assert receipt_of(done) == receipt
 
 
-@pytest.mark.usefixtures("needs_mpirun")
-def test_two_hosts_by_ssh_give_the_receipt_of_one_process(receipt, tmp_path):
+@pytest.fixture
+def two_hosts(tmp_path, needs_mpirun):
+    """Return two hosts, and a function that starts `hosts.sh` on the first with two ranks on each."""
     reason = why_impossible()
     if reason is not None:
         pytest.skip(reason)
     with SshHosts(tmp_path / "ssh") as hosts:
         hostfile = tmp_path / "hostfile"
         hostfile.write_text("".join(f"{address}:2\n" for address in hosts.addresses))
-        words = [LAUNCH / "hosts.sh", hostfile, "--", *TRAINING]
-        env = os.environ | {"PYTHON": sys.executable}
-        done = hosts.run(words, cwd=tmp_path, env=env, timeout=200)
+
+        def run(*words):
+            env = os.environ | {"PYTHON": sys.executable}
+            return hosts.run([LAUNCH / "hosts.sh", hostfile, *words], cwd=tmp_path, env=env, timeout=280)
+
+        yield hosts, run
+
+
+def test_two_hosts_by_ssh_give_the_receipt_of_one_process(receipt, two_hosts):
+    hosts, run = two_hosts
+    done = run("--", *TRAINING)
     assert receipt_of(done) == receipt
     report = " ".join(done.stdout.split())
     assert f"2 hosts: {hosts.names[0]} has 2 ranks, {hosts.names[1]} has 2 ranks" in report
     assert "between hosts 2 hosts: allreduce" in report
+
+
+@pytest.mark.skipif(os.environ.get("DISTDL_FAULTS") != "full", reason="takes a minute: DISTDL_FAULTS=full runs it")
+def test_a_rank_killed_on_the_other_host_does_not_change_the_receipt(two_hosts, run_program, tmp_path):
+    """With Open MPI the others continue; with MPICH `--restarts` starts both hosts again."""
+    training = [*LONGER, "--run-dir", "run"]
+    expected = receipt_of(run_program([*TRAIN[:3], *LONGER, "--run-dir", "one"], cwd=tmp_path, timeout=200))
+    hosts, run = two_hosts
+    killed = []
+
+    def kill_when_it_trains():
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text().count("\n") > 4):
+            if over.wait(0.05):
+                return
+        killed.append(hosts.kill_rank(hosts.names[1]))
+
+    over = threading.Event()
+    killer = threading.Thread(target=kill_when_it_trains)
+    killer.start()
+    done = run("--restarts", "3", "--", *training, "--resume", "auto")
+    over.set()
+    killer.join()
+    assert receipt_of(done) == expected
+    assert killed
+    assert "was lost" in done.stdout or "restart 1 of 3" in done.stderr

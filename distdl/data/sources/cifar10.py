@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.data.dataset import Dataset
-from distdl.data.room import Room
+from distdl.data.room import Room, on_disk
 from distdl.data.sources.downloads import Published, download_all
 from distdl.errors import DamagedFileError, UserError, quoted
 from distdl.regular_files import NotRegularError, open_regular, read_regular
@@ -86,7 +86,7 @@ def _contents_in(data_dir: Path, room: Room) -> dict[str, bytes]:
 
 def _content(path: Path, room: Room) -> bytes:
     try:
-        room.take(quoted(path), path.stat().st_size)
+        room.take(quoted(path), path.stat().st_size, on_disk(path))
         return read_regular(path, follow=True, most=LARGEST_BYTES)
     except OSError as error:
         raise _unreadable(path, error) from error

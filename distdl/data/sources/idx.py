@@ -25,7 +25,7 @@ from typing import BinaryIO, Literal, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.data.room import Room
+from distdl.data.room import Room, on_disk
 from distdl.errors import DamagedFileError, UserError, quoted
 from distdl.regular_files import NotRegularError, open_regular
 
@@ -53,7 +53,7 @@ def read_idx(path: Path, *, kind: Kind, room: Room | None = None) -> NDArray[np.
             stream = stack.enter_context(gzip.GzipFile(fileobj=raw, mode="rb")) if compressed else raw
             shape = _read_header(stream, path, kind)
             _check_size(path, shape, file_bytes, compressed)
-            (room or Room()).take(quoted(path), math.prod(shape))
+            (room or Room()).take(quoted(path), math.prod(shape), on_disk(path))
             elements = _read_elements(stream, path, math.prod(shape))
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             _damaged(path, f"its gzip data cannot be decompressed ({error})", "an intact file")

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.data.dataset import Dataset
-from distdl.data.room import Room
+from distdl.data.room import Room, on_disk
 from distdl.data.sources import images
 from distdl.data.sources.image_cache import Decoded, Make, Pixels, read_cached
 from distdl.data.sources.images import OtherSizeError, UnusableImageError
@@ -161,9 +161,9 @@ def _decode_all(
                 unusable[file] = error
                 continue
             if found is None:
-                found = make(len(files), pixels.shape) if make else _empty(source, len(files), pixels, options)
+                found = make(len(files), pixels.shape) if make else _empty(source, files, pixels, options)
             elif pixels.shape[2] > found.shape[3]:
-                found = _with_colors(source, found, len(rows), pixels, options)
+                found = _with_colors(source, files, found, len(rows), pixels, options)
             found[len(rows)] = pixels
             rows.append(row)
             if row % IMAGES_MAPPED == 0:
@@ -233,20 +233,23 @@ def _suggested(sizes: Sequence[tuple[int, int]]) -> str:
     return f"{rounded[0]}x{rounded[1]}"
 
 
-def _empty(source: str, count: int, pixels: Pixels, options: ImageOptions) -> Pixels:
-    """Return an array for `count` images such as `pixels`; raise `UserError` if memory does not suffice."""
+def _empty(source: str, files: Sequence[Path], pixels: Pixels, options: ImageOptions) -> Pixels:
+    """Return an array for as many images such as `pixels`; raise `UserError` if memory does not suffice."""
     height, width, channels = pixels.shape
     smaller = "a smaller --resize" if options.resize else f"--resize {_suggested([(height, width)])}, for example"
     Room(options.data_gigabytes).take(
-        f"{count} images of {height}x{width}x{channels} (height x width x channels) in {source}",
-        count * pixels.size,
+        f"{len(files)} images of {height}x{width}x{channels} (height x width x channels) in {source}",
+        len(files) * pixels.size,
+        on_disk(*files),
         f"give {smaller}, or --cache FOLDER to keep the images on a disk",
     )
-    return np.empty((count, *pixels.shape), np.uint8)
+    return np.empty((len(files), *pixels.shape), np.uint8)
 
 
-def _with_colors(source: str, found: Pixels, count: int, pixels: Pixels, options: ImageOptions) -> Pixels:
+def _with_colors(
+    source: str, files: Sequence[Path], found: Pixels, count: int, pixels: Pixels, options: ImageOptions
+) -> Pixels:
     """Return the first `count` gray images with three channels, and room for the others."""
-    colored = _empty(source, len(found), pixels, options)
+    colored = _empty(source, files, pixels, options)
     colored[:count] = found[:count]  # one channel becomes three
     return colored

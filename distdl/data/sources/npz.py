@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from distdl.data.dataset import Dataset
 from distdl.data.image_shapes import canonical_images
 from distdl.data.labels import Unfit
-from distdl.data.room import Room
+from distdl.data.room import Room, on_disk
 from distdl.errors import DamagedFileError, DistdlError, UserError, quoted
 from distdl.regular_files import NotRegularError, open_regular
 
@@ -127,7 +127,8 @@ def _contents(
 ) -> tuple[dict[str, tuple[NDArray[Any], NDArray[Any]]], tuple[str, ...] | None]:
     """Return images and labels of each part, and the names of the classes."""
     names = _names_in(archive.files, path)
-    room.take(quoted(path), sum(_member(archive, path, name).file_size for name in archive.files))
+    sizes = [_member(archive, path, name).file_size for name in archive.files]
+    room.take(quoted(path), sum(sizes), on_disk(path))
     parts = {
         part: (_floats_as_float32(_array(archive, path, images)), _array(archive, path, labels))
         for part, (images, labels) in names.items()
@@ -253,7 +254,7 @@ def load_images(name: str, room: Room | None = None) -> NDArray[Any]:
 
     def read(archive: NpzFile) -> NDArray[Any]:
         array = _images_name(archive, path, wanted)
-        (room or Room()).take(quoted(path), _member(archive, path, array).file_size)
+        (room or Room()).take(quoted(path), _member(archive, path, array).file_size, on_disk(path))
         return _floats_as_float32(_array(archive, path, array))
 
     images = _read(path, read)
