@@ -439,8 +439,9 @@ def test_variables_left_over_from_another_job_are_named_with_the_line_that_remov
 
 
 @pytest.mark.parametrize("flags", [["--epochs=x"], ["--data-dir=nowhere", *MNIST]], ids=" ".join)
-def test_with_left_over_variables_any_other_error_is_printed_too(flags, used_folder):
-    assert_refused_once([*TRAIN, *flags], used_folder, USER, [], environment_with(**LEFT_OVER["Open MPI"]))
+def test_with_left_over_variables_any_other_error_is_printed_too(flags, used_folder, library):
+    environment = environment_with(**LEFT_OVER["Open MPI"])
+    assert_refused_once([*TRAIN, *flags], used_folder, USER, [], environment, sweeps=library == "Open MPI")
 
 
 def test_with_the_left_over_variables_of_another_launcher_the_ranks_of_a_real_one_report_once(used_folder, library):
