@@ -1,5 +1,6 @@
 """Are all ranks alike? Rank 0 sends a short hash; the texts themselves travel only if one differs."""
 
+import os
 import socket
 from hashlib import blake2b
 
@@ -9,6 +10,8 @@ from distdl.errors import UserError, listed
 from distdl.job.sources import version_and_hash
 from distdl.parallel.communicator import Bytes, Communicator
 
+#: The variable of MPICH by which ranks read each other's memory; `probes.py` turns it off.
+READING = "MPIR_CVAR_CH4_CMA_ENABLE"
 #: The hosts that a message names for each text.
 MOST_HOSTS = 4
 
@@ -27,6 +30,20 @@ def hosts_by_text(communicator: Communicator, text: str) -> dict[str, list[str]]
             if host not in hosts:
                 hosts.append(host)
     return found
+
+
+def check_same_access(communicator: Communicator) -> None:
+    """Raise `UserError` on every rank if some ranks of a host cannot read the memory of the others. Collective."""
+    found = hosts_by_text(communicator, os.environ.get(READING, "1"))
+    several = [
+        host for host in found.get("0", ()) if any(host in hosts for text, hosts in found.items() if text != "0")
+    ]
+    if several:
+        raise UserError(
+            f"on {listed(several, MOST_HOSTS)} some ranks are in a container and some not, so MPI cannot read their "
+            f"memory: start all ranks with {READING}=0 in their environment",
+            agreed=True,
+        )
 
 
 def digest_of(text: str) -> Bytes:

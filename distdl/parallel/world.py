@@ -28,7 +28,7 @@ from distdl.job.lifeline import end_with_the_launcher, pmi_is_gone
 from distdl.job.streams import say_line
 from distdl.parallel import shared
 from distdl.parallel.agreement import end_the_job, exit_code_of, together
-from distdl.parallel.alike import check_same_program
+from distdl.parallel.alike import check_same_access, check_same_program
 from distdl.parallel.communicator import Communicator, OneProcess
 from distdl.parallel.recovery import Survivors
 
@@ -135,6 +135,7 @@ def _checked(communicator: Communicator) -> Communicator:
     with suppress(RuntimeError):  # too many threads
         late.start()
     survivors.run(check_same_program)
+    survivors.run(check_same_access)
     survivors.run(lambda ranks: together(ranks, limits.check_room_for_blas))
     late.cancel()
     survivors.communicator.recovery_at_start = next(iter(survivors.recoveries), None)

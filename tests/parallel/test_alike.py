@@ -53,6 +53,18 @@ def test_another_version_on_a_host_is_refused_before_anything_else(monkeypatch):
     assert "0.1 (sources 11) on a; 0.2 (sources 22) on b: install the same version" in str(caught.value)
 
 
+@pytest.mark.parametrize(("mine", "mixed"), [("0", False), ("1", True)])
+def test_a_host_with_ranks_inside_and_outside_of_a_container_is_named(mine, mixed, monkeypatch):
+    monkeypatch.setenv(alike.READING, mine)
+    ranks = Pretended([["a", "1"], ["b", mine], ["b", "0"]], "1")
+    if mixed:
+        with pytest.raises(UserError, match=f"on b some ranks are in a container.*{alike.READING}=0") as caught:
+            alike.check_same_access(ranks)
+        assert caught.value.agreed
+    else:
+        alike.check_same_access(ranks)
+
+
 def test_one_process_is_like_itself():
     alike.check_same_program(OneProcess())
     assert np.array_equal(alike.digest_of("1"), alike.digest_of("1"))
