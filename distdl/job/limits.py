@@ -33,6 +33,7 @@ class Limit:
     letter: str
     what: str
     unit: int = 1
+    unit_name: str = ""
 
     @property
     def found(self) -> str | None:
@@ -49,12 +50,12 @@ class Limit:
             remedy = (
                 "it is a hard limit, so raise it where it is set: in the batch script, the container or limits.conf"
             )
-        return f"the limit of {self.what} is too small (ulimit -{self.letter} is {now}): {remedy}"
+        return f"the limit of {self.what} is too small (ulimit -{self.letter} is {now}{self.unit_name}): {remedy}"
 
 
 MEMORY = (
-    Limit(resource.RLIMIT_AS, "v", "address space in kB", 1024),
-    Limit(resource.RLIMIT_DATA, "d", "data in kB", 1024),
+    Limit(resource.RLIMIT_AS, "v", "address space", 1024, " kB"),
+    Limit(resource.RLIMIT_DATA, "d", "data", 1024, " kB"),
 )
 PROCESSES = (Limit(resource.RLIMIT_NPROC, "u", "processes and threads of this user"),)
 FILES = (Limit(resource.RLIMIT_NOFILE, "n", "open files"),)
@@ -80,7 +81,7 @@ def check_address_space() -> None:
     """Raise `UserError` if NumPy would end this process, without an exception, for lack of address space."""
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     if soft != resource.RLIM_INFINITY and soft < LEAST_ADDRESS_SPACE:
-        raise UserError(f"{MEMORY[0].found}; expected at least {LEAST_ADDRESS_SPACE // 1024}")
+        raise UserError(f"{MEMORY[0].found}; expected at least {LEAST_ADDRESS_SPACE // 1024} kB")
 
 
 def check_room_for_blas() -> None:
