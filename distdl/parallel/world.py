@@ -5,38 +5,23 @@ errors before and after MPI starts.
 """
 
 import importlib.util
-import os
 import sys
-import threading
 import time
 import warnings
-from contextlib import suppress
 
 from distdl.errors import DistdlError, HostError, UserError
-from distdl.job import leftovers, limits, probes
-from distdl.job.launched_by import (
-    KIN_OF_MPICH,
-    Launch,
-    compatible,
-    how_to_unset,
-    launcher_is_missing,
-    print_for_all_ranks,
-    read_launch,
-    variables_of,
-)
-from distdl.job.lifeline import end_with_the_launcher, pmi_is_gone
+from distdl.job import leftovers, limits
+from distdl.job.launched_by import Launch, compatible, print_for_all_ranks, read_launch
+from distdl.job.lifeline import end_with_the_launcher
 from distdl.job.streams import say_line
 from distdl.parallel import shared
-from distdl.parallel.agreement import end_the_job, exit_code_of, together
-from distdl.parallel.alike import check_same_access, check_same_program
+from distdl.parallel.agreement import end_the_job, exit_code_of
 from distdl.parallel.communicator import Communicator, OneProcess
-from distdl.parallel.recovery import Survivors
+from distdl.parallel.start_checks import checked, not_one_job, prepare_for_mpi
 
 INSTALL = "pip install 'distdl-mpi[mpich]'"
 #: Rank 0 usually has the same error. It gets this time to print it before another rank does.
 SECONDS_FOR_RANK_0 = 1.0
-#: The comparison of the ranks' programs takes milliseconds. A version of distdl without it never answers.
-SECONDS_TO_COMPARE = 20.0
 
 _world: Communicator | None = None
 
@@ -90,11 +75,11 @@ def _make_world(failure: UserError | None = None) -> Communicator:
     if not compatible(launch, mpi.vendor()):
         if launch.size == 1:
             return OneProcess(f"one process, without MPI ({mpi.vendor()} cannot start under {launch.by})")
-        raise _not_one_job(
+        raise not_one_job(
             launch,
             f"this Python has {mpi.library_name()}: use the mpirun of that library, as python -m distdl.mpirun does",
         )
-    _prepare_for_mpi(launch, mpi.vendor())
+    prepare_for_mpi(launch, mpi.vendor())
     with warnings.catch_warnings():
         # mpi4py warns about the mpirun of another MPI on each rank. We report it once, below, and only if it matters.
         warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
@@ -103,7 +88,7 @@ def _make_world(failure: UserError | None = None) -> Communicator:
     if launch.local_rank == 0:
         leftovers.sweep(shared.folders())
     if mpi.ranks_started() == 1 and launch.size > 1:
-        raise _not_one_job(
+        raise not_one_job(
             launch,
             f"each sees {communicator.description} with 1 rank: use the mpirun of that library, "
             "or srun with --mpi=pmi2 for MPICH and --mpi=pmix for Open MPI",
@@ -111,7 +96,7 @@ def _make_world(failure: UserError | None = None) -> Communicator:
     if communicator.rank == 0:
         print_for_all_ranks()  # the launcher's variables may tell another rank
     if _world is None:
-        communicator = _checked(communicator)
+        communicator = checked(communicator)
     _end_the_job_on_uncaught_exceptions(communicator)
     return communicator
 
@@ -124,58 +109,7 @@ def _without_mpi(launch: Launch, error: Exception) -> Communicator:
     if launch.size == 1:
         return OneProcess(f"one process, without MPI ({reason})")
     why = f"mpi4py finds no MPI library here ({reason}): {INSTALL} in this environment"
-    raise _not_one_job(launch, why) from error
-
-
-def _checked(communicator: Communicator) -> Communicator:
-    """Return the surviving ranks, with the same program and room to compute; raise `UserError` on all. Collective."""
-    survivors = Survivors(communicator)
-    late = threading.Timer(SECONDS_TO_COMPARE, _say_that_the_comparison_is_late)
-    late.daemon = True
-    with suppress(RuntimeError):  # too many threads
-        late.start()
-    survivors.run(check_same_program)
-    survivors.run(check_same_access)
-    survivors.run(lambda ranks: together(ranks, limits.check_room_for_blas))
-    late.cancel()
-    survivors.communicator.recovery_at_start = next(iter(survivors.recoveries), None)
-    return survivors.communicator
-
-
-def _say_that_the_comparison_is_late() -> None:
-    if read_launch().local_rank == 0:
-        say_line(
-            f"host {os.uname().nodename} has waited {SECONDS_TO_COMPARE:g} s to compare the versions of distdl: a rank "
-            "is stopped, or another host has an older version; install the same version on every host"
-        )
-
-
-def _prepare_for_mpi(launch: Launch, vendor: str) -> None:
-    """Set the variables that MPI needs on this host.
-
-    Raises `UserError` if the launcher is gone, and `HostError`, on every rank of a host, if its resources are short.
-    """
-    if pmi_is_gone():
-        raise _not_one_job(launch, "start it with mpirun")
-    if few := limits.why_too_few_processes(probes.ranks_of_this_host()):
-        raise HostError(few)
-    os.environ.update(probes.variables_for_mpi())
-    ranks = probes.ranks_of_this_host()
-    if vendor in KIN_OF_MPICH and probes.why_shared_memory_is_too_small(ranks):
-        leftovers.sweep(shared.folders())
-        if short := probes.why_shared_memory_is_too_small(ranks):
-            raise HostError(short)
-
-
-def _not_one_job(launch: Launch, why: str) -> UserError:
-    if launcher_is_missing(launch):
-        return UserError(
-            f"{variables_of(launch)} say that {launch.by} started this process, but it is not above this process: if "
-            f"they are left over from another job, {how_to_unset(launch)}; otherwise {why}"
-        )
-    return UserError(
-        f"{launch.by} started {launch.size} separate processes instead of {launch.size} ranks of one job: {why}"
-    )
+    raise not_one_job(launch, why) from error
 
 
 def _end_the_job_on_uncaught_exceptions(communicator: Communicator) -> None:
