@@ -19,9 +19,11 @@ from distdl.__main__ import COMMANDS
 from distdl.cli import Command, Flag
 from distdl.errors import UserError
 from distdl.job import leftovers
+from distdl.job.allocation import read_allocation
 from distdl.job.limits import why_too_few_processes
 from distdl.job.mpirun_command import MpirunCommand, environment_for, mpirun_command, python_command
 from distdl.job.restarts import run_until_done
+from distdl.job.slow_start import report_a_slow_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,8 @@ def main(arguments: Sequence[str]) -> int:
     command = _command_of(options, flags)
     if options.doctor and not options.dry_run and (code := _doctors_code(options, flags)) not in {0, 1}:
         return code
-    if options.hosts is None and (few := why_too_few_processes(options.ranks)):
+    is_here = options.hosts is None and read_allocation() is None
+    if is_here and (few := why_too_few_processes(options.ranks)):
         raise UserError(few)
     if options.dry_run:
         sys.stdout.write(f"{command.shell_line()}\n")
@@ -88,6 +91,7 @@ def main(arguments: Sequence[str]) -> int:
         return run_until_done(lambda flags: _start_of(_command_of(options, flags)), flags, options.restarts)
     else:
         environment = leftovers.own_session(environment_for(command))  # mpirun keeps this process number
+        report_a_slow_start(command.argv)
         os.execve(command.argv[0], command.argv, environment)  # noqa: S606  no shell is wanted
     return 0
 

@@ -15,8 +15,8 @@ from distdl.job.processes import ancestors, look_at
 
 #: Python and NumPy start with less address space than this, but OpenBLAS ends the process without an exception.
 LEAST_ADDRESS_SPACE = 170_000 * 1024
-#: The threads and helper processes of a rank while MPI starts and later, at least (MPICH; Open MPI needs more).
-THREADS_PER_RANK = 5
+#: The threads and helper processes of a rank, at most at a time (measured: two ranks need 18 to 20).
+THREADS_PER_RANK = 9
 #: With a limit that is larger by so many, nobody counts.
 MANY_THREADS = 2000
 #: The address space of a thread, with its stack and its own memory pool; of the buffer of OpenBLAS (measured: 33 MB).

@@ -1,16 +1,22 @@
-"""End the job if a rank of this host dies while MPI starts.
+"""Watch the start of MPI: end the job if a rank of this host dies meanwhile, and report a start that takes long.
 
 In MPI_Init the ranks wait for each other, and forever for a dead one. A launcher that lets survivors continue does not
-end the job either. So during MPI_Init this rank watches all ranks of its host, which are children of the same launcher.
+end the job either, nor does `srun`. So during MPI_Init this rank watches all ranks of its host, which are children of
+the same launcher.
 """
 
 import os
 import select
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from distdl.job.allocation import expand_slurm_counts
+from distdl.job.launched_by import read_launch, survives_failures
+from distdl.job.lifeline import STEP_DAEMONS
+from distdl.job.lost_ranks import cancel_the_step
+from distdl.job.slow_start import SECONDS_UNTIL_REPORTED
 from distdl.job.streams import say_line
 
 SECONDS_BETWEEN_LOOKS = 0.25
@@ -18,13 +24,15 @@ SECONDS_BETWEEN_LOOKS = 0.25
 SECONDS_MISSED = 3.0
 #: The same for a rank that was never seen: the launcher may not have started it yet.
 SECONDS_NEVER_SEEN = 10.0
-#: The first letters of the names of Open MPI's programs that are parents of ranks.
-PARENTS = ("prte", "mpirun", "mpiexec")
+#: The first letters of the names of programs that are parents of ranks: Open MPI's, MPICH's, Slurm's.
+PARENTS = ("prte", "mpirun", "mpiexec", "hydra_pmi_proxy", *STEP_DAEMONS)
+#: The number of ranks on this host: the names of Open MPI and MPICH.
+LOCAL_SIZE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 
 @contextmanager
 def end_the_job_if_a_rank_dies() -> Iterator[None]:
-    """End the job if another rank of this host dies during the ``with`` block.
+    """End the job if another rank of this host dies during the ``with`` block and the launcher does not end it.
 
     A separate process watches, because no other thread of this process runs during MPI_Init.
     """
@@ -47,25 +55,68 @@ def end_the_job_if_a_rank_dies() -> Iterator[None]:
 
 def _watch(ended: int, launcher: int, rank: int) -> None:
     """Watch until the pipe is closed, by the rank or by its death."""
-    expected = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "0"))
-    seen, seconds = False, 0.0
+    expected = ranks_of_this_host()
+    in_a_step = _name(launcher) in STEP_DAEMONS
+    ends_the_job = expected > 0 and (survives_failures() or in_a_step)
+    seen, missed, waited, due = False, 0.0, 0.0, SECONDS_UNTIL_REPORTED
     while not select.select([ended], [], [], SECONDS_BETWEEN_LOOKS)[0]:
+        waited += SECONDS_BETWEEN_LOOKS
         living = _children(launcher)
-        if living is None:
-            return
+        if waited >= due:
+            due *= 2
+            report(waited, living, expected)
+        if living is None or not ends_the_job:
+            continue
         seen = seen or living >= expected
-        seconds = 0.0 if living >= expected else seconds + SECONDS_BETWEEN_LOOKS
-        if seconds >= (SECONDS_MISSED if seen else SECONDS_NEVER_SEEN):
+        missed = 0.0 if living >= expected else missed + SECONDS_BETWEEN_LOOKS
+        if missed >= (SECONDS_MISSED if seen else SECONDS_NEVER_SEEN):
             say_line("error: a rank was lost while MPI was started; the job ends: start it again")
-            os.kill(launcher, signal.SIGTERM)
+            if in_a_step:
+                cancel_the_step()
+            else:
+                os.kill(launcher, signal.SIGTERM)
             os.kill(rank, signal.SIGKILL)
+
+
+def report(waited: float, living: int | None, expected: int) -> None:
+    """Say what the first rank of this host waits for."""
+    launch, host = read_launch(), os.uname().nodename
+    if launch.local_rank:
+        return
+    where = ""
+    if living is not None and expected:
+        late = "one is late, or another host" if living >= expected else "the others are late or lost"
+        where = f": {min(living, expected)} of {expected} ranks of host {host} live, {late}"
+    say_line(f"rank {launch.rank} has waited for {waited:.0f} s for the start of MPI (MPI_Init) on all ranks{where}")
+
+
+def ranks_of_this_host(environment: Mapping[str, str] = os.environ) -> int:
+    """Return the number of ranks that the launcher starts on this host; 0 if it is unknown.
+
+    >>> ranks_of_this_host({"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "2"})
+    1
+    """
+    for name in LOCAL_SIZE:
+        if environment.get(name, "").isdecimal():
+            return int(environment[name])
+    try:
+        return expand_slurm_counts(environment["SLURM_STEP_TASKS_PER_NODE"])[int(environment["SLURM_NODEID"])]
+    except (LookupError, ValueError):
+        return 0
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _children(launcher: int) -> int | None:
     """Return the number of the launcher's children; None if it is unknown."""
+    if not _name(launcher).startswith(PARENTS):
+        return None
     try:
-        if not Path(f"/proc/{launcher}/comm").read_text().startswith(PARENTS):
-            return None
         return len(Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split())
     except OSError:
         return None

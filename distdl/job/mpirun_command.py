@@ -3,6 +3,8 @@
 MPICH, Intel MPI and their relatives need only `-n`. Open MPI refuses root and more ranks than cores, and binds every
 job to the same first cores. The command sets variables that change all three, unless the user has set them. It asks
 Open MPI 5 to let the survivors of a killed rank continue (ULFM).
+
+In an allocation of Slurm, PBS or LSF the ranks fill the slots of its hosts; only further ranks share cores.
 """
 
 import errno
@@ -53,7 +55,7 @@ def mpirun_command(ranks: int, program: Sequence[str], hosts: str | None = None)
     fault_tolerance = ["--with-ft", "ulfm"] if version is not None and version >= 5 else []
     return MpirunCommand(
         argv=[str(mpirun), *fault_tolerance, *_on_hosts(hosts, version), "-n", str(ranks), *program],
-        environment={} if version is None else _open_mpi_environment(version),
+        environment=_environment_in_a_step() | ({} if version is None else _open_mpi_environment(version)),
     )
 
 
@@ -133,6 +135,15 @@ def _remedy(error: OSError, program: Path) -> str:
     return f"chmod +x {program}" if error.errno == errno.EACCES else "reinstall its MPI"
 
 
+def _environment_in_a_step() -> dict[str, str]:
+    """Return a variable for an `mpirun` in a shell that `srun` started; elsewhere none.
+
+    There each `mpirun` starts its daemons by another `srun`, which would wait for the cores that the shell holds.
+    """
+    needed = "SLURM_STEP_ID" in os.environ and "SLURM_OVERLAP" not in os.environ
+    return {"SLURM_OVERLAP": "1"} if needed else {}
+
+
 def _open_mpi_environment(version: int) -> dict[str, str]:
     """Return the variables that lift Open MPI's refusals, except those that the user has set."""
     variables = home()
@@ -142,7 +153,7 @@ def _open_mpi_environment(version: int) -> dict[str, str]:
     # other cores are idle.
     if version >= 5:
         variables |= {
-            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+            "PRTE_MCA_rmaps_default_mapping_policy": "slot:oversubscribe",  # without "slot" one host gets all ranks
             "PRTE_MCA_hwloc_default_binding_policy": "none",
         }
     else:

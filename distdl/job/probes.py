@@ -12,14 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from distdl.job.lifeline import LAUNCHERS, STEP_DAEMONS
+from distdl.job.mpi_init import ranks_of_this_host
 from distdl.job.processes import Process, ancestors
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  the kernel's shared memory, not a file of ours
 #: What a rank of MPICH 5.0.2 takes of shared memory (measured: 1.06 MB), and what the library UCX in it takes more if
 #: there is room (4.33 MB), which it does not need; both with some room.
 MPICH_BYTES_PER_RANK, UCX_BYTES_PER_RANK = 1_300_000, 4_500_000
-#: The number of ranks on this host: the names of Open MPI and MPICH.
-LOCAL_SIZE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 #: The first namespaces of each kind, those of a machine outside of all containers, have fixed numbers.
 FIRST_NAMESPACES = {"user": 0xEFFFFFFD, "pid": 0xEFFFFFFC}
 #: Settings for ranks that cannot read each other's memory, or that do not even know each other's process numbers.
@@ -87,12 +86,6 @@ def free_shared_memory(folder: Path = SHARED_MEMORY) -> int | None:
     except OSError:
         return None
     return found.f_bavail * found.f_frsize
-
-
-def ranks_of_this_host(environment: Mapping[str, str] = os.environ) -> int:
-    """Return the number of ranks that the launcher starts on this host; 0 if it is unknown."""
-    texts = (environment.get(name, "") for name in LOCAL_SIZE)
-    return next((int(text) for text in texts if text.isdecimal()), 0)
 
 
 def _launcher() -> Process | None:

@@ -25,6 +25,7 @@ from distdl.errors import EXIT_DEFECT, EXIT_INTERRUPTED, FINAL_EXIT_CODES, UserE
 from distdl.job import leftovers, streams
 from distdl.job.folder_lock import is_locked
 from distdl.job.processes import send_when_the_parent_dies
+from distdl.job.slow_start import SlowStart
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 #: The parent of the run folder if the flags name none; relative to the working folder.
@@ -136,16 +137,17 @@ class _Job:
         )
         while self._pending:  # signals that came during the start
             self._process.send_signal(self._pending.pop())
-        code = self._ended(self._process)
+        code = self._ended(self._process, SlowStart(self._process.pid, argv))
         self._process = None
         return code if code >= 0 else 128 - code
 
-    def _ended(self, process: subprocess.Popen[bytes]) -> int:
+    def _ended(self, process: subprocess.Popen[bytes], slow_start: SlowStart) -> int:
         """Wait for the end; kill an `mpirun` that ignores a second signal, as a busy Open MPI sometimes does."""
         while True:
             try:
                 return process.wait(timeout=1.0)
             except subprocess.TimeoutExpired:
+                slow_start.look()
                 if self._second_signal_at is not None and time.monotonic() > self._second_signal_at + SECONDS_TO_END:
                     process.kill()
 

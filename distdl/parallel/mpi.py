@@ -28,7 +28,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -308,7 +308,7 @@ def world_of_mpi(failure: UserError | None = None) -> MpiCommunicator:
     global _world  # noqa: PLW0603  there is one
     if _world is None:
         if not MPI.Is_initialized():
-            with end_the_job_if_a_rank_dies() if survives_failures() else nullcontext():
+            with end_the_job_if_a_rank_dies():
                 MPI.Init_thread()
         _world = MpiCommunicator(MPI.COMM_WORLD)
         if survives_failures():
@@ -322,6 +322,11 @@ def world_of_mpi(failure: UserError | None = None) -> MpiCommunicator:
 def ranks_started() -> int:
     """Return the number of ranks that the launcher started, as MPI sees it."""
     return MPI.COMM_WORLD.Get_size()
+
+
+def is_over() -> bool:
+    """Return whether MPI has ended."""
+    return MPI.Is_finalized()
 
 
 def _give_up_shrinking(rank: int) -> None:

@@ -15,6 +15,7 @@ from distdl.job.launched_by import (
     variables_of,
 )
 from distdl.job.lifeline import pmi_is_gone
+from distdl.job.mpi_init import ranks_of_this_host
 from distdl.job.streams import say_line
 from distdl.parallel import shared
 from distdl.parallel.agreement import together
@@ -33,10 +34,10 @@ def prepare_for_mpi(launch: Launch, vendor: str) -> None:
     """
     if pmi_is_gone():
         raise not_one_job(launch, "start it with mpirun")
-    if few := limits.why_too_few_processes(probes.ranks_of_this_host()):
+    ranks = ranks_of_this_host()
+    if few := limits.why_too_few_processes(ranks):
         raise HostError(few)
     os.environ.update(probes.variables_for_mpi())
-    ranks = probes.ranks_of_this_host()
     if vendor in KIN_OF_MPICH and probes.why_shared_memory_is_too_small(ranks):
         leftovers.sweep(shared.folders())
         if short := probes.why_shared_memory_is_too_small(ranks):

@@ -34,7 +34,7 @@ AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 PLACEMENT = {
     4: {"OMPI_MCA_rmaps_base_oversubscribe": "1", "OMPI_MCA_hwloc_base_binding_policy": "none"},
     5: {
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "PRTE_MCA_rmaps_default_mapping_policy": "slot:oversubscribe",
         "PRTE_MCA_hwloc_default_binding_policy": "none",
     },
 }
@@ -66,7 +66,7 @@ for argument in "$0" "$@"; do printf '%s\\n' "$argument"; done
 @pytest.fixture
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PretendedEnvironment:
     """Pretend that Python is in an environment without MPI, and that the user is not root."""
-    for variable in AS_ROOT | PLACEMENT[4] | PLACEMENT[5]:
+    for variable in [*AS_ROOT, *PLACEMENT[4], *PLACEMENT[5], "SLURM_STEP_ID", "SLURM_OVERLAP"]:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
@@ -138,11 +138,24 @@ def test_variables_of_the_user_are_kept(environment: PretendedEnvironment, monke
     environment.install("openmpi5")
     monkeypatch.setenv("PRTE_MCA_hwloc_default_binding_policy", "core")
     launch = mpirun_command(2, ["python"])
-    assert launch.environment == {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+    assert launch.environment == {"PRTE_MCA_rmaps_default_mapping_policy": "slot:oversubscribe"}
     whole = environment_for(launch)
     assert whole["PRTE_MCA_hwloc_default_binding_policy"] == "core"
-    assert whole["PRTE_MCA_rmaps_default_mapping_policy"] == ":oversubscribe"
+    assert whole["PRTE_MCA_rmaps_default_mapping_policy"] == "slot:oversubscribe"
     assert whole.items() >= dict(os.environ).items()
+
+
+@pytest.mark.parametrize("version", ["mpich", "intel", "openmpi4", "openmpi5"])
+def test_in_a_shell_that_srun_started_the_daemons_share_its_cores(
+    environment: PretendedEnvironment, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment.install(version)
+    elsewhere = mpirun_command(2, ["python"]).environment
+    assert "SLURM_OVERLAP" not in elsewhere
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert mpirun_command(2, ["python"]).environment == {"SLURM_OVERLAP": "1", **elsewhere}
+    monkeypatch.setenv("SLURM_OVERLAP", "0")
+    assert mpirun_command(2, ["python"]).environment == elsewhere
 
 
 @pytest.mark.parametrize("ranks", [0, -3])
