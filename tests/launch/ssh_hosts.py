@@ -157,6 +157,7 @@ class SshHosts:
         """Return the environment variables of a job on both hosts."""
         return {
             "RSH": str(self.rsh),
+            "UCX_TLS": "tcp,self",  # MPICH would find the shared memory of the other host
             # Both hosts see all network devices of this machine's configuration, but share this network only.
             "PRTE_MCA_prte_if_include": f"{self.network}.0/24",
             "OMPI_MCA_btl_tcp_if_include": f"{self.network}.0/24",
