@@ -128,10 +128,11 @@ class Job:
         words = ["sbatch", "--parsable", f"--output={self.log}", *options, "job.sbatch"]
         self.number = cluster.call(*words, cwd=folder, variables=variables).strip()
 
-    def ends(self, seconds=SECONDS):
-        """Wait for the end; return the output of all its starts."""
-        self.cluster.until(lambda: self.state() in {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"}, seconds, self.log)
-        assert self.state() == "COMPLETED", self.log.read_text()
+    def ends(self, *, states=("COMPLETED",)):
+        """Wait for the end in one of the states; return the output of all its starts."""
+        ends = {"COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "OUT_OF_MEMORY"}
+        self.cluster.until(lambda: self.state() in ends, SECONDS, self.log)
+        assert self.state() in states, self.log.read_text()
         return self.log.read_text()
 
     def state(self):
@@ -258,7 +259,8 @@ def test_a_rank_without_memory_does_not_keep_the_job_waiting(cluster, form, tmp_
     cluster.until((tmp_path / "process-0").exists, SECONDS, job.log)
     (tmp_path / "eat").unlink()
     (tmp_path / "go").touch()
-    assert_same_receipt(job.ends())
+    # If the others survive, Slurm still names the state after the killed process.
+    assert_same_receipt(job.ends(states=("COMPLETED", "OUT_OF_MEMORY")))
 
 
 @full
