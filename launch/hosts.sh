@@ -114,6 +114,6 @@ for name in "${names[@]}"; do
     bad=yes
 done
 [ -z "$bad" ] || exit 2
-echo "${#names[@]} hosts have distdl, NumPy, mpi4py $ours"
+echo "distdl, NumPy, mpi4py $ours on ${names[*]}"
 rm -rf "$answers"
 exec "${job[@]}"

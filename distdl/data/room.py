@@ -52,7 +52,7 @@ def on_disk(*paths: Path) -> int:
     """Return the bytes of files on the disk, without holes; nothing for files that cannot be found."""
     total = 0
     for path in paths:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # ValueError: the path contains a NUL
             status = path.stat()
             total += min(status.st_size, 512 * status.st_blocks or status.st_size)  # some file systems count no blocks
     return total

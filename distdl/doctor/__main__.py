@@ -85,6 +85,8 @@ def _remedy(facts: Facts, outcome: Outcome) -> str:
     own = facts["ranks"][0]
     if "to start MPI" in outcome.stage and needs_shared_memory(own) and "SIGBUS" in (outcome.failure or ""):
         return "docker run --shm-size=1g ...  (MPICH needs shared memory)"
+    if (outcome.failure or "").startswith("ended"):
+        return "see the messages of MPI and Python above"
     if "other rank" in outcome.stage and own["on_host"] == own["expected"]:
         return f"launch/local.sh -n {own['expected']} -- doctor  (and see the messages of the other ranks)"
     if "other rank" in outcome.stage or "between" in outcome.stage:

@@ -91,15 +91,22 @@ def own_session(environment: Mapping[str, str]) -> dict[str, str]:
     session = folder / f"ompi.{os.getpid()}"
     with suppress(OSError):  # then a later start removes nothing
         handle, register = create_locked(folder, REGISTER)
-        if os.path.lexists(session):
+        os.set_inheritable(handle, True)
+        _note_session(handle, session)
+        others = [path for path in _own_files_in(folder) if path.name.startswith(REGISTER) and str(path) != register]
+        if os.path.lexists(session) or any(str(session) in _read(path).made for path in others):
             session = folder / f"ompi.{MORE_THAN_ANY_PROCESS + secrets.randbelow(MORE_THAN_ANY_PROCESS)}"
             session.mkdir(0o700)
+            _note_session(handle, session)
             environment["TMPDIR"] = str(session)
         else:
             environment[OF_LAUNCHER] = register
-        os.write(handle, json.dumps({"made": [str(session)], "launchers": [], "where": here()}).encode())
-        os.set_inheritable(handle, True)
     return environment
+
+
+def _note_session(register: int, session: Path) -> None:
+    os.ftruncate(register, 0)
+    os.pwrite(register, json.dumps({"made": [str(session)], "launchers": [], "where": here()}).encode(), 0)
 
 
 def made_by_mpi(maps: str, folders: Sequence[Path]) -> set[str]:

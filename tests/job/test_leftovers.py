@@ -164,17 +164,16 @@ def swept_until_empty(folder):
 def test_containers_that_share_a_folder_do_not_remove_the_session_folders_of_each_other(folder, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(folder))
     container = ["unshare", "-pf", "--kill-child", "--mount-proc", sys.executable, "-c", LAUNCHER]
-    with (
-        subprocess.Popen(container, stdout=subprocess.PIPE, text=True) as first,
-        subprocess.Popen(container, stdout=subprocess.PIPE, text=True) as second,
-    ):
-        sessions = [Path(one.stdout.readline().strip()) for one in (first, second)]
-        assert {session.name for session in sessions} == {"ompi.1"}
-        assert len(set(sessions)) == 2
-        assert leftovers.sweep([folder]) == []
-        assert all((session / "1").is_dir() for session in sessions)
-        first.kill()
-        second.kill()
+    with subprocess.Popen(container, stdout=subprocess.PIPE, text=True) as first:
+        sessions = [Path(first.stdout.readline().strip())]
+        with subprocess.Popen(container, stdout=subprocess.PIPE, text=True) as second:
+            sessions.append(Path(second.stdout.readline().strip()))
+            assert {session.name for session in sessions} == {"ompi.1"}
+            assert len(set(sessions)) == 2
+            assert leftovers.sweep([folder]) == []
+            assert all((session / "1").is_dir() for session in sessions)
+            first.kill()
+            second.kill()
     assert swept_until_empty(folder)
 
 

@@ -99,7 +99,7 @@ def _key(files: Sequence[Path], others: Sequence[Path], options: ImageOptions) -
     digest = hashlib.sha256(json.dumps(facts).encode())
     for file in files:
         content = b""
-        with suppress(OSError), open_regular(file, follow=True) as stream:
+        with suppress(OSError, ValueError), open_regular(file, follow=True) as stream:  # ValueError: a NUL in the path
             content = hashlib.file_digest(stream, "sha256").digest()
         digest.update(content + b"\0")
     return digest.hexdigest()[:32]
