@@ -159,6 +159,10 @@ class Cluster:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
+    def cut(self, node, state="down"):
+        """Cut the cable of a node, or repair it."""
+        ip("-n", self._namespace(node), "link", "set", "eth0", state)
+
     def start_node(self, node):
         """Start the daemon of a node."""
         hosts = self.folder / "hosts"

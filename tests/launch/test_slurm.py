@@ -278,6 +278,30 @@ def test_a_job_that_loses_a_node_continues_on_the_other_to_the_same_receipt(clus
 
 
 @full
+@both
+def test_a_cut_cable_ends_the_job_within_a_minute_with_a_message(cluster, form, tmp_path):
+    (tmp_path / "paced.py").write_text(PACED)
+    start = {
+        "mpirun": [sys.executable, "-m", "distdl.mpirun", "-n", "4", "--module", "paced", "--", *TRAINING],
+        form: ["srun", "-N2", "--ntasks-per-node=2", f"--mpi={form}", sys.executable, "-m", "paced", *TRAINING],
+    }["mpirun" if form == "mpirun" else form]
+    words = ["sbatch", "--parsable", "--no-requeue", "--no-kill", "-N2", "--ntasks-per-node=2", f"-o{tmp_path}/log"]
+    variables = {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}"}
+    cluster.call(*words, f"--wrap={shlex.join(start)}", cwd=tmp_path, variables=variables)
+    cluster.until(lambda: len(list(tmp_path.glob("process-*"))) == 4, SECONDS, tmp_path / "log")
+    cluster.cut("n2")
+    try:
+        said = r"has not answered for 45 s|Remote (daemon|host):|was lost|BAD TERMINATION"
+        cluster.until(lambda: re.search(said, (tmp_path / "log").read_text()), 60, tmp_path / "log")
+        ranks = [int((tmp_path / f"process-{rank}").read_text()) for rank in range(4)]
+        cluster.until(lambda: all(look_at(rank) is None for rank in ranks), 60, tmp_path / "log")
+    finally:
+        cluster.cut("n2", "up")
+        cluster.call("scancel", "--user=root")
+        cluster.wait_until_idle()
+
+
+@full
 def test_an_array_searches_with_a_seed_and_a_folder_for_each_job(cluster, tmp_path):
     script = SCRIPT.read_text().replace("module=distdl.train", "module=distdl.search")
     flags = "--range lr=0.001:0.1:log --rounds 1 --trials 2 -- --model mlp --epochs 1"
