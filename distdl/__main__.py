@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import distdl
 from distdl import cli
 from distdl.errors import UserError, nearest, unknown_name
+from distdl.job import streams
 
 #: Each command and its module, in the order of ``distdl --help``.
 COMMANDS = {
@@ -27,6 +28,7 @@ COMMANDS = {
 
 def main() -> int:
     """Run the command that the command line names; return the exit code."""
+    streams.use_utf8_names()
     name, *arguments = sys.argv[1:] or ["--help"]
     if name not in COMMANDS:
         return cli.run(_about, [name])

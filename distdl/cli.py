@@ -19,6 +19,7 @@ import tomllib
 import typing
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,10 +27,10 @@ from types import NoneType
 from typing import Any, Generic, Literal, TypeVar
 
 from distdl.config import check_kind, expand_home
-from distdl.errors import EXIT_INTERRUPTED, DistdlError, UserError, nearest, unknown_name
-from distdl.job import held_signals, streams
-from distdl.job.launched_by import MPICH, OPEN_MPI, Launch, read_launch
-from distdl.job.lifeline import end_with_the_launcher
+from distdl.errors import EXIT_INTERRUPTED, DistdlError, HostError, UserError, nearest, unknown_name
+from distdl.job import held_signals, limits, streams
+from distdl.job.launched_by import MPICH, OPEN_MPI, Launch, launcher_is_missing, read_launch
+from distdl.job.lifeline import end_the_launcher, end_with_the_launcher
 from distdl.regular_files import NotRegularError, open_regular
 
 #: Seconds for which a silent rank waits while rank 0 reports an error. Open MPI's launcher ends all ranks when one
@@ -338,6 +339,8 @@ def run(
 
     If the command `trains`, the signals that stop a training wait until `distdl.engine.train` handles them.
     """
+    if arguments is None:
+        streams.use_utf8_names()
     if trains:
         held_signals.hold_signals()  # before there is a second thread
     launch = read_launch()
@@ -350,12 +353,9 @@ def run(
     try:
         if {"-h", "--help"} & set(arguments):
             return _show_help(command, arguments) if launch.prints_for_all else 0
-        return command(arguments)
+        return _called(command, arguments)
     except DistdlError as error:
-        if launch.prints_for_all:
-            streams.say_line(f"{error.label}{error}")
-        if launch.size > 1 and not error.agreed:
-            _tell_the_others(error, launch)
+        _report(error, launch)
         return error.exit_code
     except KeyboardInterrupt as interrupt:
         if launch.prints_for_all:
@@ -363,6 +363,18 @@ def run(
             remedy = "; --resume continues from the last checkpoint, if there is one" if trains else ""
             streams.say_line(f"interrupted{when}{remedy}")
         return EXIT_INTERRUPTED
+
+
+def _called(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Call a command; raise `UserError` if a limit of this process is behind its error."""
+    limits.check_address_space()
+    try:
+        return command(arguments)
+    except (RuntimeError, OSError, MemoryError, ImportError) as error:
+        explained = limits.explained(error)
+        if explained is error:
+            raise
+        raise explained from error
 
 
 def _show_help(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
@@ -375,21 +387,42 @@ def _show_help(command: Callable[[Sequence[str]], int], arguments: Sequence[str]
         streams.write(sys.stdout, "")
 
 
+def _report(error: DistdlError, launch: Launch) -> None:
+    """Print an error once for all ranks, and let no rank wait for this one."""
+    text = f"{error.label}{error}"
+    if isinstance(error, HostError):
+        if launch.local_rank == 0:
+            streams.say_line(text)
+            end_the_launcher(launch)
+        return
+    is_printed = launch.prints_for_all
+    if is_printed:
+        streams.say_line(text)
+    if launch.size > 1 and not error.agreed:
+        _tell_the_others(error, launch)
+        # The variables may be left over from another job: then there is no other rank, or this one is rank 0.
+        if not is_printed and (launch.prints_for_all or launcher_is_missing(launch)):
+            streams.say_line(text)
+
+
 def _tell_the_others(error: DistdlError, launch: Launch) -> None:
     """Report an error that only this rank may have hit, and let no rank wait for this one.
 
     Before the world is made, all ranks meet there, and the others raise this error too. Later the job is aborted.
-    If no world can be made, this rank waits, so that rank 0 can print its error first.
+    If no world can be made, this rank waits, so that rank 0 can print its error first. If the others do not come, this
+    rank prints its error and ends.
     """
-    with Path(os.devnull).open("w") as nowhere:
+    late = streams.said_after(SECONDS_TO_MEET - 1, f"[rank {launch.rank}] {error.label}{error}")
+    with late, Path(os.devnull).open("w") as nowhere:
         # This ends the process with exit code 1. It uses a thread without Python, which does not run while MPI starts.
-        faulthandler.dump_traceback_later(SECONDS_TO_MEET, exit=True, file=nowhere)
+        with suppress(RuntimeError):  # too many threads
+            faulthandler.dump_traceback_later(SECONDS_TO_MEET, exit=True, file=nowhere)
         try:
             from distdl.parallel import tell_the_others  # noqa: PLC0415  it imports NumPy
 
             tell_the_others(error)
-        except (UserError, ImportError):
-            if not launch.prints_for_all:
+        except (UserError, ImportError, RuntimeError, OSError):
+            if not launch.prints_for_all and not launcher_is_missing(launch):
                 time.sleep(SILENT_SECONDS[launch.by or MPICH])
         finally:
             faulthandler.cancel_dump_traceback_later()

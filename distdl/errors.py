@@ -36,10 +36,18 @@ class UserError(DistdlError):
     exit_code = EXIT_USER
 
 
+class HostError(UserError):
+    """A host cannot start MPI: all its ranks raise this, its first rank prints it, and none waits for other hosts."""
+
+
 class DamagedFileError(UserError):
     """An input file is damaged: torn, truncated, altered, or different from its header."""
 
     exit_code = EXIT_DAMAGED
+
+
+class TooSmallError(UserError):
+    """The images are too small for a layer."""
 
 
 class DivergedError(UserError):

@@ -19,6 +19,8 @@ from distdl.__main__ import COMMANDS
 from distdl.cli import Command, Flag
 from distdl.errors import UserError
 from distdl.job import leftovers
+from distdl.job.allocation import read_allocation
+from distdl.job.limits import why_too_few_processes
 from distdl.job.mpirun_command import MpirunCommand, environment_for, mpirun_command, python_command
 from distdl.job.restarts import run_until_done
 from distdl.job.slow_start import report_a_slow_start
@@ -80,6 +82,9 @@ def main(arguments: Sequence[str]) -> int:
     command = _command_of(options, flags)
     if options.doctor and not options.dry_run and (code := _doctors_code(options, flags)) not in {0, 1}:
         return code
+    is_here = options.hosts is None and read_allocation() is None
+    if is_here and (few := why_too_few_processes(options.ranks)):
+        raise UserError(few)
     if options.dry_run:
         sys.stdout.write(f"{command.shell_line()}\n")
     elif options.restarts and not {"-h", "--help", "--dry-run", "--dry_run"} & set(flags):

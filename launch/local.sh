@@ -44,18 +44,37 @@ if [ -n "${PYTHON-}" ]; then
     python=$PYTHON
 elif [ -n "${VIRTUAL_ENV-}" ]; then
     python=$VIRTUAL_ENV/bin/python
-elif [ -x "$repository/.venv/bin/python" ]; then
+elif [ -e "$repository/.venv/bin/python" ] || [ -L "$repository/.venv/bin/python" ]; then
     python=$repository/.venv/bin/python
 else
     python=python3
 fi
 
-# -P: no file of the current folder, such as numpy.py, replaces a module.
+# A Python that cannot be executed, or cannot import distdl, is named with the remedy.
+case $python in
+*/*)
+    [ -e "$python" ] || [ ! -L "$python" ] ||
+        fail "$python is a link to a file that does not exist: create this environment again"
+    [ ! -e "$python" ] || [ -x "$python" ] || fail "$python has no execute permission: chmod +x $python"
+    ;;
+esac
 command -v "$python" >/dev/null ||
     fail "no Python called $python: install Python 3.11 or newer, or set PYTHON to one"
+# -P: no file of the current folder, such as numpy.py, replaces a module.
+code=0
 "$python" -P -c 'import importlib.util, sys, distdl.mpirun
 needed = ("mpi4py", "numpy", "safetensors", "threadpoolctl")
-sys.exit(not all(map(importlib.util.find_spec, needed)))' 2>/dev/null ||
-    fail "$python cannot import distdl and its dependencies: run $python -m pip install '${repository}[mpich]', or set PYTHON to a Python that has them"
+sys.exit(not all(map(importlib.util.find_spec, needed)))' 2>/dev/null || code=$?
+case $code in
+0) ;;
+2) fail "$python is older than Python 3.11: install a newer one, or set PYTHON to one" ;;
+126 | 127) fail "$python cannot be executed here (wrong kind of machine, or a file system without execution): set PYTHON to another one" ;;
+*)
+    install="$python -m pip install '${repository}[mpich]'"
+    [ -w "$repository" ] || # pip builds inside the folder
+        install="cp -r '$repository' /tmp/distdl && $python -m pip install '/tmp/distdl[mpich]' (pip cannot build in $repository, which is read-only)"
+    fail "$python cannot import distdl and its dependencies: run $install, or set PYTHON to a Python that has them"
+    ;;
+esac
 
 exec "$python" -P -m distdl.mpirun "$@"

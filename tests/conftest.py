@@ -131,6 +131,44 @@ def run_job(needs_mpirun, run_program):
     return run
 
 
+@pytest.fixture(scope="session")
+def below(tmp_path_factory):
+    """Return a function that puts a command line below a pretended launcher: a shell with the launcher's name."""
+    folder = tmp_path_factory.mktemp("launchers")
+
+    def command(launcher, argv):
+        link = folder / launcher
+        if not link.is_symlink():
+            link.symlink_to("/bin/sh")
+        return [str(link), "-c", '"$@"; exit $?', "sh", *argv]
+
+    return command
+
+
+#: Runs a program with ``process_vm_readv`` refused, as container runtimes did for years.
+REFUSING = """
+import ctypes, os, struct, sys
+number = {"x86_64": 310, "aarch64": 270}[os.uname().machine]
+steps = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7FFF0000)]
+text = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+libc = ctypes.CDLL(None, use_errno=True)
+rules = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(steps), ctypes.addressof(text)))
+if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, rules, 0, 0):
+    sys.exit(f"seccomp: {os.strerror(ctypes.get_errno())}")
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="session")
+def refusing(run_program):
+    """Return the start of a command line under which no process may read the memory of another one."""
+    argv = [sys.executable, "-c", REFUSING]
+    done = run_program([*argv, shutil.which("true")], timeout=60)
+    if done.returncode:
+        pytest.skip(done.stderr)
+    return argv
+
+
 @pytest.fixture(scope="module")
 def side_by_side(request):
     """Return a function that runs the slow part of a test's cases side by side, one per core at a time.

@@ -123,10 +123,11 @@ def check_memory(
         if fits(0, 1.0):
             continue
         left = min(limit for _, *limits in ours for limit in limits if limit is not None)
+        own_limit = " within its limits (ulimit -v, -d)" if any(left == own for *_, own in ours) else ""
         what = (
             f"--model {config.model} on images of {height}x{width}x{channels} needs about "
             f"{gigabytes(sum(needs[0] for needs, *_ in ours))} of memory on the host {host} ({len(ours)} "
-            f"rank{'s' if len(ours) > 1 else ''}), which has {gigabytes(left)}"
+            f"rank{'s' if len(ours) > 1 else ''}), which has {gigabytes(left)}{own_limit}"
         )
         size = next((size for number, size in enumerate(smaller) if fits(number, 1.0)), None)
         remedy = f"give --micro-batch-size {size}" if size else "give a smaller --micro-batch-size"

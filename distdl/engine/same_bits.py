@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,12 +13,16 @@ from distdl.config import TrainConfig
 from distdl.engine.fingerprint import Fingerprint, fingerprint, first_difference
 from distdl.engine.storage.header import CheckpointHeader
 from distdl.engine.storage.run_folder import StartingPoint
-from distdl.errors import UserError
+from distdl.errors import UserError, listed
 from distdl.parallel import Communicator, on_rank_0, together
+from distdl.parallel.alike import MOST_HOSTS, hosts_by_text
 
 if TYPE_CHECKING:
     from distdl.engine.coordinator import RunFacts
     from distdl.engine.trainer import Trainer
+
+#: The packages whose versions are compared between hosts.
+COMPUTING = ("numpy", "mpi4py", "numba", "llvmlite")
 
 
 def with_bits(facts: RunFacts, trainer: Trainer, start: StartingPoint | None) -> RunFacts:
@@ -27,7 +32,8 @@ def with_bits(facts: RunFacts, trainer: Trainer, start: StartingPoint | None) ->
     """
     config, communicator = trainer.config, trainer.communicator
     ours = together(communicator, lambda: fingerprint(config, trainer.data, trainer.state.network))
-    found = {**facts.environment, **bits_of_ranks(communicator, ours)}
+    different = versions_that_differ(communicator, facts.environment["versions"])
+    found = {**facts.environment, **bits_of_ranks(communicator, ours), "versions_that_differ": different}
     if config.require_same_bits:
         on_rank_0(communicator, lambda: check_same_bits(start, found))
     return replace(facts, environment=found)
@@ -55,6 +61,21 @@ def bits_of_ranks(communicator: Communicator, ours: Fingerprint) -> dict[str, An
     return {"fingerprint": first, "ranks_that_differ": different}
 
 
+def versions_that_differ(communicator: Communicator, versions: Mapping[str, str]) -> list[str]:
+    """Return a text for each package that computes or communicates in another version on some hosts. Collective."""
+    ours = {name: versions[name] for name in COMPUTING if name in versions}
+    found = hosts_by_text(communicator, json.dumps(ours))
+    texts = []
+    for name in ours:
+        hosts: dict[str, list[str]] = {}
+        for text, some in found.items():
+            hosts.setdefault(json.loads(text)[name], []).extend(some)
+        if len(hosts) > 1:
+            each = "; ".join(f"{number} on {listed(some, MOST_HOSTS)}" for number, some in hosts.items())
+            texts.append(f"{name} has different versions ({each}): install the same version on every host")
+    return texts
+
+
 def change_of_bits(before: CheckpointHeader, environment: Mapping[str, Any]) -> str | None:
     """Return what differs between the run that wrote a checkpoint and this one; None if nothing is known to differ.
 
@@ -74,6 +95,7 @@ def change_of_bits(before: CheckpointHeader, environment: Mapping[str, Any]) -> 
 def warnings_about_bits(start: StartingPoint, config: TrainConfig, environment: Mapping[str, Any]) -> list[str]:
     """Return warnings about ranks, and about a checkpoint to resume from, that may have other bits than this run."""
     warnings = [f"{different}: bits depend on the ranks" for different in environment.get("ranks_that_differ", ())]
+    warnings += environment.get("versions_that_differ", ())
     if start.found is None:
         return warnings
     before = start.found.header()

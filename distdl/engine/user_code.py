@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +24,7 @@ import numpy as np
 
 from distdl.config import FROM_PATH, TrainConfig, is_own
 from distdl.data import Dataset, PreparedDataset, sources
-from distdl.errors import PeerLost, UserError
+from distdl.errors import PeerLost, TooSmallError, UserError
 from distdl.image_options import ImageOptions
 from distdl.job.streams import say_line
 from distdl.model_settings import parse_model_settings
@@ -41,6 +41,9 @@ EXPECTED = {
     "--model": "expected a function(input_shape, classes) that returns nn.Sequential(layers, input_shape)",
     "--dataset": "expected a function(data_dir) that returns a distdl.data.sources.Dataset",
 }
+
+#: The side of square images up to which the smallest that fits is searched.
+LARGEST_SIDE_TRIED = 64
 
 #: The start of the name of a module that a file became.
 OWN_CODE = "own_code_"
@@ -91,7 +94,7 @@ def network_builder(model: str, model_settings: str | None = None, given: BuildN
             raise UserError(f"build_network is {_kind(given)}; {EXPECTED['--model']}")
         return partial(_build_checked, f"build_network ({model})", given, None, None)
     if not is_own(model):
-        return partial(build_model, model, **settings)
+        return partial(_build_named, model, settings)
     function = find_function("--model", model)
     return partial(_build_checked, str(function), partial(function, **settings), function.file, function.folder)
 
@@ -177,6 +180,37 @@ def find_function(flag: str, name: str) -> UserFunction:
         raise UserError(f"{flag} {name}: {attribute} is {_kind(function)}; {EXPECTED[flag]}")
     folder = Path(place).absolute().parent if place.endswith(".py") else Path.cwd()
     return UserFunction(flag, name, function, getattr(module, "__file__", None), folder)
+
+
+def _build_named(model: str, settings: Mapping[str, Any], input_shape: Shape, classes: int) -> Sequential:
+    """Return a network of ours; raise `UserError` with the smallest images that fit if these are too small."""
+
+    def build(shape: Shape) -> Sequential:
+        return build_model(model, shape, classes, **settings)
+
+    try:
+        return build(input_shape)
+    except TooSmallError as error:
+        height, width, channels = input_shape
+        sides = range(min(height, width) + 1, LARGEST_SIDE_TRIED)
+        larger = ((max(height, side), max(width, side), channels) for side in sides)
+        smallest = next((shape for shape in larger if _fits(build, shape)), None)
+        if smallest is None:
+            raise
+        why = str(error).partition(";")[0]
+        raise TooSmallError(
+            f"--model {model} takes images of at least {show_shape(smallest)}, not {show_shape(input_shape)} ({why}): "
+            f"give larger images, with image files by --resize {smallest[0]}x{smallest[1]}, or a model for any size, "
+            "such as mlp or resnet20"
+        ) from error
+
+
+def _fits(build: Callable[[Shape], Sequential], input_shape: Shape) -> bool:
+    try:
+        build(input_shape)
+    except TooSmallError:
+        return False
+    return True
 
 
 def _build_checked(

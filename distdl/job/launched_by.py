@@ -8,6 +8,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from distdl.job.processes import ancestors
+
 OPEN_MPI = "Open MPI's mpirun"
 MPICH = "MPICH's mpirun"
 # Not SLURM_NTASKS: a batch script's single process also has it. Only `srun` sets the number of tasks of a job step.
@@ -16,6 +18,16 @@ RANK_AND_SIZE = (
     (MPICH, "PMI_RANK", "PMI_SIZE"),
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 )
+
+#: The programs that start ranks with these variables: of Open MPI 5 and 4, of MPICH and its relatives, of Slurm.
+#: MPICH's `mpirun` starts a proxy, which starts the ranks. Under `srun --mpi=pmi2`, Slurm sets MPICH's variables.
+PROGRAMS = {
+    OPEN_MPI: {"mpirun", "mpiexec", "prterun", "prte", "prted", "orterun", "orted"},
+    MPICH: {"mpiexec.hydra", "hydra_pmi_proxy", "hydra_bstrap_pr", "slurmstepd"},
+    "srun": {"slurmstepd"},
+}
+#: The first letters of the variables that each of them sets.
+PREFIXES = {OPEN_MPI: "OMPI_|PMIX_|PRTE_", MPICH: "PMI_|PMIX_|MPI_LOCAL", "srun": "SLURM_PROCID|SLURM_STEP_|PMIX_"}
 
 #: The rank among the ranks of its host: the names of Open MPI, MPICH and Slurm.
 LOCAL_RANK = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
@@ -54,11 +66,51 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     >>> read_launch({"PMI_RANK": "1", "PMI_SIZE": "4"})
     Launch(by="MPICH's mpirun", rank=1, size=4, local_rank=0)
     """
-    for by, rank, size in RANK_AND_SIZE:
-        if environment.get(rank, "").isdecimal() and environment.get(size, "").isdecimal():
-            local = [environment[name] for name in LOCAL_RANK if environment.get(name, "").isdecimal()]
-            return Launch(by, int(environment[rank]), int(environment[size]), int(local[0]) if local else 0)
-    return Launch(None, 0, 1)
+    local = [int(environment[name]) for name in LOCAL_RANK if environment.get(name, "").isdecimal()]
+    found = [
+        Launch(by, int(environment[rank]), int(environment[size]), local[0] if local else 0)
+        for by, rank, size in RANK_AND_SIZE
+        if environment.get(rank, "").isdecimal() and environment.get(size, "").isdecimal()
+    ]
+    if len(found) > 1 and environment is os.environ:  # those of one launcher may be left over from another job
+        for process in ancestors():
+            for launch in reversed(found):  # Slurm's own variables are right below its daemon
+                if process.name in PROGRAMS[launch.by or ""]:
+                    return launch
+    return found[0] if found else Launch(None, 0, 1)
+
+
+def launcher_is_missing(launch: Launch, environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether variables of a launcher are set, but no such launcher is above this process.
+
+    Then they are left over from another job, or the launcher is outside of this process's container.
+    """
+    if launch.by is None:
+        return False
+    above = list(ancestors())
+    if not any(process.name in PROGRAMS[launch.by] for process in above):
+        return True
+    task = environment.get("SLURM_TASK_PID", "")  # a script of Slurm is below its daemon too
+    return launch.by == "srun" and task.isdecimal() and int(task) not in {os.getpid(), *(one.pid for one in above)}
+
+
+def how_to_unset(launch: Launch) -> str:
+    """Return the line for a shell that removes the variables of this launcher.
+
+    >>> how_to_unset(Launch("srun", 1, 4))
+    "unset $(env | grep -oE '^(SLURM_PROCID|SLURM_STEP_|PMIX_)[A-Z0-9_]*')"
+    """
+    return f"unset $(env | grep -oE '^({PREFIXES[launch.by or '']})[A-Z0-9_]*')"
+
+
+def variables_of(launch: Launch) -> str:
+    """Return the two variables that tell the rank and the size.
+
+    >>> variables_of(Launch("srun", 1, 4))
+    'SLURM_PROCID=1 and SLURM_STEP_NUM_TASKS=4'
+    """
+    rank, size = next((rank, size) for by, rank, size in RANK_AND_SIZE if by == launch.by)
+    return f"{rank}={launch.rank} and {size}={launch.size}"
 
 
 def compatible(launch: Launch, library: str, environment: Mapping[str, str] = os.environ) -> bool:

@@ -14,9 +14,12 @@ import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 
+from distdl.job.launched_by import Launch, how_to_unset, read_launch
 from distdl.job.processes import Process, ancestors, send_when_the_parent_dies
+from distdl.job.streams import say_line
 
 #: The programs that start ranks and keep the connection to them: of Open MPI 5 and 4, MPICH and similar, Slurm.
 LAUNCHERS = frozenset(
@@ -38,9 +41,25 @@ def end_with_the_launcher() -> None:
     if any(process.pid == parent and process.name not in STEP_DAEMONS for process in watched):
         send_when_the_parent_dies(signal.SIGKILL)
     if not any(process.name not in STEP_DAEMONS for process in watched) and server_is_gone():
+        say_line(
+            "error: the mpirun that started this process has ended. If none did, variables of Open MPI are left over "
+            f"from another job: {how_to_unset(read_launch())}"
+        )
         os.kill(os.getpid(), signal.SIGKILL)
     if watched:  # also the parent: the kernel sends nothing if it died before the request
-        threading.Thread(target=_watch, args=[watched], name="lifeline", daemon=True).start()
+        with suppress(RuntimeError):  # too many threads: the kernel's signal must do
+            threading.Thread(target=_watch, args=[watched], name="lifeline", daemon=True).start()
+
+
+def end_the_launcher(launch: Launch, environment: Mapping[str, str] = os.environ) -> None:
+    """Let MPICH's launcher on this host end the job if ranks of other hosts may wait for those of this one."""
+    here = environment.get("MPI_LOCALNRANKS", "")
+    if here.isdecimal() and launch.size > int(here):
+        time.sleep(SECONDS_BETWEEN_LOOKS)  # it passes our message on first
+        for launcher in ancestors():
+            if launcher.name in LAUNCHERS:
+                os.kill(launcher.pid, signal.SIGTERM)
+                break
 
 
 def server_is_gone(environment: Mapping[str, str] = os.environ) -> bool:
@@ -55,6 +74,17 @@ def server_is_gone(environment: Mapping[str, str] = os.environ) -> bool:
         return True
     except OSError:
         return False  # MPI reports other errors better
+    return False
+
+
+def pmi_is_gone(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether the connection to MPICH's launcher, which a rank inherits as an open file, is not there."""
+    number = environment.get("PMI_FD", "")
+    try:
+        if number.isdecimal():
+            os.fstat(int(number))
+    except OSError:
+        return True
     return False
 
 

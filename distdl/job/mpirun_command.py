@@ -7,17 +7,21 @@ Open MPI 5 to let the survivors of a killed rank continue (ULFM).
 In an allocation of Slurm, PBS or LSF the ranks fill the slots of its hosts; only further ranks share cores.
 """
 
+import errno
 import os
+import pwd
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distdl.errors import UserError
+from distdl.errors import UserError, one_line
+from distdl.job.limits import explained
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,9 @@ def find_mpirun() -> Path:
     beside = str(Path(sys.executable).parent)
     found = shutil.which("mpirun", path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)]))
     if found is None:
+        for folder in (beside, *os.environ.get("PATH", os.defpath).split(os.pathsep)):
+            if Path(folder, "mpirun").is_file():
+                raise UserError(f"{folder}/mpirun has no execute permission: chmod +x {folder}/mpirun")
         raise UserError(
             f"no mpirun in {beside} and none on PATH: install an MPI into this environment with "
             "pip install 'distdl-mpi[mpich]', or train in one process with python -m distdl.train"
@@ -90,18 +97,42 @@ def environment_for(command: MpirunCommand) -> dict[str, str]:
     return {**os.environ, **command.environment}
 
 
+def home() -> dict[str, str]:
+    """Return the variable HOME if it is not set: Open MPI does not start without it.
+
+    It is the user's home folder, or the temporary folder if the system does not know the user, as in some containers.
+    """
+    if "HOME" in os.environ:
+        return {}
+    try:
+        folder = pwd.getpwuid(os.geteuid()).pw_dir
+    except KeyError:
+        folder = ""
+    return {"HOME": folder if os.access(folder, os.W_OK) else tempfile.gettempdir()}
+
+
 def _open_mpi_version(mpirun: Path) -> int | None:
     """Return the major version of an Open MPI launcher, or None for another MPI's."""
-    environment = os.environ.copy()  # without one, execve fails if another thread changes a variable meanwhile
+    # Without a copy, execve fails if another thread changes a variable meanwhile.
+    environment = {**os.environ, **home()}
     try:
         answer = subprocess.run(
             [mpirun, "--version"], env=environment, capture_output=True, text=True, errors="replace", check=True
         )
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"{mpirun} does not work ({error}): reinstall its MPI") from error
+    except subprocess.CalledProcessError as error:
+        said = one_line(error.stderr or error.stdout or f"exit code {error.returncode}, without a message")
+        raise UserError(f"{mpirun} does not work; it says: {said}: reinstall its MPI if that does not help") from error
+    except OSError as error:
+        if (reached := explained(error)) is not error:
+            raise reached from error
+        raise UserError(f"{mpirun} does not work ({error.strerror}): {_remedy(error, mpirun)}") from error
     # Debian's launcher calls itself OpenRTE when started by its full name.
     found = re.search(r"\(Open ?(?:MPI|RTE)\) (\d+)", answer.stdout)
     return int(found[1]) if found else None
+
+
+def _remedy(error: OSError, program: Path) -> str:
+    return f"chmod +x {program}" if error.errno == errno.EACCES else "reinstall its MPI"
 
 
 def _environment_in_a_step() -> dict[str, str]:
@@ -115,7 +146,7 @@ def _environment_in_a_step() -> dict[str, str]:
 
 def _open_mpi_environment(version: int) -> dict[str, str]:
     """Return the variables that lift Open MPI's refusals, except those that the user has set."""
-    variables: dict[str, str] = {}
+    variables = home()
     if os.geteuid() == 0:  # as in a container
         variables |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     # This also helps with fewer ranks than cores: two jobs, or the BLAS threads of one rank, would share a core while

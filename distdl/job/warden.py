@@ -72,7 +72,10 @@ class Warden:
 
 def _cannot_start(error: OSError) -> Exception:
     from distdl.errors import UserError  # noqa: PLC0415  not at the head: the program has no package
+    from distdl.job.limits import explained  # noqa: PLC0415
 
+    if (reached := explained(error)) is not error:
+        return UserError(f"--detect-hangs cannot start the process that watches this rank: {reached}")
     return UserError(f"--detect-hangs cannot start the process that watches this rank: {error}; leave the flag out")
 
 

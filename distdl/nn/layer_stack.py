@@ -92,7 +92,7 @@ class LayerStack(LayerGroup):
             try:
                 shape = layer.build(shape, dtype)
             except UserError as error:
-                raise UserError(f"{name} ({layer}): {error}") from None
+                raise type(error)(f"{name} ({layer}): {error}") from None
             self.shapes.append(shape)
         return shape
 

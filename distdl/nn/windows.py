@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from distdl.errors import UserError
+from distdl.errors import TooSmallError, UserError
 from distdl.nn.arguments import as_whole, image_shape, show_shape
 from distdl.nn.layers import Array, Shape, Workspace
 
@@ -43,7 +43,7 @@ class Window:
         output_size = self.output_size((H, W))
         if min(output_size) < 1:
             padding = self.padding[0] if self.padding[0] == self.padding[1] else show_shape(self.padding)
-            raise UserError(
+            raise TooSmallError(
                 f"input {show_shape(input_shape)} is smaller than the {show_shape(self.kernel)} {kind} "
                 f"(padding {padding}); use a larger image or a smaller {kind}, or drop layers in front"
             )

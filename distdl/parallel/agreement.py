@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
 from distdl import errors
+from distdl.job.limits import explained
 from distdl.job.streams import say
 from distdl.parallel.communicator import Communicator
 from distdl.parallel.recovery import commit
@@ -73,7 +74,7 @@ def guard(communicator: Communicator) -> Iterator[None]:
 
 def end_the_job(communicator: Communicator, error: BaseException) -> NoReturn:
     """Print the error with this rank's number, and end every process of the job with the error's exit code."""
-    print_error(error, communicator.rank)
+    print_error(error := explained(error), communicator.rank)
     communicator.abort(exit_code_of(error))
 
 
@@ -83,7 +84,7 @@ def end_rank_after_host_fault(communicator: Communicator, error: BaseException) 
     The rank ends by a signal: the launcher treats a signal as a lost rank, and any other end as a defect.
     """
     if communicator.survives_failures and communicator.size > 1:
-        print_error(error, communicator.world_ranks[communicator.rank])
+        print_error(explained(error), communicator.world_ranks[communicator.rank])
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -11,15 +11,16 @@ import warnings
 from contextlib import suppress
 from functools import cache
 
-from distdl.errors import DistdlError, UserError
-from distdl.job import leftovers
-from distdl.job.launched_by import Launch, compatible, read_launch
+from distdl.errors import DistdlError, HostError, UserError
+from distdl.job import leftovers, limits
+from distdl.job.launched_by import Launch, compatible, print_for_all_ranks, read_launch
 from distdl.job.lifeline import end_with_the_launcher
 from distdl.job.lost_ranks import Ring
 from distdl.job.streams import say_line
 from distdl.parallel import shared
 from distdl.parallel.agreement import end_the_job, exit_code_of
 from distdl.parallel.communicator import Communicator, OneProcess
+from distdl.parallel.start_checks import checked, not_one_job, prepare_for_mpi
 
 INSTALL = "pip install 'distdl-mpi[mpich]'"
 #: Rank 0 usually has the same error. It gets this time to print it before another rank does.
@@ -73,35 +74,47 @@ def _make_world(failure: UserError | None = None) -> Communicator:
     try:
         from distdl.parallel import mpi  # noqa: PLC0415  some hosts have no MPI library
     except (ImportError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if launch.size == 1:
-            return OneProcess(f"one process, without MPI ({reason})")
-        why = f"mpi4py finds no MPI library here ({reason}): {INSTALL} in this environment"
-        raise _not_one_job(launch, why) from error
+        return _without_mpi(launch, error)
     if not compatible(launch, mpi.vendor()):
         if launch.size == 1:
             return OneProcess(f"one process, without MPI ({mpi.vendor()} cannot start under {launch.by})")
-        raise _not_one_job(
+        raise not_one_job(
             launch,
             f"this Python has {mpi.library_name()}: use the mpirun of that library, as python -m distdl.mpirun does",
         )
+    prepare_for_mpi(launch, mpi.vendor())
     with warnings.catch_warnings():
         # mpi4py warns about the mpirun of another MPI on each rank. We report it once, below, and only if it matters.
         warnings.filterwarnings("ignore", "suspicious MPI execution environment", RuntimeWarning)
-        communicator = mpi.world_of_mpi(failure)
+        communicator: Communicator = mpi.world_of_mpi(failure)
     leftovers.register(shared.folders())
     if launch.local_rank == 0:
         leftovers.sweep(shared.folders())
     if mpi.ranks_started() == 1 and launch.size > 1:
-        raise _not_one_job(
+        raise not_one_job(
             launch,
             f"each sees {communicator.description} with 1 rank: use the mpirun of that library, "
             "or srun with --mpi=pmi2 for MPICH and --mpi=pmix for Open MPI",
         )
+    if communicator.rank == 0:
+        print_for_all_ranks()  # the launcher's variables may tell another rank
+    if _world is None:
+        communicator = checked(communicator)
     _end_the_job_on_uncaught_exceptions(communicator)
     if communicator.size > 1 and not communicator.survives_failures:
         _form_ring(communicator)
     return communicator
+
+
+def _without_mpi(launch: Launch, error: Exception) -> Communicator:
+    """Return one process if MPI cannot be imported; raise `UserError` if the launcher started several ranks."""
+    if (reached := limits.explained(error)) is not error:
+        raise HostError(str(reached)) from error
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if launch.size == 1:
+        return OneProcess(f"one process, without MPI ({reason})")
+    why = f"mpi4py finds no MPI library here ({reason}): {INSTALL} in this environment"
+    raise not_one_job(launch, why) from error
 
 
 @cache
@@ -114,12 +127,6 @@ def _form_ring(communicator: Communicator) -> Ring:
                 communicator.barrier()
 
     return Ring(communicator.rank, communicator.allgather_json, communicator.abort, meet)
-
-
-def _not_one_job(launch: Launch, why: str) -> UserError:
-    return UserError(
-        f"{launch.by} started {launch.size} separate processes instead of {launch.size} ranks of one job: {why}"
-    )
 
 
 def _end_the_job_on_uncaught_exceptions(communicator: Communicator) -> None:

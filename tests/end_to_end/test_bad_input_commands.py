@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -313,17 +315,17 @@ def test_the_ranks_report_it_once(what, used_folder, library):
 # A launcher and an MPI library that do not fit
 
 WRONG_LAUNCHERS = {
-    "MPICH": {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"},
-    "Open MPI": {"PMI_RANK": "0", "PMI_SIZE": "4"},
+    "MPICH": ("prterun", {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4"}),
+    "Open MPI": ("hydra_pmi_proxy", {"PMI_RANK": "0", "PMI_SIZE": "4"}),
 }
 
 
-def test_the_mpirun_of_another_mpi_is_named_with_what_to_do(used_folder, library):
+def test_the_mpirun_of_another_mpi_is_named_with_what_to_do(used_folder, library, below):
     if library not in WRONG_LAUNCHERS:
         pytest.skip(f"no other launcher is known for {library}")
     words = ["4 separate processes", library, "use the mpirun of that library"]
-    environment = environment_with(**WRONG_LAUNCHERS[library])
-    assert_refused_once([*TRAIN, *TINY], used_folder, USER, words, environment)
+    launcher, variables = WRONG_LAUNCHERS[library]
+    assert_refused_once(below(launcher, [*TRAIN, *TINY]), used_folder, USER, words, environment_with(**variables))
 
 
 def test_the_real_mpirun_of_another_mpi_is_named_too(used_folder, library, monkeypatch):
@@ -342,11 +344,12 @@ def test_one_process_in_a_batch_script_of_slurm_trains(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_srun_without_the_right_mpi_is_named_with_what_to_do(used_folder, library):
+def test_srun_without_the_right_mpi_is_named_with_what_to_do(used_folder, library, below):
     words = ["srun", "4 separate processes", "--mpi=pmi2", "--mpi=pmix"]
     environment = environment_with(SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="4")
     # Started by srun alone, Open MPI leaves a segment. The register that lists the segment stays too.
-    assert_refused_once([*TRAIN, *TINY], used_folder, USER, words, environment, sweeps=library == "Open MPI")
+    argv = below("slurmstepd", [*TRAIN, *TINY])
+    assert_refused_once(argv, used_folder, USER, words, environment, sweeps=library == "Open MPI")
 
 
 NO_MPI4PY = """
@@ -395,15 +398,62 @@ def test_without_an_mpi_library_one_process_trains(tmp_path, without_library):
 
 
 @pytest.mark.parametrize("missing", ["without_mpi4py", "without_library"])
-@pytest.mark.parametrize("by", ["PMI_RANK PMI_SIZE", "OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE"])
-def test_without_mpi_four_ranks_are_refused_with_a_package_to_install(by, missing, used_folder, request):
-    rank, size = by.split()
+@pytest.mark.parametrize(
+    "by", ["hydra_pmi_proxy PMI_RANK PMI_SIZE", "prterun OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE"]
+)
+def test_without_mpi_four_ranks_are_refused_with_a_package_to_install(by, missing, used_folder, request, below):
+    launcher, rank, size = by.split()
     environment = environment_with(first=request.getfixturevalue(missing), **{rank: "0", size: "4"})
     words = ["4 separate processes", "no MPI library", "pip install"]
-    assert_refused_once([*TRAIN, *TINY], used_folder, USER, words, environment)
+    assert_refused_once(below(launcher, [*TRAIN, *TINY]), used_folder, USER, words, environment)
 
 
-def test_the_other_ranks_of_a_refused_job_print_nothing(used_folder, without_mpi4py):
+def test_the_other_ranks_of_a_refused_job_print_nothing(used_folder, without_mpi4py, below):
     environment = environment_with(first=without_mpi4py, PMI_RANK="3", PMI_SIZE="4")
-    done = run([*TRAIN, *TINY], used_folder, environment)
+    done = run(below("hydra_pmi_proxy", [*TRAIN, *TINY]), used_folder, environment)
     assert (done.returncode, done.stdout, done.stderr) == (USER, "", "")
+
+
+LEFT_OVER = {
+    "Open MPI": {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4"},
+    "MPICH": {"PMI_RANK": "1", "PMI_SIZE": "4"},
+    "MPICH, with a connection": {"PMI_RANK": "1", "PMI_SIZE": "4", "PMI_FD": "77"},
+    "srun": {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"},
+    "srun, in a batch script": {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_TASK_PID": "4194305"},
+}
+
+
+@pytest.mark.parametrize("of", LEFT_OVER)
+def test_variables_left_over_from_another_job_are_named_with_the_line_that_removes_them(
+    of, used_folder, library, below
+):
+    rank, size = list(LEFT_OVER[of].items())[:2]
+    words = [f"{'='.join(rank)} and {'='.join(size)} say", "left over", "unset $(env | grep -oE '^("]
+    argv = below("slurmstepd", [*TRAIN, *TINY]) if "script" in of else [*TRAIN, *TINY]
+    environment = environment_with(**LEFT_OVER[of])
+    done = assert_refused_once(argv, used_folder, USER, words, environment, sweeps=library == "Open MPI")
+    unset = re.search(r"unset .*?'\)", done.stderr)[0]
+    # Stop before the first step: the shell is no launcher, and the variables are gone.
+    again = run(["bash", "-c", f'{unset}; "$@"', "bash", *TRAIN, *TINY, "--dry-run"], used_folder, environment)
+    assert (again.returncode, again.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("flags", [["--epochs=x"], ["--data-dir=nowhere", *MNIST]], ids=" ".join)
+def test_with_left_over_variables_any_other_error_is_printed_too(flags, used_folder, library):
+    environment = environment_with(**LEFT_OVER["Open MPI"])
+    assert_refused_once([*TRAIN, *flags], used_folder, USER, [], environment, sweeps=library == "Open MPI")
+
+
+def test_with_the_left_over_variables_of_another_launcher_the_ranks_of_a_real_one_report_once(used_folder, library):
+    other = {"PMI_RANK": "2", "PMI_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4"}
+    argv, variables = launched(2, ["--epochs=x"])
+    assert_refused_once(argv, used_folder, USER, ["--epochs"], environment_with(**variables, **other))
+
+
+def test_a_process_that_ends_because_its_launcher_is_gone_says_so(used_folder):
+    variables = {**LEFT_OVER["Open MPI"], "PMIX_SERVER_URI41": "prterun-host-1@0.0;tcp4://127.0.0.1:9"}
+    done = run([*TRAIN, *TINY], used_folder, environment_with(**variables))
+    assert done.returncode == -signal.SIGKILL
+    assert done.stderr.count("\n") == 1
+    assert "has ended" in done.stderr
+    assert "unset $(env | grep" in done.stderr

@@ -305,6 +305,8 @@ def test_a_network_for_larger_images_names_the_possible_sizes(folder):
         assert [word for word in (model, "28 to 64", "192", "8x8x1", "resize") if word not in said] == [], said
     said = refusal(folder, "--model=lenet")
     assert "conv2d_2 (Conv2d 16@5x5): input 4x4x6 is smaller" in said
+    assert "--model lenet takes images of at least 12x12x1, not 8x8x1" in said
+    assert "--resize 12x12" in said
 
 
 def test_a_rank_with_a_different_network_is_named(monkeypatch):

@@ -3,17 +3,20 @@
 import dataclasses
 import json
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
 from small_runs import piece_of_digits, small_config, small_run, warnings_in
 
+from distdl.config import TrainConfig
 from distdl.data import PreparedDataset
 from distdl.engine import same_bits
 from distdl.engine.fingerprint import fingerprint, first_difference
-from distdl.engine.same_bits import bits_of_ranks, change_of_bits, check_same_bits
+from distdl.engine.same_bits import bits_of_ranks, change_of_bits, check_same_bits, warnings_about_bits
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.header import CheckpointHeader
+from distdl.engine.storage.run_folder import StartingPoint
 from distdl.errors import UserError
 from distdl.nn import Affine, BatchNorm, Conv2d, Flatten, ReLU, Sequential
 from distdl.nn.kernels import NUMPY
@@ -214,3 +217,18 @@ def test_a_checkpoint_of_an_earlier_version_proves_no_bits(tmp_path, monkeypatch
     )
     with pytest.raises(UserError, match="an earlier version wrote the checkpoint, without a fingerprint; resume where"):
         small_run(OneProcess(), tmp_path / "run", resume="auto", require_same_bits=True)
+
+
+def test_packages_with_other_versions_on_a_host_are_named_with_the_hosts(monkeypatch):
+    ours = {"distdl": "0.1", "python": "3.11", "numpy": "2.2", "mpi4py": "4.0"}
+    assert same_bits.versions_that_differ(OneProcess(), ours) == []
+    theirs = {"numpy": "2.1", "mpi4py": "4.0"}
+
+    def found(_ranks, text):
+        assert json.loads(text) == {"numpy": "2.2", "mpi4py": "4.0"}
+        return {text: ["a", "c"], json.dumps(theirs): ["b"]}
+
+    monkeypatch.setattr(same_bits, "hosts_by_text", found)
+    (text,) = same_bits.versions_that_differ(OneProcess(), ours)
+    assert text == "numpy has different versions (2.2 on a, c; 2.1 on b): install the same version on every host"
+    assert warnings_about_bits(StartingPoint(Path("run")), TrainConfig(), {"versions_that_differ": [text]}) == [text]

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,62 @@ def test_a_missing_python_is_reported_in_one_line(tmp_path: Path) -> None:
     done = run_script("-n", "2", folder=tmp_path, PYTHON="/nowhere/python")
     assert done.returncode == 2
     assert done.stderr.startswith("launch/local.sh: no Python called /nowhere/python")
+    assert done.stderr.count("\n") == 1
+
+
+def no_permission(path: Path) -> str:
+    fake_python(path, "x").chmod(0o644)
+    return f"{path} has no execute permission: chmod +x {path}"
+
+
+def broken_link(path: Path) -> str:
+    path.symlink_to(path.parent / "removed")
+    return f"{path} is a link to a file that does not exist"
+
+
+def old_python(path: Path) -> str:
+    fake_python(path, "x").write_text("#!/bin/sh\necho 'Unknown option: -P' >&2\nexit 2\n")
+    return f"{path} is older than Python 3.11"
+
+
+def no_program(path: Path) -> str:
+    fake_python(path, "x").write_text("#!/nowhere/sh\n")
+    return f"{path} cannot be executed here"
+
+
+@pytest.mark.parametrize("spoil", [no_permission, broken_link, old_python, no_program])
+def test_a_python_that_cannot_run_is_named_with_the_reason(spoil: Callable[[Path], str], tmp_path: Path) -> None:
+    python = tmp_path / "repository" / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    expected = spoil(python)
+    script = tmp_path / "repository" / "launch" / "local.sh"
+    script.parent.mkdir()
+    shutil.copy(SCRIPT, script)
+    for done in (
+        run_script("-n", "2", folder=tmp_path, PYTHON=str(python)),
+        run_script("-n", "2", folder=tmp_path, script=script, PATH=os.environ["PATH"]),
+    ):
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"launch/local.sh: {expected}")
+        assert done.stderr.count("\n") == 1
+
+
+def test_from_a_read_only_checkout_the_advice_is_to_copy_it(tmp_path: Path) -> None:
+    """Pip builds inside the folder."""
+    repository = tmp_path / "repository"
+    (repository / "launch").mkdir(parents=True)
+    shutil.copy(SCRIPT, repository / "launch" / "local.sh")
+    python = fake_python(tmp_path / "python", "without")
+    python.write_text("#!/bin/sh\nexit 1\n")
+    script = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && exec "$1/launch/local.sh" -n 2'
+    unshare = ["unshare", "-U", "-r", "-m", "sh", "-c", script, "sh", str(repository)]
+    if shutil.which("unshare") is None:
+        pytest.skip("no unshare here")
+    variables = {**os.environ, "PYTHON": str(python)}
+    done = subprocess.run(unshare, env=variables, capture_output=True, text=True, timeout=60, check=False)
+    if "mount" in done.stderr or "unshare" in done.stderr:
+        pytest.skip(done.stderr)
+    assert f"cp -r '{repository}' /tmp/distdl && {python} -m pip install '/tmp/distdl[mpich]'" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -173,6 +174,38 @@ def test_an_mpirun_that_does_not_work_is_named(environment: PretendedEnvironment
     write_program(environment.mpirun, text)
     with pytest.raises(UserError, match=f"{environment.mpirun} does not work"):
         mpirun_command(2, ["python"])
+
+
+def test_an_mpirun_that_fails_is_quoted(environment: PretendedEnvironment) -> None:
+    write_program(environment.mpirun, "#!/bin/sh\necho 'Unable to get the\nuser home directory' >&2\nexit 1\n")
+    with pytest.raises(UserError, match="does not work; it says: Unable to get the user home directory: reinstall"):
+        mpirun_command(2, ["python"])
+
+
+def test_an_mpirun_without_permission_is_named_with_the_line_that_gives_it(environment: PretendedEnvironment) -> None:
+    write_program(environment.mpirun, "#!/bin/sh\n").chmod(0o644)
+    with pytest.raises(UserError, match=f"{environment.mpirun} has no execute permission: chmod"):
+        find_mpirun()
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["a user", "a user that the system does not know"])
+def test_without_a_home_open_mpi_gets_one(
+    environment: PretendedEnvironment, known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_program(
+        environment.mpirun,
+        """#!/bin/sh
+[ -d "$HOME" ] || { echo 'Unable to get the user home directory' >&2; exit 1; }
+echo 'mpirun (Open MPI) 5.0.9'
+""",
+    )
+    users = {1000: SimpleNamespace(pw_dir=str(tmp_path))} if known else {}
+    monkeypatch.setattr("pwd.getpwuid", users.__getitem__)
+    monkeypatch.delenv("HOME", raising=False)
+    expected = str(tmp_path) if known else tempfile.gettempdir()
+    assert mpirun_command(2, ["python"]).environment["HOME"] == expected
+    monkeypatch.setenv("HOME", expected)
+    assert "HOME" not in mpirun_command(2, ["python"]).environment
 
 
 @pytest.mark.parametrize("version", ["mpich", "openmpi4", "openmpi5"])

@@ -167,7 +167,7 @@ def test_a_dry_run_prints_the_command_of_each_form(tmp_path):
         return (done.stdout + done.stderr).strip()
 
     flags = "--run-dir my-run --resume auto --dataset digits --epochs 20"
-    mpirun = "python -m distdl.mpirun -n 8 --doctor --restarts 3 --module distdl.train --"
+    mpirun = "python -P -m distdl.mpirun -n 8 --doctor --restarts 3 --module distdl.train --"
     assert printed(SLURM_NTASKS="8") == f"{mpirun} {flags}"
     assert printed(LAUNCH="pmix") == f"srun -K -n 1 --mpi=pmix python -P -m distdl.train {flags}"
     flags = "--run-dir r-5 --resume auto --seed 5 --dataset digits --epochs 20"

@@ -405,6 +405,7 @@ def test_an_error_that_each_rank_finds_alone_is_not_agreed(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PMI_RANK", "1")
     monkeypatch.setenv("PMI_SIZE", "4")
+    monkeypatch.setattr("distdl.parallel.start_checks.launcher_is_missing", lambda _launch: False)
     with pytest.raises(UserError, match="4 separate processes") as caught:
         world()
     assert not caught.value.agreed  # so a silent rank waits until rank 0 has printed it

@@ -3,15 +3,19 @@
 import gc
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from distdl.host_memory import available_to_this_process
 from distdl.nn.kernels import NUMPY, Kernels
 
 CPU_INFO = Path("/proc/cpuinfo")
 LEAST_NUMBA = (0, 63)
+#: With less, LLVM ends the process while it compiles (measured: 400 MB are too little, 600 MB enough, in all).
+LEAST_ROOM = 350_000_000
 INSTALL = "pip install 'distdl-mpi[fast]'"
 #: Every CPU of these machines has fused multiply-add; an x86 CPU lists it as ``fma``.
 WITH_FMA = {"aarch64", "arm64"}
@@ -38,6 +42,17 @@ def obstacle() -> str | None:
         return f"numba {installed} is too old, expected {least} or later: {INSTALL}"
     if not _has_fma():
         return f"this CPU ({os.uname().machine}) has no fused multiply-add instructions that distdl knows"
+    room = available_to_this_process()
+    if "numba" not in sys.modules and room < LEAST_ROOM:
+        return (
+            f"numba needs about {LEAST_ROOM / 1e6:.0f} MB of address space to compile, but the limit (ulimit -v or -d) "
+            f"leaves {room / 1e6:.0f} MB: raise it with ulimit -v unlimited, or where it is set"
+        )
+    return _defect(installed)
+
+
+def _defect(installed: str) -> str | None:
+    """Return why this version of numba, which is installed, does not work."""
     try:
         with _no_garbage_collection():
             numba = importlib.import_module("numba")
