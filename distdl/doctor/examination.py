@@ -23,7 +23,7 @@ from distdl.job.allocation import read_allocation
 from distdl.job.launched_by import read_launch
 from distdl.job.mpi_init import ranks_of_this_host
 from distdl.job.mpirun_command import find_mpirun
-from distdl.job.sources import DIGITS, hash_of_sources
+from distdl.job.program import DIGITS, hash_of_sources
 
 Facts = dict[str, Any]
 
