@@ -155,6 +155,10 @@ def _open_mpi_environment(version: int) -> dict[str, str]:
         variables |= {
             "PRTE_MCA_rmaps_default_mapping_policy": "slot:oversubscribe",  # without "slot" one host gets all ranks
             "PRTE_MCA_hwloc_default_binding_policy": "none",
+            # A host without an answer for 45 s ends the job; the default is eight minutes.
+            "PRTE_MCA_oob_tcp_keepalive_time": "20",
+            "PRTE_MCA_oob_tcp_keepalive_intvl": "5",
+            "PRTE_MCA_oob_tcp_keepalive_probes": "5",
         }
     else:
         variables |= {"OMPI_MCA_rmaps_base_oversubscribe": "1", "OMPI_MCA_hwloc_base_binding_policy": "none"}

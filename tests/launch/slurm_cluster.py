@@ -24,7 +24,8 @@ PROGRAMS = {
     "unshare": "util-linux",
     "nsenter": "util-linux",
 }
-NETWORK = "10.78.0"
+#: As many clusters may run at the same time, each with a number, which names its network, ports and control groups.
+MOST_CLUSTERS = 4
 NODES = ("n1", "n2")
 CONTROLLERS = ("memory", "cpuset", "freezer", "cpuacct", "devices")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -32,8 +33,8 @@ SECONDS_TO_START = 30
 CONFIGURATION = """
 ClusterName=tests
 SlurmctldHost={controller}({network}.254)
-SlurmctldPort=16817
-SlurmdPort=16818
+SlurmctldPort={port}
+SlurmdPort={port}1
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge/socket,cred_expire=5
@@ -72,17 +73,18 @@ ConstrainCores=no
 
 
 @cache
-def _lock():
-    """Return whether this process is the only one with a cluster; it remains so until its end."""
-    handle = os.open(
-        Path(tempfile.gettempdir(), "distdl-tests-slurm.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-    )
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        return False
-    return True
+def own_number():
+    """Return a number that no other process uses for a cluster, until this process ends; None if all are used."""
+    for number in range(MOST_CLUSTERS):
+        path = Path(tempfile.gettempdir(), f"distdl-tests-slurm-{number}.lock")
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+        else:
+            return number
+    return None
 
 
 def why_not():
@@ -95,8 +97,8 @@ def why_not():
     for controller in CONTROLLERS:
         if not (CGROUPS / controller / "cgroup.procs").exists():
             return f"a Slurm of two nodes needs the control group {controller} (version 1)"
-    if not _lock():
-        return "another test runs a Slurm of two nodes"
+    if own_number() is None:
+        return f"{MOST_CLUSTERS} other tests run a Slurm of two nodes"
     probe = f"ddslurm{os.getpid() % 10000}"
     if subprocess.run(["ip", "netns", "add", probe], capture_output=True, check=False).returncode:
         return "a Slurm of two nodes needs network namespaces, which are not permitted here"
@@ -109,6 +111,8 @@ class Cluster:
 
     def __init__(self, folder):
         self.folder = folder
+        self.label = f"ddslurm{own_number()}"
+        self.network = f"10.78.{own_number()}"
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "PMI", "OMPI"))},
             "SLURM_CONF": str(folder / "slurm.conf"),
@@ -159,6 +163,10 @@ class Cluster:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
+    def cut(self, node, state="down"):
+        """Cut the cable of a node, or repair it."""
+        ip("-n", self._namespace(node), "link", "set", "eth0", state)
+
     def start_node(self, node):
         """Start the daemon of a node."""
         hosts = self.folder / "hosts"
@@ -193,21 +201,26 @@ class Cluster:
         folder = self.folder
         for name in ("state", "log", "munge", *(f"tmp-{node}" for node in NODES)):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        lines = [f"{NETWORK}.{number} {node}\n" for number, node in enumerate(NODES, 1)]
+        lines = [f"{self.network}.{number} {node}\n" for number, node in enumerate(NODES, 1)]
         (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
-        values = {"folder": folder, "network": NETWORK, "controller": os.uname().nodename.partition(".")[0]}
+        values = {
+            "folder": folder,
+            "network": self.network,
+            "port": 1680 + own_number(),
+            "controller": os.uname().nodename.partition(".")[0],
+        }
         (folder / "slurm.conf").write_text(CONFIGURATION.format(**values))
         (folder / "cgroup.conf").write_text(CGROUP_CONFIGURATION)
         self._start_munge()
-        ip("link", "add", "ddslurm", "type", "bridge")
-        ip("address", "add", f"{NETWORK}.254/24", "dev", "ddslurm")
-        ip("link", "set", "ddslurm", "up")
+        ip("link", "add", self.label, "type", "bridge")
+        ip("address", "add", f"{self.network}.254/24", "dev", self.label)
+        ip("link", "set", self.label, "up")
         for number, node in enumerate(NODES, 1):
-            space, cable = self._namespace(node), f"dds-{node}"
+            space, cable = self._namespace(node), f"{self.label}{node}"
             ip("netns", "add", space)
             ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", space)
-            ip("link", "set", cable, "master", "ddslurm", "up")
-            ip("-n", space, "address", "add", f"{NETWORK}.{number}/24", "dev", "eth0")
+            ip("link", "set", cable, "master", self.label, "up")
+            ip("-n", space, "address", "add", f"{self.network}.{number}/24", "dev", "eth0")
             ip("-n", space, "link", "set", "lo", "up")
             ip("-n", space, "link", "set", "eth0", "up")
             for controller in CONTROLLERS:
@@ -249,10 +262,10 @@ class Cluster:
                 os.kill(int(path.read_text()), signal.SIGKILL)
         for node in NODES:
             ip("netns", "delete", self._namespace(node), check=False)
-            ip("link", "delete", f"dds-{node}", check=False)
+            ip("link", "delete", f"{self.label}{node}", check=False)
             for controller in CONTROLLERS:
                 self._remove_cgroup(CGROUPS / controller / self._cgroup(node))
-        ip("link", "delete", "ddslurm", check=False)
+        ip("link", "delete", self.label, check=False)
 
     def _remove_cgroup(self, group):
         folders = sorted(group.glob("**/"), key=lambda path: len(path.parts), reverse=True)
@@ -261,10 +274,10 @@ class Cluster:
                 folder.rmdir()
 
     def _namespace(self, node):
-        return f"ddslurm-{node}"
+        return f"{self.label}-{node}"
 
     def _cgroup(self, node):
-        return f"ddslurm_{node}"
+        return f"{self.label}_{node}"
 
 
 def ip(*words, check=True):

@@ -36,6 +36,9 @@ PLACEMENT = {
     5: {
         "PRTE_MCA_rmaps_default_mapping_policy": "slot:oversubscribe",
         "PRTE_MCA_hwloc_default_binding_policy": "none",
+        "PRTE_MCA_oob_tcp_keepalive_time": "20",
+        "PRTE_MCA_oob_tcp_keepalive_intvl": "5",
+        "PRTE_MCA_oob_tcp_keepalive_probes": "5",
     },
 }
 
@@ -138,7 +141,8 @@ def test_variables_of_the_user_are_kept(environment: PretendedEnvironment, monke
     environment.install("openmpi5")
     monkeypatch.setenv("PRTE_MCA_hwloc_default_binding_policy", "core")
     launch = mpirun_command(2, ["python"])
-    assert launch.environment == {"PRTE_MCA_rmaps_default_mapping_policy": "slot:oversubscribe"}
+    kept = "PRTE_MCA_hwloc_default_binding_policy"
+    assert launch.environment == {name: value for name, value in PLACEMENT[5].items() if name != kept}
     whole = environment_for(launch)
     assert whole["PRTE_MCA_hwloc_default_binding_policy"] == "core"
     assert whole["PRTE_MCA_rmaps_default_mapping_policy"] == "slot:oversubscribe"
