@@ -66,7 +66,9 @@ class Launch:
         self.hosts, self.cluster = hosts, cluster
         self.restarts = rng.choice([["--restarts", "2"], []])
         self.ulfm = ["--with-ft", "ulfm"] if mpi_of(python) == "Open MPI" and rng.random() < 0.5 else []
-        self.spaces = hosts.names if hosts else [f"ddslurm-{node}" for node in slurm_cluster.NODES] if cluster else []
+        self.spaces = (
+            hosts.names if hosts else [f"{cluster.label}-{node}" for node in slurm_cluster.NODES] if cluster else []
+        )
         self.before = set()
         self.before = set(self.processes())
 
