@@ -67,8 +67,8 @@ class Run:
         self.disk.mkdir()
         with ExitStack() as stack:
             if self.fault == "full disk":
-                size = "size=120m" if self.form == HOSTS else "size=2m"  # its doctor refuses a smaller disk
-                subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", self.disk], check=True)
+                size = "120m" if self.form == HOSTS else "2m"  # its doctor refuses a smaller disk
+                subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", self.disk], check=True)
                 stack.callback(subprocess.run, ["umount", "-l", self.disk], check=True)
             hosts = stack.enter_context(SshHosts(self.folder / "ssh")) if self.form == HOSTS else None
             cluster = stack.enter_context(only_one_uses_slurm) and cluster if self.form.startswith(SLURM) else None
@@ -115,9 +115,8 @@ class Run:
             job = subprocess.Popen(
                 words, env=env, cwd=self.folder, stdin=-3, stdout=output, stderr=-2, start_new_session=True
             )
-        self.job, undo = job.pid, None
+        self.job, undo, size = job.pid, None, 0
         started = spoke = time.monotonic()
-        size = self.log.stat().st_size
         while True:
             living = self.launch.processes()
             living.pop(self.job, None)
@@ -188,8 +187,8 @@ def run_all(numbers, seed, log, at_once, possible, cluster=None):
     """Yield the record of each run; append it to the log."""
     with tempfile.TemporaryDirectory(prefix="distdl-disturbed-") as folder:
         words = [possible[0][1], "-m", "distdl.train", *TRAINING, "--run-dir", f"{folder}/undisturbed"]
-        env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-        [expected] = RECEIPT.findall(subprocess.run(words, env=env, stdout=-1, text=True, check=True).stdout)
+        printed = subprocess.run(words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True).stdout
+        [expected] = RECEIPT.findall(printed)
 
         def one(number):
             own = Path(folder, str(number))
@@ -199,19 +198,16 @@ def run_all(numbers, seed, log, at_once, possible, cluster=None):
                 record = run.result(expected, cluster)
             except Exception as error:  # noqa: BLE001  the other runs continue
                 record = run.record | {"wrong": [f"{type(error).__name__}: {error}"]}
-            if log is not None:
-                with log.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
-                if record["wrong"] and run.log.exists():
-                    shutil.copy(run.log, f"{log}.{seed}-{number}.txt")
+            with log.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            if record["wrong"] and run.log.exists():
+                shutil.copy(run.log, f"{log}.{seed}-{number}.txt")
             shutil.rmtree(own, ignore_errors=True)
             return record
 
-        with ThreadPoolExecutor(at_once) as pool:
-            try:
-                yield from pool.map(one, numbers)
-            finally:
-                pool.shutdown(cancel_futures=True)
+        with ThreadPoolExecutor(at_once) as pool, ExitStack() as stack:
+            stack.callback(pool.shutdown, cancel_futures=True)
+            yield from pool.map(one, numbers)
 
 
 def table(records):
@@ -228,11 +224,9 @@ def table(records):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=200)
-    parser.add_argument("--first", type=int, default=0, help="number of the first run, to repeat one")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--log", type=Path)
-    parser.add_argument("--at-once", type=int, default=2)
+    for flag, default in (("--runs", 200), ("--first", 0), ("--seed", 0), ("--at-once", 2)):
+        parser.add_argument(flag, type=int, default=default)
+    parser.add_argument("--log", type=Path, default="disturbances.jsonl")
     parser.add_argument("--python", nargs="*", default=[sys.executable], help="the Python of each MPI")
     parser.add_argument("--forms", default="", help="only forms that this pattern finds")
     given = parser.parse_args()
