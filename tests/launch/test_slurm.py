@@ -298,6 +298,8 @@ def test_a_cut_cable_ends_the_job_within_a_minute_with_a_message(cluster, form, 
     finally:
         cluster.cut("n2", "up")
         cluster.call("scancel", "--user=root")
+        cluster.kill("n2")
+        cluster.start_node("n2")  # Slurm notices a new daemon at once, and a repaired cable minutes later
         cluster.wait_until_idle()
 
 
