@@ -19,7 +19,7 @@ import tomllib
 import typing
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import MISSING, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ from distdl.config import check_kind, expand_home
 from distdl.errors import EXIT_INTERRUPTED, DistdlError, HostError, UserError, nearest, unknown_name
 from distdl.job import held_signals, limits, streams
 from distdl.job.launched_by import MPICH, OPEN_MPI, Launch, launcher_is_missing, read_launch
-from distdl.job.lifeline import end_the_launcher, end_with_the_launcher
+from distdl.job.lifeline import end_with_the_launcher
 from distdl.regular_files import NotRegularError, open_regular
 
 #: Seconds for which a silent rank waits while rank 0 reports an error. Open MPI's launcher ends all ranks when one
@@ -392,8 +392,10 @@ def _report(error: DistdlError, launch: Launch) -> None:
     text = f"{error.label}{error}"
     if isinstance(error, HostError):
         if launch.local_rank == 0:
+            from distdl.job.mpi_init import end_the_job_on_other_hosts  # noqa: PLC0415  rarely needed
+
             streams.say_line(text)
-            end_the_launcher(launch)
+            end_the_job_on_other_hosts(launch)
         return
     is_printed = launch.prints_for_all
     if is_printed:
@@ -412,7 +414,9 @@ def _tell_the_others(error: DistdlError, launch: Launch) -> None:
     If no world can be made, this rank waits, so that rank 0 can print its error first. If the others do not come, this
     rank prints its error and ends.
     """
-    late = streams.said_after(SECONDS_TO_MEET - 1, f"[rank {launch.rank}] {error.label}{error}")
+    late: AbstractContextManager[None] = nullcontext()
+    if "distdl.parallel.mpi" not in sys.modules:  # after the start of MPI nobody waits, and a rank should not fork
+        late = streams.said_after(SECONDS_TO_MEET - 1, f"[rank {launch.rank}] {error.label}{error}")
     with late, Path(os.devnull).open("w") as nowhere:
         # This ends the process with exit code 1. It uses a thread without Python, which does not run while MPI starts.
         with suppress(RuntimeError):  # too many threads

@@ -10,7 +10,8 @@ from distdl import optim
 from distdl.config import NEEDS, TrainConfig
 from distdl.engine.clipping import clip_by_norm
 from distdl.engine.state import TrainingState
-from distdl.engine.storage.checkpoints import Checkpoint, restore
+from distdl.engine.storage.checkpoints import Checkpoint
+from distdl.engine.storage.restoring import copy_tensors
 from distdl.errors import UserError
 from distdl.nn import Affine, Sequential
 from distdl.optim import BLOCK, OPTIMIZERS, optimizer_class
@@ -368,11 +369,11 @@ def test_a_checkpoint_with_the_velocity_of_the_book_is_refused():
     now = {name: array.copy() for name, array in state.named_arrays()}
     then = {name.replace("momentum_buffer/", "velocity/"): array for name, array in now.items()}
     assert now.keys() != then.keys()
-    restore(Checkpoint(now, {}), state.named_arrays(), "run/checkpoints/step-000000002.safetensors")
+    copy_tensors(Checkpoint(now, {}), state.named_arrays(), "run/checkpoints/step-000000002.safetensors")
     with pytest.raises(
         UserError, match=r"step-000000002.safetensors .*: momentum_buffer/affine_1.bias is absent there"
     ):
-        restore(Checkpoint(then, {}), state.named_arrays(), "run/checkpoints/step-000000002.safetensors")
+        copy_tensors(Checkpoint(then, {}), state.named_arrays(), "run/checkpoints/step-000000002.safetensors")
 
 
 @every_optimizer

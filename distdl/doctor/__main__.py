@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from distdl import cli
 from distdl.cli import Command, Flag
 from distdl.doctor import findings
-from distdl.doctor.examination import Facts, allocated_hosts, mpirun_of_this_python, of_process
-from distdl.doctor.examine import DoctorOptions, examine, in_a_job_step
+from distdl.doctor.examination import Facts, mpirun_of_this_python, of_process
+from distdl.doctor.examine import DoctorOptions, examine
 from distdl.doctor.findings import Level
 from distdl.doctor.judgement import judged, needs_shared_memory
 from distdl.doctor.supervisor import Outcome, Tell, examined
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.timeout < 1 or (options.ranks is not None and options.ranks < 1):
         raise UserError("--timeout and --ranks: expected 1 or more")
     launch = read_launch()
-    own = of_process() | {"allocated": allocated_hosts(), "in_step": in_a_job_step()}
+    own = of_process()
     cli.set_blas_threads(1)
 
     def examine_rank(tell: Tell) -> None:
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     facts: Facts = {"ranks": [own], "wanted": options.ranks} | outcome.facts
     if outcome.failure is not None:
         facts |= {"failure": f"{name} {outcome.failure}", "failure_fix": _remedy(facts, outcome)}
-    if launch.rank == 0:
+    if facts.get("is_first", launch.rank == 0):  # MPI may number the ranks differently
         return _report(options, facts, launch)
     return _speak_for_rank_0(facts, launch)
 

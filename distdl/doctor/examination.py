@@ -12,26 +12,26 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import distdl
 from distdl.errors import UserError
+from distdl.job import probes
+from distdl.job.allocation import read_allocation
 from distdl.job.launched_by import read_launch
+from distdl.job.mpi_init import ranks_of_this_host
 from distdl.job.mpirun_command import find_mpirun
+from distdl.job.program import DIGITS, hash_of_sources
 
 Facts = dict[str, Any]
 
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  the kernel's shared memory, not a file of ours
 #: The variables that set the number of threads or the cores of a library, as the user has set them.
 THREADS = (
     *("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS"),
     *("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"),
 )
-#: The number of ranks on this host, as Open MPI and MPICH tell it.
-RANKS_OF_HOST = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 PACKAGES = ("numpy", "mpi4py", "numba")
 SECONDS_FOR_MPIRUN = 20
 #: The reduction to time: the float32 gradient of SimpleConvNet on MNIST.
@@ -41,36 +41,30 @@ FLOATS = 434_000
 def of_process(environment: Mapping[str, str] = os.environ) -> Facts:
     """Return the facts about this process and its host that are known before NumPy and MPI are loaded."""
     launch = read_launch(environment)
-    memory = os.statvfs(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
     return {
         "host": socket.gethostname(),
         "rank": launch.rank,
         "by": launch.by,
         "expected": launch.size,
-        "on_host": next((int(text) for name in RANKS_OF_HOST if (text := environment.get(name, "")).isdecimal()), 1),
+        "on_host": ranks_of_this_host(environment) or 1,
+        "allocated": allocation(environment),
+        "in_step": "SLURM_STEP_ID" in environment,
         "cores": sorted(os.sched_getaffinity(0)),
         "cores_of_host": os.cpu_count(),
         "quota": cpu_quota(),
         "threads": {name: environment[name] for name in THREADS if environment.get(name)},
-        "shared_memory": None if memory is None else memory.f_bavail * memory.f_frsize,
+        "shared_memory": probes.free_shared_memory(),
         "versions": {"distdl": distdl.__version__, "Python": platform.python_version()}
         | {name: _version_of(name) for name in PACKAGES},
-        "sources": _hash_of_sources(),
+        "sources": hash_of_sources(Path(distdl.__file__).parent)[:DIGITS],
         "python": sys.executable,
     }
 
 
-def allocated_hosts(environment: Mapping[str, str] = os.environ) -> int | None:
-    """Return the number of hosts that the scheduler gave to this job; None if no scheduler says so."""
-    if environment.get("SLURM_JOB_NUM_NODES", "").isdecimal():
-        return int(environment["SLURM_JOB_NUM_NODES"])
-    if "PBS_NODEFILE" in environment:
-        try:
-            return len(set(Path(environment["PBS_NODEFILE"]).read_text(encoding="utf-8").split()))
-        except OSError:
-            return None
-    words = environment.get("LSB_MCPU_HOSTS", "").split()  # host, slots, host, slots ...
-    return len(words) // 2 or None
+def allocation(environment: Mapping[str, str] = os.environ) -> Facts | None:
+    """Return the job and the cores of each host that the scheduler gave to it; None if no scheduler says so."""
+    found = read_allocation(environment)
+    return None if found is None else {"job": found.job, "cores": found.cores}
 
 
 def mpirun_of_this_python() -> Facts:
@@ -116,14 +110,6 @@ def _version_of(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "absent"
-
-
-def _hash_of_sources() -> str:
-    folder = Path(distdl.__file__).parent
-    digest = blake2b(digest_size=6)
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def of_libraries(*, fingerprint: bool) -> Facts:

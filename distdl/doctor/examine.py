@@ -1,6 +1,5 @@
 """The whole examination, in the order of its stages: this rank alone, then MPI, then all ranks together."""
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +40,9 @@ def examine(options: DoctorOptions, own: Facts, tell: Tell, local_rank: int) -> 
     leader = host.bcast_json(rank)
     communicator.barrier()
     ranks = meeting.gathered(communicator, own | {"rank": rank, "leader": leader, "clock": time.time()})
-    tell.facts(size=size, survives_failures=communicator.survives_failures, **({"ranks": ranks} if ranks else {}))
+    tell.facts(size=size, is_first=rank == 0, survives_failures=communicator.survives_failures)
+    if rank == 0:
+        tell.facts(ranks=ranks)
 
     tell.stage(f"the {host.size} ranks of {own['host']}")
     found: Facts = {"memory_access": meeting.memory_access(host), "within": None}
@@ -65,8 +66,3 @@ def _library() -> Facts:
     except (ImportError, RuntimeError) as error:
         return {"library": None, "no_library": str(error).splitlines()[0] if str(error) else type(error).__name__}
     return {"library": mpi.library_name()}
-
-
-def in_a_job_step() -> bool:
-    """Return whether `srun` started this process."""
-    return "SLURM_STEP_ID" in os.environ

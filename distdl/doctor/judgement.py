@@ -11,15 +11,17 @@ from typing import Any
 from distdl.doctor.examination import FLOATS
 from distdl.doctor.findings import Finding, Level
 from distdl.errors import listed
+from distdl.job.allocation import Allocation
 from distdl.job.launched_by import MPICH, OPEN_MPI
+from distdl.job.probes import MPICH_BYTES_PER_RANK, UCX_BYTES_PER_RANK
 
 Facts = dict[str, Any]
 Findings = Iterator[Finding]
 FINE, SLOW, BROKEN = Level.FINE, Level.SLOW, Level.BROKEN
 
 MB, GB = 1e6, 1e9
-#: MPICH needs this much shared memory per rank, and ends by a bus error without it; both libraries like to have more.
-MPICH_BYTES_PER_RANK, LIKED_BYTES_PER_RANK = 1.3 * MB, {"MPICH": 5.8 * MB, "Open MPI": 16 * MB}
+#: The shared memory that each library uses per rank. Without `MPICH_BYTES_PER_RANK`, MPICH ends by a bus error.
+LIKED_BYTES_PER_RANK = {"MPICH": MPICH_BYTES_PER_RANK + UCX_BYTES_PER_RANK, "Open MPI": 16 * MB}
 #: With less shared memory, the dataset and the gradients of larger networks go to the temporary folder. Containers
 #: have 64 MB by default.
 ROOMY_SHARED_MEMORY = 128 * MB
@@ -72,8 +74,9 @@ def _launcher(facts: Facts, ranks: list[Facts]) -> Findings:
         yield Finding("launcher", FINE, f"{by}, {library or 'no MPI'}: {_count(size, 'rank')}")
 
 
-#: The words of the error of a launcher that does not fit the MPI library (`parallel/world.py`).
-SEPARATE = "separate processes instead of"
+#: The words of the errors of a launcher that does not fit the MPI library, and of one that is not there
+#: (`parallel/world.py`).
+SEPARATE, LEFT_OVER = "separate processes instead of", "left over from another job"
 
 
 def _launcher_fix(own: Facts, wanted: int | None = None) -> str:
@@ -110,16 +113,18 @@ def _hosts(facts: Facts, ranks: list[Facts]) -> Findings:
     hosts = _of_hosts(ranks)
     text = listed([f"{name} has {_count(len(group), 'rank')}" for name, group in hosts.items()], 4)
     text = f"{_count(len(hosts), 'host')}: {text}"
-    allocated = ranks[0].get("allocated")
-    if allocated and facts["size"] > 1 and allocated > len(hosts):
-        fix = "mpirun -ppn 1 ...  (or more ranks)"
-        if ranks[0]["by"] == OPEN_MPI:
-            fix = "export PRTE_MCA_rmaps_default_mapping_policy=slot:oversubscribe  (or more ranks)"
-        elif ranks[0]["by"] == "srun":
-            fix = f"srun -N {allocated} --distribution=cyclic ...  (or more ranks)"
-        yield Finding("hosts", SLOW, f"{text}; the job has {allocated} hosts, and the others are idle", fix)
-    else:
+    allocated = ranks[0]["allocated"]
+    idle = Allocation(**allocated).idle_hosts([record["host"] for record in ranks]) if allocated else []
+    if not idle or facts["size"] == 1:
         yield Finding("hosts", FINE, text)
+        return
+    more = f"-n {sum(allocated['cores'].values())}"
+    fix = f"mpirun {more} ...  or: mpirun -ppn 1 ..."
+    if ranks[0]["by"] == OPEN_MPI:
+        fix = f"mpirun {more} ...  or: export PRTE_MCA_rmaps_default_mapping_policy=slot:oversubscribe"
+    elif ranks[0]["by"] == "srun":
+        fix = f"srun {more} ...  or: srun -N {len(allocated['cores'])} --distribution=cyclic ..."
+    yield Finding("hosts", SLOW, f"{text}; no rank on {listed(idle, 4)} of {allocated['job']}", fix)
 
 
 def _cores(facts: Facts, ranks: list[Facts]) -> Findings:
@@ -369,7 +374,7 @@ def _end(facts: Facts, _ranks: list[Facts]) -> Findings:
 
 def _split(message: str) -> tuple[str, str]:
     """Split a message of distdl into the fault and the remedy."""
-    fault, _, remedy = message.rpartition(": ")
+    fault, _, remedy = message.partition(": ") if LEFT_OVER in message else message.rpartition(": ")
     return (fault, remedy) if fault else (message, "")
 
 

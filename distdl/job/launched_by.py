@@ -20,10 +20,10 @@ RANK_AND_SIZE = (
 )
 
 #: The programs that start ranks with these variables: of Open MPI 5 and 4, of MPICH and its relatives, of Slurm.
-#: MPICH's `mpirun` starts a proxy, which starts the ranks. Under `srun --mpi=pmi2`, Slurm sets MPICH's variables.
+#: MPICH's `mpirun` starts a proxy, which starts the ranks. Under `srun --mpi=pmi2`, Slurm's own variables count.
 PROGRAMS = {
     OPEN_MPI: {"mpirun", "mpiexec", "prterun", "prte", "prted", "orterun", "orted"},
-    MPICH: {"mpiexec.hydra", "hydra_pmi_proxy", "hydra_bstrap_pr", "slurmstepd"},
+    MPICH: {"mpiexec.hydra", "hydra_pmi_proxy", "hydra_bstrap_pr"},
     "srun": {"slurmstepd"},
 }
 #: The first letters of the variables that each of them sets.
@@ -74,7 +74,7 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     ]
     if len(found) > 1 and environment is os.environ:  # those of one launcher may be left over from another job
         for process in ancestors():
-            for launch in reversed(found):  # Slurm's own variables are right below its daemon
+            for launch in found:
                 if process.name in PROGRAMS[launch.by or ""]:
                     return launch
     return found[0] if found else Launch(None, 0, 1)

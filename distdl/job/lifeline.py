@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 
-from distdl.job.launched_by import Launch, how_to_unset, read_launch
+from distdl.job.launched_by import how_to_unset, read_launch
 from distdl.job.processes import Process, ancestors, send_when_the_parent_dies
 from distdl.job.streams import say_line
 
@@ -49,17 +49,6 @@ def end_with_the_launcher() -> None:
     if watched:  # also the parent: the kernel sends nothing if it died before the request
         with suppress(RuntimeError):  # too many threads: the kernel's signal must do
             threading.Thread(target=_watch, args=[watched], name="lifeline", daemon=True).start()
-
-
-def end_the_launcher(launch: Launch, environment: Mapping[str, str] = os.environ) -> None:
-    """Let MPICH's launcher on this host end the job if ranks of other hosts may wait for those of this one."""
-    here = environment.get("MPI_LOCALNRANKS", "")
-    if here.isdecimal() and launch.size > int(here):
-        time.sleep(SECONDS_BETWEEN_LOOKS)  # it passes our message on first
-        for launcher in ancestors():
-            if launcher.name in LAUNCHERS:
-                os.kill(launcher.pid, signal.SIGTERM)
-                break
 
 
 def server_is_gone(environment: Mapping[str, str] = os.environ) -> bool:

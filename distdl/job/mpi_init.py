@@ -8,18 +8,22 @@ the same launcher.
 import os
 import select
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from distdl.job.allocation import expand_slurm_counts
-from distdl.job.launched_by import read_launch, survives_failures
-from distdl.job.lifeline import STEP_DAEMONS
+from distdl.job.launched_by import Launch, read_launch, survives_failures
+from distdl.job.lifeline import LAUNCHERS, STEP_DAEMONS
 from distdl.job.lost_ranks import cancel_the_step
+from distdl.job.processes import ancestors
 from distdl.job.slow_start import SECONDS_UNTIL_REPORTED
 from distdl.job.streams import say_line
 
 SECONDS_BETWEEN_LOOKS = 0.25
+#: The launcher gets this time to pass on a message before it is told to end.
+SECONDS_TO_PASS_ON = 1.0
 #: Time until a missing rank ends the job. It may have died after its own start, which this rank is about to complete.
 SECONDS_MISSED = 3.0
 #: The same for a rank that was never seen: the launcher may not have started it yet.
@@ -51,6 +55,18 @@ def end_the_job_if_a_rank_dies() -> Iterator[None]:
     finally:
         os.close(end)
         os.waitpid(watcher, 0)
+
+
+def end_the_job_on_other_hosts(launch: Launch) -> None:
+    """Let MPICH's launcher or Slurm end the job: this host cannot start MPI, and ranks of other hosts wait for it."""
+    if launch.size <= ranks_of_this_host() or not ranks_of_this_host():
+        return
+    time.sleep(SECONDS_TO_PASS_ON)
+    launcher = next((process for process in ancestors() if process.name in LAUNCHERS), None)
+    if launcher is not None and launcher.name in STEP_DAEMONS:
+        cancel_the_step()
+    elif launcher is not None:
+        os.kill(launcher.pid, signal.SIGTERM)
 
 
 def _watch(ended: int, launcher: int, rank: int) -> None:

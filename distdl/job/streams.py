@@ -40,13 +40,13 @@ def prepare() -> None:
             stream.reconfigure(errors=errors, line_buffering=True, write_through=False)
 
 
-def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Return plain characters for those that the stream's encoding lacks; a byte of a file's name stays that byte."""
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """Return plain characters for one that the stream's encoding lacks, or its escape."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     letter = error.object[error.start]
-    if "\udc80" <= letter <= "\udcff":
-        return bytes([ord(letter) - 0xDC00]), error.start + 1
+    if "\udc80" <= letter <= "\udcff":  # a byte of a file's name that is no text
+        return f"\\x{ord(letter) - 0xDC00:x}", error.start + 1
     return SIMILAR.get(letter, letter.encode("ascii", "backslashreplace").decode()), error.start + 1
 
 

@@ -7,7 +7,7 @@ from hashlib import blake2b
 import numpy as np
 
 from distdl.errors import UserError, listed
-from distdl.job.sources import version_and_hash
+from distdl.job.program import version_and_hash
 from distdl.parallel.communicator import Bytes, Communicator
 
 #: The variable of MPICH by which ranks read each other's memory; `probes.py` turns it off.

@@ -81,15 +81,31 @@ def test_a_wrong_number_of_ranks_is_broken(run_job, tmp_path):
     assert "3 ranks are expected, MPI has 2" in done.stdout
 
 
+@pytest.mark.usefixtures("needs_mpirun")
 @pytest.mark.parametrize(
-    "variables", [{"PMI_RANK": "0", "PMI_SIZE": "2"}, {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}]
+    ("name", "variables", "fix"),
+    [
+        ("hydra_pmi_proxy", {"PMI_RANK": "0", "PMI_SIZE": "2"}, "-m distdl.mpirun -n 2"),
+        ("slurmstepd", {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, "srun --mpi=pm"),
+    ],
+    ids=["mpirun", "srun"],
 )
-def test_a_launcher_that_does_not_fit_is_named_with_the_right_one(doctor, variables, needs_mpirun):
-    done = doctor("--timeout", "20", **variables)
+def test_a_launcher_that_does_not_fit_is_named_with_the_right_one(doctor, name, variables, fix, tmp_path):
+    launcher = tmp_path / name
+    launcher.write_text('#!/bin/sh\n"$@"\nexit $?\n')
+    launcher.chmod(0o755)
+    done = doctor("--timeout", "20", before=[launcher], **variables)
     assert done.returncode == 2
     assert "broken  launcher" in done.stdout
-    assert "fix: " in done.stdout
-    assert ("srun --mpi=pm" in done.stdout) == ("SLURM_PROCID" in variables)
+    assert fix in done.stdout[done.stdout.index("fix: ") :]
+
+
+@pytest.mark.usefixtures("needs_mpirun")
+def test_variables_left_over_from_another_job_are_named(doctor):
+    done = doctor("--timeout", "20", OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="2")
+    assert done.returncode == 2
+    assert "OMPI_COMM_WORLD_RANK=0" in done.stdout
+    assert "unset" in done.stdout[done.stdout.index("fix: ") :]
 
 
 def test_a_rank_that_does_not_start_is_named_in_time(needs_mpirun, tmp_path):

@@ -78,6 +78,7 @@ def other_version(what, value):
     return change
 
 
+LARGE = {"allocated": {"job": "Slurm job 7", "cores": {"n1": 2, "n2": 2, "n3": 2}}}
 PINNED = {"cores_of_host": 8, "cores": [0]}
 SMALL = {"ranks": 32, "cores_each": 16, "shared_memory": 16e6}
 OPEN = {"by": OPEN_MPI, "library": "Open MPI 5.0.9"}
@@ -96,9 +97,9 @@ OTHER_VERSIONS = "the ranks run different versions of distdl: 0.1.0 on n1; 0.0.9
         ({}, failed(SEPARATE, library=None), "launcher", BROKEN, "2 separate", "pip install 'distdl-mpi[mpich]'"),
         ({}, failed(OTHER_VERSIONS), "start", BROKEN, "0.0.9 on n2", "install the same on each"),
         ({}, on_job(wanted=8), "launcher", BROKEN, "8 ranks are expected, MPI has 4", "-m distdl.mpirun -n 8"),
-        ({"allocated": 3}, on_job(), "hosts", SLOW, "the job has 3 hosts", "-ppn 1"),
-        (OPEN | {"allocated": 3}, on_job(), "hosts", SLOW, "idle", "slot:oversubscribe"),
-        ({"allocated": 3, "by": "srun"}, on_job(), "hosts", SLOW, "idle", "srun -N 3 --distribution=cyclic"),
+        (LARGE, on_job(), "hosts", SLOW, "no rank on n3 of Slurm job 7", "mpirun -n 6 ...  or: mpirun -ppn 1"),
+        (LARGE | OPEN, on_job(), "hosts", SLOW, "no rank on n3", "slot:oversubscribe"),
+        (LARGE | {"by": "srun"}, on_job(), "hosts", SLOW, "no rank on n3", "srun -N 3 --distribution=cyclic"),
         ({"ranks": 8}, on_job(), "cores", SLOW, "n1: 4 ranks on 2 cores", "-n 2"),
         (PINNED, on_job(), "cores", SLOW, "2 ranks may use only 1 core of 8", "-bind-to none"),
         (PINNED | OPEN, on_job(), "cores", SLOW, "only 1 core", "policy=none"),

@@ -418,6 +418,7 @@ LEFT_OVER = {
     "Open MPI": {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4"},
     "MPICH": {"PMI_RANK": "1", "PMI_SIZE": "4"},
     "MPICH, with a connection": {"PMI_RANK": "1", "PMI_SIZE": "4", "PMI_FD": "77"},
+    "MPICH, in a batch script": {"PMI_RANK": "1", "PMI_SIZE": "4"},
     "srun": {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"},
     "srun, in a batch script": {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_TASK_PID": "4194305"},
 }

@@ -37,14 +37,14 @@ def test_another_stream_keeps_the_characters_that_it_has(encoding, written):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
-def test_a_byte_of_a_name_that_is_no_text_stays_that_byte(encoding, monkeypatch):
+def test_a_byte_of_a_name_that_is_no_text_is_escaped(encoding, monkeypatch):
     content = io.BytesIO()
     stream = io.TextIOWrapper(content, encoding=encoding)
     assert streams.write(stream, os.fsdecode(b"K\xe4se ")) is None
     monkeypatch.setattr(sys, "stdout", stream)
     streams.prepare()
     assert streams.write(stream, os.fsdecode(b"K\xe4se")) is None
-    assert content.getvalue() == b"K\\xe4se K\xe4se"
+    assert content.getvalue() == b"K\\xe4se K\\xe4se"
 
 
 @pytest.mark.parametrize("argv", [["-m", "distdl.train"], ["-m", "distdl", "train"]], ids=" ".join)

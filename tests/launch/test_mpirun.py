@@ -352,6 +352,13 @@ def test_files_of_a_killed_launcher_with_the_same_process_number_do_no_harm(
 
 
 @real
+def test_ranks_start_without_a_home(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    code, output = exit_code_and_output(start(job, 1, "print('started')"))
+    assert (code, output) == (0, "started\n")
+
+
+@real
 def test_three_ranks_start_with_the_flags_as_they_were_given(job: Path) -> None:
     program = f"""
 import json, os, pathlib, sys

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import distdl
 from distdl.job.mpirun_command import environment_for, mpirun_command
-from distdl.job.sources import hash_of_sources
+from distdl.job.program import hash_of_sources
 
 PACKAGE = Path(distdl.__file__).parent
 

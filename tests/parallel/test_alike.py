@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from distdl.errors import UserError
-from distdl.job.sources import hash_of_sources, version_and_hash
+from distdl.job.program import hash_of_sources, version_and_hash
 from distdl.parallel import OneProcess, alike
 
 
