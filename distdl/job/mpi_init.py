@@ -79,7 +79,7 @@ def _watch(ended: int, launcher: int, rank: int) -> None:
         waited += SECONDS_BETWEEN_LOOKS
         living = _children(launcher)
         if waited >= due:
-            due *= 2
+            due += SECONDS_UNTIL_REPORTED
             report(waited, living, expected)
         if living is None or not ends_the_job:
             continue

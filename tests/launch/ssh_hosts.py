@@ -6,6 +6,7 @@ settings of their own, and end with the block.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -64,9 +65,11 @@ def sshd():
 class SshHosts:
     """Use: ``with SshHosts(folder) as hosts``; `hosts.addresses` can be reached by ``ssh -F folder/ssh_config``."""
 
+    made = itertools.count()
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        number = os.getpid() % 10000
+        number = (os.getpid() + next(SshHosts.made)) % 10000
         self.names = [f"sh{number}a", f"sh{number}b"]
         self.network = f"10.232.{number % 250}"
         self.addresses = [f"{self.network}.1", f"{self.network}.2"]
@@ -138,22 +141,27 @@ class SshHosts:
 
     def run(self, argv, *, cwd, env, timeout):
         """Run a command on the first host."""
-        variables = {
-            "RSH": str(self.rsh),
-            # Both hosts see all network devices of this machine's configuration, but share this network only.
-            "PRTE_MCA_prte_if_include": f"{self.network}.0/24",
-            "OMPI_MCA_btl_tcp_if_include": f"{self.network}.0/24",
-        }
         return subprocess.run(
             [*self.on(self.names[0]), *map(str, argv)],
             cwd=cwd,
-            env=env | variables,
+            env=env | self.variables,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=timeout,
             check=False,
         )
+
+    @property
+    def variables(self):
+        """Return the environment variables of a job on both hosts."""
+        return {
+            "RSH": str(self.rsh),
+            "UCX_TLS": "tcp,self",  # MPICH would find the shared memory of the other host
+            # Both hosts see all network devices of this machine's configuration, but share this network only.
+            "PRTE_MCA_prte_if_include": f"{self.network}.0/24",
+            "OMPI_MCA_btl_tcp_if_include": f"{self.network}.0/24",
+        }
 
     def _wait_for_servers(self):
         for address in self.addresses:
