@@ -155,7 +155,7 @@ def _open_mpi_environment(version: int) -> dict[str, str]:
         variables |= {
             "PRTE_MCA_rmaps_default_mapping_policy": "slot:oversubscribe",  # without "slot" one host gets all ranks
             "PRTE_MCA_hwloc_default_binding_policy": "none",
-            # A host without an answer for 45 s ends the job; the default is eight minutes.
+            # A daemon gives up a host after 45 s without an answer; the default is eight minutes.
             "PRTE_MCA_oob_tcp_keepalive_time": "20",
             "PRTE_MCA_oob_tcp_keepalive_intvl": "5",
             "PRTE_MCA_oob_tcp_keepalive_probes": "5",

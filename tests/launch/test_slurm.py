@@ -280,6 +280,8 @@ def test_a_job_that_loses_a_node_continues_on_the_other_to_the_same_receipt(clus
 @full
 @both
 def test_a_cut_cable_ends_the_job_within_a_minute_with_a_message(cluster, form, tmp_path):
+    if form == "mpirun" and is_open_mpi():
+        pytest.skip("Open MPI's launcher may notice a cut cable minutes later (docs/reliability.md)")
     (tmp_path / "paced.py").write_text(PACED)
     if form == "mpirun":
         start = [sys.executable, "-m", "distdl.mpirun", "-n", "4", "--module", "paced", "--", *TRAINING]
