@@ -109,7 +109,7 @@ class Launch:
         for pid, environment in _environments():
             ours = environment.get(MARK) == self.mark or pid in inside
             if ours and pid not in self.before and state_of(pid)[:1] != "Z" and name_of(pid) not in DAEMONS:
-                trains = re.search(r"python\S* .*-m (distdl.train|other)\b", words_of(pid))
+                trains = re.match(r"\S*python\S* .*-m (distdl.train|other)\b", words_of(pid))
                 numbers = [environment[name] for name in (*RANK_NAMES, "SLURM_PROCID") if name in environment]
                 found[pid] = int(numbers[0]) if numbers and numbers[0].isdecimal() and trains else None
         return found
