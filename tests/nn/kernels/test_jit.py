@@ -37,6 +37,7 @@ def started(tmp_path_factory):
     """Return the folder of a cache, a function that starts a process with it, and the result of the first start."""
     folder = tmp_path_factory.mktemp("cache")
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder), "PYTHONPATH": str(REPOSITORY)}
+    environment["TMPDIR"] = str(tmp_path_factory.mktemp("fallback"))  # the host's may have the kernels
 
     def start():
         command = [sys.executable, "-c", PROGRAM]
