@@ -1,7 +1,7 @@
 """Watch the start of MPI: end the job if a rank of this host dies meanwhile, and report a start that takes long.
 
 In MPI_Init the ranks wait for each other, and forever for a dead one. A launcher that lets survivors continue does not
-end the job either, nor does `srun`. So during MPI_Init this rank watches all ranks of its host, which are children of
+end the job either, nor does `srun`, and MPICH's launcher may hang. So during MPI_Init this rank watches all ranks of its host, which are children of
 the same launcher.
 """
 
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from distdl.job.allocation import expand_slurm_counts
-from distdl.job.launched_by import Launch, read_launch, survives_failures
+from distdl.job.launched_by import Launch, read_launch
 from distdl.job.lifeline import LAUNCHERS, STEP_DAEMONS
 from distdl.job.lost_ranks import cancel_the_step
 from distdl.job.processes import ancestors
@@ -73,7 +73,6 @@ def _watch(ended: int, launcher: int, rank: int) -> None:
     """Watch until the pipe is closed, by the rank or by its death."""
     expected = ranks_of_this_host()
     in_a_step = _name(launcher) in STEP_DAEMONS
-    ends_the_job = expected > 0 and (survives_failures() or in_a_step)
     seen, missed, waited, due = False, 0.0, 0.0, SECONDS_UNTIL_REPORTED
     while not select.select([ended], [], [], SECONDS_BETWEEN_LOOKS)[0]:
         waited += SECONDS_BETWEEN_LOOKS
@@ -81,7 +80,7 @@ def _watch(ended: int, launcher: int, rank: int) -> None:
         if waited >= due:
             due += SECONDS_UNTIL_REPORTED
             report(waited, living, expected)
-        if living is None or not ends_the_job:
+        if living is None or not expected:
             continue
         seen = seen or living >= expected
         missed = 0.0 if living >= expected else missed + SECONDS_BETWEEN_LOOKS
