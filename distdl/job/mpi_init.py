@@ -1,8 +1,8 @@
 """Watch the start of MPI: end the job if a rank of this host dies meanwhile, and report a start that takes long.
 
 In MPI_Init the ranks wait for each other, and forever for a dead one. A launcher that lets survivors continue does not
-end the job either, nor does `srun`, and MPICH's launcher may hang. So during MPI_Init this rank watches all ranks of its
-host, which are children of the same launcher.
+end the job either, nor does `srun`, and MPICH's launcher may hang. So during MPI_Init this rank watches all ranks of
+its host, which are children of the same launcher.
 """
 
 import os
