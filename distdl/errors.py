@@ -98,6 +98,15 @@ def listed(texts: Sequence[str], most: int, separator: str = ", ") -> str:
     return separator.join(texts[:most]) + more
 
 
+def counted(number: int, what: str) -> str:
+    """Return a number of things.
+
+    >>> counted(1, "rank"), counted(2, "rank")
+    ('1 rank', '2 ranks')
+    """
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def unknown_name(kind: str, given: str, known: Iterable[str], other: Mapping[str, str] | None = None) -> UserError:
     """Return the error for an unknown name; it suggests the nearest known one (see `nearest`).
 

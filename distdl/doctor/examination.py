@@ -3,8 +3,6 @@
 Every function returns plain JSON values. The first part needs neither NumPy nor MPI.
 """
 
-import ctypes
-import errno
 import os
 import platform
 import re
@@ -147,24 +145,3 @@ def _fingerprint() -> dict[str, str]:
     network.initialize(Key(0))
     with numerics(1):
         return fingerprint(config, data, network)
-
-
-def read_of_other_process(pid: int, address: int) -> str | None:
-    """Read 8 bytes of another process, as MPI does for large messages; return why that fails, or None."""
-    buffer = ctypes.create_string_buffer(8)
-    own, other = (_Span(ctypes.addressof(buffer), 8), _Span(address, 8))
-    read = ctypes.CDLL(None, use_errno=True).process_vm_readv(
-        ctypes.c_int(pid),
-        ctypes.byref(own),
-        ctypes.c_ulong(1),
-        ctypes.byref(other),
-        ctypes.c_ulong(1),
-        ctypes.c_ulong(0),
-    )
-    return None if read == 8 else errno.errorcode.get(ctypes.get_errno(), "a short read")
-
-
-class _Span(ctypes.Structure):
-    """The ``struct iovec`` of C."""
-
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))

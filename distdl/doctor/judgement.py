@@ -10,7 +10,7 @@ from typing import Any
 
 from distdl.doctor.examination import FLOATS
 from distdl.doctor.findings import Finding, Level
-from distdl.errors import listed
+from distdl.errors import counted, listed
 from distdl.job.allocation import Allocation
 from distdl.job.launched_by import MPICH, OPEN_MPI
 from distdl.job.probes import MPICH_BYTES_PER_RANK, UCX_BYTES_PER_RANK
@@ -71,7 +71,7 @@ def _launcher(facts: Facts, ranks: list[Facts]) -> Findings:
     elif size is not None and by is None:
         yield from _without_launcher(facts, own)
     elif size is not None:
-        yield Finding("launcher", FINE, f"{by}, {library or 'no MPI'}: {_count(size, 'rank')}")
+        yield Finding("launcher", FINE, f"{by}, {library or 'no MPI'}: {counted(size, 'rank')}")
 
 
 #: The words of the errors of a launcher that does not fit the MPI library, and of one that is not there
@@ -111,8 +111,8 @@ def _hosts(facts: Facts, ranks: list[Facts]) -> Findings:
     if "size" not in facts:
         return
     hosts = _of_hosts(ranks)
-    text = listed([f"{name} has {_count(len(group), 'rank')}" for name, group in hosts.items()], 4)
-    text = f"{_count(len(hosts), 'host')}: {text}"
+    text = listed([f"{name} has {counted(len(group), 'rank')}" for name, group in hosts.items()], 4)
+    text = f"{counted(len(hosts), 'host')}: {text}"
     allocated = ranks[0]["allocated"]
     idle = Allocation(**allocated).idle_hosts([record["host"] for record in ranks]) if allocated else []
     if not idle or facts["size"] == 1:
@@ -134,15 +134,15 @@ def _cores(facts: Facts, ranks: list[Facts]) -> Findings:
     for host, group in _of_hosts(ranks).items():
         usable = set().union(*(record["cores"] for record in group))
         crowded = _crowded(group)
-        own, count = group[0], _count(len(group), "rank")
+        own, count = group[0], counted(len(group), "rank")
         quota = own["quota"]
         if len(group) > own["cores_of_host"] or (crowded and len(usable) == own["cores_of_host"] < len(group)):
             bad = True
-            text = f"{host}: {count} on {_count(own['cores_of_host'], 'core')}"
+            text = f"{host}: {count} on {counted(own['cores_of_host'], 'core')}"
             yield Finding("cores", SLOW, text, f"start at most {own['cores_of_host']} there: -n {own['cores_of_host']}")
         elif crowded:
             bad = True
-            text = f"{host}: {_count(crowded[1], 'rank')} may use only {_count(crowded[0], 'core')}"
+            text = f"{host}: {counted(crowded[1], 'rank')} may use only {counted(crowded[0], 'core')}"
             text += f" of {own['cores_of_host']}"
             yield Finding("cores", SLOW, text, NO_BINDING.get(own["by"], f"start at most {crowded[0]} ranks there"))
         elif quota is not None and quota < len(group):
@@ -157,7 +157,7 @@ def _cores(facts: Facts, ranks: list[Facts]) -> Findings:
 
 
 def _crowded(group: list[Facts]) -> tuple[int, int] | None:
-    """Return a number of cores and the larger number of ranks that may use only these; None if there are none."""
+    """Return a number of cores and the larger number of ranks confined to them; None if every rank can have a core."""
     for cores in {tuple(record["cores"]) for record in group}:
         confined = sum(set(record["cores"]) <= set(cores) for record in group)
         if confined > len(cores):
@@ -376,10 +376,6 @@ def _split(message: str) -> tuple[str, str]:
     """Split a message of distdl into the fault and the remedy."""
     fault, _, remedy = message.partition(": ") if LEFT_OVER in message else message.rpartition(": ")
     return (fault, remedy) if fault else (message, "")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _named(ranks: list[Facts]) -> str:

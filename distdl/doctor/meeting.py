@@ -4,6 +4,7 @@ Every function is collective. Rank 0 receives one small record per rank, and no 
 """
 
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -15,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from distdl.doctor.examination import FLOATS, read_of_other_process
+from distdl.doctor.examination import FLOATS
+from distdl.job.probes import error_of_reading
 from distdl.parallel import REDUCTIONS, Communicator, Field, Layout
 
 CALLS = 5
@@ -46,9 +48,9 @@ def memory_access(host: Communicator) -> str | None:
     """Return why the first rank of this host cannot read the memory of the last one; None if it can."""
     target = ctypes.create_string_buffer(8)
     described = host.bcast_json([os.getpid(), ctypes.addressof(target)], root=host.size - 1)
-    failure = read_of_other_process(*described) if host.rank == 0 else None
+    failure = error_of_reading(*described) if host.rank == 0 else 0
     host.barrier()  # the target lives until here
-    return failure
+    return errno.errorcode[failure] if failure else None
 
 
 def seconds_of_reductions(group: Communicator) -> dict[str, float]:

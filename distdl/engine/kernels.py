@@ -16,7 +16,7 @@ from distdl.engine.clipping import clip_by_norm
 from distdl.engine.console import Console
 from distdl.engine.objective import training_loss
 from distdl.engine.step import supervised
-from distdl.errors import UserError
+from distdl.errors import UserError, counted
 from distdl.job.streams import say_line
 from distdl.nn import Sequential
 from distdl.nn.kernels import NUMPY, Kernels
@@ -190,4 +190,4 @@ class _Progress:
             self._show_count(time.monotonic())
 
     def _show_count(self, now: float) -> None:
-        self._show(f"  {self._count} kernel{'s' if self._count > 1 else ''} compiled in {now - self._begun:.0f} s")
+        self._show(f"  {counted(self._count, 'kernel')} compiled in {now - self._begun:.0f} s")

@@ -15,7 +15,7 @@ from distdl.engine.metrics import Sums
 from distdl.engine.state import TrainingState
 from distdl.engine.table import shortened as cut
 from distdl.engine.timing.timeline import Spent
-from distdl.errors import listed, one_line
+from distdl.errors import counted, listed, one_line
 from distdl.nn import Dropout, Sequential
 from distdl.parallel import Communicator
 
@@ -60,7 +60,7 @@ def banner_of(
         ],
         [options_of(config)],
         [
-            f"{_counted(ranks, 'rank')} × {_counted(threads, 'thread')}",
+            f"{counted(ranks, 'rank')} × {counted(threads, 'thread')}",
             f"kernels {config.kernels}",
             environment["communicator"],
             f"host{'s' if len(hosts) > 1 else ''} {where}",
@@ -146,10 +146,6 @@ def _end_of(name: str) -> str:
     while width(cut + name) > LONGEST_NAME:
         name, cut = name[1:], "…"
     return cut + name
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'s' if number > 1 else ''}"
 
 
 def _survival(communicator: Communicator) -> str:

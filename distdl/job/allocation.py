@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from distdl.errors import counted
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -48,8 +50,8 @@ def placement_lines(allocation: Allocation | None, hosts: Mapping[str, int]) -> 
     if allocation is None:
         return [], []
     nodes, cores = len(allocation.cores), sum(allocation.cores.values())
-    used = f"{len(hosts)} of {_counted(nodes, 'node')} in use"
-    fact = f"{allocation.job}: {used}, {_counted(sum(hosts.values()), 'rank')} on {_counted(cores, 'core')}"
+    used = f"{len(hosts)} of {counted(nodes, 'node')} in use"
+    fact = f"{allocation.job}: {used}, {counted(sum(hosts.values()), 'rank')} on {counted(cores, 'core')}"
     if not (idle := allocation.idle_hosts(list(hosts))):
         return [fact], []
     who = f"{', '.join(idle[:4])}{' …' if len(idle) > 4 else ''} {'have' if len(idle) > 1 else 'has'} no rank"
@@ -104,10 +106,6 @@ def _lsf(environment: Mapping[str, str]) -> Allocation:
     words = environment["LSB_MCPU_HOSTS"].split()
     cores = dict(zip(words[::2], map(int, words[1::2]), strict=True))
     return Allocation(f"LSF job {environment['LSB_JOBID']}", cores)
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'s' if number > 1 else ''}"
 
 
 def _short(name: str) -> str:

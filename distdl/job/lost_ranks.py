@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from distdl.job.processes import boot_id
 from distdl.job.streams import say_line
 
 #: mpirun and `srun -K` end a job of their own accord, most within a second.
@@ -221,8 +222,7 @@ def _new_secret() -> str:
 
 def network_identity() -> str:
     """Return a text that is equal on processes with the same network interfaces, and different on others."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {Path('/proc/self/ns/net').stat().st_ino}"
+    return f"{boot_id()} {Path('/proc/self/ns/net').stat().st_ino}"
 
 
 def addresses() -> list[str]:

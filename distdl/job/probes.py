@@ -35,11 +35,11 @@ def why_memory_is_private() -> str | None:
     each other. A launcher of Slurm belongs to root, and that of another process namespace is invisible; then only
     ranks outside of all containers can be sure.
     """
-    refused = _error_of_reading(os.getpid())
+    refused = error_of_reading(os.getpid())
     if refused:
         return f"the system refuses process_vm_readv ({os.strerror(refused)}), as old container runtimes do"
     launcher = _launcher()
-    if launcher is not None and not _error_of_reading(launcher.pid):
+    if launcher is not None and not error_of_reading(launcher.pid):
         return None
     if launcher is not None and launcher.name not in STEP_DAEMONS and not _has_own_namespace("user"):
         return "a process may read the memory of its own children only"
@@ -104,17 +104,17 @@ class _Span(ctypes.Structure):
     _fields_ = (("start", ctypes.c_void_p), ("length", ctypes.c_size_t))
 
 
-def _error_of_reading(pid: int) -> int:
-    """Return the error number if this process may not read the memory of another one; 0 if it may.
+def error_of_reading(pid: int, address: int = 0) -> int:
+    """Return the error number if this process cannot read a byte of another one's memory; 0 if it can.
 
-    It tries to read at the address 0, where nothing is: the system checks the permission first.
+    At the address 0 there is nothing. The system checks the permission first, so a missing page is no error there.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "process_vm_readv"):
         return 0
     place = ctypes.create_string_buffer(1)
-    mine, theirs = _Span(ctypes.addressof(place), 1), _Span(None, 1)
+    mine, theirs = _Span(ctypes.addressof(place), 1), _Span(address, 1)
     if libc.process_vm_readv(pid, ctypes.byref(mine), 1, ctypes.byref(theirs), 1, 0) >= 0:
         return 0
     found = ctypes.get_errno()
-    return 0 if found == errno.EFAULT else found
+    return 0 if found == errno.EFAULT and not address else found

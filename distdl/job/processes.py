@@ -52,14 +52,18 @@ def look_at(pid: int) -> Process | None:
 
 
 @cache
+def boot_id() -> str:
+    """Return a text that only the processes of one running kernel share; raise `OSError` without ``/proc``."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 def here() -> str:
     """Return a text that only processes share that see each other's numbers; empty if ``/proc`` does not tell.
 
     Containers may share a folder, and each has a process number 1. So a number alone names no process.
     """
     with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+        return f"{boot_id()} {Path('/proc/self/ns/pid').readlink()}"
     return ""
 
 

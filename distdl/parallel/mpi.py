@@ -31,7 +31,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, NoReturn
 
 import mpi4py
@@ -44,7 +43,7 @@ mpi4py.rc.initialize = False
 from distdl.errors import EXIT_DEFECT, PeerLost, UserError  # noqa: E402
 from distdl.job.launched_by import print_for_all_ranks, survives_failures  # noqa: E402
 from distdl.job.lifeline import LAUNCHERS  # noqa: E402
-from distdl.job.processes import ancestors  # noqa: E402
+from distdl.job.processes import ancestors, boot_id  # noqa: E402
 
 mpi4py.rc.finalize = not survives_failures()  # at exit, as if the import had started MPI
 
@@ -366,8 +365,7 @@ def library_name() -> str:
 
 def _memory_identity() -> str:
     """Return a text that is equal on ranks that share memory, and different on others."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {SHARED_MEMORY.stat().st_dev if SHARED_MEMORY.is_dir() else None}"
+    return f"{boot_id()} {SHARED_MEMORY.stat().st_dev if SHARED_MEMORY.is_dir() else None}"
 
 
 def _parts(buffer: Bytes, spans: Sequence[Span]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import pytest
 from distdl.doctor import examination, supervisor
 from distdl.doctor.supervisor import examined
 from distdl.errors import UserError
+from distdl.job import probes
 from distdl.job.mpirun_command import environment_for, mpirun_command
 
 DOCTOR = [sys.executable, "-m", "distdl.doctor"]
@@ -261,7 +263,7 @@ def test_the_ranks_of_a_host_read_each_others_memory(communicator):
 
 
 def test_memory_of_a_missing_process_cannot_be_read():
-    assert examination.read_of_other_process(2**22 + 1, 4096) == "ESRCH"
+    assert probes.error_of_reading(2**22 + 1, 4096) == errno.ESRCH
 
 
 @pytest.mark.mpi

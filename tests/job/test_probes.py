@@ -83,7 +83,7 @@ def test_without_a_readable_launcher_only_ranks_outside_of_containers_are_sure(
 ):
     above = [] if launcher is None else [Process(7, launcher, "S", 1, 0)]
     monkeypatch.setattr(probes, "ancestors", lambda: iter(above))
-    monkeypatch.setattr(probes, "_error_of_reading", lambda pid: 0 if pid == os.getpid() or readable else 1)
+    monkeypatch.setattr(probes, "error_of_reading", lambda pid: 0 if pid == os.getpid() or readable else 1)
     monkeypatch.setattr(probes, "_has_own_namespace", lambda kind: kind in own)
     assert (probes.why_memory_is_private() is not None) is private
     assert probes.hides_its_process_number() is (launcher is None and "pid" in own)

@@ -31,7 +31,7 @@ esac
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, run_program):
     """Return a function that runs a launch file in an empty folder, with the Python of these tests."""
     rsh = tmp_path / "rsh"
     rsh.write_text(RSH)
@@ -39,16 +39,7 @@ def run(tmp_path):
 
     def run(script, *words, timeout=120, **variables):
         variables = {"PYTHON": sys.executable, "RSH": str(rsh), **variables}
-        return subprocess.run(
-            [LAUNCH / script, *words],
-            cwd=tmp_path,
-            env=os.environ | variables,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        return run_program([LAUNCH / script, *words], cwd=tmp_path, env=os.environ | variables, timeout=timeout)
 
     return run
 
