@@ -231,7 +231,7 @@ class TrainConfig:
     log_every: int = 10
     """Steps between records in metrics.jsonl, in addition to those of each epoch; 0: none."""
     stall_warning: float = 300.0
-    """Seconds without progress after which the ranks report which rank is late, and where; 0: never."""
+    """Seconds without progress after which a late rank prints where it is; another names it earlier; 0: never."""
     detect_hangs: float = 0.0
     """Seconds without a sign of life after which a frozen rank is killed, because others wait for it; 0: never."""
     record_hashes: bool = False

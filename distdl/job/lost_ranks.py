@@ -8,6 +8,9 @@ stopped process keeps its connections. If a host or the interconnect between two
 A rank that exits first meets the others, and then says goodbye. A rank that ends because another was lost tells its
 other neighbour. So all ranks end, even if MPI_Abort does nothing.
 
+If the ranks survive the death of another one, only a host that does not answer ends the job: MPI itself does not notice
+that for minutes.
+
 A launcher that ends the job itself gets `SECONDS_FOR_THE_LAUNCHER`. Each rank accepts one connection, from a process
 that knows the secret that it has sent through MPI.
 """
@@ -49,6 +52,7 @@ SECONDS_WITHOUT_ANSWER = (
 #: The exit code of a shell after a process that SIGKILL ended: `--restarts` starts the job again.
 EXIT_LOST_RANK = 137
 GOODBYE, TOLD = b"g", b"t"
+LOST = "was lost"
 SECRET_BYTES = 16
 #: After the ranks have met at exit, MPI_Finalize takes much less, unless a rank was lost. No thread runs meanwhile.
 SECONDS_TO_FINALIZE = 60
@@ -74,7 +78,7 @@ class Ring:
     """The connections of this rank to its two neighbours; a thread waits at each.
 
     `exchange` returns the values of all ranks, in the order of ranks. `end` ends the job with an exit code. `meet`
-    waits for all ranks. Collective.
+    waits for all ranks; None if they survive the death of another one. Collective.
     """
 
     def __init__(
@@ -82,7 +86,7 @@ class Ring:
         rank: int,
         exchange: Callable[[Any], Sequence[Any]],
         end: Callable[[int], NoReturn],
-        meet: Callable[[], None],
+        meet: Callable[[], None] | None,
     ) -> None:
         self._end, self._meet = end, meet
         self._leaves = False
@@ -92,14 +96,18 @@ class Ring:
         port = 0 if listener is None else listener.getsockname()[1]
         own = Member(rank, os.uname().nodename, os.getpid(), network_identity(), addresses(), port, _new_secret())
         members = [Member(**one) for one in exchange(asdict(own))]
-        self._own, self._before = own, members[rank - 1]
-        self._after = members[(rank + 1) % len(members)]
+        place = [member.secret for member in members].index(own.secret)
+        self._own, self._before = own, members[place - 1]
+        self._after = members[(place + 1) % len(members)]
         for work in (self._wait_for_the_one_after, lambda: self._wait_for_the_one_before(listener)):
             threading.Thread(target=work, name="lost ranks", daemon=True).start()
         atexit.register(self.leave)
 
     def leave(self) -> None:
         """Meet the other ranks at exit, and say goodbye; limit the time that MPI_Finalize may take."""
+        if self._meet is None:
+            self._say(GOODBYE)
+            return
         self._meet()
         self._say(GOODBYE)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -115,7 +123,7 @@ class Ring:
     def _wait_for_the_one_after(self) -> None:
         connection = connect(self._own, self._after)
         if connection is None:
-            if not self._leaves:
+            if not self._leaves and self._meet is not None:
                 say_line(
                     f"rank {self._own.rank} cannot connect to {self._after}: if that rank is killed, the job may wait "
                     "for it; start with srun -K (--kill-on-bad-exit)"
@@ -138,12 +146,13 @@ class Ring:
                 return
         try:
             heard = connection.recv(1)
-            what = "was lost"
+            what = LOST
         except TimeoutError:
             heard, what = b"", f"has not answered for {SECONDS_WITHOUT_ANSWER} s: its host or the interconnect failed"
         except OSError:
-            heard, what = b"", "was lost"
-        if heard == GOODBYE:
+            heard, what = b"", LOST
+        is_survived = self._meet is None and heard != TOLD and what == LOST
+        if heard == GOODBYE or is_survived:
             return
         if heard != TOLD:
             time.sleep(SECONDS_FOR_THE_LAUNCHER + seconds_longer)

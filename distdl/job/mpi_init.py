@@ -1,8 +1,10 @@
 """Watch the start of MPI: end the job if a rank of this host dies meanwhile, and report a start that takes long.
 
 In MPI_Init the ranks wait for each other, and forever for a dead one. A launcher that lets survivors continue does not
-end the job either, nor does `srun`, and MPICH's launcher may hang. So during MPI_Init this rank watches all ranks of
-its host, which are children of the same launcher.
+end the job either, nor does `srun`, and MPICH's launcher may hang. So during MPI_Init a process beside this rank
+watches it and all ranks of its host, which are children of the same launcher.
+
+If the interconnect fails meanwhile, nobody learns of it. So the start has a time limit.
 """
 
 import os
@@ -10,37 +12,48 @@ import select
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 from distdl.job.allocation import expand_slurm_counts
 from distdl.job.launched_by import Launch, read_launch
 from distdl.job.lifeline import LAUNCHERS, STEP_DAEMONS
 from distdl.job.lost_ranks import cancel_the_step
-from distdl.job.processes import ancestors
+from distdl.job.processes import Process, ancestors, children, look_at
 from distdl.job.slow_start import SECONDS_UNTIL_REPORTED
 from distdl.job.streams import say_line
 
 SECONDS_BETWEEN_LOOKS = 0.25
 #: The launcher gets this time to pass on a message before it is told to end.
 SECONDS_TO_PASS_ON = 1.0
-#: Time until a missing rank ends the job. It may have died after its own start, which this rank is about to complete.
+#: Time from the death of this rank to the end of the job. Most launchers end it themselves, within a second.
+SECONDS_FOR_THE_LAUNCHER = 2.0
+#: Time until another missing rank ends the job. It may have died after its own start, which this rank is about to
+#: complete.
 SECONDS_MISSED = 3.0
 #: The same for a rank that was never seen: the launcher may not have started it yet.
 SECONDS_NEVER_SEEN = 10.0
+#: A start that takes longer ends the job. With thousands of ranks and a slow file system, the last may be minutes late.
+SECONDS_TO_START = 600.0
+#: A launcher that has not ended after SIGTERM is killed after this time: MPICH's may spin.
+SECONDS_TO_END = 5.0
+#: The rank tells its watcher that MPI has started.
+STARTED = b"s"
 #: The first letters of the names of programs that are parents of ranks: Open MPI's, MPICH's, Slurm's.
 PARENTS = ("prte", "mpirun", "mpiexec", "hydra_pmi_proxy", *STEP_DAEMONS)
+LOST = "a rank was lost while MPI was started"
 #: The number of ranks on this host: the names of Open MPI and MPICH.
 LOCAL_SIZE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 
 @contextmanager
 def end_the_job_if_a_rank_dies() -> Iterator[None]:
-    """End the job if another rank of this host dies during the ``with`` block and the launcher does not end it.
+    """End the job if a rank of this host dies during the ``with`` block and the launcher does not end it.
 
     A separate process watches, because no other thread of this process runs during MPI_Init.
     """
-    launcher, rank = os.getppid(), os.getpid()
+    launcher, rank = look_at(os.getppid()), look_at(os.getpid())
+    assert rank is not None
     ended, end = os.pipe()
     watcher = os.fork()
     if watcher == 0:
@@ -53,6 +66,8 @@ def end_the_job_if_a_rank_dies() -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):  # somebody has killed the watcher
+            os.write(end, STARTED)
         os.close(end)
         os.waitpid(watcher, 0)
 
@@ -69,10 +84,9 @@ def end_the_job_on_other_hosts(launch: Launch) -> None:
         os.kill(launcher.pid, signal.SIGTERM)
 
 
-def _watch(ended: int, launcher: int, rank: int) -> None:
-    """Watch until the pipe is closed, by the rank or by its death."""
+def _watch(ended: int, launcher: Process | None, rank: Process) -> None:
+    """Watch until the rank tells through the pipe `ended` that MPI has started."""
     expected = ranks_of_this_host()
-    in_a_step = _name(launcher) in STEP_DAEMONS
     seen, missed, waited, due = False, 0.0, 0.0, SECONDS_UNTIL_REPORTED
     while not select.select([ended], [], [], SECONDS_BETWEEN_LOOKS)[0]:
         waited += SECONDS_BETWEEN_LOOKS
@@ -80,17 +94,39 @@ def _watch(ended: int, launcher: int, rank: int) -> None:
         if waited >= due:
             due += SECONDS_UNTIL_REPORTED
             report(waited, living, expected)
+        if waited >= SECONDS_TO_START:
+            _end_the_job(launcher, rank, f"MPI has not started within {SECONDS_TO_START:.0f} s")
         if living is None or not expected:
             continue
         seen = seen or living >= expected
         missed = 0.0 if living >= expected else missed + SECONDS_BETWEEN_LOOKS
         if missed >= (SECONDS_MISSED if seen else SECONDS_NEVER_SEEN):
-            say_line("error: a rank was lost while MPI was started; the job ends: start it again")
-            if in_a_step:
-                cancel_the_step()
-            else:
-                os.kill(launcher, signal.SIGTERM)
-            os.kill(rank, signal.SIGKILL)
+            _end_the_job(launcher, rank, LOST)
+    if os.read(ended, 1) != STARTED:  # this rank is dead
+        time.sleep(SECONDS_FOR_THE_LAUNCHER)
+        _end_the_job(launcher, rank, LOST)
+
+
+def _end_the_job(launcher: Process | None, rank: Process, why: str) -> NoReturn:
+    """End the launcher of this host, this rank, and this process."""
+    if launcher is not None and launcher.lives:
+        say_line(f"error: {why}; the job ends: start it again")
+    if launcher is None or not launcher.name.startswith(PARENTS):
+        _send(signal.SIGKILL, rank)
+    elif launcher.name in STEP_DAEMONS:
+        cancel_the_step()
+        _send(signal.SIGKILL, rank)
+    else:
+        _send(signal.SIGTERM, launcher)
+        _send(signal.SIGKILL, rank)
+        time.sleep(SECONDS_TO_END)
+        _send(signal.SIGKILL, launcher)
+    os._exit(0)
+
+
+def _send(number: int, process: Process) -> None:
+    if process.lives:
+        os.kill(process.pid, number)
 
 
 def report(waited: float, living: int | None, expected: int) -> None:
@@ -120,18 +156,11 @@ def ranks_of_this_host(environment: Mapping[str, str] = os.environ) -> int:
         return 0
 
 
-def _name(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _children(launcher: int) -> int | None:
+def _children(launcher: Process | None) -> int | None:
     """Return the number of the launcher's children; None if it is unknown."""
-    if not _name(launcher).startswith(PARENTS):
+    if launcher is None or not launcher.lives or not launcher.name.startswith(PARENTS):
         return None
     try:
-        return len(Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split())
+        return len(children(launcher))
     except OSError:
         return None

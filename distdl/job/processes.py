@@ -75,6 +75,22 @@ def ancestors() -> Iterator[Process]:
         process = look_at(process.parent)
 
 
+def children(parent: Process) -> list[Process]:
+    """Return the living children of a process; raise `OSError` if ``/proc`` does not show them."""
+    numbers = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    return [process for process in map(look_at, map(int, numbers)) if process is not None]
+
+
+def stopped_ranks() -> str:
+    """Return a text that names stopped ranks of this host: children of our parent in the state T; empty if none is."""
+    with suppress(OSError):
+        parent = look_at(os.getppid())
+        stopped = [] if parent is None else [one for one in children(parent) if one.state in "Tt"]
+        if stopped:
+            return f"; stopped on host {os.uname().nodename}: process {', '.join(str(one.pid) for one in stopped)}"
+    return ""
+
+
 def send_when_the_parent_dies(signal_number: int) -> None:
     """Ask the kernel to send this process a signal when its parent ends; this also holds after an `exec`."""
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal_number, 0, 0, 0):

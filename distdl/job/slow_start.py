@@ -1,7 +1,7 @@
 """Say what a start waits for, if it takes longer than half a minute: no start hangs silently.
 
 `mpirun` may wait for hosts or cores before it starts a rank. The launcher becomes `mpirun`, so a child of it watches.
-It ends with `mpirun`. The ranks may wait for each other in MPI_Init (`mpi_init.py`).
+It ends with `mpirun`. The ranks may wait for each other in MPI_Init (`mpi_init.py`), and later in any collective.
 """
 
 import os
@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from distdl.job.processes import Process, look_at, send_when_the_parent_dies
+from distdl.job.launched_by import read_launch
+from distdl.job.processes import Process, look_at, send_when_the_parent_dies, stopped_ranks
 from distdl.job.streams import say_line
 
 #: A start that takes longer is reported.
 SECONDS_UNTIL_REPORTED = 30.0
+#: A rank that waits on repeats its line, at least once a minute.
+SECONDS_BETWEEN_REPORTS = 55.0
 SECONDS_BETWEEN_LOOKS = 1.0
 #: The columns of a command line in a message, and the number of command lines.
 LONGEST_COMMAND, MOST_COMMANDS = 100, 3
@@ -56,6 +59,13 @@ def report_a_slow_start(argv: Sequence[str]) -> None:
                 time.sleep(SECONDS_BETWEEN_LOOKS)
         finally:
             os._exit(0)
+
+
+def report_a_long_wait(waited: float) -> None:
+    """Say that this rank waits. The first two ranks of a host speak, because the first may be the late one."""
+    launch = read_launch()
+    if launch.local_rank < 2:
+        say_line(f"rank {launch.rank} has waited for {waited:.0f} s for another rank{stopped_ranks()}")
 
 
 def runs_here(argv: Sequence[str]) -> bool:

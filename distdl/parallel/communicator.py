@@ -47,6 +47,8 @@ class Waiting:
     oversubscribed: bool = False
     """Whether there are more ranks than cores. Then a waiting rank sleeps at once and leaves its core to others."""
     cores_noticed: bool = False
+    reports: bool = True
+    """Whether a rank that waits long says so; in a training the watchdog does it."""
 
 
 class Communicator(ABC):

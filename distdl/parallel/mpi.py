@@ -29,7 +29,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NoReturn
 
@@ -50,6 +49,7 @@ mpi4py.rc.finalize = not survives_failures()  # at exit, as if the import had st
 from mpi4py import MPI  # noqa: E402
 
 from distdl.job.mpi_init import end_the_job_if_a_rank_dies  # noqa: E402
+from distdl.job.slow_start import SECONDS_BETWEEN_REPORTS, SECONDS_UNTIL_REPORTED, report_a_long_wait  # noqa: E402
 from distdl.job.streams import say  # noqa: E402
 from distdl.parallel.agreement import together  # noqa: E402
 from distdl.parallel.communicator import LONGEST_PAUSE_SECONDS, Bytes, Communicator, Span, Waiting  # noqa: E402
@@ -72,6 +72,8 @@ SECONDS_TO_SHRINK = 120.0
 #: The calls used here have 32-bit counts.
 LARGEST_MESSAGE_BYTES = 2**30
 
+#: A nonblocking collective.
+Start = Callable[..., MPI.Request]
 _PEER_LOST_CLASSES = {
     getattr(MPI, name) for name in ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED") if hasattr(MPI, name)
 }
@@ -147,7 +149,8 @@ class MpiCommunicator(Communicator):
                 survivors = MpiCommunicator(self._comm.Shrink())
                 break
         deadline.cancel()
-        survivors.waiting = replace(self.waiting, cores_noticed=False)
+        survivors.waiting = self.waiting
+        survivors.waiting.cores_noticed = False
         if _world is self:
             _world = survivors
             if survivors.rank == 0:
@@ -191,8 +194,7 @@ class MpiCommunicator(Communicator):
         everyone = np.empty(sum(counts), np.uint8)
         everyone[starts[self.rank] :][: mine.size] = mine
         self.allgatherv(everyone, counts)
-        parts = (everyone[start : start + count] for start, count in zip(starts, counts, strict=True))
-        return [json.loads(part.tobytes()) for part in parts]
+        return [json.loads(everyone[start:][:count].tobytes()) for start, count in zip(starts, counts, strict=True)]
 
     def bcast_json(self, value: Any, root: int = 0) -> Any:
         text = json.dumps(value).encode() if self.rank == root else b""
@@ -244,7 +246,7 @@ class MpiCommunicator(Communicator):
             part = split(color, self.rank)
         return None if part == MPI.COMM_NULL else MpiCommunicator(part, of=self)
 
-    def _move(self, nbytes: int, start: Callable[..., MPI.Request], *arguments: Any) -> None:
+    def _move(self, nbytes: int, start: Start, *arguments: Any) -> None:
         """Complete a collective that moves `nbytes` in all, a number that every rank knows."""
         large = nbytes > LARGEST_UNMET_BYTES
         if large:
@@ -252,13 +254,9 @@ class MpiCommunicator(Communicator):
         self._complete(start, *arguments, sleeps=not large)
 
     def _complete(
-        self,
-        start: Callable[..., MPI.Request],
-        *arguments: Any,
-        sleeps: bool = True,
-        longest_pause: float = LONGEST_PAUSE_SECONDS,
+        self, start: Start, *arguments: Any, sleeps: bool = True, longest_pause: float = LONGEST_PAUSE_SECONDS
     ) -> None:
-        started = time.perf_counter()
+        started, due = time.perf_counter(), SECONDS_UNTIL_REPORTED
         awake_seconds = 0.0 if self.waiting.oversubscribed else self.waiting.spin_seconds
         request = None
         try:
@@ -268,6 +266,9 @@ class MpiCommunicator(Communicator):
                     waited = time.perf_counter() - started
                     if sleeps and waited > awake_seconds:
                         time.sleep(min(max(waited * PAUSE_SHARE, SHORTEST_PAUSE_SECONDS), longest_pause))
+                    if waited > due and self.waiting.reports:
+                        due = waited + SECONDS_BETWEEN_REPORTS
+                        report_a_long_wait(waited)
         except PeerLost:
             _failed_requests.append((request, arguments))
             raise
@@ -359,8 +360,7 @@ def vendor() -> str:
 
 def library_name() -> str:
     """Return the name and version of the MPI library, such as ``MPICH 5.0.2``."""
-    name, version = MPI.get_vendor()
-    return f"{name} {'.'.join(str(number) for number in version)}"
+    return f"{vendor()} {'.'.join(map(str, MPI.get_vendor()[1]))}"
 
 
 def _memory_identity() -> str:

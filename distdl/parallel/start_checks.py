@@ -1,8 +1,9 @@
-"""Checks around the start of MPI: of this host before it, of all ranks together after it (docs/processes.md)."""
+"""Around the start of MPI (docs/processes.md): checks of this host before it, and of all ranks together after it."""
 
 import os
 import threading
 from contextlib import suppress
+from typing import Any
 
 from distdl.errors import HostError, UserError
 from distdl.job import leftovers, limits, probes
@@ -15,6 +16,7 @@ from distdl.job.launched_by import (
     variables_of,
 )
 from distdl.job.lifeline import pmi_is_gone
+from distdl.job.lost_ranks import Ring
 from distdl.job.mpi_init import ranks_of_this_host
 from distdl.job.streams import say_line
 from distdl.parallel import shared
@@ -45,7 +47,10 @@ def prepare_for_mpi(launch: Launch, vendor: str) -> None:
 
 
 def checked(communicator: Communicator) -> Communicator:
-    """Return the surviving ranks, with the same program and room to compute; raise `UserError` on all. Collective."""
+    """Return the surviving ranks, with the same program and room to compute; raise `UserError` on all. Collective.
+
+    From then on, the ranks watch each other (`job/lost_ranks.py`).
+    """
     survivors = Survivors(communicator)
     late = threading.Timer(SECONDS_TO_COMPARE, _say_that_the_comparison_is_late)
     late.daemon = True
@@ -55,8 +60,26 @@ def checked(communicator: Communicator) -> Communicator:
     survivors.run(check_same_access)
     survivors.run(lambda ranks: together(ranks, limits.check_room_for_blas))
     late.cancel()
+    if survivors.communicator.size > 1:
+        _form_ring(survivors)
     survivors.communicator.recovery_at_start = next(iter(survivors.recoveries), None)
     return survivors.communicator
+
+
+def _form_ring(survivors: Survivors) -> None:
+    from distdl.parallel import mpi  # noqa: PLC0415  some hosts have no MPI library
+
+    ranks = survivors.communicator
+
+    def exchange(value: Any) -> list[Any]:
+        return survivors.run(lambda group: group.allgather_json(value))
+
+    def meet() -> None:
+        with suppress(Exception):  # at exit: the command has reported its errors
+            if not mpi.is_over():
+                ranks.barrier()
+
+    Ring(ranks.world_ranks[ranks.rank], exchange, ranks.abort, None if ranks.survives_failures else meet)
 
 
 def _say_that_the_comparison_is_late() -> None:

@@ -8,14 +8,11 @@ import importlib.util
 import sys
 import time
 import warnings
-from contextlib import suppress
-from functools import cache
 
 from distdl.errors import DistdlError, HostError, UserError
 from distdl.job import leftovers, limits
 from distdl.job.launched_by import Launch, compatible, print_for_all_ranks, read_launch
 from distdl.job.lifeline import end_with_the_launcher
-from distdl.job.lost_ranks import Ring
 from distdl.job.streams import say_line
 from distdl.parallel import shared
 from distdl.parallel.agreement import end_the_job, exit_code_of
@@ -101,8 +98,6 @@ def _make_world(failure: UserError | None = None) -> Communicator:
     if _world is None:
         communicator = checked(communicator)
     _end_the_job_on_uncaught_exceptions(communicator)
-    if communicator.size > 1 and not communicator.survives_failures:
-        _form_ring(communicator)
     return communicator
 
 
@@ -115,18 +110,6 @@ def _without_mpi(launch: Launch, error: Exception) -> Communicator:
         return OneProcess(f"one process, without MPI ({reason})")
     why = f"mpi4py finds no MPI library here ({reason}): {INSTALL} in this environment"
     raise not_one_job(launch, why) from error
-
-
-@cache
-def _form_ring(communicator: Communicator) -> Ring:
-    from distdl.parallel import mpi  # noqa: PLC0415  as above
-
-    def meet() -> None:
-        with suppress(Exception):  # at exit: the command has reported its errors
-            if not mpi.is_over():
-                communicator.barrier()
-
-    return Ring(communicator.rank, communicator.allgather_json, communicator.abort, meet)
 
 
 def _end_the_job_on_uncaught_exceptions(communicator: Communicator) -> None:

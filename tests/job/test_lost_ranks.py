@@ -105,6 +105,38 @@ def test_a_server_that_does_not_know_our_secret_is_left_alone(listener, monkeypa
     assert connect(member(0), member(1, listener.getsockname()[1])) is None
 
 
+class Unreachable:
+    """A connection on which the kernel has given up."""
+
+    def recv(self, _size):
+        raise TimeoutError
+
+    def send(self, _what):
+        raise OSError
+
+
+class Closed(Unreachable):
+    """A connection to a process that was killed."""
+
+    def recv(self, _size):
+        return b""
+
+
+def test_survivors_of_a_lost_rank_end_only_if_a_host_does_not_answer(monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr(lost_ranks, "SECONDS_FOR_THE_LAUNCHER", 0.0)
+    monkeypatch.setattr(lost_ranks.os, "kill", lambda *_: None)
+    neighbour = {"rank": 1, "host": "n2", "pid": 7, "network": "another", "addresses": [], "port": 9}
+    ring = lost_ranks.Ring(0, lambda own: [own, {**neighbour, "secret": "00" * 16}], ended.append, None)
+    atexit.unregister(ring.leave)
+    ring._wait_at(Closed(), ring._after, 0.0)
+    assert not ended
+    ring._wait_at(Unreachable(), ring._after, 0.0)
+    assert ended == [EXIT_LOST_RANK]
+    said = capsys.readouterr().err
+    assert said.startswith("distdl: error: rank 1 (process 7, host n2) has not answered for 45 s: its host or the")
+
+
 def test_a_neighbour_that_cannot_be_reached_is_named(monkeypatch, capsys):
     monkeypatch.setattr(lost_ranks, "SECONDS_TO_CONNECT", 0.2)
     monkeypatch.setattr(lost_ranks, "SECONDS_TO_ACCEPT", 0.2)

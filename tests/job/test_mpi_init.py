@@ -1,10 +1,34 @@
 """The watch during the start of MPI."""
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from distdl.job import mpi_init
 from distdl.job.mpi_init import end_the_job_if_a_rank_dies
+from distdl.job.processes import look_at
+
+#: A launcher called like MPICH's proxy, which may ignore SIGTERM, and its one rank, which waits in MPI_Init.
+LAUNCHER = """
+import ctypes, signal, subprocess, sys, time
+ctypes.CDLL(None).prctl(15, b"hydra_pmi_proxy", 0, 0, 0)
+if sys.argv[3] == "spins":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]])
+time.sleep(600)
+"""
+RANK = """
+import os, sys, time
+from distdl.job import mpi_init
+mpi_init.SECONDS_TO_START, mpi_init.SECONDS_FOR_THE_LAUNCHER, mpi_init.SECONDS_TO_END = float(sys.argv[1]), 0.1, 0.1
+with mpi_init.end_the_job_if_a_rank_dies():
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+"""
 
 
 def children_and_descriptors():
@@ -23,6 +47,30 @@ def test_a_rank_that_waits_long_says_so_again_after_each_half_minute(monkeypatch
     monkeypatch.setattr(mpi_init, "SECONDS_BETWEEN_LOOKS", 10.0)
     looks = iter([[]] * 15 + [[0]])
     monkeypatch.setattr(mpi_init.select, "select", lambda *_: [next(looks)])
-    mpi_init._watch(0, os.getppid(), os.getpid())
+    ended, end = os.pipe()
+    os.write(end, mpi_init.STARTED)
+    mpi_init._watch(ended, look_at(os.getppid()), look_at(os.getpid()))
+    os.close(ended)
+    os.close(end)
     said = capfd.readouterr().err.splitlines()
     assert [line.partition("waited for ")[2].split()[0] for line in said] == ["30", "60", "90", "120", "150"]
+
+
+@pytest.mark.parametrize("launcher", ["ends", "spins"])
+@pytest.mark.parametrize("fault", ["the rank is killed", "the start takes too long"])
+def test_a_start_that_cannot_succeed_ends_the_rank_and_its_launcher_with_one_line(launcher, fault):
+    limit, why = {
+        "the rank is killed": ("600", mpi_init.LOST),
+        "the start takes too long": ("1", "MPI has not started within 1 s"),
+    }[fault]
+    words = [sys.executable, "-c", LAUNCHER, RANK, limit, launcher]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        try:
+            rank = int(job.stdout.readline())
+            if fault == "the rank is killed":
+                os.kill(rank, signal.SIGKILL)
+            assert job.wait(20) == -(signal.SIGKILL if launcher == "spins" else signal.SIGTERM)
+            assert job.stderr.read() == f"distdl: error: {why}; the job ends: start it again\n"
+            assert look_at(rank) is None
+        finally:
+            job.kill()

@@ -1,6 +1,7 @@
 """One process and MPI keep the same contract; all ranks share errors; waiting ranks leave their core to others."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -244,6 +245,25 @@ def test_a_host_without_room_for_the_file_is_an_error_on_every_rank(communicator
         monkeypatch.setattr(shared_module, "created", full)
     with pytest.raises(UserError, match=r"rows.npy: No space left on device"):
         assert_file_is_shared(communicator, folder, host=OneProcess())
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_rank_that_waits_long_says_so_and_a_watchdog_takes_that_over(communicator, monkeypatch, capfd):
+    from distdl.parallel import mpi
+
+    monkeypatch.setattr(mpi, "SECONDS_UNTIL_REPORTED", 0.3)
+    for reports in (True, False):
+        monkeypatch.setattr(communicator.waiting, "reports", reports)
+        communicator.barrier()
+        capfd.readouterr()
+        if communicator.rank == 0:
+            time.sleep(1)
+        communicator.barrier()
+        said = capfd.readouterr().err
+        if communicator.rank == 1:
+            assert bool(re.fullmatch(r"distdl: rank 1 has waited for \d s for another rank\n", said)) == reports
+        elif communicator.rank > 1:  # the first two ranks of a host speak
+            assert said == ""
 
 
 @pytest.mark.parametrize("damage", ["altered", "truncated", "absent", None])

@@ -1,4 +1,4 @@
-"""The watchdog: when a job makes no progress, it names the late rank and shows where that rank is.
+"""The watchdog: when a job makes no progress, it names the late rank, and later shows where that rank is.
 
 In every rank a thread checks once a second whether the rank has done anything since: steps, and micro-batches within
 them. It writes the result into memory that the ranks of a host share. It looks at the rank's stack: inside a collective
@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from distdl.job.processes import look_at
+from distdl.job.slow_start import SECONDS_BETWEEN_REPORTS, SECONDS_UNTIL_REPORTED
 from distdl.job.streams import say
 from distdl.parallel import Communicator
 from distdl.parallel.shared import shared_bytes
@@ -51,6 +52,7 @@ class Watchdog:
     def __init__(self, communicator: Communicator, stall_seconds: float) -> None:
         self.progress: Progress = lambda: (0, 0)
         self._stall_seconds = stall_seconds
+        self._waiting = communicator.waiting
         self._watched_thread = threading.get_ident()
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -69,10 +71,12 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self._thread is not None:
             self._thread.start()
+            self._waiting.reports = False
         return self
 
     def __exit__(self, *_error: object) -> None:
         self._over.set()
+        self._waiting.reports = True
         if self._thread is not None:
             self._thread.join(SECONDS_TO_RESPOND)  # not forever: nobody may be reading its output
 
@@ -81,7 +85,7 @@ class Watchdog:
         pause = min(SECONDS_BETWEEN_LOOKS, max(self._stall_seconds / 4, 0.05))
         done = self.progress()
         looked = moved = time.monotonic()
-        due = moved + self._stall_seconds
+        due, line_due = moved + self._stall_seconds, moved + SECONDS_UNTIL_REPORTED
         has_printed = False
         over = False
         while not over:
@@ -91,31 +95,37 @@ class Watchdog:
             if done != before:
                 if has_printed:
                     say(f"[rank {rank}] continues after {now - moved:.0f} s\n")
-                moved, due, has_printed = now, now + self._stall_seconds, False
+                moved, has_printed = now, False
+                due, line_due = now + self._stall_seconds, now + SECONDS_UNTIL_REPORTED
             elif over:
                 break
             elif now - looked > SECONDS_TO_RESPOND:  # the process was stopped meanwhile, perhaps with the whole job
-                due = now + self._stall_seconds
-            elif now >= due:
+                due, line_due = now + self._stall_seconds, now + SECONDS_UNTIL_REPORTED
+            elif now >= min(due, line_due):
+                with_stack = now >= due
                 others = [one for one in self._slots if one["pid"] and one["rank"] != rank]
-                lines = stall_message(self._own[0], others, now - moved, now, whole_world=self._whole_world)
+                own, seconds, whole_world = self._own[0], now - moved, self._whole_world
+                lines = stall_message(own, others, seconds, now, whole_world=whole_world, with_stack=with_stack)
                 if lines and lines[-1].endswith(HERE):
                     frame = sys._current_frames().get(self._watched_thread)
                     lines += "".join(traceback.format_stack(frame)).splitlines()
                 say("".join(f"[rank {rank}] {line}\n" for line in lines))
                 has_printed |= bool(lines)
-                due = now + (now - moved)
+                due = now + seconds if with_stack else due
+                line_due = now + SECONDS_BETWEEN_REPORTS
             looked = now
 
 
-def stall_message(own: Slot, others: Sequence[Slot], seconds: float, now: float, *, whole_world: bool) -> list[str]:
+def stall_message(
+    own: Slot, others: Sequence[Slot], seconds: float, now: float, *, whole_world: bool, with_stack: bool
+) -> list[str]:
     """Return the lines that a rank without progress prints; none if another rank prints the same.
 
-    If the last line ends with `HERE`, the rank's stack must follow.
+    If the last line ends with `HERE`, the rank's stack must follow; without `with_stack` no line does.
     """
     after = f"after {own['steps']} step{'s' if own['steps'] != 1 else ''}"
     if not own["waits"]:
-        return [f"has done nothing for {seconds:.0f} s, {after}; {HERE}"]
+        return [f"has done nothing for {seconds:.0f} s, {after}; {HERE}"] if with_stack else []
     processes = [look_at(int(one["pid"])) for one in others]
     waiting, late, gone = [], [], []
     for one, process in zip(others, processes, strict=True):
@@ -136,7 +146,9 @@ def stall_message(own: Slot, others: Sequence[Slot], seconds: float, now: float,
         return [f"{waited}, for {' and '.join(late or gone)}"] if is_first else []
     if not whole_world:
         return [f"{waited}, for a rank of another host; none of this host is late"] if is_first else []
-    return [f"{waited}, as all ranks do, each for another; {HERE}"]
+    if with_stack:
+        return [f"{waited}, as all ranks do, each for another; {HERE}"]
+    return [f"{waited}, as all ranks do, each for another"] if is_first else []
 
 
 def waits(thread: int) -> bool:

@@ -32,8 +32,8 @@ def slot(rank, *, waits, steps=7, process=None, looked=NOW):
     return one
 
 
-def lines_of(own, *others, whole_world=True):
-    return stall_message(own, others, 300.0, NOW, whole_world=whole_world)
+def lines_of(own, *others, whole_world=True, with_stack=True):
+    return stall_message(own, others, 300.0, NOW, whole_world=whole_world, with_stack=with_stack)
 
 
 def test_a_rank_that_does_not_wait_always_prints_where_it_is():
@@ -62,6 +62,17 @@ def test_if_all_ranks_wait_for_each_other_all_print_where_they_are():
         assert lines_of(own, rest) == [
             f"has waited for 300 s, after 7 steps, as all ranks do, each for another; {HERE}"
         ]
+
+
+def test_without_stacks_only_the_lowest_waiting_rank_speaks():
+    waiting, late = [slot(0, waits=True), slot(1, waits=True)], slot(2, waits=False)
+    (line,) = lines_of(waiting[0], waiting[1], late, with_stack=False)
+    assert line == f"has waited for 300 s, after 7 steps, for rank 2 (process {os.getpid()}, busy after 7)"
+    assert lines_of(waiting[1], waiting[0], late, with_stack=False) == []
+    assert lines_of(late, *waiting, with_stack=False) == []
+    (line,) = lines_of(*waiting, with_stack=False)
+    assert line == "has waited for 300 s, after 7 steps, as all ranks do, each for another"
+    assert lines_of(*reversed(waiting), with_stack=False) == []
 
 
 def test_a_rank_that_does_not_respond_is_late_even_if_it_waited_at_its_last_look():
@@ -178,6 +189,22 @@ def test_a_rank_in_a_collective_waits_and_one_outside_does_not(communicator):
     if communicator.rank > 0:
         looks.join()
         assert seen == [True]
+
+
+@pytest.mark.mpi(min_size=2)
+def test_long_before_the_stall_warning_a_waiting_rank_names_the_late_one(communicator, monkeypatch, capfd):
+    monkeypatch.setattr(watchdog, "SECONDS_UNTIL_REPORTED", 0.5)
+    monkeypatch.setattr(watchdog, "SECONDS_BETWEEN_LOOKS", 0.1)
+    late = communicator.allgather_json(os.getpid())[0]
+    with Watchdog(communicator, 3600):
+        communicator.barrier()
+        if communicator.rank == 0:
+            time.sleep(2)
+        communicator.barrier()
+    said = capfd.readouterr().err.splitlines()
+    assert bool(said) == (communicator.rank == 1)
+    assert all(line.startswith("[rank 1] has waited for ") for line in said)
+    assert all(f"for rank 0 (process {late}, " in line for line in said)
 
 
 @pytest.mark.mpi
