@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "distdl.evaluate",
     "predict": "distdl.predict",
     "report": "distdl.report",
+    "export": "distdl.export.__main__",
     "search": "distdl.search.__main__",
     "bench": "distdl.bench.__main__",
     "doctor": "distdl.doctor.__main__",

@@ -392,6 +392,7 @@ GROUPS = {
     "evaluate": ["runs", "data", "results"],
     "predict": ["what", "results", "code and old checkpoints"],
     "report": ["flags"],
+    "export": ["flags", "code and old checkpoints"],
     "search": ["search", "run"],
     "bench": ["training", "measurement", "results"],
     "doctor": ["flags"],

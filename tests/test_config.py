@@ -614,6 +614,7 @@ PATH_TEXTS = {
     "train": {"dataset": ["npz:~/x", "folder:~/x", "~/x.py:f"], "model": ["~/x.py:f"], "resume": [], "init_from": []},
     "evaluate": {"dataset": ["npz:~/x", "~/x.py:f"], "model": ["~/x.py:f"]},
     "report": {"dataset": ["npz:~/x", "~/x.py:f"], "model": ["~/x.py:f"]},
+    "export": {"dataset": ["npz:~/x", "~/x.py:f"], "model": ["~/x.py:f"]},
     "bench": {"model": ["~/x.py:f"]},
 }
 
