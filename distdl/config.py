@@ -157,7 +157,8 @@ class TrainConfig:
     """Settings of the network, for mlp such as "hidden=100-50, batch_norm, dropout=0.2"; your own function receives
     them as keywords."""
     init_from: str | None = None
-    """Run folder or checkpoint with the initial weights of a new run, for all tensors of equal name and shape."""
+    """Run folder, checkpoint or state dict of PyTorch (safetensors) with the initial weights of a new run, for all
+    tensors of equal name and shape."""
     freeze: str | None = None
     """Layers or parameters that keep their values, separated by commas, such as conv2d_1,affine_1.bias."""
     epochs: int | None = None

@@ -1,4 +1,4 @@
-"""Transfer learning: start with the weights of another run, and freeze parameters.
+"""Transfer learning: start with the weights of another run or of PyTorch, and freeze parameters.
 
 A new run reads `--init-from` once. From then on its weights are in its own checkpoints. `--freeze` names parameters
 that are not updated. Source: section 8.2.
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from distdl.engine.pytorch_weights import in_our_layouts, read_state_dict
 from distdl.engine.storage.restoring import described
 from distdl.engine.storage.run_folder import find_checkpoint
 from distdl.errors import UserError, unknown_name
@@ -37,17 +38,20 @@ class Transfer:
 def copy_weights(given: str, network: Sequential, model: str) -> Transfer:
     """Copy the parameters and buffers of a checkpoint into the network, if name, shape and dtype agree.
 
-    `given` is a checkpoint, or a run folder with its newest intact one. Raises `UserError` if there is no checkpoint,
-    or if no tensor agrees with the network of `model`; `DamagedFileError` if the file is damaged.
+    `given` is a checkpoint, a run folder with its newest intact one, or a state dict of PyTorch. Raises `UserError` if
+    there is none, or if no tensor agrees with the network of `model`; `DamagedFileError` if the file is damaged.
     """
+    path, complaints = Path(given), list[str]()
     try:
-        path, checkpoint, complaints = find_checkpoint(Path(given), f"--init-from {given}")
+        if (state_dict := read_state_dict(path)) is None:
+            path, checkpoint, complaints = find_checkpoint(path, f"--init-from {given}")
     except OSError as error:
         raise UserError(f"cannot access {error.filename}: {error.strerror}; give another --init-from") from None
+    tensors = checkpoint.tensors if state_dict is None else in_our_layouts(state_dict, network, model, path)
     own = [*network.named_parameters(), *network.named_buffers()]
     copied, initialized = [], []
     for name, array in own:
-        found = checkpoint.tensors.get(name)
+        found = tensors.get(name)
         if found is None or (found.shape, found.dtype) != (array.shape, array.dtype):
             initialized.append(name)
         else:
@@ -55,8 +59,7 @@ def copy_weights(given: str, network: Sequential, model: str) -> Transfer:
             copied.append(name)
     if not copied:
         such_as = "".join(
-            f": {name} is {described(checkpoint.tensors.get(name))} there and {described(array)} here"
-            for name, array in own[:1]
+            f": {name} is {described(tensors.get(name))} there and {described(array)} here" for name, array in own[:1]
         )
         raise UserError(
             f"--init-from {path} has no tensor with the name and shape of one in --model {model}{such_as}; give the "

@@ -210,6 +210,7 @@ def transfers(workshop) -> Iterator[Case]:
     for path in ("", "missing", "run/checkpoints/step-000000009.safetensors", "bare", "pipe", "loop", "/dev/zero"):
         yield Case(f"--init-from {path}", [*new, f"--init-from={path}"], USER, [f"--init-from {path}"])
     yield Case("--init-from of a text", [*new, "--init-from=run/config.toml"], DAMAGED, ["config.toml", "damaged"])
+    yield from state_dicts(workshop, new)
     words = [str(shop.newest.relative_to(workshop)), "--model logistic", "(16, 100) there", "(16, 10) here"]
     yield Case("nothing agrees", [*new, "--model=logistic", "--init-from=run"], USER, words)
     yield shop.resume("another --init-from", USER, ["--init-from is 'run' here and None"], "--init-from=run")
@@ -227,6 +228,25 @@ def transfers(workshop) -> Iterator[Case]:
     for one in shop.paths:
         one.write_bytes(one.read_bytes()[:-1])
     yield Case("--init-from with all damaged", [*new, "--init-from=run"], DAMAGED, ["no checkpoint in", "intact"])
+
+
+def state_dicts(workshop, new) -> Iterator[Case]:
+    """Yield files of PyTorch that are no initial weights of the network."""
+    shape, half = np.ones((1, 5, 5, 1), np.float32), np.ones(100, np.float16)
+    wrong = {
+        "unknown": ({"encoder.weight": shape}, ["encoder.weight", "affine_1.weight"]),
+        "small": ({"affine_1.weight": shape[0, 0]}, ["(1, 5) there", "(16, 100) here"]),
+        "half": ({"affine_1.bias": half}, ["affine_1.bias in F16", "F32"]),
+        "nan": ({"affine_1.bias": np.full(100, np.nan, np.float32)}, ["NaN", "affine_1.bias"]),
+    }
+    for name, (arrays, words) in wrong.items():
+        safetensors.numpy.save_file(arrays, workshop / f"{name}.safetensors")
+        flag = f"--init-from={name}.safetensors"
+        yield Case(f"a state dict: {name}", [*new, flag], USER, [f"{name}.safetensors", *words])
+    (workshop / "cut.safetensors").write_bytes((workshop / "small.safetensors").read_bytes()[:-1])
+    yield Case("a torn state dict", [*new, "--init-from=cut.safetensors"], DAMAGED, ["cut.safetensors", "damaged"])
+    (workshop / "model.pth").write_bytes(b"PK\x03\x04" + bytes(100))
+    yield Case("a pickled state dict", [*new, "--init-from=model.pth"], USER, ["model.pth", "pickled", "safetensors"])
 
 
 # --------------------------------------------------------------------------------------------------- run folders

@@ -147,6 +147,17 @@ def test_a_trained_network_gives_the_same_labels_on_the_whole_test_part(of_digit
         assert np.array_equal(theirs.argmax(1), found.predictions)
 
 
+def test_a_training_starts_from_exported_weights(of_digits, tmp_path, capsys):
+    assert command(of_digits, "--to", "pytorch", "--out", tmp_path / "folder")[0] == 0
+    expected = loaded(of_digits)
+    weights = tmp_path / "folder" / "model.safetensors"
+    settings = {"model": expected.config.model, "init_from": str(weights), "max_steps": 1, "lr": 1e-30}
+    capsys.readouterr()
+    run = run_of(tmp_path / "run", "digits", optimizer="sgd", **settings)
+    assert f"tensors from {weights}; initialized: none\n" in capsys.readouterr().out
+    assert np.array_equal(loaded(run).network.parameters, expected.network.parameters)
+
+
 # Flags, and the check of the file
 
 
