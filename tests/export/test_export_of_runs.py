@@ -5,14 +5,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from bad_inputs import changes, picture, without_launcher
+from bad_inputs import changes, picture
 from exported import command, loaded
 from test_onnx import metadata
 from test_pytorch import by_numpy, by_pytorch, channels_first
@@ -24,7 +23,6 @@ from distdl.export.onnx_verification import computed_by_onnxruntime, outputs_of
 from distdl.inference.load import Trained, load
 from distdl.inference.score import evaluate
 from distdl.job.launched_by import read_launch
-from distdl.job.mpirun_command import mpirun_command
 from distdl.nn import MODELS
 from distdl.parallel import OneProcess
 
@@ -32,7 +30,6 @@ pytestmark = pytest.mark.skipif(read_launch().by is not None, reason="already un
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-REPOSITORY = Path(__file__).parents[2]
 USER, DAMAGED = 2, 3
 NAMES = ("cat", "dog", "owl", "жук")
 
@@ -205,18 +202,6 @@ def test_a_file_that_computes_other_outputs_is_not_written(small, tmp_path, monk
     assert (code, said, len(errors)) == (1, [], 1)
     assert errors[0].startswith("distdl: error: the ONNX file computes other outputs than distdl")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_every_rank_exports_the_same_network_and_one_writes_it(small, tmp_path):
-    launch = mpirun_command(2, [sys.executable, "-m", "distdl.export", str(small), "--to", "onnx", "--out", "a.onnx"])
-    environment = {**without_launcher(os.environ), "PYTHONPATH": str(REPOSITORY), **launch.environment}
-    done = subprocess.run(
-        launch.argv, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("wrote a.onnx") == 1
-    assert command(small, "--to", "onnx", "--out", tmp_path / "b.onnx")[0] == 0
-    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
 
 # Refusals
