@@ -46,8 +46,9 @@ only_one_uses_slurm = threading.Lock()
 
 def disturbances(form):
     """Return the disturbances that are possible with a launch form."""
-    full_disk = ["full disk"] if os.geteuid() == 0 and not form.startswith(SLURM) else []
-    return [*DISTURBANCES, *BEFORE_THE_START, *full_disk, *(["cut cable"] if form == HOSTS else [])]
+    possible = [*DISTURBANCES, *BEFORE_THE_START]
+    possible += ["full disk"] if os.geteuid() == 0 and not form.startswith(SLURM) else []
+    return possible + (["cut cable"] if form == HOSTS or form.startswith(SLURM) else [])
 
 
 class Run:
@@ -166,11 +167,20 @@ class Run:
                     while True:
                         file.write(b"x" * 4096)
                 return filler.unlink
+            elif self.launch.cluster:
+                self.launch.cluster.cut("n2")
+                return self.repair_n2
             else:
                 cable = ["-n", self.launch.hosts.names[0], "link", "set", self.launch.hosts.names[0]]
                 ip(*cable, "down")
                 return lambda: ip(*cable, "up")
         return None
+
+    def repair_n2(self):
+        """Repair the cable, and start the node again: Slurm would notice the cable minutes later."""
+        self.launch.cluster.cut("n2", "up")
+        self.launch.cluster.kill("n2")
+        self.launch.cluster.start_node("n2")
 
     def step(self):
         with suppress(OSError, ValueError, IndexError):
