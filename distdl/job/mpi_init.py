@@ -8,18 +8,21 @@ If the interconnect fails meanwhile, nobody learns of it. So the start has a tim
 """
 
 import os
+import re
 import select
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NoReturn
 
-from distdl.job.allocation import expand_slurm_counts
-from distdl.job.launched_by import Launch, read_launch
+from distdl.job.held_signals import HELD
+from distdl.job.launched_by import Launch, ranks_of_this_host, read_launch
 from distdl.job.lifeline import LAUNCHERS, STEP_DAEMONS
 from distdl.job.lost_ranks import cancel_the_step
-from distdl.job.processes import Process, ancestors, children, look_at
+from distdl.job.probes import SHARED_MEMORY
+from distdl.job.processes import Process, ancestors, children, look_at, stopped_ranks
 from distdl.job.slow_start import SECONDS_UNTIL_REPORTED
 from distdl.job.streams import say_line
 
@@ -35,15 +38,17 @@ SECONDS_MISSED = 3.0
 SECONDS_NEVER_SEEN = 10.0
 #: A start that takes longer ends the job. With thousands of ranks and a slow file system, the last may be minutes late.
 SECONDS_TO_START = 600.0
+#: A signal that asks the job to end waits for the training. If the start lasts this much longer, it ends the job.
+SECONDS_SIGNALLED = 10.0
 #: A launcher that has not ended after SIGTERM is killed after this time: MPICH's may spin.
 SECONDS_TO_END = 5.0
 #: The rank tells its watcher that MPI has started.
 STARTED = b"s"
 #: The first letters of the names of programs that are parents of ranks: Open MPI's, MPICH's, Slurm's.
 PARENTS = ("prte", "mpirun", "mpiexec", "hydra_pmi_proxy", *STEP_DAEMONS)
+#: Those that may let the other ranks wait for one that died in MPI_Init. MPICH's ends them at once.
+LET_OTHERS_WAIT = ("prte", "mpirun", *STEP_DAEMONS)
 LOST = "a rank was lost while MPI was started"
-#: The number of ranks on this host: the names of Open MPI and MPICH.
-LOCAL_SIZE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 
 @contextmanager
@@ -58,7 +63,9 @@ def end_the_job_if_a_rank_dies() -> Iterator[None]:
     watcher = os.fork()
     if watcher == 0:
         try:
-            os.close(end)
+            # The connection to MPICH's launcher must end with the rank, not with its watcher.
+            os.closerange(3, ended)
+            os.closerange(ended + 1, os.sysconf("SC_OPEN_MAX"))
             _watch(ended, launcher, rank)
         finally:
             os._exit(0)
@@ -87,13 +94,16 @@ def end_the_job_on_other_hosts(launch: Launch) -> None:
 def _watch(ended: int, launcher: Process | None, rank: Process) -> None:
     """Watch until the rank tells through the pipe `ended` that MPI has started."""
     expected = ranks_of_this_host()
-    seen, missed, waited, due = False, 0.0, 0.0, SECONDS_UNTIL_REPORTED
+    seen, missed, signalled, waited, due = False, 0.0, 0.0, 0.0, SECONDS_UNTIL_REPORTED
     while not select.select([ended], [], [], SECONDS_BETWEEN_LOOKS)[0]:
         waited += SECONDS_BETWEEN_LOOKS
         living = _children(launcher)
         if waited >= due:
             due += SECONDS_UNTIL_REPORTED
-            report(waited, living, expected)
+            report(waited, launcher, living, expected)
+        signalled = signalled + SECONDS_BETWEEN_LOOKS if _is_signalled(rank) else 0.0
+        if signalled >= SECONDS_SIGNALLED:
+            _end_the_job(launcher, rank, "a signal asks the job to end, and MPI does not start")
         if waited >= SECONDS_TO_START:
             _end_the_job(launcher, rank, f"MPI has not started within {SECONDS_TO_START:.0f} s")
         if living is None or not expected:
@@ -102,7 +112,8 @@ def _watch(ended: int, launcher: Process | None, rank: Process) -> None:
         missed = 0.0 if living >= expected else missed + SECONDS_BETWEEN_LOOKS
         if missed >= (SECONDS_MISSED if seen else SECONDS_NEVER_SEEN):
             _end_the_job(launcher, rank, LOST)
-    if os.read(ended, 1) != STARTED:  # this rank is dead
+    is_dead = os.read(ended, 1) != STARTED
+    if is_dead and launcher is not None and launcher.name.startswith(LET_OTHERS_WAIT):
         time.sleep(SECONDS_FOR_THE_LAUNCHER)
         _end_the_job(launcher, rank, LOST)
 
@@ -124,36 +135,42 @@ def _end_the_job(launcher: Process | None, rank: Process, why: str) -> NoReturn:
     os._exit(0)
 
 
+def _is_signalled(rank: Process) -> bool:
+    """Return whether a signal that asks the job to end waits for this rank (`held_signals.py`)."""
+    try:
+        found = re.search(r"^ShdPnd:\s*(\w+)", Path(f"/proc/{rank.pid}/status").read_text(), re.MULTILINE)
+    except OSError:
+        return False
+    pending = int(found[1], 16) if found else 0
+    return any(pending >> (number - 1) & 1 for number in HELD - {signal.SIGUSR1})
+
+
 def _send(number: int, process: Process) -> None:
     if process.lives:
         os.kill(process.pid, number)
 
 
-def report(waited: float, living: int | None, expected: int) -> None:
-    """Say what the first rank of this host waits for."""
+def report(waited: float, launcher: Process | None, living: int | None, expected: int) -> None:
+    """Say what a rank waits for. The first two of a host speak, because the first may be the late one."""
     launch, host = read_launch(), os.uname().nodename
-    if launch.local_rank:
+    if launch.local_rank > 1:
         return
     where = ""
     if living is not None and expected:
         late = "one is late, or another host" if living >= expected else "the others are late or lost"
-        where = f": {min(living, expected)} of {expected} ranks of host {host} live, {late}"
+        where = f": {min(living, expected)} of {expected} ranks of host {host} live, {late}{stopped_ranks(launcher)}"
+    if _has_a_dev_shm_of_its_own(launcher):
+        where += f"; the ranks of host {host} have different {SHARED_MEMORY}, and MPI needs one for all"
     say_line(f"rank {launch.rank} has waited for {waited:.0f} s for the start of MPI (MPI_Init) on all ranks{where}")
 
 
-def ranks_of_this_host(environment: Mapping[str, str] = os.environ) -> int:
-    """Return the number of ranks that the launcher starts on this host; 0 if it is unknown.
-
-    >>> ranks_of_this_host({"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "2"})
-    1
-    """
-    for name in LOCAL_SIZE:
-        if environment.get(name, "").isdecimal():
-            return int(environment[name])
-    try:
-        return expand_slurm_counts(environment["SLURM_STEP_TASKS_PER_NODE"])[int(environment["SLURM_NODEID"])]
-    except (LookupError, ValueError):
-        return 0
+def _has_a_dev_shm_of_its_own(launcher: Process | None) -> bool:
+    """Return whether another rank of this host sees another folder there, as in a container of its own."""
+    with suppress(OSError):
+        own = SHARED_MEMORY.stat().st_dev
+        others = [] if launcher is None or not launcher.name.startswith(PARENTS) else children(launcher)
+        return any(Path(f"/proc/{one.pid}/root{SHARED_MEMORY}").stat().st_dev != own for one in others)
+    return False
 
 
 def _children(launcher: Process | None) -> int | None:
