@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import distdl
+from distdl.errors import one_line
 from distdl.inference.load import Trained
 
 
@@ -22,7 +23,7 @@ def facts_of(trained: Trained) -> dict[str, Any]:
         "resize": signature.resize,
         "target_mean": _listed(signature.target_mean),
         "target_deviation": _listed(signature.target_deviation),
-        "model": trained.config.model.rpartition("/")[2],  # without the folder of the user's file
+        "model": one_line(trained.config.model.rpartition("/")[2]),  # without the folder of the user's file
         "step": trained.step,
         "weights_sha256": trained.weights_sha256,
         "distdl_version": distdl.__version__,

@@ -92,13 +92,13 @@ class _Graph:
         self.initializers: list[Any] = []
 
     def node(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        """Add a node, which is called like its output; return the name."""
+        """Add a node with the name of its output; return the name."""
         self.nodes.append(self._onnx.helper.make_node(kind, inputs, [output], name=output, **attributes))
         return output
 
     def constant(self, name: str, array: NDArray[Any]) -> str:
         """Add an array; return its name."""
-        self.initializers.append(self._onnx.numpy_helper.from_array(np.ascontiguousarray(array), name))
+        self.initializers.append(self._onnx.numpy_helper.from_array(np.asarray(array, order="C"), name))
         return name
 
 

@@ -1,7 +1,7 @@
 """A trained network as operations on images (N, C, H, W), with arrays in PyTorch's layouts: what all formats share.
 
-PyTorch and ONNX agree in these layouts. So there is one walk over the layers, and each format only has to spell the
-operations. See `distdl.nn.pytorch_layouts`.
+PyTorch and ONNX agree in these layouts. So there is one walk over the layers, and each format writes the
+operations in its own words. See `distdl.nn.pytorch_layouts`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A trained network for PyTorch: a state dict in a safetensors file, and ``model.py``, which needs only torch.
 
-``model.py`` spells each layer as a module of `torch.nn` under its name in distdl. So the tensors of the state dict have
+``model.py`` writes each layer as a module of `torch.nn` under its name in distdl. So the tensors of the state dict have
 distdl's names too, except for those of `distdl.nn.pytorch_layouts`. Texts of the user, such as the names of the
 classes, enter the program as literals alone: no name can become code.
 """

@@ -10,7 +10,7 @@ FH, FW kernel, C channels, FN filters, D inputs, K outputs; an image is (H, W, C
 | `BatchNorm` | gamma, beta, mean, variance | weight, bias, running_mean, running_var |
 
 `Flatten` makes a row of an image, here in the order (H, W, C), there in the order (C, H, W). So the rows of the weight
-of an `Affine` behind a `Flatten` have another order there.
+of an `Affine` after a `Flatten` have another order there.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def in_our_layout(array):
 
 # torchvision's names
 
-#: Tensors of torchvision without a place here: counters, and the two classifiers beside the network.
+#: Tensors of torchvision without a place here: counters, and the two auxiliary classifiers.
 WITHOUT_PLACE = ("num_batches_tracked", "aux1.", "aux2.")
 
 
@@ -146,7 +146,7 @@ def vgg11_of_torchvision(shapes):
     return nn.Sequential(OrderedDict(parts))
 
 
-def test_the_classifier_behind_a_flatten_computes_what_torchvision_computes(tmp_path):
+def test_the_classifier_after_a_flatten_computes_what_torchvision_computes(tmp_path):
     """Images of 64x64 leave 2x2 pixels of 512 channels, whose order differs."""
     network = initialized("vgg11", (64, 64, 3))
     shapes = {**tensors_of("vgg11"), "classifier.0.weight": (512, 2048), "classifier.0.bias": (512,)}

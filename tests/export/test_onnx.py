@@ -94,6 +94,15 @@ def test_numbers_are_in_the_units_of_the_labels():
         assert "activation" not in metadata(content)
 
 
+def test_names_that_are_no_valid_unicode_do_not_stop_the_export():
+    """A path of a model may have such bytes."""
+    trained = random_trained([Flatten(), Affine(2)], names=("\udc80", "b"))
+    object.__setattr__(trained.config, "model", "folder/\udc80.py:network")
+    found = metadata(onnx_file(trained))
+    assert found["model"] == "\\udc80.py:network"
+    assert json.loads(found["names"]) == ["\udc80", "b"]
+
+
 def test_the_same_network_gives_the_same_bytes():
     assert onnx_file(random_trained(STACKS["residual"]())) == onnx_file(random_trained(STACKS["residual"]()))
 

@@ -111,7 +111,7 @@ def test_the_tensors_have_the_names_and_layouts_of_pytorch():
     assert len(found) == len(ours)
 
 
-def test_behind_a_flatten_the_columns_have_the_order_of_pytorch():
+def test_after_a_flatten_the_columns_have_the_order_of_pytorch():
     """So the weights also fit a plain `nn.Flatten` followed by an `nn.Linear`."""
     trained = random_trained([Flatten(), Affine(5)])
     found = safetensors.numpy.load(pytorch_files(trained)["model.safetensors"])["affine_1.weight"]
