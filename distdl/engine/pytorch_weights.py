@@ -7,7 +7,7 @@ Its tensors have torchvision's names, if the model is one of `TORCHVISION`, or t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,8 +41,8 @@ class Source:
     """The tensors of a state dict from which one of ours comes."""
 
     names: tuple[str, ...]
-    combined: Callable[..., NDArray[np.float32]] | None = None
-    """Computes our tensor, in PyTorch's layout, from these; None: it is the only one."""
+    combined: Callable[..., NDArray[np.float32] | None] | None = None
+    """Computes our tensor, in PyTorch's layout, from these, or None if they do not fit. None: it is the only one."""
     weight: str | None = None
     """Our name of the weight that a folded bias belongs to: it is of no use with another weight."""
 
@@ -104,8 +104,8 @@ def in_our_layouts(state_dict: StateDict, network: Sequential, model: str, path:
         if all(one in state_dict for one in source.names):
             arrays = [_array(state_dict, one, path) for one in source.names]
             theirs = arrays[0] if source.combined is None else source.combined(*arrays)
-            if theirs.ndim == layouts[name].array.ndim:
-                found[name] = layouts[name].from_pytorch(theirs)
+            if theirs is not None and theirs.ndim == layouts[name].array.ndim:
+                found[name] = layouts[name].from_pytorch(_finite(theirs, source.names[0], path))
     if not found:
         known = [next(iter(one.values())).names[0] for one in (of_torchvision, exported) if one]
         raise UserError(
@@ -128,11 +128,15 @@ def _array(state_dict: StateDict, name: str, path: Path) -> NDArray[np.float32]:
             f"--init-from {path} has {name} in {tensor['dtype']}, expected F32: convert the weights, in PyTorch by "
             ".float()"
         )
-    array = np.frombuffer(tensor["data"], "<f4").reshape(tensor["shape"])
-    if not np.isfinite(array).all():
-        raise UserError(f"--init-from {path} has NaN or infinite numbers in {name}: give another file")
+    array = _finite(np.frombuffer(tensor["data"], "<f4").reshape(tensor["shape"]), name, path)
     if name.endswith("running_var") and array.size and array.min() < 0:
         raise UserError(f"--init-from {path} has a variance below 0 in {name}: give another file")
+    return array
+
+
+def _finite(array: NDArray[np.float32], name: str, path: Path) -> NDArray[np.float32]:
+    if not np.isfinite(array).all():
+        raise UserError(f"--init-from {path} has NaN or infinite numbers in {name}: give another file")
     return array
 
 
@@ -183,21 +187,32 @@ def _folded(module: str, name: str) -> Source:
     return Source((f"{module}.bn.bias", f"{module}.bn.running_mean", *moments), _folded_bias, f"{layer}.weight")
 
 
-def _folded_weight(
-    weight: NDArray[np.float32], gamma: NDArray[np.float32], variance: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    return weight * _scale(gamma, variance).reshape(-1, 1, 1, 1)
+def _folded_weight(weight: NDArray[np.float32], *of_norm: NDArray[np.float32]) -> NDArray[np.float32] | None:
+    """Return the folded weight; `of_norm` are gamma and variance."""
+    if weight.ndim != 4 or not _are_vectors(of_norm, len(weight)):
+        return None
+    return _product(weight, _scale(*of_norm).reshape(-1, 1, 1, 1))
 
 
-def _folded_bias(
-    beta: NDArray[np.float32], mean: NDArray[np.float32], gamma: NDArray[np.float32], variance: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    return beta - mean * _scale(gamma, variance)
+def _folded_bias(beta: NDArray[np.float32], *of_norm: NDArray[np.float32]) -> NDArray[np.float32] | None:
+    """Return the folded bias; `of_norm` are mean, gamma and variance."""
+    if beta.ndim != 1 or not _are_vectors(of_norm, len(beta)):
+        return None
+    mean, gamma, variance = of_norm
+    return beta - _product(mean, _scale(gamma, variance))
+
+
+def _are_vectors(arrays: Sequence[NDArray[np.float32]], length: int) -> bool:
+    return all(one.shape == (length,) for one in arrays)
 
 
 def _scale(gamma: NDArray[np.float32], variance: NDArray[np.float32]) -> NDArray[np.float32]:
-    scale: NDArray[np.float32] = gamma / np.sqrt(variance + np.float32(GOOGLENET_EPSILON))
-    return scale
+    return _product(gamma, 1 / np.sqrt(variance + np.float32(GOOGLENET_EPSILON)))
+
+
+def _product(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # infinite numbers are refused
+        return np.multiply(one, other)
 
 
 Modules: TypeAlias = Iterator[tuple[str, str]]

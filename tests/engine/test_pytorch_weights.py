@@ -195,6 +195,33 @@ def test_googlenet_folds_the_batch_norm_of_torchvision_into_its_convolutions(tmp
     assert np.array_equal(arrays["affine_1.weight"], state_dict["fc.weight"].T)
 
 
+def test_a_batch_norm_that_does_not_fit_its_convolution_leaves_it_initialized(tmp_path):
+    module = {name: shape for name, shape in tensors_of("googlenet").items() if name.startswith("conv2.")}
+    whole = random_state_dict({**module, "conv3.conv.weight": (192, 64, 3, 3)})
+    changes = {
+        "conv2.bn.weight": [(63,), (64, 1), ()],
+        "conv2.bn.running_var": [(1,), (8, 8)],
+        "conv2.bn.bias": [(65,)],
+        "conv2.conv.weight": [(64, 64), (64,), ()],
+    }
+    for name, shapes in changes.items():
+        for shape in shapes:
+            network = initialized("googlenet")
+            path = written(tmp_path, {**whole, name: np.ones(shape, np.float32), "fc.bias": np.ones(10, np.float32)})
+            transfer = copy_weights(str(path), network, "googlenet")
+            assert set(transfer.copied) == (
+                {"affine_1.bias", "conv2d_2.weight"} if name.endswith("bn.bias") else {"affine_1.bias"}
+            )
+
+
+def test_numbers_that_overflow_when_folded_are_refused(tmp_path):
+    module = {name: shape for name, shape in tensors_of("googlenet").items() if name.startswith("conv2.")}
+    large = {"conv2.bn.weight": np.full(64, 3e38, np.float32), "conv2.bn.running_var": np.zeros(64, np.float32)}
+    path = written(tmp_path, random_state_dict(module) | large)
+    with pytest.raises(UserError, match=r"infinite numbers in conv2\.conv\.weight"):
+        copy_weights(str(path), initialized("googlenet"), "googlenet")
+
+
 # The names of distdl.export
 
 
