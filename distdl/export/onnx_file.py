@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from distdl.errors import UserError
 from distdl.export.facts import activation_of, facts_of
-from distdl.export.operations import Operation, all_arrays, operations_of, padded_apart
+from distdl.export.operations import Operation, all_arrays, operations_of
 from distdl.inference.load import Trained
 from distdl.nn.activations import LeakyReLU, ReLU, Sigmoid, Softmax, Tanh
 from distdl.nn.composites import Branches, Residual
@@ -186,13 +186,13 @@ def _local_response_norm(graph: _Graph, operation: Operation, x: str, name: str)
     return graph.node("LRN", [x], name, size=layer.size, **settings)
 
 
-def _pooling(kind: str, fill: float, **attributes: Any) -> Form:
+def _pooling(kind: str, **attributes: Any) -> Form:
     def form(graph: _Graph, operation: Operation, x: str, name: str) -> str:
-        window, margin = padded_apart(operation.layer.window)
-        if margin is not None:
-            pads = graph.constant(f"{name}.pads", np.array([0, 0, *margin, 0, 0, *margin], np.int64))
-            x = graph.node(
-                "Pad", [x, pads, graph.constant(f"{name}.fill", np.array(fill, np.float32))], f"{name}.padded"
+        layer, window = operation.layer, operation.layer.window
+        if any(margin >= size for margin, size in zip(window.padding, window.kernel, strict=True)):
+            raise UserError(
+                f"{name} ({layer}) has a padding as large as its window, which has no form in ONNX: give --to pytorch "
+                "or --to npz"
             )
         return graph.node(kind, [x], name, **_geometry(window), **attributes)
 
@@ -227,7 +227,7 @@ def _composite(kind: str, **attributes: Any) -> Form:
 FORMS: dict[type[Layer], Form] = {
     Layer: _absent,
     Affine: _affine,
-    AvgPool2d: _pooling("AveragePool", 0, count_include_pad=1),
+    AvgPool2d: _pooling("AveragePool", count_include_pad=1),
     BatchNorm: _batch_norm,
     Branches: _composite("Concat", axis=1),
     Conv2d: _convolution("Conv"),
@@ -237,7 +237,7 @@ FORMS: dict[type[Layer], Form] = {
     GlobalAvgPool2d: _global_mean,
     LeakyReLU: _leaky_relu,
     LocalResponseNorm: _local_response_norm,
-    MaxPool2d: _pooling("MaxPool", -np.inf),
+    MaxPool2d: _pooling("MaxPool"),
     ReLU: _elementwise("Relu"),
     Residual: _composite("Add"),
     Sigmoid: _elementwise("Sigmoid"),

@@ -20,7 +20,6 @@ from distdl.nn.layers import Flatten, Layer
 from distdl.nn.network import Sequential
 from distdl.nn.normalization import LocalResponseNorm
 from distdl.nn.pytorch_layouts import flattened_images, laid_out, order_matters
-from distdl.nn.windows import Pair, Window
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,15 +87,6 @@ def _refuse_unknown(name: str, layer: Layer, known: Collection[type[Layer]], for
             f"{name} ({layer}) normalizes rows of numbers, which has no form in {format_name}: give --to npz, or put "
             "it before Flatten"
         )
-
-
-def padded_apart(window: Window) -> tuple[Window, Pair | None]:
-    """Return the window of a pooling, and the margin to add before it; None: the window has its padding itself.
-
-    PyTorch's poolings accept a padding of at most half of the window, ONNX's of less than the window.
-    """
-    too_wide = any(2 * margin > size for margin, size in zip(window.padding, window.kernel, strict=True))
-    return (replace(window, padding=(0, 0)), window.padding) if too_wide else (window, None)
 
 
 def all_arrays(operations: tuple[Operation, ...], prefix: str = "") -> Iterator[tuple[str, NDArray[np.float32]]]:

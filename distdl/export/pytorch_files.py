@@ -14,7 +14,7 @@ from typing import TypeAlias
 import safetensors.numpy
 
 from distdl.export.facts import activation_of, facts_of
-from distdl.export.operations import Operation, all_arrays, operations_of, padded_apart
+from distdl.export.operations import Operation, all_arrays, operations_of
 from distdl.inference.load import Trained
 from distdl.nn.activations import LeakyReLU, ReLU, Sigmoid, Softmax, Tanh
 from distdl.nn.composites import Branches, Residual
@@ -32,8 +32,7 @@ INDENT = "    "
 def pytorch_files(trained: Trained) -> dict[str, bytes]:
     """Return the content of each file by its name; raise `UserError` if the network has no form in PyTorch."""
     operations = operations_of(trained.network, FORMS, "PyTorch")
-    metadata = {"format": "pt", "weights_sha256": trained.weights_sha256}
-    weights = safetensors.numpy.save(dict(all_arrays(operations)), metadata=metadata)
+    weights = safetensors.numpy.save(dict(all_arrays(operations)), metadata={"format": "pt"})
     return {WEIGHTS: weights, PROGRAM: _program(trained, operations).encode()}
 
 
@@ -103,14 +102,16 @@ def _batch_norm(operation: Operation, _depth: int) -> str:
 
 
 def _pooling(name: str, fill: str) -> Form:
+    """Return the form of a pooling. In PyTorch its padding is at most half of the window; a wider one is a layer."""
+
     def form(operation: Operation, _depth: int) -> str:
-        window, margin = padded_apart(operation.layer.window)
-        settings = {"stride": (_size(window.stride), _size(window.kernel)), "padding": (_size(window.padding), 0)}
+        window = operation.layer.window
+        (PH, PW), (FH, FW) = window.padding, window.kernel
+        is_wide = 2 * PH > FH or 2 * PW > FW
+        settings = {"stride": (_size(window.stride), _size(window.kernel))}
+        settings |= {"padding": (0 if is_wide else _size(window.padding), 0)}
         pooling = _call(name, _size(window.kernel), **settings)
-        if margin is None:
-            return pooling
-        PH, PW = margin
-        return f"nn.Sequential(nn.ConstantPad2d({(PW, PW, PH, PH)}, {fill}), {pooling})"
+        return f"nn.Sequential(nn.ConstantPad2d({(PW, PW, PH, PH)}, {fill}), {pooling})" if is_wide else pooling
 
     return form
 

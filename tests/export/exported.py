@@ -75,7 +75,7 @@ STACKS = {
         Affine(3),
     ],
     "poolings with a wide margin": lambda: [
-        *(MaxPool2d(3, stride=2, padding=2), AvgPool2d(2, stride=1, padding=(2, 3)), Flatten(), Affine(3)),
+        *(MaxPool2d(3, stride=2, padding=2), AvgPool2d(4, stride=1, padding=(3, 2)), Flatten(), Affine(3)),
     ],
     "pooling of a part": lambda: [AvgPool2d((4, 4)), MaxPool2d(1), Flatten(), Affine(3)],
     "norms": lambda: [

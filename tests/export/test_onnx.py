@@ -11,7 +11,7 @@ from distdl.export import onnx_file as onnx_module
 from distdl.export.onnx_file import onnx_file
 from distdl.export.onnx_verification import computed_by_onnxruntime, outputs_of, random_pixels
 from distdl.job.launched_by import read_launch
-from distdl.nn import Affine, Conv2d, Flatten, Layer, LocalResponseNorm, Residual, Sequential
+from distdl.nn import Affine, AvgPool2d, Conv2d, Flatten, Layer, LocalResponseNorm, Residual, Sequential
 
 pytestmark = pytest.mark.skipif(read_launch().by is not None, reason="already under a launcher")
 onnx = pytest.importorskip("onnx")
@@ -130,6 +130,10 @@ class Backwards(Sequential):
             "residual_1.body.doubled_1 (Affine 126) has no form in ONNX",
         ),
         ([Flatten(), LocalResponseNorm(3), Affine(2)], "localresponsenorm_1 (LocalResponseNorm 3) normalizes rows"),
+        (
+            [AvgPool2d(2, padding=2), Flatten(), Affine(2)],
+            "avgpool2d_1 (AvgPool2d 2x2 stride 2 padding 2) has a padding",
+        ),
         ([LocalResponseNorm(4), Flatten(), Affine(2)], "localresponsenorm_1 (LocalResponseNorm 4) has an even window"),
     ],
 )

@@ -5,6 +5,7 @@ documentation in plain NumPy.
 """
 
 import ast
+import copy
 import runpy
 
 import numpy as np
@@ -18,7 +19,7 @@ from distdl.export import pytorch_files as pytorch_module
 from distdl.export.onnx_verification import outputs_of, random_pixels
 from distdl.export.pytorch_files import pytorch_files
 from distdl.job.launched_by import read_launch
-from distdl.nn import Affine, Conv2d, Flatten, Layer, LocalResponseNorm, Residual, Sequential
+from distdl.nn import Affine, AvgPool2d, Conv2d, Flatten, Layer, LocalResponseNorm, Residual, Sequential
 
 pytestmark = pytest.mark.skipif(read_launch().by is not None, reason="already under a launcher")
 
@@ -205,8 +206,9 @@ def test_a_layer_without_a_form_in_pytorch_is_named(layers, words):
 
 
 @COMPUTED
-def test_an_even_window_of_a_norm_is_that_of_pytorch(computed, tmp_path):
-    trained = random_trained([LocalResponseNorm(4, alpha=1.0), Flatten(), Affine(3)])
+@pytest.mark.parametrize("layer", [LocalResponseNorm(4, alpha=1.0), AvgPool2d(2, stride=1, padding=(2, 3))], ids=str)
+def test_pytorch_also_has_the_layers_that_onnx_has_not(layer, computed, tmp_path):
+    trained = random_trained([copy.deepcopy(layer), Flatten(), Affine(3)])
     write(tmp_path, pytorch_files(trained))
     images = random_pixels(trained.signature, 3)
     assert difference(trained, computed(tmp_path, channels_first(images)), images) < 1e-5
