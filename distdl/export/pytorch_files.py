@@ -1,4 +1,4 @@
-"""A trained network for PyTorch: a state dict in a safetensors file, and ``model.py``, which needs only torch.
+"""A trained network for PyTorch: a state dict in a safetensors file, and ``model.py``, which needs no distdl.
 
 ``model.py`` writes each layer as a module of `torch.nn` under its name in distdl. So the tensors of the state dict have
 distdl's names too, except for those of `distdl.nn.pytorch_layouts`. Texts of the user, such as the names of the
