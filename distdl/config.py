@@ -80,7 +80,7 @@ GROUPS = {
         *("checkpoint_every", "keep_checkpoints", "log_every", "trace", "lock"),
     ),
     "faults": (
-        *("on_nonfinite", "verify_every", "audit", "require_same_bits", "record_hashes", "stall_warning"),
+        *("on_nonfinite", "verify_every", "audit", "require_same_bits", "prove", "record_hashes", "stall_warning"),
         "detect_hangs",
     ),
     "ranks": ("micro_batch_size", "kernels", "balance", "reduction", "threads_per_rank"),
@@ -93,7 +93,7 @@ FREE_TO_CHANGE_ON_RESUME = frozenset(
         "test_with",
         *("checkpoint_every", "keep_checkpoints", "log_every", "stall_warning", "detect_hangs", "record_hashes"),
         *("threads_per_rank", "balance", "on_nonfinite", "verify_every", "audit", "trace"),
-        *("require_same_bits", "lock", "data_gigabytes"),
+        *("require_same_bits", "prove", "lock", "data_gigabytes"),
     }
 )
 #: Settings that have an effect only with some choices of another setting.
@@ -110,7 +110,7 @@ NEEDS = {
 #: The choice of versions that did not have the setting.
 BEFORE_THE_SETTING = {"kernels": "numpy"}
 #: Settings of the start of a run. A config file may not hold them.
-NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace", "dry_run"})
+NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace", "dry_run", "prove"})
 #: Settings that are a path, or end in one.
 PATHS = ("config", "data_dir", "cache", "run_dir", "resume", "trace", "init_from", "dataset", "model")
 #: No BLAS starts more threads than this.
@@ -250,6 +250,8 @@ class TrainConfig:
     require_same_bits: bool = False
     """Refuse to start if ranks compute other bits than rank 0, or this run others than the checkpoint to resume from;
     otherwise that is a warning."""
+    prove: bool = False
+    """With --resume, first take recorded steps of the run again, and continue only if every bit comes out again."""
     kernels: KernelsName = "auto"
     """Implementation of the computations; numpy: the definition; compiled: faster, and with the same bits on every CPU,
     needs numba; auto: compiled if every rank can use them, or the kernels of the run to resume."""
@@ -288,6 +290,8 @@ class TrainConfig:
                 f"--micro-batch-size {self.micro_batch_size} is larger than --batch-size {self.batch_size}: "
                 "a batch consists of whole micro-batches, so give a smaller one or a larger batch"
             )
+        if self.prove and self.resume is None:
+            raise UserError("--prove takes steps of the run to resume again: give --resume too, or leave it out")
         if self.resume == "auto" and self.run_dir is None:
             raise UserError("--resume auto looks for checkpoints in --run-dir: give that folder too")
         return config

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from distdl import cli
 from distdl.cli import Command, Flag
-from distdl.errors import EXIT_DAMAGED, EXIT_DEFECT, DamagedFileError, UserError
+from distdl.errors import EXIT_DAMAGED, EXIT_DIFFERENT, DamagedFileError, UserError
 from distdl.job.launched_by import read_launch
 from distdl.job.mpirun_command import environment_for, mpirun_command, python_command
 
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
     finally:
         if not different:
             shutil.rmtree(folder)
-    return EXIT_DEFECT if different else 0
+    return EXIT_DIFFERENT if different else 0
 
 
 def _forms(flags: Sequence[str]) -> list[list[str]]:

@@ -307,6 +307,7 @@ configs = st.builds(
     verify_every=st.integers(0, 10**6),
     audit=st.integers(0, 10**6),
     require_same_bits=st.booleans(),
+    prove=st.just(False),
     threads_per_rank=st.integers(1, 1024),
     trace=st.none() | paths,
 )
@@ -407,6 +408,7 @@ OTHER = {
     "verify_every": 5,
     "audit": 5,
     "require_same_bits": True,
+    "prove": True,
     "threads_per_rank": 2,
     "trace": Path("trace.json"),
 }
@@ -414,7 +416,7 @@ FREE = {
     *("config", "run_dir", "resume", "dry_run", "data_dir", "cache", "epochs", "max_steps", "checkpoint_every"),
     *("keep_checkpoints", "early_stopping", "test_with", "log_every", "stall_warning", "detect_hangs"),
     *("record_hashes", "balance", "on_nonfinite"),
-    *("verify_every", "audit", "require_same_bits", "threads_per_rank", "trace", "lock", "data_gigabytes"),
+    *("verify_every", "audit", "require_same_bits", "prove", "threads_per_rank", "trace", "lock", "data_gigabytes"),
 }
 
 

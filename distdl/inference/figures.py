@@ -224,13 +224,7 @@ def activation_histograms(
     every = _subplots(figure, max(len(of_networks), 1), columns)
     for row, (title, of_layers) in enumerate(of_networks.items()):
         for axes, (name, outputs) in zip(every[row * columns :], of_layers.items(), strict=False):
-            counts, edges = np.histogram(outputs, bins=bins, range=limits)
-            axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge")
-            axes.set_title(f"{title}: {name}" if title else name, fontsize=8)
-            axes.set_yticks([])
-            axes.locator_params(axis="x", nbins=4)
-            axes.tick_params(labelsize=7)
-            axes.xaxis.get_offset_text().set_fontsize(7)
+            _histogram(axes, outputs, f"{title}: {name}" if title else name, bins=bins, limits=limits)
     _set_apart(figure)
     return figure
 
@@ -250,6 +244,45 @@ def curves(metrics: Path | Iterable[Mapping[str, Any]]) -> Figure:
         axes.set_xlabel("epoch")
         axes.set_title(name)
         axes.legend()
+    return figure
+
+
+def micro_batch(
+    images: NDArray[Any],
+    losses: NDArray[Any],
+    activations: Mapping[str, NDArray[Any]],
+    gradients: Mapping[str, NDArray[Any]],
+    *,
+    most: int = 8,
+) -> Figure:
+    """Return a step as it was inside: samples (N, H, W, C) with their losses (N,), activations, and gradients by name.
+
+    The samples are those with the greatest loss. Activations and gradients are histograms; but if there is only one
+    layer, and its activations are images, they are drawn for the first of these samples, one map per channel.
+    """
+    shown = np.argsort(-losses, kind="stable")[:most].tolist()
+    only = next(iter(activations.values())) if len(activations) == 1 else None
+    maps = None if only is None or only.ndim != 4 else only[shown[0]].transpose(2, 0, 1)[..., np.newaxis]
+    groups = [len(shown), len(activations) if maps is None else len(maps), len(gradients)]
+    rows = [-(-count // most) for count in groups]
+    figure = _figure(1.5 * most, 1.5 * sum(rows), inches=1)
+    every = _subplots(figure, sum(rows), most)
+    for axes in every:
+        axes.set_axis_off()
+    starts = np.cumsum([0, *rows[:-1]]) * most
+    for axes, sample in zip(every[starts[0] :], shown, strict=False):
+        _draw(axes, images[sample], f"sample {sample}\nloss {losses[sample]:.3g}")
+    if maps is not None:
+        for channel, (axes, one) in enumerate(zip(every[starts[1] :], maps, strict=False)):
+            _draw(axes, one, f"channel {channel}")
+    for start, prefix, arrays in (
+        (starts[1], "", {} if maps is not None else activations),
+        (starts[2], "d ", gradients),
+    ):
+        for axes, (name, numbers) in zip(every[start:], arrays.items(), strict=False):
+            axes.set_axis_on()
+            _histogram(axes, numbers[np.isfinite(numbers)], f"{prefix}{name}", bins=30, limits=None)
+    _set_apart(figure)
     return figure
 
 
@@ -290,6 +323,16 @@ def _figure(columns: float, rows: float, *, inches: float = INCHES_PER_IMAGE) ->
     from matplotlib.figure import Figure  # noqa: PLC0415  half a second, and not installed everywhere
 
     return Figure(figsize=(max(columns * inches, 2.5), max(rows * inches, 1.5) + 0.5), layout="constrained")
+
+
+def _histogram(axes: Axes, numbers: NDArray[Any], title: str, *, bins: int, limits: tuple[float, float] | None) -> None:
+    counts, edges = np.histogram(numbers, bins=bins, range=limits)
+    axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge")
+    axes.set_title(title, fontsize=8)
+    axes.set_yticks([])
+    axes.locator_params(axis="x", nbins=4)
+    axes.tick_params(labelsize=7)
+    axes.xaxis.get_offset_text().set_fontsize(7)
 
 
 def _set_apart(figure: Figure) -> None:
