@@ -58,10 +58,8 @@ def _check(options: ReplayOptions, run: PastRun) -> None:
     of_step = samples % run.config.batch_size if step % trainer.steps_per_epoch == 0 else 0
     count = micro_batch_count(of_step or min(run.config.batch_size, samples), run.config.micro_batch_size)
     if options.micro_batch is not None and not 0 <= options.micro_batch < count:
-        raise UserError(
-            f"--micro-batch {options.micro_batch}: step {step} has {count} micro-batch{'es' if count > 1 else ''}; give "
-            f"a number from 0 to {count - 1}"
-        )
+        has = f"step {step} has {count} micro-batch{'es' if count > 1 else ''}"
+        raise UserError(f"--micro-batch {options.micro_batch}: {has}; give a number from 0 to {count - 1}")
     names = trainer.state.network.layer_names
     if options.layer is not None and options.layer not in names:
         raise unknown_name(f"value of {flag_of('layer')}", options.layer, names)
