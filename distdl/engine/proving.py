@@ -17,7 +17,7 @@ import numpy as np
 from distdl.engine.console import Console
 from distdl.engine.coordinator import RunFacts
 from distdl.engine.recomputation import Recomputation
-from distdl.engine.recorded import Recorded, StepRecord, first_difference
+from distdl.engine.recorded import Recorded, StepRecord, contradictions, first_difference
 from distdl.engine.same_bits import change_of_bits, with_bits
 from distdl.engine.storage.checkpoints import FoundCheckpoint
 from distdl.engine.storage.run_folder import StartingPoint
@@ -61,7 +61,7 @@ def prove(facts: RunFacts, trainer: Trainer, start: StartingPoint | None) -> str
     steps = communicator.bcast_json(None if plan is None else [plan.first, plan.last])
     if steps is None:
         return None
-    first, last = steps
+    (first, last), newest = steps, state.step
     begun = time.perf_counter()
     kept = [(array, array.copy()) for _, array in state.named_arrays()]
     progress, phase, listeners = state.progress, trainer.phase, trainer.listeners
@@ -72,7 +72,10 @@ def prove(facts: RunFacts, trainer: Trainer, start: StartingPoint | None) -> str
 
     def check(recomputed: StepRecord) -> None:
         assert plan is not None
-        difference = first_difference(plan.run.at(recomputed.step), recomputed)
+        recorded = plan.run.at(recomputed.step)
+        if recomputed.step < newest:  # a checkpoint in between may be damaged
+            recorded = replace(recorded, tensors=None)
+        difference = first_difference(recorded, recomputed)
         if difference is not None:
             assert start is not None
             assert start.found is not None
@@ -106,6 +109,8 @@ def _plan_of(start: StartingPoint) -> _Plan:
     if start.origin is None:
         raise UserError(f"--prove: {start.found.path} is not in a run folder: resume from one, or leave the flag out")
     run = Recorded.read(start.origin)
+    for complaint in contradictions(run, [newest]):
+        raise UserError(f"--prove: cannot resume: {complaint}; restore the run folder, or leave the flag out")
     for first in reversed([step for step in run.checkpoint_steps if step < newest]):
         try:
             run.checkpoint(first)

@@ -8,7 +8,7 @@ step (``hashes.jsonl``), and all tensors after some steps (``checkpoints/``). `R
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -276,12 +276,15 @@ def shown_index(element: tuple[int, ...]) -> str:
 # ------------------------------------------------------------------------------------------------- within one run
 
 
-def contradictions(run: Recorded) -> list[str]:
-    """Return where the files of a run contradict each other: then one of them was changed after the training."""
+def contradictions(run: Recorded, steps: Iterable[int] | None = None) -> list[str]:
+    """Return where the files of a run contradict each other: then one of them was changed after the training.
+
+    Each of its checkpoints, or only those after `steps`, is compared with the logs.
+    """
     found = []
     logs = {name: run.folder / f"{name}.jsonl" for name in ("metrics", "hashes")}
     contents = {name: read_regular(path) for name, path in logs.items() if path.is_file()}
-    for step in run.checkpoint_steps:
+    for step in run.checkpoint_steps if steps is None else steps:
         saved = run.checkpoint(step)
         header, tensors = saved.header(), saved.checkpoint.tensors
         hashes = run.hashes.get(step, {}).get("hashes", {})

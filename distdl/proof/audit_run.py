@@ -108,7 +108,7 @@ def _audit_stretch(run: PastRun, stretch: Stretch, console: Console) -> bool:
     """Compute a stretch again, up to the first difference; return whether there is one, on all ranks. Collective."""
     first, last = stretch
     begun = time.perf_counter()
-    if run.again.step != first:
+    if first:  # also if the stretch before ended here: with other bits, perhaps
         run.start_from(first)
 
     def differs(recomputed: StepRecord) -> bool:
@@ -151,8 +151,7 @@ def _audit_receipt(run: PastRun, newest: int, console: Console) -> bool:
 
     if not run.communicator.bcast_json(on_rank_0(run.communicator, has_receipt)):
         return False
-    if run.again.step != newest:
-        run.start_from(newest)
+    run.start_from(newest)
 
     def differs() -> bool:
         summary, state = run.records.summary, run.again.trainer.state
