@@ -13,10 +13,11 @@ from distdl.proof.options import AuditOptions
 
 COMMAND = Command(
     program="python -m distdl.audit",
-    summary="Compute random stretches of a run again, and compare every bit with its records.",
+    summary="Compute random stretches of a run again and compare every bit.",
     settings=AuditOptions,
     examples=(
-        "python -m distdl.audit my-run --fraction 0.1",
+        "python -m distdl.audit my-run",
+        "python -m distdl.audit my-run --fraction 0.3 --seed 7",
         "mpirun -n 4 python -m distdl.audit my-run --fraction 1",
     ),
     groups={

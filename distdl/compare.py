@@ -15,11 +15,12 @@ from distdl.proof.options import CompareOptions
 
 COMMAND = Command(
     program="python -m distdl.compare",
-    summary="Compare two runs bit for bit, and show the first step, tensor and element that differ.",
+    summary="Compare two runs bit for bit; show where they first differ.",
     settings=CompareOptions,
     examples=(
         "python -m distdl.compare run-1 run-2",
-        "python -m distdl.compare run-1/replay-step-17.npz run-2/replay-step-17.npz",
+        "python -m distdl.compare run-on-1-rank run-on-4-ranks",
+        "python -m distdl.compare one-side.npz other-side.npz",
     ),
     groups={"flags": ("runs",)},
     flags={"runs": Flag(name="RUN", repeated=True)},

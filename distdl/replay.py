@@ -13,7 +13,7 @@ from distdl.proof.options import ReplayOptions
 
 COMMAND = Command(
     program="python -m distdl.replay",
-    summary="Take one step of a run again, check its bits, and write all arrays of one of its micro-batches.",
+    summary="Take one step of a run again, check its bits and look inside it.",
     settings=ReplayOptions,
     examples=(
         "python -m distdl.replay my-run --step 317",

@@ -1,7 +1,7 @@
 """Imports point one way: bottom <- {nn, optim, schedules, data, parallel, job} <- engine <- inference <- commands.
 
-Modules in braces never import each other, with one exception: parallel may use job. bench, search, doctor and proof may use
-inference; their `__main__.py` files are commands.
+Modules in braces never import each other, with one exception: parallel may use job. bench, search, doctor and proof may
+use inference; their `__main__.py` files are commands.
 
 The checker below reads sources without running them; the last tests feed it sources that break each rule.
 """

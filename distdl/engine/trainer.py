@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.config import TrainConfig, is_own
+from distdl.config import TrainConfig
 from distdl.data import MicroBatches, PreparedDataset, batch_order
 from distdl.data.augmentation import Augmentation
 from distdl.data.batch_order import BatchOrder
@@ -137,8 +137,8 @@ class Trainer:
         self.timeline = Timeline(communicator)
         self._trace = None if config.trace is None else Trace(self.timeline)
         self._finite_check = nonfinite.FiniteCheck(config, state, self._save_micro_batch)
-        audit = [corruption.Audit(state, config.audit, own_model=is_own(config.model))] if config.audit else []
-        observers: list[StepObserver] = [FaultPoints(state), *audit, self.timeline, self._finite_check]
+        cross_check = [corruption.CrossCheck(config, state)] if config.cross_check else []
+        observers: list[StepObserver] = [FaultPoints(state), *cross_check, self.timeline, self._finite_check]
         self.optimizer_step = OptimizerStep(
             communicator,
             state.network,

@@ -253,37 +253,46 @@ def micro_batch(
     activations: Mapping[str, NDArray[Any]],
     gradients: Mapping[str, NDArray[Any]],
     *,
-    most: int = 8,
+    columns: int = 8,
+    most_rows: int = 3,
 ) -> Figure:
-    """Return a step as it was inside: samples (N, H, W, C) with their losses (N,), activations, and gradients by name.
+    """Return the inside of a step: samples (N, H, W, C) with their losses (N,), activations, and gradients by name.
 
     The samples are those with the greatest loss. Activations and gradients are histograms; but if there is only one
-    layer, and its activations are images, they are drawn for the first of these samples, one map per channel.
+    layer, and its activations are images, they are drawn for the first of these samples, one map per channel. Of more
+    than `most_rows` rows of either, some are drawn, from the first to the last.
     """
-    shown = np.argsort(-losses, kind="stable")[:most].tolist()
-    only = next(iter(activations.values())) if len(activations) == 1 else None
-    maps = None if only is None or only.ndim != 4 else only[shown[0]].transpose(2, 0, 1)[..., np.newaxis]
-    groups = [len(shown), len(activations) if maps is None else len(maps), len(gradients)]
-    rows = [-(-count // most) for count in groups]
-    figure = _figure(1.5 * most, 1.5 * sum(rows), inches=1)
-    every = _subplots(figure, sum(rows), most)
-    for axes in every:
-        axes.set_axis_off()
-    starts = np.cumsum([0, *rows[:-1]]) * most
-    for axes, sample in zip(every[starts[0] :], shown, strict=False):
-        _draw(axes, images[sample], f"sample {sample}\nloss {losses[sample]:.3g}")
-    if maps is not None:
-        for channel, (axes, one) in enumerate(zip(every[starts[1] :], maps, strict=False)):
-            _draw(axes, one, f"channel {channel}")
-    for start, prefix, arrays in (
-        (starts[1], "", {} if maps is not None else activations),
-        (starts[2], "d ", gradients),
-    ):
-        for axes, (name, numbers) in zip(every[start:], arrays.items(), strict=False):
-            axes.set_axis_on()
-            _histogram(axes, numbers[np.isfinite(numbers)], f"{prefix}{name}", bins=30, limits=None)
+    shown = np.argsort(-losses, kind="stable")[:columns].tolist()
+    maps: Mapping[str, NDArray[Any]] = {}
+    if len(activations) == 1 and (only := next(iter(activations.values()))).ndim == 4:
+        maps = {f"channel {k}": only[shown[0], :, :, k : k + 1] for k in range(only.shape[3])}
+    groups = [
+        {f"sample {sample}\nloss {losses[sample]:.3g}": images[sample] for sample in shown},
+        _spread(maps or activations, columns * most_rows),
+        _spread({f"d {name}": gradient for name, gradient in gradients.items()}, columns * most_rows),
+    ]
+    places = [(row, column) for row in range(2 * most_rows + 1) for column in range(columns)]
+    rows = [-(-len(group) // columns) for group in groups]
+    figure = _figure(1.5 * columns, 1.5 * sum(rows), inches=1)
+    grid = figure.add_gridspec(sum(rows), columns)
+    for number, group in enumerate(groups):
+        for (title, numbers), (row, column) in zip(group.items(), places, strict=False):
+            axes = figure.add_subplot(grid[sum(rows[:number]) + row, column])
+            if number == 0 or (number == 1 and maps):
+                axes.set_axis_off()
+                _draw(axes, numbers, title)
+            else:
+                _histogram(axes, numbers[np.isfinite(numbers)], title, bins=30, limits=None)
     _set_apart(figure)
     return figure
+
+
+def _spread(arrays: Mapping[str, NDArray[Any]], most: int) -> dict[str, NDArray[Any]]:
+    """Return at most so many of the arrays, evenly spread, with the first and the last."""
+    names = list(arrays)
+    if len(names) > most:
+        names = [names[place] for place in np.linspace(0, len(names) - 1, most).round().astype(int).tolist()]
+    return {name: arrays[name] for name in names}
 
 
 # --------------------------------------------------------------------------------------------------------- matplotlib

@@ -30,7 +30,7 @@ from distdl.parallel import Communicator, on_rank_0, together
 WITHOUT: Mapping[str, Any] = {
     "max_steps": None,
     "early_stopping": 0,
-    "audit": 0,
+    "cross_check": 0,
     "verify_every": 0,
     "balance": False,
     "dry_run": False,

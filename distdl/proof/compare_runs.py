@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distdl.config import BEFORE_THE_SETTING, FIELDS, FREE_TO_CHANGE_ON_RESUME, flag_of
+from distdl.config import BEFORE_THE_SETTING, FIELDS, FREE_TO_CHANGE_ON_RESUME, RENAMED, flag_of
 from distdl.engine.console import Console
 from distdl.engine.fingerprint import first_difference as first_operation
 from distdl.engine.recorded import Difference, Recorded, compared_in, contradictions, first_difference
@@ -119,7 +119,8 @@ def _lines_of_difference(found: Comparison, difference: Difference, one: Recorde
     before = found.last_equal_state
     equal = "no state before it was compared" if before is None else f"all tensors are equal after step {before}"
     gap = difference.step - (before or 0)
-    lines.append(equal + (f"; the {gap - 1} steps between were not recorded by both" if gap > 1 else ""))
+    between = "the step between was" if gap == 2 else f"the {gap - 1} steps between were"
+    lines.append(equal + (f"; {between} not recorded by both" if gap > 1 else ""))
     lines.append(_what_was_compared(found))
     lines.append("to look inside this step, on both sides:")
     files = []
@@ -132,12 +133,20 @@ def _lines_of_difference(found: Comparison, difference: Difference, one: Recorde
 
 def _what_was_compared(found: Comparison) -> str:
     """Return the line that lists the compared records."""
-    names = {"step": "steps in metrics.jsonl", "epoch": "epochs", "test": "test scores"}
-    names |= {"hashes": "steps in hashes.jsonl", "tensors": "checkpoints", "receipts": "receipts"}
-    parts = [f"{len(found.compared[kind])} {name}" for kind, name in names.items() if found.compared.get(kind)]
-    if saved := found.compared.get("tensors"):
-        steps = listed([str(step) for step in saved], MOST_STEPS)
-        parts = [f"{part} (after step {steps})" if part.endswith("checkpoints") else part for part in parts]
+    compared = found.compared
+    parts = [
+        f"{counted(len(compared[kind]), what)} in {file}"
+        for kind, what, file in (
+            ("step", "step", "metrics.jsonl"),
+            ("epoch", "epoch", "metrics.jsonl"),
+            ("hashes", "step", "hashes.jsonl"),
+        )
+        if kind in compared
+    ]
+    if "tensors" in compared:
+        steps = listed([str(step) for step in compared["tensors"]], MOST_STEPS)
+        parts.append(f"{counted(len(compared['tensors']), 'checkpoint')} (after step {steps})")
+    parts += [name for kind, name in (("test", "the test scores"), ("receipts", "the receipts")) if kind in compared]
     return f"compared: {', '.join(parts)}"
 
 
@@ -174,7 +183,7 @@ def _facts_of(run: Recorded, header: CheckpointHeader | None) -> dict[str, str]:
     settings = {
         **{name: field.default for name, field in FIELDS.items()},
         **BEFORE_THE_SETTING,
-        **_settings(run, header),
+        **{RENAMED.get(name, name): value for name, value in _settings(run, header).items()},
     }
     facts = {} if header is None else {"data sha256": header.data_sha256}
     facts |= {flag_of(name): repr(value) for name, value in settings.items() if name not in FREE_TO_CHANGE_ON_RESUME}

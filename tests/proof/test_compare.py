@@ -87,7 +87,7 @@ def test_without_hashes_the_first_loss_that_differs_is_named(compared, tmp_path)
     code, output = compared(one, other)
     assert code == 1
     assert re.search(r"DIFFERENT, first at step 2, loss in metrics.jsonl: [\d.]+ \| [\d.]+\n", output)
-    assert "no state before it was compared; the 1 steps between were not recorded by both" in output
+    assert "no state before it was compared; the step between was not recorded by both" in output
 
 
 def plant_weight_of_step(step):
@@ -113,7 +113,10 @@ def test_equal_runs_are_equal_and_their_other_differences_are_listed(undisturbed
     code, output = compared(undisturbed, run)
     assert code == 0
     assert f"equal: the same bits after each of {STEPS} steps" in output
-    assert f"compared: {STEPS} steps in metrics.jsonl, 2 epochs, 1 test scores, 3 checkpoints" in output
+    assert (
+        f"compared: {STEPS} steps in metrics.jsonl, 2 epochs in metrics.jsonl, 3 checkpoints (after step 4, 6, 8)"
+        in output
+    )
     assert "differences that changed no bit:\n  --on-nonfinite (free): 'stop' | 'skip'\n" in output
 
 
