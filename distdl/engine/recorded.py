@@ -273,6 +273,56 @@ def shown_index(element: tuple[int, ...]) -> str:
     return f"({text})" if len(element) > 1 else f"[{text}]"
 
 
+# ------------------------------------------------------------------------------------------------ two whole runs
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of comparing the records of two runs, step by step."""
+
+    difference: Difference | None
+    compared: Mapping[str, Sequence[int]]
+    """By kind of record, the steps at which both runs have it, up to the first difference."""
+    lasts: tuple[int, int]
+    """The last step of each run."""
+
+    @property
+    def last_equal_state(self) -> int | None:
+        """The last step after which all tensors are known to be equal."""
+        steps = {*self.compared.get("hashes", ()), *self.compared.get("tensors", ())}
+        before = self.difference.step if self.difference is not None else None
+        return max((step for step in steps if before is None or step < before), default=None)
+
+
+def compare_records(one: Recorded, other: Recorded) -> Comparison:
+    """Compare the records of all steps that both runs have; raise `UserError` if they cannot tell."""
+    compared: dict[str, list[int]] = {}
+    lasts = one.steps[-1], other.steps[-1]
+    for step in sorted(set(one.steps) & set(other.steps)):
+        left, right = one.at(step), other.at(step)
+        for kind in compared_in(left, right):
+            compared.setdefault(kind, []).append(step)
+        difference = first_difference(left, right)
+        if difference is not None:
+            return Comparison(difference, compared, lasts)
+    summaries = one.summary, other.summary
+    difference = None
+    if summaries[0] is not None and summaries[1] is not None and summaries[0]["steps"] == summaries[1]["steps"]:
+        compared["receipts"] = [summaries[0]["steps"]]
+        for name in ("weights_sha256", "state_sha256"):
+            ours, theirs = summaries[0][name], summaries[1][name]
+            if ours != theirs and difference is None:
+                difference = Difference(summaries[0]["steps"], f"{name} in summary.json", ours, theirs)
+    states = {step for kind in ("hashes", "tensors", "receipts") for step in compared.get(kind, ())}
+    if difference is None and max(states, default=-1) < min(lasts):
+        raise UserError(
+            f"{one.folder} and {other.folder} show no difference, but have no state after the same last step: expected "
+            "checkpoints, hashes.jsonl (--record-hashes) or a summary.json of both; resume the shorter run to step "
+            f"{max(lasts)}, or train again with --record-hashes"
+        )
+    return Comparison(difference, compared, lasts)
+
+
 # ------------------------------------------------------------------------------------------------- within one run
 
 

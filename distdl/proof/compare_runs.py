@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import shlex
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from distdl.config import BEFORE_THE_SETTING, FIELDS, FREE_TO_CHANGE_ON_RESUME, RENAMED, flag_of
 from distdl.engine.console import Console
 from distdl.engine.fingerprint import first_difference as first_operation
-from distdl.engine.recorded import Difference, Recorded, compared_in, contradictions, first_difference
+from distdl.engine.recorded import Comparison, Difference, Recorded, compare_records, contradictions
 from distdl.engine.storage.header import CheckpointHeader
 from distdl.errors import EXIT_DIFFERENT, DamagedFileError, UserError, counted, listed
 from distdl.proof import replay_files
@@ -20,26 +19,6 @@ from distdl.regular_files import read_regular
 
 #: Names of steps in a line.
 MOST_STEPS = 6
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The result of comparing the records of two runs, step by step."""
-
-    difference: Difference | None
-    compared: Mapping[str, Sequence[int]]
-    """By kind of record, the steps at which both runs have it, up to the first difference."""
-    lasts: tuple[int, int]
-    """The last step of each run."""
-    states_agree: bool
-    """Without a difference: whether all tensors were compared at the last step that both runs have."""
-
-    @property
-    def last_equal_state(self) -> int | None:
-        """The last step after which all tensors are known to be equal."""
-        steps = {*self.compared.get("hashes", ()), *self.compared.get("tensors", ())}
-        before = self.difference.step if self.difference is not None else None
-        return max((step for step in steps if before is None or step < before), default=None)
 
 
 def compare(one: Path, other: Path) -> int:
@@ -56,35 +35,6 @@ def compare(one: Path, other: Path) -> int:
     for line in [*lines_of(found, *runs), *lines_of_facts(*runs, is_equal=found.difference is None)]:
         console.line(line)
     return 0 if found.difference is None and found.lasts[0] == found.lasts[1] else EXIT_DIFFERENT
-
-
-def compare_records(one: Recorded, other: Recorded) -> Comparison:
-    """Compare the records of all steps that both runs have; raise `UserError` if they cannot tell."""
-    compared: dict[str, list[int]] = {}
-    lasts = one.steps[-1], other.steps[-1]
-    for step in sorted(set(one.steps) & set(other.steps)):
-        left, right = one.at(step), other.at(step)
-        for kind in compared_in(left, right):
-            compared.setdefault(kind, []).append(step)
-        difference = first_difference(left, right)
-        if difference is not None:
-            return Comparison(difference, compared, lasts, states_agree=False)
-    summaries = one.summary, other.summary
-    difference = None
-    if summaries[0] is not None and summaries[1] is not None and summaries[0]["steps"] == summaries[1]["steps"]:
-        compared["receipts"] = [summaries[0]["steps"]]
-        for name in ("weights_sha256", "state_sha256"):
-            ours, theirs = summaries[0][name], summaries[1][name]
-            if ours != theirs and difference is None:
-                difference = Difference(summaries[0]["steps"], f"{name} in summary.json", ours, theirs)
-    states = {step for kind in ("hashes", "tensors", "receipts") for step in compared.get(kind, ())}
-    if difference is None and max(states, default=-1) < min(lasts):
-        raise UserError(
-            f"{one.folder} and {other.folder} show no difference, but have no state after the same last step: expected "
-            "checkpoints, hashes.jsonl (--record-hashes) or a summary.json of both; resume the shorter run to step "
-            f"{max(lasts)}, or train again with --record-hashes"
-        )
-    return Comparison(difference, compared, lasts, states_agree=difference is None)
 
 
 # --------------------------------------------------------------------------------------------------------------- lines
