@@ -41,10 +41,9 @@ def replay(options: ReplayOptions) -> int:
 
 
 def _check_out(options: ReplayOptions) -> None:
-    if options.out is not None:
-        if options.out.suffix != ".npz":
-            raise UserError(f"--out {options.out}: expected a name that ends in .npz")
-        check_output(options.out, "--out")
+    if options.out is not None and options.out.suffix != ".npz":
+        raise UserError(f"--out {options.out}: expected a name that ends in .npz")
+    check_output(options.out or replay_files.path_of(options.run, options.step, 0), "--out")
 
 
 def _check(options: ReplayOptions, run: PastRun) -> None:

@@ -125,6 +125,22 @@ def test_the_arrays_fit_together(run, replayed):
     assert (about["step"], about["micro_batch"], about["layer"]) == (2, 3, None)
 
 
+@pytest.mark.parametrize("kernels", ["numpy", "compiled"])
+@pytest.mark.parametrize("model", ["mlp", "simple_convnet", "resnet20"])
+def test_the_pass_of_the_file_has_the_bits_of_the_training(tmp_path, replayed, model, kernels):
+    """Each batch is a single micro-batch, so its gradient is the sum over the batch."""
+    if kernels == "compiled" and obstacle():
+        pytest.skip("needs numba")
+    settings = {"batch_size": 12, "micro_batch_size": 12, "augment": "shift=1", "kernels": kernels}
+    settings |= {"model_settings": "batch_norm, dropout=0.3"} if model == "mlp" else {}
+    _, _, arrays = replayed(recorded_run(tmp_path / "run", model=model, max_steps=2, **settings), 2)
+    names = [name.removeprefix("gradients/") for name in arrays if name.startswith("gradients/")]
+    assert len(names) > 3
+    assert [
+        name for name in names if arrays[f"gradients/{name}"].tobytes() != arrays[f"step_gradients/{name}"].tobytes()
+    ] == []
+
+
 def test_the_micro_batch_with_the_greatest_loss_is_the_default(run, replayed):
     _, output, arrays = replayed(run, 4)  # the last batch has 107 samples: two micro-batches of 48, one of 11
     losses = [float(text) for text in re.findall(r"losses of micro-batches 0 to 2: (.*)", output)[0].split()]
