@@ -81,16 +81,8 @@ GROUPS = {
         *("checkpoint_every", "keep_checkpoints", "log_every", "trace", "lock"),
     ),
     "faults": (
-        *(
-            "on_nonfinite",
-            "verify_every",
-            "cross_check",
-            "require_same_bits",
-            "prove",
-            "record_hashes",
-            "stall_warning",
-        ),
-        "detect_hangs",
+        *("on_nonfinite", "verify_every", "cross_check", "require_same_bits", "prove", "record_hashes"),
+        *("stall_warning", "detect_hangs"),
     ),
     "ranks": ("micro_batch_size", "kernels", "balance", "reduction", "threads_per_rank"),
 }

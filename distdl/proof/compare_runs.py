@@ -137,7 +137,7 @@ def _facts_of(run: Recorded, header: CheckpointHeader | None) -> dict[str, str]:
     }
     facts = {} if header is None else {"data sha256": header.data_sha256}
     facts |= {flag_of(name): repr(value) for name, value in settings.items() if name not in FREE_TO_CHANGE_ON_RESUME}
-    facts |= {f"{flag_of(name)} (free)": repr(value) for name, value in settings.items() if name in _SHOWN_FREE}
+    facts |= {flag_of(name): repr(value) for name, value in settings.items() if name in _SHOWN_FREE}
     facts |= {f"version of {name}": version for name, version in versions.items()}
     facts |= {
         name.replace("_", " "): ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -16,7 +16,7 @@ from recorded_runs import SETTINGS, STEPS_PER_EPOCH, recorded_run
 from small_runs import proof, remove, worlds
 
 from distdl.config import TrainConfig
-from distdl.engine import train
+from distdl.engine import dry_run, train
 from distdl.engine.storage import checkpoints
 from distdl.errors import UserError
 from distdl.job.launched_by import read_launch
@@ -133,6 +133,13 @@ def test_the_flag_needs_a_run_to_resume(tmp_path, capsys):
         TrainConfig(prove=True).checked()
     assert resumed(tmp_path / "new", max_steps=2), "there is nothing to prove yet"
     assert "proved" not in capsys.readouterr().out
+
+
+def test_a_dry_run_proves_too_and_writes_nothing(folder, capsys):
+    before = files_of(folder)
+    dry_run(TrainConfig(**SETTINGS, run_dir=folder, resume="auto", prove=True, record_hashes=True))
+    assert "proved: step 5, taken again from the checkpoint after step 4" in capsys.readouterr().out
+    assert files_of(folder) == before
 
 
 def test_a_proof_replaces_the_warnings_about_versions(folder, monkeypatch, capsys):
