@@ -98,7 +98,7 @@ def prove(facts: RunFacts, trainer: Trainer, start: StartingPoint | None) -> str
     names = f"step {last}" if last == first + 1 else f"steps {first + 1} to {last}"
     return (
         f"proved: {names}, taken again from the checkpoint after step {first}, gave the same bits in "
-        f"{counted(len(kept), 'tensor')} ({time.perf_counter() - begun:.1f} s)"
+        f"{counted(len(kept), 'tensor')} ({time.perf_counter() - begun:.2f} s)"
     )
 
 
