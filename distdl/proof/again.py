@@ -24,7 +24,7 @@ from distdl.engine.storage.run_folder import StartingPoint
 from distdl.errors import DamagedFileError, UserError
 from distdl.inference.load import config_in, dataset_of, model_named
 from distdl.inference.options import LoadOptions
-from distdl.parallel import Communicator, on_rank_0, together
+from distdl.parallel import Communicator, from_rank_0, on_rank_0, together
 
 #: Settings that do not change the bits of a step, and that only a training needs.
 WITHOUT: Mapping[str, Any] = {
@@ -67,14 +67,15 @@ class PastRun:
 
 
 @contextmanager
-def past_run(options: LoadOptions, folder: Path, before: int | None, communicator: Communicator) -> Iterator[PastRun]:
+def past_run(options: LoadOptions, folder: Path, before: int, communicator: Communicator) -> Iterator[PastRun]:
     """Yield a run of the past in the state of its newest intact checkpoint before step `before`, or in its first state.
 
-    With None the state is the first one. NumPy and BLAS are set up as the run had them inside the ``with`` block.
+    NumPy and BLAS are set up as the run had them inside the ``with`` block.
     Collective. Raises `UserError` on every rank if the run folder, its data or its network is not available.
     """
     found = on_rank_0(communicator, lambda: _read(folder, before))
-    facts = communicator.bcast_json(None if found is None else found.to_json())
+    facts = from_rank_0(communicator, lambda: None if found is None else found.to_json())
+    assert facts is not None
     config, last_step = TrainConfig.from_json(facts["config"]), facts["last_step"]
     model = together(communicator, lambda: model_named(config.model, facts["path"], options.model))
     config = replace(config, model=model)
@@ -137,14 +138,14 @@ class _Found:
         }
 
 
-def _read(folder: Path, before: int | None) -> _Found:
+def _read(folder: Path, before: int) -> _Found:
     """Read the run folder, its newest intact checkpoint and the one to start from."""
     records = Recorded.read(folder)
     complaints: list[str] = []
     newest = _newest_before(records, sys.maxsize, complaints)
     if newest is None:
         raise UserError(f"{folder} has no intact checkpoint, which has the settings of the run: resume the run first")
-    start = None if before is None else _newest_before(records, before, complaints)
+    start = _newest_before(records, before, complaints)
     return _Found(records, newest, start, list(dict.fromkeys(complaints)))
 
 

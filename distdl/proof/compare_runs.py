@@ -50,7 +50,7 @@ def lines_of(found: Comparison, one: Recorded, other: Recorded) -> list[str]:
         return [*lines, *_lines_of_difference(found, found.difference, one, other)]
     shortest, longest = sorted(found.lasts)
     if shortest == longest:
-        lines.append(f"equal: the same bits after each of {counted(shortest, 'step')}")
+        lines.append(f"equal bit for bit: every record that both runs have, and all tensors after step {shortest}")
     else:
         ends = 1 + found.lasts.index(shortest)
         lines.append(f"equal up to step {shortest}, where run {ends} ends; the other one has {longest} steps")

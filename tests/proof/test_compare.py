@@ -112,7 +112,7 @@ def test_equal_runs_are_equal_and_their_other_differences_are_listed(undisturbed
     run = recorded_run(tmp_path / "run", checkpoint_every=3, verify_every=2, on_nonfinite="skip")
     code, output = compared(undisturbed, run)
     assert code == 0
-    assert f"equal: the same bits after each of {STEPS} steps" in output
+    assert f"equal bit for bit: every record that both runs have, and all tensors after step {STEPS}\n" in output
     assert (
         f"compared: {STEPS} steps in metrics.jsonl, 2 epochs in metrics.jsonl, 3 checkpoints (after step 4, 6, 8)"
         in output
@@ -134,7 +134,7 @@ def test_runs_on_other_numbers_of_ranks_are_equal(communicator, shared_tmp_path,
             capsys.readouterr()
             assert compare_folders(one, shared_tmp_path / f"{size}") == 0
             output = capsys.readouterr().out
-            assert "equal: the same bits after each of 6 steps" in output
+            assert "equal bit for bit: every record that both runs have, and all tensors after step 6\n" in output
             assert f"  ranks: 1 | {size}\n" in output
     remove(communicator, shared_tmp_path)
 
