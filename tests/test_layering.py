@@ -1,7 +1,7 @@
 """Imports point one way: bottom <- {nn, optim, schedules, data, parallel, job} <- engine <- inference <- commands.
 
-Modules in braces never import each other, with one exception: parallel may use job. bench, search, doctor and export
-may use inference; their `__main__.py` files are commands.
+Modules in braces never import each other, with one exception: parallel may use job. bench, search, doctor, export and
+proof may use inference; their `__main__.py` files are commands.
 
 The checker below reads sources without running them; the last tests feed it sources that break each rule.
 """
@@ -21,8 +21,8 @@ ROOT = "distdl"  # distdl/__init__.py itself
 BOTTOM = {"errors", "elementary", "rng", "arrays", "host_memory", "mapped_files", "regular_files", "json_files"}
 BOTTOM |= {"transforms", "model_settings", "image_options"}
 MIDDLE = {"nn", "optim", "schedules", "data", "parallel", "job"}
-#: Packages that use the engine. bench, search, doctor and export never import each other.
-USES = {"inference", "bench", "search", "doctor", "export"}
+#: Packages that use the engine. bench, search, doctor, export and proof never import each other.
+USES = {"inference", "bench", "search", "doctor", "export", "proof"}
 #: Every other part is a command, or `cli`, which only commands import.
 BELOW_THE_COMMANDS = {ROOT, "config", "engine"} | BOTTOM | MIDDLE | USES
 
