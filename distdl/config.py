@@ -485,6 +485,26 @@ def is_own(name: str) -> bool:
     return ":" in name and not name.startswith(FROM_PATH)
 
 
+def names_match(one: str, other: str) -> bool:
+    """Return True if two names may mean one function: the file may have moved, or the module may run as a script.
+
+    >>> names_match("/home/ada/net.py:build", "net.py:build"), names_match("net.py:build", "net.py:make")
+    (True, False)
+    """
+    (first, _, name), (second, _, other_name) = one.rpartition(":"), other.rpartition(":")
+    modules = {Path(place).stem if place.endswith(".py") else place.rpartition(".")[2] for place in (first, second)}
+    return name == other_name and len(modules - {"__main__"}) <= 1
+
+
+def comes_from_script(dataset: str) -> bool:
+    """Return whether a dataset's name can only be that of a `Dataset` that a script has passed.
+
+    >>> comes_from_script("shells"), comes_from_script("npz:shells.npz"), comes_from_script("mnist")
+    (True, False, False)
+    """
+    return dataset not in DATASETS and not dataset.startswith(FROM_PATH) and not is_own(dataset)
+
+
 def reads_data_dir(dataset: str) -> bool:
     """Return whether a dataset reads files from `--data-dir`. Digits and paths do not."""
     return dataset != "digits" and not dataset.startswith(FROM_PATH)
@@ -559,10 +579,20 @@ def differences(ours: TrainConfig, theirs: Mapping[str, Any]) -> list[str]:
     return [
         f"{flag_of(name)} is {mine[name]!r} here and {theirs[name]!r} in the checkpoint"
         for name in mine
-        if name in fixed and mine[name] != theirs[name] and not (name == "dataset" and _moved(ours, theirs))
+        if name in fixed and mine[name] != theirs[name] and not _moved(name, ours, theirs)
     ]
 
 
-def _moved(ours: TrainConfig, theirs: Mapping[str, Any]) -> bool:
-    """Return whether both read the user's file or folder. It may have moved; the resume compares its hash."""
-    return any(ours.dataset.startswith(kind) and str(theirs.get("dataset")).startswith(kind) for kind in FROM_PATH)
+def _moved(name: str, ours: TrainConfig, theirs: Mapping[str, Any]) -> bool:
+    """Return whether two names may mean the same data, or the same function of the user.
+
+    - Both datasets are the user's file or folder, which may have moved, or one is from a script. The resume compares
+      the hash of the data.
+    - One model is from a script, which a command now imports. The resume compares the shapes of its parameters.
+    """
+    mine, other = str(getattr(ours, name)), str(theirs.get(name))
+    if name == "dataset":
+        same_kind = any(mine.startswith(kind) and other.startswith(kind) for kind in FROM_PATH)
+        return same_kind or comes_from_script(mine) or comes_from_script(other)
+    is_from_script = mine.startswith("__main__:") or other.startswith("__main__:")
+    return name == "model" and is_from_script and names_match(mine, other)
