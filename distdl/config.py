@@ -77,7 +77,7 @@ GROUPS = {
     ),
     "run and checkpoints": (
         *("config", "run_dir", "resume", "dry_run", "epochs", "max_steps", "early_stopping", "test_with", "seed"),
-        *("checkpoint_every", "keep_checkpoints", "log_every", "trace", "lock"),
+        *("checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "mlflow", "trace", "lock"),
     ),
     "faults": (
         *("on_nonfinite", "verify_every", "audit", "require_same_bits", "record_hashes", "stall_warning"),
@@ -93,7 +93,7 @@ FREE_TO_CHANGE_ON_RESUME = frozenset(
         "test_with",
         *("checkpoint_every", "keep_checkpoints", "log_every", "stall_warning", "detect_hangs", "record_hashes"),
         *("threads_per_rank", "balance", "on_nonfinite", "verify_every", "audit", "trace"),
-        *("require_same_bits", "lock", "data_gigabytes"),
+        *("require_same_bits", "lock", "data_gigabytes", "tensorboard", "mlflow"),
     }
 )
 #: Settings that have an effect only with some choices of another setting.
@@ -112,7 +112,7 @@ BEFORE_THE_SETTING = {"kernels": "numpy"}
 #: Settings of the start of a run. A config file may not hold them.
 NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace", "dry_run"})
 #: Settings that are a path, or end in one.
-PATHS = ("config", "data_dir", "cache", "run_dir", "resume", "trace", "init_from", "dataset", "model")
+PATHS = ("config", "data_dir", "cache", "run_dir", "resume", "trace", "mlflow", "init_from", "dataset", "model")
 #: No BLAS starts more threads than this.
 MOST_THREADS = 1024
 #: The largest whole number of a setting, except of the seed. A float represents every whole number up to it.
@@ -230,6 +230,10 @@ class TrainConfig:
     """Number of newest checkpoints to keep, in addition to the best."""
     log_every: int = 10
     """Steps between records in metrics.jsonl, in addition to those of each epoch; 0: none."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard into the run folder: losses, filters, confusion matrix; needs tensorboardX."""
+    mlflow: Path | None = None
+    """Folder of MLflow's files to record the run in; needs mlflow-skinny."""
     stall_warning: float = 300.0
     """Seconds without progress after which a late rank prints where it is; another names it earlier; 0: never."""
     detect_hangs: float = 0.0
@@ -344,7 +348,7 @@ class TrainConfig:
 
         An absent setting has its default, or else the choice of versions that did not have it.
         """
-        names = ("config", "data_dir", "cache", "run_dir", "trace")
+        names = ("config", "data_dir", "cache", "run_dir", "trace", "mlflow")
         paths = {name: Path(values[name]) for name in names if values.get(name) is not None}
         return TrainConfig(**{**BEFORE_THE_SETTING, **values, **paths})
 

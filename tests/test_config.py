@@ -409,12 +409,15 @@ OTHER = {
     "require_same_bits": True,
     "threads_per_rank": 2,
     "trace": Path("trace.json"),
+    "tensorboard": True,
+    "mlflow": Path("mlruns"),
 }
 FREE = {
     *("config", "run_dir", "resume", "dry_run", "data_dir", "cache", "epochs", "max_steps", "checkpoint_every"),
     *("keep_checkpoints", "early_stopping", "test_with", "log_every", "stall_warning", "detect_hangs"),
     *("record_hashes", "balance", "on_nonfinite"),
     *("verify_every", "audit", "require_same_bits", "threads_per_rank", "trace", "lock", "data_gigabytes"),
+    *("tensorboard", "mlflow"),
 }
 
 

@@ -30,6 +30,7 @@ from distdl.engine.stop import StopRequest
 from distdl.engine.storage.files import check_output
 from distdl.engine.storage.run_folder import StartingPoint, find_start
 from distdl.engine.summary import Summary
+from distdl.engine.tracking import callbacks_of
 from distdl.engine.trainer import Trainer
 from distdl.engine.user_code import BuildNetwork, agree_on_config, check_equal_networks, network_builder, read_data
 from distdl.errors import UserError
@@ -133,7 +134,7 @@ class Preparation:
         """Return a trainer before its first step, its facts, and on rank 0 the start; write nothing. Collective."""
         config = self.config
         together(communicator, lambda: check_ranks(config, communicator.size))
-        self.calls = together(communicator, lambda: Calls.of(self.callbacks))
+        self.calls = together(communicator, lambda: Calls.of([*self.callbacks, *callbacks_of(config)]))
         on_rank_0(communicator, lambda: check_resized(config))
         if config.trace is not None:
             on_rank_0(communicator, partial(check_output, config.trace, "--trace"))

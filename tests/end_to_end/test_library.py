@@ -77,8 +77,8 @@ def test_the_public_names_are_these():
     assert set(PUBLIC) <= set(dir(distdl)), "tab completion offers them"
     for name in PUBLIC:
         assert getattr(distdl, name) is not None
-    with pytest.raises(AttributeError, match="module 'distdl' has no attribute 'trian'"):
-        distdl.trian  # noqa: B018
+    with pytest.raises(AttributeError, match="module 'distdl' has no attribute 'tarin'"):
+        distdl.tarin  # noqa: B018
 
 
 def test_import_distdl_imports_no_other_module_of_it(tmp_path):
@@ -378,3 +378,42 @@ def test_a_script_that_trains_when_it_is_imported_is_refused(in_folder, trained,
     said = refusal(evaluate.main, words, capsys)
     assert 'move the training into a block if __name__ == "__main__" (line ' in said
     assert set((in_folder / "runs").iterdir()) == before
+
+
+# ----------------------------------------------------------------------------------- callbacks, and a loop of your own
+
+
+def test_the_callback_of_the_page_stores_the_loss_of_each_step(tmp_path, run_program):
+    (tmp_path / "script.py").write_text(code_of("Callbacks"))
+    done = run_program([sys.executable, "script.py"], cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    [run] = (tmp_path / "runs").iterdir()
+    stored = [line.split() for line in (run / "losses.txt").read_text().splitlines()]
+    assert [int(step) for step, _ in stored] == list(range(1, 21))
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [float(loss) for step, loss in stored if int(step) % 10 == 0] == [
+        one["loss"] for one in metrics if "lr" in one
+    ]
+
+
+@pytest.fixture(scope="module")
+def receipt_of_the_command(tmp_path_factory, run_program):
+    """Return the last line of the command that the page compares with its loop."""
+    [command] = re.findall(r"`python -m (distdl.train --model mlp .*?)`", PAGE)
+    done = run_program([sys.executable, "-m", *command.split()], cwd=tmp_path_factory.mktemp("command"), timeout=120)
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_loop_of_the_page_has_the_receipt_of_the_command(
+    tmp_path, run_program, run_job, receipt_of_the_command, ranks
+):
+    (tmp_path / "loop.py").write_text(code_of("A loop of your own"))
+    argv = [sys.executable, "loop.py"]
+    if ranks == 1:
+        done = run_program(argv, cwd=tmp_path, timeout=120)
+    else:
+        done = run_job(mpirun_command(ranks, argv), cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["loss"] * 5 + ["weights"]
+    assert done.stdout.splitlines()[-1] == receipt_of_the_command
