@@ -40,9 +40,11 @@ class TensorBoard(Callback):
         folder, step = self.run.folder / FOLDER, record["step"]
         if folder.is_symlink():
             raise UserError(f"{folder} is a symbolic link: distdl follows no link inside a run folder; remove it")
-        is_new = not folder.is_dir()
+        files = len(list(folder.iterdir())) if folder.is_dir() else 0
         writer_class = importlib.import_module("tensorboardX").SummaryWriter
-        self._writer = writer_class(str(folder), purge_step=None if is_new else step + 1)
+        # TensorBoard reads the files in the order of their names, which begin with the second of their creation.
+        suffix = f".{files:04d}"
+        self._writer = writer_class(str(folder), purge_step=step + 1 if files else None, filename_suffix=suffix)
 
     def on_step(self, record: Mapping[str, Any]) -> None:
         """Write the loss, the accuracy and the learning rate."""
