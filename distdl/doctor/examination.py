@@ -18,8 +18,7 @@ import distdl
 from distdl.errors import UserError
 from distdl.job import probes
 from distdl.job.allocation import read_allocation
-from distdl.job.launched_by import read_launch
-from distdl.job.mpi_init import ranks_of_this_host
+from distdl.job.launched_by import ranks_of_this_host, read_launch
 from distdl.job.mpirun_command import find_mpirun
 from distdl.job.program import DIGITS, hash_of_sources
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from distdl.job.allocation import expand_slurm_counts
 from distdl.job.processes import ancestors
 
 OPEN_MPI = "Open MPI's mpirun"
@@ -31,6 +32,9 @@ PREFIXES = {OPEN_MPI: "OMPI_|PMIX_|PRTE_", MPICH: "PMI_|PMIX_|MPI_LOCAL", "srun"
 
 #: The rank among the ranks of its host: the names of Open MPI, MPICH and Slurm.
 LOCAL_RANK = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
+
+#: The number of ranks on this host: the names of Open MPI and MPICH.
+LOCAL_SIZE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 #: MPI libraries that need a launcher like MPICH's; mpi4py's names for their vendors.
 KIN_OF_MPICH = {"MPICH", "MVAPICH", "MVAPICH2", "Intel MPI", "Cray MPICH"}
@@ -78,6 +82,21 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
                 if process.name in PROGRAMS[launch.by or ""]:
                     return launch
     return found[0] if found else Launch(None, 0, 1)
+
+
+def ranks_of_this_host(environment: Mapping[str, str] = os.environ) -> int:
+    """Return the number of ranks that the launcher starts on this host; 0 if it is unknown.
+
+    >>> ranks_of_this_host({"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "2"})
+    1
+    """
+    for name in LOCAL_SIZE:
+        if environment.get(name, "").isdecimal():
+            return int(environment[name])
+    try:
+        return expand_slurm_counts(environment["SLURM_STEP_TASKS_PER_NODE"])[int(environment["SLURM_NODEID"])]
+    except (LookupError, ValueError):
+        return 0
 
 
 def launcher_is_missing(launch: Launch, environment: Mapping[str, str] = os.environ) -> bool:

@@ -55,7 +55,7 @@ GOODBYE, TOLD = b"g", b"t"
 LOST = "was lost"
 SECRET_BYTES = 16
 #: After the ranks have met at exit, MPI_Finalize takes much less, unless a rank was lost. No thread runs meanwhile.
-SECONDS_TO_FINALIZE = 60
+SECONDS_TO_FINALIZE = 45
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,20 @@ If the interconnect fails meanwhile, nobody learns of it. So the start has a tim
 """
 
 import os
+import re
 import select
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NoReturn
 
-from distdl.job.allocation import expand_slurm_counts
-from distdl.job.launched_by import Launch, read_launch
+from distdl.job.held_signals import HELD
+from distdl.job.launched_by import Launch, ranks_of_this_host, read_launch
 from distdl.job.lifeline import LAUNCHERS, STEP_DAEMONS
 from distdl.job.lost_ranks import cancel_the_step
+from distdl.job.probes import SHARED_MEMORY
 from distdl.job.processes import Process, ancestors, children, look_at
 from distdl.job.slow_start import SECONDS_UNTIL_REPORTED
 from distdl.job.streams import say_line
@@ -35,6 +38,8 @@ SECONDS_MISSED = 3.0
 SECONDS_NEVER_SEEN = 10.0
 #: A start that takes longer ends the job. With thousands of ranks and a slow file system, the last may be minutes late.
 SECONDS_TO_START = 600.0
+#: A signal that asks the job to end waits for the training. If the start lasts this much longer, it ends the job.
+SECONDS_SIGNALLED = 10.0
 #: A launcher that has not ended after SIGTERM is killed after this time: MPICH's may spin.
 SECONDS_TO_END = 5.0
 #: The rank tells its watcher that MPI has started.
@@ -42,8 +47,6 @@ STARTED = b"s"
 #: The first letters of the names of programs that are parents of ranks: Open MPI's, MPICH's, Slurm's.
 PARENTS = ("prte", "mpirun", "mpiexec", "hydra_pmi_proxy", *STEP_DAEMONS)
 LOST = "a rank was lost while MPI was started"
-#: The number of ranks on this host: the names of Open MPI and MPICH.
-LOCAL_SIZE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 
 @contextmanager
@@ -87,13 +90,16 @@ def end_the_job_on_other_hosts(launch: Launch) -> None:
 def _watch(ended: int, launcher: Process | None, rank: Process) -> None:
     """Watch until the rank tells through the pipe `ended` that MPI has started."""
     expected = ranks_of_this_host()
-    seen, missed, waited, due = False, 0.0, 0.0, SECONDS_UNTIL_REPORTED
+    seen, missed, signalled, waited, due = False, 0.0, 0.0, 0.0, SECONDS_UNTIL_REPORTED
     while not select.select([ended], [], [], SECONDS_BETWEEN_LOOKS)[0]:
         waited += SECONDS_BETWEEN_LOOKS
         living = _children(launcher)
         if waited >= due:
             due += SECONDS_UNTIL_REPORTED
-            report(waited, living, expected)
+            report(waited, launcher, living, expected)
+        signalled = signalled + SECONDS_BETWEEN_LOOKS if _is_signalled(rank) else 0.0
+        if signalled >= SECONDS_SIGNALLED:
+            _end_the_job(launcher, rank, "a signal asks the job to end, and MPI does not start")
         if waited >= SECONDS_TO_START:
             _end_the_job(launcher, rank, f"MPI has not started within {SECONDS_TO_START:.0f} s")
         if living is None or not expected:
@@ -124,12 +130,22 @@ def _end_the_job(launcher: Process | None, rank: Process, why: str) -> NoReturn:
     os._exit(0)
 
 
+def _is_signalled(rank: Process) -> bool:
+    """Return whether a signal that asks the job to end waits for this rank (`held_signals.py`)."""
+    try:
+        found = re.search(r"^ShdPnd:\s*(\w+)", Path(f"/proc/{rank.pid}/status").read_text(), re.MULTILINE)
+    except OSError:
+        return False
+    pending = int(found[1], 16) if found else 0
+    return any(pending >> (number - 1) & 1 for number in HELD - {signal.SIGUSR1})
+
+
 def _send(number: int, process: Process) -> None:
     if process.lives:
         os.kill(process.pid, number)
 
 
-def report(waited: float, living: int | None, expected: int) -> None:
+def report(waited: float, launcher: Process | None, living: int | None, expected: int) -> None:
     """Say what the first rank of this host waits for."""
     launch, host = read_launch(), os.uname().nodename
     if launch.local_rank:
@@ -138,22 +154,18 @@ def report(waited: float, living: int | None, expected: int) -> None:
     if living is not None and expected:
         late = "one is late, or another host" if living >= expected else "the others are late or lost"
         where = f": {min(living, expected)} of {expected} ranks of host {host} live, {late}"
+    if _has_a_dev_shm_of_its_own(launcher):
+        where += f"; the ranks of host {host} have different {SHARED_MEMORY}, and MPI needs one for all"
     say_line(f"rank {launch.rank} has waited for {waited:.0f} s for the start of MPI (MPI_Init) on all ranks{where}")
 
 
-def ranks_of_this_host(environment: Mapping[str, str] = os.environ) -> int:
-    """Return the number of ranks that the launcher starts on this host; 0 if it is unknown.
-
-    >>> ranks_of_this_host({"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "2"})
-    1
-    """
-    for name in LOCAL_SIZE:
-        if environment.get(name, "").isdecimal():
-            return int(environment[name])
-    try:
-        return expand_slurm_counts(environment["SLURM_STEP_TASKS_PER_NODE"])[int(environment["SLURM_NODEID"])]
-    except (LookupError, ValueError):
-        return 0
+def _has_a_dev_shm_of_its_own(launcher: Process | None) -> bool:
+    """Return whether another rank of this host sees another folder there, as in a container of its own."""
+    with suppress(OSError):
+        own = SHARED_MEMORY.stat().st_dev
+        others = [] if launcher is None or not launcher.name.startswith(PARENTS) else children(launcher)
+        return any(Path(f"/proc/{one.pid}/root{SHARED_MEMORY}").stat().st_dev != own for one in others)
+    return False
 
 
 def _children(launcher: Process | None) -> int | None:

@@ -11,8 +11,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from distdl.job.launched_by import ranks_of_this_host
 from distdl.job.lifeline import LAUNCHERS, STEP_DAEMONS
-from distdl.job.mpi_init import ranks_of_this_host
 from distdl.job.processes import Process, ancestors
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  the kernel's shared memory, not a file of ours

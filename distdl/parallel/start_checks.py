@@ -12,12 +12,12 @@ from distdl.job.launched_by import (
     Launch,
     how_to_unset,
     launcher_is_missing,
+    ranks_of_this_host,
     read_launch,
     variables_of,
 )
 from distdl.job.lifeline import pmi_is_gone
 from distdl.job.lost_ranks import Ring
-from distdl.job.mpi_init import ranks_of_this_host
 from distdl.job.streams import say_line
 from distdl.parallel import shared
 from distdl.parallel.agreement import together

@@ -75,7 +75,7 @@ def test_the_first_rank_of_a_host_says_what_mpi_waits_for(local_rank, living, sa
         monkeypatch.setenv(name, str(value))
     for name in ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    mpi_init.report(30.0, living, 2)
+    mpi_init.report(30.0, None, living, 2)
     printed = capsys.readouterr().err
     if said is None:
         assert printed == ""

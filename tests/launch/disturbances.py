@@ -44,10 +44,24 @@ STALE = ("OMPI_COMM_WORLD_RANK=2", "PMI_RANK=1", "SLURM_PROCID=1", "PMIX_RANK=1"
 only_one_uses_slurm = threading.Lock()
 
 
-def disturbances(form):
-    """Return the disturbances that are possible with a launch form."""
-    full_disk = ["full disk"] if os.geteuid() == 0 and not form.startswith(SLURM) else []
-    return [*DISTURBANCES, *BEFORE_THE_START, *full_disk, *(["cut cable"] if form == HOSTS else [])]
+def possible_runs(pythons, pattern=""):
+    """Return the launch forms and disturbances that are possible here and that the pattern finds.
+
+    Each is a form, a Python and a disturbance. The pattern sees, for example, ``hosts.sh, MPICH, cut cable``.
+    """
+    return [
+        (form, python, fault)
+        for python in pythons
+        for form, python in forms.possible_forms(python)
+        for fault in _disturbances(form)
+        if re.search(pattern, f"{form}, {forms.mpi_of(python)}, {fault}")
+    ]
+
+
+def _disturbances(form):
+    possible = [*DISTURBANCES, *BEFORE_THE_START]
+    possible += ["full disk"] if os.geteuid() == 0 and not form.startswith(SLURM) else []
+    return possible + (["cut cable"] if form == HOSTS or form.startswith(SLURM) else [])
 
 
 class Run:
@@ -55,8 +69,7 @@ class Run:
 
     def __init__(self, seed, number, possible, folder):
         self.rng = random.Random(f"{seed} {number}")
-        (self.form, self.python) = self.rng.choice(possible)
-        self.fault = self.rng.choice(disturbances(self.form))
+        self.form, self.python, self.fault = self.rng.choice(possible)
         self.folder, self.log, self.disk = folder, folder / "output", folder / "disk"
         self.silence, self.left = 0.0, []
         self.record = {"number": number, "form": f"{self.form}, {forms.mpi_of(self.python)}", "fault": self.fault}
@@ -166,6 +179,9 @@ class Run:
                     while True:
                         file.write(b"x" * 4096)
                 return filler.unlink
+            elif self.launch.cluster:
+                self.launch.cluster.cut("n2")
+                return lambda: self.launch.cluster.replace("n2")
             else:
                 cable = ["-n", self.launch.hosts.names[0], "link", "set", self.launch.hosts.names[0]]
                 ip(*cable, "down")
@@ -228,16 +244,15 @@ def main():
         parser.add_argument(flag, type=int, default=default)
     parser.add_argument("--log", type=Path, default="disturbances.jsonl")
     parser.add_argument("--python", nargs="*", default=[sys.executable], help="the Python of each MPI")
-    parser.add_argument("--forms", default="", help="only forms that this pattern finds")
+    parser.add_argument("--only", default="", help="a pattern such as 'hosts.*cable'")
     given = parser.parse_args()
-    possible = [
-        pair for python in given.python for pair in forms.possible_forms(python) if re.search(given.forms, pair[0])
-    ]
+    pythons = [os.path.abspath(python) for python in given.python]  # noqa: PTH100  a resolved link has no packages
+    possible = possible_runs(pythons, given.only)
     numbers, records = range(given.first, given.first + given.runs), []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the hosts and Slurm must end too
     with ExitStack() as stack:
         cluster = None
-        if any(form.startswith(SLURM) for form, _ in possible):
+        if any(form.startswith(SLURM) for form, *_ in possible):
             cluster = stack.enter_context(Cluster(Path(stack.enter_context(tempfile.TemporaryDirectory()))))
         for record in run_all(numbers, given.seed, given.log, given.at_once, possible, cluster):
             records.append(record)

@@ -5,8 +5,7 @@ import os
 import sys
 
 import pytest
-from disturbances import SLURM, run_all, table
-from forms import possible_forms
+from disturbances import SLURM, possible_runs, run_all, table
 
 SEED = int(os.environ.get("DISTDL_FAULTS_SEED", "0"))
 
@@ -16,7 +15,7 @@ SEED = int(os.environ.get("DISTDL_FAULTS_SEED", "0"))
 def test_disturbed_jobs_speak_at_least_once_a_minute_and_keep_their_receipt(tmp_path):
     """Slurm is left to the program `disturbances.py`."""
     faulthandler.cancel_dump_traceback_later()  # each job has its own limit
-    possible = [pair for pair in possible_forms(sys.executable) if not pair[0].startswith(SLURM)]
+    possible = [one for one in possible_runs([sys.executable]) if not one[0].startswith(SLURM)]
     records = list(run_all(range(200), SEED, tmp_path / "log", 2, possible))
     outputs = [path.read_text() for path in tmp_path.glob("log.*.txt")]
     assert not [record for record in records if record["wrong"]], "\n".join([table(records), *outputs])
