@@ -138,6 +138,8 @@ class Command(Generic[Settings]):
     flags: Mapping[str, Flag] = field(default_factory=dict)
     other_names: Mapping[str, str] = field(default_factory=dict)
     """Names to suggest a field for."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Earlier names of fields, which a TOML file may hold."""
     not_in_file: Collection[str] = ()
     """The fields that a TOML file may not hold."""
     flags_after_dashes: str = ""
@@ -194,7 +196,8 @@ class Command(Generic[Settings]):
         except RecursionError:
             raise UserError(f"the config file {path} nests too deeply: give a flat TOML file") from None
         known, texts = self._settings.keys() - set(self.not_in_file), {}
-        for name, value in values.items():
+        for name_in_file, value in values.items():
+            name = self.renamed.get(name_in_file, name_in_file)
             if name in without:
                 continue
             if name not in known:

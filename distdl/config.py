@@ -51,6 +51,7 @@ OTHER_NAMES = {
     "l2": "weight_decay",
     "patience": "early_stopping",
     "network": "model",
+    "audit": "cross_check",
     **dict.fromkeys(("out", "output", "output_dir", "save_dir", "log_dir"), "run_dir"),
 }
 
@@ -80,8 +81,8 @@ GROUPS = {
         *("checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "mlflow", "trace", "lock"),
     ),
     "faults": (
-        *("on_nonfinite", "verify_every", "audit", "require_same_bits", "record_hashes", "stall_warning"),
-        "detect_hangs",
+        *("on_nonfinite", "verify_every", "cross_check", "require_same_bits", "prove", "record_hashes"),
+        *("stall_warning", "detect_hangs"),
     ),
     "ranks": ("micro_batch_size", "kernels", "balance", "reduction", "threads_per_rank"),
 }
@@ -92,8 +93,8 @@ FREE_TO_CHANGE_ON_RESUME = frozenset(
         *("config", "run_dir", "resume", "dry_run", "data_dir", "cache", "epochs", "max_steps", "early_stopping"),
         "test_with",
         *("checkpoint_every", "keep_checkpoints", "log_every", "stall_warning", "detect_hangs", "record_hashes"),
-        *("threads_per_rank", "balance", "on_nonfinite", "verify_every", "audit", "trace"),
-        *("require_same_bits", "lock", "data_gigabytes", "tensorboard", "mlflow"),
+        *("threads_per_rank", "balance", "on_nonfinite", "verify_every", "cross_check", "trace"),
+        *("require_same_bits", "prove", "lock", "data_gigabytes", "tensorboard", "mlflow"),
     }
 )
 #: Settings that have an effect only with some choices of another setting.
@@ -109,8 +110,10 @@ NEEDS = {
 }
 #: The choice of versions that did not have the setting.
 BEFORE_THE_SETTING = {"kernels": "numpy"}
+#: Earlier names of settings, in the files of older runs.
+RENAMED = {"audit": "cross_check"}
 #: Settings of the start of a run. A config file may not hold them.
-NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace", "dry_run"})
+NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace", "dry_run", "prove"})
 #: Settings that are a path, or end in one.
 PATHS = ("config", "data_dir", "cache", "run_dir", "resume", "trace", "mlflow", "init_from", "dataset", "model")
 #: No BLAS starts more threads than this.
@@ -249,11 +252,13 @@ class TrainConfig:
     """Reaction to an infinite or NaN loss or gradient; stop: end the run; skip: skip the update of that step."""
     verify_every: int = 100
     """Steps between comparisons of all ranks' weights and optimizer state, also before each checkpoint; 0: none."""
-    audit: int = 0
-    """Steps between audits: each rank also computes the next rank's shard and compares the bits; 0: none."""
+    cross_check: int = 0
+    """Steps between cross-checks: each rank also computes the next rank's shard and compares the bits; 0: none."""
     require_same_bits: bool = False
     """Refuse to start if ranks compute other bits than rank 0, or this run others than the checkpoint to resume from;
     otherwise that is a warning."""
+    prove: bool = False
+    """With --resume, first take recorded steps of the run again, and continue only if every bit comes out again."""
     kernels: KernelsName = "auto"
     """Implementation of the computations; numpy: the definition; compiled: faster, and with the same bits on every CPU,
     needs numba; auto: compiled if every rank can use them, or the kernels of the run to resume."""
@@ -292,6 +297,8 @@ class TrainConfig:
                 f"--micro-batch-size {self.micro_batch_size} is larger than --batch-size {self.batch_size}: "
                 "a batch consists of whole micro-batches, so give a smaller one or a larger batch"
             )
+        if self.prove and self.resume is None:
+            raise UserError("--prove takes steps of the run to resume again: give --resume too, or leave it out")
         if self.resume == "auto" and self.run_dir is None:
             raise UserError("--resume auto looks for checkpoints in --run-dir: give that folder too")
         return config
@@ -346,8 +353,9 @@ class TrainConfig:
     def from_json(values: Mapping[str, Any]) -> TrainConfig:
         """Return the config that `to_json` turned into these values.
 
-        An absent setting has its default, or else the choice of versions that did not have it.
+        An absent setting has its default, or else the choice of versions that did not have it. Earlier names count.
         """
+        values = {RENAMED.get(name, name): value for name, value in values.items()}
         names = ("config", "data_dir", "cache", "run_dir", "trace", "mlflow")
         paths = {name: Path(values[name]) for name in names if values.get(name) is not None}
         return TrainConfig(**{**BEFORE_THE_SETTING, **values, **paths})
@@ -438,7 +446,7 @@ def _check_ranges(config: TrainConfig) -> None:
 
     at_least(1, "epochs", "batch_size", "micro_batch_size", "lr_step_epochs", "keep_checkpoints", "threads_per_rank")
     must_be(f"at most {MOST_THREADS}", lambda value: value <= MOST_THREADS, "threads_per_rank")
-    at_least(0, "seed", "checkpoint_every", "log_every", "weight_decay", "verify_every", "audit", "stall_warning")
+    at_least(0, "seed", "checkpoint_every", "log_every", "weight_decay", "verify_every", "cross_check", "stall_warning")
     at_least(0, "l1_decay", "warmup_steps", "early_stopping")
     at_least(1, "max_steps", "lr_base_batch", "plateau_patience")
     must_be("above 0", lambda value: value > 0, "lr", "lr_step_factor", "clip_norm", "epsilon", *SHARES)

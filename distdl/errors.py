@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 EXIT_DEFECT = 1
+EXIT_DIFFERENT = 1  # as of cmp and diff
 EXIT_USER = 2
 EXIT_DAMAGED = 3
 EXIT_CORRUPTION = 4

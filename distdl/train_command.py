@@ -13,6 +13,7 @@ from distdl.config import (
     MODELS,
     NOT_IN_CONFIG_FILE,
     OTHER_NAMES,
+    RENAMED,
     TrainConfig,
     check_dataset_name,
     check_model_name,
@@ -44,6 +45,7 @@ COMMAND = Command(
         "resume": Flag(value="PATH", is_path=True),
     },
     other_names=OTHER_NAMES,
+    renamed=RENAMED,
     not_in_file=NOT_IN_CONFIG_FILE,
     trains=True,
 )

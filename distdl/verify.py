@@ -19,7 +19,7 @@ from pathlib import Path
 
 from distdl import cli
 from distdl.cli import Command, Flag
-from distdl.errors import EXIT_DAMAGED, EXIT_DEFECT, DamagedFileError, UserError
+from distdl.errors import EXIT_DAMAGED, EXIT_DIFFERENT, DamagedFileError, UserError
 from distdl.job.launched_by import read_launch
 from distdl.job.mpirun_command import environment_for, mpirun_command, python_command
 
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
     finally:
         if not different:
             shutil.rmtree(folder)
-    return EXIT_DEFECT if different else 0
+    return EXIT_DIFFERENT if different else 0
 
 
 def _forms(flags: Sequence[str]) -> list[list[str]]:
@@ -157,15 +157,15 @@ def _trained(ranks: int, flags: Sequence[str], folder: Path) -> Outcome:
 
 
 def first_difference(one: Outcome, other: Outcome) -> str:
-    """Return the first step and tensor whose hashes differ, or else the part of the results that differs."""
-    with (one.folder / "hashes.jsonl").open() as ones, (other.folder / "hashes.jsonl").open() as others:
-        for left, right in zip(map(json.loads, ones), map(json.loads, others), strict=False):
-            for name, hash_of_one in left["hashes"].items():
-                if right["hashes"].get(name) != hash_of_one:
-                    return (
-                        f"first at step {left['step']}, tensor {name}: {hash_of_one} with {one.ranks} ranks, "
-                        f"{right['hashes'].get(name)} with {other.ranks}"
-                    )
+    """Return the first place at which the records of the runs differ, or else the part of the results that differs."""
+    from distdl.engine.recorded import Recorded, compare_records  # noqa: PLC0415  it imports NumPy
+
+    found = compare_records(Recorded.read(one.folder), Recorded.read(other.folder)).difference
+    if found is not None:
+        return (
+            f"first at step {found.step}, {found.what}: {found.one} with {one.ranks} ranks, {found.other} with "
+            f"{other.ranks}"
+        )
     if one.proof[:2] == other.proof[:2]:
         return f"the weights agree, metrics.jsonl does not, with {one.ranks} and {other.ranks} ranks"
     return f"all recorded steps agree, the final states do not, with {one.ranks} and {other.ranks} ranks"

@@ -392,6 +392,9 @@ GROUPS = {
     "evaluate": ["runs", "data", "results"],
     "predict": ["what", "results", "code and old checkpoints"],
     "report": ["flags"],
+    "compare": ["flags"],
+    "replay": ["step", "data and model"],
+    "audit": ["audit", "data and model"],
     "search": ["search", "run"],
     "bench": ["training", "measurement", "results"],
     "doctor": ["flags"],
@@ -465,7 +468,7 @@ def test_an_unknown_command_is_reported_with_the_nearest(distdl_command):
     done = distdl_command("evalaute", "run")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(
-        "distdl: error: unknown command 'evalaute': expected one of bench, doctor, evaluate, "
+        "distdl: error: unknown command 'evalaute': expected one of audit, bench, compare, doctor, "
     )
     assert done.stderr.endswith("; did you mean 'evaluate'?\n")
 

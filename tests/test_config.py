@@ -305,8 +305,9 @@ configs = st.builds(
     kernels=st.sampled_from(config_module.KERNELS),
     on_nonfinite=st.sampled_from(["stop", "skip"]),
     verify_every=st.integers(0, 10**6),
-    audit=st.integers(0, 10**6),
+    cross_check=st.integers(0, 10**6),
     require_same_bits=st.booleans(),
+    prove=st.just(False),
     threads_per_rank=st.integers(1, 1024),
     trace=st.none() | paths,
 )
@@ -405,8 +406,9 @@ OTHER = {
     "kernels": "compiled",
     "on_nonfinite": "skip",
     "verify_every": 5,
-    "audit": 5,
+    "cross_check": 5,
     "require_same_bits": True,
+    "prove": True,
     "threads_per_rank": 2,
     "trace": Path("trace.json"),
     "tensorboard": True,
@@ -416,9 +418,26 @@ FREE = {
     *("config", "run_dir", "resume", "dry_run", "data_dir", "cache", "epochs", "max_steps", "checkpoint_every"),
     *("keep_checkpoints", "early_stopping", "test_with", "log_every", "stall_warning", "detect_hangs"),
     *("record_hashes", "balance", "on_nonfinite"),
-    *("verify_every", "audit", "require_same_bits", "threads_per_rank", "trace", "lock", "data_gigabytes"),
+    *(
+        "verify_every",
+        "cross_check",
+        "require_same_bits",
+        "prove",
+        "threads_per_rank",
+        "trace",
+        "lock",
+        "data_gigabytes",
+    ),
     *("tensorboard", "mlflow"),
 }
+
+
+def test_files_of_older_runs_may_have_earlier_names_of_settings(tmp_path):
+    """The setting ``cross_check`` was called ``audit``. On the command line its new name is suggested."""
+    assert parsed("--config", written(tmp_path, "audit = 5\n")).cross_check == 5
+    assert TrainConfig.from_json({"audit": 3}).cross_check == 3
+    with pytest.raises(UserError, match="unknown flag --audit: did you mean --cross-check"):
+        parsed("--audit", "5")
 
 
 def test_every_setting_is_in_one_group_of_the_help():
@@ -507,7 +526,7 @@ def test_all_differences_are_named_and_a_setting_that_an_older_version_lacked_ha
         (["--max-steps", "0"], "--max-steps must be at least 1, not 0"),
         (["--threads-per-rank", "0"], "--threads-per-rank must be at least 1, not 0"),
         (["--verify-every=-1"], "--verify-every must be at least 0, not -1"),
-        (["--audit=-1"], "--audit must be at least 0, not -1"),
+        (["--cross_check=-1"], "--cross-check must be at least 0, not -1"),
         (["--on-nonfinite", "ignore"], "unknown value of --on-nonfinite 'ignore': expected one of skip, stop"),
         (["--weight-decay=-0.1"], "--weight-decay must be at least 0, not -0.1"),
         (["--augment", "rotates=10"], "--augment 'rotates=10': unknown transform 'rotates'"),

@@ -1,7 +1,7 @@
 """Imports point one way: bottom <- {nn, optim, schedules, data, parallel, job} <- engine <- inference <- commands.
 
-Modules in braces never import each other, with one exception: parallel may use job. bench, search and doctor may use
-inference; their `__main__.py` files are commands.
+Modules in braces never import each other, with one exception: parallel may use job. bench, search, doctor and proof may
+use inference; their `__main__.py` files are commands.
 
 The checker below reads sources without running them; the last tests feed it sources that break each rule.
 """
@@ -23,8 +23,8 @@ PUBLIC = {"library", "config", "data", "engine", "nn"}
 BOTTOM = {"errors", "elementary", "rng", "arrays", "host_memory", "mapped_files", "regular_files", "json_files"}
 BOTTOM |= {"transforms", "model_settings", "image_options"}
 MIDDLE = {"nn", "optim", "schedules", "data", "parallel", "job"}
-#: Packages that use the engine. bench, search and doctor never import each other.
-USES = {"inference", "bench", "search", "doctor"}
+#: Packages that use the engine. bench, search, doctor and proof never import each other.
+USES = {"inference", "bench", "search", "doctor", "proof"}
 #: Every other part is a command, or `cli`, which only commands import.
 BELOW_THE_COMMANDS = {ROOT, "config", "engine"} | BOTTOM | MIDDLE | USES
 

@@ -21,6 +21,7 @@ from distdl.engine.kernels import compile_for
 from distdl.engine.memory import PROGRAM_BYTES, Need, gigabytes, need_of
 from distdl.engine.prepare import Preparation
 from distdl.engine.printed_lines import banner_of, duration, lines_of, shares_of
+from distdl.engine.proving import with_proof
 from distdl.engine.stop import StopRequest
 from distdl.engine.storage.files import try_folder
 from distdl.engine.storage.run_folder import StartingPoint
@@ -73,6 +74,8 @@ def dry_run(
 
             stop.on_rank_0(communicator, describe_data)
             warnings = compile_for(trainer, console)
+            if config.prove:
+                with_proof(facts, trainer, start, console)
             found = time_lines(trainer, clock)
             if communicator.rank == 0:
                 for warning in warnings:

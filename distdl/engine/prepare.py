@@ -23,8 +23,8 @@ from distdl.engine.kernels import compile_for, with_kernels
 from distdl.engine.logbook import Logbook
 from distdl.engine.memory import check_memory, check_resized, check_room_for_dataset
 from distdl.engine.metrics import Sums
+from distdl.engine.proving import with_proof
 from distdl.engine.requirements import check_moments, check_outputs, check_ranks, outputs_of, restore
-from distdl.engine.same_bits import with_bits
 from distdl.engine.state import TrainingState
 from distdl.engine.stop import StopRequest
 from distdl.engine.storage.files import check_output
@@ -99,6 +99,7 @@ class Preparation:
     console: Console | None
     stop: StopRequest
     callbacks: Sequence[Callback] = ()
+    find: Callable[..., StartingPoint] = find_start
     calls: Calls = field(default_factory=Calls)
     folder: Path | None = None
     is_repeated: bool = False
@@ -121,7 +122,7 @@ class Preparation:
         trainer, facts, start = self.build(communicator)
         console = self.console = self.console or Console(live=communicator.size == 1)
         self.warnings = [*self.warnings, *compile_for(trainer, console)]
-        facts = with_bits(facts, trainer, start)
+        facts = with_proof(facts, trainer, start, console)
         self.calls.attach(trainer)
         keeps = communicator.survives_failures
         logbook = Logbook(self.config, trainer.steps_per_epoch, console, self.calls, keeps=keeps)
@@ -138,9 +139,8 @@ class Preparation:
         on_rank_0(communicator, lambda: check_resized(config))
         if config.trace is not None:
             on_rank_0(communicator, partial(check_output, config.trace, "--trace"))
-        start = on_rank_0(communicator, lambda: find_start(config, self.folder, after_failure=self.is_repeated))
+        start = on_rank_0(communicator, lambda: self.find(config, self.folder, after_failure=self.is_repeated))
         config = self.config = with_kernels(config, communicator, start)
-
         data = self._share_data(communicator, start)
         state = together(communicator, lambda: self._build_state(data))
         check_equal_networks(communicator, config.model, state.network)
@@ -150,7 +150,6 @@ class Preparation:
         steps_per_epoch = batch_order.steps_per_epoch(len(data.parts.training), config.batch_size)
         on_rank_0(communicator, lambda: self._restore(state, start, facts.data_sha256, steps_per_epoch))
         state.send_from_rank_0(communicator)
-
         return Trainer(config, communicator, data, state, self.stop), facts, start
 
     def _share_data(self, communicator: Communicator, start: StartingPoint | None) -> PreparedDataset:

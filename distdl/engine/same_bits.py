@@ -96,7 +96,7 @@ def warnings_about_bits(start: StartingPoint, config: TrainConfig, environment: 
     """Return warnings about ranks, and about a checkpoint to resume from, that may have other bits than this run."""
     warnings = [f"{different}: bits depend on the ranks" for different in environment.get("ranks_that_differ", ())]
     warnings += environment.get("versions_that_differ", ())
-    if start.found is None:
+    if start.found is None or "proof" in environment:
         return warnings
     before = start.found.header()
     if change := change_of_bits(before, environment):

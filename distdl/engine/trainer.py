@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.config import TrainConfig, is_own
+from distdl.config import TrainConfig
 from distdl.data import MicroBatches, PreparedDataset, batch_order
 from distdl.data.augmentation import Augmentation
 from distdl.data.batch_order import BatchOrder
@@ -137,9 +137,9 @@ class Trainer:
         self.timeline = Timeline(communicator)
         self._trace = None if config.trace is None else Trace(self.timeline)
         self._finite_check = nonfinite.FiniteCheck(config, state, self._save_micro_batch)
-        audit = [corruption.Audit(state, config.audit, own_model=is_own(config.model))] if config.audit else []
-        observers: list[StepObserver] = [FaultPoints(state), *audit, self.timeline, self._finite_check]
-        self._optimizer_step = OptimizerStep(
+        cross_check = [corruption.CrossCheck(config, state)] if config.cross_check else []
+        observers: list[StepObserver] = [FaultPoints(state), *cross_check, self.timeline, self._finite_check]
+        self.optimizer_step = OptimizerStep(
             communicator,
             state.network,
             state.optimizer,
@@ -150,11 +150,11 @@ class Trainer:
             observers=[*observers, self.stop, self._dealer],
         )
         self._metric_reduction = REDUCTIONS[config.reduction](communicator, Layout(METRIC_FIELDS))
-        self._samples_since_epoch = 0
+        self.samples_since_epoch = 0
         full, training = config.batch_size, len(self.data.parts.training)
         # The full batch and the ragged last one of an epoch both get their room before training.
         for samples in sorted({min(full, training), training % full or full}):
-            self._optimizer_step.deal(samples)
+            self.optimizer_step.deal(samples)
 
     @property
     def work_done(self) -> tuple[int, int]:
@@ -166,7 +166,7 @@ class Trainer:
         phases: dict[Phase, Callable[[], None]] = {
             Phase.TRAIN: self._train,
             Phase.COMPARE: self._compare_replicas,
-            Phase.VALIDATE: self._validate,
+            Phase.VALIDATE: self.validate,
             Phase.CHECKPOINT: self._checkpoint,
             Phase.TEST: self._score_test,
             Phase.FINISH: self._finish,
@@ -182,7 +182,7 @@ class Trainer:
                 raise
         if not self.recoveries:  # otherwise MPI might wait for the lost ranks
             with suppress(PeerLost):  # all work is done
-                self._optimizer_step.close()
+                self.optimizer_step.close()
                 self._metric_reduction.close()
         if not self._is_at_the_end:
             raise self.stop.error(self.state.step)
@@ -238,7 +238,7 @@ class Trainer:
             fault_point("forward", owner=state)
             return loaded
 
-        total = self._optimizer_step.take(
+        total = self.optimizer_step.take(
             supervised(state.network, self._training_loss, load, key),
             samples=len(rows),
             learning_rate=learning_rate,
@@ -247,7 +247,7 @@ class Trainer:
         fault = self._finite_check.fault
         state.step_array += 1
         progress.train_seconds += self.timeline.step_seconds
-        self._samples_since_epoch += len(rows)
+        self.samples_since_epoch += len(rows)
         if fault is None:
             state.epoch_sums.add(total)
             self._batch_sums.set(float(total["loss_sum"][0]), int(total["counts"][0]), len(rows))
@@ -266,7 +266,8 @@ class Trainer:
             corruption.compare_replicas(self.communicator, self.state)
         self.phase = self._after_comparison()
 
-    def _validate(self) -> None:
+    def validate(self) -> None:
+        """Judge the epoch that this step has ended, and clear its sums."""
         state = self.state
         if state.epoch_sums.samples == 0:
             raise self._not_finite(f"every step of epoch {state.step // self.steps_per_epoch} was skipped")
@@ -278,8 +279,8 @@ class Trainer:
         fault_point("validation", when="committed", owner=validation)
         self._check_loss(validation, "validation")
         best.note_validation(self.config, state, validation, self.steps_per_epoch)
-        counted = {"samples": self._samples_since_epoch, **self._dealer.epoch_record()}
-        self._samples_since_epoch = 0
+        counted = {"samples": self.samples_since_epoch, **self._dealer.epoch_record()}
+        self.samples_since_epoch = 0
         for listener in self.listeners:
             listener.epoch_ended(state, validation, spent, counted)
         state.epoch_sums.set(0.0, 0, 0)

@@ -170,13 +170,7 @@ def activation_histograms(
     every = _subplots(figure, max(len(of_networks), 1), columns)
     for row, (title, of_layers) in enumerate(of_networks.items()):
         for axes, (name, outputs) in zip(every[row * columns :], of_layers.items(), strict=False):
-            counts, edges = np.histogram(outputs, bins=bins, range=limits)
-            axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge")
-            axes.set_title(f"{title}: {name}" if title else name, fontsize=8)
-            axes.set_yticks([])
-            axes.locator_params(axis="x", nbins=4)
-            axes.tick_params(labelsize=7)
-            axes.xaxis.get_offset_text().set_fontsize(7)
+            _histogram(axes, outputs, f"{title}: {name}" if title else name, bins=bins, limits=limits)
     _set_apart(figure)
     return figure
 
@@ -197,6 +191,54 @@ def curves(metrics: Path | Iterable[Mapping[str, Any]]) -> Figure:
         axes.set_title(name)
         axes.legend()
     return figure
+
+
+def micro_batch(
+    images: NDArray[Any],
+    losses: NDArray[Any],
+    activations: Mapping[str, NDArray[Any]],
+    gradients: Mapping[str, NDArray[Any]],
+    *,
+    columns: int = 8,
+    most_rows: int = 3,
+) -> Figure:
+    """Return the inside of a step: samples (N, H, W, C) with their losses (N,), activations, and gradients by name.
+
+    The samples are those with the greatest loss. Activations and gradients are histograms; but if there is only one
+    layer, and its activations are images, they are drawn for the first of these samples, one map per channel. Of more
+    than `most_rows` rows of either, some are drawn, from the first to the last.
+    """
+    shown = np.argsort(-losses, kind="stable")[:columns].tolist()
+    maps: Mapping[str, NDArray[Any]] = {}
+    if len(activations) == 1 and (only := next(iter(activations.values()))).ndim == 4:
+        maps = {f"channel {k}": only[shown[0], :, :, k : k + 1] for k in range(only.shape[3])}
+    groups = [
+        {f"sample {sample}\nloss {losses[sample]:.3g}": images[sample] for sample in shown},
+        _spread(maps or activations, columns * most_rows),
+        _spread({f"d {name}": gradient for name, gradient in gradients.items()}, columns * most_rows),
+    ]
+    places = [(row, column) for row in range(2 * most_rows + 1) for column in range(columns)]
+    rows = [-(-len(group) // columns) for group in groups]
+    figure = _figure(1.5 * columns, 1.5 * sum(rows), inches=1)
+    grid = figure.add_gridspec(sum(rows), columns)
+    for number, group in enumerate(groups):
+        for (title, numbers), (row, column) in zip(group.items(), places, strict=False):
+            axes = figure.add_subplot(grid[sum(rows[:number]) + row, column])
+            if number == 0 or (number == 1 and maps):
+                axes.set_axis_off()
+                _draw(axes, numbers, title)
+            else:
+                _histogram(axes, numbers[np.isfinite(numbers)], title, bins=30, limits=None)
+    _set_apart(figure)
+    return figure
+
+
+def _spread(arrays: Mapping[str, NDArray[Any]], most: int) -> dict[str, NDArray[Any]]:
+    """Return at most so many of the arrays, evenly spread, with the first and the last."""
+    names = list(arrays)
+    if len(names) > most:
+        names = [names[place] for place in np.linspace(0, len(names) - 1, most).round().astype(int).tolist()]
+    return {name: arrays[name] for name in names}
 
 
 # --------------------------------------------------------------------------------------------------------- matplotlib
@@ -236,6 +278,16 @@ def _figure(columns: float, rows: float, *, inches: float = INCHES_PER_IMAGE) ->
     from matplotlib.figure import Figure  # noqa: PLC0415  half a second, and not installed everywhere
 
     return Figure(figsize=(max(columns * inches, 2.5), max(rows * inches, 1.5) + 0.5), layout="constrained")
+
+
+def _histogram(axes: Axes, numbers: NDArray[Any], title: str, *, bins: int, limits: tuple[float, float] | None) -> None:
+    counts, edges = np.histogram(numbers, bins=bins, range=limits)
+    axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge")
+    axes.set_title(title, fontsize=8)
+    axes.set_yticks([])
+    axes.locator_params(axis="x", nbins=4)
+    axes.tick_params(labelsize=7)
+    axes.xaxis.get_offset_text().set_fontsize(7)
 
 
 def _set_apart(figure: Figure) -> None:

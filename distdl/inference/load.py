@@ -208,14 +208,18 @@ def _read(given: Path, *, best: bool) -> _Source:
             header = found.header()
     except OSError as error:
         raise UserError(f"cannot access {error.filename}: {error.strerror}; give another run folder") from None
+    return _Source(given, found, header, config_in(header, found.path))
+
+
+def config_in(header: CheckpointHeader, path: Path) -> TrainConfig:
+    """Return the checked config in the header of the checkpoint at `path`; raise `UserError` if it cannot be used."""
     try:
         config = TrainConfig.from_json(header.config)
-        config = replace(config, config=None, run_dir=None, resume=None, trace=None).checked()
+        return replace(config, config=None, run_dir=None, resume=None, prove=False, trace=None).checked()
     except (LookupError, TypeError) as error:
-        raise UserError(f"{found.path} has settings that this version of distdl does not know: {error}") from None
+        raise UserError(f"{path} has settings that this version of distdl does not know: {error}") from None
     except UserError as error:
-        raise UserError(f"the settings in {found.path} are invalid: {error}") from None
-    return _Source(given, found, header, config)
+        raise UserError(f"the settings in {path} are invalid: {error}") from None
 
 
 def _share_data(
@@ -259,7 +263,8 @@ def _data_arrays(
                 f"{other.given} was trained on {other.config.dataset}, {first.given} on {first.config.dataset}: "
                 "expected one dataset; evaluate them one by one"
             )
-    loaded = _load_dataset(first, data_dir, dataset, data_gigabytes)
+    given = first.given, first.config
+    loaded = dataset_of(*given, data_dir, dataset, data_gigabytes, is_needless=first.header.signature is not None)
     prepared: dict[str, PreparedDataset] = {}
     for one in sources:
         name = one.preparation
@@ -282,37 +287,44 @@ def _data_arrays(
     return arrays
 
 
-def _load_dataset(
-    first: _Source, data_dir: Path | None, dataset: Dataset | str | None, data_gigabytes: float | None
+def dataset_of(
+    run: Path,
+    config: TrainConfig,
+    data_dir: Path | None,
+    dataset: Dataset | str | None,
+    data_gigabytes: float | None,
+    *,
+    is_needless: bool = False,
 ) -> Dataset:
-    """Return the given dataset, or load the one that the first run was trained on."""
+    """Return the given dataset, or load the one that a run was trained on; raise `UserError` if it is not available.
+
+    `is_needless`: other commands can use the run without it.
+    """
     if isinstance(dataset, Dataset):
         return dataset
-    trained_on = first.config.dataset
+    trained_on = config.dataset
     if dataset is not None and trained_on in DATASETS and dataset != trained_on:
-        raise UserError(f"{first.given} was trained on {trained_on}: leave --dataset {dataset} out")
+        raise UserError(f"{run} was trained on {trained_on}: leave --dataset {dataset} out")
     if dataset is None and comes_from_script(trained_on):
         raise UserError(
-            f"{first.given} was trained on the dataset {trained_on!r} of a script: give the same data by --dataset "
+            f"{run} was trained on the dataset {trained_on!r} of a script: give the same data by --dataset "
             "npz:FILE.npz, or in a script score other data with distdl.load(…).evaluate(dataset)"
         )
     if dataset is None and is_own(trained_on):  # no code runs because a checkpoint names it
-        what = f"{first.given} was trained on a dataset from user code"
+        what = f"{run} was trained on a dataset from user code"
         raise UserError(f"{what}; if you trust that code, add --dataset {trained_on}")
     if data_dir is not None and not reads_data_dir(trained_on):
-        raise UserError(f"--data-dir has no effect with {trained_on}, which {first.given} was trained on: leave it out")
-    name, folder = dataset or trained_on, data_dir or first.config.data_dir
+        raise UserError(f"--data-dir has no effect with {trained_on}, which {run} was trained on: leave it out")
+    name, folder = dataset or trained_on, data_dir or config.data_dir
     prefix = next((prefix for prefix in FROM_PATH if name.startswith(prefix)), None)
     place = folder if prefix is None else Path(name.removeprefix(prefix))
     if place is not None and not place.exists():
         flag = "--data-dir FOLDER" if prefix is None else f"--dataset {prefix}PATH"
-        needless = "; distdl.predict, and distdl.evaluate --on other data, do not need it"
-        hint = needless if first.header.signature else ""
+        hint = "; distdl.predict, and distdl.evaluate --on other data, do not need it" if is_needless else ""
         raise UserError(
-            f"the data of {first.given} ({name}) is not here: there is no {place.absolute()}; give its place by "
-            f"{flag}{hint}"
+            f"the data of {run} ({name}) is not here: there is no {place.absolute()}; give its place by {flag}{hint}"
         )
-    options = first.config.image_options
+    options = config.image_options
     if data_gigabytes is not None:
         options = replace(options, data_gigabytes=data_gigabytes)
     if options.cache is not None and not options.cache.is_dir():  # the run has moved: make no cache elsewhere
@@ -327,16 +339,8 @@ def _build(
     build_network: BuildNetwork | None,
     models: Sequence[str],
 ) -> Sequential:
-    name, given = config.model, build_network if is_own(config.model) else None
-    if is_own(name) and given is None:
-        name = next((model for model in models if names_match(model, config.model)), "")
-        if not name:  # no code runs because a checkpoint names it
-            model = config.model.replace("__main__:", "SCRIPT.py:")
-            name_of_function = config.model.rpartition(":")[2]
-            raise UserError(
-                f"cannot build the network of {path}: it was trained with a model from user code; if you trust that "
-                f"code, add --model {model}, or in a script distdl.load(…, build_network={name_of_function})"
-            )
+    given = build_network if is_own(config.model) else None
+    name = config.model if given is not None else model_named(config.model, path, models)
     try:
         build = network_builder(name, config.model_settings, given)
         network = build(signature.image_shape, outputs_of(config, signature)[-1])
@@ -353,6 +357,23 @@ def _build(
             "distdl.load(…, build_network=…)"
         ) from None
     return network
+
+
+def model_named(trained_with: str, path: str, models: Sequence[str]) -> str:
+    """Return the name of the model that the checkpoint at `path` was trained with: ours, or the user's in `models`.
+
+    Raises `UserError` if the user has not named it: no code runs because a checkpoint names it.
+    """
+    if not is_own(trained_with):
+        return trained_with
+    name = next((model for model in models if names_match(model, trained_with)), None)
+    if name is None:
+        model, function = trained_with.replace("__main__:", "SCRIPT.py:"), trained_with.rpartition(":")[2]
+        raise UserError(
+            f"cannot build the network of {path}: it was trained with a model from user code; if you trust that code, "
+            f"add --model {model}, or in a script distdl.load(…, build_network={function})"
+        )
+    return name
 
 
 def _refuse_unused_models(models: Sequence[str], configs: Sequence[TrainConfig]) -> None:

@@ -22,7 +22,7 @@ from distdl.job.launched_by import Launch, ranks_of_this_host, read_launch
 from distdl.job.lifeline import LAUNCHERS, STEP_DAEMONS
 from distdl.job.lost_ranks import cancel_the_step
 from distdl.job.probes import SHARED_MEMORY
-from distdl.job.processes import Process, ancestors, children, look_at
+from distdl.job.processes import Process, ancestors, children, look_at, stopped_ranks
 from distdl.job.slow_start import SECONDS_UNTIL_REPORTED
 from distdl.job.streams import say_line
 
@@ -46,6 +46,8 @@ SECONDS_TO_END = 5.0
 STARTED = b"s"
 #: The first letters of the names of programs that are parents of ranks: Open MPI's, MPICH's, Slurm's.
 PARENTS = ("prte", "mpirun", "mpiexec", "hydra_pmi_proxy", *STEP_DAEMONS)
+#: Those that may let the other ranks wait for one that died in MPI_Init. MPICH's ends them at once.
+LET_OTHERS_WAIT = ("prte", "mpirun", *STEP_DAEMONS)
 LOST = "a rank was lost while MPI was started"
 
 
@@ -61,7 +63,9 @@ def end_the_job_if_a_rank_dies() -> Iterator[None]:
     watcher = os.fork()
     if watcher == 0:
         try:
-            os.close(end)
+            # The connection to MPICH's launcher must end with the rank, not with its watcher.
+            os.closerange(3, ended)
+            os.closerange(ended + 1, os.sysconf("SC_OPEN_MAX"))
             _watch(ended, launcher, rank)
         finally:
             os._exit(0)
@@ -108,7 +112,8 @@ def _watch(ended: int, launcher: Process | None, rank: Process) -> None:
         missed = 0.0 if living >= expected else missed + SECONDS_BETWEEN_LOOKS
         if missed >= (SECONDS_MISSED if seen else SECONDS_NEVER_SEEN):
             _end_the_job(launcher, rank, LOST)
-    if os.read(ended, 1) != STARTED:  # this rank is dead
+    is_dead = os.read(ended, 1) != STARTED
+    if is_dead and launcher is not None and launcher.name.startswith(LET_OTHERS_WAIT):
         time.sleep(SECONDS_FOR_THE_LAUNCHER)
         _end_the_job(launcher, rank, LOST)
 
@@ -146,14 +151,14 @@ def _send(number: int, process: Process) -> None:
 
 
 def report(waited: float, launcher: Process | None, living: int | None, expected: int) -> None:
-    """Say what the first rank of this host waits for."""
+    """Say what a rank waits for. The first two of a host speak, because the first may be the late one."""
     launch, host = read_launch(), os.uname().nodename
-    if launch.local_rank:
+    if launch.local_rank > 1:
         return
     where = ""
     if living is not None and expected:
         late = "one is late, or another host" if living >= expected else "the others are late or lost"
-        where = f": {min(living, expected)} of {expected} ranks of host {host} live, {late}"
+        where = f": {min(living, expected)} of {expected} ranks of host {host} live, {late}{stopped_ranks(launcher)}"
     if _has_a_dev_shm_of_its_own(launcher):
         where += f"; the ranks of host {host} have different {SHARED_MEMORY}, and MPI needs one for all"
     say_line(f"rank {launch.rank} has waited for {waited:.0f} s for the start of MPI (MPI_Init) on all ranks{where}")

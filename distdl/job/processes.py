@@ -81,11 +81,10 @@ def children(parent: Process) -> list[Process]:
     return [process for process in map(look_at, map(int, numbers)) if process is not None]
 
 
-def stopped_ranks() -> str:
-    """Return a text that names stopped ranks of this host: children of our parent in the state T; empty if none is."""
+def stopped_ranks(launcher: Process | None) -> str:
+    """Return a text that names the stopped children of the ranks' parent on this host; empty if none is stopped."""
     with suppress(OSError):
-        parent = look_at(os.getppid())
-        stopped = [] if parent is None else [one for one in children(parent) if one.state in "Tt"]
+        stopped = [] if launcher is None else [one for one in children(launcher) if one.state in "Tt"]
         if stopped:
             return f"; stopped on host {os.uname().nodename}: process {', '.join(str(one.pid) for one in stopped)}"
     return ""

@@ -65,7 +65,8 @@ def report_a_long_wait(waited: float) -> None:
     """Say that this rank waits. The first two ranks of a host speak, because the first may be the late one."""
     launch = read_launch()
     if launch.local_rank < 2:
-        say_line(f"rank {launch.rank} has waited for {waited:.0f} s for another rank{stopped_ranks()}")
+        stopped = stopped_ranks(look_at(os.getppid()))
+        say_line(f"rank {launch.rank} has waited for {waited:.0f} s for another rank{stopped}")
 
 
 def runs_here(argv: Sequence[str]) -> bool:

@@ -24,8 +24,8 @@ MOST = 2**20
 #: Settings that do not change the result of a trial. A resumed search may change these and no others.
 WITHOUT_EFFECT = (
     *("config", "run_dir", "resume", "data_dir", "max_steps", "checkpoint_every", "keep_checkpoints", "log_every"),
-    *("stall_warning", "detect_hangs", "record_hashes", "threads_per_rank", "balance", "verify_every", "audit"),
-    *("trace", "dry_run", "require_same_bits", "tensorboard", "mlflow"),
+    *("stall_warning", "detect_hangs", "record_hashes", "threads_per_rank", "balance", "verify_every", "cross_check"),
+    *("trace", "dry_run", "require_same_bits", "prove", "tensorboard", "mlflow"),
 )
 
 

@@ -19,9 +19,9 @@ ALL = "rotate=10,shift=2,scale=0.1,crop=2,flip,brightness=0.1"
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("settings", [{}, {"audit": 1, "balance": True}, {"model": "deep_convnet", "epochs": 1}])
+@pytest.mark.parametrize("settings", [{}, {"cross_check": 1, "balance": True}, {"model": "deep_convnet", "epochs": 1}])
 def test_every_number_of_ranks_gives_the_bits_of_one_process(communicator, shared_tmp_path, settings):
-    """The audit recomputes micro-batches of other ranks. It fails unless their images are the same."""
+    """The cross-check recomputes micro-batches of other ranks. It fails unless their images are the same."""
     settings = {"augment": ALL, "rows": VERY_RAGGED, **settings}
     expected = small_run(OneProcess(), shared_tmp_path / "one", **settings) if communicator.rank == 0 else None
     for size, part in worlds(communicator):
@@ -98,12 +98,12 @@ def segmentation_run(communicator, folder, **settings):
 
 @pytest.mark.mpi(min_size=2)
 def test_moved_labels_of_pixels_are_the_same_on_any_number_of_ranks_and_after_a_resume(communicator, shared_tmp_path):
-    """The audit recomputes micro-batches of other ranks."""
+    """The cross-check recomputes micro-batches of other ranks."""
     expected = segmentation_run(OneProcess(), shared_tmp_path / "one") if communicator.rank == 0 else None
     for size, part in worlds(communicator):
         folder = shared_tmp_path / f"{size}"
-        segmentation_run(part, folder, max_steps=size + 1, audit=1)
-        found = segmentation_run(part, folder, resume="auto", audit=1, balance=True)
+        segmentation_run(part, folder, max_steps=size + 1, cross_check=1)
+        found = segmentation_run(part, folder, resume="auto", cross_check=1, balance=True)
         if part.rank == 0:
             assert found == expected, f"{size} ranks differ from one process"
     remove(communicator, shared_tmp_path)

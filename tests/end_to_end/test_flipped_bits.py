@@ -1,4 +1,4 @@
-"""The next comparison finds a flipped bit in a replica. The audit of a step finds one in a gradient."""
+"""The next comparison finds a flipped bit in a replica. The cross-check of a step finds one in a gradient."""
 
 import sys
 
@@ -91,7 +91,7 @@ def test_a_bit_flipped_once_in_a_gradient_is_found_in_that_step_and_its_rank_nam
                     once=True,
                 )
                 with pytest.raises(CorruptionError, match="step 2 has other bits when computed again") as caught:
-                    small_run(part, shared_tmp_path / f"{size}-{victim}", audit=1, reduction=reduction)
+                    small_run(part, shared_tmp_path / f"{size}-{victim}", cross_check=1, reduction=reduction)
             assert (caught.value.agreed, caught.value.exit_code) == (True, 4)
             assert named(caught.value) == [victim]
     remove(communicator, shared_tmp_path)
@@ -104,19 +104,19 @@ def test_a_rank_that_always_computes_wrong_bits_is_named_if_there_are_three_rank
             with faults():
                 spoil_records(lambda record: flip(record["gradient"]), step=2, rank=victim)
                 with pytest.raises(CorruptionError, match="the same shard of step 2 has other bits") as caught:
-                    small_run(part, shared_tmp_path / f"{size}-{victim}", audit=2)
+                    small_run(part, shared_tmp_path / f"{size}-{victim}", cross_check=2)
             assert named(caught.value) == expected_suspects(size, victim)
     remove(communicator, shared_tmp_path)
 
 
 @pytest.mark.mpi(min_size=2)
-def test_an_audit_finds_flipped_weights_before_the_step_is_taken(communicator, shared_tmp_path):
+def test_a_cross_check_finds_flipped_weights_before_the_step_is_taken(communicator, shared_tmp_path):
     for size, part in worlds(communicator, (2, 3, 4)):
         for victim in sorted({0, size - 1}):
             with faults():
                 spoil_state(FLIPS["parameters"], step=2, rank=victim)
                 with pytest.raises(CorruptionError, match=r"after step 1, first in conv2d_1\.weight") as caught:
-                    small_run(part, shared_tmp_path / f"{size}-{victim}", audit=2)
+                    small_run(part, shared_tmp_path / f"{size}-{victim}", cross_check=2)
             assert named(caught.value) == expected_suspects(size, victim)
     remove(communicator, shared_tmp_path)
 
@@ -131,31 +131,33 @@ class Counting(nn.Flatten):
         return super().forward(x, training=training, key=key) + np.float32(self.calls)
 
 
-def test_the_audit_of_a_user_s_model_also_names_its_layers(tmp_path):
+def test_the_cross_check_of_a_user_s_model_also_names_its_layers(tmp_path):
     def build(input_shape, classes):
         return nn.Sequential([Counting(), nn.Affine(classes)], input_shape)
 
     with pytest.raises(CorruptionError, match=r"computed again \(or a layer of the model is not a pure function"):
-        small_run(OneProcess(), tmp_path / "run", build_network=build, audit=1)
+        small_run(OneProcess(), tmp_path / "run", build_network=build, cross_check=1)
 
 
-def test_a_single_rank_audits_itself(tmp_path):
+def test_a_single_rank_checks_itself(tmp_path):
     spoil_records(lambda record: flip(record["gradient"]), step=2, once=True)
     with pytest.raises(CorruptionError, match=r"on rank 0 .*step 2 has other bits when computed again; leave"):
-        small_run(OneProcess(), tmp_path / "run", audit=1)
+        small_run(OneProcess(), tmp_path / "run", cross_check=1)
 
 
 @pytest.mark.mpi(min_size=2)
 @pytest.mark.parametrize("model", ["simple_convnet", "deep_convnet"])
 @pytest.mark.parametrize("balance", [False, True])
-def test_audits_and_comparisons_do_not_change_the_bits(communicator, shared_tmp_path, monkeypatch, model, balance):
+def test_cross_checks_and_comparisons_do_not_change_the_bits(
+    communicator, shared_tmp_path, monkeypatch, model, balance
+):
     """Shards change in every step. Some are empty in the ragged batch of more than 6 ranks."""
     if balance:
         monkeypatch.setattr(Balance, "observe", lambda *_: True)
     expected = small_run(OneProcess(), shared_tmp_path / "one", model=model) if communicator.rank == 0 else None
     for size, part in worlds(communicator, (1, 2, 3, 4, 8)):
         folder = shared_tmp_path / f"{size}"
-        found = small_run(part, folder, model=model, audit=1, verify_every=1, balance=balance)
+        found = small_run(part, folder, model=model, cross_check=1, verify_every=1, balance=balance)
         if part.rank == 0:
             assert found == expected
     remove(communicator, shared_tmp_path)
@@ -183,7 +185,7 @@ sys.exit(cli.run(train_command.main, sys.argv[2:]))
         ),
         (
             "spoil_records(lambda record: flip(record['gradient']), step=6, rank=1, once=True)",
-            ["--audit", "1"],
+            ["--cross-check", "1"],
             "a shard of step 6 has other bits when computed again",
         ),
     ],

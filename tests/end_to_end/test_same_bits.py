@@ -101,15 +101,17 @@ def test_micro_batches_that_no_rank_count_divides_change_nothing(communicator, s
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("audit", [0, 2])
-def test_batch_normalization_has_the_moments_of_the_whole_batch_on_any_ranks(communicator, shared_tmp_path, audit):
-    settings = {"build_network": normalized_network, "rows": VERY_RAGGED, "audit": audit, "verify_every": 2}
+@pytest.mark.parametrize("cross_check", [0, 2])
+def test_batch_normalization_has_the_moments_of_the_whole_batch_on_any_ranks(
+    communicator, shared_tmp_path, cross_check
+):
+    settings = {"build_network": normalized_network, "rows": VERY_RAGGED, "cross_check": cross_check, "verify_every": 2}
     assert_every_number_of_ranks_agrees(communicator, shared_tmp_path, **settings)
 
 
 @pytest.mark.mpi(min_size=2)
 def test_every_further_layer_gives_the_same_bits_on_any_ranks(communicator, shared_tmp_path):
-    settings = {"build_network": network_of_many_layers, "rows": VERY_RAGGED, "audit": 2}
+    settings = {"build_network": network_of_many_layers, "rows": VERY_RAGGED, "cross_check": 2}
     assert_every_number_of_ranks_agrees(communicator, shared_tmp_path, **settings)
 
 

@@ -121,7 +121,9 @@ def test_frozen_parameters_keep_their_bits_and_all_others_change(tmp_path, optim
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("settings", [{}, {"audit": 1, "clip_norm": 0.5, "optimizer": "momentum", "balance": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"cross_check": 1, "clip_norm": 0.5, "optimizer": "momentum", "balance": True}]
+)
 def test_every_number_of_ranks_gives_the_bits_of_one_process(communicator, shared_tmp_path, settings, monkeypatch):
     """Only rank 0 reads the source: another host need not have it."""
     settings = {"freeze": FREEZE, "init_from": str(shared_tmp_path / "source"), **settings}

@@ -46,7 +46,7 @@ def test_equal_bits_are_proved_and_no_file_remains(verified, tmp_path):
 def test_bits_that_depend_on_the_ranks_are_found_at_the_first_step(verified, tmp_path):
     done = verified("--ranks", "1,3", "--", "--max-steps", "3", "--reduction", "allreduce")
     assert done.returncode == 1, done.stderr
-    assert re.search(r"DIFFERENT: first at step 1, tensor \w+\.\w+: [0-9a-f]{16} with 1 ranks", done.stdout)
+    assert re.search(r"DIFFERENT: first at step 1, tensor \w+\.\w+: hash [0-9a-f]{16} with 1 ranks", done.stdout)
 
 
 @pytest.mark.usefixtures("needs_mpirun")
@@ -104,7 +104,7 @@ def outcome(folder, ranks, hashes, *, metrics=b"", weights="w"):
 def test_the_first_different_tensor_is_named(tmp_path):
     one = outcome(tmp_path / "a", 1, [{"w": "1", "b": "1"}, {"w": "2", "b": "2"}, {"w": "3", "b": "3"}])
     two = outcome(tmp_path / "b", 2, [{"w": "1", "b": "1"}, {"w": "2", "b": "x"}, {"w": "y", "b": "3"}])
-    assert first_difference(one, two) == "first at step 2, tensor b: 2 with 1 ranks, x with 2"
+    assert first_difference(one, two) == "first at step 2, tensor b: hash 2 with 1 ranks, hash x with 2"
 
 
 def test_a_difference_only_in_the_metrics_is_named(tmp_path):

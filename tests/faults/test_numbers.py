@@ -48,14 +48,14 @@ def test_a_flipped_bit_in_the_weights_of_one_rank_is_found_and_the_rank_named(ro
 
 
 def test_a_flipped_bit_in_the_gradient_of_one_rank_is_found_in_that_step(row, undisturbed):
-    table = row("one flipped bit in one rank's gradient, --audit 1", 5, 50)
+    table = row("one flipped bit in one rank's gradient, --cross-check 1", 5, 50)
 
     def one(number, folder):
         rng = table.random(number)
         rank, step = rng.randrange(4), rng.randrange(1, STEPS - 1)
         rule = {"rank": rank, "phase": "backward", "when": "after", "step": step, "nth": rng.choice([1, 2])}
         rule["do"] = f"flip-gradient:{rng.randrange(10**6)},{rng.choice(BITS)}"
-        flags = (*FLAGS, "--audit", "1")
+        flags = (*FLAGS, "--cross-check", "1")
         outcome = run(folder, 4, *flags, sabotage=[rule])
         assert outcome.code == CORRUPTION, str(outcome)
         assert named_ranks(outcome) == [rank], str(outcome)

@@ -13,10 +13,10 @@ from distdl.job import mpi_init
 from distdl.job.mpi_init import end_the_job_if_a_rank_dies
 from distdl.job.processes import look_at
 
-#: A launcher called like MPICH's proxy, which may ignore SIGTERM, and its one rank, which waits in MPI_Init.
+#: A launcher called like Open MPI's daemon, which may ignore SIGTERM, and its one rank, which waits in MPI_Init.
 LAUNCHER = """
 import ctypes, signal, subprocess, sys, time
-ctypes.CDLL(None).prctl(15, b"hydra_pmi_proxy", 0, 0, 0)
+ctypes.CDLL(None).prctl(15, b"prted", 0, 0, 0)
 if sys.argv[3] == "spins":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]])

@@ -5,19 +5,18 @@ import signal
 import subprocess
 import time
 
-from distdl.job import processes
 from distdl.job.processes import look_at, stopped_ranks
 
 
-def test_stopped_ranks_of_a_host_are_named(monkeypatch):
-    monkeypatch.setattr(processes.os, "getppid", os.getpid)  # the ranks are children of our parent
+def test_stopped_ranks_of_a_host_are_named():
+    launcher = look_at(os.getpid())
     child = subprocess.Popen(["sleep", "600"])
     try:
-        assert stopped_ranks() == ""
+        assert stopped_ranks(launcher) == stopped_ranks(None) == ""
         child.send_signal(signal.SIGSTOP)
         while look_at(child.pid).state != "T":
             time.sleep(0.01)
-        assert stopped_ranks() == f"; stopped on host {os.uname().nodename}: process {child.pid}"
+        assert stopped_ranks(launcher) == f"; stopped on host {os.uname().nodename}: process {child.pid}"
     finally:
         child.kill()
         child.wait()

@@ -67,10 +67,10 @@ def test_a_restarted_launcher_is_reported_too(monkeypatch, capsys):
         (0, 1, "1 of 2 ranks of host {host} live, the others are late or lost"),
         (0, 2, "2 of 2 ranks of host {host} live, one is late, or another host"),
         (0, None, "for the start of MPI (MPI_Init) on all ranks\n"),
-        (1, 1, None),
+        (2, 1, None),
     ],
 )
-def test_the_first_rank_of_a_host_says_what_mpi_waits_for(local_rank, living, said, monkeypatch, capsys):
+def test_the_first_two_ranks_of_a_host_say_what_mpi_waits_for(local_rank, living, said, monkeypatch, capsys):
     for name, value in {"PMI_RANK": 2, "PMI_SIZE": 4, "MPI_LOCALRANKID": local_rank}.items():
         monkeypatch.setenv(name, str(value))
     for name in ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):

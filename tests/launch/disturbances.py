@@ -34,7 +34,9 @@ from ssh_hosts import SshHosts, ip
 TRAINING = ["--dataset", "digits", "--model", "mlp", "--epochs", "20", "--kernels", "numpy"]
 TRAINING += ["--log-every", "1", "--checkpoint-every", "7"]
 STEPS = 200
-LONGEST_SILENCE, LONGEST_JOB = 60.0, 180.0
+LONGEST_SILENCE = 60.0
+#: A start that cannot succeed ends after ten minutes.
+LONGEST_JOB = 720.0
 #: A stopped rank continues after this time, unless the job has ended.
 SECONDS_STOPPED = 75.0
 STOPS = {"stop, --detect-hangs": ["--detect-hangs", "10"], "stop, --stall-warning": ["--stall-warning", "10"]}

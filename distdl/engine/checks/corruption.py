@@ -1,8 +1,8 @@
 """Silent corruption: wrong bits from memory or a processor, without an error.
 
 All ranks take the same steps from the same state. So their replicas must be equal bit for bit (`compare_replicas`), and
-every rank must get the same bits for a micro-batch (`Audit`). Otherwise the hardware is at fault. All ranks judge which
-one from the same reports, so all raise the same `CorruptionError`.
+every rank must get the same bits for a micro-batch (`CrossCheck`). Otherwise the hardware is at fault. All ranks judge
+which one from the same reports, so all raise the same `CorruptionError`.
 """
 
 import socket
@@ -13,40 +13,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.arrays import sha256_of_arrays
+from distdl.config import TrainConfig, is_own
 from distdl.engine.state import TrainingState
 from distdl.engine.step import OptimizerStep, StepObserver
 from distdl.errors import CorruptionError
 from distdl.parallel import Communicator, Reduction
 
 #: The fields of a record that follow from config and step alone, unlike seconds or stop requests.
-AUDITED = ("gradient", "statistics", "loss_sum", "counts")
+COMPARED = ("gradient", "statistics", "loss_sum", "counts")
 
 
-class Audit(StepObserver):
-    """Recomputes the shard of the next rank every `every` steps, and compares the bits before the reduction.
+class CrossCheck(StepObserver):
+    """Recomputes the shard of the next rank every `cross_check` steps, and compares the bits before the reduction.
 
-    Alone, a rank recomputes its own shard. With a user's `own_model` its layers may be at fault themselves. Raises
+    Alone, a rank recomputes its own shard. If the model is the user's, its layers may be at fault themselves. Raises
     `CorruptionError` on every rank if bits differ.
     """
 
-    def __init__(self, state: TrainingState, every: int, *, own_model: bool) -> None:
+    def __init__(self, config: TrainConfig, state: TrainingState) -> None:
         self._state = state
-        self._every = every
+        self._every = config.cross_check
         hint = " (or a layer of the model is not a pure function of its input and key: fix that)"
-        self._hint = hint if own_model else ""
+        self._hint = hint if is_own(config.model) else ""
 
     def shard_done(self, step: OptimizerStep) -> None:
-        """Audit the step if its turn has come. Collective."""
+        """Check the step if its turn has come. Collective."""
         number = self._state.step + 1
         if number % self._every:
             return
         communicator, rank, size = step.communicator, step.communicator.rank, step.communicator.size
-        audited = (rank + 1) % size
-        first = communicator.allgather_json([_digest(step.reduction), _recomputed(step, audited)])
+        checked = (rank + 1) % size
+        first = communicator.allgather_json([_digest(step.reduction), _recomputed(step, checked)])
         pairs = [{one, (one + 1) % size} for one in range(size) if first[one][1] != first[(one + 1) % size][0]]
         if not pairs:
             return
-        second = communicator.allgather_json([_recomputed(step, rank), _recomputed(step, audited)])
+        second = communicator.allgather_json([_recomputed(step, rank), _recomputed(step, checked)])
         fickle = [one for one in range(size) if first[one] != second[one]]
         if fickle:
             what = f"a shard of step {number} has other bits when computed again{self._hint}"
@@ -70,7 +71,7 @@ def _digest(reduction: Reduction) -> str:
     return sha256_of_arrays(
         (f"{tree_node.lo}-{tree_node.hi} {name}", record[name])
         for tree_node, record in reduction.partial_sums()
-        for name in AUDITED
+        for name in COMPARED
         if name in record
     )
 
