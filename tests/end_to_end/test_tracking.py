@@ -11,7 +11,7 @@ from small_runs import VERY_RAGGED, piece_of_digits, small_config
 from test_callbacks import HERE, PROGRAM, SETTINGS, kill
 
 import distdl
-from distdl import cli, train_command
+from distdl import cli, replay, train_command
 from distdl.engine import tracking
 from distdl.engine.pictures import confusion_matrix
 from distdl.engine.tracking.tensorboard import confusion_of
@@ -194,3 +194,11 @@ def test_a_missing_package_is_one_line_with_the_remedy(tmp_path, monkeypatch, ca
         f"'distdl-mpi[{extra}]'\n"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_replay_needs_no_package_that_the_run_recorded_with(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorboardX")
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(train_command.main, ["--model=mlp", "--max-steps=2", "--run-dir=run", "--tensorboard"]) == 0
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda _name: None)
+    assert cli.run(replay.main, ["run", "--step=2"]) == 0, capsys.readouterr().err
