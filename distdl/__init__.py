@@ -1,6 +1,11 @@
-"""Train NumPy CNNs data-parallel over MPI, with the same bits on any number of ranks.
+"""Train NumPy CNNs data-parallel over MPI, with the same bits on any number of ranks (docs/library.md).
 
-This module imports neither NumPy nor MPI, because NumPy reads the number of BLAS threads when it is loaded.
+>>> import distdl
+>>> result = distdl.train(distdl.TrainConfig(epochs=1))  # doctest: +SKIP
+>>> model = distdl.load(result.run_dir)  # doctest: +SKIP
+
+This module imports neither NumPy nor MPI, because NumPy reads the number of BLAS threads when it is loaded. A public
+name is imported when it is first used.
 """
 
 import os
@@ -8,6 +13,41 @@ import sys
 from contextlib import suppress
 
 __version__ = "0.1.0"
+__all__ = ["Callback", "Dataset", "TrainConfig", "__version__", "load", "nn", "train"]
+
+TYPE_CHECKING = False  # as in `typing`, without its import
+if TYPE_CHECKING:
+    from distdl import nn
+    from distdl.config import TrainConfig
+    from distdl.data import Dataset
+    from distdl.engine.callbacks import Callback
+    from distdl.library import load, train
+
+#: The module of each public name that is not a module itself.
+_MODULE_OF = {
+    "Callback": "distdl.engine.callbacks",
+    "Dataset": "distdl.data",
+    "TrainConfig": "distdl.config",
+    "load": "distdl.library",
+    "train": "distdl.library",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name on its first use."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib  # noqa: PLC0415  not before `_leave_the_working_folder`
+
+    if name == "nn":
+        return importlib.import_module("distdl.nn")
+    value: object = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def _leave_the_working_folder() -> None:

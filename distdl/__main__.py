@@ -14,7 +14,7 @@ from distdl.job import streams
 
 #: Each command and its module, in the order of ``distdl --help``.
 COMMANDS = {
-    "train": "distdl.train",
+    "train": "distdl.train_command",
     "mpirun": "distdl.mpirun",
     "verify": "distdl.verify",
     "evaluate": "distdl.evaluate",

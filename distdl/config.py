@@ -78,7 +78,7 @@ GROUPS = {
     ),
     "run and checkpoints": (
         *("config", "run_dir", "resume", "dry_run", "epochs", "max_steps", "early_stopping", "test_with", "seed"),
-        *("checkpoint_every", "keep_checkpoints", "log_every", "trace", "lock"),
+        *("checkpoint_every", "keep_checkpoints", "log_every", "tensorboard", "mlflow", "trace", "lock"),
     ),
     "faults": (
         *("on_nonfinite", "verify_every", "cross_check", "require_same_bits", "prove", "record_hashes"),
@@ -94,7 +94,7 @@ FREE_TO_CHANGE_ON_RESUME = frozenset(
         "test_with",
         *("checkpoint_every", "keep_checkpoints", "log_every", "stall_warning", "detect_hangs", "record_hashes"),
         *("threads_per_rank", "balance", "on_nonfinite", "verify_every", "cross_check", "trace"),
-        *("require_same_bits", "prove", "lock", "data_gigabytes"),
+        *("require_same_bits", "prove", "lock", "data_gigabytes", "tensorboard", "mlflow"),
     }
 )
 #: Settings that have an effect only with some choices of another setting.
@@ -115,7 +115,7 @@ RENAMED = {"audit": "cross_check"}
 #: Settings of the start of a run. A config file may not hold them.
 NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace", "dry_run", "prove"})
 #: Settings that are a path, or end in one.
-PATHS = ("config", "data_dir", "cache", "run_dir", "resume", "trace", "init_from", "dataset", "model")
+PATHS = ("config", "data_dir", "cache", "run_dir", "resume", "trace", "mlflow", "init_from", "dataset", "model")
 #: No BLAS starts more threads than this.
 MOST_THREADS = 1024
 #: The largest whole number of a setting, except of the seed. A float represents every whole number up to it.
@@ -234,6 +234,10 @@ class TrainConfig:
     """Number of newest checkpoints to keep, in addition to the best."""
     log_every: int = 10
     """Steps between records in metrics.jsonl, in addition to those of each epoch; 0: none."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard into the run folder: losses, filters, confusion matrix; needs tensorboardX."""
+    mlflow: Path | None = None
+    """Folder of MLflow's files to record the run in; needs mlflow-skinny."""
     stall_warning: float = 300.0
     """Seconds without progress after which a late rank prints where it is; another names it earlier; 0: never."""
     detect_hangs: float = 0.0
@@ -353,7 +357,7 @@ class TrainConfig:
         An absent setting has its default, or else the choice of versions that did not have it. Earlier names count.
         """
         values = {RENAMED.get(name, name): value for name, value in values.items()}
-        names = ("config", "data_dir", "cache", "run_dir", "trace")
+        names = ("config", "data_dir", "cache", "run_dir", "trace", "mlflow")
         paths = {name: Path(values[name]) for name in names if values.get(name) is not None}
         return TrainConfig(**{**BEFORE_THE_SETTING, **values, **paths})
 
@@ -494,6 +498,26 @@ def is_own(name: str) -> bool:
     return ":" in name and not name.startswith(FROM_PATH)
 
 
+def names_match(one: str, other: str) -> bool:
+    """Return True if two names may mean one function: the file may have moved, or the module may run as a script.
+
+    >>> names_match("/home/ada/net.py:build", "net.py:build"), names_match("net.py:build", "net.py:make")
+    (True, False)
+    """
+    (first, _, name), (second, _, other_name) = one.rpartition(":"), other.rpartition(":")
+    modules = {Path(place).stem if place.endswith(".py") else place.rpartition(".")[2] for place in (first, second)}
+    return name == other_name and len(modules - {"__main__"}) <= 1
+
+
+def comes_from_script(dataset: str) -> bool:
+    """Return whether a dataset's name can only be that of a `Dataset` that a script has passed.
+
+    >>> comes_from_script("shells"), comes_from_script("npz:shells.npz"), comes_from_script("mnist")
+    (True, False, False)
+    """
+    return dataset not in DATASETS and not dataset.startswith(FROM_PATH) and not is_own(dataset)
+
+
 def reads_data_dir(dataset: str) -> bool:
     """Return whether a dataset reads files from `--data-dir`. Digits and paths do not."""
     return dataset != "digits" and not dataset.startswith(FROM_PATH)
@@ -568,10 +592,20 @@ def differences(ours: TrainConfig, theirs: Mapping[str, Any]) -> list[str]:
     return [
         f"{flag_of(name)} is {mine[name]!r} here and {theirs[name]!r} in the checkpoint"
         for name in mine
-        if name in fixed and mine[name] != theirs[name] and not (name == "dataset" and _moved(ours, theirs))
+        if name in fixed and mine[name] != theirs[name] and not _moved(name, ours, theirs)
     ]
 
 
-def _moved(ours: TrainConfig, theirs: Mapping[str, Any]) -> bool:
-    """Return whether both read the user's file or folder. It may have moved; the resume compares its hash."""
-    return any(ours.dataset.startswith(kind) and str(theirs.get("dataset")).startswith(kind) for kind in FROM_PATH)
+def _moved(name: str, ours: TrainConfig, theirs: Mapping[str, Any]) -> bool:
+    """Return whether two names may mean the same data, or the same function of the user.
+
+    - Both datasets are the user's file or folder, which may have moved, or one is from a script. The resume compares
+      the hash of the data.
+    - One model is from a script, which a command now imports. The resume compares the shapes of its parameters.
+    """
+    mine, other = str(getattr(ours, name)), str(theirs.get(name))
+    if name == "dataset":
+        same_kind = any(mine.startswith(kind) and other.startswith(kind) for kind in FROM_PATH)
+        return same_kind or comes_from_script(mine) or comes_from_script(other)
+    is_from_script = mine.startswith("__main__:") or other.startswith("__main__:")
+    return name == "model" and is_from_script and names_match(mine, other)

@@ -15,6 +15,7 @@ import chapter
 
 from distdl.config import TrainConfig
 from distdl.engine import train
+from distdl.engine.pictures import confusion_matrix
 from distdl.inference import figures
 from distdl.inference.load import load
 from distdl.inference.score import evaluate, in_half_precision
@@ -40,7 +41,7 @@ def main(options):
     if options.communicator.rank == 0:
         data = trained[0].data
         confusion = options.out.with_stem(f"{options.out.stem}_confusion")
-        matrix = figures.confusion_matrix(full.labels, full.predictions, data.classes)
+        matrix = confusion_matrix(full.labels, full.predictions, data.classes)
         chapter.write(figures.confusion(matrix), confusion)
         chapter.save(figures.misclassified(data.images[full.rows], full.labels, full.predictions), options)
     changed = int((full.predictions != half.predictions).sum())

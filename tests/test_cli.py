@@ -16,7 +16,7 @@ import pytest
 
 import distdl
 from distdl import __main__ as console
-from distdl import cli, train
+from distdl import cli, train_command
 from distdl.cli import Command, Flag
 from distdl.errors import DamagedFileError, DistdlError, PeerLost, UserError
 from distdl.job import held_signals
@@ -462,7 +462,7 @@ def test_the_launchers_flag_leads_to_the_launcher():
         with pytest.raises(
             UserError, match=r"unknown flag -n: to start 4 ranks, use mpirun -n 4 python -m distdl\.train"
         ):
-            train.COMMAND.parse(words)
+            train_command.COMMAND.parse(words)
 
 
 def test_an_unknown_command_is_reported_with_the_nearest(distdl_command):
@@ -514,6 +514,7 @@ def test_only_commands_that_train_hold_signals_from_the_start(name, module, monk
     """SIGTERM must end other commands and their child processes, which inherit blocked signals."""
     asked = []
     monkeypatch.setattr(cli, "run", lambda _, trains=False: asked.append(trains))
+    module = "distdl.train" if module == "distdl.train_command" else module
     monkeypatch.delitem(sys.modules, module, raising=False)
     with pytest.raises(SystemExit):
         runpy.run_module(module, run_name="__main__")

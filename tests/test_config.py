@@ -36,7 +36,7 @@ from distdl.nn import LOSSES, MODELS
 from distdl.optim import OPTIMIZERS
 from distdl.parallel import REDUCTIONS
 from distdl.schedules import SCHEDULES
-from distdl.train import parse
+from distdl.train_command import parse
 
 
 def flag(name):
@@ -123,12 +123,12 @@ HEAVY = "print(sorted({'numpy', 'mpi4py', 'safetensors'} & set(sys.modules)))"
 def test_flags_are_read_before_numpy_and_mpi_are_imported(pytestconfig):
     code = f"""
 import sys
-import distdl, distdl.config, distdl.errors, distdl.job.launched_by, distdl.cli, distdl.train, distdl.mpirun
+import distdl, distdl.config, distdl.errors, distdl.job.launched_by, distdl.cli, distdl.train_command, distdl.mpirun
 import distdl.__main__, distdl.verify, distdl.evaluate, distdl.report, distdl.bench.__main__, distdl.search.__main__
 {HEAVY}
-distdl.train.parse(["--lr", "0.1", "--dataset", "mnist", "--data-dir", "here"])
+distdl.train_command.parse(["--lr", "0.1", "--dataset", "mnist", "--data-dir", "here"])
 try:
-    distdl.train.parse(["--lr", "much"])
+    distdl.train_command.parse(["--lr", "much"])
 except distdl.errors.UserError:
     pass
 {HEAVY}
@@ -142,9 +142,9 @@ def help_text(pytestconfig):
 import os, sys
 for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
     os.environ.pop(name, None)
-from distdl import cli, train
+from distdl import cli, train_command
 try:
-    cli.run(train.main, ["--help"])
+    cli.run(train_command.main, ["--help"])
 except SystemExit as stop:
     print("exit code", stop.code)
 {HEAVY}
@@ -411,6 +411,8 @@ OTHER = {
     "prove": True,
     "threads_per_rank": 2,
     "trace": Path("trace.json"),
+    "tensorboard": True,
+    "mlflow": Path("mlruns"),
 }
 FREE = {
     *("config", "run_dir", "resume", "dry_run", "data_dir", "cache", "epochs", "max_steps", "checkpoint_every"),
@@ -426,6 +428,7 @@ FREE = {
         "lock",
         "data_gigabytes",
     ),
+    *("tensorboard", "mlflow"),
 }
 
 

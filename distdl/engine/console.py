@@ -9,15 +9,18 @@ terminal. A full disk costs only the lines that do not fit. If nobody reads any 
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from distdl.config import TrainConfig
-from distdl.engine.printed_lines import progress_line
+from distdl.engine.printed_lines import describe_shares, progress_line
 from distdl.errors import one_line
 from distdl.job.streams import FULL, write
 
 SECONDS_BETWEEN_UPDATES = 0.1
 SECONDS_BETWEEN_LINES = 10.0
+#: Between two lines about shares, and between two warnings of skipped steps.
+SECONDS_BETWEEN_SHARES = 5.0
+SECONDS_BETWEEN_SKIPS = 5.0
 CLEAR_LINE = "\r\x1b[K"
 
 
@@ -26,6 +29,8 @@ class Console:
 
     lost: str | None = None
     """The reason if a full disk has swallowed a line."""
+    shares: Sequence[int] | None = None
+    """The micro-batches of each rank, if they have changed and are not printed yet."""
 
     def __init__(self, *, live: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -34,6 +39,7 @@ class Console:
         self._epoch = 0
         self._begun = self._next_update = 0.0
         self._steps_before = 0
+        self._next_shares = self._next_skip = 0.0
 
     def line(self, text: str = "") -> None:
         """Print a line."""
@@ -48,6 +54,18 @@ class Console:
             write(sys.stdout, CLEAR_LINE)
         write(sys.stderr, f"distdl: warning: {one_line(text)}\n")
         self._live_shown = False
+
+    def changed_shares(self, step: int) -> None:
+        """Print changed `shares` after a step, or some seconds later if they change often."""
+        if self.shares is not None and self._clock() >= self._next_shares:
+            self.line(f"balance: {describe_shares(self.shares)} from step {step + 1} on")
+            self.shares, self._next_shares = None, self._clock() + SECONDS_BETWEEN_SHARES
+
+    def skipped(self, text: str) -> None:
+        """Print the warning of a skipped step, unless there was another in the last seconds."""
+        if self._clock() >= self._next_skip:
+            self.warning(text)
+            self._next_skip = self._clock() + SECONDS_BETWEEN_SKIPS
 
     def progress(self, config: TrainConfig, step: int, steps_per_epoch: int, loss: float) -> None:
         """Show the progress after a step, if it is time for it; the loss is that of the step alone.

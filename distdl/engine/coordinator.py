@@ -6,7 +6,6 @@ surviving rank becomes rank 0 and takes the run over (`Coordinator.take_over`). 
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -15,18 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from distdl.config import TrainConfig
 from distdl.data.signature import Signature
-from distdl.engine.checks.nonfinite import Fault
+from distdl.engine.checks.nonfinite import Fault, file_of
 from distdl.engine.console import Console
 from distdl.engine.events import RunListener
 from distdl.engine.keeper import CheckpointKeeper
 from distdl.engine.logbook import Logbook
 from distdl.engine.metrics import Sums
-from distdl.engine.printed_lines import describe_shares, epoch_line, last_lines, plateau_line, result_lines
+from distdl.engine.printed_lines import epoch_line, last_lines, plateau_line, result_lines
 from distdl.engine.same_bits import warnings_about_bits
 from distdl.engine.state import TrainingState
 from distdl.engine.storage import checkpoints
@@ -35,12 +33,6 @@ from distdl.engine.storage.run_folder import StartingPoint, copy_history, locked
 from distdl.engine.timing.timeline import Spent
 from distdl.errors import UserError
 from distdl.job.folder_lock import FolderLock, lock_folder
-
-#: Between two lines about shares, and between two warnings of skipped steps.
-SECONDS_BETWEEN_SHARES = 5.0
-SECONDS_BETWEEN_SKIPS = 5.0
-#: Saved micro-batches, of one run, whose loss or gradient was not finite.
-MOST_SAVED = 10
 
 
 @dataclass(frozen=True)
@@ -81,9 +73,6 @@ class Coordinator(RunListener):
         self._lock = lock
         self._start: StartingPoint | None = None
         self._opening = ExitStack()
-        self._shares_to_print: Sequence[int] | None = None
-        self._print_shares_after = 0.0
-        self._warn_of_skips_after = 0.0
         self._spent: Spent | None = None
 
     # -- the run folder
@@ -147,7 +136,7 @@ class Coordinator(RunListener):
 
     # -- events
 
-    def started(self) -> None:
+    def started(self, state: TrainingState) -> None:  # noqa: ARG002
         """Print the step that the run continues from, and warnings about it."""
         start = self._start
         assert start is not None
@@ -161,22 +150,16 @@ class Coordinator(RunListener):
     def stepped(self, state: TrainingState, batch: Sums, learning_rate: float) -> None:  # noqa: ARG002
         """Print new shares, and the progress."""
         self.keeper.settle(wait=False)
-        if self._shares_to_print is not None and time.monotonic() >= self._print_shares_after:
-            self.console.line(f"balance: {describe_shares(self._shares_to_print)} from step {state.step + 1} on")
-            self._shares_to_print = None
-            self._print_shares_after = time.monotonic() + SECONDS_BETWEEN_SHARES
+        self.console.changed_shares(state.step)
         self.console.progress(self.config, state.step, self.logbook.steps_per_epoch, batch.loss)
 
     def skipped(self, state: TrainingState, fault: Fault) -> None:
         """Warn of the skipped update, at most once in some seconds."""
-        if time.monotonic() >= self._warn_of_skips_after:
-            count = state.progress.skipped_steps
-            self.console.warning(f"{fault}: no update in this step ({count} skipped so far)")
-            self._warn_of_skips_after = time.monotonic() + SECONDS_BETWEEN_SKIPS
+        self.console.skipped(f"{fault}: no update in this step ({state.progress.skipped_steps} skipped so far)")
 
     def shares_changed(self, state: TrainingState, shares: Sequence[int]) -> None:  # noqa: ARG002
         """Print the shares with the step, or some seconds later if they change often."""
-        self._shares_to_print = shares
+        self.console.shares = shares
 
     def epoch_ended(self, state: TrainingState, validation: Sums, spent: Spent, counted: Mapping[str, Any]) -> None:
         """Record the times of the epoch, and print its line."""
@@ -189,9 +172,10 @@ class Coordinator(RunListener):
         if cut := plateau_line(self.config, state, self.logbook.steps_per_epoch):
             self.console.line(cut)
 
-    def recovered(self, what: str) -> None:
+    def recovered(self, what: str, record: Mapping[str, Any]) -> None:
         """Print the recovery."""
         self.console.line(what)
+        self.logbook.calls.make("on_recovery", record)
 
     def finished(self, state: TrainingState, test: Sums | None, summary: Mapping[str, Any]) -> None:
         """Write the summary and print the receipt."""
@@ -202,21 +186,14 @@ class Coordinator(RunListener):
         self._write(self.folder / "summary.json", indented_json(summary))
         for line in last_lines(self.config, self.folder, summary, is_complete=test is not None):
             self.console.line(line)
+        self.logbook.calls.make("on_end", summary)
 
     # -- work for the trainer
 
     def save_micro_batch(self, fault: Fault, samples: Mapping[str, NDArray[Any]]) -> str | None:
-        """Save the micro-batch of a fault as ``not-finite-step-N.npz``; return the file's name if it was saved.
-
-        Only the first `MOST_SAVED` are saved.
-        """
-        path = self.folder / f"not-finite-step-{fault.step:09d}.npz"
-        if len(list(self.folder.glob("not-finite-*.npz"))) >= MOST_SAVED and not path.exists():
-            return None
-        arrays: dict[str, Any] = {"step": fault.step, "micro_batch": fault.micro_batch, **samples}
-        content = io.BytesIO()
-        np.savez(content, **arrays)
-        return str(path) if self._write(path, content.getvalue()) else None
+        """Save the micro-batch of a fault, unless many are saved; return the file's name if it was saved."""
+        file = file_of(fault, samples, self.folder)
+        return str(file[0]) if file is not None and self._write(*file) else None
 
     def write_trace(self, content: Mapping[str, Any]) -> None:
         """Write the file of `--trace`."""

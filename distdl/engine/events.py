@@ -16,7 +16,7 @@ from distdl.engine.timing.timeline import Spent
 class RunListener:
     """Listens to the events of a run. The methods are called in the order of the events."""
 
-    def started(self) -> None:
+    def started(self, state: TrainingState) -> None:
         """React to the start, before the first step; also to a resume."""
 
     def stepped(self, state: TrainingState, batch: Sums, learning_rate: float) -> None:
@@ -34,14 +34,14 @@ class RunListener:
         `spent` and `counted` (samples, shares) describe the steps since the previous epoch, or since the start.
         """
 
-    def checkpointed(self, *, previous_is_saved: bool) -> None:
+    def checkpointed(self, state: TrainingState, *, previous_is_saved: bool) -> None:
         """React to a checkpoint that the coordinator has begun to write."""
 
     def tested(self, state: TrainingState, test: Sums) -> None:
         """React to the score of the test part."""
 
-    def recovered(self, what: str) -> None:
-        """React to a completed recovery; `what` describes it."""
+    def recovered(self, what: str, record: Mapping[str, Any]) -> None:
+        """React to a completed recovery; `what` describes it, and `record` is its entry in the summary."""
 
     def finished(self, state: TrainingState, test: Sums | None, summary: Mapping[str, Any]) -> None:
         """React to the end of the training. Called again if ranks are lost meanwhile."""

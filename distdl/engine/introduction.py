@@ -27,4 +27,4 @@ def introduce(trainer: Trainer, transferred: Transfer | None, warnings: Sequence
         if frozen := sum(where.stop - where.start for where in trainer.state.optimizer.frozen):
             console.line(f"frozen: {frozen:,} of {network.parameter_count:,} parameters (--freeze {config.freeze})")
     for listener in trainer.listeners:
-        listener.started()
+        listener.started(trainer.state)

@@ -15,6 +15,7 @@ from typing import Any
 
 from distdl.arrays import sha256_of_arrays
 from distdl.config import TrainConfig
+from distdl.engine.callbacks import Calls
 from distdl.engine.checks.nonfinite import Fault
 from distdl.engine.console import Console
 from distdl.engine.events import RunListener
@@ -29,13 +30,17 @@ from distdl.regular_files import read_regular
 class Logbook(RunListener):
     """Makes the records of a run; with `keeps` it remembers those that may not be on disk yet.
 
-    `open` and `reopen` give it files, on the coordinator only.
+    `open` and `reopen` give it files, on the coordinator only. The calls of callbacks are a log; its file makes them.
     """
 
-    def __init__(self, config: TrainConfig, steps_per_epoch: int, console: Console, *, keeps: bool) -> None:
+    def __init__(
+        self, config: TrainConfig, steps_per_epoch: int, console: Console, calls: Calls | None = None, *, keeps: bool
+    ) -> None:
         self.config = config
         self.steps_per_epoch = steps_per_epoch
-        self.names = ["metrics", *(["hashes"] if config.record_hashes else [])]
+        self.calls = Calls() if calls is None else calls
+        optional = {"hashes": config.record_hashes, "calls": self.calls.callbacks}
+        self.names = ["metrics", *filter(optional.get, optional)]
         #: By log: its length at the last checkpoint that is known to be saved, the lines since then, and how many bytes
         #: of these lines precede the newest checkpoint.
         self.lengths = dict.fromkeys(self.names, 0)
@@ -43,38 +48,48 @@ class Logbook(RunListener):
         self.marks = dict.fromkeys(self.names, 0)
         self._keeps = keeps
         self._console = console
-        self._files: dict[str, JsonLines] = {}
+        self._files: dict[str, JsonLines | Calls] = {}
         self._is_refused = False
 
     # -- events
 
+    def started(self, state: TrainingState) -> None:
+        """Call the callbacks."""
+        self._call("on_start", {"step": state.step})
+
     def stepped(self, state: TrainingState, batch: Sums, learning_rate: float) -> None:
         """Record the step if it is due."""
+        values = batch.named() | {"lr": learning_rate}
         if self.config.log_every and state.step % self.config.log_every == 0:
-            self._metrics(state, batch.named() | {"lr": learning_rate})
+            self._metrics(state, values)
+        self._call("on_step", self._numbered(state, values))
         self._hashes(state, batch.loss)
 
     def skipped(self, state: TrainingState, fault: Fault) -> None:
         """Record the step, without a loss."""
-        skipped_steps = state.progress.skipped_steps
-        self._metrics(state, {"skipped": fault.what, "micro_batch": fault.micro_batch, "skipped_steps": skipped_steps})
+        values = {"micro_batch": fault.micro_batch, "skipped_steps": state.progress.skipped_steps}
+        self._metrics(state, {"skipped": fault.what, **values})
+        self._call("on_step", self._numbered(state, values))
         self._hashes(state, None)
 
     def epoch_ended(self, state: TrainingState, validation: Sums, spent: Spent, counted: Mapping[str, Any]) -> None:  # noqa: ARG002
         """Record the epoch's training and validation metrics."""
-        self._metrics(state, state.epoch_sums.named("train") | validation.named("validation"))
+        values = state.epoch_sums.named("train") | validation.named("validation")
+        self._metrics(state, values)
+        self._call("on_epoch", self._numbered(state, values))
 
     def tested(self, state: TrainingState, test: Sums) -> None:
         """Record the score of the test part, with the step of the scored weights."""
         self._record("metrics", {"step": state.progress.test_step, **test.named("test")})
 
-    def checkpointed(self, *, previous_is_saved: bool) -> None:
+    def checkpointed(self, state: TrainingState, *, previous_is_saved: bool) -> None:
         """Note that a checkpoint is being written; forget the lines that the previous one has brought to disk."""
         for name in self.names:
             if previous_is_saved:
                 self.lengths[name] += self.marks[name]
                 self.lines[name] = self.lines[name][self.marks[name] :]
             self.marks[name] = len(self.lines[name])
+        self._call("on_checkpoint", {"step": state.step})  # after the mark: it is the first record that is kept
 
     # -- files, on the coordinator
 
@@ -84,7 +99,7 @@ class Logbook(RunListener):
         Warns of a file whose hash is given and differs.
         """
         for name in ("timing", *self.names):
-            log = self._files[name] = JsonLines(folder / f"{name}.jsonl", lengths.get(name, 0))
+            log = self._files[name] = self._opened(name, folder, lengths.get(name, 0))
             if log.length == lengths.get(name) and hashes.get(name, log.sha256) != log.sha256:
                 self._console.warning(f"{log.path} was edited: its records are not those of the checkpoint; restore it")
         self.lengths = {name: self._files[name].length for name in self.names}
@@ -97,7 +112,7 @@ class Logbook(RunListener):
         self._files["timing"] = JsonLines(timing, whole_lines)
         for name in self.names:
             fault_point("takeover")
-            log = JsonLines(folder / f"{name}.jsonl", self.lengths[name])
+            log = self._opened(name, folder, self.lengths[name])
             if log.length < self.lengths[name]:
                 self._console.warning(f"{log.path} lacks records from before the failure: it was on another host")
             with suppress(OSError):  # lines that a full disk refuses wait in memory
@@ -110,10 +125,11 @@ class Logbook(RunListener):
 
     def written(self) -> dict[str, Any]:
         """Return length and hash of each file, with all records written; raise `OSError` if the disk refuses them."""
-        for log in self._files.values():
+        logs = {name: log for name, log in self._files.items() if isinstance(log, JsonLines)}
+        for log in logs.values():
             log.write_waiting()
-        lengths = {name: log.length for name, log in self._files.items()}
-        return {"log_bytes": lengths, "log_sha256": {name: log.sha256 for name, log in self._files.items()}}
+        lengths = {name: log.length for name, log in logs.items()}
+        return {"log_bytes": lengths, "log_sha256": {name: log.sha256 for name, log in logs.items()}}
 
     def flush_to_disk(self) -> None:
         """Return when all files are on the disk; raise `OSError` if it refuses."""
@@ -147,9 +163,18 @@ class Logbook(RunListener):
     # -- details
 
     def _metrics(self, state: TrainingState, values: Mapping[str, Any]) -> None:
-        """Record values of the latest step, with its number and epoch, both from 1."""
-        epoch = (state.step - 1) // self.steps_per_epoch + 1
-        self._record("metrics", {"step": state.step, "epoch": epoch, **values})
+        self._record("metrics", self._numbered(state, values))
+
+    def _numbered(self, state: TrainingState, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the record of values of the latest step, with its number and epoch, both from 1."""
+        return {"step": state.step, "epoch": (state.step - 1) // self.steps_per_epoch + 1, **values}
+
+    def _call(self, event: str, record: Mapping[str, Any]) -> None:
+        if self.calls.callbacks:
+            self._record("calls", {"call": event, "record": record})
+
+    def _opened(self, name: str, folder: Path, length: int) -> JsonLines | Calls:
+        return self.calls.opened(folder, length) if name == "calls" else JsonLines(folder / f"{name}.jsonl", length)
 
     def _hashes(self, state: TrainingState, loss: float | None) -> None:
         if self.config.record_hashes and (self._keeps or self._files):

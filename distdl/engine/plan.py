@@ -19,7 +19,7 @@ from distdl.engine.coordinator import RunFacts
 from distdl.engine.environment import numerics
 from distdl.engine.kernels import compile_for
 from distdl.engine.memory import PROGRAM_BYTES, Need, gigabytes, need_of
-from distdl.engine.prepare import Preparation, agree_on_config
+from distdl.engine.prepare import Preparation
 from distdl.engine.printed_lines import banner_of, duration, lines_of, shares_of
 from distdl.engine.proving import with_proof
 from distdl.engine.stop import StopRequest
@@ -27,7 +27,7 @@ from distdl.engine.storage.files import try_folder
 from distdl.engine.storage.run_folder import StartingPoint
 from distdl.engine.table import shortened, table
 from distdl.engine.trainer import Trainer
-from distdl.engine.user_code import BuildNetwork
+from distdl.engine.user_code import BuildNetwork, agree_on_config
 from distdl.errors import UserError, one_line
 from distdl.host_memory import available_bytes
 from distdl.mapped_files import release_pages

@@ -5,13 +5,14 @@ meanwhile, the survivors begin the preparation again, in the same run folder.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from distdl.config import TrainConfig
 from distdl.data import Dataset, PreparedDataset, batch_order
 from distdl.engine import transfer
+from distdl.engine.callbacks import Callback, Calls
 from distdl.engine.checks.watchdog import Watchdog
 from distdl.engine.console import Console
 from distdl.engine.coordinator import Coordinator, RunFacts
@@ -29,16 +30,15 @@ from distdl.engine.stop import StopRequest
 from distdl.engine.storage.files import check_output
 from distdl.engine.storage.run_folder import StartingPoint, find_start
 from distdl.engine.summary import Summary
-from distdl.engine.timing import balance
+from distdl.engine.tracking import callbacks_of
 from distdl.engine.trainer import Trainer
-from distdl.engine.user_code import BuildNetwork, check_equal_networks, names_from_script, network_builder, read_data
+from distdl.engine.user_code import BuildNetwork, agree_on_config, check_equal_networks, network_builder, read_data
 from distdl.errors import UserError
 from distdl.host_memory import allocations_limited
 from distdl.job.warden import Warden
 from distdl.nn.kernels.choice import kernels_named
 from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, Survivors, from_rank_0, guard, on_rank_0, share_arrays, together, world
-from distdl.parallel.communicator import SPIN_SECONDS
 from distdl.rng import Key
 from distdl.transforms import Transforms
 
@@ -49,13 +49,16 @@ def train(
     *,
     build_network: BuildNetwork | None = None,
     dataset: Dataset | None = None,
+    callbacks: Sequence[Callback] = (),
     console: Console | None = None,
     stop: StopRequest | None = None,
+    attach: Callable[[Trainer], object] = lambda _trainer: None,
 ) -> Summary:
     """Train as `config` says, on all ranks of `communicator` (`world()` if not given), and return the summary.
 
     `build_network` and `dataset` replace the model and dataset that the config names. They must be the same on every
-    rank; only rank 0 reads the dataset. `console` prints. `stop` is a stop request that the caller keeps.
+    rank; only rank 0 reads the dataset. `callbacks` get the events of the run. `console` prints. `stop` is a stop
+    request that the caller keeps. `attach` gets the trainer before its first step.
 
     Collective. Raises `UserError` on every rank for errors in what the user gave, `DivergedError` if numbers are no
     longer finite. Any other exception on any rank ends the whole job.
@@ -70,8 +73,9 @@ def train(
         watchdog = survivors.run(partial(Watchdog, stall_seconds=config.stall_warning))
         this_rank = survivors.communicator.world_ranks[survivors.communicator.rank]
         with numerics(config.threads_per_rank), watchdog, Warden(f"rank {this_rank}", config.detect_hangs):
-            preparation = Preparation(config, build_network, dataset, console, stop)
+            preparation = Preparation(config, build_network, dataset, console, stop, callbacks)
             trainer = survivors.run(preparation.prepared_trainer)
+            attach(trainer)
             watchdog.progress = lambda: trainer.work_done
             try:
                 introduce(trainer, preparation.transferred, preparation.warnings)
@@ -80,15 +84,6 @@ def train(
                 return trainer.run()
             finally:
                 trainer.close()
-
-
-def agree_on_config(
-    config: TrainConfig, build_network: BuildNetwork | None, dataset: Dataset | None, communicator: Communicator
-) -> TrainConfig:
-    """Return the checked config of rank 0 on all ranks. Collective."""
-    config = together(communicator, lambda: names_from_script(config, build_network, dataset).checked())
-    communicator.waiting.spin_seconds = balance.SPIN_SECONDS if config.balance else SPIN_SECONDS
-    return TrainConfig.from_json(communicator.bcast_json(config.to_json()))
 
 
 @dataclass
@@ -103,7 +98,9 @@ class Preparation:
     dataset: Dataset | None
     console: Console | None
     stop: StopRequest
+    callbacks: Sequence[Callback] = ()
     find: Callable[..., StartingPoint] = find_start
+    calls: Calls = field(default_factory=Calls)
     folder: Path | None = None
     is_repeated: bool = False
     coordinator: Coordinator | None = None
@@ -126,7 +123,9 @@ class Preparation:
         console = self.console = self.console or Console(live=communicator.size == 1)
         self.warnings = [*self.warnings, *compile_for(trainer, console)]
         facts = with_proof(facts, trainer, start, console)
-        logbook = Logbook(self.config, trainer.steps_per_epoch, console, keeps=communicator.survives_failures)
+        self.calls.attach(trainer)
+        keeps = communicator.survives_failures
+        logbook = Logbook(self.config, trainer.steps_per_epoch, console, self.calls, keeps=keeps)
         self._open_folder(communicator, facts, start, logbook)
         assert self.folder is not None
         trainer.open(facts, self.folder, logbook, console, self.coordinator)
@@ -136,6 +135,7 @@ class Preparation:
         """Return a trainer before its first step, its facts, and on rank 0 the start; write nothing. Collective."""
         config = self.config
         together(communicator, lambda: check_ranks(config, communicator.size))
+        self.calls = together(communicator, lambda: Calls.of([*self.callbacks, *callbacks_of(config)]))
         on_rank_0(communicator, lambda: check_resized(config))
         if config.trace is not None:
             on_rank_0(communicator, partial(check_output, config.trace, "--trace"))

@@ -288,9 +288,9 @@ def _epochs(count: int) -> str:
     return f"{count} epoch{'s' if count > 1 else ''}"
 
 
-def recovery_line(lost: Sequence[int], when: str, ranks: int, seconds: float) -> str:
-    """Return the line of a recovery, after which `ranks` ranks continue."""
-    several = len(lost) > 1
+def recovery_line(lost: Sequence[int], when: str | None, ranks: int, seconds: float) -> str:
+    """Return the line of a recovery, after which `ranks` ranks continue; `when` is None before the first step."""
+    several, when = len(lost) > 1, when or "during the preparation of the run"
     return (
         f"rank{'s' if several else ''} {', '.join(map(str, lost))} {'were' if several else 'was'} lost {when}; "
         f"{ranks} rank{'s continue' if ranks > 1 else ' continues'} ({seconds:.2f} s)"

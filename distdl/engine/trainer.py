@@ -302,7 +302,7 @@ class Trainer:
             fault_point("checkpoint", when="after", owner=self.state)
         fault_point("checkpoint", when="committed", owner=self.state)
         for listener in self.listeners:
-            listener.checkpointed(previous_is_saved=previous_is_saved)
+            listener.checkpointed(self.state, previous_is_saved=previous_is_saved)
         self.phase = self._after_checkpoint()
 
     def _score_test(self) -> None:
@@ -389,14 +389,12 @@ class Trainer:
         ranks, lost = self.communicator.size, recovery.lost_ranks
         in_step = self.phase is Phase.TRAIN and not during_preparation
         step = self.state.step + (1 if in_step else 0)
-        when = (
-            "during the preparation of the run" if during_preparation else f"{'in' if in_step else 'after'} step {step}"
-        )
+        when = None if during_preparation else f"{'in' if in_step else 'after'} step {step}"
         self.recoveries.append(
             {"step": step, "lost_ranks": lost, "seconds": round(recovery.seconds, 6), "ranks": ranks}
         )
         for listener in self.listeners:
-            listener.recovered(recovery_line(lost, when, ranks, recovery.seconds))
+            listener.recovered(recovery_line(lost, when, ranks, recovery.seconds), self.recoveries[-1])
 
     # -- details
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from distdl.config import FROM_PATH, TrainConfig, is_own
 from distdl.data import Dataset, PreparedDataset, sources
+from distdl.engine.timing import balance
 from distdl.errors import PeerLost, TooSmallError, UserError
 from distdl.image_options import ImageOptions
 from distdl.job.streams import say_line
@@ -31,7 +32,8 @@ from distdl.model_settings import parse_model_settings
 from distdl.nn import Sequential, build_model
 from distdl.nn.arguments import show_shape
 from distdl.nn.layers import Layer, Shape
-from distdl.parallel import Communicator
+from distdl.parallel import Communicator, together
+from distdl.parallel.communicator import SPIN_SECONDS
 from distdl.rng import Key
 
 #: Builds a network for inputs (H, W, C) and a number of outputs.
@@ -47,6 +49,8 @@ LARGEST_SIDE_TRIED = 64
 
 #: The start of the name of a module that a file became.
 OWN_CODE = "own_code_"
+#: The user's files whose import has begun and not ended.
+_being_imported: list[Path] = []
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,9 @@ class UserFunction:
             except UserError as error:
                 raise UserError(f"{self}: {error}{_line_of(error, self.file)}") from None
             except (Exception, SystemExit) as error:  # noqa: BLE001  the user's code may raise anything
-                raise UserError(f"{self} raised {_show(error, self.file)}: fix it; {EXPECTED[self.flag]}") from None
+                raise UserError(
+                    f"{self} raised {describe_error(error, self.file)}: fix it; {EXPECTED[self.flag]}"
+                ) from None
 
 
 def network_builder(model: str, model_settings: str | None = None, given: BuildNetwork | None = None) -> BuildNetwork:
@@ -114,7 +120,15 @@ def load_dataset(dataset: str, data_dir: Path | None, options: ImageOptions | No
 
 
 def names_from_script(config: TrainConfig, build_network: BuildNetwork | None, dataset: Dataset | None) -> TrainConfig:
-    """Return the config with the names of the model and dataset that a script has given."""
+    """Return the config with the names of the model and dataset that a script has given.
+
+    Raises `UserError` if a command imports that script for one of its functions: it would train once more.
+    """
+    if _being_imported:
+        raise UserError(
+            f"{_being_imported[-1]} trains as soon as it is imported, and a command imports it for its functions: move "
+            'the training into a block if __name__ == "__main__"'
+        )
     if build_network is not None:
         config = replace(config, model=_name_of(build_network))
     if dataset is not None and not isinstance(dataset, Dataset):
@@ -123,6 +137,15 @@ def names_from_script(config: TrainConfig, build_network: BuildNetwork | None, d
             "classes, test_start)"
         )
     return config if dataset is None else replace(config, dataset=dataset.name)
+
+
+def agree_on_config(
+    config: TrainConfig, build_network: BuildNetwork | None, dataset: Dataset | None, communicator: Communicator
+) -> TrainConfig:
+    """Return the checked config of rank 0 on all ranks, with the names that a script gave. Collective."""
+    config = together(communicator, lambda: names_from_script(config, build_network, dataset).checked())
+    communicator.waiting.spin_seconds = balance.SPIN_SECONDS if config.balance else SPIN_SECONDS
+    return TrainConfig.from_json(communicator.bcast_json(config.to_json()))
 
 
 def _name_of(build_network: BuildNetwork) -> str:
@@ -156,17 +179,6 @@ def _check_place(name: str) -> None:
             f"the data of the run ({name}) is not here: there is no {place.absolute()}; give its place by --dataset "
             f"{prefix}PATH"
         )
-
-
-def names_match(one: str, other: str) -> bool:
-    """Return True if two names may mean one function: the file may have moved, or the module may run as a script.
-
-    >>> names_match("/home/ada/net.py:build", "net.py:build"), names_match("net.py:build", "net.py:make")
-    (True, False)
-    """
-    (first, _, name), (second, _, other_name) = one.rpartition(":"), other.rpartition(":")
-    modules = {Path(place).stem if place.endswith(".py") else place.rpartition(".")[2] for place in (first, second)}
-    return name == other_name and len(modules - {"__main__"}) <= 1
 
 
 def find_function(flag: str, name: str) -> UserFunction:
@@ -243,7 +255,9 @@ def _build_checked(
         except (MemoryError, PeerLost):
             raise
         except Exception as error:  # noqa: BLE001  the user's layers may raise anything
-            raise UserError(f"{what}: the network cannot be trained: {_show(error, file)}; fix its layers") from None
+            raise UserError(
+                f"{what}: the network cannot be trained: {describe_error(error, file)}; fix its layers"
+            ) from None
     return network
 
 
@@ -269,12 +283,17 @@ def _import_file(flag: str, file: Path) -> ModuleType:
     assert spec.loader is not None, "it ends in .py"
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # dataclasses, for example, look for it there
+    _being_imported.append(file)
     try:
         with _importing_from(file.absolute().parent):
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # noqa: BLE001  the user's code may raise anything
         del sys.modules[module.__name__]
-        raise UserError(f"{flag}: the file {file} cannot be imported: {_show(error, spec.origin)}; fix it") from None
+        raise UserError(
+            f"{flag}: the file {file} cannot be imported: {describe_error(error, spec.origin)}; fix it"
+        ) from None
+    finally:
+        _being_imported.pop()
     return module
 
 
@@ -289,7 +308,9 @@ def _import_module(flag: str, name: str) -> ModuleType:
                 f"{flag}: there is no module {name} (no {missing}): install its package, add its folder to "
                 "PYTHONPATH, or give a file.py:function"
             ) from None
-        raise UserError(f"{flag}: the module {name} cannot be imported: {_show(error, None)}; fix it") from None
+        raise UserError(
+            f"{flag}: the module {name} cannot be imported: {describe_error(error, None)}; fix it"
+        ) from None
 
 
 @contextmanager
@@ -305,7 +326,7 @@ def _importing_from(folder: Path | None) -> Iterator[None]:
         sys.path[:], sys.dont_write_bytecode = path, writes_none
 
 
-def _show(error: BaseException, file: str | None) -> str:
+def describe_error(error: BaseException, file: str | None) -> str:
     """Return an exception's kind and message, with the line of the user's file that raised it."""
     text = f"{type(error).__name__}: {error}".rstrip(": ")
     return text if isinstance(error, SyntaxError) else text + _line_of(error, file)  # a SyntaxError names its line

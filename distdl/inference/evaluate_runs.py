@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from distdl.config import check_dataset_name, flag_of
 from distdl.engine.console import Console
+from distdl.engine.pictures import confusion_matrix
 from distdl.engine.storage.files import check_output, indented_json, write_output
 from distdl.errors import UserError
 from distdl.inference import figures
@@ -95,7 +96,7 @@ def _show(options: EvaluateOptions, trained: Sequence[Trained], found: Evaluatio
         numbers |= numbers_json(of_numbers, signature) | {"confusion": None}
         lines = number_table(of_numbers, signature)
     else:
-        matrix = figures.confusion_matrix(found.labels, found.predictions, signature.outputs)
+        matrix = confusion_matrix(found.labels, found.predictions, signature.outputs)
         of_classes = class_scores(matrix)
         numbers |= classes_json(of_classes, signature) | {"confusion": matrix.tolist()}
         lines = class_table(of_classes, signature)

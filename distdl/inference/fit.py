@@ -5,7 +5,7 @@ N samples, H height, W width, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,11 @@ def with_other_data(trained: Sequence[Trained], options: EvaluateOptions, commun
     `--part` chooses a part that the data itself has; None: all samples. The normalization stays that of the training.
     """
     arrays = on_rank_0(communicator, lambda: _arrays_of(options, trained[0].signature, trained))
-    shared = share_arrays(communicator, arrays or {})
+    return with_test_part(trained, share_arrays(communicator, arrays or {}))
+
+
+def with_test_part(trained: Sequence[Trained], shared: Mapping[str, NDArray[Any]]) -> list[Trained]:
+    """Return the networks with the fitted `images` and `labels` as their data, and `rows` of them as the test part."""
     rows = shared["rows"]
     return [
         replace(

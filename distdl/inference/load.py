@@ -13,7 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from distdl.config import DATASETS, FROM_PATH, TrainConfig, is_own, reads_data_dir
+from distdl.config import DATASETS, FROM_PATH, TrainConfig, comes_from_script, is_own, names_match, reads_data_dir
 from distdl.data import Dataset, PreparedDataset
 from distdl.data.signature import Signature
 from distdl.engine.kernels import compile_for_network, usable_kernels
@@ -28,7 +28,6 @@ from distdl.engine.user_code import (
     BuildNetwork,
     check_equal_networks,
     load_dataset,
-    names_match,
     network_builder,
     read_data,
 )
@@ -306,6 +305,11 @@ def dataset_of(
     trained_on = config.dataset
     if dataset is not None and trained_on in DATASETS and dataset != trained_on:
         raise UserError(f"{run} was trained on {trained_on}: leave --dataset {dataset} out")
+    if dataset is None and comes_from_script(trained_on):
+        raise UserError(
+            f"{run} was trained on the dataset {trained_on!r} of a script: give the same data by --dataset "
+            "npz:FILE.npz, or in a script score other data with distdl.load(…).evaluate(dataset)"
+        )
     if dataset is None and is_own(trained_on):  # no code runs because a checkpoint names it
         what = f"{run} was trained on a dataset from user code"
         raise UserError(f"{what}; if you trust that code, add --dataset {trained_on}")
@@ -349,8 +353,8 @@ def _build(
         ) from None
     except UserError as error:
         raise UserError(
-            f"cannot build the network of {path}: {error}; evaluate a network from a script in a script, with "
-            "distdl.inference.load.load(…, build_network=…)"
+            f"cannot build the network of {path}: {error}; evaluate a network from a script in that script, with "
+            "distdl.load(…, build_network=…)"
         ) from None
     return network
 
@@ -364,10 +368,10 @@ def model_named(trained_with: str, path: str, models: Sequence[str]) -> str:
         return trained_with
     name = next((model for model in models if names_match(model, trained_with)), None)
     if name is None:
-        model = trained_with.replace("__main__:", "SCRIPT.py:")
+        model, function = trained_with.replace("__main__:", "SCRIPT.py:"), trained_with.rpartition(":")[2]
         raise UserError(
             f"cannot build the network of {path}: it was trained with a model from user code; if you trust that code, "
-            f"add --model {model}, or in a script give build_network to distdl.inference.load.load()"
+            f"add --model {model}, or in a script distdl.load(…, build_network={function})"
         )
     return name
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from distdl.config import TrainConfig
 from distdl.engine.console import Console
+from distdl.engine.pictures import confusion_matrix
 from distdl.engine.storage.files import check_output, write_output
 from distdl.errors import UserError
 from distdl.inference import figures
@@ -194,7 +195,7 @@ def _per_class(trained: Trained, found: Evaluation) -> list[str]:
 
 
 def _matrix(trained: Trained, found: Evaluation) -> NDArray[np.int64]:
-    return figures.confusion_matrix(found.labels, found.predictions, trained.signature.outputs)
+    return confusion_matrix(found.labels, found.predictions, trained.signature.outputs)
 
 
 def _figures(run: Path, trained: Trained, found: Evaluation | None) -> Iterator[tuple[str, Figure]]:

@@ -78,7 +78,7 @@ def past_run(options: LoadOptions, folder: Path, before: int, communicator: Comm
     assert facts is not None
     config, last_step = TrainConfig.from_json(facts["config"]), facts["last_step"]
     model = together(communicator, lambda: model_named(config.model, facts["path"], options.model))
-    config = replace(config, model=model)
+    config = replace(config, model=model, tensorboard=False, mlflow=None)  # nothing is recorded again
     with numerics(config.threads_per_rank):
         dataset = on_rank_0(
             communicator,

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from distdl import cli, train
+from distdl import cli, train_command
 from distdl.cli import Command, Flag
 from distdl.config import flag_of
 from distdl.errors import UserError
@@ -51,14 +51,14 @@ def parse(arguments: Sequence[str]) -> SearchSettings:
     for word in flags:
         if word.split("=")[0].replace("_", "-") in OURS:
             raise UserError(f"{word.split('=')[0]} is set by distdl.search itself: leave it out")
-    for_train = train.COMMAND.given(flags)
+    for_train = train_command.COMMAND.given(flags)
     settings = COMMAND.made_from({"ranges": [], **given})
     for one in settings.ranges:
         if one.name in for_train:
             raise UserError(
                 f"{flag_of(one.name)} is searched by --range {one}, and given after --: leave one of them out"
             )
-    return replace(settings, config=train.config_of(for_train)).checked()
+    return replace(settings, config=train_command.config_of(for_train)).checked()
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -25,7 +25,7 @@ MOST = 2**20
 WITHOUT_EFFECT = (
     *("config", "run_dir", "resume", "data_dir", "max_steps", "checkpoint_every", "keep_checkpoints", "log_every"),
     *("stall_warning", "detect_hangs", "record_hashes", "threads_per_rank", "balance", "verify_every", "cross_check"),
-    *("trace", "dry_run", "require_same_bits", "prove"),
+    *("trace", "dry_run", "require_same_bits", "prove", "tensorboard", "mlflow"),
 )
 
 

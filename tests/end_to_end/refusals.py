@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 from bad_inputs import changes, picture
 
-from distdl import cli, engine, train
+from distdl import cli, engine, train_command
 
 MOST_BYTES = 100e6
 USER, DAMAGED = 2, 3
@@ -61,7 +61,7 @@ def outcome(arguments):
 
     whole = memory if reads_a_config else nullcontext()
     with patch.object(engine, "train", measured), redirect_stdout(out), redirect_stderr(err), whole:
-        code = cli.run(train.main, arguments)
+        code = cli.run(train_command.main, arguments)
     lines = err.getvalue().splitlines(keepends=True)
     return code, out.getvalue(), "".join(line for line in lines if not FEW_SAMPLES.search(line)), memory.peak
 

@@ -50,7 +50,7 @@ def test_a_wrong_flag_is_reported_before_numpy_or_mpi_are_imported():
     import sys
 
     program = (
-        "import sys; from distdl import cli, train; code = cli.run(train.main, ['--epocs', '3']); "
+        "import sys; from distdl import cli, train_command; code = cli.run(train_command.main, ['--epocs', '3']); "
         "sys.exit(code if not {'numpy', 'mpi4py'} & sys.modules.keys() else 99)"
     )
     done = subprocess.run(

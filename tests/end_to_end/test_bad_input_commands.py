@@ -231,7 +231,9 @@ def test_a_terminal_without_unicode_does_not_end_a_training(used_folder, tmp_pat
     assert "weights sha256: " in done.stdout
 
 
-PRINTS_MORE = "import sys; from distdl import cli, train; code = cli.run(train.main); print(code); sys.exit(code)"
+PRINTS_MORE = (
+    "import sys; from distdl import cli, train_command; code = cli.run(train_command.main); print(code); sys.exit(code)"
+)
 
 
 @pytest.mark.parametrize("output", ["a closed pipe", "a lost terminal", "closed from the start"])

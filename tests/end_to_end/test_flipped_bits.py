@@ -168,9 +168,9 @@ PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from injected import faults, flip, spoil_records, spoil_state
-from distdl import cli, train
+from distdl import cli, train_command
 {spoil}
-sys.exit(cli.run(train.main, sys.argv[2:]))
+sys.exit(cli.run(train_command.main, sys.argv[2:]))
 """
 
 

@@ -7,7 +7,7 @@ import pytest
 from bad_inputs import mnist_files, write_files
 from refusals import FEW_SAMPLES
 
-from distdl import cli, config, engine, train
+from distdl import cli, config, engine, train_command
 from distdl.job.launched_by import read_launch
 
 pytestmark = pytest.mark.skipif(read_launch().size > 1, reason="starts trainings of one process")
@@ -19,7 +19,7 @@ def test_a_model_trains_for_an_epoch(model, tmp_path, monkeypatch, capsys):
         monkeypatch.setenv(f"{name}_NUM_THREADS", "1")  # undoes the settings of the command
     data = write_files(tmp_path / "data", mnist_files(training=12, test=3, height=28, width=28))
     flags = [f"--model={model}", "--dataset=mnist", f"--data-dir={data}", "--epochs=1", "--log-every=1"]
-    code = cli.run(train.main, [*flags, "--batch-size=8", "--micro-batch-size=4", f"--run-dir={tmp_path}/run"])
+    code = cli.run(train_command.main, [*flags, "--batch-size=8", "--micro-batch-size=4", f"--run-dir={tmp_path}/run"])
     out, err = capsys.readouterr()
     assert (code, [line for line in err.splitlines() if not FEW_SAMPLES.search(line)]) == (0, [])
     assert f"{model} (" in out

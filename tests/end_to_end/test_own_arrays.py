@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from distdl import cli, train
+from distdl import cli, train_command
 
 N = 120
 RNG = np.random.default_rng(0)
@@ -101,7 +101,7 @@ REFUSED = {
 def run(folder, arrays, flags, capsys):
     np.savez(folder / "mine.npz", **arrays)
     given = [f"--dataset=npz:{folder}/mine.npz", "--model=mlp", "--batch-size=32", "--max-steps=1", *flags]
-    code = cli.run(train.main, [*given, f"--run-dir={folder}/run"])
+    code = cli.run(train_command.main, [*given, f"--run-dir={folder}/run"])
     printed = capsys.readouterr()
     return code, " ".join(printed.out.split()), printed.err
 
@@ -122,11 +122,11 @@ def test_a_run_whose_data_has_moved_names_the_flag_for_its_new_place(resume, tmp
     [old] = tmp_path.glob("*.npz")
     old.rename(tmp_path / "moved")
     flags = [resume.format(run=tmp_path / "run"), f"--run-dir={tmp_path}/run", "--epochs=1"]
-    assert cli.run(train.main, flags) == 2
+    assert cli.run(train_command.main, flags) == 2
     said = capsys.readouterr().err
     assert f"there is no {old}; give its place by --dataset npz:PATH" in said
     (tmp_path / "moved").rename(tmp_path / "new.npz")
-    assert cli.run(train.main, [*flags, f"--dataset=npz:{tmp_path}/new.npz"]) == 0
+    assert cli.run(train_command.main, [*flags, f"--dataset=npz:{tmp_path}/new.npz"]) == 0
 
 
 @pytest.mark.parametrize("what", REFUSED)

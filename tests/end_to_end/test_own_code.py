@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from bad_inputs import TINY, changes, picture, without_launcher
 
-from distdl import cli, evaluate, train
+from distdl import cli, evaluate, train_command
 from distdl.config import TrainConfig
 from distdl.data.sources import Dataset
 from distdl.engine import train as train_from_a_script
@@ -65,7 +65,7 @@ def folder(tmp_path, monkeypatch):
 def outcome(*arguments):
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        code = cli.run(train.main, [*TINY, "--max-steps=3", *arguments])
+        code = cli.run(train_command.main, [*TINY, "--max-steps=3", *arguments])
     return code, out.getvalue(), err.getvalue()
 
 
@@ -147,7 +147,7 @@ def test_a_function_in_a_config_file_runs_only_if_the_command_line_names_it_too(
     (folder / "given.toml").write_text('model = "models/bad.py:net"\n')
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        code = cli.run(train.main, ["--config=given.toml", "--max-steps=1", "--run-dir=new"])
+        code = cli.run(train_command.main, ["--config=given.toml", "--max-steps=1", "--run-dir=new"])
     assert (code, out.getvalue()) == (USER, "")
     assert "a config file names the model 'models/bad.py:net'" in err.getvalue()
     assert "--model models/bad.py:net on the command line too" in err.getvalue()
@@ -157,7 +157,7 @@ def test_a_function_in_a_config_file_runs_only_if_the_command_line_names_it_too(
     (folder / "written").unlink()
     assert 'model = "models/bad.py:net"' in (folder / "run" / "config.toml").read_text()
     with redirect_stdout(out), redirect_stderr(err):
-        assert cli.run(train.main, ["--resume=run", "--max-steps=4"]) == USER
+        assert cli.run(train_command.main, ["--resume=run", "--max-steps=4"]) == USER
     assert not (folder / "written").exists()
 
 

@@ -201,7 +201,7 @@ def test_no_umask_lets_other_users_write_files_of_a_run(tmp_path):
 #: Records the files that a training run opens, removes and renames, and every event that no training needs.
 AUDITED = """
 import json, os, sys
-from distdl import cli, train
+from distdl import cli, train_command
 from distdl import engine  # everything that a start imports
 import safetensors.numpy, threadpoolctl
 
@@ -221,7 +221,7 @@ def note(event, arguments):
         events.append(["never", event + " " + repr(arguments)[:200]])
 
 sys.addaudithook(note)
-code = cli.run(train.main, sys.argv[1:])
+code = cli.run(train_command.main, sys.argv[1:])
 noted, events = events, []
 print(json.dumps(noted))
 sys.exit(code)

@@ -19,7 +19,7 @@ STEP = 4
 PROGRAM = """
 import os, pathlib, signal, sys, time
 from contextlib import suppress
-from distdl import cli, train
+from distdl import cli, train_command
 from distdl.engine.fault_injection import fail_at
 from distdl.job.launched_by import read_launch
 
@@ -37,7 +37,7 @@ def wait(_state):
         time.sleep(0.01)
 
 fail_at("step", rank=None, step={step}, action=wait)
-sys.exit(cli.run(train.main, sys.argv[3:]))
+sys.exit(cli.run(train_command.main, sys.argv[3:]))
 """
 
 
@@ -130,11 +130,11 @@ def test_a_signal_during_start_up_stops_before_the_first_step(tmp_path, run_prog
     program = tmp_path / "program.py"
     program.write_text(
         "import os, sys\n"
-        "from distdl import cli, train\n\n"
+        "from distdl import cli, train_command\n\n"
         "def main(arguments):\n"
         f"    os.kill(os.getpid(), {number:d})\n"
         "    assert 'numpy' not in sys.modules\n"
-        "    return train.main(arguments)\n\n"
+        "    return train_command.main(arguments)\n\n"
         "sys.exit(cli.run(main, trains=True))\n"
     )
     arguments = [sys.executable, str(program), *FLAGS, "--run-dir", str(tmp_path / "run")]

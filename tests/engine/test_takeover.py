@@ -48,7 +48,7 @@ def log(logbook, steps):
         if step == STEPS_PER_EPOCH:
             logbook.epoch_ended(state(step), sums(0.5), Spent((0.0,), (0.0,), (0.0,)), {})
         if step in {2, 4}:
-            logbook.checkpointed(previous_is_saved=step == 4)
+            logbook.checkpointed(state(step), previous_is_saved=step == 4)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ import numpy as np
 import safetensors.numpy
 from bad_inputs import MNIST_FILES, TINY, mnist_files, write_files
 
-from distdl import cli, config, train
+from distdl import cli, config, train_command
 from distdl.engine.fault_injection import fail_at
 from distdl.engine.storage import checkpoints
 
@@ -515,7 +515,7 @@ def _run(arguments: list[str]) -> tuple[int, str]:
     err = io.StringIO()
     with redirect_stdout(io.StringIO()), redirect_stderr(err):
         try:
-            code = cli.run(train.main, arguments)
+            code = cli.run(train_command.main, arguments)
         except _Prepared:
             code = 0
     return code, err.getvalue()

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from distdl import cli, train
+from distdl import cli, train_command
 from distdl.job.launched_by import read_launch
 
 SYSTEM_CALLS = ("os.rename", "os.fsync", "mmap.mmap")
@@ -181,4 +181,4 @@ def _action(rule: Mapping[str, Any]) -> Callable[[Any], None]:
 if __name__ == "__main__":
     cli.set_blas_threads(1)
     set_faults(json.loads(os.environ["DISTDL_SABOTAGE"]))
-    sys.exit(cli.run(train.main))
+    sys.exit(cli.run(train_command.main))

@@ -71,7 +71,7 @@ def test_files_altered_at_random_are_refused_in_one_line_or_are_valid(kind, seed
             "cli.streams.say_line = lambda text: print('one', 'two', sep='\\n', file=sys.stderr)",
             "not one line",
         ),
-        ("train.parse = lambda *_: bytearray(400 * 2**20) and 1 / 0", "MB"),
+        ("train_command.parse = lambda *_: bytearray(400 * 2**20) and 1 / 0", "MB"),
         ("fuzz.MOST_SECONDS = 0.0", "took"),
     ],
 )
@@ -79,7 +79,7 @@ def test_the_fuzzer_finds_a_defect(defect, said, run_python):
     """The test puts each kind of defect into the program."""
     program = (
         f"import sys; sys.path.insert(0, {str(HERE)!r}); import fuzz\n"
-        "from fuzz import checkpoints, cli, train\n"
+        "from fuzz import checkpoints, cli, train_command\n"
         "kind = fuzz.KINDS['checkpoint']\n"
         "class Defective(kind):\n"
         "    def __init__(self):\n"

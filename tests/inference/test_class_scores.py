@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from distdl.engine.pictures import confusion_matrix
 from distdl.inference import class_scores
 from distdl.inference.class_scores import ClassScore, NumberScore
-from distdl.inference.figures import confusion_matrix
 from distdl.rng import Key
 
 

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from distdl.engine.pictures import confusion_matrix
 from distdl.errors import UserError
 from distdl.inference import figures
 from distdl.nn import Affine, Conv2d, Flatten, ReLU, Residual, Sequential, build_model
@@ -42,14 +43,14 @@ def test_confusion_matrix_counts_each_pair_once():
     expected = np.zeros((7, 7), np.int64)
     for label, prediction in zip(labels, predictions, strict=True):
         expected[label, prediction] += 1
-    found = figures.confusion_matrix(labels, predictions, 7)
+    found = confusion_matrix(labels, predictions, 7)
     assert np.array_equal(found, expected)
     assert found.dtype == np.int64
     assert found.sum() == 500
 
 
 def test_absent_classes_have_rows_and_columns_of_zeros():
-    assert figures.confusion_matrix(np.array([0]), np.array([1]), 3).tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 0]]
+    assert confusion_matrix(np.array([0]), np.array([1]), 3).tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 0]]
 
 
 def test_each_scaled_image_ranges_from_0_to_1_and_keeps_the_order_of_its_pixels():

@@ -29,7 +29,7 @@ from distdl import cli
 from distdl.job.launched_by import read_launch
 
 def main(arguments):
-    from distdl.train import parse
+    from distdl.train_command import parse
     config = parse(arguments)
     cli.set_blas_threads(1)
     from distdl.engine import train

@@ -30,7 +30,7 @@ def spring(rank):
 {trap}
 
 def main(arguments):
-    from distdl.train import parse
+    from distdl.train_command import parse
     config = parse(arguments)
     cli.set_blas_threads(1)
     from distdl.engine import train

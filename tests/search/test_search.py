@@ -28,7 +28,7 @@ from distdl.search import trials
 from distdl.search.folder import CHART
 from distdl.search.settings import Range, SearchSettings
 from distdl.search.trials import search
-from distdl.train import parse
+from distdl.train_command import parse
 
 ROWS = 90
 CONFIG = TrainConfig(model="mlp", epochs=2, batch_size=32, micro_batch_size=8)

@@ -4,9 +4,11 @@ The sum is the same on every rank. So all ranks see at the same step that it is 
 compute the step again, and each rank looks at its micro-batches one by one.
 """
 
+import io
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,9 @@ from distdl.engine.checks import corruption
 from distdl.engine.state import TrainingState
 from distdl.engine.step import OptimizerStep, StepObserver
 from distdl.errors import DivergedError
+
+#: Saved micro-batches of one run.
+MOST_SAVED = 10
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,17 @@ class Fault:
         if self.transient:
             return f"{text}, but not when computed again: a hardware fault, on an unknown rank"
         return f"{text}, though each micro-batch is finite: their sum overflows"
+
+
+def file_of(fault: Fault, samples: Mapping[str, NDArray[Any]], folder: Path) -> tuple[Path, bytes] | None:
+    """Return the path and content of the file for the micro-batch of a fault; None after `MOST_SAVED` files."""
+    path = folder / f"not-finite-step-{fault.step:09d}.npz"
+    if len(list(folder.glob("not-finite-*.npz"))) >= MOST_SAVED and not path.exists():
+        return None
+    arrays: dict[str, Any] = {"step": fault.step, "micro_batch": fault.micro_batch, **samples}
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    return path, content.getvalue()
 
 
 class FiniteCheck(StepObserver):

@@ -10,8 +10,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from distdl import evaluate
-from distdl import train as train_command
+from distdl import evaluate, train_command
 from distdl.config import TrainConfig
 from distdl.data import room
 from distdl.data.sources import images as images_module
