@@ -24,7 +24,7 @@ def done(side_by_side, pytestconfig, run_job):
     ("ranks", "where"),
     [
         (2, ["tests/parallel"]),
-        (3, ["tests/parallel", "tests/engine", "tests/bench", "tests/search", "tests/doctor"]),
+        (3, ["tests/parallel", "tests/engine", "tests/bench", "tests/search", "tests/doctor", "tests/proof"]),
         (4, ["tests/parallel", "tests/end_to_end", *(f"--ignore={path}" for path in UP_TO_EIGHT_RANKS)]),
         (8, UP_TO_EIGHT_RANKS),
     ],
