@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     if (
         flags and options.module == MpirunOptions.module and flags[0] in set(COMMANDS) - {"mpirun"}
     ):  # train takes no words
-        options, flags = replace(options, module=COMMANDS[flags[0]].removesuffix(".__main__")), flags[1:]
+        options, flags = replace(options, module=f"distdl.{flags[0]}"), flags[1:]
     if options.restarts < 0:
         raise UserError(f"cannot restart {options.restarts} times: expected 0 or more")
     if options.restarts and options.module.startswith("distdl.") and options.module != "distdl.train":

@@ -4,11 +4,13 @@ import itertools
 import json
 import random
 import time
+from functools import partial
 
 import pytest
 from small_runs import VERY_RAGGED, piece_of_digits, proof, remove, small_config, small_run, sub_world
 
-from distdl.engine import train
+from distdl.engine import prepare, train
+from distdl.engine.console import Console
 from distdl.engine.timing import balance
 from distdl.nn import Affine, Conv2d, Flatten, ReLU, Sequential
 from distdl.parallel import OneProcess
@@ -85,14 +87,15 @@ def test_any_shards_in_any_step_give_the_bits_of_one_process(communicator, share
 
 @pytest.mark.parametrize(("seconds_per_look", "lines"), [(10.0, 6), (0.0, 1)])
 def test_shares_that_change_often_are_not_printed_often(tmp_path, monkeypatch, capsys, seconds_per_look, lines):
-    """The clock advances by some seconds per call."""
+    """The console's clock advances by some seconds per call."""
 
     def changed(self, _seconds):
         self.loads = (5, 3)
         return True
 
     looks = itertools.count(1)
-    monkeypatch.setattr(time, "monotonic", lambda: seconds_per_look * next(looks))
+    clock = partial(Console, clock=lambda: seconds_per_look * next(looks))
+    monkeypatch.setattr(prepare, "Console", clock)
     monkeypatch.setattr(balance.Balance, "observe", changed)
     small_run(OneProcess(), tmp_path / "run", balance=True)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("balance: ")]
