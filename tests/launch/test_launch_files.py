@@ -153,53 +153,6 @@ def test_a_batch_script_warns_before_its_limit_and_ends_with_code_75(tmp_path):
     assert done.stdout.splitlines()[1:] == ["again: launch/pbs.sh"]
 
 
-#: The `timeout` of a batch script, whose time is over after 20 steps, once. hosts.sh uses the real one.
-TIMEOUT = """#!/bin/bash
-[ "$1" = --foreground ] || exec "$(PATH=/usr/bin:/bin command -v timeout)" "$@"
-shift 7
-"$@" &
-job=$!
-if [ ! -e warned ]; then
-    while kill -0 $job && ! grep -q '"step": *20,' my-run/metrics.jsonl; do sleep 0.02; done 2>/dev/null
-    touch warned
-    kill -USR1 $job
-fi
-wait $job
-"""
-
-
-@pytest.mark.parametrize(("script", "variable"), [("pbs.sh", "PBS_NODEFILE"), ("lsf.sh", "LSB_DJOB_HOSTFILE")])
-def test_a_batch_job_that_its_time_limit_stops_continues_to_the_same_receipt(tmp_path, survives, script, variable):
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "launch" / "hosts.sh").symlink_to(LAUNCH / "hosts.sh")
-    training = ["--dataset", "digits", "--model", "mlp", "--epochs", "60", "--log-every", "1", "--kernels", "numpy"]
-    text = (LAUNCH / script).read_text().replace("--dataset digits --epochs 20", shlex.join(training))
-    (tmp_path / "launch" / script).write_text(text)
-    again = f'#!/bin/sh\nexec bash "{tmp_path}/launch/{script}"\n'
-    for name, content in {"timeout": TIMEOUT, "qsub": again, "rsh": RSH}.items():
-        (tmp_path / name).write_text(content)
-        (tmp_path / name).chmod(0o755)
-    names = ["localhost", "localhost"] if survives else ["n1", "n2"]  # Open MPI cannot take one machine for two hosts
-    hosts = tmp_path / hostfile(tmp_path, "\n".join(names))
-    variables = {variable: str(hosts), "RSH": str(tmp_path / "rsh"), "PYTHON": sys.executable}
-    environment = os.environ | variables | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-
-    def job():
-        words = ["bash", f"launch/{script}"]
-        return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)  # noqa: PLW1510
-
-    done = job()
-    output = done.stdout
-    if script == "lsf.sh":  # LSF itself puts a job with this exit code back into the queue
-        assert done.returncode == 75, output + done.stderr
-        output += job().stdout
-    assert re.search(r"stopped (by SIGUSR1 )?after step", output), output + done.stderr
-    assert "resumed from" in output
-    alone = [sys.executable, "-m", "distdl.train", *training, "--run-dir", "alone"]
-    printed = subprocess.run(alone, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert re.findall(r"weights sha256: (\w+)", output) == re.findall(r"weights sha256: (\w+)", printed)
-
-
 # Kubernetes
 
 
