@@ -37,7 +37,7 @@ def test_loads_add_up_and_a_faster_rank_never_gets_fewer(leaves, speeds):
     loads = loads_by_speed(leaves, speeds)
     assert sum(loads) == leaves
     for one, other in itertools.permutations(range(len(speeds)), 2):
-        if speeds[one] > speeds[other]:
+        if speeds[one] > speeds[other] * (1 + 1e-9):  # closer speeds may be rounded to the same time
             assert loads[one] >= loads[other]
 
 
