@@ -66,6 +66,13 @@ class Flag:
     """Whether it may occur several times; the value is then a tuple."""
 
 
+#: The flags of user code that a trained network needs (`LoadOptions`).
+USER_CODE = {
+    "model": Flag(value="FILE.py:FUNCTION", is_path=True, repeated=True),
+    "dataset": Flag(value="FILE.py:FUNCTION", is_path=True),
+}
+
+
 class _Setting:
     """A field of the settings, as a flag."""
 

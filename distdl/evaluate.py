@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from distdl import cli
-from distdl.cli import Command, Flag
+from distdl.cli import USER_CODE, Command, Flag
 from distdl.inference.options import EvaluateOptions, part_of
 
 COMMAND = Command(
@@ -27,8 +27,7 @@ COMMAND = Command(
     },
     flags={
         "runs": Flag(name="RUN_OR_CHECKPOINT", repeated=True),
-        "model": Flag(value="FILE.py:FUNCTION", is_path=True, repeated=True),
-        "dataset": Flag(value="FILE.py:FUNCTION", is_path=True),
+        **USER_CODE,
         "on": Flag(value="SOURCE", is_path=True),
         "csv_columns": Flag(value="PATH,LABEL"),
         "part": Flag(value="test|validation|training", parse=part_of),

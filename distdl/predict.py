@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from distdl import cli
-from distdl.cli import Command, Flag
+from distdl.cli import USER_CODE, Command, Flag
 from distdl.inference.options import PredictOptions
 
 COMMAND = Command(
@@ -32,8 +32,7 @@ COMMAND = Command(
         "csv": Flag(value="FILE"),
         "json": Flag(value="FILE"),
         "masks": Flag(value="FOLDER"),
-        "model": Flag(value="FILE.py:FUNCTION", is_path=True, repeated=True),
-        "dataset": Flag(value="FILE.py:FUNCTION", is_path=True),
+        **USER_CODE,
     },
 )
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from distdl import cli
-from distdl.cli import Command, Flag
+from distdl.cli import USER_CODE, Command, Flag
 from distdl.proof.options import ReplayOptions
 
 COMMAND = Command(
@@ -28,8 +28,7 @@ COMMAND = Command(
         "run": Flag(name="RUN"),
         "layer": Flag(value="NAME"),
         "out": Flag(value="FILE.npz"),
-        "model": Flag(value="FILE.py:FUNCTION", is_path=True, repeated=True),
-        "dataset": Flag(value="FILE.py:FUNCTION", is_path=True),
+        **USER_CODE,
     },
 )
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from distdl import cli
-from distdl.cli import Command, Flag
+from distdl.cli import USER_CODE, Command, Flag
 from distdl.inference.options import ReportOptions
 
 COMMAND = Command(
@@ -23,8 +23,7 @@ COMMAND = Command(
     flags={
         "run": Flag(name="RUN"),
         "out": Flag(value="FILE.html"),
-        "model": Flag(value="FILE.py:FUNCTION", is_path=True, repeated=True),
-        "dataset": Flag(value="FILE.py:FUNCTION", is_path=True),
+        **USER_CODE,
     },
 )
 

@@ -116,7 +116,7 @@ class Calls:
 
     @classmethod
     def of(cls, callbacks: Sequence[Callback]) -> Calls:
-        """Return the calls of these callbacks; raise `UserError` if one is none."""
+        """Return the calls of these callbacks; raise `UserError` for an object of another class."""
         for one in callbacks:
             if not isinstance(one, Callback):
                 what = f"the class {one.__name__}" if isinstance(one, type) else f"an object of {type(one).__name__}"

@@ -103,7 +103,8 @@ class Recorded:
     def read(cls, folder: Path) -> Recorded:
         """Return the records of a run folder.
 
-        Raises `UserError` if it is none, `DamagedFileError` if a file is damaged. Checkpoints are read when needed.
+        Raises `UserError` if it is not a run folder, `DamagedFileError` if a file is damaged. Checkpoints are read when
+        needed.
         """
         if not folder.is_dir():
             what = "is not a folder" if folder.exists() else "does not exist"

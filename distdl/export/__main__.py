@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from distdl import cli
-from distdl.cli import Command, Flag
+from distdl.cli import USER_CODE, Command, Flag
 from distdl.export.options import ExportOptions
 
 COMMAND = Command(
@@ -25,8 +25,7 @@ COMMAND = Command(
     },
     flags={
         "run": Flag(name="RUN"),
-        "model": Flag(value="FILE.py:FUNCTION", is_path=True, repeated=True),
-        "dataset": Flag(value="FILE.py:FUNCTION", is_path=True),
+        **USER_CODE,
     },
 )
 

@@ -13,7 +13,7 @@ from distdl.export.onnx_file import import_onnx, onnx_file
 from distdl.export.onnx_verification import verified
 from distdl.export.options import ExportOptions
 from distdl.export.pytorch_files import pytorch_files
-from distdl.inference.load import Trained, load
+from distdl.inference.load import Trained, load_without_data
 from distdl.inference.options import check_names
 from distdl.parallel import guard, on_rank_0, world
 
@@ -30,16 +30,7 @@ def export(options: ExportOptions) -> None:
     communicator, out = world(), options.out or _place(options.run) / NAMES[options.to]
     with guard(communicator):
         on_rank_0(communicator, lambda: _check(options, out))
-        (trained,) = load(
-            [options.run],
-            communicator,
-            best=options.best,
-            data_dir=options.data_dir,
-            data_gigabytes=options.data_gigabytes,
-            dataset=options.dataset,
-            models=options.model,
-            with_data=False,
-        )
+        (trained,) = load_without_data([options.run], communicator, options, best=options.best)
         on_rank_0(communicator, lambda: _export(options, trained, out))
 
 

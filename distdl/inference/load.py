@@ -32,6 +32,7 @@ from distdl.engine.user_code import (
     read_data,
 )
 from distdl.errors import UserError
+from distdl.inference.options import LoadOptions
 from distdl.nn import Sequential
 from distdl.optim import optimizer_class
 from distdl.parallel import Communicator, from_rank_0, guard, on_rank_0, share_arrays, together, world
@@ -166,6 +167,22 @@ def load(
         )
         for i, (name, path, _, step, complaints, _, data_sha256, _) in enumerate(facts)
     ]
+
+
+def load_without_data(
+    given: Sequence[Path], communicator: Communicator, options: LoadOptions, *, best: bool
+) -> list[Trained]:
+    """Return the networks that the flags of a command name, without the data that they were trained on: see `load`."""
+    return load(
+        given,
+        communicator,
+        best=best,
+        data_dir=options.data_dir,
+        data_gigabytes=options.data_gigabytes,
+        dataset=options.dataset,
+        models=options.model,
+        with_data=False,
+    )
 
 
 def refuse_unlike_members(trained: Sequence[Trained]) -> None:

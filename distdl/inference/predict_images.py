@@ -19,7 +19,7 @@ from distdl.engine.console import Console
 from distdl.engine.storage.files import check_output, indented_json, write_output
 from distdl.errors import EXIT_DAMAGED, EXIT_USER, UserError, listed
 from distdl.inference.inputs import Inputs, UnusedInput, find_inputs
-from distdl.inference.load import Trained, load, refuse_unlike_members
+from distdl.inference.load import Trained, load_without_data, refuse_unlike_members
 from distdl.inference.options import PredictOptions, check_names
 from distdl.inference.prediction import Block, predict
 from distdl.inference.prediction_text import Lines, Prediction, prediction_json, prediction_of, predictions_csv
@@ -44,16 +44,7 @@ def predict_images(options: PredictOptions) -> int:
     communicator = world()
     with guard(communicator):
         on_rank_0(communicator, lambda: _check_outputs(options))
-        members = load(
-            [options.run, *options.others],
-            communicator,
-            best=options.best,
-            data_dir=options.data_dir,
-            data_gigabytes=options.data_gigabytes,
-            dataset=options.dataset,
-            models=options.model,
-            with_data=False,
-        )
+        members = load_without_data([options.run, *options.others], communicator, options, best=options.best)
         together(communicator, lambda: refuse_unlike_members(members))
         inputs = find_inputs(options.inputs, members[0].signature, communicator, Room(options.data_gigabytes))
         together(communicator, lambda: _check_masks(options, members[0], inputs))
