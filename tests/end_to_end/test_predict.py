@@ -354,7 +354,7 @@ def test_a_segmentation_predicts_shares_and_writes_masks(tmp_path, monkeypatch):
     expected = evaluate(trained, "test", OneProcess()).predictions
     np.savez("test.npz", images=named.images[trained[0].data.parts.test])
     with pytest.MonkeyPatch.context() as patch:  # the network comes from a script
-        patch.setattr("distdl.inference.predict_images.load", lambda *_, **__: trained)
+        patch.setattr("distdl.inference.predict_images.load_without_data", lambda *_, **__: trained)
         found = predicted("run", "test.npz", "--masks=masks")["predictions"]
     for row, one in enumerate(found):
         with Image.open(tmp_path / "masks" / f"{row}.png") as mask:
