@@ -12,7 +12,7 @@ import sys
 
 import pytest
 from slurm_cluster import NODES, Cluster, why_not
-from trapped_training import LOCAL_SH, REPOSITORY, receipt_of, undisturbed_receipt
+from trapped_training import LOCAL_SH, REPOSITORY, TRAINING, receipt_of, undisturbed_receipt
 
 from distdl.errors import UserError
 from distdl.job.launched_by import read_launch
@@ -20,7 +20,6 @@ from distdl.job.mpirun_command import mpirun_command
 from distdl.job.processes import look_at
 
 SCRIPT = REPOSITORY / "launch" / "slurm.sbatch"
-TRAINING = ["--model", "mlp", "--epochs", "2", "--checkpoint-every", "3"]
 SECONDS = 150
 #: A training that waits up to five seconds in each step from the eighth on, until the file `go` exists.
 PACED = """
