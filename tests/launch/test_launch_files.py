@@ -183,19 +183,28 @@ def test_a_batch_script_starts_hosts_sh_with_the_hosts_of_its_scheduler(run, scr
     assert "start this script with" in outside.stderr
 
 
+@pytest.mark.parametrize(("script", "variable"), [("pbs.sh", "PBS_NODEFILE"), ("lsf.sh", "LSB_DJOB_HOSTFILE")])
+def test_a_batch_script_outside_of_the_repository_is_refused_in_one_line(run, tmp_path, script, variable):
+    done = run(script, **{variable: "x"})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"{script}: no launch/hosts.sh in {tmp_path}: submit the job in the folder of the")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_batch_script_warns_before_its_limit_and_ends_with_code_75(tmp_path):
-    """`timeout` sends SIGUSR1 to hosts.sh, which has become the launcher; its exit code is kept."""
+    """`timeout` sends SIGUSR1 to hosts.sh, which has become the launcher; its exit code is kept. A copy is renamed."""
     text = (LAUNCH / "pbs.sh").read_text().replace("limit=238m ", "limit=2 ")
+    text = text.replace("this=launch/pbs.sh ", "this=launch/mine.sh ")
     launch = tmp_path / "launch"
     launch.mkdir()
-    (launch / "pbs.sh").write_text(text)
+    (launch / "mine.sh").write_text(text)
     (launch / "hosts.sh").write_text("#!/bin/bash\ntrap 'exit 75' USR1\nwhile :; do sleep 0.05; done\n")
     (launch / "hosts.sh").chmod(0o755)
     (tmp_path / "qsub").write_text('#!/bin/sh\necho again: "$@"\n')
     (tmp_path / "qsub").chmod(0o755)
     variables = {"PBS_NODEFILE": "x", "PBS_O_WORKDIR": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(
-        ["bash", launch / "pbs.sh"],
+        ["bash", launch / "mine.sh"],
         env=os.environ | variables,
         capture_output=True,
         text=True,
@@ -203,7 +212,7 @@ def test_a_batch_script_warns_before_its_limit_and_ends_with_code_75(tmp_path):
         check=False,
     )
     assert done.returncode == 75, done.stderr
-    assert done.stdout.splitlines()[1:] == ["again: launch/pbs.sh"]
+    assert done.stdout.splitlines()[1:] == ["again: launch/mine.sh"]
 
 
 # Kubernetes
