@@ -189,7 +189,7 @@ def test_a_job_on_two_nodes_has_the_receipt_of_one_process(cluster, form, tmp_pa
 
 
 def test_a_job_without_its_environment_ends_at_once_with_one_line(cluster, tmp_path):
-    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
     (tmp_path / "python").chmod(0o755)
     (tmp_path / "job.sbatch").write_text(SCRIPT.read_text())
     words = ["sbatch", "--parsable", "-N1", "--ntasks-per-node=1", f"--output={tmp_path}/log", "--wait", "job.sbatch"]
