@@ -164,7 +164,7 @@ def test_each_micro_batch_of_a_proof_is_progress_for_the_watchdog(folder, monkey
     with faults():
         fail_at("forward", rank=None, step=5, nth=None, action=lambda _: seen.append(dogs[0].progress()))
         resumed(folder, record_hashes=True)
-    assert seen == [(4, seen[0][1] + number) for number in range(8)], "the step does not count yet, its micro-batches do"
+    assert seen == [(4, seen[0][1] + number) for number in range(8)], "the micro-batches count"
 
 
 def test_a_proof_that_hangs_is_reported_with_its_step(folder, capsys):
