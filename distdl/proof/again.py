@@ -21,7 +21,7 @@ from distdl.engine.same_bits import bits_of_ranks, change_of_bits
 from distdl.engine.stop import StopRequest
 from distdl.engine.storage.checkpoints import FoundCheckpoint
 from distdl.engine.storage.run_folder import StartingPoint
-from distdl.errors import DamagedFileError, UserError
+from distdl.errors import DamagedFileError, PeerLost, UserError
 from distdl.inference.load import config_in, dataset_of, model_named, user_code_flags
 from distdl.inference.options import LoadOptions
 from distdl.parallel import Communicator, from_rank_0, on_rank_0, together
@@ -68,6 +68,15 @@ class PastRun:
     def start_from(self, step: int) -> None:
         """Take the state of the checkpoint after a step. Collective. Raises `UserError` on every rank."""
         self.again.start_from(lambda: self.records.checkpoint(step), self.data_sha256)
+
+
+@contextmanager
+def lost_rank_decides_nothing() -> Iterator[None]:
+    """Turn a lost rank inside the ``with`` block into a `UserError`: it must not look like a difference."""
+    try:
+        yield
+    except PeerLost as lost:
+        raise UserError(f"{lost}; the result is unknown: start the command again") from lost
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from distdl.engine.state import TrainingState
 from distdl.errors import EXIT_DIFFERENT, DamagedFileError, UserError, counted
 from distdl.inference.options import check_names
 from distdl.parallel import Communicator, guard, on_rank_0, world
-from distdl.proof.again import MORE_CHECKPOINTS, PastRun, past_run
+from distdl.proof.again import MORE_CHECKPOINTS, PastRun, lost_rank_decides_nothing, past_run
 from distdl.proof.options import AuditOptions
 from distdl.rng import Key
 
@@ -46,7 +46,7 @@ def audit(options: AuditOptions) -> int:
     if options.seed is not None and options.seed < 0:
         raise UserError(f"--seed must be at least 0, not {options.seed}")
     communicator = world()
-    with guard(communicator):
+    with guard(communicator), lost_rank_decides_nothing():
         planned = on_rank_0(communicator, lambda: _planned(options))
         seed, every, complaints = communicator.bcast_json(planned)
         chosen = choose(every, options.fraction, seed)

@@ -17,7 +17,7 @@ from distdl.inference import figures
 from distdl.inference.options import check_names
 from distdl.parallel import guard, on_rank_0, together, world
 from distdl.proof import replay_files
-from distdl.proof.again import PastRun, past_run
+from distdl.proof.again import PastRun, lost_rank_decides_nothing, past_run
 from distdl.proof.inside import Inside, StepWatcher, Weights, arrays_of, look_inside
 from distdl.proof.options import ReplayOptions
 
@@ -32,7 +32,7 @@ def replay(options: ReplayOptions) -> int:
     """
     check_names(options)
     communicator = world()
-    with guard(communicator):
+    with guard(communicator), lost_rank_decides_nothing():
         on_rank_0(communicator, lambda: _check_out(options))
         with past_run(options, options.run, options.step, communicator) as run:
             together(communicator, lambda: _check(options, run))

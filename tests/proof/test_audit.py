@@ -15,7 +15,7 @@ from small_runs import remove, worlds
 from distdl import audit
 from distdl.engine.fault_injection import forget
 from distdl.engine.storage import checkpoints
-from distdl.errors import DamagedFileError, UserError
+from distdl.errors import DamagedFileError, PeerLost, UserError
 from distdl.proof import audit_run
 from distdl.proof.audit_run import choose, stretches_of, unseen
 from distdl.proof.options import AuditOptions
@@ -219,6 +219,16 @@ def test_a_checkpoint_of_another_training_is_a_difference_not_wrong_input(run, a
     code, output = audited(run, "--fraction", "0.1", "--seed", str(seed))
     assert code == 1
     assert "DIFFERENT, and the rest cannot be computed: " in output
+
+
+def test_a_lost_rank_is_not_a_difference(run, audited, monkeypatch):
+    def lose(*_):
+        raise PeerLost("a rank was lost")
+
+    monkeypatch.setattr(audit_run, "_audit_stretch", lose)
+    with pytest.raises(UserError, match="a rank was lost; the result is unknown: start the command again") as caught:
+        audited(run)
+    assert caught.value.exit_code == 2
 
 
 def test_a_damaged_checkpoint_is_named(run, audited):
