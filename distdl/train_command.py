@@ -128,7 +128,7 @@ def _refuse_dataset_of_a_script(name: str) -> None:
     if comes_from_script(name):
         raise UserError(
             f"the dataset {name!r} comes from a script: resume the run with that script, or give the same data by "
-            "--dataset npz:FILE.npz"
+            "--dataset npz:FILE.npz, or by --dataset SCRIPT.py:FUNCTION, a function(data_dir) that returns it"
         )
 
 

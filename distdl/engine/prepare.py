@@ -74,7 +74,7 @@ def train(
         this_rank = survivors.communicator.world_ranks[survivors.communicator.rank]
         with numerics(config.threads_per_rank), watchdog, Warden(f"rank {this_rank}", config.detect_hangs):
             preparation = Preparation(config, build_network, dataset, console, stop, callbacks)
-            trainer = survivors.run(preparation.prepared_trainer)
+            trainer = survivors.run(partial(preparation.prepared_trainer, watchdog=watchdog))
             attach(trainer)
             watchdog.progress = lambda: trainer.work_done
             try:
@@ -107,22 +107,22 @@ class Preparation:
     transferred: transfer.Transfer | None = None
     warnings: Sequence[str] = ()
 
-    def prepared_trainer(self, communicator: Communicator) -> Trainer:
+    def prepared_trainer(self, communicator: Communicator, watchdog: Watchdog) -> Trainer:
         """Return an opened trainer. If the user's input is wrong, leave no files. Collective."""
         self.close()  # the coordinator of an earlier attempt
         try:
-            return self._prepare(communicator)
+            return self._prepare(communicator, watchdog)
         except UserError:
             self.close()
             raise
         finally:
             self.is_repeated = True
 
-    def _prepare(self, communicator: Communicator) -> Trainer:
+    def _prepare(self, communicator: Communicator, watchdog: Watchdog) -> Trainer:
         trainer, facts, start = self.build(communicator)
         console = self.console = self.console or Console(live=communicator.size == 1)
         self.warnings = [*self.warnings, *compile_for(trainer, console)]
-        facts = with_proof(facts, trainer, start, console)
+        facts = with_proof(facts, trainer, start, console, watchdog)
         self.calls.attach(trainer)
         keeps = communicator.survives_failures
         logbook = Logbook(self.config, trainer.steps_per_epoch, console, self.calls, keeps=keeps)

@@ -9,11 +9,13 @@ is the checkpoint to resume from. The losses in between are compared too.
 """
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
+from distdl.engine.checks.watchdog import Watchdog
 from distdl.engine.console import Console
 from distdl.engine.coordinator import RunFacts
 from distdl.engine.recomputation import Recomputation
@@ -36,13 +38,23 @@ class _Plan:
     last: int
 
 
-def with_proof(facts: RunFacts, trainer: Trainer, start: StartingPoint | None, console: Console) -> RunFacts:
+def with_proof(
+    facts: RunFacts,
+    trainer: Trainer,
+    start: StartingPoint | None,
+    console: Console,
+    watchdog: Watchdog | None = None,
+) -> RunFacts:
     """Return the facts with the part of the environment about bits, proved if `--prove` is set: see `prove`.
 
+    The watchdog counts the steps of the proof as progress.
     Collective; `start` is needed on rank 0. Raises `UserError` on every rank.
     """
     facts = with_bits(facts, trainer, start)
-    proof = prove(facts, trainer, start) if trainer.config.prove else None
+    if not trainer.config.prove:
+        return facts
+    with nullcontext() if watchdog is None else watchdog.watching(lambda: trainer.work_done):
+        proof = prove(facts, trainer, start)
     if proof is None:
         return facts
     if trainer.communicator.rank == 0:

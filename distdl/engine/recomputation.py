@@ -5,6 +5,7 @@ compared with the records of the run, bit for bit.
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from distdl.engine.recorded import StepRecord, Tensors, kind_of
 from distdl.engine.requirements import restore
 from distdl.engine.storage.checkpoints import FoundCheckpoint
 from distdl.engine.trainer import Trainer
+from distdl.errors import DivergedError
 from distdl.parallel import on_rank_0
 
 
@@ -47,16 +49,23 @@ class Recomputation:
     def take_step(self) -> StepRecord:
         """Take the next step, and judge the epoch that it ends; return the records. Collective.
 
+        A validation that is not finite ended the run. Here it is a record of the epoch that the run does not have.
         The tensors of the record are views of the state: valid until the next step.
         """
         trainer = self.trainer
         trainer.take_step()
+        diverged = False
         if self.step % trainer.steps_per_epoch == 0:
-            trainer.validate()
+            try:
+                trainer.validate()
+            except DivergedError:  # on all ranks; the run ended here, without a record of the epoch
+                diverged = True
         lines = {name: list(map(json.loads, lines.splitlines())) for name, lines in self._logbook.lines.items()}
         self._logbook.lines = dict.fromkeys(lines, b"")
         [hashed] = lines.get("hashes", [{}])
         metrics = {kind_of(record): record for record in lines["metrics"]}
+        if diverged:
+            metrics["epoch"] = {"validation_loss": math.nan}
         return StepRecord(self.step, metrics, hashed.get("hashes", {}), hashed.get("loss"), self._tensors)
 
     def _tensors(self) -> Tensors:

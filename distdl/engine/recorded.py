@@ -8,6 +8,7 @@ step (``hashes.jsonl``), and all tensors after some steps (``checkpoints/``). `R
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,12 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distdl.arrays import sha256_of_arrays
+from distdl.config import TrainConfig, differences
 from distdl.engine.storage import checkpoints
 from distdl.engine.storage.checkpoints import FoundCheckpoint
 from distdl.engine.storage.header import CheckpointHeader
 from distdl.engine.storage.restoring import described
 from distdl.engine.storage.run_folder import refuse_links
-from distdl.errors import UserError
+from distdl.errors import DamagedFileError, UserError
 from distdl.json_files import read_json, read_json_lines
 from distdl.regular_files import read_regular
 
@@ -47,6 +49,13 @@ _ENVIRONMENT = {
     "ranks?": int,
     "hosts?": {str: int},
 }
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raise `UserError` unless the path is a folder."""
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {what}: expected the run folder of a training")
 
 
 def hash_of(name: str, array: NDArray[Any]) -> str:
@@ -106,9 +115,7 @@ class Recorded:
         Raises `UserError` if it is not a run folder, `DamagedFileError` if a file is damaged. Checkpoints are read when
         needed.
         """
-        if not folder.is_dir():
-            what = "is not a folder" if folder.exists() else "does not exist"
-            raise UserError(f"{folder} {what}: expected the run folder of a training")
+        check_run_folder(folder)
         refuse_links(folder)
 
         def found(name: str) -> Path | None:
@@ -330,21 +337,44 @@ def compare_records(one: Recorded, other: Recorded) -> Comparison:
 def contradictions(run: Recorded, steps: Iterable[int] | None = None) -> list[str]:
     """Return where the files of a run contradict each other: then one of them was changed after the training.
 
-    Each of its checkpoints, or only those after `steps`, is compared with the logs.
+    Each of its checkpoints, or only those after `steps`, is compared with the logs and with ``config.toml``. Of each
+    file the first contradiction is returned.
     """
-    found = []
+    found: dict[str, str] = {}
+    config_file = run.folder / "config.toml"
     logs = {name: run.folder / f"{name}.jsonl" for name in ("metrics", "hashes")}
     contents = {name: read_regular(path) for name, path in logs.items() if path.is_file()}
     for step in run.checkpoint_steps if steps is None else steps:
         saved = run.checkpoint(step)
         header, tensors = saved.header(), saved.checkpoint.tensors
+        changes = differences(_config_of(config_file, header), header.config) if config_file.is_file() else []
+        if changes:
+            found.setdefault("config", f"{config_file} does not fit {saved.path}: {', '.join(changes)}")
         hashes = run.hashes.get(step, {}).get("hashes", {})
         for name in [one for one in hashes if one in tensors and not one.startswith(EPOCH_SUMS)]:
             if hash_of(name, tensors[name]) != hashes[name]:
-                found.append(f"{saved.path} has another {name} than hashes.jsonl after step {step}")
+                found[str(saved.path)] = f"{saved.path} has another {name} than hashes.jsonl after step {step}"
                 break
         for name, expected in (header.log_sha256 or {}).items():
             content = contents.get(name)
             if content is not None and sha256(content[: header.log_bytes[name]]).hexdigest() != expected:
-                found.append(f"{logs[name]} was changed after the checkpoint after step {step}")
-    return found
+                found.setdefault(name, f"{logs[name]} was changed after the checkpoint after step {step}")
+    return list(found.values())
+
+
+def settings_in(path: Path) -> dict[str, Any]:
+    """Return the settings in a ``config.toml``; raise `DamagedFileError`."""
+    try:
+        return tomllib.loads(read_regular(path).decode())
+    except (ValueError, RecursionError, OSError) as error:
+        raise DamagedFileError(f"{path} is damaged: {error}; restore it, or remove it") from None
+
+
+def _config_of(path: Path, header: CheckpointHeader) -> TrainConfig:
+    """Return the config in a ``config.toml``; settings that the file lacks are those of a checkpoint."""
+    try:
+        return TrainConfig.from_json({**header.config, **settings_in(path)})
+    except (LookupError, TypeError, UserError) as error:
+        if isinstance(error, DamagedFileError):
+            raise
+        raise DamagedFileError(f"{path} is damaged: {error}; restore it, or remove it") from None

@@ -6,6 +6,7 @@ The signature in a checkpoint describes inputs and outputs, so a network needs n
 version has no signature: then its training data gives it.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -323,9 +324,10 @@ def dataset_of(
     if dataset is not None and trained_on in DATASETS and dataset != trained_on:
         raise UserError(f"{run} was trained on {trained_on}: leave --dataset {dataset} out")
     if dataset is None and comes_from_script(trained_on):
+        score = ", or in a script score other data with distdl.load(…).evaluate(dataset)" if is_needless else ""
         raise UserError(
             f"{run} was trained on the dataset {trained_on!r} of a script: give the same data by --dataset "
-            "npz:FILE.npz, or in a script score other data with distdl.load(…).evaluate(dataset)"
+            f"npz:FILE.npz, or by --dataset SCRIPT.py:FUNCTION, a function(data_dir) that returns it{score}"
         )
     if dataset is None and is_own(trained_on):  # no code runs because a checkpoint names it
         what = f"{run} was trained on a dataset from user code"
@@ -357,7 +359,7 @@ def _build(
     models: Sequence[str],
 ) -> Sequential:
     given = build_network if is_own(config.model) else None
-    name = config.model if given is not None else model_named(config.model, path, models)
+    name = config.model if given is not None else model_named(config.model, path, models, or_load=True)
     try:
         build = network_builder(name, config.model_settings, given)
         network = build(signature.image_shape, outputs_of(config, signature)[-1])
@@ -376,21 +378,45 @@ def _build(
     return network
 
 
-def model_named(trained_with: str, path: str, models: Sequence[str]) -> str:
+def model_named(trained_with: str, path: str, models: Sequence[str], *, or_load: bool = False) -> str:
     """Return the name of the model that the checkpoint at `path` was trained with: ours, or the user's in `models`.
 
-    Raises `UserError` if the user has not named it: no code runs because a checkpoint names it.
+    Raises `UserError` if the user has not named it: no code runs because a checkpoint names it. With `or_load` the
+    error also names `distdl.load`, which takes the function itself.
     """
     if not is_own(trained_with):
         return trained_with
     name = next((model for model in models if names_match(model, trained_with)), None)
     if name is None:
-        model, function = trained_with.replace("__main__:", "SCRIPT.py:"), trained_with.rpartition(":")[2]
+        load = f", or in a script distdl.load(…, build_network={trained_with.rpartition(':')[2]})" if or_load else ""
         raise UserError(
             f"cannot build the network of {path}: it was trained with a model from user code; if you trust that code, "
-            f"add --model {model}, or in a script distdl.load(…, build_network={function})"
+            f"add {model_flag(trained_with)}{load}"
         )
     return name
+
+
+def model_flag(trained_with: str) -> str:
+    """Return the flag that names a model from user code, for a line that the user copies.
+
+    >>> model_flag("net.py:build"), model_flag("__main__:build")
+    ('--model net.py:build', '--model SCRIPT.py:build')
+    """
+    return f"--model {shlex.quote(trained_with.replace('__main__:', 'SCRIPT.py:'))}"
+
+
+def user_code_flags(model: str, dataset: str) -> str:
+    """Return the flags that a command needs for a run whose model and dataset come from user code; "" if none does.
+
+    >>> user_code_flags("net.py:build", "mine"), user_code_flags("mlp", "digits")
+    ('--model net.py:build --dataset SCRIPT.py:FUNCTION', '')
+    """
+    flags = [model_flag(model)] if is_own(model) else []
+    if comes_from_script(dataset):
+        flags.append("--dataset SCRIPT.py:FUNCTION")
+    elif is_own(dataset):
+        flags.append(f"--dataset {shlex.quote(dataset)}")
+    return " ".join(flags)
 
 
 def _refuse_unused_models(models: Sequence[str], configs: Sequence[TrainConfig]) -> None:

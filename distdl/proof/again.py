@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from distdl.config import TrainConfig
+from distdl.config import TrainConfig, comes_from_script, is_own
 from distdl.engine.console import Console
 from distdl.engine.environment import numerics
 from distdl.engine.fingerprint import fingerprint
@@ -21,8 +21,8 @@ from distdl.engine.same_bits import bits_of_ranks, change_of_bits
 from distdl.engine.stop import StopRequest
 from distdl.engine.storage.checkpoints import FoundCheckpoint
 from distdl.engine.storage.run_folder import StartingPoint
-from distdl.errors import DamagedFileError, UserError
-from distdl.inference.load import config_in, dataset_of, model_named
+from distdl.errors import DamagedFileError, PeerLost, UserError
+from distdl.inference.load import config_in, dataset_of, model_named, user_code_flags
 from distdl.inference.options import LoadOptions
 from distdl.parallel import Communicator, from_rank_0, on_rank_0, together
 
@@ -38,6 +38,10 @@ WITHOUT: Mapping[str, Any] = {
     "detect_hangs": 0.0,
     "on_nonfinite": "skip",  # a run that stopped at such a step took none before it
 }
+
+
+#: The remedy for a run without a checkpoint.
+MORE_CHECKPOINTS = "resume the run, or train again with a smaller --checkpoint-every if it stops before the first one"
 
 
 @dataclass
@@ -67,6 +71,15 @@ class PastRun:
 
 
 @contextmanager
+def lost_rank_decides_nothing() -> Iterator[None]:
+    """Turn a lost rank inside the ``with`` block into a `UserError`: it must not look like a difference."""
+    try:
+        yield
+    except PeerLost as lost:
+        raise UserError(f"{lost}; the result is unknown: start the command again") from lost
+
+
+@contextmanager
 def past_run(options: LoadOptions, folder: Path, before: int, communicator: Communicator) -> Iterator[PastRun]:
     """Yield a run of the past in the state of its newest intact checkpoint before step `before`, or in its first state.
 
@@ -77,6 +90,7 @@ def past_run(options: LoadOptions, folder: Path, before: int, communicator: Comm
     facts = from_rank_0(communicator, lambda: None if found is None else found.to_json())
     assert facts is not None
     config, last_step = TrainConfig.from_json(facts["config"]), facts["last_step"]
+    together(communicator, lambda: _check_user_code(options, folder, config))
     model = together(communicator, lambda: model_named(config.model, facts["path"], options.model))
     config = replace(config, model=model, tensorboard=False, mlflow=None)  # nothing is recorded again
     with numerics(config.threads_per_rank):
@@ -138,13 +152,27 @@ class _Found:
         }
 
 
+def _check_user_code(options: LoadOptions, folder: Path, config: TrainConfig) -> None:
+    """Raise `UserError` if the model and the dataset both come from user code and neither is named: one line for both.
+
+    If only one is missing, the functions that need it say so.
+    """
+    dataset_is_own = is_own(config.dataset) or comes_from_script(config.dataset)
+    if is_own(config.model) and dataset_is_own and not options.model and options.dataset is None:
+        raise UserError(
+            f"{folder} was trained with a model and a dataset from user code; if you trust that code, add "
+            f"{user_code_flags(config.model, config.dataset)} (a function(data_dir) that returns the same data; "
+            "npz:FILE.npz works too)"
+        )
+
+
 def _read(folder: Path, before: int) -> _Found:
     """Read the run folder, its newest intact checkpoint and the one to start from."""
     records = Recorded.read(folder)
     complaints: list[str] = []
     newest = _newest_before(records, sys.maxsize, complaints)
     if newest is None:
-        raise UserError(f"{folder} has no intact checkpoint, which has the settings of the run: resume the run first")
+        raise UserError(f"{folder} has no intact checkpoint, which has the settings of the run: {MORE_CHECKPOINTS}")
     start = _newest_before(records, before, complaints)
     return _Found(records, newest, start, list(dict.fromkeys(complaints)))
 

@@ -16,10 +16,10 @@ from itertools import pairwise
 from distdl.engine.console import Console
 from distdl.engine.recorded import Recorded, StepRecord, contradictions, first_difference
 from distdl.engine.state import TrainingState
-from distdl.errors import EXIT_DIFFERENT, UserError, counted
+from distdl.errors import EXIT_DIFFERENT, DamagedFileError, UserError, counted
 from distdl.inference.options import check_names
-from distdl.parallel import guard, on_rank_0, world
-from distdl.proof.again import PastRun, past_run
+from distdl.parallel import Communicator, guard, on_rank_0, world
+from distdl.proof.again import MORE_CHECKPOINTS, PastRun, lost_rank_decides_nothing, past_run
 from distdl.proof.options import AuditOptions
 from distdl.rng import Key
 
@@ -46,25 +46,45 @@ def audit(options: AuditOptions) -> int:
     if options.seed is not None and options.seed < 0:
         raise UserError(f"--seed must be at least 0, not {options.seed}")
     communicator = world()
-    with guard(communicator):
+    with guard(communicator), lost_rank_decides_nothing():
         planned = on_rank_0(communicator, lambda: _planned(options))
         seed, every, complaints = communicator.bcast_json(planned)
         chosen = choose(every, options.fraction, seed)
         console = Console(live=False)
-        with past_run(options, options.run, chosen[0][0] + 1, communicator) as run:
-            on_rank_0(communicator, lambda: console.line("\n".join(complaints)) if complaints else None)
-            failed = bool(complaints)
-            for stretch in chosen:
-                failed |= _audit_stretch(run, stretch, console)
-            failed |= _audit_receipt(run, every[-1][1], console)
+        on_rank_0(communicator, lambda: console.line("\n".join(complaints)) if complaints else None)
+        try:
+            failed = _audit_stretches(options, communicator, every, chosen, console)
+        except UserError as error:  # on every rank
+            if not complaints:
+                raise
+            line = f"DIFFERENT, and the rest cannot be computed: {error}"
+            on_rank_0(communicator, lambda: console.line(line))
+            communicator.barrier()
+            return EXIT_DIFFERENT
+        failed |= bool(complaints)
 
-            def show() -> None:
-                for line in _last_lines(every, chosen, seed, failed=failed):
-                    console.line(line)
+        def show() -> None:
+            for line in _last_lines(every, chosen, seed, failed=failed):
+                console.line(line)
 
-            on_rank_0(communicator, show)
-            communicator.barrier()  # rank 0 has printed everything before any rank ends
-            return EXIT_DIFFERENT if failed else 0
+        on_rank_0(communicator, show)
+        communicator.barrier()  # rank 0 has printed everything before any rank ends
+        return EXIT_DIFFERENT if failed else 0
+
+
+def _audit_stretches(
+    options: AuditOptions,
+    communicator: Communicator,
+    every: Sequence[Stretch],
+    chosen: Sequence[Stretch],
+    console: Console,
+) -> bool:
+    """Compute the chosen stretches and the receipt again; return whether anything differs, on all ranks. Collective."""
+    with past_run(options, options.run, chosen[0][0] + 1, communicator) as run:
+        failed = False
+        for stretch in chosen:
+            failed |= _audit_stretch(run, stretch, console)
+        return _audit_receipt(run, every[-1][1], console) or failed
 
 
 def _planned(options: AuditOptions) -> tuple[int, list[Stretch], list[str]]:
@@ -72,7 +92,7 @@ def _planned(options: AuditOptions) -> tuple[int, list[Stretch], list[str]]:
     records = Recorded.read(options.run)
     every = stretches_of(records.checkpoint_steps)
     if not every:
-        raise UserError(f"{options.run} has no checkpoint, so there is nothing to compute again: resume the run first")
+        raise UserError(f"{options.run} has no checkpoint, so there is nothing to compute again: {MORE_CHECKPOINTS}")
     seed = secrets.randbits(SEED_BITS) if options.seed is None else options.seed
     return seed, every, [f"DIFFERENT: {one}" for one in contradictions(records)]
 
@@ -109,7 +129,14 @@ def _audit_stretch(run: PastRun, stretch: Stretch, console: Console) -> bool:
     first, last = stretch
     begun = time.perf_counter()
     if first:  # also if the stretch before ended here: with other bits, perhaps
-        run.start_from(first)
+        try:
+            run.start_from(first)
+        except DamagedFileError:
+            raise
+        except UserError as error:  # on every rank: no training with these settings wrote this checkpoint
+            line = f"steps {first + 1} to {last}: DIFFERENT, they cannot start: {error}"
+            on_rank_0(run.communicator, lambda: console.line(line))
+            return True
 
     def differs(recomputed: StepRecord) -> bool:
         difference = first_difference(run.records.at(recomputed.step), recomputed)

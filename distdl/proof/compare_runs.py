@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ from typing import Any
 from distdl.config import BEFORE_THE_SETTING, FIELDS, FREE_TO_CHANGE_ON_RESUME, RENAMED, flag_of
 from distdl.engine.console import Console
 from distdl.engine.fingerprint import first_difference as first_operation
-from distdl.engine.recorded import Comparison, Difference, Recorded, compare_records, contradictions
+from distdl.engine.recorded import Comparison, Difference, Recorded, compare_records, contradictions, settings_in
 from distdl.engine.storage.header import CheckpointHeader
-from distdl.errors import EXIT_DIFFERENT, DamagedFileError, UserError, counted, listed
+from distdl.errors import EXIT_DIFFERENT, UserError, counted, listed
+from distdl.inference.load import user_code_flags
 from distdl.proof import replay_files
-from distdl.regular_files import read_regular
 
 #: Names of steps in a line.
 MOST_STEPS = 6
@@ -76,9 +75,17 @@ def _lines_of_difference(found: Comparison, difference: Difference, one: Recorde
     files = []
     for run in (one, other):
         words = ["python", "-m", "distdl.replay", str(run.folder), "--step", str(difference.step)]
-        lines.append(f"  {shlex.join([*words, '--micro-batch', '0'])}")
+        lines.append(f"  {shlex.join([*words, '--micro-batch', '0'])}{_user_code_of(run)}")
         files.append(str(replay_files.path_of(run.folder, difference.step, 0)))
     return [*lines, f"  {shlex.join(['python', '-m', 'distdl.compare', *files])}"]
+
+
+def _user_code_of(run: Recorded) -> str:
+    """Return the flags that a command needs for the user code of a run, after a space."""
+    settings = _settings(run, run.header())
+    names = [settings.get(name, FIELDS[name].default) for name in ("model", "dataset")]
+    flags = user_code_flags(*map(str, names))
+    return f" {flags}" if flags else ""
 
 
 def _what_was_compared(found: Comparison) -> str:
@@ -158,10 +165,7 @@ def _settings(run: Recorded, header: CheckpointHeader | None) -> Mapping[str, An
     path = run.folder / "config.toml"
     if not path.is_file():
         return {} if header is None else header.config
-    try:
-        return tomllib.loads(read_regular(path).decode())
-    except (ValueError, RecursionError, OSError) as error:
-        raise DamagedFileError(f"{path} is damaged: {error}; restore it, or remove it") from None
+    return settings_in(path)
 
 
 def _lines_of_fingerprints(

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from distdl.config import flag_of
 from distdl.data.batch_order import micro_batch_count
 from distdl.engine.console import Console
-from distdl.engine.recorded import Difference, StepRecord, compared_in, first_difference
+from distdl.engine.recorded import Difference, StepRecord, check_run_folder, compared_in, first_difference
 from distdl.engine.storage.files import check_output, write_output
-from distdl.errors import EXIT_DIFFERENT, UserError, counted, unknown_name
+from distdl.errors import EXIT_DIFFERENT, DamagedFileError, UserError, counted, unknown_name
 from distdl.inference import figures
 from distdl.inference.options import check_names
 from distdl.parallel import guard, on_rank_0, together, world
 from distdl.proof import replay_files
-from distdl.proof.again import PastRun, past_run
+from distdl.proof.again import PastRun, lost_rank_decides_nothing, past_run
 from distdl.proof.inside import Inside, StepWatcher, Weights, arrays_of, look_inside
 from distdl.proof.options import ReplayOptions
 
@@ -31,7 +32,7 @@ def replay(options: ReplayOptions) -> int:
     """
     check_names(options)
     communicator = world()
-    with guard(communicator):
+    with guard(communicator), lost_rank_decides_nothing():
         on_rank_0(communicator, lambda: _check_out(options))
         with past_run(options, options.run, options.step, communicator) as run:
             together(communicator, lambda: _check(options, run))
@@ -43,6 +44,7 @@ def replay(options: ReplayOptions) -> int:
 def _check_out(options: ReplayOptions) -> None:
     if options.out is not None and options.out.suffix != ".npz":
         raise UserError(f"--out {options.out}: expected a name that ends in .npz")
+    check_run_folder(options.run)  # before its name is part of a path that cannot be written
     check_output(options.out or replay_files.path_of(options.run, options.step, 0), "--out")
 
 
@@ -109,10 +111,16 @@ class Replay:
 
         def check() -> None:
             recorded = self.run.records.at(recomputed.step)
+            try:
+                difference = first_difference(recorded, recomputed)
+            except DamagedFileError as error:
+                self.console.warning(f"{error}; step {recomputed.step} is not compared with it")
+                recorded = replace(recorded, tensors=None)
+                difference = first_difference(recorded, recomputed)
             self.compared = compared_in(recorded, recomputed)
             if self.compared:
                 self.checked.append(recomputed.step)
-            self.difference = self.difference or first_difference(recorded, recomputed)
+            self.difference = self.difference or difference
 
         on_rank_0(self.run.communicator, check)
 
@@ -159,14 +167,14 @@ class Replay:
                 else "the arithmetic is that of the run, by its fingerprint: so a "
                 "record or a checkpoint was changed, or the hardware was at fault",
             ]
-        before = [step for step in self.checked if step != self.options.step]
-        also = f"; so were {counted(len(before), 'step')} before it" if before else ""
+        checked = len([step for step in self.checked if step != self.options.step])
+        before = f"; the same bits in {counted(checked, 'step')} before it" if checked else ""
         if not self.compared:
-            return [f"the run has no record of step {self.options.step} to check it against{also}"]
+            return [f"the run has no record of step {self.options.step} to check it against{before}"]
         names = {"step": "loss and accuracy", "epoch": "the scores of the epoch"}
         names |= {"hashes": "the hash of every tensor", "tensors": "every tensor of the checkpoint"}
         what = ", ".join(text for kind, text in names.items() if kind in self.compared)
-        return [f"the same bits as the run has recorded: {what}{also}"]
+        return [f"the same bits as the run has recorded: {what}{before}"]
 
     def _draw(self, path: Path, found: Inside) -> None:
         if not figures.has_matplotlib():

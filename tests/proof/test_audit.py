@@ -15,7 +15,7 @@ from small_runs import remove, worlds
 from distdl import audit
 from distdl.engine.fault_injection import forget
 from distdl.engine.storage import checkpoints
-from distdl.errors import DamagedFileError, UserError
+from distdl.errors import DamagedFileError, PeerLost, UserError
 from distdl.proof import audit_run
 from distdl.proof.audit_run import choose, stretches_of, unseen
 from distdl.proof.options import AuditOptions
@@ -191,6 +191,44 @@ def test_a_forged_hash_is_found(tmp_path, audited):
     code, output = audited(folder, "--fraction", "1")
     assert code == 1
     assert "DIFFERENT, first at step 3, tensor affine_1.bias: hash 0000000000000000 | hash " in output
+
+
+def test_edited_settings_are_found(run, audited):
+    path = run / "config.toml"
+    path.write_text(path.read_text().replace("batch_size = 384", "batch_size = 128"))
+    code, output = audited(run, "--fraction", "0.1")
+    assert code == 1
+    assert re.search(r"^DIFFERENT: .*config.toml does not fit .*: --batch-size is 128 here and 384 in", output)
+    path.write_text("batch_size = many\n")
+    with pytest.raises(DamagedFileError, match=r"config.toml is damaged"):
+        audited(run, "--fraction", "0.1")
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_checkpoint_of_another_training_is_a_difference_not_wrong_input(run, audited, tmp_path, step):
+    other = recorded_run(tmp_path / "other", **EVERY_STEP, optimizer="sgd")
+    place = checkpoints.path_of_step(run / "checkpoints", step)
+    shutil.copy(checkpoints.path_of_step(other / "checkpoints", step), place)
+    code, output = audited(run, "--fraction", "1")
+    assert code == 1
+    assert re.search(r"does not fit .*: --optimizer is 'adam' here and 'sgd' in the checkpoint, --lr is", output)
+    assert f"steps {step} to {step}: DIFFERENT, first at step {step}, tensor " in output
+    assert f"steps {step + 1} to {step + 1}: DIFFERENT, they cannot start: " in output
+    assert "steps 7 to 7: the same bits" in output
+    seed = next(seed for seed in range(99) if choose(stretches_of(range(1, 9)), 0.1, seed) == [(step, step + 1)])
+    code, output = audited(run, "--fraction", "0.1", "--seed", str(seed))
+    assert code == 1
+    assert "DIFFERENT, and the rest cannot be computed: " in output
+
+
+def test_a_lost_rank_is_not_a_difference(run, audited, monkeypatch):
+    def lose(*_):
+        raise PeerLost("a rank was lost")
+
+    monkeypatch.setattr(audit_run, "_audit_stretch", lose)
+    with pytest.raises(UserError, match="a rank was lost; the result is unknown: start the command again") as caught:
+        audited(run)
+    assert caught.value.exit_code == 2
 
 
 def test_a_damaged_checkpoint_is_named(run, audited):

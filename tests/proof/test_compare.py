@@ -108,6 +108,20 @@ def test_the_output_shows_how_to_look_inside_both_sides(undisturbed, compared, t
     assert f"  python -m distdl.compare {undisturbed}/replay-step-000000003-micro-batch-0.npz '{run}/replay" in output
 
 
+def test_the_shown_commands_name_the_user_code(compared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(
+        "from distdl import nn\n\ndef build(shape, classes):\n"
+        "    return nn.Sequential([nn.Flatten(), nn.Affine(classes)], shape)\n"
+    )
+    runs = [recorded_run(tmp_path / f"{lr}", model="net.py:build", lr=lr, epochs=1) for lr in (0.1, 0.2)]
+    code, output = compared(*runs)
+    assert code == 1
+    for run in runs:
+        [line] = [line for line in output.splitlines() if f"distdl.replay {run}" in line]
+        assert line.endswith(" --micro-batch 0 --model net.py:build")
+
+
 def test_equal_runs_are_equal_and_their_other_differences_are_listed(undisturbed, compared, tmp_path):
     run = recorded_run(tmp_path / "run", checkpoint_every=3, verify_every=2, on_nonfinite="skip")
     code, output = compared(undisturbed, run)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from recorded_runs import SETTINGS, STEPS_PER_EPOCH, recorded_run
 from small_runs import proof, remove, worlds
 
 from distdl.config import TrainConfig
-from distdl.engine import dry_run, train
+from distdl.engine import dry_run, prepare, train
+from distdl.engine.checks.watchdog import Watchdog
+from distdl.engine.fault_injection import fail_at
 from distdl.engine.storage import checkpoints
 from distdl.errors import UserError
 from distdl.job.launched_by import read_launch
@@ -153,6 +156,32 @@ def test_a_proof_replaces_the_warnings_about_versions(folder, monkeypatch, capsy
     assert "the checkpoint was made with NumPy 1.0" in capsys.readouterr().err
     resumed(copied, record_hashes=True)
     assert "the checkpoint was made with NumPy 1.0" not in capsys.readouterr().err
+
+
+def test_each_micro_batch_of_a_proof_is_progress_for_the_watchdog(folder, monkeypatch):
+    dogs, seen = [], []
+    monkeypatch.setattr(prepare, "Watchdog", lambda *args, **kwargs: dogs.append(Watchdog(*args, **kwargs)) or dogs[0])
+    with faults():
+        fail_at("forward", rank=None, step=5, nth=None, action=lambda _: seen.append(dogs[0].progress()))
+        resumed(folder, record_hashes=True)
+    assert seen == [(4, seen[0][1] + number) for number in range(8)], "the micro-batches count"
+
+
+def test_a_proof_that_hangs_is_reported_with_its_step(folder, capsys):
+    printed = []
+
+    def hang(_state):
+        deadline = time.monotonic() + 60
+        while "[rank 0] has done nothing" not in "".join(printed):
+            assert time.monotonic() < deadline
+            printed.append(capsys.readouterr().err)
+            time.sleep(0.01)
+
+    with faults():
+        fail_at("forward", rank=None, step=5, action=hang)
+        resumed(folder, record_hashes=True, stall_warning=0.2)
+    errors = "".join(printed)
+    assert re.search(r"has done nothing for \d+ s, after 4 steps; it is here:", errors), errors
 
 
 @pytest.mark.skipif(not can_pretend(), reason="this CPU cannot compute as another kind")

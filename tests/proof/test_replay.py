@@ -1,6 +1,7 @@
 """`distdl.replay` takes any step again, with the bits of the run, and writes the same file on any number of ranks."""
 
 import dataclasses
+import importlib.util
 import json
 import re
 import shutil
@@ -10,10 +11,12 @@ import pytest
 from recorded_runs import EVERY_STEP, STEPS_PER_EPOCH, plant, recorded_run
 from small_runs import remove, worlds
 
-from distdl import compare, replay
+from distdl import audit, compare, replay
+from distdl.config import TrainConfig
+from distdl.engine import train
 from distdl.engine.fault_injection import forget
 from distdl.engine.storage import checkpoints
-from distdl.errors import UserError
+from distdl.errors import DivergedError, UserError
 from distdl.job.mpirun_command import mpirun_command, python_command
 from distdl.nn.kernels.choice import obstacle
 from distdl.proof import replay_files, replay_step
@@ -202,6 +205,32 @@ def test_a_step_that_was_not_finite_can_be_seen(tmp_path, replayed):
     assert not np.isfinite(arrays["losses"]).all()
 
 
+def test_a_step_before_a_validation_that_was_not_finite_can_be_seen(tmp_path, replayed):
+    with pytest.raises(DivergedError, match="the validation loss is nan after step 4"):
+        recorded_run(tmp_path / "run", optimizer="sgd", lr=1e30, on_nonfinite="skip", **EVERY_STEP)
+    code, output, arrays = replayed(tmp_path / "run", 4)
+    assert code == 0
+    assert "the same bits as the run has recorded: loss and accuracy" in output
+    assert not np.isfinite(arrays["losses"]).all()
+    code, output, _ = replayed(tmp_path / "run", 5)
+    assert code == 0
+    assert "no record of step 5 to check it against; the same bits in 1 step before it" in output
+
+
+def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, replayed, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    path = checkpoints.path_of_step(folder / "checkpoints", 4)
+    path.write_bytes(path.read_bytes()[:-1])
+    code, output, _ = replayed(folder, 5)
+    assert code == 0
+    assert "taken again from the checkpoint after step 3" in output
+    assert "the same bits as the run has recorded: loss and accuracy, the hash of every tensor; the same" in output
+    assert replay.main([str(folder), "--step", "4"]) == 0
+    assert "is damaged" in (said := capsys.readouterr().err)
+    assert "; step 4 is not compared with it" in said
+
+
 def test_a_step_without_a_record_is_said_to_be_unchecked(tmp_path, replayed):
     folder = recorded_run(tmp_path / "run", log_every=3)
     code, output, _ = replayed(folder, 2)
@@ -231,6 +260,7 @@ def test_what_cannot_be_replayed_is_refused(run, tmp_path):
         ([run, "--step", "4", "--layer", "afine_1"], "did you mean 'affine_1'"),
         ([run, "--step", "4", "--out", "x.png"], "expected a name that ends in .npz"),
         ([tmp_path / "empty", "--step", "4"], "expected a run folder"),
+        ([run / "metrics.jsonl", "--step", "4"], "is not a folder: expected the run folder of a training"),
         ([run, "--step", "4", "--data-dir", "x"], "--data-dir has no effect with digits"),
     ):
         with pytest.raises(UserError, match=message):
@@ -262,6 +292,32 @@ def test_a_model_of_the_user_is_run_only_if_it_is_named(tmp_path, monkeypatch, c
     (tmp_path / "net.py").rename(tmp_path / "moved" / "net.py")
     assert replay.main([str(run), "--step", "2", "--model", "moved/net.py:build"]) == 0
     assert "the same bits as the run has recorded" in capsys.readouterr().out
+
+
+def test_one_line_names_all_that_a_run_from_a_script_needs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "script.py").write_text(
+        "import numpy as np\nimport distdl\nfrom distdl import nn\n\ndef network(shape, classes):\n"
+        "    return nn.Sequential([nn.Flatten(), nn.Affine(classes)], shape)\n\ndef data(data_dir):\n"
+        "    labels = np.arange(90) % 2\n    images = np.repeat(9 * labels, 16).reshape(90, 4, 4, 1)"
+        ".astype(np.uint8)\n    return distdl.Dataset.from_labels('mine', images, labels)\n"
+    )
+    spec = importlib.util.spec_from_file_location("script", tmp_path / "script.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.network.__module__ = "__main__"
+    train(TrainConfig(epochs=1, run_dir=tmp_path / "run"), dataset=script.data(None), build_network=script.network)
+    for command in (replay.main, audit.main):
+        arguments = [str(tmp_path / "run"), *(["--step", "1"] if command is replay.main else [])]
+        with pytest.raises(UserError, match=r"add --model SCRIPT.py:network --dataset SCRIPT.py:FUNCTION \("):
+            command(arguments)
+        own = [*arguments, "--model", "script.py:network"]
+        with pytest.raises(UserError, match=r"--dataset npz:FILE.npz, or by --dataset SCRIPT.py:FUNCTION") as caught:
+            command(own)
+        assert "distdl.load" not in str(caught.value), "that does not help here"
+        capsys.readouterr()
+        assert command([*own, "--dataset", "script.py:data"]) == 0
+        assert "the same bits" in capsys.readouterr().out
 
 
 def test_a_replay_writes_nothing_but_its_files(run, tmp_path):

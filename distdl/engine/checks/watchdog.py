@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -79,6 +80,15 @@ class Watchdog:
         self._waiting.reports = True
         if self._thread is not None:
             self._thread.join(SECONDS_TO_RESPOND)  # not forever: nobody may be reading its output
+
+    @contextmanager
+    def watching(self, progress: Progress) -> Iterator[None]:
+        """Watch other work inside the ``with`` block, such as a proof before the training begins."""
+        before, self.progress = self.progress, progress
+        try:
+            yield
+        finally:
+            self.progress = before
 
     def _watch(self) -> None:
         rank = int(self._own["rank"][0])
