@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,8 +115,11 @@ class Calls:
         self._has_started = self._has_ended = False
 
     @classmethod
-    def of(cls, callbacks: Sequence[Callback]) -> Calls:
-        """Return the calls of these callbacks; raise `UserError` for an object of another class."""
+    def of(cls, given: Sequence[Callback], added: Sequence[Callback] = ()) -> Calls:
+        """Return the calls of the given and the added callbacks; raise `UserError` for an object of another class."""
+        if not isinstance(given, Iterable):
+            raise UserError(f"callbacks is an object of {type(given).__name__}: expected a list, such as [Losses()]")
+        callbacks = [*given, *added]
         for one in callbacks:
             if not isinstance(one, Callback):
                 what = f"the class {one.__name__}" if isinstance(one, type) else f"an object of {type(one).__name__}"
@@ -156,7 +159,7 @@ class Calls:
                 getattr(callback, event)(dict(record))
             except (DistdlError, MemoryError):
                 raise
-            except Exception as error:  # noqa: BLE001  the user's code may raise anything
+            except (Exception, SystemExit) as error:  # noqa: BLE001  the user's code may raise anything
                 file = getattr(sys.modules.get(type(callback).__module__), "__file__", None)
                 what = one_line(describe_error(error, file))
                 raise UserError(

@@ -24,7 +24,7 @@ from distdl.inference.load import Trained, load
 from distdl.inference.prediction import predict
 from distdl.inference.score import Score, evaluate
 from distdl.nn import Sequential
-from distdl.parallel import Communicator, guard, on_rank_0, share_arrays, world
+from distdl.parallel import Communicator, guard, on_rank_0, share_arrays, together, world
 
 
 class Model:
@@ -96,10 +96,16 @@ class Model:
             return evaluate(one, "test", self._communicator).ensemble
 
     def _fitted(self, images: NDArray[Any]) -> NDArray[Any]:
+        if isinstance(images, np.ma.MaskedArray):  # the masked values would be used like any other
+            raise UserError("cannot predict images with a mask: expected a plain array; images.filled(VALUE) is one")
         try:
             canonical, _ = canonical_images(np.asarray(images))
         except Unfit as error:
             raise UserError(f"cannot predict {error.given}: expected {error.expected}; {error.remedy}") from None
+        except ValueError as error:  # a list of images of several shapes
+            raise UserError(
+                f"cannot predict {type(images).__name__}: {error}; expected an array (N, H, W, C)"
+            ) from None
         return fitted(canonical, self._trained.signature, "the array")
 
     def _samples(self, dataset: Dataset) -> dict[str, NDArray[Any]]:
@@ -117,12 +123,20 @@ class Model:
 
 
 def load_model(
-    run: Path, *, best: bool, build_network: BuildNetwork | None, communicator: Communicator | None
+    run: Path | str, *, best: bool, build_network: BuildNetwork | None, communicator: Communicator | None
 ) -> Model:
     """Return the model of a run folder or checkpoint; print warnings about it. Collective. Raises `UserError`."""
     communicator = world() if communicator is None else communicator
-    [trained] = load([run], communicator, best=best, build_network=build_network, with_data=False)
+    with guard(communicator):
+        path = together(communicator, lambda: _path(run))
+    [trained] = load([path], communicator, best=best, build_network=build_network, with_data=False)
     if communicator.rank == 0:
         for warning in trained.warnings:
             Console(live=False).warning(warning)
     return Model(trained, communicator)
+
+
+def _path(run: object) -> Path:
+    if not isinstance(run, str | Path):
+        raise UserError(f"cannot load {run!r}: expected the path of a run folder or checkpoint, such as result.run_dir")
+    return Path(run)
