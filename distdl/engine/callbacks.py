@@ -19,6 +19,7 @@ from distdl.data import PreparedDataset
 from distdl.engine.user_code import describe_error
 from distdl.errors import DistdlError, UserError, one_line
 from distdl.nn import Sequential
+from distdl.parallel import alone
 
 if TYPE_CHECKING:
     from distdl.engine.trainer import Trainer
@@ -43,7 +44,7 @@ class Callback:
     """Gets the events of a run. Override the methods that you need, and give an object to `distdl.train(callbacks=…)`.
 
     Every rank creates the object, but only the coordinator, rank 0, calls it. The other ranks wait meanwhile at their
-    next exchange. So a method must not call anything collective, and should be quick.
+    next exchange. So a method should be quick. `distdl.load`, predictions and `distdl.train` in it use this rank alone.
 
     A record holds numbers by name. It has the same bits on any number of ranks, except for times.
 
@@ -156,7 +157,8 @@ class Calls:
             self._has_ended = True
         for callback in self.callbacks:
             try:
-                getattr(callback, event)(dict(record))
+                with alone():
+                    getattr(callback, event)(dict(record))
             except (DistdlError, MemoryError):
                 raise
             except (Exception, SystemExit) as error:  # noqa: BLE001  the user's code may raise anything

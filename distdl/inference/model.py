@@ -24,7 +24,7 @@ from distdl.inference.load import Trained, load
 from distdl.inference.prediction import predict
 from distdl.inference.score import Score, evaluate
 from distdl.nn import Sequential
-from distdl.parallel import Communicator, guard, on_rank_0, share_arrays, together, world
+from distdl.parallel import Communicator, guard, on_rank_0, present, share_arrays, together, world
 
 
 class Model:
@@ -78,10 +78,11 @@ class Model:
         Gray images become three equal colours for a network that takes colours, and colours become gray. Rank 0's
         images count. Raises `UserError` if the images do not fit the network.
         """
-        with guard(self._communicator):
-            arrays = on_rank_0(self._communicator, lambda: {"images": self._fitted(images)})
-            inputs = ImageArray(share_arrays(self._communicator, arrays or {})["images"])
-            blocks = [block.values for block in predict([self._trained], inputs, self._communicator)]
+        communicator = present(self._communicator)
+        with guard(communicator):
+            arrays = on_rank_0(communicator, lambda: {"images": self._fitted(images)})
+            inputs = ImageArray(share_arrays(communicator, arrays or {})["images"])
+            blocks = [block.values for block in predict([self._trained], inputs, communicator)]
         return np.concatenate(blocks)
 
     def evaluate(self, dataset: Dataset) -> Score:
@@ -90,10 +91,11 @@ class Model:
         Its classes are matched by name, or by number if the dataset or the network has no names. Rank 0's dataset
         counts. Raises `UserError` if the dataset does not fit the network.
         """
-        with guard(self._communicator):
-            arrays = on_rank_0(self._communicator, lambda: self._samples(dataset))
-            one = with_test_part([self._trained], share_arrays(self._communicator, arrays or {}))
-            return evaluate(one, "test", self._communicator).ensemble
+        communicator = present(self._communicator)
+        with guard(communicator):
+            arrays = on_rank_0(communicator, lambda: self._samples(dataset))
+            one = with_test_part([self._trained], share_arrays(communicator, arrays or {}))
+            return evaluate(one, "test", communicator).ensemble
 
     def _fitted(self, images: NDArray[Any]) -> NDArray[Any]:
         if isinstance(images, np.ma.MaskedArray):  # the masked values would be used like any other
@@ -103,9 +105,8 @@ class Model:
         except Unfit as error:
             raise UserError(f"cannot predict {error.given}: expected {error.expected}; {error.remedy}") from None
         except ValueError as error:  # a list of images of several shapes
-            raise UserError(
-                f"cannot predict {type(images).__name__}: {error}; expected an array (N, H, W, C)"
-            ) from None
+            kind = type(images).__name__
+            raise UserError(f"cannot predict an object of {kind}: {error}; expected an array (N, H, W, C)") from None
         return fitted(canonical, self._trained.signature, "the array")
 
     def _samples(self, dataset: Dataset) -> dict[str, NDArray[Any]]:
