@@ -54,7 +54,7 @@ fi
 case $python in
 */*)
     [ -e "$python" ] || [ ! -L "$python" ] ||
-        fail "$python is a link to a file that does not exist: create this environment again"
+        fail "$python is a link to a file that does not exist or is not accessible: create this environment again"
     [ ! -e "$python" ] || [ -x "$python" ] || fail "$python has no execute permission: chmod +x $python"
     ;;
 esac
@@ -71,8 +71,11 @@ case $code in
 126 | 127) fail "$python cannot be executed here (wrong kind of machine, or a file system without execution): set PYTHON to another one" ;;
 *)
     install="$python -m pip install '${repository}[mpich]'"
-    [ -w "$repository" ] || # pip builds inside the folder
+    if [ ! -e "$repository/pyproject.toml" ]; then # a copy of this script elsewhere
+        install="$python -m pip install 'distdl-mpi[mpich]'"
+    elif [ ! -w "$repository" ]; then # pip builds inside the folder
         install="cp -r '$repository' /tmp/distdl && $python -m pip install '/tmp/distdl[mpich]' (pip cannot build in $repository, which is read-only)"
+    fi
     fail "$python cannot import distdl and its dependencies: run $install, or set PYTHON to a Python that has them"
     ;;
 esac

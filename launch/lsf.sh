@@ -27,4 +27,8 @@ job=(timeout --foreground --preserve-status -s USR1 -k 100 "$limit"
 printf '%q ' "${job[@]}"
 echo
 [[ ${1-} != --dry-run ]] || exit 0
+if [[ ! -r launch/hosts.sh ]]; then
+    echo "lsf.sh: no launch/hosts.sh in $PWD: submit the job in the folder of the repository" >&2
+    exit 2
+fi
 exec "${job[@]}"

@@ -13,6 +13,7 @@
 #PBS -l walltime=04:00:00
 #PBS -N distdl -j oe
 limit=238m # two minutes less than the time limit
+this=launch/pbs.sh # the job submits this file again: CHANGE it if you rename the file
 
 # 2. CHANGE the flags of distdl.train.
 training=(--run-dir my-run --resume auto --dataset digits --epochs 20)
@@ -28,7 +29,12 @@ job=(timeout --foreground --preserve-status -s USR1 -k 100 "$limit"
 printf '%q ' "${job[@]}"
 echo
 [[ ${1-} != --dry-run ]] || exit 0
+for file in launch/hosts.sh "$this"; do
+    [[ -r $file ]] && continue
+    echo "pbs.sh: no $file in $PWD: submit the job in the folder of the repository, and set this= to this file" >&2
+    exit 2
+done
 "${job[@]}"
 code=$?
-if [[ $code == 75 ]]; then qsub launch/pbs.sh; fi
+if [[ $code == 75 ]]; then qsub "$this"; fi
 exit $code

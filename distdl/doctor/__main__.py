@@ -39,8 +39,9 @@ COMMAND = Command(
 def main(arguments: Sequence[str]) -> int:
     """Examine this rank and the job; rank 0 prints the findings. Return the exit code: that of the worst finding."""
     options = COMMAND.parse(arguments)
-    if options.timeout < 1 or (options.ranks is not None and options.ranks < 1):
-        raise UserError("--timeout and --ranks: expected 1 or more")
+    for flag, value in (("--timeout", options.timeout), ("--ranks", options.ranks)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} {value}: expected 1 or more")
     launch = read_launch()
     own = of_process()
     cli.set_blas_threads(1)

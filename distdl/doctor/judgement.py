@@ -337,7 +337,9 @@ def _folder(facts: Facts, ranks: list[Facts]) -> Findings:
         return
     free = f"{found['free'] / GB:.1f} GB free in {found['path']}"
     if found["free"] < ROOMY_DISK:
-        yield Finding("run folder", SLOW if found["free"] >= LITTLE_DISK else BROKEN, free, other)
+        level, least = (SLOW, ROOMY_DISK) if found["free"] >= LITTLE_DISK else (BROKEN, LITTLE_DISK)
+        fix = "--run-dir /a/folder/with/more/space, or remove files there"
+        yield Finding("run folder", level, f"{free}, less than {least / GB:g} GB", fix)
     else:
         blind = [ranks[rank]["host"] for rank, of in enumerate(facts.get("of_ranks", [])) if not of["sees_folder"]]
         if blind:

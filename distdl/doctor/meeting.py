@@ -90,8 +90,8 @@ def check_folder(communicator: Communicator, host: Communicator, folder: Path) -
 
 
 def _tried_folder(folder: Path) -> tuple[dict[str, Any], int, str | None]:
-    """Write and lock a file in the folder, or in the nearest folder above it that exists."""
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    """Write and lock a file in the folder, or in the nearest folder above it that exists. A file there is an error."""
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     facts: dict[str, Any] = {"path": str(folder), "error": None, "lock_error": None}
     try:
         space = os.statvfs(place)

@@ -19,6 +19,8 @@ LEAST_ADDRESS_SPACE = 170_000 * 1024
 THREADS_PER_RANK = 9
 #: With a limit that is larger by so many, nobody counts.
 MANY_THREADS = 2000
+#: MPI libraries keep shared memory in files, which count (measured: 16 MB for a rank of Open MPI).
+LEAST_FILE_SIZE = 64_000 * 1024
 #: The address space of a thread, with its stack and its own memory pool; of the buffer of OpenBLAS (measured: 33 MB).
 BYTES_OF_A_THREAD, BYTES_OF_BLAS = 80_000_000, 36_000_000
 #: What the loader of shared libraries says.
@@ -59,6 +61,7 @@ MEMORY = (
 )
 PROCESSES = (Limit(resource.RLIMIT_NPROC, "u", "processes and threads of this user"),)
 FILES = (Limit(resource.RLIMIT_NOFILE, "n", "open files"),)
+FILE_SIZE = (Limit(resource.RLIMIT_FSIZE, "f", "the size of a file", 1024, " kB"),)
 
 
 def explained(error: BaseException) -> BaseException:
@@ -110,6 +113,18 @@ def why_too_few_processes(ranks: int) -> str | None:
     return f"{limit.found}; expected at least {used + needed}, for {ranks} ranks and {used} other threads of this user"
 
 
+def why_files_are_too_small() -> str | None:
+    """Return why MPI cannot make its files of shared memory, with the remedy; None if it can.
+
+    MPICH ends a rank by its own messages if it cannot.
+    """
+    (limit,) = FILE_SIZE
+    soft, _ = resource.getrlimit(limit.number)
+    if soft == resource.RLIM_INFINITY or soft >= LEAST_FILE_SIZE:
+        return None
+    return f"{limit.found}; several ranks need at least {LEAST_FILE_SIZE // 1024} kB"
+
+
 def _threads_of_others(proc: Path = Path("/proc")) -> int:
     """Return the number of this user's threads on this host, without the processes below the launcher."""
     launcher = next((process.pid for process in ancestors() if process.name in LAUNCHERS), os.getpid())
@@ -142,6 +157,8 @@ def _limits_behind(error: BaseException) -> tuple[Limit, ...]:
         return MEMORY
     if any(words in str(error).lower() for words in NO_ROOM_FOR_LIBRARY):
         return MEMORY
+    if number == errno.EFBIG:
+        return FILE_SIZE
     return FILES if number == errno.EMFILE else ()
 
 

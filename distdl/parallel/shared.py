@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from distdl.arrays import ALIGNMENT_BYTES, BLOCK_BYTES, sha256_of_arrays
 from distdl.errors import UserError
-from distdl.job import leftovers
+from distdl.job import leftovers, limits
 from distdl.mapped_files import MappedArray, created, is_first_rows_of_file, open_mapped, release_pages
 from distdl.parallel.agreement import from_rank_0, together
 from distdl.parallel.communicator import Bytes, Communicator
@@ -191,6 +191,8 @@ def _reserve(nbytes: int, purpose: str) -> tuple[int, str]:
             else:
                 return handle, path
         except OSError as error:
+            if (reached := limits.explained(error)) is not error and folder == folders()[-1]:
+                raise reached from error
             tried.append(f"{folder}: {error.strerror}")
     raise UserError(
         f"no room for {nbytes / 1e6:.1f} MB of {purpose} ({'; '.join(tried)}): free some space, or set TMPDIR to "

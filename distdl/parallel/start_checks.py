@@ -39,6 +39,8 @@ def prepare_for_mpi(launch: Launch, vendor: str) -> None:
     ranks = ranks_of_this_host()
     if few := limits.why_too_few_processes(ranks):
         raise HostError(few)
+    if small := limits.why_files_are_too_small():
+        raise HostError(small)
     os.environ.update(probes.variables_for_mpi())
     if vendor in KIN_OF_MPICH and probes.why_shared_memory_is_too_small(ranks):
         leftovers.sweep(shared.folders())

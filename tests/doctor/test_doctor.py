@@ -145,6 +145,27 @@ def test_a_folder_without_access_is_broken(doctor, tmp_path):
     assert levels(done)["run folder"] == "broken"
 
 
+def test_a_folder_below_a_file_or_a_dead_link_cannot_be_written(tmp_path):
+    from distdl.doctor import meeting
+    from distdl.parallel.communicator import OneProcess
+
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    alone = OneProcess()
+    for name in ("file", "file/run", "link", "link/run"):
+        facts, _ = meeting.check_folder(alone, alone, tmp_path / name)
+        assert facts["error"].startswith(f"{tmp_path / name.partition('/')[0]}: ")
+    facts, _ = meeting.check_folder(alone, alone, tmp_path / "new" / "run")
+    assert facts["error"] is None
+
+
+@pytest.mark.parametrize(("flag", "said"), [("--timeout=0", "--timeout 0: expected 1"), ("--ranks=-2", "--ranks -2: ")])
+def test_a_wrong_number_is_one_line(doctor, flag, said):
+    done = doctor(flag)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert said in done.stderr
+
+
 def small_shared_memory(size):
     """Return the beginning of a command line with this much shared memory; skip the test if that is not possible."""
     script = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'

@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 
 import numpy as np
@@ -81,17 +83,27 @@ def started(argv, folder, output):
     return process
 
 
+def is_used(path):
+    """Return whether a living process has locked the file, as the owner of each of our files does."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        try:
+            flock(file, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def shared_files():
-    return {path.name for path in Path("/dev/shm").glob("distdl-*")} if Path("/dev/shm").is_dir() else set()
+    return set(Path("/dev/shm").glob("distdl-*")) if Path("/dev/shm").is_dir() else set()
 
 
 def nothing_new_in_shared_memory(before):
-    """Return whether all new files are gone again. A file of another job lives for some milliseconds."""
+    """Return whether all new files are gone again. Jobs that run at the same time use theirs."""
     deadline = time.monotonic() + 5
     new = shared_files() - before
     while new and time.monotonic() < deadline:
         time.sleep(0.05)
-        new &= shared_files()
+        new = {path for path in new & shared_files() if not is_used(path)}
     return not new
 
 

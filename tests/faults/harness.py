@@ -33,10 +33,10 @@ SECONDS_TO_LEAVE = 5.0
 MARK = "DISTDL_FAULTS_JOB"
 RANK_NAMES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
 #: A small convolutional network on the digits: 10 steps per epoch, a checkpoint in the middle of each epoch.
-FLAGS = ("--epochs", "6", "--log-every", "1", "--checkpoint-every", "7")
+FLAGS = ("--epochs", "6", "--log-every", "1", "--checkpoint-every", "7", "--kernels", "numpy")
 STEPS = 60
 #: A job of 300 steps, so that it does not end before the fault.
-LONG = ("--epochs", "30", "--log-every", "1", "--checkpoint-every", "7")
+LONG = ("--epochs", "30", "--log-every", "1", "--checkpoint-every", "7", "--kernels", "numpy")
 RECEIPT = re.compile(r"^weights sha256: ([0-9a-f]{64})$", re.MULTILINE)
 
 

@@ -21,6 +21,7 @@ SECONDS_OF_A_SHRINK = 0.003
 #: the moments of AdamW, warm-up and cosine, clipping, early stopping.
 EVERY_METHOD = (
     *FLAGS,
+    *("--kernels", "auto"),  # NumPy kernels take several times as long for the next network
     *("--model", "resnet20", "--augment", "rotate=10,shift=1,scale=0.1,brightness=0.1"),
     *("--optimizer", "adamw", "--weight-decay", "0.01", "--l1-decay", "1e-5", "--clip-norm", "1"),
     *("--schedule", "cosine", "--warmup-steps", "5", "--early-stopping", "6"),

@@ -18,6 +18,7 @@ FINITE = {
     resource.RLIMIT_AS: (400_000 * 1024, resource.RLIM_INFINITY),
     resource.RLIMIT_NPROC: (20, 50),
     resource.RLIMIT_NOFILE: (64, 64),
+    resource.RLIMIT_FSIZE: (1000 * 1024, resource.RLIM_INFINITY),
 }
 
 
@@ -42,6 +43,7 @@ ERRORS = {
     "a mapping": (OSError(errno.ENOMEM, "mmap"), "ulimit -v is 400000", "ulimit -v unlimited"),
     "a library": (import_error(), "ulimit -v is 400000", "ulimit -v unlimited"),
     "a file": (OSError(errno.EMFILE, "open"), "ulimit -n is 64", "hard limit"),
+    "a large file": (OSError(errno.EFBIG, "write"), "ulimit -f is 1000 kB", "ulimit -f unlimited"),
 }
 
 
@@ -102,6 +104,28 @@ def test_a_process_with_little_address_space_is_refused_in_one_line(kilobytes, t
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert f"ulimit -v is {kilobytes}" in done.stderr
+
+
+@pytest.mark.parametrize(("kilobytes", "fits"), [(10, False), (63_999, False), (64_000, True), (-1, True)])
+def test_several_ranks_need_files_of_some_size(kilobytes, fits, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (kilobytes * 1024 if kilobytes >= 0 else -1, -1))
+    why = limits.why_files_are_too_small()
+    assert (why is None) == fits
+    if why is not None:
+        assert f"(ulimit -f is {kilobytes} kB): raise it with ulimit -f unlimited; several ranks need at least" in why
+
+
+def test_a_dataset_that_no_file_can_hold_names_the_limit(tmp_path):
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 10; exec "$@"', "bash", sys.executable, "-m", "distdl.train"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},  # Python 3.11 keeps a cut file of byte code
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "ulimit -f is 10 kB" in done.stderr
 
 
 @pytest.mark.parametrize(("room", "fits"), [(30e6, False), (40e6, True), (float("inf"), True)])

@@ -118,6 +118,7 @@ def test_from_a_read_only_checkout_the_advice_is_to_copy_it(tmp_path: Path) -> N
     repository = tmp_path / "repository"
     (repository / "launch").mkdir(parents=True)
     shutil.copy(SCRIPT, repository / "launch" / "local.sh")
+    (repository / "pyproject.toml").touch()
     python = fake_python(tmp_path / "python", "without")
     python.write_text("#!/bin/sh\nexit 1\n")
     script = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && exec "$1/launch/local.sh" -n 2'
@@ -139,6 +140,10 @@ def test_a_python_without_distdl_is_one_line_that_names_the_remedy(tmp_path: Pat
     assert done.returncode == 2
     assert f"{python} -m pip install '{REPOSITORY}[mpich]'" in done.stderr
     assert done.stderr.count("\n") == 1
+    (tmp_path / "copied").mkdir()
+    copied = shutil.copy(SCRIPT, tmp_path / "copied" / "local.sh")
+    done = run_script("-n", "2", folder=tmp_path, script=copied, PYTHON=str(python))
+    assert f"run {python} -m pip install 'distdl-mpi[mpich]', or set PYTHON" in done.stderr
 
 
 def test_a_wrong_flag_is_one_line_and_exit_2(tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ raise SystemExit(7)
     [
         pytest.param(2, "1", -1, 0, 128 + signal.SIGKILL, id="one that never ends is killed"),
         pytest.param(2, "", 2, 3, 7, id="one that ends some seconds after the second signal is not"),
-        pytest.param(1, "1", 1, 4, 7, id="nor is one that got one signal, however long it takes"),
+        pytest.param(1, "1", 1, 2, 7, id="nor is one that got one signal, however long it takes"),
     ],
 )
 def test_a_launcher_that_hangs_at_a_second_signal_is_killed(tmp_path, sent, to_end, signals, seconds, code):

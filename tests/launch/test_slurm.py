@@ -12,7 +12,7 @@ import sys
 
 import pytest
 from slurm_cluster import NODES, Cluster, why_not
-from trapped_training import LOCAL_SH, REPOSITORY, receipt_of, undisturbed_receipt
+from trapped_training import LOCAL_SH, REPOSITORY, TRAINING, receipt_of, undisturbed_receipt
 
 from distdl.errors import UserError
 from distdl.job.launched_by import read_launch
@@ -20,7 +20,6 @@ from distdl.job.mpirun_command import mpirun_command
 from distdl.job.processes import look_at
 
 SCRIPT = REPOSITORY / "launch" / "slurm.sbatch"
-TRAINING = ["--model", "mlp", "--epochs", "2", "--checkpoint-every", "3"]
 SECONDS = 150
 #: A training that waits up to five seconds in each step from the eighth on, until the file `go` exists.
 PACED = """
@@ -154,9 +153,9 @@ def paced_job(cluster, folder, form, *options, **changes):
 
 
 def test_a_dry_run_prints_the_command_of_each_form(tmp_path):
-    def printed(code=0, **variables):
+    def printed(code=0, words=("--dry-run",), **variables):
         done = subprocess.run(
-            ["bash", SCRIPT, "--dry-run"],
+            ["bash", SCRIPT, *words],
             env={"PATH": os.environ["PATH"], "PYTHON": "python", **variables},
             cwd=tmp_path,
             capture_output=True,
@@ -174,6 +173,8 @@ def test_a_dry_run_prints_the_command_of_each_form(tmp_path):
     variables = {"SLURM_CPUS_ON_NODE": "4", "SLURM_JOB_NUM_NODES": "2", "SLURM_ARRAY_TASK_ID": "5"}
     assert printed(LAUNCH="pmi2", RUN="r", **variables) == f"srun -K -n 8 --mpi=pmi2 python -P -m distdl.train {flags}"
     assert "expected mpirun, pmix or pmi2" in printed(2, LAUNCH="mpi")
+    assert "unexpected argument --epochs: expected --dry-run or none" in printed(2, ("--epochs", "3"))
+    assert "submit it with sbatch, or give --dry-run" in printed(2, ())
 
 
 @both
@@ -183,6 +184,19 @@ def test_a_job_on_two_nodes_has_the_receipt_of_one_process(cluster, form, tmp_pa
     assert "hosts n1 (2), n2 (2)" in output
     assert "2 of 2 nodes in use, 4 ranks on 4 cores" in output
     assert "has no rank" not in output
+    assert "CANCELLED" not in output  # the doctor's other ranks, because rank 0 ends with code 1
+    assert "Terminat" not in output
+
+
+def test_a_job_without_its_environment_ends_at_once_with_one_line(cluster, tmp_path):
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "job.sbatch").write_text(SCRIPT.read_text())
+    words = ["sbatch", "--parsable", "-N1", "--ntasks-per-node=1", f"--output={tmp_path}/log", "--wait", "job.sbatch"]
+    cluster.call(*words, cwd=tmp_path, variables={"PYTHON": f"{tmp_path}/python"}, check=False)
+    output = (tmp_path / "log").read_text()
+    assert "returns to the queue" not in output
+    assert re.search(rf"{tmp_path}/python cannot import distdl on n[12]: activate the environment before", output)
 
 
 def test_a_node_without_a_rank_is_named(cluster, tmp_path):

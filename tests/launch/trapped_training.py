@@ -17,7 +17,7 @@ from distdl.job.processes import look_at
 
 REPOSITORY = Path(__file__).parents[2]
 LOCAL_SH = REPOSITORY / "launch" / "local.sh"
-TRAINING = ["--model", "mlp", "--epochs", "2", "--checkpoint-every", "3"]
+TRAINING = ["--model", "mlp", "--epochs", "2", "--checkpoint-every", "3", "--kernels", "numpy"]
 SECONDS_AGAINST_HANGING = 120
 
 #: Before its eighth step a rank runs the trap, unless an earlier start has created the file `sprung`.
