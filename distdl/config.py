@@ -293,6 +293,7 @@ class TrainConfig:
         _check_final_learning_rate(config)
         for name in set(PATHS) - {"config", "dataset", "model"}:
             _check_path(config, name)
+        _check_texts(config)
         if self.micro_batch_size > self.batch_size:
             raise UserError(
                 f"--micro-batch-size {self.micro_batch_size} is larger than --batch-size {self.batch_size}: "
@@ -487,6 +488,13 @@ def _check_path(config: TrainConfig, name: str) -> None:
         raise UserError(f"{flag_of(name)} {path!r} is not valid UTF-8: rename the folder")
     if "\0" in path:
         raise UserError(f"{flag_of(name)} {path!r} contains a NUL character: no file can have this name")
+
+
+def _check_texts(config: TrainConfig) -> None:
+    """Raise `UserError` for a text that the files of a run cannot hold, such as the name of a script's dataset."""
+    for name, value in config.to_json().items():
+        if isinstance(value, str) and not _is_utf8(value):
+            raise UserError(f"{flag_of(name)} {value!r} is not valid UTF-8: give another name")
 
 
 def _is_utf8(name: str) -> bool:

@@ -27,7 +27,7 @@ class DistdlError(Exception):
     label = "error: "
 
     def __init__(self, message: str = "", *, agreed: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(message if message.isprintable() else one_line(message))  # it may quote a name of the user
         self.agreed = agreed
 
 

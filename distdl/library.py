@@ -106,4 +106,4 @@ def load(
     """
     from distdl.inference.model import load_model  # noqa: PLC0415  see the docstring of this module
 
-    return load_model(Path(run), best=best, build_network=build_network, communicator=communicator)
+    return load_model(run, best=best, build_network=build_network, communicator=communicator)

@@ -1,15 +1,12 @@
-"""README is short, its links lead to files, its set-up commands and its script work."""
+"""README is short, its links lead to files, and it has the set-up commands.
 
-import os
+`tests/end_to_end/test_library.py` runs its script.
+"""
+
 import re
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
-
-from distdl.job.launched_by import read_launch
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -65,20 +62,3 @@ def test_every_python_file_that_a_page_names_exists(page):
     roots = [REPOSITORY, REPOSITORY / "distdl", page.parent, REPOSITORY / "tests" / "faults"]
     for name in re.findall(r"`([\w/]+\.py)`", page.read_text(encoding="utf-8")):
         assert any((root / name).is_file() for root in roots), name
-
-
-@pytest.mark.skipif(read_launch().by is not None, reason="starts a training of its own")
-def test_the_script_of_readme_trains(tmp_path):
-    [code] = re.findall(r"^## Your script\n\n((?: {4}.*\n|\n)+)", README, re.MULTILINE)
-    (tmp_path / "script.py").write_text(textwrap.dedent(code), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.search("^weights sha256: [0-9a-f]{64}$", done.stdout, re.MULTILINE)

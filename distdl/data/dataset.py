@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -113,7 +114,7 @@ class Dataset(_Labelled):
         notes: tuple[str, ...] = (),
     ) -> Dataset:
         """Return a checked dataset; its labels or their names determine the number of classes. Raises `UserError`."""
-        known = 1 if class_names is None else len(class_names)
+        known = len(class_names) if isinstance(class_names, tuple | list) else 1
         given = cls(name, images, labels, known, test_start, class_names, notes, validation_start)._canonical()
         names, labels = given.class_names, given.labels
         if labels.dtype.kind == "f":
@@ -181,9 +182,12 @@ class Dataset(_Labelled):
         for kind, array in (("images", self.images), ("labels", self.labels)):
             if not isinstance(array, np.ndarray):
                 raise self._wrong(f"{kind} of type {type(array).__name__}", f"a NumPy array: numpy.array({kind})")
+            if isinstance(array, np.ma.MaskedArray):  # the masked values would be used like any other
+                raise self._wrong(f"{kind} with a mask", f"a plain array: {kind}.filled(VALUE)")
+        names = self._names()
         with self._naming_it():
             images, notes = canonical_images(self.images, len(self.labels) if self.labels.ndim else 0)
-            labels, names = canonical(self.labels, self.class_names, self.classes)
+            labels, names = canonical(self.labels, names, self.classes)
         return replace(self, images=images, labels=labels, class_names=names, notes=(*self.notes, *notes))
 
     def checked(self) -> Dataset:
@@ -244,12 +248,26 @@ class Dataset(_Labelled):
             raise self._wrong(f"NaN or infinity in labels, first in sample {sample}", "finite numbers")
         return labels
 
+    def _names(self) -> tuple[str, ...] | None:
+        """Return the names of the classes as a tuple; raise `UserError` for anything but texts in an order."""
+        names, expected = self.class_names, "a tuple of texts, in the order of the classes"
+        if names is None:
+            return None
+        if not isinstance(names, tuple | list):
+            raise self._wrong(f"class_names of type {type(names).__name__}", expected)
+        if other := [name for name in names if not isinstance(name, str)]:
+            raise self._wrong(f"class_names with {other[0]!r}", expected)
+        return tuple(map(str, names))
+
     def _check_names(self) -> None:
         names = self.class_names
         if names is None:
             return
-        if len(names) != self.classes or len(set(names)) != len(names) or not all(isinstance(n, str) for n in names):
-            raise self._wrong(f"{len(names)} class_names", f"{self.classes} different texts, one for each class")
+        [(common, times)] = Counter(names).most_common(1) or [("", 0)]
+        if times > 1:
+            raise self._wrong(f"class_names with {common!r} {times} times", "different texts")
+        if len(names) != self.classes:
+            raise self._wrong(f"{len(names)} class_names", f"{self.classes}, one for each class")
         if len(json.dumps(json.dumps(names))) > MOST_NAME_BYTES:
             raise self._wrong("long class_names", f"at most {MOST_NAME_BYTES} bytes of JSON in all")
 

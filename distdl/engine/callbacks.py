@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from distdl.data import PreparedDataset
 from distdl.engine.user_code import describe_error
 from distdl.errors import DistdlError, UserError, one_line
 from distdl.nn import Sequential
+from distdl.parallel import alone
 
 if TYPE_CHECKING:
     from distdl.engine.trainer import Trainer
@@ -43,7 +44,7 @@ class Callback:
     """Gets the events of a run. Override the methods that you need, and give an object to `distdl.train(callbacks=…)`.
 
     Every rank creates the object, but only the coordinator, rank 0, calls it. The other ranks wait meanwhile at their
-    next exchange. So a method must not call anything collective, and should be quick.
+    next exchange. So a method should be quick. `distdl.load`, predictions and `distdl.train` in it use this rank alone.
 
     A record holds numbers by name. It has the same bits on any number of ranks, except for times.
 
@@ -115,8 +116,11 @@ class Calls:
         self._has_started = self._has_ended = False
 
     @classmethod
-    def of(cls, callbacks: Sequence[Callback]) -> Calls:
-        """Return the calls of these callbacks; raise `UserError` for an object of another class."""
+    def of(cls, given: Sequence[Callback], added: Sequence[Callback] = ()) -> Calls:
+        """Return the calls of the given and the added callbacks; raise `UserError` for an object of another class."""
+        if not isinstance(given, Iterable):
+            raise UserError(f"callbacks is an object of {type(given).__name__}: expected a list, such as [Losses()]")
+        callbacks = [*given, *added]
         for one in callbacks:
             if not isinstance(one, Callback):
                 what = f"the class {one.__name__}" if isinstance(one, type) else f"an object of {type(one).__name__}"
@@ -153,10 +157,11 @@ class Calls:
             self._has_ended = True
         for callback in self.callbacks:
             try:
-                getattr(callback, event)(dict(record))
+                with alone():
+                    getattr(callback, event)(dict(record))
             except (DistdlError, MemoryError):
                 raise
-            except Exception as error:  # noqa: BLE001  the user's code may raise anything
+            except (Exception, SystemExit) as error:  # noqa: BLE001  the user's code may raise anything
                 file = getattr(sys.modules.get(type(callback).__module__), "__file__", None)
                 what = one_line(describe_error(error, file))
                 raise UserError(

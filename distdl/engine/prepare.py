@@ -63,7 +63,7 @@ def train(
     Collective. Raises `UserError` on every rank for errors in what the user gave, `DivergedError` if numbers are no
     longer finite. Any other exception on any rank ends the whole job.
     """
-    if config.dry_run:
+    if getattr(config, "dry_run", False):  # `agree_on_config` refuses anything but a config
         raise UserError("dry_run trains nothing: call distdl.engine.dry_run with the same arguments, or leave it out")
     communicator = world() if communicator is None else communicator
     stop = StopRequest() if stop is None else stop
@@ -135,7 +135,7 @@ class Preparation:
         """Return a trainer before its first step, its facts, and on rank 0 the start; write nothing. Collective."""
         config = self.config
         together(communicator, lambda: check_ranks(config, communicator.size))
-        self.calls = together(communicator, lambda: Calls.of([*self.callbacks, *callbacks_of(config)]))
+        self.calls = together(communicator, lambda: Calls.of(self.callbacks, callbacks_of(config)))
         on_rank_0(communicator, lambda: check_resized(config))
         if config.trace is not None:
             on_rank_0(communicator, partial(check_output, config.trace, "--trace"))

@@ -122,8 +122,11 @@ def load_dataset(dataset: str, data_dir: Path | None, options: ImageOptions | No
 def names_from_script(config: TrainConfig, build_network: BuildNetwork | None, dataset: Dataset | None) -> TrainConfig:
     """Return the config with the names of the model and dataset that a script has given.
 
-    Raises `UserError` if a command imports that script for one of its functions: it would train once more.
+    Raises `UserError` for anything but a config and a dataset, or if a command imports that script for one of its
+    functions: it would train once more.
     """
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"the config is {_kind(config)}: expected distdl.TrainConfig(…), such as TrainConfig(epochs=5)")
     if _being_imported:
         raise UserError(
             f"{_being_imported[-1]} trains as soon as it is imported, and a command imports it for its functions: move "
@@ -150,7 +153,9 @@ def agree_on_config(
 
 def _name_of(build_network: BuildNetwork) -> str:
     """Return the name of a function that a script has given: package.module:function, or file.py:function."""
-    place, name = build_network.__module__, getattr(build_network, "__qualname__", type(build_network).__qualname__)
+    kind = type(build_network)  # of an object that can be called, or that is a mistake
+    place = getattr(build_network, "__module__", kind.__module__)
+    name = getattr(build_network, "__qualname__", kind.__qualname__)
     if place.startswith(OWN_CODE):
         place = getattr(sys.modules.get(place), "__file__", None) or place
     return f"{place}:{name}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from distdl.config import run_folder_of
 from distdl.engine.console import Console
-from distdl.engine.storage.files import check_output, try_folder, write_output
+from distdl.engine.storage.files import check_output, try_folder, write_output, write_outputs
 from distdl.errors import UserError
 from distdl.export.npz_file import npz_file
 from distdl.export.onnx_file import import_onnx, onnx_file
@@ -70,8 +70,7 @@ def _export(options: ExportOptions, trained: Trained, out: Path) -> None:
     elif options.to == "npz":
         write_output(out, npz_file(trained), "--out")
     else:
-        for name, part in pytorch_files(trained).items():
-            write_output(out / name, part, "--out")
+        write_outputs(out, pytorch_files(trained), "--out")
     parameters = f"{trained.network.parameter_count:,} parameters"
     console.line(f"wrote {out}: {trained.config.model} after step {trained.step:,}, {parameters}")
     for line in [*lines, f"weights sha256: {trained.weights_sha256}"]:

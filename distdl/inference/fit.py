@@ -32,9 +32,11 @@ BRIGHTNESS = (19595, 38470, 7471)
 
 def fitted(images: NDArray[Any], signature: Signature, name: str) -> NDArray[Any]:
     """Return images (N, H, W, C) with the channels that the network takes: gray as three equal colours, or colours as
-    gray. Raises `UserError` if their size or kind of numbers is another.
+    gray. Raises `UserError` if their size or kind of numbers is another, or if a pixel is not finite.
     """
     height, width, channels = signature.image_shape
+    if images.dtype.kind == "f" and not (is_finite := np.isfinite(images).all(axis=(1, 2, 3))).all():
+        raise UserError(f"{name} has NaN or infinity in image {np.argmin(is_finite)}: expected finite pixels; fix them")
     if images.dtype != signature.pixels:
         raise UserError(
             f"{name} has images of {images.dtype}, the network was trained on {signature.pixels}: prepare them as for "

@@ -24,7 +24,7 @@ from distdl.inference.load import Trained, load
 from distdl.inference.prediction import predict
 from distdl.inference.score import Score, evaluate
 from distdl.nn import Sequential
-from distdl.parallel import Communicator, guard, on_rank_0, share_arrays, world
+from distdl.parallel import Communicator, guard, on_rank_0, present, share_arrays, together, world
 
 
 class Model:
@@ -78,10 +78,11 @@ class Model:
         Gray images become three equal colours for a network that takes colours, and colours become gray. Rank 0's
         images count. Raises `UserError` if the images do not fit the network.
         """
-        with guard(self._communicator):
-            arrays = on_rank_0(self._communicator, lambda: {"images": self._fitted(images)})
-            inputs = ImageArray(share_arrays(self._communicator, arrays or {})["images"])
-            blocks = [block.values for block in predict([self._trained], inputs, self._communicator)]
+        communicator = present(self._communicator)
+        with guard(communicator):
+            arrays = on_rank_0(communicator, lambda: {"images": self._fitted(images)})
+            inputs = ImageArray(share_arrays(communicator, arrays or {})["images"])
+            blocks = [block.values for block in predict([self._trained], inputs, communicator)]
         return np.concatenate(blocks)
 
     def evaluate(self, dataset: Dataset) -> Score:
@@ -90,16 +91,22 @@ class Model:
         Its classes are matched by name, or by number if the dataset or the network has no names. Rank 0's dataset
         counts. Raises `UserError` if the dataset does not fit the network.
         """
-        with guard(self._communicator):
-            arrays = on_rank_0(self._communicator, lambda: self._samples(dataset))
-            one = with_test_part([self._trained], share_arrays(self._communicator, arrays or {}))
-            return evaluate(one, "test", self._communicator).ensemble
+        communicator = present(self._communicator)
+        with guard(communicator):
+            arrays = on_rank_0(communicator, lambda: self._samples(dataset))
+            one = with_test_part([self._trained], share_arrays(communicator, arrays or {}))
+            return evaluate(one, "test", communicator).ensemble
 
     def _fitted(self, images: NDArray[Any]) -> NDArray[Any]:
+        if isinstance(images, np.ma.MaskedArray):  # the masked values would be used like any other
+            raise UserError("cannot predict images with a mask: expected a plain array; images.filled(VALUE) is one")
         try:
             canonical, _ = canonical_images(np.asarray(images))
         except Unfit as error:
             raise UserError(f"cannot predict {error.given}: expected {error.expected}; {error.remedy}") from None
+        except ValueError as error:  # a list of images of several shapes
+            kind = type(images).__name__
+            raise UserError(f"cannot predict an object of {kind}: {error}; expected an array (N, H, W, C)") from None
         return fitted(canonical, self._trained.signature, "the array")
 
     def _samples(self, dataset: Dataset) -> dict[str, NDArray[Any]]:
@@ -117,12 +124,20 @@ class Model:
 
 
 def load_model(
-    run: Path, *, best: bool, build_network: BuildNetwork | None, communicator: Communicator | None
+    run: Path | str, *, best: bool, build_network: BuildNetwork | None, communicator: Communicator | None
 ) -> Model:
     """Return the model of a run folder or checkpoint; print warnings about it. Collective. Raises `UserError`."""
     communicator = world() if communicator is None else communicator
-    [trained] = load([run], communicator, best=best, build_network=build_network, with_data=False)
+    with guard(communicator):
+        path = together(communicator, lambda: _path(run))
+    [trained] = load([path], communicator, best=best, build_network=build_network, with_data=False)
     if communicator.rank == 0:
         for warning in trained.warnings:
             Console(live=False).warning(warning)
     return Model(trained, communicator)
+
+
+def _path(run: object) -> Path:
+    if not isinstance(run, str | Path):
+        raise UserError(f"cannot load {run!r}: expected the path of a run folder or checkpoint, such as result.run_dir")
+    return Path(run)

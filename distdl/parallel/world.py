@@ -8,6 +8,8 @@ import importlib.util
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from distdl.errors import DistdlError, HostError, UserError
 from distdl.job import leftovers, limits
@@ -24,6 +26,8 @@ INSTALL = "pip install 'distdl-mpi[mpich]'"
 SECONDS_FOR_RANK_0 = 1.0
 
 _world: Communicator | None = None
+#: This process, while it runs a callback.
+_alone: OneProcess | None = None
 
 
 def world() -> Communicator:
@@ -37,8 +41,26 @@ def world() -> Communicator:
     failed before it came here.
     """
     global _world  # noqa: PLW0603  there is one
+    if _alone is not None:
+        return _alone
     _world = _make_world()
     return _world
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Meanwhile, let `world` and `present` return this process alone: it runs a callback, and the other ranks wait."""
+    global _alone  # noqa: PLW0603  of this process
+    before, _alone = _alone, OneProcess("one process, in a callback")
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+def present(communicator: Communicator) -> Communicator:
+    """Return the communicator, or within `alone` this process: the other ranks would not answer."""
+    return communicator if _alone is None else _alone
 
 
 def tell_the_others(error: DistdlError) -> None:

@@ -181,6 +181,54 @@ def test_a_callback_that_raises_ends_the_training_with_one_line(tmp_path, event)
     assert said.endswith("of test_callbacks.py): fix it, and continue with --resume")
 
 
+@pytest.mark.parametrize("code", [0, 3, "a message"])
+def test_a_callback_that_exits_ends_the_training_with_one_line_too(tmp_path, code):
+    with pytest.raises(
+        UserError, match=rf"^the callback Failing.on_step raised SystemExit: {code} \(line \d+ of test_"
+    ):
+        train(tmp_path / "run", Failing("on_step", SystemExit(code)))
+
+
+#: Uses a model and trains in a callback, which rank 0 alone runs.
+INSIDE = f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+from pathlib import Path
+import distdl
+from small_runs import piece_of_digits, small_config
+digits = piece_of_digits(94)
+earlier = distdl.load(distdl.train(small_config(Path("earlier"), epochs=1), dataset=digits).run_dir)
+
+class Using(distdl.Callback):
+    def on_epoch(self, record):
+        loaded = distdl.load("earlier")
+        inner = distdl.train(small_config(Path(f"inner-{{record['epoch']}}"), epochs=1), dataset=digits)
+        print("rank 0 has", *(one.predict(digits.images[:3])[0, 0] for one in (earlier, loaded)),
+              earlier.evaluate(digits).loss, inner.receipt, flush=True)
+
+result = distdl.train(small_config(Path("run")), dataset=digits, callbacks=[Using()])
+print("rank", result.rank, "ends with", result.receipt, flush=True)
+"""
+
+
+def test_a_callback_may_predict_and_train_on_its_rank_alone(run_job, run_program, tmp_path, undisturbed):
+    said = []
+    for ranks in (1, 3):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        (folder / "program.py").write_text(INSIDE)
+        argv = [sys.executable, "program.py"]
+        if ranks == 1:
+            done = run_program(argv, cwd=folder, timeout=120)
+        else:
+            done = run_job(mpirun_command(ranks, argv), cwd=folder, timeout=120)
+        assert done.returncode == 0, done.stderr
+        said.append([line for line in done.stdout.splitlines() if line.startswith("rank 0 ")])
+    assert len(said[0]) == 3
+    assert said[0] == said[1], "with the same bits"
+    assert said[0][2] == f"rank 0 ends with {undisturbed[0].receipt}"
+
+
 def test_a_user_error_of_a_callback_stays_as_it_is(tmp_path):
     with pytest.raises(DamagedFileError, match=r"^my file is damaged$"):
         train(tmp_path / "run", Failing("on_step", DamagedFileError("my file is damaged")))

@@ -1,6 +1,5 @@
 """`import distdl` in a script, under mpirun and in a notebook: the pages' code works, to one receipt."""
 
-import importlib.util
 import json
 import os
 import re
@@ -26,6 +25,7 @@ from distdl.job.mpirun_command import mpirun_command
 from distdl.parallel import OneProcess
 
 REPOSITORY = Path(__file__).parents[2]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PAGE = (REPOSITORY / "docs" / "library.md").read_text(encoding="utf-8")
 PUBLIC = ["Callback", "Dataset", "TrainConfig", "__version__", "load", "nn", "train"]
 USER = 2
@@ -33,13 +33,13 @@ USER = 2
 pytestmark = pytest.mark.skipif(read_launch().by is not None, reason="starts jobs of its own")
 
 
-def code_of(heading):
+def code_of(heading, page=PAGE):
     """Return the first block of code below a heading of the page."""
-    section = PAGE.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    section = page.partition(f"## {heading}\n")[2].partition("\n## ")[0]
     return textwrap.dedent(re.search(r"^ {4}.*\n(?:(?: {4}.*)?\n)*", section, re.MULTILINE)[0]).strip() + "\n"
 
 
-FIFTEEN_LINES = code_of("Your arrays and your network")
+FIFTEEN_LINES = code_of("Your script", README)
 
 
 def run_python(code, folder):
@@ -61,12 +61,48 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(folder, run_program):
-    """Return the run folder and the receipt of the script in one process, and the accuracy that it printed."""
+    """Return the run folder, receipt and accuracy that the script prints in one process of plain Python."""
     done = run_program([sys.executable, "script.py"], cwd=folder, timeout=120)
     assert done.returncode == 0, done.stderr
     accuracy, run_dir, receipt = done.stdout.splitlines()[-1].split()
     assert f"weights sha256: {receipt}" in done.stdout.splitlines()
     return Path(run_dir), receipt, float(accuracy)
+
+
+@pytest.fixture(scope="module")
+def notebook(folder, run_program):
+    """Run a notebook with the fifteen lines by `jupyter nbconvert --execute`; return the text that each cell prints.
+
+    Its second cell is interrupted during a training, the third one continues it.
+    """
+    interrupting = (
+        "import os, signal\nfrom pathlib import Path\nfrom distdl.errors import Stopped\n"
+        "class Interrupting(distdl.Callback):\n"
+        "    def on_step(self, record):\n"
+        "        if record['step'] == 2:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "settings = dict(epochs=5, run_dir=Path('interrupted'))\n"
+    )
+    run = "distdl.train(distdl.TrainConfig(**settings{}), dataset=dataset, build_network=network{})"
+    first, second = run.format("", ", callbacks=[Interrupting()]"), run.format(", resume='auto'", "")
+    caught = f"try:\n    {first}\nexcept Stopped as stopped:\n    print(stopped)"
+    cells = [
+        {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": [], "source": source}
+        for source in (FIFTEEN_LINES, interrupting + caught, f"print('resumed', {second}.receipt)")
+    ]
+    content = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
+    (folder / "notebook.ipynb").write_text(json.dumps(content))
+    flags = ["--to=notebook", "--execute", "--output=executed.ipynb", "notebook.ipynb"]
+    own = {f"JUPYTER_{kind}_DIR": str(folder / "jupyter") for kind in ("CONFIG", "DATA", "RUNTIME")}
+    done = run_program(
+        [sys.executable, "-m", "jupyter", "nbconvert", *flags],
+        cwd=folder,
+        env=os.environ | own | {"IPYTHONDIR": str(folder / "jupyter")},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    outputs = [one["outputs"] for one in json.loads((folder / "executed.ipynb").read_text())["cells"]]
+    return ["".join("".join(part.get("text", "")) for part in parts) for parts in outputs]
 
 
 # ---------------------------------------------------------------------------------------------------------- the names
@@ -137,20 +173,26 @@ def test_a_type_checker_sees_the_public_names(tmp_path):
 # ------------------------------------------------------------------------------------------------------- the script
 
 
-def test_the_lines_are_fifteen():
+def test_the_lines_of_readme_are_fifteen_and_those_of_the_page():
     assert len(FIFTEEN_LINES.splitlines()) == 15
+    assert code_of("Your arrays and your network") == FIFTEEN_LINES
 
 
-def test_three_ranks_print_the_receipt_of_one_process_once(folder, trained, run_job):
-    done = run_job(mpirun_command(3, [sys.executable, "script.py"]), cwd=folder, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(trained[1]) == 2, "the trainer's line, and that of the script"
-
-
-def test_the_command_has_the_receipt_of_the_script(folder, trained, run_program):
-    flags = ["--epochs=5", "--dataset=npz:mine.npz", "--model=script.py:network", "--run-dir=of-the-command"]
-    done = run_program([sys.executable, "-m", "distdl.train", *flags], cwd=folder, timeout=120)
-    assert f"weights sha256: {trained[1]}" in done.stdout.splitlines(), done.stderr
+@pytest.mark.parametrize("form", ["three ranks", "a notebook", "the command"])
+def test_the_fifteen_lines_have_one_receipt_in_every_form(form, folder, trained, run_program, request):
+    if form == "a notebook":
+        [printed, *_] = request.getfixturevalue("notebook")
+    elif form == "three ranks":
+        run_job = request.getfixturevalue("run_job")
+        printed = run_job(mpirun_command(3, [sys.executable, "script.py"]), cwd=folder, timeout=120).stdout
+    else:
+        flags = ["--epochs=5", "--dataset=npz:mine.npz", "--model=script.py:network", "--run-dir=of-the-command"]
+        printed = run_program([sys.executable, "-m", "distdl.train", *flags], cwd=folder, timeout=120).stdout
+    lines = printed.splitlines()
+    assert lines.count(f"weights sha256: {trained[1]}") == 1, printed
+    if form != "the command":
+        assert lines[-1].endswith(f" {trained[1]}")
+        assert sum(line.endswith(trained[1]) for line in lines) == 2, "only rank 0 prints the result"
 
 
 def test_the_result_has_history_network_folder_and_receipt(tmp_path):
@@ -219,47 +261,9 @@ assert threadpoolctl.threadpool_info() == before
     assert done.stdout.splitlines()[-1].endswith(trained[1])
 
 
-# -------------------------------------------------------------------------------------------------------- notebooks
-
-
-def cell(source):
-    return {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": [], "source": source}
-
-
-def test_a_notebook_prints_the_receipt_of_the_script(folder, trained, run_program):
-    for package in ("nbconvert", "ipykernel"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed: pip install nbconvert ipykernel")
-    interrupting = (
-        "import os, signal\nfrom pathlib import Path\nfrom distdl.errors import Stopped\n"
-        "class Interrupting(distdl.Callback):\n"
-        "    def on_step(self, record):\n"
-        "        if record['step'] == 2:\n"
-        "            os.kill(os.getpid(), signal.SIGINT)\n"
-        "settings = dict(epochs=5, run_dir=Path('interrupted'))\n"
-    )
-    run = "distdl.train(distdl.TrainConfig(**settings{}), dataset=dataset, build_network=network{})"
-    first, second = run.format("", ", callbacks=[Interrupting()]"), run.format(", resume='auto'", "")
-    caught = f"try:\n    {first}\nexcept Stopped as stopped:\n    print(stopped)"
-    cells = [FIFTEEN_LINES, interrupting + caught, f"print('resumed', {second}.receipt)"]
-    notebook = {"cells": list(map(cell, cells)), "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
-    (folder / "notebook.ipynb").write_text(json.dumps(notebook))
-    argv = [
-        sys.executable,
-        "-m",
-        "nbconvert",
-        "--to=notebook",
-        "--execute",
-        "--output=executed.ipynb",
-        "notebook.ipynb",
-    ]
-    done = run_program(argv, cwd=folder, timeout=300)
-    assert done.returncode == 0, done.stderr
-    outputs = [one["outputs"] for one in json.loads((folder / "executed.ipynb").read_text())["cells"]]
-    texts = ["".join("".join(part.get("text", "")) for part in parts) for parts in outputs]
-    assert texts[0].splitlines()[-1].endswith(trained[1])
-    assert "stopped by SIGINT after step 3, which is saved" in texts[1]
-    assert texts[2].splitlines()[-1] == f"resumed {trained[1]}"
+def test_a_notebook_stops_after_the_step_on_interrupt_and_continues(notebook, trained):
+    assert "stopped by SIGINT after step 3, which is saved" in notebook[1]
+    assert notebook[2].splitlines()[-1] == f"resumed {trained[1]}"
 
 
 # ------------------------------------------------------------------------------------------- predictions and scores

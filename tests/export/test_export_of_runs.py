@@ -297,5 +297,26 @@ def test_a_full_disk_is_one_line(workshop, monkeypatch):
             code, said, errors = command("run", "--to", kind, "--out", f"new.{kind}")
         assert (code, said) == (USER, [])
         assert "No space left on device" in errors[0]
-    shutil.rmtree("new.pytorch")
+    assert changes(before, picture(".")) == [], "the folder is removed too"
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_disk_that_is_full_after_the_weights_leaves_the_folder_as_it_was(workshop, monkeypatch, is_new):
+    monkeypatch.chdir(workshop)
+    if not is_new:
+        Path("part").mkdir()
+        Path("part", "model.safetensors").write_text("earlier weights")
+    before, write, calls = picture("."), os.writev, []
+
+    def only_the_first(handle, views):
+        calls.append(handle)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(handle, views)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "writev", only_the_first)
+        code, said, errors = command("run", "--to", "pytorch", "--out", "part")
+    assert (code, said, len(calls)) == (USER, [], 2)
+    assert "--out part/model.py cannot be written: No space left on device" in errors[0]
     assert changes(before, picture(".")) == []

@@ -122,11 +122,32 @@ def check_output(path: Path, flag: str) -> None:
 
 def write_output(path: Path, content: Buffer, flag: str) -> None:
     """Write the file that `flag` names, and make its folder if necessary; raise `UserError` if that fails."""
+    write_outputs(path.parent, {path.name: content}, flag)
+
+
+def write_outputs(folder: Path, contents: Mapping[str, Buffer], flag: str) -> None:
+    """Write the files of a folder, by name, and make the folder if necessary.
+
+    If one of them cannot be written, all files and folders stay as they were. Raises `UserError`.
+    """
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    staged = {name: folder / f"{name}.new{TEMPORARY_SUFFIX}" for name in contents}
+    for name, content in contents.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_durably(staged[name], content)
+        except OSError as error:
+            with suppress(OSError):
+                remove(folder, [one.name for one in staged.values()])
+                for one in made:
+                    one.rmdir()
+            why = f"{flag} {folder / name} cannot be written: {error.strerror or error}"
+            raise UserError(f"{why}; give another file") from None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, content)
+        for name, file in staged.items():
+            file.rename(folder / name)
     except OSError as error:
-        raise UserError(f"{flag} {path} cannot be written: {error.strerror or error}; give another file") from None
+        raise UserError(f"{flag} {folder} cannot be written: {error.strerror or error}; give another name") from None
 
 
 def remove(folder: Path, names: Iterable[str]) -> None:
