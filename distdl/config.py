@@ -116,6 +116,8 @@ RENAMED = {"audit": "cross_check"}
 NOT_IN_CONFIG_FILE = frozenset({"config", "run_dir", "resume", "trace", "dry_run", "prove"})
 #: Settings that are a path, or end in one.
 PATHS = ("config", "data_dir", "cache", "run_dir", "resume", "trace", "mlflow", "init_from", "dataset", "model")
+#: Settings of a text that may name a path; a script may give a `Path` too.
+TEXTS_OR_PATHS = ("resume", "init_from", "dataset", "model")
 #: No BLAS starts more threads than this.
 MOST_THREADS = 1024
 #: The largest whole number of a setting, except of the seed. A float represents every whole number up to it.
@@ -403,8 +405,9 @@ def expand_home(flag: str, text: str) -> str:
 
 
 def _expanded(name: str, value: Any) -> Any:
-    """Return a setting with the home folder for its ``~``, of the same type."""
-    return value if value is None else type(value)(expand_home(flag_of(name), str(value)))
+    """Return a path with the home folder for its ``~``: a text if it is one of `TEXTS_OR_PATHS`, else of its type."""
+    kind = str if name in TEXTS_OR_PATHS else type(value)
+    return value if value is None else kind(expand_home(flag_of(name), str(value)))
 
 
 def check_kind(name: str, value: object, kind: Any) -> None:
@@ -417,6 +420,7 @@ def check_kind(name: str, value: object, kind: Any) -> None:
         return
     kinds = set(choices or (kind,))
     allowed = kinds | ({int} if float in kinds else set()) | ({str} if Path in kinds else set())
+    allowed |= {Path} if name in TEXTS_OR_PATHS else set()
     if isinstance(value, bool) != (bool in kinds) or not isinstance(value, tuple(allowed)):
         names = {int: "a whole number", float: "a number", str: "a text", Path: "a path", bool: "true or false"}
         expected = " or ".join(sorted(names[one] for one in kinds - {type(None)}))

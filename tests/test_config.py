@@ -687,3 +687,11 @@ def test_an_unknown_home_folder_is_reported_in_one_line(home, monkeypatch):
     assert refused("--run-dir=~/x") == message
     said = refused("--dataset", "folder:~no-such-user/x")
     assert "there is no user 'no-such-user'; for a file of this name, give ./~no-such-user/x" in said
+
+
+@pytest.mark.parametrize("name", config_module.TEXTS_OR_PATHS)
+def test_a_script_may_give_a_path_for_a_text_that_names_one(name):
+    value = Path("folder") / "script.py"
+    assert getattr(TrainConfig(**{name: value}).checked(), name) == "folder/script.py"
+    with pytest.raises(UserError, match="must be a text, not 5"):
+        TrainConfig(**{name: 5}).checked()
