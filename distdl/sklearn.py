@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -20,12 +19,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distdl.arrays import sha256_of_arrays
 from distdl.config import FIELDS, KernelsName, OptimizerName, ScheduleName, TrainConfig
 from distdl.data import Dataset
 from distdl.data.signature import Signature
@@ -55,7 +53,6 @@ except ImportError as error:
 
 __all__ = ["Classifier", "EstimatorError", "Regressor"]
 
-T = TypeVar("T")
 Self = TypeVar("Self", bound="_Estimator")
 
 #: Samples keep these types; all others become the first one.
@@ -67,17 +64,23 @@ _one_at_a_time = threading.RLock()
 
 
 class EstimatorError(UserError, ValueError):
-    """The parameters or the samples cannot be used, or the training diverged: a `ValueError`, as scikit-learn expects."""
+    """The parameters or the samples cannot be used, or the training diverged; a `ValueError`, as in scikit-learn."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class _Estimator(BaseEstimator):
-    """The parameters of both estimators, and the training. `fit` is collective; predictions are not."""
+    """The parameters of both estimators, and the training.
+
+    A parameter with the name of a setting of `TrainConfig` means the same.
+    """
 
     model: str = "mlp"
     build_network: BuildNetwork | None = None
+    """Function of (H, W, C) and the number of outputs that returns an `nn.Sequential`; it replaces `model`."""
     model_settings: str | None = None
     image_shape: tuple[int, int, int] | None = None
+    """(H, W, C) of the image that a row of X holds. None: a row is one pixel with F channels, so each feature is
+    normalized by itself."""
     init_from: str | None = None
     freeze: str | None = None
     epochs: int = 100
@@ -101,13 +104,19 @@ class _Estimator(BaseEstimator):
     plateau_factor: float = 0.1
     augment: str | None = None
     validation_share: float | None = None
+    """Share of the samples that are held out to validate each epoch. None: 0.1 if `early_stopping`, `best` or the
+    schedule plateau needs it; otherwise all samples are trained on."""
     early_stopping: int = 0
     best: bool = False
+    """Predict with the weights of the best validation, not with the last ones."""
     kernels: KernelsName = "auto"
     threads_per_rank: int = 1
     run_dir: Path | str | None = None
+    """New folder to keep the run in, for the commands. None: a temporary folder, removed at the end of `fit`."""
     random_state: Any = 0
+    """The seed; or a `numpy.random.RandomState`, or None, to draw one from."""
     verbose: bool = False
+    """Print the lines of the training."""
 
     @property
     def loss_curve_(self) -> list[float]:
@@ -119,7 +128,9 @@ class _Estimator(BaseEstimator):
         return "_fitted" in vars(self)
 
     def _fit(self: Self, X: Any, y: Any) -> Self:
-        vars(self).pop("_fitted", None)  # if this fit fails, the estimator is not fitted
+        """Train, and keep the network; see `Classifier`. Collective."""
+        if self.__sklearn_is_fitted__():  # if this fit fails, the estimator is not fitted
+            del self._fitted
         console, stop = _Messages(verbose=bool(self.verbose)), StopRequest()
         with _one_at_a_time, _in_terms_of(self):
             survivors = Survivors(_ranks())
@@ -165,9 +176,9 @@ class _Estimator(BaseEstimator):
         if raised is not None:
             raised.agreed = True  # type: ignore[attr-defined]
             raise raised
-        for rank, (error, _) in enumerate(everyone):
-            if error is not None:
-                raise UserError(f"rank {rank} raised {error}", agreed=True)
+        for rank, (text, _) in enumerate(everyone):
+            if text is not None:
+                raise UserError(f"rank {rank} raised {text}", agreed=True)
         if any(other != mine for other in everyone):
             raise UserError(
                 "the ranks have different samples or parameters: every rank must call fit with the same; give a "
@@ -190,16 +201,15 @@ class _Estimator(BaseEstimator):
 
     def _prepared(self, X: Any, y: Any) -> tuple[TrainConfig, Dataset]:
         """Check the samples and return them, with the config. Set the attributes that describe them."""
-        if _ndim(X) == 4:
+        if _are_images(X):
             X, y = validate_data(self, X, y, dtype=TYPES, allow_nd=True, ensure_min_samples=2, **self._of_targets)
             self.image_shape_ = X.shape[1:]
         else:
-            _refuse_gray(X)
             X, y = validate_data(self, X, y, dtype=TYPES, ensure_min_samples=2, **self._of_targets)
             self.image_shape_ = self._shape_of_rows(X.shape[1])
         self.n_features_in_ = math.prod(self.image_shape_)
-        if (X == X[0]).all():
-            raise ValueError("all samples are equal: expected samples that differ; correct X")
+        if (X[0] == X).all():
+            raise ValueError("all samples of X are equal: expected samples that differ; correct X")
         labels, outputs, names, settings = self._targets(y)
         images, count = X.reshape(len(X), *self.image_shape_), len(X)
         repeated = [0] if labels.ndim == 2 else np.unique(labels, return_index=True)[1].tolist()
@@ -251,12 +261,12 @@ class _Estimator(BaseEstimator):
     def _outputs(self, X: Any) -> NDArray[np.float64]:
         """Return probabilities or numbers (N, K), computed by this process alone."""
         check_is_fitted(self)
-        if _ndim(X) == 4:
+        if _are_images(X):
             X = check_array(X, dtype=np.float32, allow_nd=True)
             if X.shape[1:] != self.image_shape_:
-                raise ValueError(f"X has images {X.shape[1:]}, but {type(self).__name__} is expecting {self.image_shape_}")
+                name, expected = type(self).__name__, self.image_shape_
+                raise ValueError(f"X has images {X.shape[1:]}, but {name} is expecting images {expected}")
         else:
-            _refuse_gray(X)
             X = validate_data(self, X, reset=False, dtype=np.float32)
         with _one_at_a_time, _in_terms_of(self):
             return self._fitted.outputs(X.reshape(len(X), *self.image_shape_))
@@ -264,13 +274,31 @@ class _Estimator(BaseEstimator):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Classifier(ClassifierMixin, _Estimator):
-    """A network that predicts a label."""
+    """A network that predicts the label of a sample.
+
+    `fit` sets these attributes:
+
+    - ``classes_``: (K,), the labels; ``n_features_in_``: F; ``image_shape_``: (H, W, C)
+    - ``history_``: a record of each epoch; ``loss_curve_``: the mean training loss of each epoch
+    - ``receipt_``: the sha256 of the weights
+
+    `fit` is collective: under mpirun every rank calls it with the same samples and parameters, and gets the same
+    estimator. The other methods use this process alone, so one rank may call them.
+
+    `fit` raises `EstimatorError` for parameters that cannot be used, or if the training diverges. All methods raise
+    `ValueError` or `TypeError` for samples that cannot be used. Source: docs/library.md, and
+    https://scikit-learn.org/stable/developers/develop.html.
+
+    >>> X, y = np.array([[0.0, 5], [0, 7], [1, 5], [1, 7]] * 8), np.array(["no", "no", "yes", "yes"] * 8)
+    >>> Classifier(epochs=20, lr=0.01, kernels="numpy").fit(X, y).predict([[0, 6], [1, 6]]).tolist()
+    ['no', 'yes']
+    """
 
     loss: Literal["auto", "cross_entropy", "binary_cross_entropy"] = "auto"
     label_smoothing: float = 0.0
     class_weights: Literal["none", "balanced"] = "none"
 
-    _of_targets = {}
+    _of_targets: ClassVar[dict[str, bool]] = {}
 
     def fit(self, X: Any, y: Any) -> Classifier:
         """Train on samples (N, F) or images (N, H, W, C) with labels (N,) of any kind. Collective."""
@@ -297,11 +325,15 @@ class Classifier(ClassifierMixin, _Estimator):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Regressor(RegressorMixin, _Estimator):
-    """A network that predicts one number or several."""
+    """A network that predicts a number of a sample, or several. Attributes and errors: see `Classifier`.
+
+    It trains on the mean squared error.
+    """
 
     standardize_targets: bool = True
+    """Train on numbers with mean 0 and deviation 1. Predictions have the units of y."""
 
-    _of_targets = {"multi_output": True, "y_numeric": True}
+    _of_targets: ClassVar[dict[str, bool]] = {"multi_output": True, "y_numeric": True}
 
     def fit(self, X: Any, y: Any) -> Regressor:
         """Train on samples (N, F) or images (N, H, W, C) with numbers (N,) or (N, K). Collective."""
@@ -424,7 +456,7 @@ def _run_folder(survivors: Survivors, given: Path | str | None) -> Iterator[Path
 
 
 def _warn(ranks: Communicator, texts: list[str]) -> None:
-    """Give the warnings of rank 0 to Python's `warnings`; those that are errors there raise on every rank. Collective."""
+    """Pass on the warnings of rank 0 to `warnings`; if a filter makes them errors, all ranks raise. Collective."""
     for text in ranks.bcast_json(texts):
         if ranks.rank == 0:
             warnings.warn(text, stacklevel=4)
@@ -433,14 +465,12 @@ def _warn(ranks: Communicator, texts: list[str]) -> None:
                 warnings.warn(text, stacklevel=4)
 
 
-def _ndim(X: Any) -> int | None:
-    return getattr(X, "ndim", None)
-
-
-def _refuse_gray(X: Any) -> None:
-    """Raise `ValueError` for images without channels."""
-    if _ndim(X) == 3:
+def _are_images(X: Any) -> bool:
+    """Return whether X is an array of images (N, H, W, C); raise `ValueError` for images without channels."""
+    dimensions = getattr(X, "ndim", 2)
+    if dimensions == 3:
         raise ValueError(
             f"Found array with dim 3, shape {X.shape}: expected rows (N, F) or images (N, H, W, C); "
             "X[..., numpy.newaxis] adds an axis for channels"
         )
+    return bool(dimensions == 4)
