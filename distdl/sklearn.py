@@ -318,7 +318,7 @@ class Classifier(ClassifierMixin, _Estimator):
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            raise ValueError(f"y has 1 class, {self.classes_[0]!r}: expected samples of 2 classes or more")
+            raise ValueError(f"y has 1 class, {self.classes_.tolist()[0]!r}: expected samples of 2 classes or more")
         names = tuple(map(str, self.classes_))
         return labels.astype(np.int64), len(names), names if len({*names}) == len(names) else None, {}
 

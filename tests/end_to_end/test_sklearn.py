@@ -50,7 +50,6 @@ def digits(count=60):
 # ---------------------------------------------------------------------------------------------- scikit-learn's rules
 
 
-@pytest.mark.filterwarnings("ignore:batch_size 32 is larger than the training part")
 @pytest.mark.filterwarnings("ignore:--batch-size 32 is larger than the training part")
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
 @parametrize_with_checks([Classifier(**QUICK | {"epochs": 10}), Regressor(**QUICK | {"epochs": 10})])
