@@ -37,6 +37,10 @@ class UserError(DistdlError):
     exit_code = EXIT_USER
 
 
+class MissingPackageError(UserError, ImportError):
+    """A package that is needed is not installed. The message has the command that installs it."""
+
+
 class HostError(UserError):
     """A host cannot start MPI: all its ranks raise this, its first rank prints it, and none waits for other hosts."""
 

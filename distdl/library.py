@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from distdl.data import Dataset
     from distdl.engine import Summary
     from distdl.engine.callbacks import Callback
+    from distdl.engine.console import Console
+    from distdl.engine.stop import StopRequest
     from distdl.engine.trainer import Trainer
     from distdl.engine.user_code import BuildNetwork
     from distdl.inference.model import Model
@@ -67,26 +69,51 @@ def train(
     Collective. Raises `UserError` on every rank for errors in what the user gave, `Stopped` after a signal and a
     checkpoint. Any other exception on any rank ends the whole job.
     """
+    result, _ = run_training(
+        TrainConfig() if config is None else config,
+        dataset=dataset,
+        build_network=build_network,
+        callbacks=callbacks,
+        communicator=communicator,
+    )
+    return result
+
+
+def run_training(
+    config: TrainConfig,
+    *,
+    dataset: Dataset | None = None,
+    build_network: BuildNetwork | None = None,
+    callbacks: Sequence[Callback] = (),
+    communicator: Communicator | None = None,
+    console: Console | None = None,
+    stop: StopRequest | None = None,
+) -> tuple[Result, Communicator]:
+    """Train as `train` does, and also return the ranks that are alive at the end. Collective.
+
+    `console` prints. `stop` is a stop request that the caller keeps.
+    """
     from distdl import engine  # noqa: PLC0415  see the docstring of this module
     from distdl.json_files import read_json_lines  # noqa: PLC0415
     from distdl.parallel import from_rank_0, guard  # noqa: PLC0415
 
     trainers: list[Trainer] = []
     summary = engine.train(
-        TrainConfig() if config is None else config,
+        config,
         communicator,
         build_network=build_network,
         dataset=dataset,
         callbacks=callbacks,
+        console=console,
+        stop=stop,
         attach=trainers.append,
     )
     trainer = trainers[-1]
-    metrics = trainer.folder / "metrics.jsonl"
-    with guard(trainer.communicator):
-        history = from_rank_0(trainer.communicator, lambda: read_json_lines(metrics, EPOCH, having="validation_loss"))
-    return Result(
-        history, trainer.state.network, trainer.folder, summary.weights_sha256, summary, trainer.communicator.rank
-    )
+    metrics, alive = trainer.folder / "metrics.jsonl", trainer.communicator
+    with guard(alive):
+        history = from_rank_0(alive, lambda: read_json_lines(metrics, EPOCH, having="validation_loss"))
+    result = Result(history, trainer.state.network, trainer.folder, summary.weights_sha256, summary, alive.rank)
+    return result, alive
 
 
 def load(

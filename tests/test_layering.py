@@ -25,7 +25,7 @@ BOTTOM |= {"transforms", "model_settings", "image_options"}
 MIDDLE = {"nn", "optim", "schedules", "data", "parallel", "job"}
 #: Packages that use the engine. bench, search, doctor, export and proof never import each other.
 USES = {"inference", "bench", "search", "doctor", "export", "proof"}
-#: Every other part is a command, or `cli`, which only commands import.
+#: Every other part is a command, the library or its form for scikit-learn, or `cli`, which only commands import.
 BELOW_THE_COMMANDS = {ROOT, "config", "engine"} | BOTTOM | MIDDLE | USES
 
 #: Modules that turn bytes from a file or a peer into running code.

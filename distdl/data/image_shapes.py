@@ -34,8 +34,8 @@ def canonical_images(images: NDArray[Any], samples: int | None = None) -> tuple[
     if images.ndim != 4 or not images.size or images.dtype not in (np.uint8, np.float32):
         raise Unfit(what, "uint8 or float32 (N, H, W, C)", _remedy(images))
     _, height, width, channels = images.shape
-    is_square = height < width == channels
-    if channels > MOST_COLORS and (height <= MOST_COLORS or is_square):
+    is_square, is_pixel = height < width == channels, height == width == 1
+    if channels > MOST_COLORS and (height <= MOST_COLORS or is_square) and not is_pixel:
         raise Unfit(
             f"images {images.shape}, which are {height} pixels high and {width} wide with {channels} channels",
             "(N, H, W, C)",

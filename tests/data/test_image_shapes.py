@@ -9,7 +9,16 @@ from distdl.data.labels import Unfit
 
 @pytest.mark.parametrize(
     "shape",
-    [(5, 28, 28, 1), (5, 3, 9, 3), (5, 1, 60, 1), (5, 4, 4, 4), (5, 12, 9, 30), (5, 40, 3, 40), (5, 9, 8, 8)],
+    [
+        (5, 28, 28, 1),
+        (5, 3, 9, 3),
+        (5, 1, 60, 1),
+        (5, 4, 4, 4),
+        (5, 12, 9, 30),
+        (5, 40, 3, 40),
+        (5, 9, 8, 8),
+        (5, 1, 1, 30),
+    ],
 )
 def test_a_plausible_shape_is_accepted(shape):
     images = np.zeros(shape, np.uint8)
