@@ -129,8 +129,7 @@ class _Estimator(BaseEstimator):
 
     def _fit(self: Self, X: Any, y: Any) -> Self:
         """Train, and keep the network; see `Classifier`. Collective."""
-        if self.__sklearn_is_fitted__():  # if this fit fails, the estimator is not fitted
-            del self._fitted
+        self.__dict__.pop("_fitted", None)  # if this fit fails, the estimator is not fitted
         console, stop = _Messages(verbose=bool(self.verbose)), StopRequest()
         with _one_at_a_time, _in_terms_of(self):
             survivors = Survivors(_ranks())
