@@ -342,13 +342,15 @@ def contradictions(run: Recorded, steps: Iterable[int] | None = None) -> list[st
     """
     found: dict[str, str] = {}
     config_file = run.folder / "config.toml"
+    settings: Mapping[str, Any] | None = None
     logs = {name: run.folder / f"{name}.jsonl" for name in ("metrics", "hashes")}
     contents = {name: read_regular(path) for name, path in logs.items() if path.is_file()}
     for step in run.checkpoint_steps if steps is None else steps:
         saved = run.checkpoint(step)
         header, tensors = saved.header(), saved.checkpoint.tensors
-        changes = differences(_config_of(config_file, header), header.config) if config_file.is_file() else []
-        if changes:
+        if settings is None:
+            settings = settings_in(config_file) if config_file.is_file() else {}
+        if changes := differences(_config_of(config_file, settings, header), header.config):
             found.setdefault("config", f"{config_file} does not fit {saved.path}: {', '.join(changes)}")
         hashes = run.hashes.get(step, {}).get("hashes", {})
         for name in [one for one in hashes if one in tensors and not one.startswith(EPOCH_SUMS)]:
@@ -370,11 +372,9 @@ def settings_in(path: Path) -> dict[str, Any]:
         raise DamagedFileError(f"{path} is damaged: {error}; restore it, or remove it") from None
 
 
-def _config_of(path: Path, header: CheckpointHeader) -> TrainConfig:
-    """Return the config in a ``config.toml``; settings that the file lacks are those of a checkpoint."""
+def _config_of(path: Path, settings: Mapping[str, Any], header: CheckpointHeader) -> TrainConfig:
+    """Return the config of the settings in a ``config.toml``; those that the file lacks are those of a checkpoint."""
     try:
-        return TrainConfig.from_json({**header.config, **settings_in(path)})
+        return TrainConfig.from_json({**header.config, **settings})
     except (LookupError, TypeError, UserError) as error:
-        if isinstance(error, DamagedFileError):
-            raise
         raise DamagedFileError(f"{path} is damaged: {error}; restore it, or remove it") from None

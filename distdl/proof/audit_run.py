@@ -53,18 +53,15 @@ def audit(options: AuditOptions) -> int:
         console = Console(live=False)
         on_rank_0(communicator, lambda: console.line("\n".join(complaints)) if complaints else None)
         try:
-            failed = _audit_stretches(options, communicator, every, chosen, console)
+            failed = _audit_stretches(options, communicator, every, chosen, console) or bool(complaints)
+            last = _last_lines(every, chosen, seed, failed=failed)
         except UserError as error:  # on every rank
             if not complaints:
                 raise
-            line = f"DIFFERENT, and the rest cannot be computed: {error}"
-            on_rank_0(communicator, lambda: console.line(line))
-            communicator.barrier()
-            return EXIT_DIFFERENT
-        failed |= bool(complaints)
+            failed, last = True, [f"DIFFERENT, and the rest cannot be computed: {error}"]
 
         def show() -> None:
-            for line in _last_lines(every, chosen, seed, failed=failed):
+            for line in last:
                 console.line(line)
 
         on_rank_0(communicator, show)

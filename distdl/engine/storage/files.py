@@ -146,6 +146,8 @@ def write_outputs(folder: Path, contents: Mapping[str, Buffer], flag: str) -> No
     try:
         for name, file in staged.items():
             file.rename(folder / name)
+        with opened_folder(folder, follow=True) as handle:
+            os.fsync(handle)  # then the renames survive a crash of the machine
     except OSError as error:
         raise UserError(f"{flag} {folder} cannot be written: {error.strerror or error}; give another name") from None
 
