@@ -132,6 +132,19 @@ def run_job(needs_mpirun, run_program):
 
 
 @pytest.fixture(scope="session")
+def run_on_ranks(run_job, run_program):
+    """Return a function that runs a command line on ranks, or as one process without `mpirun`."""
+    from distdl.job.mpirun_command import mpirun_command
+
+    def run(ranks, argv, *, timeout, cwd=None):
+        if ranks == 1:
+            return run_program(argv, cwd=cwd, timeout=timeout)
+        return run_job(mpirun_command(ranks, argv), cwd=cwd, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def below(tmp_path_factory):
     """Return a function that puts a command line below a pretended launcher: a shell with the launcher's name."""
     folder = tmp_path_factory.mktemp("launchers")

@@ -211,17 +211,13 @@ print("rank", result.rank, "ends with", result.receipt, flush=True)
 """
 
 
-def test_a_callback_may_predict_and_train_on_its_rank_alone(run_job, run_program, tmp_path, undisturbed):
+def test_a_callback_may_predict_and_train_on_its_rank_alone(run_on_ranks, tmp_path, undisturbed):
     said = []
     for ranks in (1, 3):
         folder = tmp_path / str(ranks)
         folder.mkdir()
         (folder / "program.py").write_text(INSIDE)
-        argv = [sys.executable, "program.py"]
-        if ranks == 1:
-            done = run_program(argv, cwd=folder, timeout=120)
-        else:
-            done = run_job(mpirun_command(ranks, argv), cwd=folder, timeout=120)
+        done = run_on_ranks(ranks, [sys.executable, "program.py"], cwd=folder, timeout=120)
         assert done.returncode == 0, done.stderr
         said.append([line for line in done.stdout.splitlines() if line.startswith("rank 0 ")])
     assert len(said[0]) == 3

@@ -169,19 +169,14 @@ def test_scores_that_a_full_disk_refuses_are_an_error(runs):
 
 
 @alone
-def test_two_ranks_print_and_write_the_same_as_one_process(runs, tmp_path, run_job):
-    from distdl.job.mpirun_command import mpirun_command
-
+def test_two_ranks_print_and_write_the_same_as_one_process(runs, tmp_path, run_on_ranks):
     flags = [str(runs / "convnet"), str(runs / "mlp"), "--half", "--confusion", "--json=numbers.json"]
     program = [sys.executable, "-m", "distdl.evaluate", *flags]
     said = []
     for ranks in (1, 2):
         folder = tmp_path / f"{ranks}"
         folder.mkdir()
-        if ranks == 1:
-            done = subprocess.run(program, cwd=folder, capture_output=True, text=True, check=False, timeout=60)
-        else:
-            done = run_job(mpirun_command(ranks, program), cwd=folder, timeout=60)
+        done = run_on_ranks(ranks, program, cwd=folder, timeout=60)
         assert done.returncode == 0, done.stderr
         said.append((done.stdout, (folder / "numbers.json").read_bytes()))
     assert said[0] == said[1]

@@ -409,15 +409,9 @@ def receipt_of_the_command(tmp_path_factory, run_program):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_the_loop_of_the_page_has_the_receipt_of_the_command(
-    tmp_path, run_program, run_job, receipt_of_the_command, ranks
-):
+def test_the_loop_of_the_page_has_the_receipt_of_the_command(tmp_path, run_on_ranks, receipt_of_the_command, ranks):
     (tmp_path / "loop.py").write_text(code_of("A loop of your own"))
-    argv = [sys.executable, "loop.py"]
-    if ranks == 1:
-        done = run_program(argv, cwd=tmp_path, timeout=120)
-    else:
-        done = run_job(mpirun_command(ranks, argv), cwd=tmp_path, timeout=120)
+    done = run_on_ranks(ranks, [sys.executable, "loop.py"], cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["loss"] * 5 + ["weights"]
     assert done.stdout.splitlines()[-1] == receipt_of_the_command

@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -115,20 +114,15 @@ def test_predictions_are_bitwise_those_of_an_evaluation(runs, most, shop, monkey
     assert [one["file"] for one in again["predictions"]] == [str(row) for row in range(TEST_IMAGES)]
 
 
-def test_any_number_of_ranks_gives_the_same_bytes(alone, run_job):
+def test_any_number_of_ranks_gives_the_same_bytes(alone, run_on_ranks):
     """There are damaged files, an ensemble with two micro-batch sizes, and more ranks than units of work."""
-    from distdl.job.mpirun_command import mpirun_command
-
     for name in ("new/cat/broken.png", "new/dog/also.jpg"):
         (alone / name).write_bytes(b"no image")
     program = [sys.executable, "-m", "distdl.predict", "convnet", "--with=mlp", "new", "--top=2"]
     found = []
     for ranks in (1, 2, 3):
         files = [f"--csv={ranks}.csv", f"--json={ranks}.json"]
-        if ranks == 1:
-            done = subprocess.run([*program, *files], capture_output=True, text=True, check=False, timeout=60)
-        else:
-            done = run_job(mpirun_command(ranks, [*program, *files]), cwd=alone, timeout=60)
+        done = run_on_ranks(ranks, [*program, *files], cwd=alone, timeout=60)
         assert done.returncode == 3
         told = [line for line in done.stderr.splitlines() if line.startswith("distdl: ")]
         found.append([done.stdout, told, *((alone / f"{ranks}.{kind}").read_bytes() for kind in ("csv", "json"))])

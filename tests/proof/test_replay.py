@@ -17,7 +17,7 @@ from distdl.engine import train
 from distdl.engine.fault_injection import forget
 from distdl.engine.storage import checkpoints
 from distdl.errors import DivergedError, UserError
-from distdl.job.mpirun_command import mpirun_command, python_command
+from distdl.job.mpirun_command import python_command
 from distdl.nn.kernels.choice import obstacle
 from distdl.proof import replay_files, replay_step
 from distdl.proof.options import ReplayOptions
@@ -91,14 +91,13 @@ def test_a_step_has_the_same_bytes_on_one_two_and_three_ranks(communicator, shar
 
 
 @pytest.mark.usefixtures("needs_mpirun")
-def test_the_command_runs_under_mpirun_and_alone_and_writes_into_the_run_folder(run_job, run_program, run, tmp_path):
+def test_the_command_runs_under_mpirun_and_alone_and_writes_into_the_run_folder(run_on_ranks, run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     program = [*python_command("distdl.replay"), str(folder), "--step=5"]
     contents = []
     for ranks in (1, 3):
-        launch = mpirun_command(ranks, program)
-        done = run_program(program, timeout=120) if ranks == 1 else run_job(launch, timeout=120)
+        done = run_on_ranks(ranks, program, timeout=120)
         assert done.returncode == 0, done.stderr
         [file] = folder.glob("replay-*.npz")
         contents.append(file.read_bytes())
