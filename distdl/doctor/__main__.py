@@ -56,9 +56,12 @@ def main(arguments: Sequence[str]) -> int:
     facts: Facts = {"ranks": [own], "wanted": options.ranks} | outcome.facts
     if outcome.failure is not None:
         facts |= {"failure": f"{name} {outcome.failure}", "failure_fix": _remedy(facts, outcome)}
-    if facts.get("is_first", launch.rank == 0):  # MPI may number the ranks differently
-        return _report(options, facts, launch)
-    return _speak_for_rank_0(facts, launch)
+    try:
+        if facts.get("is_first", launch.rank == 0):  # MPI may number the ranks differently
+            return _report(options, facts, launch)
+        return _speak_for_rank_0(facts, launch)
+    finally:
+        outcome.end_child()
 
 
 def _report(options: DoctorOptions, facts: Facts, launch: Launch) -> int:

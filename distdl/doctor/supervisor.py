@@ -3,6 +3,9 @@
 MPI may wait forever for a rank that does not start, and may end the process: by a signal, or by its own exit. So a
 child process loads NumPy and MPI. It sends a line of JSON through a pipe for each stage and for each group of facts.
 This process reads them, and imports neither.
+
+A launcher ends the whole job when it loses the connection to a process that has started MPI. So a child that has failed
+or takes too long lives until the report is written.
 """
 
 import json
@@ -22,6 +25,8 @@ from distdl.job.streams import say_line
 
 #: A stage that takes this long is named.
 SECONDS_TO_NOTICE = 20.0
+#: The launcher gets this long to read the report, and a killed child to end: it may wait for a disk.
+SECONDS_TO_END = 0.3
 Facts = dict[str, Any]
 
 
@@ -39,6 +44,10 @@ class Tell:
         """Report facts."""
         self._send({"facts": facts})
 
+    def end(self) -> None:
+        """Report that nothing follows."""
+        self.pipe.close()
+
     def _send(self, message: dict[str, Any]) -> None:
         self.pipe.write(json.dumps(message).encode() + b"\n")
         self.pipe.flush()
@@ -48,10 +57,25 @@ class Tell:
 class Outcome:
     """The facts that the child has reported, and its failure, if any."""
 
+    child: int
+    """The process id of the child; 0 if it has ended."""
     facts: Facts = field(default_factory=dict)
     failure: str | None = None
     """Why the examination did not end: the words after the name of the rank."""
     stage: str = "Python"
+
+    def end_child(self) -> None:
+        """Kill the child if it still lives. Call it after the report, and then end: a launcher may end all processes.
+
+        The child must end first. Otherwise MPICH's launcher returns the exit code of a process that it has killed.
+        """
+        if not self.child:
+            return
+        time.sleep(SECONDS_TO_END)
+        os.kill(self.child, signal.SIGKILL)
+        deadline = time.monotonic() + SECONDS_TO_END
+        while os.waitpid(self.child, os.WNOHANG) == (0, 0) and time.monotonic() < deadline:
+            time.sleep(0.001)
 
 
 def examined(examine: Callable[[Tell], None], seconds: float, *, notices: bool, name: str) -> Outcome | None:
@@ -74,15 +98,16 @@ def examined(examine: Callable[[Tell], None], seconds: float, *, notices: bool, 
         _examine_as_child(examine, Tell(writing))
         return None
     os.close(writing)
-    outcome = Outcome()
+    outcome = Outcome(child)
     try:
         _follow(reading, outcome, seconds, notices=notices, name=name)
-        if outcome.failure is not None:
-            os.kill(child, signal.SIGKILL)
     finally:
         os.close(reading)
+    if outcome.failure is not None or "error" in outcome.facts:
+        return outcome
     _, status = os.waitpid(child, 0)
-    if outcome.failure is None and status:
+    outcome.child = 0
+    if status:
         how = f"by {signal.Signals(status).name}" if os.WIFSIGNALED(status) else f"with code {os.WEXITSTATUS(status)}"
         outcome.failure = f"ended {how} during: {outcome.stage}"
     return outcome
@@ -93,8 +118,9 @@ def _examine_as_child(examine: Callable[[Tell], None], tell: Tell) -> None:
         examine(tell)
     except (DistdlError, ImportError, OSError) as error:
         tell.facts(error=f"{'' if isinstance(error, DistdlError) else type(error).__name__ + ': '}{error}")
-        tell.stage("nothing more")
-        os._exit(0)  # MPI may not be able to end in order
+        tell.end()
+        while True:
+            signal.pause()
     except KeyboardInterrupt:
         os._exit(130)
     tell.stage("the end of MPI")

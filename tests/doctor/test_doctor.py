@@ -20,6 +20,7 @@ from distdl.doctor.supervisor import examined
 from distdl.errors import UserError
 from distdl.job import probes
 from distdl.job.mpirun_command import environment_for, mpirun_command
+from distdl.job.processes import look_at
 
 DOCTOR = [sys.executable, "-m", "distdl.doctor"]
 ALONE = {"launcher", "hosts", "cores", "threads", "shared memory", "arithmetic", "versions", "run folder", "locks"}
@@ -124,7 +125,8 @@ def test_a_rank_that_does_not_start_is_named_in_time(needs_mpirun, tmp_path):
         check=False,
     )
     assert time.monotonic() - started < 90
-    assert done.returncode == 2, done.stderr
+    # MPICH's launcher kills rank 1, and rarely returns this instead of the code of rank 0.
+    assert done.returncode == 2 or (done.returncode, "Killed (signal 9)" in done.stdout) == (9, True), done.stderr
     assert "waited 8 s for 1 other rank to start MPI" in " ".join(done.stdout.split())
     assert "fine    arithmetic" in done.stdout  # the facts so far
 
@@ -189,16 +191,26 @@ def test_small_shared_memory_is_named_even_if_mpi_ends_by_a_bus_error(run_progra
 # the parts
 
 
-def test_the_child_that_never_ends_is_killed_and_its_stage_named():
-    def wait(tell):
+@pytest.mark.parametrize(
+    ("fail", "failure", "error"),
+    [(signal.pause, r"waited \d+ s for nobody", None), (lambda: raising(UserError("no room")), None, "no room")],
+    ids=["waits", "raises"],
+)
+def test_a_failed_child_lives_until_the_report_is_written(fail, failure, error):
+    """Its end may end the job: a launcher kills all processes when it loses the connection to one."""
+
+    def examine(tell):
         tell.facts(pid=os.getpid())
         tell.stage("nobody")
-        signal.pause()
+        fail()
 
-    outcome = examined(wait, 0.5, notices=False, name="rank 0")
-    assert re.fullmatch(r"waited \d+ s for nobody", outcome.failure)
-    with pytest.raises(ProcessLookupError):
-        os.kill(outcome.facts["pid"], 0)
+    outcome = examined(examine, 0.5, notices=False, name="rank 0")
+    assert outcome.failure is None if failure is None else re.fullmatch(failure, outcome.failure)
+    assert outcome.facts.get("error") == error
+    child = look_at(outcome.facts["pid"])
+    assert child is not None
+    outcome.end_child()
+    assert not child.lives
 
 
 @pytest.mark.parametrize(
@@ -220,6 +232,7 @@ def test_every_end_of_the_child_is_reported(end, failure, error):
     outcome = examined(examine, 20, notices=False, name="rank 0")
     assert (outcome.failure, outcome.facts.get("error")) == (failure, error)
     assert outcome.facts["library"] == "MPICH"
+    outcome.end_child()
 
 
 def raising(error):
@@ -233,7 +246,7 @@ def test_a_long_stage_is_named_before_it_is_ended(monkeypatch, capsys):
         tell.stage("3 other ranks to start MPI")
         signal.pause()
 
-    examined(examine, 1.2, notices=True, name="rank 0 on n1")
+    examined(examine, 1.2, notices=True, name="rank 0 on n1").end_child()
     said = capsys.readouterr().err
     assert re.fullmatch(r"distdl: doctor: rank 0 on n1 has waited \d+ s for 3 other ranks to start MPI\n", said)
 
